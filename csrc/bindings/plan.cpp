@@ -1,0 +1,271 @@
+#include "bindings/plan.h"
+
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+
+namespace steadygrad::bindings {
+namespace {
+
+constexpr const char* kFunction = "step";
+
+// The numbers of a param group, in the order in which a step takes them.
+constexpr const char* kGroupFields[] = {
+    "lr",       "weight_decay", "momentum", "dampening", "beta1",    "beta2",      "eps",
+    "alpha",    "lr_decay",     "nesterov", "maximize",  "amsgrad",  "centered",   "decoupled_weight_decay",
+    "max_norm", "clip_value",   "l1",       "l2"};
+
+cpu::GroupOptions group_options(const py::handle& numbers) {
+  const auto sequence = py::reinterpret_borrow<py::tuple>(numbers);
+  if (!py::isinstance<py::tuple>(numbers) || sequence.size() != std::size(kGroupFields)) {
+    throw py::value_error("step: groups: expected a tuple of " + std::to_string(std::size(kGroupFields)) + " numbers");
+  }
+  size_t next = 0;
+  const auto number = [&] {
+    const double value = PyFloat_AsDouble(PyTuple_GET_ITEM(sequence.ptr(), next++));
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+  };
+  cpu::GroupOptions group;
+  RuleHyper& hyper = group.hyper;
+  for (double* field : {&hyper.lr, &hyper.weight_decay, &hyper.momentum, &hyper.dampening, &hyper.beta1, &hyper.beta2,
+                        &hyper.eps, &hyper.alpha, &hyper.lr_decay}) {
+    *field = number();
+  }
+  for (bool* field :
+       {&hyper.nesterov, &hyper.maximize, &hyper.amsgrad, &hyper.centered, &hyper.decoupled_weight_decay}) {
+    *field = number() != 0;
+  }
+  for (double* field : {&group.max_norm, &group.clip_value, &group.l1, &group.l2}) *field = number();
+  return group;
+}
+
+const RuleEntry* rule_named(const std::string& name) {
+  for (const RuleEntry& entry : kRules) {
+    if (entry.name == name) return &entry;
+  }
+  throw py::value_error("Plan: rule: expected the name of an update rule, got " + name);
+}
+
+template <class Value>
+Value one_of(const py::dict& options, const char* key, const std::vector<std::pair<const char*, Value>>& choices) {
+  const std::string name = py::str(options[key]);
+  for (const auto& [choice, value] : choices) {
+    if (name == choice) return value;
+  }
+  throw py::value_error("Plan: unknown " + std::string(key) + ": " + name);
+}
+
+cpu::StepOptions step_options(const RuleEntry& rule, const py::dict& options) {
+  cpu::StepOptions step;
+  step.rule = rule.kind;
+  step.norm_type = norm_type(options["norm_type"].cast<double>());
+  step.clip_scope = one_of<cpu::ClipScope>(options, "clip_scope",
+                                           {{"global", cpu::ClipScope::global},
+                                            {"group", cpu::ClipScope::group},
+                                            {"tensor", cpu::ClipScope::tensor}});
+  step.nonfinite = one_of<cpu::NonfinitePolicy>(options, "nonfinite",
+                                                {{"skip", cpu::NonfinitePolicy::skip},
+                                                 {"zero", cpu::NonfinitePolicy::zero},
+                                                 {"raise", cpu::NonfinitePolicy::raise},
+                                                 {"propagate", cpu::NonfinitePolicy::propagate}});
+  step.penalty_before_clip =
+      one_of<bool>(options, "penalty_order", {{"before_clip", true}, {"after_clip", false}});
+  step.proximal = one_of<bool>(options, "l1_mode", {{"subgradient", false}, {"proximal", true}});
+  step.write_grads = options["write_grads"].cast<bool>();
+  return step;
+}
+
+// The objects a state dict holds, in order: keys, inner dicts, values. Walking is cheaper than looking up.
+template <class Visit>
+bool walk_state(const py::dict& state, Visit visit) {
+  Py_ssize_t outer = 0;
+  PyObject *param, *entry, *key, *value;
+  while (PyDict_Next(state.ptr(), &outer, &param, &entry)) {
+    if (!visit(param) || !visit(entry)) return false;
+    if (!PyDict_Check(entry)) continue;
+    Py_ssize_t inner = 0;
+    while (PyDict_Next(entry, &inner, &key, &value)) {
+      if (!visit(value)) return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+Plan::Plan(const std::string& rule, const py::list& groups, const py::list& slots, const py::dict& options)
+    : rule_(rule_named(rule)), options_(step_options(*rule_, options)) {
+  for (const py::handle group : groups) {
+    std::vector<py::object>& params = groups_.emplace_back();
+    for (const py::handle param : group) {
+      params.push_back(py::reinterpret_borrow<py::object>(param));
+      params_.push_back(params.back());
+    }
+  }
+  if (slots.size() != params_.size()) throw py::value_error("Plan: slots: expected one per parameter");
+  for (const py::handle item : slots) {
+    Slot& slot = slots_.emplace_back();
+    if (item.is_none()) continue;
+    const auto parts = item.cast<py::tuple>();
+    slot.present = true;
+    if (!parts[0].is_none()) slot.step = parts[0];
+    slot.states = parts[1].cast<std::vector<py::object>>();
+    slot.first = parts[2].cast<bool>();
+  }
+}
+
+void Plan::seal(const py::dict& state) {
+  sealed_.clear();
+  walk_state(state, [&](PyObject* object) {
+    sealed_.push_back(object);
+    return true;
+  });
+}
+
+bool Plan::matches(const py::list& param_groups, const py::dict& state) const {
+  if (static_cast<size_t>(PyList_GET_SIZE(param_groups.ptr())) != groups_.size()) return false;
+  for (size_t g = 0; g < groups_.size(); ++g) {
+    const py::object params = param_groups[g]["params"];
+    if (!PyList_Check(params.ptr())) return false;
+    if (static_cast<size_t>(PyList_GET_SIZE(params.ptr())) != groups_[g].size()) return false;
+    for (size_t i = 0; i < groups_[g].size(); ++i) {
+      if (PyList_GET_ITEM(params.ptr(), i) != groups_[g][i].ptr()) return false;
+    }
+  }
+  size_t position = 0;
+  const bool same = walk_state(
+      state, [&](PyObject* object) { return position < sealed_.size() && sealed_[position++] == object; });
+  return same && position == sealed_.size();
+}
+
+Argument Plan::argument(size_t index, const char* attribute) const {
+  return {kFunction, "parameters", static_cast<Py_ssize_t>(index), attribute};
+}
+
+void Plan::add_tensor(size_t index, PyObject* grad, const cpu::GroupOptions& group, int32_t group_index) {
+  const Slot& slot = slots_[index];
+  const View grad_view = view_of(grad, argument(index, ".grad"));
+  const bool writes_grad = options_.rule == RuleKind::none || options_.write_grads;
+  if (writes_grad) check_writable(grad_view, argument(index, ".grad"));
+
+  const bool penalty = group.l2 != 0 || (group.l1 != 0 && !options_.proximal);
+  if (options_.rule == RuleKind::none && !penalty) {
+    tensors_.push_back(operands_of(grad_view, &TensorOperands::grad));
+  } else {
+    TensorOperands& tensor = tensors_.emplace_back();
+    View views[2 + kMaxStates];
+    Operand* operands[2 + kMaxStates] = {&tensor.param, &tensor.grad};
+    int count = 2;
+    views[0] = view_of(params_[index].ptr(), argument(index, ""));
+    views[1] = grad_view;
+    if (options_.rule != RuleKind::none) check_writable(views[0], argument(index, ""));
+    for (size_t s = 0; s < slot.states.size() && options_.rule != RuleKind::none; ++s) {
+      views[count] = view_of(slot.states[s].ptr(), argument(index, " state"));
+      operands[count++] = &tensor.states[s];
+    }
+    for (int i = 0; i < count; ++i) {
+      PyObject* const object = i == 0 ? params_[index].ptr() : i == 1 ? grad : slot.states[i - 2].ptr();
+      const Argument where = argument(index, i == 0 ? "" : i == 1 ? ".grad" : " state");
+      if (views[i].is_complex) throw_type_error(where, "a real tensor", object);
+      if (!same_sizes(views[0], views[i])) {
+        throw py::value_error(where.text() + ": expected the shape of the parameter, " +
+                              std::string(py::str(params_[index].attr("shape"))) + ", got " +
+                              std::string(py::str(py::handle(object).attr("shape"))));
+      }
+    }
+    set_operands(tensor, views, operands, count);
+  }
+  TensorOperands& tensor = tensors_.back();
+  tensor.group = group_index;
+  if (grad_view.is_complex && (tensor.grad.strides != nullptr || options_.norm_type.kind != NormKind::two)) {
+    throw_type_error(argument(index, ".grad"), "a real tensor, or a complex one that fills its memory and a 2-norm", grad);
+  }
+
+  cpu::StepCounter& counter = counters_.emplace_back();
+  counter.first = slot.first;
+  if (rule_->has_step) {
+    const View step = view_of(slot.step.ptr(), argument(index, " state 'step'"));
+    if (step.numel != 1 || (step.dtype != DType::float32 && step.dtype != DType::float64)) {
+      throw_type_error(argument(index, " state 'step'"), "a float32 or float64 tensor of one element", slot.step.ptr());
+    }
+    counter.data = step.data;
+    counter.dtype = step.dtype;
+  }
+}
+
+std::optional<cpu::StepReport> Plan::step(const py::list& groups, double unscale, bool found_inf,
+                                          const std::optional<py::list>& grads) {
+  if (groups.size() != groups_.size()) throw py::value_error("step: groups: expected one entry per param group");
+  if (grads && grads->size() != params_.size()) throw py::value_error("step: grads: expected one per parameter");
+  std::vector<cpu::GroupOptions> group_list;
+  for (const py::handle group : groups) group_list.push_back(group_options(group));
+
+  static PyObject* const kGrad = PyUnicode_InternFromString("grad");
+  active_.clear();
+  grads_.clear();
+  tensors_.clear();
+  counters_.clear();
+  tensors_.reserve(params_.size());
+  size_t index = 0;
+  for (size_t g = 0; g < groups_.size(); ++g) {
+    for (size_t i = 0; i < groups_[g].size(); ++i, ++index) {
+      py::object grad = grads ? py::object((*grads)[index])
+                              : py::reinterpret_steal<py::object>(PyObject_GetAttr(params_[index].ptr(), kGrad));
+      if (!grad) throw py::error_already_set();
+      if (grad.is_none()) continue;
+      const int states = state_count(options_.rule, group_list[g].hyper);
+      if (states > 0 || rule_->has_step) {
+        if (!slots_[index].present || slots_[index].states.size() != static_cast<size_t>(states)) return std::nullopt;
+      }
+      add_tensor(index, grad.ptr(), group_list[g], static_cast<int32_t>(g));
+      active_.push_back(static_cast<int64_t>(index));
+      grads_.push_back(std::move(grad));
+    }
+  }
+  options_.unscale = unscale;
+  options_.found_inf = found_inf;
+  cpu::StepReport report;
+  {
+    const py::gil_scoped_release release;
+    report = cpu::fused_step(tensors_, counters_, group_list, options_);
+  }
+  grads_.clear();
+  return report;
+}
+
+py::list Plan::active() const {
+  py::list params(active_.size());
+  for (size_t i = 0; i < active_.size(); ++i) params[i] = params_[active_[i]];
+  return params;
+}
+
+void Plan::mark_first_steps_done() {
+  for (const int64_t index : active_) slots_[index].first = false;
+}
+
+void define_plan(py::module_& module) {
+  py::class_<cpu::StepReport>(module, "StepReport")
+      .def_property_readonly("norm", [](const cpu::StepReport& report) { return report.norm.norm; })
+      .def_property_readonly("nonfinite_count", [](const cpu::StepReport& report) { return report.norm.nonfinite; })
+      .def_readonly("nonfinite", &cpu::StepReport::nonfinite)
+      .def_readonly("refused", &cpu::StepReport::refused)
+      .def_readonly("skipped", &cpu::StepReport::skipped)
+      .def_readonly("clipped", &cpu::StepReport::clipped)
+      .def_readonly("grads_written", &cpu::StepReport::grads_written);
+  py::class_<Plan>(module, "Plan")
+      .def(py::init<const std::string&, const py::list&, const py::list&, const py::dict&>(), py::arg("rule"),
+           py::arg("groups"), py::arg("slots"), py::arg("options"))
+      .def("seal", &Plan::seal, py::arg("state"))
+      .def("matches", &Plan::matches, py::arg("param_groups"), py::arg("state"))
+      .def("step", &Plan::step, py::arg("groups"), py::arg("unscale"), py::arg("found_inf"),
+           py::arg("grads") = py::none())
+      .def("active", &Plan::active)
+      .def("active_indices", &Plan::active_indices)
+      .def("mark_first_steps_done", &Plan::mark_first_steps_done);
+  py::list fields;
+  for (const char* field : kGroupFields) fields.append(field);
+  module.attr("GROUP_FIELDS") = py::tuple(fields);
+}
+
+}  // namespace steadygrad::bindings

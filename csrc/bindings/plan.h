@@ -1,0 +1,68 @@
+// A plan: the parameters and state tensors that an optimizer steps, kept alive from step to step. It stores no pointers into
+// them: every step looks at each tensor again, so that moved, replaced or freed memory is seen.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <optional>
+#include <vector>
+
+#include "bindings/tensor.h"
+#include "core/rules/table.h"
+#include "cpu/operations.h"
+
+namespace steadygrad::bindings {
+
+class Plan {
+ public:
+  // `groups`: per param group the list of its parameters. `slots`: per parameter, in order, None (no state yet) or
+  // (step tensor or None, [state tensors in the rule's order], first step?).
+  Plan(const std::string& rule, const py::list& groups, const py::list& slots, const py::dict& options);
+
+  // Remembers which objects `state` holds, so that a change of any of them is noticed.
+  void seal(const py::dict& state);
+
+  // Whether param_groups and state still hold the very objects this plan was made from.
+  bool matches(const py::list& param_groups, const py::dict& state) const;
+
+  // One step, or nothing when a parameter has a gradient and no slot yet. `groups`: per param group the numbers of kGroupFields.
+  // `grads`: what to use in place of the parameters' .grad (None: no part in this step).
+  std::optional<cpu::StepReport> step(const py::list& groups, double unscale, bool found_inf,
+                                      const std::optional<py::list>& grads);
+
+  // The parameters that took part in the last step.
+  py::list active() const;
+  // Their positions in the order of the groups.
+  const std::vector<int64_t>& active_indices() const { return active_; }
+
+  // After a first step, SGD's momentum buffers hold values.
+  void mark_first_steps_done();
+
+ private:
+  struct Slot {
+    py::object step;  // null: none
+    std::vector<py::object> states;
+    bool present = false;
+    bool first = false;
+  };
+
+  void add_tensor(size_t index, PyObject* grad, const cpu::GroupOptions& group, int32_t group_index);
+  Argument argument(size_t index, const char* attribute) const;
+
+  const RuleEntry* rule_;
+  cpu::StepOptions options_;
+  std::vector<std::vector<py::object>> groups_;
+  std::vector<py::object> params_;
+  std::vector<Slot> slots_;
+  std::vector<const void*> sealed_;
+
+  // Filled anew by every step; members only to reuse their memory.
+  std::vector<int64_t> active_;
+  std::vector<py::object> grads_;
+  cpu::Tensors tensors_;
+  std::vector<cpu::StepCounter> counters_;
+};
+
+void define_plan(py::module_& module);
+
+}  // namespace steadygrad::bindings

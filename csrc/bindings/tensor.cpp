@@ -1,0 +1,185 @@
+#include "bindings/tensor.h"
+
+#include <algorithm>
+
+namespace steadygrad::bindings {
+namespace {
+
+// Borrowed for the life of the process: torch is never unloaded.
+struct Torch {
+  PyTypeObject* tensor = nullptr;
+  PyTypeObject* parameter = nullptr;
+  const DLPackExchangeAPI* api = nullptr;
+};
+
+Torch torch;
+
+const DLPackExchangeAPI* compatible(const DLPackExchangeAPIHeader* header) {
+  while (header != nullptr && header->version.major != DLPACK_MAJOR_VERSION) header = header->prev_api;
+  return reinterpret_cast<const DLPackExchangeAPI*>(header);
+}
+
+std::string attribute_text(PyObject* object, const char* name) {
+  return py::str(py::getattr(py::reinterpret_borrow<py::object>(object), name, py::str("unknown")));
+}
+
+DType dtype_of(const DLTensor& tensor, bool& is_complex, PyObject* object, const Argument& argument) {
+  const DLDataType type = tensor.dtype;
+  is_complex = type.code == kDLComplex;
+  if (type.code == kDLFloat && type.bits == 32) return DType::float32;
+  if (type.code == kDLFloat && type.bits == 64) return DType::float64;
+  if (type.code == kDLFloat && type.bits == 16) return DType::float16;
+  if (type.code == kDLBfloat && type.bits == 16) return DType::bfloat16;
+  if (is_complex && type.bits == 64) return DType::float32;
+  if (is_complex && type.bits == 128) return DType::float64;
+  throw_type_error(argument, "a tensor of float32, float64, bfloat16 or float16", object);
+}
+
+// A freed storage leaves a data pointer of 0 plus the offset. No allocator hands out addresses this low on a 64-bit system
+// except the heap of a fixed-position executable, so a low one is looked at more closely.
+bool is_freed(const DLTensor& tensor, PyObject* object) {
+  constexpr uintptr_t kSuspicious = uintptr_t{1} << 40;
+  if (reinterpret_cast<uintptr_t>(tensor.data) >= kSuspicious) return false;
+  if (tensor.data == nullptr) return true;
+  const py::object storage = py::reinterpret_borrow<py::object>(object).attr("untyped_storage")();
+  return storage.attr("nbytes")().cast<int64_t>() == 0;
+}
+
+bool is_dense(const View& view) {
+  struct Dimension {
+    int64_t stride, size;
+  } dimensions[64];
+  int count = 0;
+  for (int d = 0; d < view.ndim; ++d) {
+    if (view.sizes[d] != 1) dimensions[count++] = {view.strides[d], view.sizes[d]};
+  }
+  std::sort(dimensions, dimensions + count, [](Dimension a, Dimension b) { return a.stride < b.stride; });
+  int64_t expected = 1;
+  for (int d = 0; d < count; ++d) {
+    if (dimensions[d].stride != expected) return false;
+    expected *= dimensions[d].size;
+  }
+  return true;
+}
+
+bool is_contiguous(const View& view) {
+  int64_t expected = 1;
+  for (int d = view.ndim - 1; d >= 0; --d) {
+    if (view.sizes[d] != 1 && view.strides[d] != expected) return false;
+    expected *= view.sizes[d];
+  }
+  return true;
+}
+
+bool same_strides(const View& a, const View& b) {
+  for (int d = 0; d < a.ndim; ++d) {
+    if (a.sizes[d] != 1 && a.strides[d] != b.strides[d]) return false;
+  }
+  return true;
+}
+
+Operand operand_of(const View& view, bool linear) {
+  return {view.data, linear ? nullptr : view.strides, view.dtype};
+}
+
+}  // namespace
+
+std::string Argument::text() const {
+  std::string text = std::string(function) + ": " + name;
+  if (index >= 0) text += "[" + std::to_string(index) + "]";
+  return text + attribute;
+}
+
+std::string describe(PyObject* object) {
+  const std::string type = Py_TYPE(object)->tp_name;
+  if (torch.tensor == nullptr || !PyObject_TypeCheck(object, torch.tensor)) return type;
+  return type + " (dtype " + attribute_text(object, "dtype") + ", layout " + attribute_text(object, "layout") +
+         ", device " + attribute_text(object, "device") + ")";
+}
+
+void throw_type_error(const Argument& argument, const std::string& expected, PyObject* got) {
+  throw py::type_error(argument.text() + ": expected " + expected + ", got " + describe(got));
+}
+
+void import_torch() {
+  const py::object tensor = py::module_::import("torch").attr("Tensor");
+  const py::object parameter = py::module_::import("torch.nn").attr("Parameter");
+  const py::object capsule = py::getattr(tensor, "__dlpack_c_exchange_api__", py::none());
+  void* header = nullptr;
+  if (PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
+    header = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
+  }
+  const DLPackExchangeAPI* api = compatible(static_cast<const DLPackExchangeAPIHeader*>(header));
+  if (api == nullptr || api->dltensor_from_py_object_no_sync == nullptr) {
+    const std::string version = py::str(py::module_::import("torch").attr("__version__"));
+    throw py::import_error("steadygrad: expected torch >= 2.10, whose tensors offer the DLPack exchange API " +
+                           std::to_string(DLPACK_MAJOR_VERSION) + ".x, got torch " + version +
+                           ". Upgrade torch: pip install --upgrade 'torch>=2.10'");
+  }
+  torch.api = api;
+  torch.tensor = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
+  torch.parameter = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
+}
+
+py::tuple exchange_api_version() {
+  return py::make_tuple(torch.api->header.version.major, torch.api->header.version.minor);
+}
+
+View view_of(PyObject* object, const Argument& argument) {
+  if (Py_TYPE(object) != torch.tensor && Py_TYPE(object) != torch.parameter) {
+    throw_type_error(argument, "a torch.Tensor or torch.nn.Parameter", object);
+  }
+  DLTensor tensor;
+  if (torch.api->dltensor_from_py_object_no_sync(object, &tensor) != 0) {
+    PyErr_Clear();
+    throw_type_error(argument, "a dense tensor on the CPU", object);
+  }
+  if (tensor.device.device_type != kDLCPU && tensor.device.device_type != kDLCUDAHost) {
+    throw_type_error(argument, "a tensor on the CPU, the only backend compiled in", object);
+  }
+  View view;
+  view.dtype = dtype_of(tensor, view.is_complex, object, argument);
+  view.numel = 1;
+  for (int d = 0; d < tensor.ndim; ++d) view.numel *= tensor.shape[d];
+  if (view.numel > 0 && is_freed(tensor, object)) {
+    throw std::runtime_error(argument.text() + ": expected a tensor with memory, got one whose storage was freed");
+  }
+  view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  view.ndim = tensor.ndim;
+  view.sizes = tensor.shape;
+  view.strides = tensor.strides;
+  return view;
+}
+
+void check_writable(const View& view, const Argument& argument) {
+  for (int d = 0; d < view.ndim; ++d) {
+    if (view.sizes[d] > 1 && view.strides[d] == 0) {
+      throw py::value_error(argument.text() +
+                            ": expected a tensor whose elements have memory of their own, got an expanded one; clone it");
+    }
+  }
+}
+
+bool same_sizes(const View& a, const View& b) {
+  return a.ndim == b.ndim && std::equal(a.sizes, a.sizes + a.ndim, b.sizes);
+}
+
+TensorOperands operands_of(const View& view, Operand TensorOperands::*operand) {
+  TensorOperands tensor;
+  tensor.numel = view.is_complex ? 2 * view.numel : view.numel;
+  tensor.ndim = view.ndim;
+  tensor.sizes = view.sizes;
+  tensor.*operand = operand_of(view, is_contiguous(view) || is_dense(view));
+  return tensor;
+}
+
+void set_operands(TensorOperands& tensor, const View* views, Operand* const* operands, int count) {
+  tensor.numel = views[0].numel;
+  tensor.ndim = views[0].ndim;
+  tensor.sizes = views[0].sizes;
+  bool together = is_contiguous(views[0]) || is_dense(views[0]);
+  for (int i = 1; i < count; ++i) together = together && same_strides(views[0], views[i]);
+  for (int i = 0; i < count; ++i) *operands[i] = operand_of(views[i], together || is_contiguous(views[i]));
+}
+
+}  // namespace steadygrad::bindings

@@ -1,0 +1,60 @@
+// Python tensors as views, through the DLPack exchange API, with every check that the API itself leaves out.
+#pragma once
+
+#include <dlpack/dlpack.h>
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <vector>
+
+#include "core/tensors.h"
+
+namespace steadygrad::bindings {
+
+namespace py = pybind11;
+
+// Which argument a message is about: "parameters[3].grad".
+struct Argument {
+  const char* function;
+  const char* name;
+  Py_ssize_t index;
+  const char* attribute = "";
+
+  std::string text() const;
+};
+
+// Valid until control returns to Python: sizes and strides belong to the tensor.
+struct View {
+  void* data;
+  int64_t numel;
+  DType dtype;
+  bool is_complex;  // pairs of `dtype`
+  int ndim;
+  const int64_t* sizes;
+  const int64_t* strides;
+};
+
+// Looks torch up once; throws ImportError with what to do when this torch cannot be used.
+void import_torch();
+
+py::tuple exchange_api_version();
+
+// Throws TypeError, ValueError or RuntimeError when `object` is not a dense CPU tensor of a type the kernels take.
+View view_of(PyObject* object, const Argument& argument);
+
+// Throws where writing would be wrong: elements that share memory.
+void check_writable(const View& view, const Argument& argument);
+
+bool same_sizes(const View& a, const View& b);
+
+// A single operand: elements are visited in memory order where they fill their memory, else by index.
+TensorOperands operands_of(const View& view, Operand TensorOperands::*operand);
+
+// Several operands of equal sizes, visited together. `operands` and `views` correspond.
+void set_operands(TensorOperands& tensor, const View* views, Operand* const* operands, int count);
+
+std::string describe(PyObject* object);
+
+[[noreturn]] void throw_type_error(const Argument& argument, const std::string& expected, PyObject* got);
+
+}  // namespace steadygrad::bindings

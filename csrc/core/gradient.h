@@ -1,0 +1,143 @@
+// What happens to one gradient element between backward and the update rule: unscale, penalty, clip, penalty.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+
+#include "core/host_device.h"
+
+namespace steadygrad {
+
+// d/dp of l1 * |p| is l1 * sign(p), with sign(0) = 0 as torch.sign has it.
+template <class T>
+STEADYGRAD_INLINE T sign(T value) {
+  return static_cast<T>(value > T(0)) - static_cast<T>(value < T(0));
+}
+
+template <class T>
+STEADYGRAD_INLINE bool is_finite(T value) {
+  return value - value == T(0);
+}
+
+// The proximal operator of amount * |p| (Parikh and Boyd 2014, section 6.5.2); NaN stays NaN.
+template <class T>
+STEADYGRAD_INLINE T soft_threshold(T value, T amount) {
+  const T shrunk = value > T(0) ? value - amount : value + amount;
+  const T magnitude = value < T(0) ? -value : value;
+  return magnitude <= amount ? T(0) : shrunk;
+}
+
+template <class T>
+struct PenaltyGradient {
+  T l1 = 0;
+  T l2 = 0;
+
+  STEADYGRAD_INLINE bool active() const { return l1 != T(0) || l2 != T(0); }
+  // A zero coefficient contributes nothing, also where 0 * param would be NaN.
+  STEADYGRAD_INLINE T added_to(T grad, T param) const {
+    grad = l1 != T(0) ? grad + l1 * sign(param) : grad;
+    return l2 != T(0) ? grad + l2 * param : grad;
+  }
+};
+
+// A factor far below one (a huge norm) is not representable in fp32; two factors are.
+template <class T>
+struct ScaleFactors {
+  T first = 1;
+  T second = 1;
+
+  STEADYGRAD_INLINE T operator()(T value) const { return value * first * second; }
+  STEADYGRAD_INLINE bool is_identity() const { return first == T(1) && second == T(1); }
+};
+
+template <class T>
+STEADYGRAD_INLINE ScaleFactors<T> scale_factors(double factor) {
+  ScaleFactors<T> factors;
+  if (sizeof(T) == sizeof(float) && factor > 0 && factor < 0x1p-100) {
+    factors.first = T(0x1p-100);
+    factor *= 0x1p100;
+  }
+  factors.second = static_cast<T>(factor);
+  return factors;
+}
+
+// min(1, limit / (norm + 1e-6)), torch.nn.utils.clip_grad_norm_'s coefficient; an infinite norm gives 0, NaN stays NaN.
+STEADYGRAD_INLINE double clip_coefficient(double limit, double norm) {
+  const double coefficient = limit / (norm + 1e-6);
+  if (limit == INFINITY) return norm == norm ? 1.0 : norm;
+  return coefficient > 1.0 ? 1.0 : coefficient;
+}
+
+template <class T>
+struct GradientTransform {
+  ScaleFactors<T> unscale;
+  PenaltyGradient<T> penalty_before_clip;
+  bool zero_nonfinite = false;
+  ScaleFactors<T> clip;
+  T clip_value = T(INFINITY);
+  PenaltyGradient<T> penalty_after_clip;
+
+  STEADYGRAD_INLINE T before_clip(T grad, T param) const {
+    grad = penalty_before_clip.added_to(unscale(grad), param);
+    return zero_nonfinite && !is_finite(grad) ? T(0) : grad;
+  }
+  STEADYGRAD_INLINE T operator()(T grad, T param) const {
+    grad = clip(before_clip(grad, param));
+    grad = grad > clip_value ? clip_value : grad;
+    grad = grad < -clip_value ? -clip_value : grad;
+    return penalty_after_clip.added_to(grad, param);
+  }
+  STEADYGRAD_INLINE bool keeps_gradient_before_clip() const {
+    return unscale.is_identity() && !penalty_before_clip.active() && !zero_nonfinite;
+  }
+  // Nothing but two multiplications: the loop that every clipped step without extras runs.
+  STEADYGRAD_INLINE bool only_scales() const {
+    return !penalty_before_clip.active() && !zero_nonfinite && clip_value == T(INFINITY) &&
+           !penalty_after_clip.active();
+  }
+  STEADYGRAD_INLINE bool is_identity() const {
+    return only_scales() && unscale.is_identity() && clip.is_identity();
+  }
+};
+
+// The same, as options of a param group and the coefficient of a tensor's scope; T is known only where elements are read.
+struct TransformOptions {
+  double unscale = 1;
+  double l1_before_clip = 0;
+  double l2_before_clip = 0;
+  double l1_after_clip = 0;
+  double l2_after_clip = 0;
+  double clip_coefficient = 1;
+  double clip_value = INFINITY;
+  bool zero_nonfinite = false;
+
+  STEADYGRAD_INLINE bool reads_param() const {
+    return l1_before_clip != 0 || l2_before_clip != 0 || l1_after_clip != 0 || l2_after_clip != 0;
+  }
+};
+
+// What pass 1 sees: everything up to the clip.
+template <class T>
+STEADYGRAD_INLINE GradientTransform<T> transform_before_clip(const TransformOptions& options) {
+  GradientTransform<T> transform;
+  transform.unscale = scale_factors<T>(options.unscale);
+  transform.penalty_before_clip = {T(options.l1_before_clip), T(options.l2_before_clip)};
+  return transform;
+}
+
+// The whole of it, for pass 2. Where only factors are left they become one product.
+template <class T>
+STEADYGRAD_INLINE GradientTransform<T> gradient_transform(const TransformOptions& options) {
+  GradientTransform<T> transform = transform_before_clip<T>(options);
+  transform.zero_nonfinite = options.zero_nonfinite;
+  transform.clip = scale_factors<T>(options.clip_coefficient);
+  transform.clip_value = T(options.clip_value);
+  transform.penalty_after_clip = {T(options.l1_after_clip), T(options.l2_after_clip)};
+  if (transform.only_scales()) {
+    transform.unscale = ScaleFactors<T>();
+    transform.clip = scale_factors<T>(options.unscale * options.clip_coefficient);
+  }
+  return transform;
+}
+
+}  // namespace steadygrad

@@ -1,0 +1,9 @@
+// Marks the arithmetic that host and device code share. Always inlined: the CPU backend compiles it once per instruction
+// set, and an out-of-line copy made for one set must never be linked into another.
+#pragma once
+
+#if defined(__CUDACC__)
+#define STEADYGRAD_INLINE __host__ __device__ __forceinline__
+#else
+#define STEADYGRAD_INLINE inline __attribute__((always_inline))
+#endif

@@ -1,0 +1,111 @@
+// How norms are formed. The order of every sum is fixed here, for all backends and every number of threads: element i of
+// a chunk belongs to lane i % kLanes, lanes are added pairwise, and chunks, then tensors, are added in the same way.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "core/host_device.h"
+
+namespace steadygrad {
+
+constexpr int kLanes = 128;
+
+// `general` takes any other p: it needs the largest (for p < 0 the smallest) magnitude first, so that powers stay in range.
+enum class NormKind { two, one, infinity, negative_infinity, zero, general };
+
+struct NormType {
+  NormKind kind = NormKind::two;
+  double p = 2.0;
+
+  // For p <= 0 an infinite element is an ordinary one: it adds nothing to the sum, or one to the count.
+  STEADYGRAD_INLINE bool infinite_with_element() const { return p > 0; }
+};
+
+inline NormType norm_type(double p) {
+  if (p == 2.0) return {NormKind::two, p};
+  if (p == 1.0) return {NormKind::one, p};
+  if (p == 0.0) return {NormKind::zero, p};
+  if (p == INFINITY) return {NormKind::infinity, p};
+  if (p == -INFINITY) return {NormKind::negative_infinity, p};
+  return {NormKind::general, p};
+}
+
+// Squares of fp64 elements leave fp64's range, so they are summed in three scaled classes (Blue 1978; constants of Anderson
+// 2017, algorithm 978). fp32 squares are exact in fp64 and always `medium`, as is every sum that is not of squares.
+struct NormSums {
+  double small = 0;
+  double medium = 0;
+  double large = 0;
+};
+
+constexpr double kSmallThreshold = 0x1p-511;
+constexpr double kLargeThreshold = 0x1p486;
+constexpr double kSmallScale = 0x1p537;
+constexpr double kLargeScale = 0x1p-538;
+
+struct NormPartial {
+  NormSums sums;
+  int64_t nonfinite = 0;
+  int64_t nan = 0;
+};
+
+// A lane's value before the first element.
+STEADYGRAD_INLINE double norm_identity(NormType type) {
+  return type.kind == NormKind::negative_infinity ? INFINITY : 0.0;
+}
+
+STEADYGRAD_INLINE double combine(NormType type, double a, double b) {
+  if (type.kind == NormKind::infinity) return a > b ? a : b;
+  if (type.kind == NormKind::negative_infinity) return a < b ? a : b;
+  return a + b;
+}
+
+STEADYGRAD_INLINE void combine(NormType type, NormPartial& a, const NormPartial& b) {
+  a.sums.small += b.sums.small;
+  a.sums.medium = combine(type, a.sums.medium, b.sums.medium);
+  a.sums.large += b.sums.large;
+  a.nonfinite += b.nonfinite;
+  a.nan += b.nan;
+}
+
+// Adds `count` values in the fixed order; `lanes` holds kLanes of them. Lanes past `count` would only add zeros.
+template <class Partial, class Get, class Combine>
+STEADYGRAD_INLINE Partial combine_in_order(int64_t count, Partial* lanes, Get get, Combine combine) {
+  if (count == 1) return get(0);
+  int width = 1;
+  while (width < kLanes && width < count) width *= 2;
+  for (int64_t i = 0; i < width && i < count; ++i) lanes[i] = get(i);
+  for (int64_t i = kLanes; i < count; ++i) combine(lanes[i % kLanes], get(i));
+  int64_t filled = count < width ? count : width;
+  for (int half = width / 2; half >= 1; half /= 2) {
+    for (int64_t i = 0; i + half < filled; ++i) combine(lanes[i], lanes[i + half]);
+    if (filled > half) filled = half;
+  }
+  return lanes[0];
+}
+
+// The norm from its sums. `scale` is what elements were multiplied with before they were raised to p (general only).
+STEADYGRAD_INLINE double finish_norm(NormType type, const NormSums& sums, double scale) {
+  switch (type.kind) {
+    case NormKind::two: {
+      if (sums.large > 0) {
+        return std::sqrt(sums.large + sums.medium * kLargeScale * kLargeScale) / kLargeScale;
+      }
+      if (sums.small > 0) {
+        const double a = std::sqrt(sums.medium);
+        const double b = std::sqrt(sums.small) / kSmallScale;
+        const double high = a > b ? a : b;
+        const double low = a > b ? b : a;
+        return high * std::sqrt(1 + (low / high) * (low / high));
+      }
+      return std::sqrt(sums.medium);
+    }
+    case NormKind::general:
+      return std::pow(sums.medium, 1 / type.p) / scale;
+    default:
+      return sums.medium;
+  }
+}
+
+}  // namespace steadygrad

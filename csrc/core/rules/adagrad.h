@@ -1,0 +1,36 @@
+// torch.optim.Adagrad for one element.
+#pragma once
+
+#include <cmath>
+
+#include "core/host_device.h"
+#include "core/rules/hyper.h"
+
+namespace steadygrad {
+
+template <class T>
+struct Adagrad {
+  static constexpr int kStateCount = 1;
+
+  T step_size, weight_decay, eps;
+  bool maximize;
+
+  STEADYGRAD_INLINE Adagrad(const RuleHyper& hyper, const StepScalars& scalars)
+      : step_size(T(scalars.step_size)),
+        weight_decay(T(hyper.weight_decay)),
+        eps(T(hyper.eps)),
+        maximize(hyper.maximize) {}
+
+  STEADYGRAD_INLINE void operator()(T& param, T grad, T& sum, T&, T&) const {
+    grad = maximize ? -grad : grad;
+    grad = weight_decay != T(0) ? grad + weight_decay * param : grad;
+    sum = sum + grad * grad;
+    param = param - step_size * (grad / (std::sqrt(sum) + eps));
+  }
+};
+
+inline StepScalars adagrad_scalars(const RuleHyper& hyper, double step) {
+  return {hyper.lr / (1 + (step - 1) * hyper.lr_decay), 1, false};
+}
+
+}  // namespace steadygrad

@@ -1,0 +1,52 @@
+// torch.optim.Adam and AdamW (decoupled weight decay) for one element.
+#pragma once
+
+#include <cmath>
+
+#include "core/host_device.h"
+#include "core/rules/hyper.h"
+#include "core/rules/lerp.h"
+
+namespace steadygrad {
+
+template <class T, bool kAmsgrad>
+struct Adam {
+  static constexpr int kStateCount = kAmsgrad ? 3 : 2;
+
+  T one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay, step_size, inverse_sqrt_bias_correction2;
+  bool maximize, decoupled;
+
+  STEADYGRAD_INLINE Adam(const RuleHyper& hyper, const StepScalars& scalars)
+      : one_minus_beta1(T(1 - hyper.beta1)),
+        beta2(T(hyper.beta2)),
+        one_minus_beta2(T(1 - hyper.beta2)),
+        eps(T(hyper.eps)),
+        weight_decay(hyper.decoupled_weight_decay ? T(0) : T(hyper.weight_decay)),
+        decay(T(1 - hyper.lr * hyper.weight_decay)),
+        step_size(T(scalars.step_size)),
+        inverse_sqrt_bias_correction2(T(scalars.inverse_sqrt_bias_correction2)),
+        maximize(hyper.maximize),
+        decoupled(hyper.decoupled_weight_decay) {}
+
+  STEADYGRAD_INLINE void operator()(T& param, T grad, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq) const {
+    grad = maximize ? -grad : grad;
+    grad = weight_decay != T(0) ? grad + weight_decay * param : grad;
+    exp_avg = lerp(exp_avg, grad, one_minus_beta1);
+    exp_avg_sq = exp_avg_sq * beta2 + one_minus_beta2 * grad * grad;
+    T second_moment = exp_avg_sq;
+    if (kAmsgrad) {
+      second_moment = max_exp_avg_sq > second_moment ? max_exp_avg_sq : second_moment;
+      max_exp_avg_sq = second_moment;
+    }
+    const T denominator = std::sqrt(second_moment) * inverse_sqrt_bias_correction2 + eps;
+    param = (decoupled ? param * decay : param) - step_size * (exp_avg / denominator);
+  }
+};
+
+inline StepScalars adam_scalars(const RuleHyper& hyper, double step) {
+  const double bias_correction1 = 1 - std::pow(hyper.beta1, step);
+  const double bias_correction2 = 1 - std::pow(hyper.beta2, step);
+  return {hyper.lr / bias_correction1, 1 / std::sqrt(bias_correction2), false};
+}
+
+}  // namespace steadygrad

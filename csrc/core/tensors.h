@@ -1,0 +1,45 @@
+// What a backend is told about the tensors of one call: pointers, sizes, strides, and the chunks they are cut into.
+#pragma once
+
+#include <cstdint>
+
+#include "core/dtype.h"
+
+namespace steadygrad {
+
+constexpr int kMaxStates = 3;
+
+// `strides` is null when the elements lie in memory order, shared with every other operand of the tensor.
+struct Operand {
+  void* data = nullptr;
+  const int64_t* strides = nullptr;
+  DType dtype = DType::float32;
+};
+
+// One parameter with its gradient and optimizer state; an operand that an operation does not use stays empty.
+struct TensorOperands {
+  int64_t numel = 0;
+  const int64_t* sizes = nullptr;
+  int32_t ndim = 0;
+  int32_t group = 0;
+  Operand param;
+  Operand grad;
+  Operand states[kMaxStates];
+
+  // fp64 is computed in fp64, everything else in fp32.
+  STEADYGRAD_INLINE DType compute_dtype() const {
+    const DType stored = param.data != nullptr ? param.dtype : grad.dtype;
+    return stored == DType::float64 ? DType::float64 : DType::float32;
+  }
+};
+
+// Equal pieces of work. The order in which sums are formed follows from this table alone (core/norm.h).
+constexpr int64_t kChunk = 8192;
+
+struct Chunk {
+  int32_t tensor;
+  int32_t count;
+  int64_t begin;
+};
+
+}  // namespace steadygrad

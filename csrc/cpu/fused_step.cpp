@@ -1,0 +1,157 @@
+// The whole optimizer step: pass 1 reads the gradients, a decision is taken, pass 2 updates.
+#include <algorithm>
+
+#include "core/rules/table.h"
+#include "cpu/operations.h"
+#include "cpu/stage.h"
+
+namespace steadygrad::cpu {
+namespace {
+
+// Per tensor: its transform with its scope's coefficient.
+struct Decision {
+  std::vector<TransformOptions> transforms;
+  bool clipped = false;
+};
+
+TransformOptions group_transform(const GroupOptions& group, const StepOptions& options) {
+  TransformOptions transform;
+  const double l1 = options.proximal ? 0 : group.l1;
+  transform.unscale = options.unscale;
+  (options.penalty_before_clip ? transform.l1_before_clip : transform.l1_after_clip) = l1;
+  (options.penalty_before_clip ? transform.l2_before_clip : transform.l2_after_clip) = group.l2;
+  transform.clip_value = group.clip_value;
+  return transform;
+}
+
+// The norm that the limit is held against: without the elements that the "zero" policy takes out.
+double limited_norm(const Norm& norm, const StepOptions& options) {
+  return options.nonfinite == NonfinitePolicy::zero ? norm.finite_norm : norm.norm;
+}
+
+Decision decide(const Tensors& tensors, const std::vector<GroupOptions>& groups,
+                const std::vector<TransformOptions>& group_transforms, const GradNorms& norms, const Norm& total,
+                const StepOptions& options) {
+  std::vector<Norm> group_norms(groups.size(), total);
+  if (options.clip_scope == ClipScope::group) {
+    for (size_t g = 0; g < groups.size(); ++g) {
+      group_norms[g] = norms.over([&](size_t t) { return tensors[t].group == static_cast<int32_t>(g); });
+    }
+  }
+  Decision decision;
+  decision.transforms.reserve(tensors.size());
+  for (size_t t = 0; t < tensors.size(); ++t) {
+    const int32_t g = tensors[t].group;
+    TransformOptions transform = group_transforms[g];
+    transform.zero_nonfinite = total.nonfinite > 0 && options.nonfinite == NonfinitePolicy::zero;
+    if (groups[g].max_norm != INFINITY) {
+      const Norm norm = options.clip_scope == ClipScope::tensor ? norms.of(t) : group_norms[g];
+      transform.clip_coefficient = clip_coefficient(groups[g].max_norm, limited_norm(norm, options));
+      decision.clipped = decision.clipped || transform.clip_coefficient != 1;
+    }
+    decision.transforms.push_back(transform);
+  }
+  return decision;
+}
+
+double increment(const StepCounter& counter) {
+  if (counter.dtype == DType::float64) return *static_cast<double*>(counter.data) += 1;
+  return *static_cast<float*>(counter.data) += 1;
+}
+
+// One entry per tensor. Bias corrections cost two powers, so tensors in step with each other share them.
+std::vector<RuleStep> advance(const Tensors& tensors, const std::vector<StepCounter>& counters,
+                              const std::vector<GroupOptions>& groups, const StepOptions& options) {
+  std::vector<RuleStep> steps(tensors.size());
+  int32_t last_group = -1;
+  double last_step = -1;
+  StepScalars scalars;
+  for (size_t t = 0; t < tensors.size(); ++t) {
+    const int32_t g = tensors[t].group;
+    const RuleHyper& hyper = groups[g].hyper;
+    const double step = counters[t].data == nullptr ? 0 : increment(counters[t]);
+    if (g != last_group || step != last_step) {
+      scalars = step_scalars(options.rule, hyper, step);
+      last_group = g;
+      last_step = step;
+    }
+    steps[t] = {options.rule, hyper, scalars, options.proximal ? hyper.lr * groups[g].l1 : 0};
+    steps[t].scalars.first = counters[t].first;
+  }
+  return steps;
+}
+
+template <class T>
+void update_chunk(const TensorOperands& tensor, const Chunk& chunk, const RuleStep& step, int states,
+                  const TransformOptions& options) {
+  const GradientTransform<T> transform = gradient_transform<T>(options);
+  Stage<T> param_stage;
+  Stage<T> grad_stage;
+  Stage<T> state_stages[kMaxStates];
+  bool direct = Stage<T>::is_direct(tensor.param) && Stage<T>::is_direct(tensor.grad);
+  for (int s = 0; s < states; ++s) direct = direct && Stage<T>::is_direct(tensor.states[s]);
+  const int64_t size = direct ? kChunk : kTile;
+  for (int64_t done = 0; done < chunk.count; done += size) {
+    const int64_t begin = chunk.begin + done;
+    Tile<T> tile{};
+    tile.count = std::min<int64_t>(size, chunk.count - done);
+    tile.param = param_stage.read(tensor, tensor.param, begin, tile.count);
+    tile.grad = grad_stage.read(tensor, tensor.grad, begin, tile.count);
+    for (int s = 0; s < states; ++s) {
+      tile.states[s] = state_stages[s].read(tensor, tensor.states[s], begin, tile.count);
+    }
+    vector_kernels<T>().update(tile, step, transform);
+    param_stage.write(tensor, tensor.param, begin, tile.count, tile.param);
+    for (int s = 0; s < states; ++s) {
+      state_stages[s].write(tensor, tensor.states[s], begin, tile.count, tile.states[s]);
+    }
+  }
+}
+
+}  // namespace
+
+StepReport fused_step(const Tensors& tensors, const std::vector<StepCounter>& counters,
+                      const std::vector<GroupOptions>& groups, const StepOptions& options) {
+  const ChunkTable table(tensors);
+  std::vector<TransformOptions> group_transforms;
+  for (const GroupOptions& group : groups) group_transforms.push_back(group_transform(group, options));
+  const GradNorms norms(tensors, table, group_transforms, options.norm_type);
+
+  StepReport report;
+  report.norm = norms.total();
+  const bool nonfinite = report.norm.nonfinite > 0;
+  if (nonfinite) {
+    for (size_t t = 0; t < tensors.size(); ++t) report.nonfinite.push_back(norms.nonfinite(t));
+  }
+  report.skipped = options.found_inf || (nonfinite && options.nonfinite == NonfinitePolicy::skip);
+  report.refused = !report.skipped && nonfinite && options.nonfinite == NonfinitePolicy::raise;
+  if (report.skipped || report.refused) return report;
+
+  Decision decision = decide(tensors, groups, group_transforms, norms, report.norm, options);
+  report.clipped = decision.clipped;
+  if (options.nonfinite == NonfinitePolicy::zero) report.norm.norm = report.norm.finite_norm;
+  if (options.rule == RuleKind::none || options.write_grads) {
+    transform_grads(tensors, table, decision.transforms);
+    for (TransformOptions& transform : decision.transforms) {
+      report.grads_written = report.grads_written || !gradient_transform<double>(transform).is_identity();
+      transform = TransformOptions{};
+    }
+  }
+  if (options.rule == RuleKind::none) return report;
+
+  const std::vector<RuleStep> steps = advance(tensors, counters, groups, options);
+  for_each_range(table, [&](int64_t first, int64_t last) {
+    for (int64_t c = last - 1; c >= first; --c) {
+      const Chunk& chunk = table.chunks[c];
+      const TensorOperands& tensor = tensors[chunk.tensor];
+      const RuleStep& step = steps[chunk.tensor];
+      with_compute_type(tensor, [&](auto element) {
+        update_chunk<decltype(element)>(tensor, chunk, step, state_count(step.kind, step.hyper),
+                                        decision.transforms[chunk.tensor]);
+      });
+    }
+  });
+  return report;
+}
+
+}  // namespace steadygrad::cpu

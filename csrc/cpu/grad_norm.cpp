@@ -1,0 +1,176 @@
+// Pass 1: one partial per chunk, then per tensor, then over the tensors of a scope, all in the order of core/norm.h.
+#include <algorithm>
+#include <limits>
+
+#include "cpu/operations.h"
+#include "cpu/stage.h"
+
+namespace steadygrad::cpu {
+namespace {
+
+bool sum_is_finite(const NormSums& sums) { return is_finite(sums.small + sums.medium + sums.large); }
+
+// Where a sum of magnitudes is finite, so is every element; other kinds must look.
+bool sum_shows_nonfinite(NormType type) { return type.kind == NormKind::two || type.kind == NormKind::one; }
+
+template <class T>
+class ChunkNorm {
+ public:
+  ChunkNorm(const TensorOperands& tensor, const Chunk& chunk, const GradientTransform<T>& transform, NormType type,
+            double scale)
+      : tensor_(tensor), chunk_(chunk), transform_(transform), type_(type), scale_(scale) {}
+
+  NormPartial operator()() {
+    NormPartial partial;
+    partial.sums = sums(false);
+    if (!sum_shows_nonfinite(type_) || !sum_is_finite(partial.sums)) {
+      for_each_tile([&](const T* grad, int64_t count) {
+        vector_kernels<T>().count_nonfinite(grad, count, partial.nonfinite, partial.nan);
+      });
+      if (partial.nonfinite > 0 && type_.infinite_with_element()) partial.sums = sums(true);
+    }
+    return partial;
+  }
+
+ private:
+  template <class Function>
+  void for_each_tile(Function function) {
+    const bool in_place = Stage<T>::is_direct(tensor_.grad) && transform_.keeps_gradient_before_clip();
+    const int64_t tile = in_place ? kChunk : kTile;
+    for (int64_t done = 0; done < chunk_.count; done += tile) {
+      const int64_t begin = chunk_.begin + done;
+      const int64_t count = std::min<int64_t>(tile, chunk_.count - done);
+      const T* grad = grad_.read(tensor_, tensor_.grad, begin, count);
+      if (!transform_.keeps_gradient_before_clip()) {
+        const T* param = transform_.penalty_before_clip.active()
+                             ? param_.read(tensor_, tensor_.param, begin, count)
+                             : nullptr;
+        vector_kernels<T>().before_clip(grad_.buffer(), grad, param, count, transform_);
+        grad = grad_.buffer();
+      }
+      function(grad, count);
+    }
+  }
+
+  NormSums sums(bool zero_nonfinite) {
+    std::fill_n(lanes_.small, kLanes, 0.0);
+    std::fill_n(lanes_.medium, kLanes, norm_identity(type_));
+    std::fill_n(lanes_.large, kLanes, 0.0);
+    for_each_tile([&](const T* grad, int64_t count) {
+      if (zero_nonfinite) {
+        vector_kernels<T>().zero_nonfinite(grad_.buffer(), grad, count);
+        grad = grad_.buffer();
+      }
+      vector_kernels<T>().accumulate_norm(lanes_, grad, count, type_, scale_);
+    });
+    const bool squares = type_.kind == NormKind::two && sizeof(T) == sizeof(double);
+    return {squares ? reduced(lanes_.small) : 0, reduced(lanes_.medium), squares ? reduced(lanes_.large) : 0};
+  }
+
+  double reduced(double* lanes) const {
+    return combine_in_order<double>(
+        std::min<int64_t>(chunk_.count, kLanes), lanes, [&](int64_t i) { return lanes[i]; },
+        [&](double& a, double b) { a = combine(type_, a, b); });
+  }
+
+  const TensorOperands& tensor_;
+  const Chunk& chunk_;
+  const GradientTransform<T> transform_;
+  NormType type_;
+  double scale_;
+  NormLanes lanes_;
+  Stage<T> grad_;
+  Stage<T> param_;
+};
+
+NormPartial chunk_norm(const TensorOperands& tensor, const Chunk& chunk, const TransformOptions& options,
+                       NormType type, double scale) {
+  NormPartial partial;
+  with_compute_type(tensor, [&](auto element) {
+    using T = decltype(element);
+    partial = ChunkNorm<T>(tensor, chunk, transform_before_clip<T>(options), type, scale)();
+  });
+  return partial;
+}
+
+std::vector<NormPartial> tensor_partials(const Tensors& tensors, const ChunkTable& table,
+                                         const std::vector<TransformOptions>& transforms, NormType type,
+                                         const std::vector<double>& scales) {
+  std::vector<NormPartial> chunks(table.chunks.size());
+  for_each_range(table, [&](int64_t first, int64_t last) {
+    for (int64_t c = first; c < last; ++c) {
+      const Chunk& chunk = table.chunks[c];
+      const TensorOperands& tensor = tensors[chunk.tensor];
+      chunks[c] = chunk_norm(tensor, chunk, transforms[tensor.group], type, scales[chunk.tensor]);
+    }
+  });
+  std::vector<NormPartial> partials(tensors.size());
+  NormPartial lanes[kLanes];
+  for (size_t t = 0; t < tensors.size(); ++t) {
+    const int64_t begin = table.offsets[t];
+    const int64_t count = table.offsets[t + 1] - begin;
+    if (count == 0) continue;
+    partials[t] = combine_in_order<NormPartial>(
+        count, lanes, [&](int64_t i) { return chunks[begin + i]; },
+        [&](NormPartial& a, const NormPartial& b) { combine(type, a, b); });
+  }
+  return partials;
+}
+
+// A power of two that brings the extreme magnitude near one.
+double scale_for(double extreme) {
+  if (extreme == 0 || !is_finite(extreme)) return 1;
+  return std::ldexp(1.0, -std::clamp(std::ilogb(extreme), -1000, 1000));
+}
+
+}  // namespace
+
+GradNorms::GradNorms(const Tensors& tensors, const ChunkTable& table, const std::vector<TransformOptions>& transforms,
+                     NormType type)
+    : type_(type), scales_(tensors.size(), 1.0), empty_(tensors.size()) {
+  for (size_t t = 0; t < tensors.size(); ++t) empty_[t] = tensors[t].numel == 0;
+  if (type.kind == NormKind::general) {
+    const double extreme = type.p > 0 ? INFINITY : -INFINITY;
+    const std::vector<NormPartial> extremes = tensor_partials(tensors, table, transforms, norm_type(extreme), scales_);
+    for (size_t t = 0; t < tensors.size(); ++t) scales_[t] = scale_for(extremes[t].sums.medium);
+  }
+  partials_ = tensor_partials(tensors, table, transforms, type, scales_);
+}
+
+Norm GradNorms::combined(const std::vector<size_t>& chosen) const {
+  Norm result;
+  if (chosen.empty()) return result;
+  const int64_t count = static_cast<int64_t>(chosen.size());
+  NormPartial lanes[kLanes];
+  const NormPartial sum = combine_in_order<NormPartial>(
+      count, lanes, [&](int64_t i) { return partials_[chosen[i]]; },
+      [&](NormPartial& a, const NormPartial& b) { combine(type_, a, b); });
+  result.nonfinite = sum.nonfinite;
+  result.nan = sum.nan;
+  if (type_.kind == NormKind::general) {
+    // Powers of different tensors carry different scales: combine the norms, relative to the one that counts most.
+    std::vector<double> norms;
+    for (size_t t : chosen) norms.push_back(finish_norm(type_, partials_[t].sums, scales_[t]));
+    const double extreme = type_.p > 0 ? *std::max_element(norms.begin(), norms.end())
+                                       : *std::min_element(norms.begin(), norms.end());
+    double lanes_of_powers[kLanes];
+    const double powers = combine_in_order<double>(
+        count, lanes_of_powers, [&](int64_t i) { return std::pow(norms[i] / extreme, type_.p); },
+        [](double& a, double b) { a += b; });
+    const bool ordinary = extreme > 0 && is_finite(extreme);
+    result.finite_norm = ordinary ? extreme * std::pow(powers, 1 / type_.p) : extreme;
+  } else {
+    result.finite_norm = finish_norm(type_, sum.sums, 1);
+  }
+  result.norm = result.finite_norm;
+  if (result.nonfinite > 0 && type_.infinite_with_element()) result.norm = INFINITY;
+  if (result.nan > 0) result.norm = std::numeric_limits<double>::quiet_NaN();
+  return result;
+}
+
+Norm grad_norm(const Tensors& tensors, NormType type) {
+  const ChunkTable table(tensors);
+  return GradNorms(tensors, table, {TransformOptions{}}, type).total();
+}
+
+}  // namespace steadygrad::cpu

@@ -1,0 +1,110 @@
+// The operations of the CPU backend. Arguments are checked by the caller; nothing here knows Python.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/gradient.h"
+#include "core/norm.h"
+#include "core/rules/hyper.h"
+#include "core/tensors.h"
+#include "cpu/parallel.h"
+
+namespace steadygrad::cpu {
+
+using Tensors = std::vector<TensorOperands>;
+
+// A norm and what it was taken over. Non-finite elements are counted and, in `finite_norm`, count as zero.
+struct Norm {
+  double norm = 0;
+  double finite_norm = 0;
+  int64_t nonfinite = 0;
+  int64_t nan = 0;
+};
+
+// Norms of every tensor's transformed gradient (before the clip), from one read of the gradients; two for a general p.
+// `transforms` has one entry per tensor's group.
+class GradNorms {
+ public:
+  GradNorms(const Tensors& tensors, const ChunkTable& table, const std::vector<TransformOptions>& transforms,
+            NormType type);
+
+  // Of the tensors for which selected(tensor index) holds, in the order of the list.
+  template <class Selected>
+  Norm over(Selected selected) const {
+    std::vector<size_t> chosen;
+    for (size_t t = 0; t < partials_.size(); ++t) {
+      if (!empty_[t] && selected(t)) chosen.push_back(t);
+    }
+    return combined(chosen);
+  }
+  Norm total() const {
+    return over([](size_t) { return true; });
+  }
+  Norm of(size_t tensor) const { return empty_[tensor] ? Norm{} : combined({tensor}); }
+  int64_t nonfinite(size_t tensor) const { return partials_[tensor].nonfinite; }
+
+ private:
+  Norm combined(const std::vector<size_t>& chosen) const;
+
+  NormType type_;
+  std::vector<NormPartial> partials_;
+  std::vector<double> scales_;
+  std::vector<bool> empty_;
+};
+
+Norm grad_norm(const Tensors& tensors, NormType type);
+
+// grad = transform(grad), with one entry of `transforms` per tensor; tensors whose transform is the identity are not written.
+void transform_grads(const Tensors& tensors, const ChunkTable& table, const std::vector<TransformOptions>& transforms);
+
+// Adds l1 * sign(param) + l2 * param to the gradients; returns l1 * sum|param| + l2 / 2 * sum param^2.
+double add_penalty(const Tensors& tensors, double l1, double l2);
+
+// param = sign(param) * max(|param| - amount, 0)
+void soft_threshold(const Tensors& tensors, double amount);
+
+enum class ClipScope : uint8_t { global, group, tensor };
+enum class NonfinitePolicy : uint8_t { skip, zero, raise, propagate };
+
+struct GroupOptions {
+  RuleHyper hyper;
+  double max_norm = INFINITY;  // infinity: the norm is taken and nothing is clipped
+  double clip_value = INFINITY;
+  double l1 = 0;
+  double l2 = 0;
+};
+
+struct StepOptions {
+  RuleKind rule = RuleKind::none;
+  NormType norm_type;
+  ClipScope clip_scope = ClipScope::global;
+  NonfinitePolicy nonfinite = NonfinitePolicy::skip;
+  bool penalty_before_clip = true;
+  bool proximal = false;
+  bool write_grads = false;
+  double unscale = 1;  // 1 / grad_scale
+  bool found_inf = false;
+};
+
+// A tensor's step counter, if its rule keeps one, and whether this is its first step (SGD's momentum buffer starts as the gradient).
+struct StepCounter {
+  void* data = nullptr;
+  DType dtype = DType::float32;
+  bool first = false;
+};
+
+struct StepReport {
+  Norm norm;  // over all tensors
+  bool refused = false;  // non-finite under NonfinitePolicy::raise: nothing was written
+  bool skipped = false;
+  bool clipped = false;
+  bool grads_written = false;
+  std::vector<int64_t> nonfinite;  // per tensor; empty when all elements are finite
+};
+
+// One whole step in two passes: the norm, the decision, the update. Nothing is written before the decision.
+StepReport fused_step(const Tensors& tensors, const std::vector<StepCounter>& counters,
+                      const std::vector<GroupOptions>& groups, const StepOptions& options);
+
+}  // namespace steadygrad::cpu

@@ -1,0 +1,280 @@
+// Compiled once per instruction set into a namespace of that name. Everything here has internal linkage or is always
+// inlined, so that no code of one instruction set can be linked into another.
+#include "cpu/vector_kernels.h"
+
+#include "core/rules/table.h"
+
+namespace steadygrad::cpu::STEADYGRAD_INSTRUCTION_SET {
+namespace {
+
+// One AVX-512 register of doubles; narrower instruction sets take it in parts. `aligned(8)` lets it load any element.
+constexpr int kWidth = 8;
+typedef double DoubleVector __attribute__((vector_size(kWidth * sizeof(double))));
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(kWidth * sizeof(float)), aligned(4), may_alias));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(kWidth * sizeof(double)), aligned(8), may_alias));
+};
+
+struct Add {
+  template <class V>
+  STEADYGRAD_INLINE V operator()(V a, V b) const {
+    return a + b;
+  }
+};
+struct Max {
+  template <class V>
+  STEADYGRAD_INLINE V operator()(V a, V b) const {
+    return a > b ? a : b;
+  }
+};
+struct Min {
+  template <class V>
+  STEADYGRAD_INLINE V operator()(V a, V b) const {
+    return a < b ? a : b;
+  }
+};
+
+template <class V>
+STEADYGRAD_INLINE V magnitude(V value) {
+  return value < 0 ? -value : value;
+}
+
+// A cache line ahead of the hardware prefetcher's reach over a page boundary.
+constexpr int64_t kPrefetchAhead = 2048;
+
+template <class T, class Term, class Combine>
+STEADYGRAD_INLINE void accumulate(double* lanes, const T* in, int64_t count, Term term, Combine combine) {
+  constexpr int kVectors = kLanes / kWidth;
+  using Input = typename VectorOf<T>::type;
+  DoubleVector sums[kVectors];
+  const int64_t rows = count / kLanes;
+  if (rows > 0) {
+    for (int k = 0; k < kVectors; ++k) sums[k] = *reinterpret_cast<const DoubleVector*>(lanes + k * kWidth);
+    for (int64_t row = 0; row < rows; ++row) {
+      const T* line = in + row * kLanes;
+      for (size_t k = 0; k < kLanes * sizeof(T) / 64; ++k) {
+        __builtin_prefetch(line + kPrefetchAhead + k * (64 / sizeof(T)));
+      }
+#pragma GCC unroll 16
+      for (int k = 0; k < kVectors; ++k) {
+        const Input input = *reinterpret_cast<const Input*>(line + k * kWidth);
+        sums[k] = combine(sums[k], term(__builtin_convertvector(input, DoubleVector)));
+      }
+    }
+    for (int k = 0; k < kVectors; ++k) *reinterpret_cast<DoubleVector*>(lanes + k * kWidth) = sums[k];
+  }
+  for (int64_t i = rows * kLanes; i < count; ++i) {
+    double& lane = lanes[i - rows * kLanes];
+    lane = combine(lane, term(static_cast<double>(in[i])));
+  }
+}
+
+template <class T>
+STEADYGRAD_INLINE void accumulate_squares(NormLanes& lanes, const T* in, int64_t count) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    accumulate(lanes.medium, in, count, [](auto x) __attribute__((always_inline)) { return x * x; }, Add());
+    return;
+  }
+  accumulate(
+      lanes.small, in, count,
+      [](auto x) __attribute__((always_inline)) {
+        const auto scaled = (magnitude(x) < kSmallThreshold ? x : x - x) * kSmallScale;
+        return scaled * scaled;
+      },
+      Add());
+  accumulate(
+      lanes.medium, in, count,
+      [](auto x) __attribute__((always_inline)) {
+        const auto kept = magnitude(x) < kSmallThreshold || magnitude(x) > kLargeThreshold ? x * 0 : x;
+        return kept * kept;
+      },
+      Add());
+  accumulate(
+      lanes.large, in, count,
+      [](auto x) __attribute__((always_inline)) {
+        const auto scaled = (magnitude(x) > kLargeThreshold ? x : x * 0) * kLargeScale;
+        return scaled * scaled;
+      },
+      Add());
+}
+
+template <class T>
+void accumulate_norm(NormLanes& lanes, const T* in, int64_t count, NormType type, double scale) {
+  switch (type.kind) {
+    case NormKind::two:
+      return accumulate_squares(lanes, in, count);
+    case NormKind::one:
+      return accumulate(
+          lanes.medium, in, count, [](auto x) __attribute__((always_inline)) { return magnitude(x); }, Add());
+    case NormKind::infinity:
+      return accumulate(
+          lanes.medium, in, count, [](auto x) __attribute__((always_inline)) { return magnitude(x); }, Max());
+    case NormKind::negative_infinity:
+      return accumulate(
+          lanes.medium, in, count, [](auto x) __attribute__((always_inline)) { return magnitude(x); }, Min());
+    case NormKind::zero:
+      for (int64_t i = 0; i < count; ++i) lanes.medium[i % kLanes] += in[i] != T(0) ? 1.0 : 0.0;
+      return;
+    case NormKind::general:
+      for (int64_t i = 0; i < count; ++i) {
+        lanes.medium[i % kLanes] += std::pow(std::fabs(static_cast<double>(in[i]) * scale), type.p);
+      }
+      return;
+  }
+}
+
+template <class T>
+void count_nonfinite(const T* in, int64_t count, int64_t& nonfinite, int64_t& nan) {
+  int64_t not_finite = 0;
+  int64_t not_a_number = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    not_finite += is_finite(in[i]) ? 0 : 1;
+    not_a_number += in[i] != in[i] ? 1 : 0;
+  }
+  nonfinite += not_finite;
+  nan += not_a_number;
+}
+
+template <class T>
+void zero_nonfinite(T* out, const T* in, int64_t count) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) out[i] = is_finite(in[i]) ? in[i] : T(0);
+}
+
+template <class T>
+void load(T* __restrict out, const void* in, DType dtype, int64_t count) {
+  switch (dtype) {
+    case DType::float32: {
+      const auto* from = static_cast<const float*>(in);
+      for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(from[i]);
+      return;
+    }
+    case DType::float64: {
+      const auto* from = static_cast<const double*>(in);
+      for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(from[i]);
+      return;
+    }
+    case DType::bfloat16: {
+      const auto* from = static_cast<const BFloat16*>(in);
+      for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(to_float(from[i]));
+      return;
+    }
+    case DType::float16: {
+      const auto* from = static_cast<const Float16*>(in);
+      for (int64_t i = 0; i < count; ++i) out[i] = static_cast<T>(to_float(from[i]));
+      return;
+    }
+  }
+}
+
+template <class T>
+void store(void* __restrict out, DType dtype, const T* in, int64_t count) {
+  switch (dtype) {
+    case DType::float32: {
+      auto* to = static_cast<float*>(out);
+      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(in[i]);
+      return;
+    }
+    case DType::float64: {
+      auto* to = static_cast<double*>(out);
+      for (int64_t i = 0; i < count; ++i) to[i] = static_cast<double>(in[i]);
+      return;
+    }
+    case DType::bfloat16: {
+      auto* to = static_cast<BFloat16*>(out);
+      for (int64_t i = 0; i < count; ++i) to[i] = to_bfloat16(static_cast<float>(in[i]));
+      return;
+    }
+    case DType::float16: {
+      auto* to = static_cast<Float16*>(out);
+      for (int64_t i = 0; i < count; ++i) to[i] = to_float16(static_cast<float>(in[i]));
+      return;
+    }
+  }
+}
+
+// `out` may be `grad` itself (ivdep: an element depends on nothing but its own input). `param` is null where no penalty reads it; the element passed on in its place is never used.
+template <class T>
+void before_clip(T* out, const T* grad, const T* param, int64_t count, const GradientTransform<T>& transform) {
+  const GradientTransform<T> local = transform;
+  if (param == nullptr) param = grad;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) out[i] = local.before_clip(grad[i], param[i]);
+}
+
+template <class T>
+void transform_gradient(T* out, const T* grad, const T* param, int64_t count,
+                        const GradientTransform<T>& transform) {
+  const GradientTransform<T> local = transform;
+  if (local.only_scales()) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < count; ++i) out[i] = local.clip(grad[i]);
+    return;
+  }
+  if (param == nullptr) param = grad;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) out[i] = local(grad[i], param[i]);
+}
+
+template <class T>
+void soft_threshold_kernel(T* param, int64_t count, T amount) {
+  for (int64_t i = 0; i < count; ++i) param[i] = soft_threshold(param[i], amount);
+}
+
+template <class T, class Rule, class Gradient, class After>
+STEADYGRAD_INLINE void update_loop(const Tile<T>& tile, const Rule rule, Gradient gradient, After after) {
+  T* __restrict param = tile.param;
+  const T* __restrict grad = tile.grad;
+  T* __restrict state0 = tile.states[0];
+  T* __restrict state1 = tile.states[1];
+  T* __restrict state2 = tile.states[2];
+  T unused = 0;
+  for (int64_t i = 0; i < tile.count; ++i) {
+    T p = param[i];
+    T s0 = unused, s1 = unused, s2 = unused;
+    if constexpr (Rule::kStateCount > 0) s0 = state0[i];
+    if constexpr (Rule::kStateCount > 1) s1 = state1[i];
+    if constexpr (Rule::kStateCount > 2) s2 = state2[i];
+    rule(p, gradient(grad[i], p), s0, s1, s2);
+    if constexpr (Rule::kStateCount > 0) state0[i] = s0;
+    if constexpr (Rule::kStateCount > 1) state1[i] = s1;
+    if constexpr (Rule::kStateCount > 2) state2[i] = s2;
+    param[i] = after(p);
+  }
+}
+
+template <class T>
+void update(const Tile<T>& tile, const RuleStep& step, const GradientTransform<T>& transform) {
+  const GradientTransform<T> local = transform;
+  const T threshold = static_cast<T>(step.soft_threshold);
+  with_rule<T>(step.kind, step.hyper, step.scalars, [&](auto rule) __attribute__((always_inline)) {
+    if (local.only_scales() && threshold == T(0)) {
+      update_loop<T>(
+          tile, rule,
+          [&](T grad, T) __attribute__((always_inline)) { return local.clip(grad); },
+          [](T param) __attribute__((always_inline)) { return param; });
+    } else {
+      update_loop<T>(
+          tile, rule, [&](T grad, T param) __attribute__((always_inline)) { return local(grad, param); },
+          [&](T param) __attribute__((always_inline)) { return soft_threshold(param, threshold); });
+    }
+  });
+}
+
+template <class T>
+constexpr VectorKernels<T> kTable = {load<T>,         store<T>,       accumulate_norm<T>,    count_nonfinite<T>,
+                                     zero_nonfinite<T>, before_clip<T>, transform_gradient<T>, soft_threshold_kernel<T>,
+                                     update<T>};
+
+}  // namespace
+
+const VectorKernels<float>& float_kernels() { return kTable<float>; }
+const VectorKernels<double>& double_kernels() { return kTable<double>; }
+
+}  // namespace steadygrad::cpu::STEADYGRAD_INSTRUCTION_SET
