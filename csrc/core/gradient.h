@@ -62,9 +62,10 @@ STEADYGRAD_INLINE ScaleFactors<T> scale_factors(double factor) {
 }
 
 // min(1, limit / (norm + 1e-6)), torch.nn.utils.clip_grad_norm_'s coefficient; an infinite norm gives 0, NaN stays NaN.
+// No limit is no clip whatever the norm, where torch's inf / inf would turn every gradient into NaN.
 STEADYGRAD_INLINE double clip_coefficient(double limit, double norm) {
+  if (limit == INFINITY) return 1.0;
   const double coefficient = limit / (norm + 1e-6);
-  if (limit == INFINITY) return norm == norm ? 1.0 : norm;
   return coefficient > 1.0 ? 1.0 : coefficient;
 }
 

@@ -17,9 +17,6 @@ enum class NormKind { two, one, infinity, negative_infinity, zero, general };
 struct NormType {
   NormKind kind = NormKind::two;
   double p = 2.0;
-
-  // For p <= 0 an infinite element is an ordinary one: it adds nothing to the sum, or one to the count.
-  STEADYGRAD_INLINE bool infinite_with_element() const { return p > 0; }
 };
 
 inline NormType norm_type(double p) {

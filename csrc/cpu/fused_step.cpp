@@ -75,22 +75,24 @@ std::vector<RuleStep> advance(const Tensors& tensors, const std::vector<StepCoun
       last_group = g;
       last_step = step;
     }
-    steps[t] = {options.rule, hyper, scalars, options.proximal ? hyper.lr * groups[g].l1 : 0};
+    steps[t] = {options.rule, hyper, scalars};
     steps[t].scalars.first = counters[t].first;
   }
   return steps;
 }
 
+// `threshold` is taken from the parameters' magnitudes after the update; 0: none.
 template <class T>
-void update_chunk(const TensorOperands& tensor, const Chunk& chunk, const RuleStep& step, int states,
-                  const TransformOptions& options) {
+void update_chunk(const TensorOperands& tensor, const Chunk& chunk, const RuleStep& step,
+                  const TransformOptions& options, double threshold) {
   const GradientTransform<T> transform = gradient_transform<T>(options);
+  const int states = state_count(step.kind, step.hyper);
   Stage<T> param_stage;
   Stage<T> grad_stage;
   Stage<T> state_stages[kMaxStates];
   bool direct = Stage<T>::is_direct(tensor.param) && Stage<T>::is_direct(tensor.grad);
   for (int s = 0; s < states; ++s) direct = direct && Stage<T>::is_direct(tensor.states[s]);
-  const int64_t size = direct ? kChunk : kTile;
+  const int64_t size = direct && transform.only_scales() && threshold == 0 ? kChunk : kTile;
   for (int64_t done = 0; done < chunk.count; done += size) {
     const int64_t begin = chunk.begin + done;
     Tile<T> tile{};
@@ -100,7 +102,14 @@ void update_chunk(const TensorOperands& tensor, const Chunk& chunk, const RuleSt
     for (int s = 0; s < states; ++s) {
       tile.states[s] = state_stages[s].read(tensor, tensor.states[s], begin, tile.count);
     }
-    vector_kernels<T>().update(tile, step, transform);
+    ScaleFactors<T> scale = transform.clip;
+    if (!transform.only_scales()) {
+      vector_kernels<T>().transform(grad_stage.buffer(), tile.grad, tile.param, tile.count, transform);
+      tile.grad = grad_stage.buffer();
+      scale = ScaleFactors<T>();
+    }
+    vector_kernels<T>().update(tile, step, scale);
+    if (threshold != 0) vector_kernels<T>().soft_threshold(tile.param, tile.count, static_cast<T>(threshold));
     param_stage.write(tensor, tensor.param, begin, tile.count, tile.param);
     for (int s = 0; s < states; ++s) {
       state_stages[s].write(tensor, tensor.states[s], begin, tile.count, tile.states[s]);
@@ -144,10 +153,11 @@ StepReport fused_step(const Tensors& tensors, const std::vector<StepCounter>& co
     for (int64_t c = last - 1; c >= first; --c) {
       const Chunk& chunk = table.chunks[c];
       const TensorOperands& tensor = tensors[chunk.tensor];
-      const RuleStep& step = steps[chunk.tensor];
+      const GroupOptions& group = groups[tensor.group];
+      const double threshold = options.proximal ? group.hyper.lr * group.l1 : 0;
       with_compute_type(tensor, [&](auto element) {
-        update_chunk<decltype(element)>(tensor, chunk, step, state_count(step.kind, step.hyper),
-                                        decision.transforms[chunk.tensor]);
+        update_chunk<decltype(element)>(tensor, chunk, steps[chunk.tensor], decision.transforms[chunk.tensor],
+                                        threshold);
       });
     }
   });

@@ -27,7 +27,7 @@ class ChunkNorm {
       for_each_tile([&](const T* grad, int64_t count) {
         vector_kernels<T>().count_nonfinite(grad, count, partial.nonfinite, partial.nan);
       });
-      if (partial.nonfinite > 0 && type_.infinite_with_element()) partial.sums = sums(true);
+      if (partial.nonfinite > 0) partial.sums = sums(true);
     }
     return partial;
   }
@@ -163,7 +163,7 @@ Norm GradNorms::combined(const std::vector<size_t>& chosen) const {
     result.finite_norm = finish_norm(type_, sum.sums, 1);
   }
   result.norm = result.finite_norm;
-  if (result.nonfinite > 0 && type_.infinite_with_element()) result.norm = INFINITY;
+  if (result.nonfinite > 0) result.norm = INFINITY;
   if (result.nan > 0) result.norm = std::numeric_limits<double>::quiet_NaN();
   return result;
 }

@@ -227,43 +227,33 @@ void soft_threshold_kernel(T* param, int64_t count, T amount) {
   for (int64_t i = 0; i < count; ++i) param[i] = soft_threshold(param[i], amount);
 }
 
-template <class T, class Rule, class Gradient, class After>
-STEADYGRAD_INLINE void update_loop(const Tile<T>& tile, const Rule rule, Gradient gradient, After after) {
-  T* __restrict param = tile.param;
-  const T* __restrict grad = tile.grad;
-  T* __restrict state0 = tile.states[0];
-  T* __restrict state1 = tile.states[1];
-  T* __restrict state2 = tile.states[2];
-  T unused = 0;
+template <class T, class Rule>
+STEADYGRAD_INLINE void update_loop(const Tile<T>& tile, const Rule rule, const ScaleFactors<T> scale) {
+  T* const param = tile.param;
+  const T* const grad = tile.grad;
+  T* const state0 = tile.states[0];
+  T* const state1 = tile.states[1];
+  T* const state2 = tile.states[2];
+#pragma GCC ivdep
   for (int64_t i = 0; i < tile.count; ++i) {
     T p = param[i];
-    T s0 = unused, s1 = unused, s2 = unused;
+    T s0 = 0, s1 = 0, s2 = 0;
     if constexpr (Rule::kStateCount > 0) s0 = state0[i];
     if constexpr (Rule::kStateCount > 1) s1 = state1[i];
     if constexpr (Rule::kStateCount > 2) s2 = state2[i];
-    rule(p, gradient(grad[i], p), s0, s1, s2);
+    rule(p, scale(grad[i]), s0, s1, s2);
     if constexpr (Rule::kStateCount > 0) state0[i] = s0;
     if constexpr (Rule::kStateCount > 1) state1[i] = s1;
     if constexpr (Rule::kStateCount > 2) state2[i] = s2;
-    param[i] = after(p);
+    param[i] = p;
   }
 }
 
 template <class T>
-void update(const Tile<T>& tile, const RuleStep& step, const GradientTransform<T>& transform) {
-  const GradientTransform<T> local = transform;
-  const T threshold = static_cast<T>(step.soft_threshold);
+void update(const Tile<T>& tile, const RuleStep& step, const ScaleFactors<T>& scale) {
+  const ScaleFactors<T> local = scale;
   with_rule<T>(step.kind, step.hyper, step.scalars, [&](auto rule) __attribute__((always_inline)) {
-    if (local.only_scales() && threshold == T(0)) {
-      update_loop<T>(
-          tile, rule,
-          [&](T grad, T) __attribute__((always_inline)) { return local.clip(grad); },
-          [](T param) __attribute__((always_inline)) { return param; });
-    } else {
-      update_loop<T>(
-          tile, rule, [&](T grad, T param) __attribute__((always_inline)) { return local(grad, param); },
-          [&](T param) __attribute__((always_inline)) { return soft_threshold(param, threshold); });
-    }
+    update_loop<T>(tile, rule, local);
   });
 }
 

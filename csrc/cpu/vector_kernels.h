@@ -30,7 +30,6 @@ struct RuleStep {
   RuleKind kind;
   RuleHyper hyper;
   StepScalars scalars;
-  double soft_threshold;  // taken from |param| after the update; 0: none
 };
 
 template <class T>
@@ -44,7 +43,8 @@ struct VectorKernels {
   void (*before_clip)(T* out, const T* grad, const T* param, int64_t count, const GradientTransform<T>& transform);
   void (*transform)(T* out, const T* grad, const T* param, int64_t count, const GradientTransform<T>& transform);
   void (*soft_threshold)(T* param, int64_t count, T amount);
-  void (*update)(const Tile<T>& tile, const RuleStep& rule, const GradientTransform<T>& transform);
+  // The rule on scale(grad).
+  void (*update)(const Tile<T>& tile, const RuleStep& rule, const ScaleFactors<T>& scale);
 };
 
 // The table for the instruction set in use.

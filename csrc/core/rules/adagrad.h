@@ -8,22 +8,21 @@
 
 namespace steadygrad {
 
-template <class T>
+template <class T, bool kDecay>
 struct Adagrad {
   static constexpr int kStateCount = 1;
 
-  T step_size, weight_decay, eps;
-  bool maximize;
+  T direction, step_size, weight_decay, eps;
 
   STEADYGRAD_INLINE Adagrad(const RuleHyper& hyper, const StepScalars& scalars)
-      : step_size(T(scalars.step_size)),
+      : direction(T(hyper.maximize ? -1 : 1)),
+        step_size(T(scalars.step_size)),
         weight_decay(T(hyper.weight_decay)),
-        eps(T(hyper.eps)),
-        maximize(hyper.maximize) {}
+        eps(T(hyper.eps)) {}
 
   STEADYGRAD_INLINE void operator()(T& param, T grad, T& sum, T&, T&) const {
-    grad = maximize ? -grad : grad;
-    grad = weight_decay != T(0) ? grad + weight_decay * param : grad;
+    grad = direction * grad;
+    if (kDecay) grad = grad + weight_decay * param;
     sum = sum + grad * grad;
     param = param - step_size * (grad / (std::sqrt(sum) + eps));
   }

@@ -5,33 +5,32 @@
 
 #include "core/host_device.h"
 #include "core/rules/hyper.h"
-#include "core/rules/lerp.h"
 
 namespace steadygrad {
 
-template <class T, bool kAmsgrad>
+template <class T, bool kDecay, bool kAmsgrad>
 struct Adam {
   static constexpr int kStateCount = kAmsgrad ? 3 : 2;
 
-  T one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay, step_size, inverse_sqrt_bias_correction2;
-  bool maximize, decoupled;
+  T direction, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay, step_size,
+      inverse_sqrt_bias_correction2;
 
   STEADYGRAD_INLINE Adam(const RuleHyper& hyper, const StepScalars& scalars)
-      : one_minus_beta1(T(1 - hyper.beta1)),
+      : direction(T(hyper.maximize ? -1 : 1)),
+        beta1(T(hyper.beta1)),
+        one_minus_beta1(T(1 - hyper.beta1)),
         beta2(T(hyper.beta2)),
         one_minus_beta2(T(1 - hyper.beta2)),
         eps(T(hyper.eps)),
-        weight_decay(hyper.decoupled_weight_decay ? T(0) : T(hyper.weight_decay)),
-        decay(T(1 - hyper.lr * hyper.weight_decay)),
+        weight_decay(T(hyper.weight_decay)),
+        decay(T(hyper.decoupled_weight_decay ? 1 - hyper.lr * hyper.weight_decay : 1)),
         step_size(T(scalars.step_size)),
-        inverse_sqrt_bias_correction2(T(scalars.inverse_sqrt_bias_correction2)),
-        maximize(hyper.maximize),
-        decoupled(hyper.decoupled_weight_decay) {}
+        inverse_sqrt_bias_correction2(T(scalars.inverse_sqrt_bias_correction2)) {}
 
   STEADYGRAD_INLINE void operator()(T& param, T grad, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq) const {
-    grad = maximize ? -grad : grad;
-    grad = weight_decay != T(0) ? grad + weight_decay * param : grad;
-    exp_avg = lerp(exp_avg, grad, one_minus_beta1);
+    grad = direction * grad;
+    if (kDecay) grad = grad + weight_decay * param;
+    exp_avg = exp_avg * beta1 + one_minus_beta1 * grad;
     exp_avg_sq = exp_avg_sq * beta2 + one_minus_beta2 * grad * grad;
     T second_moment = exp_avg_sq;
     if (kAmsgrad) {
@@ -39,7 +38,7 @@ struct Adam {
       max_exp_avg_sq = second_moment;
     }
     const T denominator = std::sqrt(second_moment) * inverse_sqrt_bias_correction2 + eps;
-    param = (decoupled ? param * decay : param) - step_size * (exp_avg / denominator);
+    param = param * decay - step_size * (exp_avg / denominator);
   }
 };
 

@@ -5,35 +5,33 @@
 
 #include "core/host_device.h"
 #include "core/rules/hyper.h"
-#include "core/rules/lerp.h"
 
 namespace steadygrad {
 
 // States: square_avg, then grad_avg if centered, then momentum_buffer if there is momentum.
-template <class T, bool kCentered, bool kMomentum>
+template <class T, bool kDecay, bool kCentered, bool kMomentum>
 struct RmsProp {
   static constexpr int kStateCount = 1 + (kCentered ? 1 : 0) + (kMomentum ? 1 : 0);
 
-  T lr, weight_decay, alpha, one_minus_alpha, eps, momentum;
-  bool maximize;
+  T direction, lr, weight_decay, alpha, one_minus_alpha, eps, momentum;
 
   STEADYGRAD_INLINE RmsProp(const RuleHyper& hyper, const StepScalars&)
-      : lr(T(hyper.lr)),
+      : direction(T(hyper.maximize ? -1 : 1)),
+        lr(T(hyper.lr)),
         weight_decay(T(hyper.weight_decay)),
         alpha(T(hyper.alpha)),
         one_minus_alpha(T(1 - hyper.alpha)),
         eps(T(hyper.eps)),
-        momentum(T(hyper.momentum)),
-        maximize(hyper.maximize) {}
+        momentum(T(hyper.momentum)) {}
 
   STEADYGRAD_INLINE void operator()(T& param, T grad, T& square_avg, T& second, T& third) const {
-    grad = maximize ? -grad : grad;
-    grad = weight_decay != T(0) ? grad + weight_decay * param : grad;
+    grad = direction * grad;
+    if (kDecay) grad = grad + weight_decay * param;
     square_avg = square_avg * alpha + one_minus_alpha * grad * grad;
     T variance = square_avg;
     if (kCentered) {
       T& grad_avg = second;
-      grad_avg = lerp(grad_avg, grad, one_minus_alpha);
+      grad_avg = grad_avg * alpha + one_minus_alpha * grad;
       variance = variance - grad_avg * grad_avg;
     }
     const T update = grad / (std::sqrt(variance) + eps);

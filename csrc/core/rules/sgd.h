@@ -6,29 +6,27 @@
 
 namespace steadygrad {
 
-template <class T, bool kMomentum>
+template <class T, bool kDecay, bool kMomentum, bool kNesterov>
 struct Sgd {
   static constexpr int kStateCount = kMomentum ? 1 : 0;
 
-  T lr, weight_decay, momentum, undamped;
-  bool nesterov, maximize, first;
+  T direction, lr, weight_decay, momentum, kept, added;
 
   STEADYGRAD_INLINE Sgd(const RuleHyper& hyper, const StepScalars& scalars)
-      : lr(T(hyper.lr)),
+      : direction(T(hyper.maximize ? -1 : 1)),
+        lr(T(hyper.lr)),
         weight_decay(T(hyper.weight_decay)),
         momentum(T(hyper.momentum)),
-        undamped(T(1 - hyper.dampening)),
-        nesterov(hyper.nesterov),
-        maximize(hyper.maximize),
-        first(scalars.first) {}
+        kept(T(scalars.first ? 0 : hyper.momentum)),
+        added(T(scalars.first ? 1 : 1 - hyper.dampening)) {}
 
   STEADYGRAD_INLINE void operator()(T& param, T grad, T& momentum_buffer, T&, T&) const {
-    grad = maximize ? -grad : grad;
-    grad = weight_decay != T(0) ? grad + weight_decay * param : grad;
+    grad = direction * grad;
+    if (kDecay) grad = grad + weight_decay * param;
     if (kMomentum) {
-      const T buffer = first ? grad : momentum_buffer * momentum + undamped * grad;
-      momentum_buffer = buffer;
-      grad = nesterov ? grad + momentum * buffer : buffer;
+      // The first buffer is the gradient itself, undamped.
+      momentum_buffer = momentum_buffer * kept + added * grad;
+      grad = kNesterov ? grad + momentum * momentum_buffer : momentum_buffer;
     }
     param = param - lr * grad;
   }

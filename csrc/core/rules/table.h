@@ -46,27 +46,40 @@ inline int state_count(RuleKind kind, const RuleHyper& hyper) {
   return 0;
 }
 
-// Calls `function` with the rule as a functor whose options that change its operands are compile-time constants.
-template <class T, class Function>
-STEADYGRAD_INLINE void with_rule(RuleKind kind, const RuleHyper& hyper, const StepScalars& scalars,
-                                 Function function) {
+template <class T, bool kDecay, class Function>
+STEADYGRAD_INLINE void with_rule_of(RuleKind kind, const RuleHyper& hyper, const StepScalars& scalars,
+                                    Function function) {
   const bool momentum = hyper.momentum != 0;
   switch (kind) {
     case RuleKind::none:
       return;
     case RuleKind::sgd:
-      if (momentum) return function(Sgd<T, true>(hyper, scalars));
-      return function(Sgd<T, false>(hyper, scalars));
+      if (momentum && hyper.nesterov) return function(Sgd<T, kDecay, true, true>(hyper, scalars));
+      if (momentum) return function(Sgd<T, kDecay, true, false>(hyper, scalars));
+      return function(Sgd<T, kDecay, false, false>(hyper, scalars));
     case RuleKind::adam:
-      if (hyper.amsgrad) return function(Adam<T, true>(hyper, scalars));
-      return function(Adam<T, false>(hyper, scalars));
+      if (hyper.amsgrad) return function(Adam<T, kDecay, true>(hyper, scalars));
+      return function(Adam<T, kDecay, false>(hyper, scalars));
     case RuleKind::adagrad:
-      return function(Adagrad<T>(hyper, scalars));
+      return function(Adagrad<T, kDecay>(hyper, scalars));
     case RuleKind::rmsprop:
-      if (hyper.centered && momentum) return function(RmsProp<T, true, true>(hyper, scalars));
-      if (hyper.centered) return function(RmsProp<T, true, false>(hyper, scalars));
-      if (momentum) return function(RmsProp<T, false, true>(hyper, scalars));
-      return function(RmsProp<T, false, false>(hyper, scalars));
+      if (hyper.centered && momentum) return function(RmsProp<T, kDecay, true, true>(hyper, scalars));
+      if (hyper.centered) return function(RmsProp<T, kDecay, true, false>(hyper, scalars));
+      if (momentum) return function(RmsProp<T, kDecay, false, true>(hyper, scalars));
+      return function(RmsProp<T, kDecay, false, false>(hyper, scalars));
+  }
+}
+
+// Calls `function` with the rule as a functor. Options that change which operands it has, or whether a term exists at all,
+// are compile-time constants, so that its loop has no branch.
+template <class T, class Function>
+STEADYGRAD_INLINE void with_rule(RuleKind kind, const RuleHyper& hyper, const StepScalars& scalars,
+                                 Function function) {
+  const bool decay = hyper.weight_decay != 0 && !hyper.decoupled_weight_decay;
+  if (decay) {
+    with_rule_of<T, true>(kind, hyper, scalars, function);
+  } else {
+    with_rule_of<T, false>(kind, hyper, scalars, function);
   }
 }
 

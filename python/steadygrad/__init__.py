@@ -1,0 +1,47 @@
+"""Fused gradient clipping, penalties and optimizer steps that keep PyTorch training steady.
+
+>>> import torch, steadygrad as sg
+>>> opt = sg.Stabilizer(torch.optim.AdamW(model.parameters(), lr=3e-4), max_norm=1.0)
+>>> loss.backward()
+>>> opt.step()       # non-finite check, norm, clip, penalty and update in two passes over memory
+>>> opt.grad_norm    # norm before clipping
+"""
+
+from __future__ import annotations
+
+import torch as _torch  # before the kernels: they run on the OpenMP copy that torch loads
+
+try:
+    from steadygrad import _kernels
+except ImportError as error:
+    raise ImportError(
+        f"steadygrad: its extension module could not be loaded under torch {_torch.__version__}: "
+        f"{error}. Reinstall it with: pip install --force-reinstall --no-deps steadygrad"
+    ) from error
+
+from steadygrad import optim
+from steadygrad.clip import (
+    clip_grad_norm_,
+    clip_grad_value_,
+    clip_grads_with_norm_,
+    get_total_norm,
+)
+from steadygrad.optim.parameter_groups import param_groups
+from steadygrad.optim.stabilizer import Stabilizer
+from steadygrad.optim.stepper import NonfiniteGradientError
+from steadygrad.penalty import add_penalty_, soft_threshold_
+
+__version__: str = str(_kernels.build_info()["version"])
+
+__all__ = [
+    "NonfiniteGradientError",
+    "Stabilizer",
+    "add_penalty_",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "clip_grads_with_norm_",
+    "get_total_norm",
+    "optim",
+    "param_groups",
+    "soft_threshold_",
+]

@@ -1,0 +1,195 @@
+"""Gradient clipping for lists of parameters: drop-ins for ``torch.nn.utils``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from steadygrad import _kernels
+
+
+def as_list(function: str, argument: str, tensors: Iterable[Tensor] | Tensor) -> list[Tensor]:
+    """The tensors as a list; a single tensor is a list of one."""
+    if isinstance(tensors, Tensor):
+        return [tensors]
+    try:
+        return list(tensors)
+    except TypeError:
+        raise TypeError(
+            f"{function}: {argument}: expected a tensor or an iterable of tensors, "
+            f"got {type(tensors).__name__}"
+        ) from None
+
+
+def grads_of(function: str, parameters: Iterable[Tensor] | Tensor) -> list[Tensor]:
+    """The gradients of those parameters that have one."""
+    listed = as_list(function, "parameters", parameters)
+    try:
+        return [grad for p in listed if (grad := p.grad) is not None]
+    except AttributeError:
+        i, wrong = next((i, p) for i, p in enumerate(listed) if not hasattr(p, "grad"))
+        raise TypeError(
+            f"{function}: parameters[{i}]: expected a torch.Tensor, got {type(wrong).__name__}"
+        ) from None
+
+
+def _number(function: str, argument: str, value: float) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{function}: {argument}: expected a number, got {type(value).__name__}"
+        ) from None
+
+
+def _norm_tensor(norm: float, is_float64: bool) -> Tensor:
+    return torch.tensor(norm, dtype=torch.float64 if is_float64 else torch.float32)
+
+
+def _refuse_nonfinite(function: str, norm: float, nonfinite: int) -> None:
+    if nonfinite:
+        raise RuntimeError(
+            f"{function}: error_if_nonfinite: expected finite gradients, got {nonfinite} "
+            f"non-finite elements (total norm {norm}); the gradients were left as they are"
+        )
+
+
+def get_total_norm(
+    tensors: Iterable[Tensor] | Tensor,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    r"""The norm of all elements of ``tensors``, as if they were one vector: :math:`(\sum |x|^p)^{1/p}`.
+
+    Right to one ulp of fp32 against float64, whatever the dtype; never over- or underflows for finite
+    elements; the same bits on every run and for every number of threads. One read of the tensors for p in
+    {2, 1, inf}, two for a general p.
+
+    Args:
+        tensors: dense CPU tensors of any shape; float32, float64, bfloat16, float16, or complex for p = 2.
+            A tensor that appears twice counts once. An empty list has norm 0.
+        norm_type: p. ``inf`` is the largest magnitude, ``-inf`` the smallest, 0 the number of non-zeros.
+        error_if_nonfinite: raise if an element is infinite or NaN. Default: False.
+        foreach: accepted for compatibility with torch; there is one implementation.
+
+    Returns:
+        A 0-d tensor: float32, or float64 if any tensor is float64.
+
+    Raises:
+        TypeError: a tensor is sparse, not on the CPU, of another dtype, or no tensor.
+        ValueError: ``norm_type`` is NaN.
+        RuntimeError: non-finite elements under ``error_if_nonfinite``.
+
+    Source: ``torch.nn.utils.get_total_norm``.
+    """
+    del foreach
+    norm, nonfinite, is_float64 = _kernels.grad_norm(
+        as_list("get_total_norm", "tensors", tensors),
+        _number("get_total_norm", "norm_type", norm_type),
+    )
+    if error_if_nonfinite:
+        _refuse_nonfinite("get_total_norm", norm, nonfinite)
+    return _norm_tensor(norm, is_float64)
+
+
+def clip_grad_norm_(
+    parameters: Iterable[Tensor] | Tensor,
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    r"""Scales the gradients in place so that their total norm is at most ``max_norm``.
+
+    :math:`g \leftarrow g \cdot \min(1, \text{max\_norm} / (N + 10^{-6}))` with the norm :math:`N` of
+    :func:`get_total_norm`. The coefficient comes from the double-precision norm, so finite gradients whose norm
+    exceeds fp32's range are clipped right. Nothing is written when the clip is not active.
+
+    Args:
+        parameters: tensors whose ``.grad`` is clipped; those without one take no part.
+        max_norm: the limit, at least 0; ``inf`` only takes the norm.
+        norm_type: see :func:`get_total_norm`. Default: 2.
+        error_if_nonfinite: raise, and leave the gradients alone, if an element is infinite or NaN. Otherwise
+            what torch does: an infinite norm makes the finite elements 0, NaN makes all of them NaN.
+        foreach: accepted for compatibility with torch; there is one implementation.
+
+    Returns:
+        The total norm before clipping, a 0-d tensor: float32, or float64 if any gradient is float64.
+
+    Raises:
+        TypeError: a gradient is sparse, not on the CPU or of another dtype.
+        ValueError: ``max_norm`` is negative or NaN, ``norm_type`` is NaN.
+        RuntimeError: non-finite elements under ``error_if_nonfinite``.
+
+    Source: ``torch.nn.utils.clip_grad_norm_``; Pascanu, Mikolov and Bengio 2013, algorithm 1.
+    """
+    del foreach
+    grads = grads_of("clip_grad_norm_", parameters)
+    norm, nonfinite, is_float64, written = _kernels.clip_grad_norm_(
+        grads,
+        _number("clip_grad_norm_", "max_norm", max_norm),
+        _number("clip_grad_norm_", "norm_type", norm_type),
+        error_if_nonfinite,
+    )
+    if error_if_nonfinite:
+        _refuse_nonfinite("clip_grad_norm_", norm, nonfinite)
+    if written:
+        increment_version(grads)
+    return _norm_tensor(norm, is_float64)
+
+
+def clip_grads_with_norm_(
+    parameters: Iterable[Tensor] | Tensor,
+    max_norm: float,
+    total_norm: Tensor | float,
+    foreach: bool | None = None,
+) -> None:
+    r"""Scales the gradients in place by :math:`\min(1, \text{max\_norm} / (\text{total\_norm} + 10^{-6}))`.
+
+    Args:
+        parameters: tensors whose ``.grad`` is scaled; those without one take no part.
+        max_norm: the limit, at least 0.
+        total_norm: a norm taken before, by :func:`get_total_norm` or over a larger set of gradients.
+        foreach: accepted for compatibility with torch; there is one implementation.
+
+    Raises:
+        TypeError: a gradient is sparse, not on the CPU or of another dtype.
+        ValueError: ``max_norm`` is negative or NaN.
+
+    Source: ``torch.nn.utils.clip_grads_with_norm_``.
+    """
+    del foreach
+    grads = grads_of("clip_grads_with_norm_", parameters)
+    written = _kernels.clip_grads_with_norm_(
+        grads,
+        _number("clip_grads_with_norm_", "max_norm", max_norm),
+        _number("clip_grads_with_norm_", "total_norm", float(total_norm)),
+    )
+    if written:
+        increment_version(grads)
+
+
+def clip_grad_value_(
+    parameters: Iterable[Tensor] | Tensor, clip_value: float, foreach: bool | None = None
+) -> None:
+    r"""Clamps every gradient element to :math:`[-\text{clip\_value}, \text{clip\_value}]` in place; NaN stays NaN.
+
+    Args:
+        parameters: tensors whose ``.grad`` is clamped; those without one take no part.
+        clip_value: the largest magnitude allowed, at least 0.
+        foreach: accepted for compatibility with torch; there is one implementation.
+
+    Raises:
+        TypeError: a gradient is sparse, complex, not on the CPU or of another dtype.
+        ValueError: ``clip_value`` is negative or NaN.
+
+    Source: ``torch.nn.utils.clip_grad_value_``.
+    """
+    del foreach
+    grads = grads_of("clip_grad_value_", parameters)
+    _kernels.clip_grad_value_(grads, _number("clip_grad_value_", "clip_value", clip_value))
+    increment_version(grads)

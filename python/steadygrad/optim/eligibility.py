@@ -1,0 +1,77 @@
+"""Whether an optimizer's step can be taken by the fused kernels, and if not, why."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from steadygrad.optim.rule import UpdateRule
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def why_not_fused(optimizer: torch.optim.Optimizer, rule: UpdateRule | None) -> str | None:
+    """A short reason, or None when the fused path takes everything this optimizer holds.
+
+    Raises:
+        RuntimeError: a parameter is an inference tensor, which nothing may update.
+    """
+    if rule is None:
+        return f"no fused rule for {type(optimizer).__name__}"
+    own_step = optimizer.__dict__.get("step")
+    if own_step is not None and not hasattr(own_step, "_wrapped_by_lr_sched"):
+        return f"the step of this {type(optimizer).__name__} was replaced"
+    for group in optimizer.param_groups:
+        for flag in ("differentiable", "capturable"):
+            if group.get(flag):
+                return f"{flag}=True"
+    seen: set[Tensor] = set()
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            why = _why_not_param(param, rule)
+            if why is None and param in seen:
+                why = "a parameter appears twice"
+            if why is None:
+                why = _why_not_state(optimizer, param, rule, rule.state_names(group))
+            if why is not None:
+                return why
+            seen.add(param)
+    return None
+
+
+def _why_not_param(param: Tensor, rule: UpdateRule) -> str | None:
+    if param.is_inference():
+        raise RuntimeError(
+            "step: parameters: expected tensors that may be updated, got an inference tensor; "
+            "create the model outside torch.inference_mode"
+        )
+    if type(param) not in (Tensor, torch.nn.Parameter):
+        return f"a parameter is a {type(param).__name__}"
+    if param.is_complex():
+        return "complex parameters"
+    if param.dtype not in _DTYPES:
+        return f"{param.dtype} parameters"
+    if param.layout != torch.strided:
+        return f"{param.layout} parameters"
+    if rule.takes_sparse and param.grad is not None and param.grad.is_sparse:
+        return "sparse gradients"
+    return None
+
+
+def _why_not_state(
+    optimizer: torch.optim.Optimizer, param: Tensor, rule: UpdateRule, names: tuple[str, ...]
+) -> str | None:
+    state = optimizer.state.get(param)
+    if not state:
+        return None
+    if rule.has_step and not isinstance(state.get("step"), Tensor):
+        return "a state's 'step' is not a tensor"
+    for name in names:
+        value = state.get(name)
+        if value is None and name == "momentum_buffer" and not rule.has_step:
+            continue
+        if not isinstance(value, Tensor):
+            return f"a state has no '{name}'"
+        if value.shape != param.shape:
+            return f"a state's '{name}' has another shape than its parameter"
+    return None

@@ -1,0 +1,54 @@
+"""What the fused step must know of an optimizer; each rule fills it in, in a file of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steadygrad.optim.options import checked_number
+
+Group = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """A fused update rule and how torch's optimizer of that name keeps its options and state.
+
+    Attributes:
+        name: the rule's name in the kernels.
+        optimizer: torch's class. Subclasses may override anything, so only this very type is fused.
+        has_step: whether the state has a ``step`` counter.
+        numbers: the group's hyper-parameters by the kernels' names, checked; ``where`` starts the messages.
+        state_names: the state tensors in the kernels' order, for the options of a group.
+        takes_sparse: whether torch's class accepts sparse gradients.
+        initial_value: what a new state tensor is filled with.
+    """
+
+    name: str
+    optimizer: type[torch.optim.Optimizer]
+    has_step: bool
+    numbers: Callable[[Group, str], dict[str, float]]
+    state_names: Callable[[Group], tuple[str, ...]]
+    takes_sparse: bool = False
+    initial_value: Callable[[Group], float] = lambda group: 0.0
+
+    def new_state(self, param: Tensor, group: Group) -> dict[str, Tensor]:
+        """The state torch's class creates before a parameter's first step."""
+        state: dict[str, Tensor] = {}
+        if self.has_step:
+            wide = torch.get_default_dtype() == torch.float64 and not group.get("fused")
+            state["step"] = torch.zeros((), dtype=torch.float64 if wide else torch.float32)
+        for name in self.state_names(group):
+            state[name] = torch.full_like(
+                param, self.initial_value(group), memory_format=torch.preserve_format
+            ).detach()
+        return state
+
+
+def group_number(group: Group, where: str, key: str, **limits: Any) -> float:
+    """One number of a param group, checked."""
+    return checked_number(where + key, group[key], **limits)

@@ -1,0 +1,132 @@
+"""What a wrapper and the stabilized optimizer classes have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from steadygrad.optim.options import COUNTERS, StabilizerOptions
+from steadygrad.optim.rule import UpdateRule
+from steadygrad.optim.stepper import Closure, Stepper
+
+
+class StepOutcome:
+    """What can be read off a stabilized optimizer, and how its extra param group keys are kept."""
+
+    _options: StabilizerOptions
+    _stepper: Stepper | None
+    param_groups: list[dict[str, Any]]
+    # torch.amp.GradScaler then leaves unscaling and skipping to step().
+    _step_supports_amp_scaling = True
+
+    def _make_stepper(self) -> Stepper:
+        raise NotImplementedError
+
+    def _current_stepper(self) -> Stepper:
+        stepper = self.__dict__.get("_stepper")
+        if stepper is None:
+            stepper = self.__dict__["_stepper"] = self._make_stepper()
+        return stepper
+
+    def _stabilized_step(self, closure: Closure | None) -> Any:
+        return self._current_stepper().step(
+            closure, self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
+        )
+
+    def _add_group_keys(self, kept: list[dict[str, Any]] | None = None) -> None:
+        for i, group in enumerate(self.param_groups):
+            defaults = kept[i] if kept is not None else self._options.group_defaults()
+            for key, value in defaults.items():
+                group.setdefault(key, value)
+
+    def _kept_group_keys(self) -> list[dict[str, Any]]:
+        keys = self._options.group_defaults()
+        return [{key: group.get(key, keys[key]) for key in keys} for group in self.param_groups]
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Global norm of the last step's gradients before clipping, 0-d; None before the first step.
+
+        After unscaling and the penalty that comes before the clip. fp32, or fp64 if any parameter is fp64.
+        """
+        norm = self._current_stepper().grad_norm
+        if norm is None:
+            return None
+        params = [p for group in self.param_groups for p in group["params"]]
+        wide = any(p.dtype in (torch.float64, torch.complex128) for p in params)
+        return torch.tensor(norm, dtype=torch.float64 if wide else torch.float32)
+
+    @property
+    def path(self) -> str:
+        """``"fused"``, or ``"in-place: <why>"`` where the wrapped optimizer's own step does the update."""
+        return self._current_stepper().path
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that changed nothing, because of non-finite gradients; saved with the state dict."""
+        return self._counter(COUNTERS[0])
+
+    @property
+    def clipped_steps(self) -> int:
+        """Steps in which a clip was active; saved with the state dict."""
+        return self._counter(COUNTERS[1])
+
+    def _counter(self, name: str) -> int:
+        return int(self.param_groups[0].get(name, 0)) if self.param_groups else 0
+
+
+class Stabilized(StepOutcome):
+    """Mixed into a torch optimizer class: the same optimizer with a stabilized step.
+
+    Takes torch's arguments, and the keyword arguments of :class:`steadygrad.Stabilizer`.
+    """
+
+    rule: ClassVar[UpdateRule]
+
+    def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        own = {field.name for field in dataclasses.fields(StabilizerOptions)} & set(kwargs)
+        self._options = StabilizerOptions(**{name: kwargs.pop(name) for name in own})
+        self._stepper = None
+        super().__init__(params, *args, **kwargs)
+
+    def _make_stepper(self) -> Stepper:
+        assert isinstance(self, torch.optim.Optimizer)
+        torch_step = self.rule.optimizer.step
+        # torch hooks each class's step; this object's hooks run around our own.
+        if getattr(torch_step, "hooked", False):
+            torch_step = torch_step.__wrapped__  # type: ignore[attr-defined]
+        return Stepper(
+            self,
+            self._options,
+            self.rule,
+            lambda closure: torch_step(self, closure),
+            runs_hooks=False,
+        )
+
+    def step(self, closure: Closure | None = None) -> Any:
+        """One stabilized step; see :meth:`steadygrad.Stabilizer.step`."""
+        return self._stabilized_step(closure)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a param group; keys it does not set get this optimizer's defaults."""
+        super().add_param_group(param_group)  # type: ignore[misc]
+        self._add_group_keys()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict of this class or of torch's; what torch's lacks stays as it is."""
+        kept = self._kept_group_keys()
+        super().load_state_dict(state_dict)  # type: ignore[misc]
+        self._add_group_keys(kept)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: torch's, and the options."""
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]
+        return {**state, "_options": self._options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes whole or partial states, as torch's ``load_state_dict`` passes them."""
+        super().__setstate__(state)  # type: ignore[misc]
+        self._stepper = None

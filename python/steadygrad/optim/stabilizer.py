@@ -1,0 +1,223 @@
+"""The wrapper that stabilizes the steps of any torch optimizer."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steadygrad.optim.adagrad import RULE as ADAGRAD_RULE
+from steadygrad.optim.adam import ADAM_RULE, ADAMW_RULE
+from steadygrad.optim.options import (
+    ClipScope,
+    L1Mode,
+    Nonfinite,
+    PenaltyOrder,
+    StabilizerOptions,
+)
+from steadygrad.optim.rmsprop import RULE as RMSPROP_RULE
+from steadygrad.optim.sgd import RULE as SGD_RULE
+from steadygrad.optim.stabilized import Stabilized, StepOutcome
+from steadygrad.optim.stepper import Closure, Stepper
+
+# A subclass may override anything, so the type must be torch's own.
+_RULES = {
+    rule.optimizer: rule
+    for rule in (SGD_RULE, ADAM_RULE, ADAMW_RULE, ADAGRAD_RULE, RMSPROP_RULE)
+}
+
+
+class Stabilizer(StepOutcome, torch.optim.Optimizer):
+    r"""A ``torch.optim.Optimizer`` around another one, whose steps survive exploding gradients.
+
+    One step, in this order: unscale the gradient (``torch.amp.GradScaler``), add the penalty, take the norm :math:`N`,
+    decide about non-finite elements, scale by :math:`\min(1, \text{max\_norm} / (N + 10^{-6}))`, clamp to ``clip_value``,
+    then the wrapped optimizer's update rule. For ``torch.optim``'s SGD, Adam, AdamW, Adagrad and RMSprop all of it
+    happens in two passes over memory and gradients are only read; for any other optimizer the gradients are changed in
+    place before its own ``step``. :attr:`path` says which.
+
+    Args:
+        optimizer: any torch optimizer. Schedulers, ``GradScaler`` and checkpoints take this object in its place.
+        max_norm: limit of the gradient norm, at least 0; None: no clipping, the norm is still taken. Default: None.
+        norm_type: p of the norm, more than 0; ``inf`` allowed. Default: 2.
+        clip_value: limit of every element after the norm's clip, at least 0. Default: None.
+        l1: weight of the penalty :math:`l_1 \sum |p|`. Default: 0.
+        l2: weight of the penalty :math:`\tfrac{l_2}{2} \sum p^2`. Default: 0.
+        penalty_order: ``"before_clip"`` makes the penalties part of the clipped gradient, as if they were in the loss;
+            ``"after_clip"`` keeps them whole, as weight decay is. Default: ``"before_clip"``.
+        l1_mode: ``"subgradient"`` adds :math:`l_1 \operatorname{sign}(p)`; ``"proximal"`` shrinks parameters by
+            :math:`\text{lr} \cdot l_1` after the update, which gives exact zeros. Default: ``"subgradient"``.
+        clip_scope: ``"global"`` limits the norm of all gradients, ``"group"`` that of each param group, ``"tensor"``
+            that of each parameter. Default: ``"global"``.
+        nonfinite: on infinite or NaN elements, anywhere: ``"skip"`` leaves parameters, state and step counters as they
+            are and counts the step in :attr:`skipped_steps`; ``"zero"`` takes the elements as 0; ``"raise"`` raises
+            :class:`steadygrad.NonfiniteGradientError`; ``"propagate"`` does what torch does. Default: ``"skip"``.
+        write_grads: also write the gradient that the update used into ``.grad``. Default: False.
+
+    ``max_norm``, ``clip_value``, ``l1`` and ``l2`` are keys of every param group: set them per group, or change them
+    while training. Schedulers advance on skipped steps too, since they count calls.
+
+    Raises:
+        TypeError: ``optimizer`` is none.
+        ValueError: an option is negative, NaN or unknown, or ``optimizer`` is stabilized already.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        clip_value: float | None = None,
+        l1: float = 0.0,
+        l2: float = 0.0,
+        penalty_order: PenaltyOrder = "before_clip",
+        l1_mode: L1Mode = "subgradient",
+        clip_scope: ClipScope = "global",
+        nonfinite: Nonfinite = "skip",
+        write_grads: bool = False,
+    ) -> None:
+        # Not torch's __init__: param groups, state and defaults are the wrapped optimizer's.
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                "Stabilizer: optimizer: expected a torch.optim.Optimizer, "
+                f"got {type(optimizer).__name__}"
+            )
+        if isinstance(optimizer, (Stabilizer, Stabilized)):
+            raise ValueError(
+                "Stabilizer: optimizer: expected one that is not stabilized yet, "
+                f"got {type(optimizer).__name__}"
+            )
+        self.__setstate__(
+            {
+                "optimizer": optimizer,
+                "_options": StabilizerOptions(
+                    max_norm=max_norm,
+                    norm_type=norm_type,
+                    clip_value=clip_value,
+                    l1=l1,
+                    l2=l2,
+                    penalty_order=penalty_order,
+                    l1_mode=l1_mode,
+                    clip_scope=clip_scope,
+                    nonfinite=nonfinite,
+                    write_grads=write_grads,
+                ),
+            }
+        )
+        self._add_group_keys()
+
+    def _make_stepper(self) -> Stepper:
+        return Stepper(
+            self.optimizer,
+            self._options,
+            _RULES.get(type(self.optimizer)),
+            lambda closure: self.optimizer.step(closure),
+            runs_hooks=True,
+        )
+
+    def step(self, closure: Closure | None = None) -> Any:
+        """One stabilized step.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; called with gradients enabled, before the norm.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            NonfiniteGradientError: under ``nonfinite="raise"``.
+            TypeError: a gradient is sparse for a rule that does not take it, or not on a supported device or dtype.
+            ValueError: a hyper-parameter is negative or NaN, or shapes differ.
+            RuntimeError: a tensor's storage was freed.
+
+        A refused or skipped step changes nothing. Hooks of this object run around every step; those of the wrapped
+        optimizer around its update, so its post-hooks do not run when the step is skipped.
+        """
+        args: tuple[Any, ...] = (self, closure)
+        kwargs: dict[str, Any] = {}
+        for pre_hook in list(self._optimizer_step_pre_hooks.values()):
+            changed = pre_hook(self, args, kwargs)
+            if changed is not None:
+                args, kwargs = changed
+                closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        loss = self._stabilized_step(closure)
+        for post_hook in list(self._optimizer_step_post_hooks.values()):
+            post_hook(self, args, kwargs)
+        return loss
+
+    # -- everything else is the wrapped optimizer's ---------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        """What this object does not have is looked up on the wrapped optimizer."""
+        if name == "optimizer" or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The wrapped optimizer's param groups."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = value
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
+        """The wrapped optimizer's state."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, value: defaultdict[Tensor, Any]) -> None:
+        self.optimizer.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The wrapped optimizer's defaults."""
+        return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.optimizer.defaults = value
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The wrapped optimizer's ``zero_grad``."""
+        self.optimizer.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a param group; keys it does not set get this wrapper's defaults."""
+        self.optimizer.add_param_group(param_group)
+        self._add_group_keys()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's state dict, with this wrapper's keys in its param groups; torch can load it."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict of a wrapper or of a plain torch optimizer; what the latter lacks stays as it is."""
+        kept = self._kept_group_keys()
+        self.optimizer.load_state_dict(state_dict)
+        self._add_group_keys(kept)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy."""
+        return {"optimizer": self.optimizer, "_options": self._options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes whole states, and partial ones as torch passes them: ``state``, ``param_groups``, ``defaults``."""
+        own = {key: value for key, value in state.items() if key in ("optimizer", "_options")}
+        self.__dict__.update(own, _stepper=None)
+        empty: Callable[[], OrderedDict[int, Any]] = OrderedDict
+        self.__dict__.setdefault("_optimizer_step_pre_hooks", empty())
+        self.__dict__.setdefault("_optimizer_step_post_hooks", empty())
+        for key in ("defaults", "state", "param_groups"):
+            if key in state:
+                setattr(self, key, state[key])
+
+    def __repr__(self) -> str:
+        """The options and the wrapped optimizer."""
+        return f"Stabilizer({self._options},\n{self.optimizer!r})"

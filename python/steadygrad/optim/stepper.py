@@ -1,0 +1,320 @@
+"""One stabilized step of a torch optimizer: fused where its rule has a kernel, else around its own ``step``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from steadygrad import _kernels
+from steadygrad.optim.eligibility import why_not_fused
+from steadygrad.optim.options import COUNTERS, StabilizerOptions, checked_number
+from steadygrad.optim.rule import UpdateRule
+from steadygrad.penalty import soft_threshold_
+
+Closure = Callable[[], Any]
+
+
+class NonfiniteGradientError(RuntimeError):
+    """Raised under ``nonfinite="raise"``; nothing was changed."""
+
+
+class _StepSkipped(Exception):
+    """Leaves the wrapped optimizer's ``step`` before it changes anything."""
+
+    def __init__(self, loss: Any) -> None:
+        super().__init__()
+        self.loss = loss
+
+
+class Stepper:
+    """Takes steps for one optimizer; its plan is rebuilt whenever parameters, state or options are exchanged.
+
+    Args:
+        optimizer: whose ``param_groups`` and ``state`` are stepped.
+        options: what a step does besides the update.
+        rule: the fused rule, or None for an optimizer that has none.
+        base_step: the optimizer's own step, for the in-place path; it runs the optimizer's hooks itself.
+        runs_hooks: whether the fused path must run the optimizer's step hooks.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        options: StabilizerOptions,
+        rule: UpdateRule | None,
+        base_step: Callable[[Closure], Any],
+        runs_hooks: bool,
+    ) -> None:
+        self._optimizer = optimizer
+        self._options = options
+        self._rule = rule
+        self._base_step = base_step
+        self._fused_entry: Callable[..., Any] = self._fused
+        if runs_hooks:
+            self._fused_entry = torch.optim.Optimizer.profile_hook_step(
+                lambda optimizer, closure=None: self._fused(optimizer, closure)
+            )
+        self._plan: _kernels.Plan | None = None
+        self._why_in_place: str | None = None
+        self._structure: tuple[object, ...] = ()
+        self._new_state: dict[Tensor, dict[str, Tensor]] = {}
+        self._unscale = 1.0
+        self._found_inf = False
+        self.grad_norm: float | None = None
+
+    @property
+    def path(self) -> str:
+        """``"fused"`` or ``"in-place: <why>"``."""
+        why = why_not_fused(self._optimizer, self._rule)
+        return "fused" if why is None else f"in-place: {why}"
+
+    def step(self, closure: Closure | None, grad_scale: Any, found_inf: Any) -> Any:
+        """One step; returns the closure's loss."""
+        self._unscale = 1.0 if grad_scale is None else 1.0 / _checked_grad_scale(grad_scale)
+        self._found_inf = found_inf is not None and float(found_inf) > 0
+        if self._is_stale():
+            self._prepare()
+        try:
+            if self._why_in_place is not None:
+                return self._in_place(closure)
+            try:
+                return self._fused_entry(self._optimizer, closure)
+            except TypeError:
+                if closure is not None or self._finds_fused_possible():
+                    raise
+                return self._in_place(None)
+        except _StepSkipped as skipped:
+            return skipped.loss
+
+    # -- the plan -------------------------------------------------------------------------------
+
+    def _current_structure(self) -> tuple[object, ...]:
+        if self._rule is None:
+            return ()
+        names = self._rule.state_names
+        return tuple(
+            (names(group), group.get("differentiable"), group.get("capturable"))
+            for group in self._optimizer.param_groups
+        )
+
+    def _is_stale(self) -> bool:
+        plan = self._plan
+        if plan is None or self._structure != self._current_structure():
+            return True
+        # The in-place path neither reads nor writes the optimizer's state.
+        state = self._optimizer.state if self._why_in_place is None else {}
+        return not plan.matches(self._optimizer.param_groups, state)
+
+    def _finds_fused_possible(self) -> bool:
+        self._prepare()
+        return self._why_in_place is None
+
+    def _prepare(self) -> None:
+        optimizer = self._optimizer
+        self._structure = self._current_structure()
+        self._why_in_place = why_not_fused(optimizer, self._rule)
+        self._new_state = {}
+        fused = self._rule is not None and self._why_in_place is None
+        slots = [
+            self._slot(param, group) if fused else None
+            for group in optimizer.param_groups
+            for param in group["params"]
+        ]
+        self._plan = _kernels.Plan(
+            self._rule.name if fused and self._rule is not None else "none",
+            [group["params"] for group in optimizer.param_groups],
+            slots,
+            self._options.kernel_options(),
+        )
+        self._plan.seal(optimizer.state if fused else {})
+
+    def _slot(self, param: Tensor, group: dict[str, Any]) -> _kernels.Slot | None:
+        rule = self._rule
+        assert rule is not None
+        names = rule.state_names(group)
+        if not names and not rule.has_step:
+            return None
+        state: dict[str, Any] = self._optimizer.state.get(param, {})
+        # SGD keeps the key with None as its value until there is momentum.
+        first = any(state.get(name) is None for name in names)
+        if first:
+            if param.grad is None:
+                return None
+            # Entered into the optimizer's state only once the step has been taken.
+            state = self._new_state[param] = rule.new_state(param, group)
+        step = state["step"] if rule.has_step else None
+        return step, [state[name] for name in names], first
+
+    # -- fused ----------------------------------------------------------------------------------
+
+    def _fused(self, optimizer: torch.optim.Optimizer, closure: Closure | None = None) -> Any:
+        loss = _evaluated(closure)
+        numbers = self._group_numbers(self._rule)
+        # A closure may have exchanged anything, and given first gradients to parameters without state.
+        if closure is not None and self._is_stale():
+            self._prepare()
+        report = self._run_plan(numbers)
+        if report is None:
+            self._prepare()
+            report = self._run_plan(numbers)
+        if report is None or self._plan is None:
+            raise RuntimeError("step: the optimizer's state changed while its step was prepared")
+        self._record(report, loss)
+        params = self._plan.active()
+        increment_version(params)
+        if report.grads_written:
+            increment_version([p.grad for p in params if p.grad is not None])
+        if self._new_state:
+            for param in params:
+                if param in self._new_state:
+                    optimizer.state[param].update(self._new_state.pop(param))
+            self._plan.mark_first_steps_done()
+            self._plan.seal(optimizer.state)
+        # A scheduler made for the wrapped optimizer looks for this mark of its own step.
+        optimizer._opt_called = True  # type: ignore[attr-defined]
+        return loss
+
+    def _run_plan(self, numbers: list[tuple[float, ...]]) -> _kernels.StepReport | None:
+        assert self._plan is not None
+        return self._plan.step(numbers, self._unscale, self._found_inf)
+
+    def _group_numbers(self, rule: UpdateRule | None) -> list[tuple[float, ...]]:
+        listed = []
+        for i, group in enumerate(self._optimizer.param_groups):
+            where = f"step: param_groups[{i}]: "
+            numbers = rule.numbers(group, where) if rule is not None else {}
+            numbers.update(self._options.group_numbers(group, where))
+            listed.append(tuple([numbers.get(field, 0.0) for field in _kernels.GROUP_FIELDS]))
+        return listed
+
+    # -- in place -------------------------------------------------------------------------------
+
+    def _in_place(self, closure: Closure | None) -> Any:
+        optimizer = self._optimizer
+        if closure is None and isinstance(optimizer, torch.optim.LBFGS):
+            raise TypeError("step: closure: LBFGS evaluates the model itself, expected one, got None")
+        numbers = self._group_numbers(None)
+
+        def stabilized_closure() -> Any:
+            loss = _evaluated(closure)
+            self._stabilize_grads(numbers, loss)
+            return loss
+
+        # LBFGS evaluates again in the middle of its step, where it has already moved.
+        restore = _snapshot(optimizer) if isinstance(optimizer, torch.optim.LBFGS) else None
+        try:
+            loss = self._base_step(stabilized_closure)
+        except (_StepSkipped, NonfiniteGradientError):
+            if restore is not None:
+                restore()
+            raise
+        self._apply_proximal()
+        return loss
+
+    @torch.no_grad()
+    def _stabilize_grads(self, numbers: list[tuple[float, ...]], loss: Any) -> None:
+        if self._is_stale():
+            self._prepare()
+        assert self._plan is not None
+        grads = [
+            self._dense_grad(param, group)
+            for group in self._optimizer.param_groups
+            for param in group["params"]
+        ]
+        report = self._plan.step(numbers, self._unscale, self._found_inf, grads)
+        assert report is not None
+        self._record(report, loss)
+        if report.grads_written:
+            increment_version([grad for grad in grads if grad is not None])
+
+    def _dense_grad(self, param: Tensor, group: dict[str, Any]) -> Tensor | None:
+        grad = param.grad
+        if grad is None or not grad.is_sparse:
+            return grad
+        for key in ("l1", "l2"):
+            if group.get(key, getattr(self._options, key)) != 0:
+                raise ValueError(
+                    f"step: {key}: expected 0 where gradients are sparse (a penalty is dense), "
+                    f"got {group.get(key)}"
+                )
+        # Repeated indices must be summed before a norm can be taken.
+        param.grad = grad.coalesce()
+        return param.grad.values()
+
+    def _apply_proximal(self) -> None:
+        if self._options.l1_mode != "proximal":
+            return
+        for i, group in enumerate(self._optimizer.param_groups):
+            l1 = group.get("l1", self._options.l1)
+            if l1 != 0:
+                lr = checked_number(f"step: param_groups[{i}]: lr", group["lr"])
+                soft_threshold_([p for p in group["params"] if p.grad is not None], lr * l1)
+
+    # -- the outcome ----------------------------------------------------------------------------
+
+    def _record(self, report: _kernels.StepReport, loss: Any) -> None:
+        groups = self._optimizer.param_groups
+        # torch.distributed.checkpoint creates state by a step with zero gradients and no learning rate.
+        if report.norm == 0 and all(float(group.get("lr", 1)) == 0 for group in groups):
+            return
+        self.grad_norm = report.norm
+        if report.refused:
+            raise NonfiniteGradientError(self._nonfinite_message(report))
+        counter = COUNTERS[0] if report.skipped else COUNTERS[1] if report.clipped else None
+        if counter is not None:
+            for group in groups:
+                group[counter] = group.get(counter, 0) + 1
+        if report.skipped:
+            raise _StepSkipped(loss)
+
+    def _nonfinite_message(self, report: _kernels.StepReport) -> str:
+        assert self._plan is not None
+        names = [
+            name
+            for g, group in enumerate(self._optimizer.param_groups)
+            for name in group.get("param_names")
+            or [f"param_groups[{g}]['params'][{i}]" for i in range(len(group["params"]))]
+        ]
+        found = [
+            f"{names[index]} ({count})"
+            for index, count in zip(self._plan.active_indices(), report.nonfinite, strict=True)
+            if count
+        ]
+        shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+        return (
+            f"step: gradients: expected finite elements, got {report.nonfinite_count} non-finite ones in "
+            f"{shown}; parameters, state and step counters were left as they are"
+        )
+
+
+def _checked_grad_scale(grad_scale: Any) -> float:
+    scale = checked_number("step: grad_scale", grad_scale)
+    if scale == 0:
+        raise ValueError("step: grad_scale: expected a finite number > 0, got 0")
+    return scale
+
+
+def _evaluated(closure: Closure | None) -> Any:
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+def _snapshot(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    params = [(p, p.detach().clone()) for g in optimizer.param_groups for p in g["params"]]
+    state = {p: copy.deepcopy(values) for p, values in optimizer.state.items()}
+
+    @torch.no_grad()
+    def restore() -> None:
+        for param, value in params:
+            param.copy_(value)
+        optimizer.state.clear()
+        optimizer.state.update(state)
+
+    return restore

@@ -1,0 +1,67 @@
+"""L1 and L2 penalties on parameters, without autograd: added to the gradients, or applied as a proximal step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from steadygrad import _kernels
+from steadygrad.clip import as_list
+
+
+def add_penalty_(params: Iterable[Tensor] | Tensor, l1: float = 0.0, l2: float = 0.0) -> Tensor:
+    r"""Adds the gradient of :math:`l_1 \sum |p| + \tfrac{l_2}{2} \sum p^2` to ``p.grad`` and returns its value.
+
+    What autograd would have added had the penalty been part of the loss, in one pass over memory:
+    :math:`g \leftarrow g + l_1 \operatorname{sign}(p) + l_2 p` with :math:`\operatorname{sign}(0) = 0`.
+
+    Args:
+        params: parameters of any shape; those without a gradient take no part, also not in the value.
+        l1: weight of the sum of magnitudes, at least 0.
+        l2: weight of half the sum of squares, at least 0.
+
+    Returns:
+        The penalty's value, a 0-d float64 tensor.
+
+    Raises:
+        TypeError: a parameter or gradient is sparse, complex, not on the CPU or of another dtype.
+        ValueError: ``l1`` or ``l2`` is negative or NaN.
+    """
+    listed = [p for p in as_list("add_penalty_", "params", params) if _grad(p) is not None]
+    grads = [p.grad for p in listed if p.grad is not None]
+    value = _kernels.add_penalty_(listed, grads, float(l1), float(l2))
+    if l1 != 0 or l2 != 0:
+        increment_version(grads)
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def _grad(param: Tensor) -> Tensor | None:
+    if not isinstance(param, Tensor):
+        raise TypeError(
+            f"add_penalty_: params: expected torch.Tensors, got {type(param).__name__}"
+        )
+    return param.grad
+
+
+def soft_threshold_(params: Iterable[Tensor] | Tensor, amount: float) -> None:
+    r"""The proximal step of an L1 penalty: :math:`p \leftarrow \operatorname{sign}(p) \max(|p| - \text{amount}, 0)`.
+
+    Unlike a penalty's gradient it gives exact zeros.
+
+    Args:
+        params: tensors of any shape, changed in place.
+        amount: what is taken from every magnitude, at least 0; for an L1 penalty, learning rate times ``l1``.
+
+    Raises:
+        TypeError: a parameter is sparse, complex, not on the CPU or of another dtype.
+        ValueError: ``amount`` is negative or NaN.
+
+    Source: Parikh and Boyd 2014, Proximal Algorithms, section 6.5.2.
+    """
+    listed = as_list("soft_threshold_", "params", params)
+    _kernels.soft_threshold_(listed, float(amount))
+    if amount != 0:
+        increment_version(listed)
