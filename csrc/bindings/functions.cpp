@@ -107,17 +107,14 @@ py::tuple clip_grad_norm(const py::list& grads, double max_norm, double p, bool 
     TransformOptions options;
     options.clip_coefficient = clip_coefficient(max_norm, norm.norm);
     written = options.clip_coefficient != 1 && !(error_if_nonfinite && norm.nonfinite > 0);
-    if (written) {
-      cpu::transform_grads(list.tensors, table, std::vector<TransformOptions>(list.tensors.size(), options));
-    }
+    if (written) cpu::transform_grads(list.tensors, table, [&](int32_t) { return options; });
   }
   return norm_result(norm, list) + py::make_tuple(written);
 }
 
 void transform_all(const GradList& list, const TransformOptions& options) {
   const py::gil_scoped_release release;
-  cpu::transform_grads(list.tensors, cpu::ChunkTable(list.tensors),
-                       std::vector<TransformOptions>(list.tensors.size(), options));
+  cpu::transform_grads(list.tensors, cpu::ChunkTable(list.tensors), [&](int32_t) { return options; });
 }
 
 bool clip_grads_with_norm(const py::list& grads, double max_norm, double total_norm) {

@@ -103,15 +103,24 @@ Plan::Plan(const std::string& rule, const py::list& groups, const py::list& slot
       params_.push_back(params.back());
     }
   }
+  hints_.resize(params_.size());
   if (slots.size() != params_.size()) throw py::value_error("Plan: slots: expected one per parameter");
   for (const py::handle item : slots) {
     Slot& slot = slots_.emplace_back();
     if (item.is_none()) continue;
     const auto parts = item.cast<py::tuple>();
-    slot.present = true;
-    if (!parts[0].is_none()) slot.step = parts[0];
-    slot.states = parts[1].cast<std::vector<py::object>>();
+    slot.objects = parts[1].cast<std::vector<py::object>>();
+    if (!parts[0].is_none()) slot.objects.push_back(parts[0]);
     slot.first = parts[2].cast<bool>();
+    const size_t index = slots_.size() - 1;
+    for (const py::object& object : slot.objects) slot.views.emplace_back(object.ptr(), argument(index, " state"));
+    if (rule_->has_step) {
+      const View& step = slot.views.back().view();
+      if (step.numel != 1 || (step.dtype != DType::float32 && step.dtype != DType::float64)) {
+        throw_type_error(argument(index, " state 'step'"), "a float32 or float64 tensor of one element",
+                         slot.objects.back().ptr());
+      }
+    }
   }
 }
 
@@ -143,29 +152,65 @@ Argument Plan::argument(size_t index, const char* attribute) const {
   return {kFunction, "parameters", static_cast<Py_ssize_t>(index), attribute};
 }
 
-void Plan::add_tensor(size_t index, PyObject* grad, const cpu::GroupOptions& group, int32_t group_index) {
+void Plan::prefetch(size_t index) const {
+  if (index >= hints_.size()) return;
+  for (const char* hint : hints_[index]) __builtin_prefetch(hint);
+}
+
+void Plan::remember(size_t index, const View* views, int count, PyObject* grad) {
+  std::vector<const char*>& hints = hints_[index];
+  if (!hints.empty()) return;
+  const auto add = [&](const void* address, std::initializer_list<int> offsets) {
+    for (const int offset : offsets) hints.push_back(static_cast<const char*>(address) + offset);
+  };
+  add(params_[index].ptr(), {0});
+  add(grad, {0});
+  // Sizes lie within the tensor's own object, about in its middle.
+  for (int i = 0; i < 2; ++i) add(views[i].sizes, {-64, 0, 64, 128});
+  for (int i = 0; i < count; ++i) add(views[i].data, {0, 64});
+}
+
+bool Plan::is_current(size_t index, const View& param) {
+  constexpr size_t kRotation = 16;
+  Slot& slot = slots_[index];
+  if (slot.param_data != param.data) {
+    if (slot.param_data != nullptr) return false;
+    slot.param_data = param.data;
+  }
+  if (index % kRotation != step_count_ % kRotation) return true;
+  for (size_t s = 0; s < slot.views.size(); ++s) {
+    if (!slot.views[s].is_current(slot.objects[s].ptr(), argument(index, " state"))) return false;
+  }
+  return true;
+}
+
+bool Plan::add_tensor(size_t index, PyObject* grad, const cpu::GroupOptions& group, int32_t group_index) {
   const Slot& slot = slots_[index];
   const View grad_view = view_of(grad, argument(index, ".grad"));
-  const bool writes_grad = options_.rule == RuleKind::none || options_.write_grads;
-  if (writes_grad) check_writable(grad_view, argument(index, ".grad"));
+  const bool updates = options_.rule != RuleKind::none;
+  if (!updates || options_.write_grads) check_writable(grad_view, argument(index, ".grad"));
 
+  TensorOperands& tensor = tensors_.emplace_back();
   const bool penalty = group.l2 != 0 || (group.l1 != 0 && !options_.proximal);
-  if (options_.rule == RuleKind::none && !penalty) {
-    tensors_.push_back(operands_of(grad_view, &TensorOperands::grad));
+  if (!updates && !penalty) {
+    tensor = operands_of(grad_view, &TensorOperands::grad);
   } else {
-    TensorOperands& tensor = tensors_.emplace_back();
     View views[2 + kMaxStates];
     Operand* operands[2 + kMaxStates] = {&tensor.param, &tensor.grad};
     int count = 2;
     views[0] = view_of(params_[index].ptr(), argument(index, ""));
     views[1] = grad_view;
-    if (options_.rule != RuleKind::none) check_writable(views[0], argument(index, ""));
-    for (size_t s = 0; s < slot.states.size() && options_.rule != RuleKind::none; ++s) {
-      views[count] = view_of(slot.states[s].ptr(), argument(index, " state"));
-      operands[count++] = &tensor.states[s];
+    if (updates) {
+      check_writable(views[0], argument(index, ""));
+      if (!is_current(index, views[0])) return false;
+      const size_t states = slot.views.size() - (rule_->has_step ? 1 : 0);
+      for (size_t s = 0; s < states; ++s) {
+        views[count] = slot.views[s].view();
+        operands[count++] = &tensor.states[s];
+      }
     }
     for (int i = 0; i < count; ++i) {
-      PyObject* const object = i == 0 ? params_[index].ptr() : i == 1 ? grad : slot.states[i - 2].ptr();
+      PyObject* const object = i == 0 ? params_[index].ptr() : i == 1 ? grad : slot.objects[i - 2].ptr();
       const Argument where = argument(index, i == 0 ? "" : i == 1 ? ".grad" : " state");
       if (views[i].is_complex) throw_type_error(where, "a real tensor", object);
       if (!same_sizes(views[0], views[i])) {
@@ -175,23 +220,20 @@ void Plan::add_tensor(size_t index, PyObject* grad, const cpu::GroupOptions& gro
       }
     }
     set_operands(tensor, views, operands, count);
+    remember(index, views, count, grad);
   }
-  TensorOperands& tensor = tensors_.back();
   tensor.group = group_index;
   if (grad_view.is_complex && (tensor.grad.strides != nullptr || options_.norm_type.kind != NormKind::two)) {
     throw_type_error(argument(index, ".grad"), "a real tensor, or a complex one that fills its memory and a 2-norm", grad);
   }
-
   cpu::StepCounter& counter = counters_.emplace_back();
   counter.first = slot.first;
   if (rule_->has_step) {
-    const View step = view_of(slot.step.ptr(), argument(index, " state 'step'"));
-    if (step.numel != 1 || (step.dtype != DType::float32 && step.dtype != DType::float64)) {
-      throw_type_error(argument(index, " state 'step'"), "a float32 or float64 tensor of one element", slot.step.ptr());
-    }
+    const View& step = slot.views.back().view();
     counter.data = step.data;
     counter.dtype = step.dtype;
   }
+  return true;
 }
 
 std::optional<cpu::StepReport> Plan::step(const py::list& groups, double unscale, bool found_inf,
@@ -207,22 +249,24 @@ std::optional<cpu::StepReport> Plan::step(const py::list& groups, double unscale
   tensors_.clear();
   counters_.clear();
   tensors_.reserve(params_.size());
+  constexpr size_t kAhead = 8;
+  for (size_t i = 0; i < kAhead; ++i) prefetch(i);
   size_t index = 0;
   for (size_t g = 0; g < groups_.size(); ++g) {
     for (size_t i = 0; i < groups_[g].size(); ++i, ++index) {
+      prefetch(index + kAhead);
       py::object grad = grads ? py::object((*grads)[index])
                               : py::reinterpret_steal<py::object>(PyObject_GetAttr(params_[index].ptr(), kGrad));
       if (!grad) throw py::error_already_set();
       if (grad.is_none()) continue;
-      const int states = state_count(options_.rule, group_list[g].hyper);
-      if (states > 0 || rule_->has_step) {
-        if (!slots_[index].present || slots_[index].states.size() != static_cast<size_t>(states)) return std::nullopt;
-      }
-      add_tensor(index, grad.ptr(), group_list[g], static_cast<int32_t>(g));
+      const size_t kept = state_count(options_.rule, group_list[g].hyper) + (rule_->has_step ? 1 : 0);
+      if (slots_[index].views.size() != kept) return std::nullopt;
+      if (!add_tensor(index, grad.ptr(), group_list[g], static_cast<int32_t>(g))) return std::nullopt;
       active_.push_back(static_cast<int64_t>(index));
       grads_.push_back(std::move(grad));
     }
   }
+  ++step_count_;
   options_.unscale = unscale;
   options_.found_inf = found_inf;
   cpu::StepReport report;

@@ -151,6 +151,20 @@ View view_of(PyObject* object, const Argument& argument) {
   return view;
 }
 
+KeptView::KeptView(PyObject* object, const Argument& argument) : view_(view_of(object, argument)) {
+  layout_.insert(layout_.end(), view_.sizes, view_.sizes + view_.ndim);
+  layout_.insert(layout_.end(), view_.strides, view_.strides + view_.ndim);
+  view_.sizes = layout_.data();
+  view_.strides = layout_.data() + view_.ndim;
+  storage_ = py::reinterpret_borrow<py::object>(object).attr("untyped_storage")();
+}
+
+bool KeptView::is_current(PyObject* object, const Argument& argument) const {
+  const View now = view_of(object, argument);
+  return now.data == view_.data && now.dtype == view_.dtype && same_sizes(now, view_) &&
+         std::equal(now.strides, now.strides + now.ndim, view_.strides);
+}
+
 void check_writable(const View& view, const Argument& argument) {
   for (int d = 0; d < view.ndim; ++d) {
     if (view.sizes[d] > 1 && view.strides[d] == 0) {

@@ -34,6 +34,20 @@ struct View {
   const int64_t* strides;
 };
 
+// A view that outlives the call: it owns its sizes and strides and keeps the memory alive, whatever becomes of the tensor.
+class KeptView {
+ public:
+  KeptView(PyObject* object, const Argument& argument);
+
+  const View& view() const { return view_; }
+  bool is_current(PyObject* object, const Argument& argument) const;
+
+ private:
+  std::vector<int64_t> layout_;  // sizes, then strides
+  py::object storage_;
+  View view_;
+};
+
 // Looks torch up once; throws ImportError with what to do when this torch cannot be used.
 void import_torch();
 

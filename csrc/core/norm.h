@@ -82,6 +82,24 @@ STEADYGRAD_INLINE Partial combine_in_order(int64_t count, Partial* lanes, Get ge
   return lanes[0];
 }
 
+// A chunk's lanes, of which the first `filled` hold something.
+STEADYGRAD_INLINE double combine_lanes(NormType type, double* lanes, int filled) {
+  for (int half = kLanes / 2; half >= 1; half /= 2) {
+    const int pairs = filled - half < half ? filled - half : half;
+    if (pairs <= 0) continue;
+    switch (type.kind) {
+      case NormKind::infinity:
+      case NormKind::negative_infinity:
+        for (int i = 0; i < pairs; ++i) lanes[i] = combine(type, lanes[i], lanes[i + half]);
+        break;
+      default:
+        for (int i = 0; i < pairs; ++i) lanes[i] += lanes[i + half];
+    }
+    filled = half;
+  }
+  return lanes[0];
+}
+
 // The norm from its sums. `scale` is what elements were multiplied with before they were raised to p (general only).
 STEADYGRAD_INLINE double finish_norm(NormType type, const NormSums& sums, double scale) {
   switch (type.kind) {

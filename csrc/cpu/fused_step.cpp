@@ -8,10 +8,16 @@
 namespace steadygrad::cpu {
 namespace {
 
-// Per tensor: its transform with its scope's coefficient.
 struct Decision {
-  std::vector<TransformOptions> transforms;
+  std::vector<TransformOptions> group_transforms;
+  std::vector<double> clip_coefficients;  // per tensor
   bool clipped = false;
+
+  TransformOptions transform(const TensorOperands& tensor, int32_t index) const {
+    TransformOptions options = group_transforms[tensor.group];
+    options.clip_coefficient = clip_coefficients[index];
+    return options;
+  }
 };
 
 TransformOptions group_transform(const GroupOptions& group, const StepOptions& options) {
@@ -39,17 +45,18 @@ Decision decide(const Tensors& tensors, const std::vector<GroupOptions>& groups,
     }
   }
   Decision decision;
-  decision.transforms.reserve(tensors.size());
+  decision.group_transforms = group_transforms;
+  for (TransformOptions& transform : decision.group_transforms) {
+    transform.zero_nonfinite = total.nonfinite > 0 && options.nonfinite == NonfinitePolicy::zero;
+  }
+  decision.clip_coefficients.resize(tensors.size(), 1.0);
   for (size_t t = 0; t < tensors.size(); ++t) {
     const int32_t g = tensors[t].group;
-    TransformOptions transform = group_transforms[g];
-    transform.zero_nonfinite = total.nonfinite > 0 && options.nonfinite == NonfinitePolicy::zero;
-    if (groups[g].max_norm != INFINITY) {
-      const Norm norm = options.clip_scope == ClipScope::tensor ? norms.of(t) : group_norms[g];
-      transform.clip_coefficient = clip_coefficient(groups[g].max_norm, limited_norm(norm, options));
-      decision.clipped = decision.clipped || transform.clip_coefficient != 1;
-    }
-    decision.transforms.push_back(transform);
+    if (groups[g].max_norm == INFINITY) continue;
+    const Norm norm = options.clip_scope == ClipScope::tensor ? norms.of(t) : group_norms[g];
+    const double coefficient = clip_coefficient(groups[g].max_norm, limited_norm(norm, options));
+    decision.clip_coefficients[t] = coefficient;
+    decision.clipped = decision.clipped || coefficient != 1;
   }
   return decision;
 }
@@ -60,23 +67,22 @@ double increment(const StepCounter& counter) {
 }
 
 // One entry per tensor. Bias corrections cost two powers, so tensors in step with each other share them.
-std::vector<RuleStep> advance(const Tensors& tensors, const std::vector<StepCounter>& counters,
-                              const std::vector<GroupOptions>& groups, const StepOptions& options) {
-  std::vector<RuleStep> steps(tensors.size());
+std::vector<StepScalars> advance(const Tensors& tensors, const std::vector<StepCounter>& counters,
+                                 const std::vector<GroupOptions>& groups, RuleKind rule) {
+  std::vector<StepScalars> steps(tensors.size());
   int32_t last_group = -1;
   double last_step = -1;
   StepScalars scalars;
   for (size_t t = 0; t < tensors.size(); ++t) {
     const int32_t g = tensors[t].group;
-    const RuleHyper& hyper = groups[g].hyper;
     const double step = counters[t].data == nullptr ? 0 : increment(counters[t]);
     if (g != last_group || step != last_step) {
-      scalars = step_scalars(options.rule, hyper, step);
+      scalars = step_scalars(rule, groups[g].hyper, step);
       last_group = g;
       last_step = step;
     }
-    steps[t] = {options.rule, hyper, scalars};
-    steps[t].scalars.first = counters[t].first;
+    steps[t] = scalars;
+    steps[t].first = counters[t].first;
   }
   return steps;
 }
@@ -140,24 +146,25 @@ StepReport fused_step(const Tensors& tensors, const std::vector<StepCounter>& co
   report.clipped = decision.clipped;
   if (options.nonfinite == NonfinitePolicy::zero) report.norm.norm = report.norm.finite_norm;
   if (options.rule == RuleKind::none || options.write_grads) {
-    transform_grads(tensors, table, decision.transforms);
-    for (TransformOptions& transform : decision.transforms) {
-      report.grads_written = report.grads_written || !gradient_transform<double>(transform).is_identity();
-      transform = TransformOptions{};
-    }
+    report.grads_written = transform_grads(
+        tensors, table, [&](int32_t t) { return decision.transform(tensors[t], t); });
+    // The update takes what was written.
+    std::fill(decision.group_transforms.begin(), decision.group_transforms.end(), TransformOptions());
+    std::fill(decision.clip_coefficients.begin(), decision.clip_coefficients.end(), 1.0);
   }
   if (options.rule == RuleKind::none) return report;
 
-  const std::vector<RuleStep> steps = advance(tensors, counters, groups, options);
+  const std::vector<StepScalars> steps = advance(tensors, counters, groups, options.rule);
   for_each_range(table, [&](int64_t first, int64_t last) {
+    // Backwards: what pass 1 read last is still in cache.
     for (int64_t c = last - 1; c >= first; --c) {
       const Chunk& chunk = table.chunks[c];
       const TensorOperands& tensor = tensors[chunk.tensor];
       const GroupOptions& group = groups[tensor.group];
+      const RuleStep step{options.rule, group.hyper, steps[chunk.tensor]};
       const double threshold = options.proximal ? group.hyper.lr * group.l1 : 0;
       with_compute_type(tensor, [&](auto element) {
-        update_chunk<decltype(element)>(tensor, chunk, steps[chunk.tensor], decision.transforms[chunk.tensor],
-                                        threshold);
+        update_chunk<decltype(element)>(tensor, chunk, step, decision.transform(tensor, chunk.tensor), threshold);
       });
     }
   });

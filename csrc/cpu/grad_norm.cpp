@@ -24,7 +24,7 @@ class ChunkNorm {
     NormPartial partial;
     partial.sums = sums(false);
     if (!sum_shows_nonfinite(type_) || !sum_is_finite(partial.sums)) {
-      for_each_tile([&](const T* grad, int64_t count) {
+      for_each_tile(kTile, [&](const T* grad, int64_t count) {
         vector_kernels<T>().count_nonfinite(grad, count, partial.nonfinite, partial.nan);
       });
       if (partial.nonfinite > 0) partial.sums = sums(true);
@@ -33,10 +33,11 @@ class ChunkNorm {
   }
 
  private:
+  // Tiles of up to `tile` elements; of no more than kTile where they pass through a buffer.
   template <class Function>
-  void for_each_tile(Function function) {
+  void for_each_tile(int64_t tile, Function function) {
     const bool in_place = Stage<T>::is_direct(tensor_.grad) && transform_.keeps_gradient_before_clip();
-    const int64_t tile = in_place ? kChunk : kTile;
+    if (!in_place) tile = kTile;
     for (int64_t done = 0; done < chunk_.count; done += tile) {
       const int64_t begin = chunk_.begin + done;
       const int64_t count = std::min<int64_t>(tile, chunk_.count - done);
@@ -53,24 +54,23 @@ class ChunkNorm {
   }
 
   NormSums sums(bool zero_nonfinite) {
-    std::fill_n(lanes_.small, kLanes, 0.0);
-    std::fill_n(lanes_.medium, kLanes, norm_identity(type_));
-    std::fill_n(lanes_.large, kLanes, 0.0);
-    for_each_tile([&](const T* grad, int64_t count) {
+    const bool squares = type_.kind == NormKind::two && sizeof(T) == sizeof(double);
+    const int filled = std::min<int32_t>(chunk_.count, kLanes);
+    std::fill_n(lanes_.medium, filled, norm_identity(type_));
+    if (squares) std::fill_n(lanes_.small, filled, 0.0);
+    if (squares) std::fill_n(lanes_.large, filled, 0.0);
+    for_each_tile(zero_nonfinite ? kTile : kChunk, [&](const T* grad, int64_t count) {
       if (zero_nonfinite) {
         vector_kernels<T>().zero_nonfinite(grad_.buffer(), grad, count);
         grad = grad_.buffer();
       }
       vector_kernels<T>().accumulate_norm(lanes_, grad, count, type_, scale_);
     });
-    const bool squares = type_.kind == NormKind::two && sizeof(T) == sizeof(double);
     return {squares ? reduced(lanes_.small) : 0, reduced(lanes_.medium), squares ? reduced(lanes_.large) : 0};
   }
 
   double reduced(double* lanes) const {
-    return combine_in_order<double>(
-        std::min<int64_t>(chunk_.count, kLanes), lanes, [&](int64_t i) { return lanes[i]; },
-        [&](double& a, double b) { a = combine(type_, a, b); });
+    return combine_lanes(type_, lanes, std::min<int32_t>(chunk_.count, kLanes));
   }
 
   const TensorOperands& tensor_;

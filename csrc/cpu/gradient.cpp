@@ -27,18 +27,23 @@ void transform_chunk(const TensorOperands& tensor, const Chunk& chunk, const Tra
 
 }  // namespace
 
-void transform_grads(const Tensors& tensors, const ChunkTable& table,
-                     const std::vector<TransformOptions>& transforms) {
+bool transform_grads(const Tensors& tensors, const ChunkTable& table, const TransformOf& transform_of) {
+  bool any = false;
+  for (size_t t = 0; t < tensors.size() && !any; ++t) {
+    any = !gradient_transform<double>(transform_of(static_cast<int32_t>(t))).is_identity();
+  }
+  if (!any) return false;
   for_each_range(table, [&](int64_t first, int64_t last) {
     // Backwards: what pass 1 read last is still in cache.
     for (int64_t c = last - 1; c >= first; --c) {
       const Chunk& chunk = table.chunks[c];
       const TensorOperands& tensor = tensors[chunk.tensor];
       with_compute_type(tensor, [&](auto element) {
-        transform_chunk<decltype(element)>(tensor, chunk, transforms[chunk.tensor]);
+        transform_chunk<decltype(element)>(tensor, chunk, transform_of(chunk.tensor));
       });
     }
   });
+  return true;
 }
 
 }  // namespace steadygrad::cpu

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "core/gradient.h"
@@ -55,8 +56,10 @@ class GradNorms {
 
 Norm grad_norm(const Tensors& tensors, NormType type);
 
-// grad = transform(grad), with one entry of `transforms` per tensor; tensors whose transform is the identity are not written.
-void transform_grads(const Tensors& tensors, const ChunkTable& table, const std::vector<TransformOptions>& transforms);
+// grad = transform(grad), with the options that transform_of gives for a tensor's index; where they change nothing, nothing
+// is written. Returns whether anything was.
+using TransformOf = std::function<TransformOptions(int32_t tensor)>;
+bool transform_grads(const Tensors& tensors, const ChunkTable& table, const TransformOf& transform_of);
 
 // Adds l1 * sign(param) + l2 * param to the gradients; returns l1 * sum|param| + l2 / 2 * sum param^2.
 double add_penalty(const Tensors& tensors, double l1, double l2);

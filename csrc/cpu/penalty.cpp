@@ -32,11 +32,8 @@ PenaltySums add_penalty_to_chunk(const TensorOperands& tensor, const Chunk& chun
     vector_kernels<T>().accumulate_norm(magnitudes, param, count, kMagnitudes, 1);
     vector_kernels<T>().accumulate_norm(squares, param, count, kSquares, 1);
   }
-  const int64_t filled = std::min<int64_t>(chunk.count, kLanes);
-  const auto reduced = [&](double* lanes) {
-    return combine_in_order<double>(
-        filled, lanes, [&](int64_t i) { return lanes[i]; }, [](double& a, double b) { a += b; });
-  };
+  const int filled = std::min<int32_t>(chunk.count, kLanes);
+  const auto reduced = [&](double* lanes) { return combine_lanes(kSquares, lanes, filled); };
   return {reduced(magnitudes.medium), {reduced(squares.small), reduced(squares.medium), reduced(squares.large)}};
 }
 

@@ -69,6 +69,7 @@ STEADYGRAD_INLINE void accumulate(double* lanes, const T* in, int64_t count, Ter
     }
     for (int k = 0; k < kVectors; ++k) *reinterpret_cast<DoubleVector*>(lanes + k * kWidth) = sums[k];
   }
+#pragma GCC ivdep
   for (int64_t i = rows * kLanes; i < count; ++i) {
     double& lane = lanes[i - rows * kLanes];
     lane = combine(lane, term(static_cast<double>(in[i])));

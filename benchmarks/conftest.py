@@ -1,0 +1,106 @@
+"""What all benchmarks here share: threads, the yardstick, the race that feeds pytest-benchmark.
+
+pytest-benchmark would time one candidate after the other. Here our call is the one it times, and
+the peers run in the set-up of each of its rounds, so all of them are interleaved as in
+`python -m steadygrad bench`, from whose cases these come.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from steadygrad.bench.cases import Case
+from steadygrad.bench.environment import available_memory_bytes, cache_bytes
+from steadygrad.bench.measure import (
+    CaseResult,
+    CopyYardstick,
+    memory_needed,
+    race,
+    settle_allocator,
+    summarise,
+)
+from steadygrad.bench.report import cases_table
+from steadygrad.bench.timer import collector_paused
+
+_SECONDS_PER_CASE = 2.0
+_RESULTS = pytest.StashKey[list[CaseResult]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--threads", type=int, default=min(2, os.cpu_count() or 1), help="threads of both sides"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_RESULTS] = []
+
+
+@pytest.fixture(scope="session", autouse=True)
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.config.getoption("--threads"))
+    settle_allocator()
+    yield torch.get_num_threads()
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def yardstick(threads: int) -> CopyYardstick:
+    return CopyYardstick(cache_bytes())
+
+
+@pytest.fixture
+def side_by_side(
+    request: pytest.FixtureRequest, benchmark: Any, yardstick: CopyYardstick
+) -> Callable[[Case], None]:
+    """Races a case; its numbers go to pytest-benchmark's `extra_info` and to the final table."""
+
+    def run(case: Case) -> None:
+        if memory_needed(case) > available_memory_bytes():
+            pytest.skip(f"needs {memory_needed(case) / 2**30:.1f} GiB of memory")
+        contest = race(case, yardstick)
+        contest.warm_up(2)
+        start = time.perf_counter()
+        contest.warm_up(1)
+        rounds = int(_SECONDS_PER_CASE / (time.perf_counter() - start))
+
+        def run_peers() -> None:
+            for index in range(1, len(contest.candidates)):
+                contest.lap(index)
+
+        benchmark.group = case.key
+        with collector_paused():
+            benchmark.pedantic(
+                lambda: contest.lap(0), setup=run_peers, rounds=max(5, min(rounds, 200))
+            )
+        result = summarise(case, contest.timings(), yardstick)
+        benchmark.extra_info.update(
+            floor_bytes=result.floor_bytes,
+            gigabytes_per_second=result.gigabytes_per_second,
+            share_of_copy=result.share_of_copy,
+            nanoseconds_per_tensor=result.nanoseconds_per_tensor,
+            ratios={peer.timing.name: peer.ratio for peer in result.peers},
+        )
+        request.config.stash[_RESULTS].append(result)
+
+    return run
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    results = config.stash[_RESULTS]
+    if results:
+        text = io.StringIO()
+        table = cases_table(results, config.getoption("--threads"))
+        Console(file=text, width=110).print(table)
+        terminalreporter.write(text.getvalue())

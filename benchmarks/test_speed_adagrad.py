@@ -1,0 +1,14 @@
+"""Clip and Adagrad against torch's clip and its Adagrad."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from steadygrad.bench.cases import Case, cases_of
+
+
+@pytest.mark.parametrize("case", cases_of("adagrad"), ids=lambda case: case.key)
+def test_speed_adagrad(case: Case, side_by_side: Callable[[Case], None]) -> None:
+    side_by_side(case)

@@ -1,0 +1,14 @@
+"""add_penalty_ against autograd, a loop, and foreach calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from steadygrad.bench.cases import Case, cases_of
+
+
+@pytest.mark.parametrize("case", cases_of("add_penalty"), ids=lambda case: case.key)
+def test_speed_penalty(case: Case, side_by_side: Callable[[Case], None]) -> None:
+    side_by_side(case)

@@ -1,0 +1,14 @@
+"""Clip and SGD, with and without momentum, against torch's clip and its SGD."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from steadygrad.bench.cases import Case, cases_of
+
+
+@pytest.mark.parametrize("case", cases_of("sgd", "sgd_momentum"), ids=lambda case: case.key)
+def test_speed_sgd(case: Case, side_by_side: Callable[[Case], None]) -> None:
+    side_by_side(case)

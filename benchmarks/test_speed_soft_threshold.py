@@ -1,0 +1,14 @@
+"""soft_threshold_ against torch's composites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from steadygrad.bench.cases import Case, cases_of
+
+
+@pytest.mark.parametrize("case", cases_of("soft_threshold"), ids=lambda case: case.key)
+def test_speed_soft_threshold(case: Case, side_by_side: Callable[[Case], None]) -> None:
+    side_by_side(case)

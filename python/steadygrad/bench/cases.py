@@ -1,0 +1,206 @@
+"""Which operations are measured on which shapes, and how many bytes each has to move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+import steadygrad as sg
+from steadygrad.bench import ours, peers
+from steadygrad.bench.shapes import ModelShapes, gpt2_small, many_small, one_tensor, resnet50
+from steadygrad.bench.timer import Candidate
+from steadygrad.bench.workload import Workload
+
+Build = Callable[[Workload], Candidate]
+
+_L1, _L2 = 1e-6, 1e-4
+_THRESHOLD = 1e-6
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation, ours and its peers.
+
+    Attributes:
+        key: short name, first half of the case keys.
+        title: name for people.
+        bytes_per_element: the floor: bytes our path has to move per fp32 element, with no help from
+            caches.
+        buffers: fp32 values per element that one call touches, of parameter, gradient and states.
+        build: our candidate.
+        peers: what it is compared with.
+        params: whether the parameters are read.
+        grads: whether the gradients are read.
+        clip_active: whether gradients exceed the limit.
+    """
+
+    key: str
+    title: str
+    bytes_per_element: int
+    buffers: int
+    build: Build
+    peers: tuple[Build, ...]
+    params: bool = True
+    grads: bool = True
+    clip_active: bool = True
+
+    def workload(self, model: ModelShapes) -> Workload:
+        """Fresh buffers of the given shapes for one candidate."""
+        return Workload(model, params=self.params, grads=self.grads, clip_active=self.clip_active)
+
+    @property
+    def builds(self) -> tuple[Build, ...]:
+        """Ours first, then the peers."""
+        return (self.build, *self.peers)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation on one model's shapes.
+
+    Attributes:
+        operation: what is measured.
+        model: the shapes it is measured on.
+        quick: part of the quick table.
+        host_cost: the data fits in cache and the time is that of the calls, so it is reported per
+            tensor.
+    """
+
+    operation: Operation
+    model: ModelShapes
+    quick: bool = False
+    host_cost: bool = False
+
+    @property
+    def key(self) -> str:
+        """Name of the case, unique in the table: operation/shapes."""
+        return f"{self.operation.key}/{self.model.key}"
+
+
+def _stepping(
+    key: str,
+    title: str,
+    bytes_per_element: int,
+    states: int,
+    make: peers.MakeOptimizer,
+    *against: Build,
+) -> Operation:
+    return Operation(
+        key, title, bytes_per_element, 2 + states, ours.stabilizer_step(make), tuple(against)
+    )
+
+
+def _operations() -> tuple[Operation, ...]:
+    sgd = partial(torch.optim.SGD, lr=1e-4)
+    momentum = partial(torch.optim.SGD, lr=1e-4, momentum=0.9)
+    adam = partial(torch.optim.Adam, lr=1e-4)
+    adamw = partial(torch.optim.AdamW, lr=1e-4)
+    adagrad = partial(torch.optim.Adagrad, lr=1e-4)
+    rmsprop = partial(torch.optim.RMSprop, lr=1e-4)
+
+    def fused(make: peers.MakeOptimizer) -> Build:
+        return peers.clip_then_step(make, peers.CLIP_FUSED, fused=True)
+
+    def default(make: peers.MakeOptimizer) -> Build:
+        return peers.clip_then_step(make, peers.CLIP_DEFAULT)
+
+    def foreach(make: peers.MakeOptimizer) -> Build:
+        return peers.clip_then_step(make, peers.CLIP_FOREACH, foreach=True)
+
+    folded = peers.folded_step
+    clip = partial(
+        Operation,
+        buffers=1,
+        build=ours.clip_grad_norm,
+        peers=(peers.torch_clip_grad_norm,),
+        params=False,
+    )
+    return (
+        clip("clip_active", "clip_grad_norm_, active", 12),
+        clip("clip_inactive", "clip_grad_norm_, inactive", 4, clip_active=False),
+        Operation(
+            "total_norm", "get_total_norm", 4, 1, ours.get_total_norm,
+            (peers.torch_get_total_norm,), params=False,
+        ),
+        Operation(
+            "clip_value", "clip_grad_value_", 8, 1, ours.clip_grad_value,
+            (peers.torch_clip_grad_value,), params=False,
+        ),
+        _stepping(
+            "adamw", "clip + AdamW", 32, 2, adamw,
+            fused(adamw), folded(adamw), default(adamw),
+        ),
+        Operation(
+            "optim_adamw", "clip + optim.AdamW", 32, 4,
+            ours.own_class_step(partial(sg.optim.AdamW, lr=1e-4)), (fused(adamw),),
+        ),
+        _stepping("adam", "clip + Adam", 32, 2, adam, fused(adam), folded(adam)),
+        _stepping(
+            "sgd_momentum", "clip + SGD momentum", 24, 1, momentum,
+            fused(momentum), folded(momentum), default(momentum),
+        ),
+        _stepping("sgd", "clip + SGD", 16, 0, sgd, fused(sgd), folded(sgd)),
+        _stepping(
+            "adagrad", "clip + Adagrad", 24, 1, adagrad,
+            fused(adagrad), folded(adagrad), default(adagrad),
+        ),
+        _stepping("rmsprop", "clip + RMSprop", 24, 1, rmsprop, default(rmsprop), foreach(rmsprop)),
+        Operation(
+            "add_penalty", "add_penalty_, L1 + L2", 12, 2, ours.add_penalty(_L1, _L2),
+            (
+                peers.autograd_penalty(_L1, _L2),
+                peers.loop_penalty(_L1, _L2),
+                peers.foreach_penalty(_L1, _L2),
+            ),
+        ),
+        Operation(
+            "soft_threshold", "soft_threshold_", 8, 1, ours.soft_threshold(_THRESHOLD),
+            (peers.composite_threshold(_THRESHOLD), peers.softshrink_threshold(_THRESHOLD)),
+            grads=False,
+        ),
+    )  # fmt: skip
+
+
+OPERATIONS: dict[str, Operation] = {operation.key: operation for operation in _operations()}
+
+
+def _cases() -> tuple[Case, ...]:
+    resnet, gpt2, small = resnet50(), gpt2_small(), many_small()
+    one, huge = one_tensor(26), one_tensor(28)
+    plan: dict[str, tuple[ModelShapes, ...]] = {
+        "clip_active": (resnet, gpt2, one, huge, small),
+        "clip_inactive": (resnet, gpt2, one, huge, small),
+        "total_norm": (resnet, one, small),
+        "clip_value": (resnet,),
+        "adamw": (resnet, gpt2, one, small),
+        "optim_adamw": (resnet, small),
+        "adam": (resnet,),
+        "sgd_momentum": (resnet, gpt2, small),
+        "sgd": (resnet,),
+        "adagrad": (resnet,),
+        "rmsprop": (resnet,),
+        "add_penalty": (resnet, small),
+        "soft_threshold": (resnet, small),
+    }
+    quick = {"clip_active", "clip_inactive", "adamw", "sgd_momentum", "add_penalty"}
+    return tuple(
+        Case(
+            OPERATIONS[key],
+            model,
+            quick=key in quick and model in (resnet, small),
+            host_cost=model is small,
+        )
+        for key, models in plan.items()
+        for model in models
+    )
+
+
+CASES: tuple[Case, ...] = _cases()
+
+
+def cases_of(*operations: str) -> list[Case]:
+    """The cases of the operations with the given keys, in table order."""
+    return [case for case in CASES if case.operation.key in operations]

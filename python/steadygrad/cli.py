@@ -1,0 +1,130 @@
+"""The command line: ``python -m steadygrad doctor | bench | study``.
+
+Each command calls one module and turns its outcome into an exit code: 0 when all is well, 1 when
+something failed, 2 when the command was not understood, 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from rich.console import Console
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Args:
+        argv: arguments after the program's name; ``sys.argv[1:]`` by default.
+
+    Raises:
+        SystemExit: with code 2 for arguments that are not understood, with 0 after ``--help``.
+    """
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command == "study" and not args.quick:
+        parser.error("study: add --quick; it is the one comparison that this version has")
+    if problem := _prepare_out(args):
+        parser.error(f"{args.command}: {problem}")
+    try:
+        return _COMMANDS[args.command](args, Console())
+    except KeyboardInterrupt:
+        Console(stderr=True).print("\nInterrupted.")
+        return 130
+
+
+def _doctor(args: argparse.Namespace, console: Console) -> int:
+    from .doctor import run
+
+    return run(console)
+
+
+def _bench(args: argparse.Namespace, console: Console) -> int:
+    from .bench import run
+
+    return run(console, quick=args.quick, out=args.out, threads=args.threads)
+
+
+def _study(args: argparse.Namespace, console: Console) -> int:
+    from .study import run_quick
+
+    return run_quick(args.out, console, args.threads)
+
+
+def _prepare_out(args: argparse.Namespace) -> str:
+    """Make the folder that results go to; return what is wrong with it, before minutes of work."""
+    if args.command == "doctor" or args.out is None:
+        return ""
+    folder = args.out if args.command == "study" else args.out.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"--out {args.out}: {error.strerror}; name another place"
+    if args.command == "bench" and args.out.is_dir():
+        return f"--out {args.out}: is a folder; name a file"
+    if not os.access(folder, os.W_OK):
+        return f"--out {args.out}: {folder} cannot be written; name another place"
+    return ""
+
+
+_COMMANDS = {"doctor": _doctor, "bench": _bench, "study": _study}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="steadygrad",
+        description="Fused gradient clipping, penalties and optimizer steps for PyTorch.",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"steadygrad {metadata.version('steadygrad')}"
+    )
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+
+    commands.add_parser(
+        "doctor",
+        help="show versions and backends, check every kernel, say what to do",
+        description="Show what is installed, check every kernel against its definition in NumPy, "
+        "and say what to do about anything that is wrong. Exits with 1 if something is.",
+    )
+
+    bench = commands.add_parser(
+        "bench",
+        help="time the kernels side by side with torch",
+        description="Time the kernels side by side with torch, in one process, interleaved.",
+    )
+    bench.add_argument("--quick", action="store_true", help="fewer cases and repetitions")
+    bench.add_argument("--out", type=Path, metavar="FILE", help="also write the numbers as JSON")
+    _add_threads(bench, default=2)
+
+    study = commands.add_parser(
+        "study",
+        help="train a network that explodes, with and without remedies",
+        description="Train a badly initialised network on handwritten digits, with and without "
+        "remedies, and compare them. Writes a plot and the numbers.",
+    )
+    study.add_argument("--quick", action="store_true", help="one network, a few minutes")
+    study.add_argument(
+        "--out", type=Path, default=Path("out"), metavar="DIR", help="folder (default: out)"
+    )
+    _add_threads(study, default=1)
+    return parser
+
+
+def _add_threads(parser: argparse.ArgumentParser, default: int) -> None:
+    parser.add_argument(
+        "--threads", type=_thread_count, metavar="N", help=f"CPU threads (default: {default})"
+    )
+
+
+def _thread_count(text: str) -> int:
+    try:
+        count = int(text)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return count

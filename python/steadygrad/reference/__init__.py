@@ -1,0 +1,11 @@
+"""NumPy float64 definitions of every operation in the package.
+
+What the kernels compute is defined here, in the shortest readable form, and they are tested against
+it. Nothing in this package imports torch.
+"""
+
+from __future__ import annotations
+
+from . import clip, norm, penalty, rules, step
+
+__all__ = ["clip", "norm", "penalty", "rules", "step"]

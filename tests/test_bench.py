@@ -1,0 +1,240 @@
+"""The benchmark harness: shapes, interleaved timer, derived numbers, equal work, reports."""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from steadygrad import bench
+from steadygrad.bench import cases as bench_cases
+from steadygrad.bench import environment, measure, peers, report, shapes, targets
+from steadygrad.bench.timer import Candidate, Race, Timing, quartiles, ratio, round_ratios
+from steadygrad.bench.workload import Workload
+
+TINY = shapes.ModelShapes("tiny", "tiny", ((5,), (3, 7), (2, 3, 4)))
+
+
+class FakeClock:
+    """A clock that stands still unless it is told to move."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def scripted(name: str, clock: FakeClock, durations: list[float], log: list[str]) -> Candidate:
+    """A candidate whose calls take the given times, in turn, and whose preparation takes 100 s."""
+    remaining = list(durations)
+
+    def prepare() -> None:
+        log.append(f"prepare {name}")
+        clock.now += 100.0
+
+    def run() -> None:
+        log.append(name)
+        clock.now += remaining.pop(0)
+
+    return Candidate(name, run, prepare)
+
+
+@pytest.mark.parametrize(
+    ("model", "tensors", "elements"),
+    [
+        (shapes.resnet50(), 161, 25_557_032),
+        (shapes.gpt2_small(), 148, 124_439_808),
+        (shapes.many_small(), 2000, 64_000),
+        (shapes.one_tensor(26), 1, 2**26),
+    ],
+    ids=lambda value: getattr(value, "key", None),
+)
+def test_shapes_have_the_published_sizes(
+    model: shapes.ModelShapes, tensors: int, elements: int
+) -> None:
+    assert model.tensors == tensors
+    assert model.elements == elements
+
+
+def test_race_interleaves_and_times_only_the_calls() -> None:
+    clock, log = FakeClock(), []
+    race = Race(
+        [
+            scripted("ours", clock, [1.0, 2.0, 9.0], log),
+            scripted("peer", clock, [4.0, 4.0, 27.0], log),
+        ],
+        clock,
+    )
+    rounds: list[int] = []
+    ours, peer = race.run(0.0, 3, 3, lambda: rounds.append(len(rounds)))
+    assert log == ["prepare ours", "ours", "prepare peer", "peer"] * 3
+    assert ours.seconds == (1.0, 2.0, 9.0)
+    assert peer.seconds == (4.0, 4.0, 27.0)
+    assert rounds == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "least", "most", "expected"),
+    [(0.0, 3, 10, 3), (5.0, 1, 10, 5), (1e9, 1, 4, 4)],
+    ids=["at least", "budget", "at most"],
+)
+def test_race_keeps_its_budget(seconds: float, least: int, most: int, expected: int) -> None:
+    clock = FakeClock()
+
+    def run() -> None:
+        clock.now += 1.0
+
+    (timing,) = Race([Candidate("ours", run)], clock).run(seconds, least, most)
+    assert len(timing.seconds) == expected
+
+
+def test_race_warms_up_untimed_and_pauses_the_collector() -> None:
+    enabled: list[bool] = []
+    race = Race([Candidate("ours", lambda: enabled.append(gc.isenabled()))])
+    race.warm_up(2)
+    assert race.timings()[0].seconds == ()
+    race.run(0.0, 2, 2)
+    assert enabled == [True, True, False, False]
+    assert gc.isenabled()
+
+
+def test_race_refuses_to_run_empty() -> None:
+    with pytest.raises(ValueError, match="at least one candidate"):
+        Race([])
+
+
+def test_medians_quartiles_and_ratios() -> None:
+    ours = Timing("ours", (1.0, 2.0, 3.0, 4.0, 10.0))
+    peer = Timing("peer", (4.0, 4.0, 9.0, 16.0, 10.0))
+    assert ours.median == 3.0
+    assert ours.quartiles == (2.0, 4.0)
+    assert quartiles([7.0]) == (7.0, 7.0)
+    assert ratio(peer, ours) == 3.0
+    assert round_ratios(peer, ours) == [4.0, 2.0, 3.0, 4.0, 1.0]
+
+
+def test_workload_keeps_the_clip_active() -> None:
+    load = Workload(shapes.many_small(100, 32))
+    for _ in range(20):
+        load.tighten()
+        before = torch.nn.utils.get_total_norm(load.grads)
+        assert before > load.limit
+        torch.nn.utils.clip_grad_norm_(load.params, load.limit)
+    idle = Workload(TINY, clip_active=False)
+    limit = idle.limit
+    idle.tighten()
+    assert idle.limit == limit > torch.nn.utils.get_total_norm(idle.grads)
+
+
+@pytest.mark.parametrize("key", bench_cases.OPERATIONS)
+def test_every_peer_does_the_same_work(key: str) -> None:
+    """Equal parameters after a step, equal gradients after a clip or a penalty."""
+    operation = bench_cases.OPERATIONS[key]
+    left: dict[str, list[torch.Tensor]] = {}
+    for build in operation.builds:
+        load = operation.workload(TINY)
+        candidate = build(load)
+        for _ in range(3):
+            candidate.prepare()
+            candidate.run()
+        steps = key not in {"clip_active", "clip_inactive", "clip_value", "add_penalty"}
+        kept = load.params if steps and operation.params else load.grads
+        left[candidate.name] = [tensor.detach() for tensor in kept]
+    names = list(left)
+    assert names[0] == "steadygrad"
+    assert len(names) == len(operation.builds), "two peers with one name"
+    for name in names[1:]:
+        torch.testing.assert_close(left["steadygrad"], left[name], rtol=1e-5, atol=1e-6)
+
+
+def test_case_keys_are_unique_and_targets_refer_to_them() -> None:
+    keys = [case.key for case in bench_cases.CASES]
+    assert len(set(keys)) == len(keys)
+    for target in targets.TARGETS:
+        (case,) = [case for case in bench_cases.CASES if case.key == target.case]
+        load = case.operation.workload(TINY)
+        assert target.peer in {build(load).name for build in case.operation.peers}
+
+
+@pytest.fixture
+def yardstick(monkeypatch: pytest.MonkeyPatch) -> measure.CopyYardstick:
+    monkeypatch.setattr(measure, "_SMALLEST_BUFFER", 2**10)
+    return measure.CopyYardstick(cache_bytes=2**10)
+
+
+def test_derived_numbers(yardstick: measure.CopyYardstick) -> None:
+    case = bench_cases.Case(bench_cases.OPERATIONS["adamw"], shapes.one_tensor(20))
+    laps = {"ours": 1e-3, "a": 2e-3, "b": 3e-3, "c": 5e-3, "copy_": 4e-6, "mul_": 2e-6}
+    timings = [Timing(name, (lap, lap)) for name, lap in laps.items()]
+    result = measure.summarise(case, timings, yardstick)
+    assert [peer.ratio for peer in result.peers] == [2.0, 3.0, 5.0]
+    assert result.floor_bytes == 32 * 2**20
+    assert result.gigabytes_per_second == pytest.approx(32 * 2**20 / 1e-3 / 1e9)
+    assert result.nanoseconds_per_tensor == pytest.approx(1e6)
+    assert result.bandwidth is not None
+    assert result.bandwidth.yardstick == 2 * yardstick.buffer_bytes / 2e-6 / 1e9
+    assert result.share_of_copy == result.gigabytes_per_second / result.bandwidth.yardstick
+
+
+def test_verdicts() -> None:
+    case = next(case for case in bench_cases.CASES if case.key == "clip_active/small")
+    peer = Timing(peers.TORCH_FOREACH, (12.0,))
+    result = measure.CaseResult(
+        case,
+        Timing("steadygrad", (1.0,)),
+        (measure.PeerResult(peer, 12.0, 12.0, (12.0, 12.0)),),
+        None,
+    )
+    verdicts = {verdict.target.case: verdict for verdict in targets.judge([result])}
+    assert verdicts["clip_active/small"].met is True
+    assert verdicts["clip_active/resnet50"].met is None
+
+
+def test_run_reports_and_writes_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    chosen = tuple(
+        bench_cases.Case(bench_cases.OPERATIONS[key], TINY, quick=True, host_cost=host)
+        for key, host in (("clip_active", False), ("adamw", True))
+    )
+    hungry = bench_cases.Case(bench_cases.OPERATIONS["adam"], shapes.one_tensor(50), quick=True)
+    monkeypatch.setattr(bench, "CASES", (*chosen, hungry))
+    monkeypatch.setattr(bench, "QUICK", measure.Effort(seconds=0.0, min_rounds=3, max_rounds=3))
+    monkeypatch.setattr(measure, "_SMALLEST_BUFFER", 2**16)
+    monkeypatch.setattr(environment, "cache_bytes", lambda: 2**10)
+    threads = torch.get_num_threads()
+    console = Console(file=io.StringIO(), width=100)
+    out = tmp_path / "results" / "bench.json"
+    assert bench.run(console, quick=True, out=out, threads=1) == 0
+    assert torch.get_num_threads() == threads
+
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    for expected in ("clip_grad_norm_, active", "torch foreach", "of copy", "not run", "GB/s"):
+        assert expected in text
+    assert f"skipped {hungry.key}: needs" in text
+
+    found = json.loads(out.read_text())
+    assert found["schema"] == report.SCHEMA
+    assert found["environment"]["threads"] == 1
+    assert found["copy_bandwidth"]["yardstick_gigabytes_per_second"] > 0
+    assert [case["key"] for case in found["cases"]] == [case.key for case in chosen]
+    assert [entry["case"] for entry in found["skipped"]] == [hungry.key]
+    assert {entry["met"] for entry in found["targets"]} == {None}
+    clip, step = found["cases"]
+    assert clip["share_of_copy"] > 0
+    assert step["share_of_copy"] is None
+    assert clip["bytes_per_element"] == 12
+    for side in (clip["ours"], *clip["peers"]):
+        assert side["rounds"] == 3
+        lower, upper = side["lower_quartile_seconds"], side["upper_quartile_seconds"]
+        assert 0 < lower <= side["median_seconds"] <= upper
+
+
+def test_run_refuses_no_threads() -> None:
+    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+        bench.run(Console(file=io.StringIO()), quick=True, out=None, threads=0)

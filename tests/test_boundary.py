@@ -1,0 +1,317 @@
+"""What crosses into the kernels: every kind of tensor is right, or refused in words, unchanged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import Parameter
+
+import steadygrad as sg
+from backends import Backend
+from parameter_sets import with_gradients
+from snapshots import Snapshot, assert_refused, bits
+from tolerances import assert_close
+
+REFUSALS = (TypeError, ValueError, RuntimeError)
+
+
+class Subclass(torch.Tensor):
+    """Somebody's tensor type, whose operations are not the kernels'."""
+
+
+def fake() -> Tensor:
+    with FakeTensorMode():
+        return torch.full((7,), 50.0)
+
+
+def freed() -> Tensor:
+    values = torch.full((7,), 50.0)
+    values.untyped_storage().resize_(0)
+    return values
+
+
+# Name: how it is made, what the message expects, what it got.
+BAD: dict[str, tuple[Callable[[], Tensor], str, str]] = {
+    "integer": (lambda: torch.full((7,), 50), "float", "int64"),
+    "boolean": (lambda: torch.ones(7, dtype=torch.bool), "float", "bool"),
+    "float8": (lambda: torch.ones(7).to(torch.float8_e4m3fn), "float", "float8"),
+    "sparse": (lambda: torch.full((7,), 50.0).to_sparse(), "dense|strided", "sparse"),
+    "sparse-csr": (lambda: torch.eye(7).to_sparse_csr(), "dense|strided", "sparse"),
+    "meta": (lambda: torch.ones(7, device="meta"), "cpu", "meta"),
+    "fake": (fake, r"torch\.Tensor", "FakeTensor"),
+    "subclass": (lambda: torch.ones(7).as_subclass(Subclass), r"torch\.Tensor", "Subclass"),
+    "freed": (freed, "memory|storage", "freed|null|released"),
+}
+# What autograd lets stand as the gradient of a parameter without ado; the others are set by hand.
+FUNCTIONS: dict[str, tuple[str, Callable[[Any], object]]] = {
+    "get_total_norm": ("tensors", lambda ts: sg.get_total_norm(ts)),
+    "clip_grad_norm_": ("parameters", lambda ps: sg.clip_grad_norm_(ps, 1.0)),
+    "clip_grads_with_norm_": (
+        "parameters",
+        lambda ps: sg.clip_grads_with_norm_(ps, 1.0, torch.tensor(9.0)),
+    ),
+    "clip_grad_value_": ("parameters", lambda ps: sg.clip_grad_value_(ps, 1.0)),
+    "add_penalty_": ("params", lambda ps: sg.add_penalty_(ps, 0.5, 0.5)),
+    "soft_threshold_": ("params", lambda ps: sg.soft_threshold_(ps, 0.5)),
+}
+TAKES_TENSORS = ("get_total_norm", "soft_threshold_")
+
+
+def carrier(gradient: Tensor) -> Tensor:
+    """Return a tensor whose ``.grad`` is the given one, whatever its kind."""
+    if gradient.layout == torch.strided:
+        tensor = torch.empty_like(gradient)
+    elif gradient.layout == torch.sparse_coo:
+        tensor = gradient.to_dense()
+    else:  # nothing else may carry it
+        tensor = gradient.clone()
+    tensor.grad = gradient
+    return tensor
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_bad_tensors_are_refused_and_nothing_changes(
+    backend: Backend, function: str, kind: str
+) -> None:
+    make, expected, got = BAD[kind]
+    argument, call = FUNCTIONS[function]
+    good = with_gradients([torch.full((9,), 50.0, device=backend.device) for _ in range(2)])
+    with torch.no_grad():
+        for param in good:
+            param.fill_(3.0)
+    bad = make()
+    if function not in TAKES_TENSORS:
+        bad = carrier(bad)
+    listed = [good[0], bad, good[1]]
+    if function == "get_total_norm":
+        listed = [good[0].grad, bad, good[1].grad]  # type: ignore[list-item]
+    assert_refused(
+        lambda: call(listed),
+        REFUSALS,
+        function=function,
+        argument=argument,
+        expected=f"expected.*({expected})",
+        got=f"got.*({got})",
+        unchanged=[Snapshot(good)],
+    )
+
+
+@pytest.mark.parametrize("wrong", ["weight", 3.0, object(), None], ids=repr)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_what_is_no_tensor_is_refused(backend: Backend, function: str, wrong: object) -> None:
+    argument, call = FUNCTIONS[function]
+    good = with_gradients([torch.full((9,), 50.0, device=backend.device)])
+    for listed in ([*good, wrong], wrong):
+        assert_refused(
+            lambda listed=listed: call(listed),
+            TypeError,
+            function=function,
+            argument=argument,
+            expected="expected.*tensor",
+            got=f"got.*({type(wrong).__name__})",
+            unchanged=[Snapshot(good)],
+        )
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "argument"),
+    [
+        ("clip_grad_norm_", ("a",), "max_norm"),
+        ("clip_grad_norm_", (None,), "max_norm"),
+        ("clip_grad_norm_", (1.0, "two"), "norm_type"),
+        ("clip_grads_with_norm_", ("a", torch.tensor(1.0)), "max_norm"),
+        ("clip_grads_with_norm_", (1.0, "a"), "total_norm"),
+        ("clip_grad_value_", ([],), "clip_value"),
+        ("add_penalty_", ("a",), "l1"),
+        ("add_penalty_", (0.0, None), "l2"),
+        ("soft_threshold_", ("a",), "amount"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(
+    backend: Backend, function: str, arguments: tuple[Any, ...], argument: str
+) -> None:
+    params = with_gradients([torch.full((9,), 50.0, device=backend.device)])
+    snapshot = Snapshot(params)
+    with pytest.raises((TypeError, ValueError)) as raised:
+        getattr(sg, function)(params, *arguments)
+    assert function in str(raised.value) and argument in str(raised.value)
+    snapshot.assert_unchanged()
+
+
+@pytest.mark.parametrize("function", [f for f in FUNCTIONS if f != "get_total_norm"])
+def test_inference_tensors_are_refused_outside_inference_mode(
+    backend: Backend, function: str
+) -> None:
+    argument, call = FUNCTIONS[function]
+    with torch.inference_mode():
+        values = torch.full((5,), 50.0, device=backend.device)
+    holder = with_gradients([torch.full((5,), 50.0, device=backend.device)])
+    tensor: Tensor = values
+    if function != "soft_threshold_":
+        tensor = Parameter(torch.ones(5, device=backend.device))
+        tensor.grad = values
+    before = bits(values)
+    assert_refused(
+        lambda: call([*holder, tensor]),
+        RuntimeError,
+        function=function,
+        argument=argument,
+        expected="expected",
+        got="inference",
+        unchanged=[Snapshot(holder)],
+    )
+    assert torch.equal(bits(values), before)
+
+
+def test_inference_tensors_can_be_read_and_in_inference_mode_written(backend: Backend) -> None:
+    with torch.inference_mode():
+        values = torch.full((4,), 50.0, device=backend.device)
+        holder = torch.zeros(4, device=backend.device)
+        holder.grad = values
+        assert sg.clip_grad_norm_([holder], 10.0).item() == 100.0
+        assert_close(values, torch.full((4,), 5.0), torch.float32)
+    assert sg.get_total_norm([values]).item() == pytest.approx(10.0)
+
+
+def test_lazily_negated_and_conjugated_gradients(backend: Backend) -> None:
+    def lazy() -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        values = torch.randn(3, 50, 2, generator=generator).to(backend.device)
+        return [torch.view_as_complex(values[0]).conj().imag, *values[1:, :, 0]]
+
+    assert lazy()[0].is_neg()
+    calls: list[Callable[[list[Parameter]], object]] = [
+        lambda ps: sg.clip_grad_norm_(ps, 1.0),
+        lambda ps: sg.clip_grad_value_(ps, 0.5),
+        lambda ps: sg.add_penalty_(ps, 0.5, 0.5),
+        lambda ps: sg.Stabilizer(torch.optim.SGD(ps, lr=0.5), max_norm=1.0).step(),
+        lambda ps: sg.Stabilizer(torch.optim.Adadelta(ps, lr=0.5), max_norm=1.0).step(),
+    ]
+    for call in calls:
+        mine, plain = with_gradients(lazy()), with_gradients([g.clone() for g in lazy()])
+        for params in (mine, plain):
+            with torch.no_grad():
+                for param in params:
+                    param.add_(1.0)
+        snapshot = Snapshot(mine)
+        call(plain)
+        try:
+            call(mine)
+        except REFUSALS as refusal:
+            assert "neg" in str(refusal).lower()
+            snapshot.assert_unchanged()
+        else:
+            for one, other in zip(mine, plain, strict=True):
+                assert one.grad is not None and other.grad is not None
+                assert_close(one, other, torch.float32)
+                assert_close(one.grad, other.grad, torch.float32)
+    assert_close(
+        sg.get_total_norm(lazy()), sg.get_total_norm([g.clone() for g in lazy()]), torch.float32
+    )
+
+
+def test_parameters_that_are_views_of_one_buffer(backend: Backend) -> None:
+    def build() -> tuple[Tensor, list[Parameter]]:
+        flat = torch.linspace(-1, 1, 60, device=backend.device)
+        gradient = torch.linspace(3, -3, 60, device=backend.device)
+        params = [Parameter(flat[:11]), Parameter(flat[11:51].view(5, 8)), Parameter(flat[51:])]
+        for param, piece in zip(params, gradient.split([11, 40, 9]), strict=True):
+            param.grad = piece.view(param.shape)
+        return flat, params
+
+    (mine, my_params), (theirs, their_params) = build(), build()
+    ours = sg.Stabilizer(torch.optim.AdamW(my_params, lr=0.1), max_norm=1.0)
+    torchs = torch.optim.AdamW(their_params, lr=0.1)
+    for _ in range(3):
+        ours.step()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in their_params if p.grad is not None])
+        clipped = [p.grad for p in their_params]
+        for param in their_params:
+            assert param.grad is not None
+            param.grad = param.grad / (norm + 1e-6)
+        torchs.step()
+        for param, gradient in zip(their_params, clipped, strict=True):
+            param.grad = gradient
+    assert ours.path == "fused"
+    assert_close(mine, theirs, torch.float32)
+
+
+def test_one_gradient_of_two_parameters(backend: Backend) -> None:
+    shared = torch.full((8,), 0.25, device=backend.device)
+    mine = [Parameter(torch.full((8,), value, device=backend.device)) for value in (1.0, 2.0)]
+    for param in mine:
+        param.grad = shared
+    ours = sg.Stabilizer(torch.optim.SGD(mine, lr=1.0), max_norm=100.0)
+    ours.step()
+    assert ours.grad_norm is not None and ours.grad_norm.item() == pytest.approx(1.0)
+    assert [p[0].item() for p in mine] == [0.75, 1.75] and torch.all(shared == 0.25)
+
+
+def test_an_expanded_gradient_in_a_step(backend: Backend) -> None:
+    # As x.sum() can leave it: one element for all; it is only read.
+    param = Parameter(torch.zeros(3, 5, device=backend.device))
+    param.grad = torch.full((1,), 2.0, device=backend.device).expand(3, 5)
+    optimizer = sg.Stabilizer(torch.optim.SGD([param], lr=1.0), max_norm=1.0)
+    snapshot = Snapshot([param], optimizer)
+    try:
+        optimizer.step()
+    except REFUSALS as refusal:
+        assert "grad" in str(refusal)
+        snapshot.assert_unchanged()
+    else:
+        assert_close(param, torch.full((3, 5), -(15**-0.5)), torch.float32)
+
+
+def test_an_expanded_parameter_is_refused(backend: Backend) -> None:
+    param = Parameter(torch.ones(1, device=backend.device).expand(6))
+    for call in (
+        lambda: sg.soft_threshold_([param], 0.5),
+        lambda: sg.Stabilizer(torch.optim.SGD([param], lr=1.0), max_norm=1.0).step(),
+    ):
+        param.grad = torch.full((6,), 3.0, device=backend.device)
+        snapshot = Snapshot([param])
+        with pytest.raises(REFUSALS):
+            call()
+        snapshot.assert_unchanged()
+
+
+def test_more_than_two_to_the_31_elements(backend: Backend) -> None:
+    # Without the memory: every row is the same one.
+    row = torch.full((2**15 + 1,), 2.0, dtype=torch.bfloat16, device=backend.device)
+    got = sg.get_total_norm([row.expand(2**16 + 1, 2**15 + 1)])
+    want = 2.0 * math.sqrt((2**16 + 1) * (2**15 + 1))
+    assert got.item() == pytest.approx(want, rel=2.0**-23)
+
+
+def test_tensors_of_many_dimensions(backend: Backend) -> None:
+    values = torch.randn(*[1] * 20, 2, 3, *[1] * 10, 2, device=backend.device)
+    (param,) = with_gradients([values.transpose(20, 21)])
+    want = values.double().norm().item()
+    assert sg.clip_grad_norm_([param], want / 2).item() == pytest.approx(want)
+    assert sg.get_total_norm([values]).item() == pytest.approx(want / 2)
+
+
+def test_gradients_of_other_dtypes_than_the_parameter(backend: Backend) -> None:
+    param = Parameter(torch.zeros(8, dtype=torch.bfloat16, device=backend.device))
+    param.grad_dtype = torch.float32
+    param.grad = torch.full((8,), 3.0, device=backend.device)
+    assert sg.clip_grad_norm_([param], 1.0).item() == pytest.approx(3 * math.sqrt(8))
+    assert_close(param.grad, torch.full((8,), 8**-0.5), torch.float32)
+    param.grad.fill_(3.0)
+    optimizer = sg.Stabilizer(torch.optim.SGD([param], lr=1.0), max_norm=1.0)
+    snapshot = Snapshot([param], optimizer)
+    try:
+        optimizer.step()
+    except REFUSALS as refusal:
+        assert "bfloat16" in str(refusal) and "float32" in str(refusal)
+        snapshot.assert_unchanged()
+    else:
+        assert_close(param, torch.tensor(-(8**-0.5)).bfloat16().expand(8), torch.float32)

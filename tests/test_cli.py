@@ -1,0 +1,260 @@
+"""The command line, and the doctor that it runs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import steadygrad as sg
+import steadygrad.bench
+import steadygrad.study
+from steadygrad import doctor
+from steadygrad.cli import main
+
+
+@pytest.fixture(autouse=True)
+def plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wide and without colours, so that lines can be compared."""
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+
+
+@pytest.fixture
+def exits(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Run with arguments that end in the parser; return the exit code and what was printed."""
+
+    def run(*argv: str) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as info:
+            main(argv)
+        captured = capsys.readouterr()
+        assert isinstance(info.value.code, int)
+        return info.value.code, captured.out + captured.err
+
+    return run
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+# --- the parser ---
+
+
+def test_help_names_every_command(exits: Any) -> None:
+    code, text = exits("--help")
+    assert code == 0
+    for command in ("doctor", "bench", "study"):
+        assert re.search(rf"^\s+{command}\s+\w", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", ["doctor", "bench", "study"])
+def test_each_command_has_help(exits: Any, command: str) -> None:
+    code, text = exits(command, "--help")
+    assert code == 0
+    assert text.startswith(f"usage: steadygrad {command}")
+
+
+def test_version(exits: Any) -> None:
+    assert exits("--version") == (0, f"steadygrad {doctor._version('steadygrad')}\n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "required: command"),
+        (["repair"], "invalid choice: 'repair'"),
+        (["doctor", "--quick"], "unrecognized arguments: --quick"),
+        (["study"], "add --quick"),
+        (["bench", "--threads", "0"], "expected a whole number of at least 1, got '0'"),
+        (["bench", "--threads", "many"], "expected a whole number of at least 1, got 'many'"),
+        (["study", "--quick", "--out"], "expected one argument"),
+    ],
+)
+def test_bad_arguments_are_code_2(exits: Any, argv: list[str], message: str) -> None:
+    code, text = exits(*argv)
+    assert code == 2
+    assert message in text
+    assert "usage: steadygrad" in text
+
+
+def test_out_that_cannot_be_written_is_refused_first(exits: Any, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for argv in (
+        ["study", "--quick", "--out", str(file)],
+        ["study", "--quick", "--out", str(file / "below")],
+        ["bench", "--out", str(tmp_path)],
+    ):
+        code, text = exits(*argv)
+        assert code == 2
+        assert "--out" in text and "name " in text
+
+
+def test_module_runs_as_a_program() -> None:
+    command = [sys.executable, "-m", "steadygrad", "--version"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("steadygrad ")
+
+
+# --- bench and study are handed their options ---
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_bench_is_wired(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int) -> None:
+    calls = []
+
+    def run(console: Any, **options: Any) -> int:
+        calls.append(options)
+        return code
+
+    monkeypatch.setattr(steadygrad.bench, "run", run)
+    out = tmp_path / "new" / "bench.json"
+    assert main(["bench", "--quick", "--out", str(out), "--threads", "1"]) == code
+    assert main(["bench"]) == code
+    assert calls == [
+        {"quick": True, "out": out, "threads": 1},
+        {"quick": False, "out": None, "threads": None},
+    ]
+    assert out.parent.is_dir()
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_study_is_wired(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int) -> None:
+    calls = []
+
+    def run_quick(out: Path, console: Any, threads: int | None) -> int:
+        calls.append((out, threads))
+        return code
+
+    monkeypatch.setattr(steadygrad.study, "run_quick", run_quick)
+    monkeypatch.chdir(tmp_path)
+    assert main(["study", "--quick", "--out", "a/b", "--threads", "2"]) == code
+    assert main(["study", "--quick"]) == code
+    assert calls == [(Path("a/b"), 2), (Path("out"), None)]
+    assert (tmp_path / "a" / "b").is_dir() and (tmp_path / "out").is_dir()
+
+
+def test_interrupt_is_code_130(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def run(console: Any, **options: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(steadygrad.bench, "run", run)
+    assert main(["bench"]) == 130
+    assert "Interrupted" in capsys.readouterr().err
+
+
+# --- doctor ---
+
+
+def test_doctor_finds_all_well(capsys: Any) -> None:
+    code = main(["doctor"])
+    text = capsys.readouterr().out
+    assert code == 0, text
+    assert "All is well." in text
+    assert "FAIL" not in text
+    assert "56 of 56 kernel checks passed." in text
+    for line in (
+        rf"torch +{re.escape(torch.__version__)}",
+        r"backend +cpu: compiled, usable",
+        r"instruction set +(baseline|avx2|avx512)",
+        r"OpenMP +.*\(the copy torch uses\)" if sys.platform == "linux" else r"OpenMP +",
+        r"threads +\d+",
+        r"DLPack exchange API +1\.\d+ on torch\.Tensor, 1\.\d+ compiled in: compatible",
+        r"add_penalty_ +ok .*ok .*ok .*ok ",
+        r"AdamW, 2 fused steps +ok .*ok .*ok .*ok ",
+    ):
+        assert re.search(rf"^ *{line}", text, re.MULTILINE), line
+
+
+def test_doctor_reports_wrong_numbers(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    intact = sg.clip_grad_value_
+
+    def broken(params: Any, clip_value: float) -> None:
+        intact(params, clip_value * 1.5)
+
+    monkeypatch.setattr(sg, "clip_grad_value_", broken)
+    assert main(["doctor"]) == 1
+    text = capsys.readouterr().out
+    assert "52 of 56 kernel checks passed." in text
+    assert re.search(r"^ *clip_grad_value_ +FAIL 5e-01", text, re.MULTILINE)
+    assert re.search(r"- clip_grad_value_: error 5.0e-01 above 5.0e-07 \(float32\)", text)
+    assert "wrong results: reinstall it" in text
+    assert "All is well" not in text
+
+
+def test_doctor_reports_nan_and_raising_kernels(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def raising(params: Any, amount: float) -> None:
+        raise RuntimeError("no [kernel] here")
+
+    monkeypatch.setattr(sg, "soft_threshold_", raising)
+    monkeypatch.setattr(sg, "get_total_norm", lambda *_: torch.tensor(float("nan")))
+    assert main(["doctor"]) == 1
+    text = capsys.readouterr().out
+    every = "float32, float64, bfloat16, float16"
+    assert f"- soft_threshold_: RuntimeError: no [kernel] here ({every})" in text
+    assert "- get_total_norm, 2: error nan above 1.2e-07" in text
+    assert "cpu: compiled, not usable" in text
+
+
+def test_doctor_reports_a_rule_that_is_not_fused(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(
+        sg.optim, "SGD", lambda params, **_: sg.Stabilizer(torch.optim.ASGD(params))
+    )
+    assert main(["doctor"]) == 1
+    assert "SGD, 2 fused steps: RuntimeError: expected the fused path, got 'in-place" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        ("steadygrad._kernels", "- import: reinstall it; in a clone: pip install"),
+        ("torch", "pip install 'torch>=2.10'"),
+    ],
+)
+def test_doctor_explains_itself_without(missing: str, said: str) -> None:
+    result = run_python(
+        f"import runpy, sys; sys.modules[{missing!r}] = None\n"
+        f"runpy.run_path({doctor.__file__!r}, run_name='__main__')"
+    )
+    assert result.returncode == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "The kernels were not checked" in result.stdout
+    assert said in " ".join(result.stdout.split())
+
+
+def test_doctor_explains_a_torch_that_is_too_old() -> None:
+    old = SimpleNamespace(Tensor=object, __version__="2.9.1")
+    (fact,) = doctor.dlpack_facts(old, None)
+    assert fact.value == "torch 2.9.1 has none"
+    assert "pip install --upgrade 'torch>=2.10'" in fact.remedy
+
+
+def test_doctor_explains_another_major_version_of_dlpack() -> None:
+    kernels = SimpleNamespace(build_info=lambda: {"dlpack_version": (99, 0)})
+    (fact,) = doctor.dlpack_facts(torch, kernels)
+    assert "99.0 compiled in: not compatible" in fact.value
+    assert fact.remedy
+
+
+def test_doctor_explains_a_second_openmp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "torch_openmp", lambda: "elsewhere/libgomp.so.1")
+    info = {**sg._kernels.build_info(), "openmp_library": "here/libgomp.so.1"}
+    kernels = SimpleNamespace(__file__="file", build_info=lambda: info)
+    facts = {fact.name: fact for fact in doctor.extension_facts(sg, kernels)}
+    assert "torch uses elsewhere/libgomp.so.1" in facts["OpenMP"].value
+    assert "LD_PRELOAD" in facts["OpenMP"].remedy

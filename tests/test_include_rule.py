@@ -1,0 +1,101 @@
+"""Who may include what in csrc, and what the built extension may depend on."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import steadygrad._kernels as kernels
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "csrc"
+
+# layer: the layers it may include, and the outside headers beside the C++ standard library
+RULE = {
+    "core": ({"core"}, set()),
+    "cpu": ({"core", "cpu"}, {"dlfcn.h", "link.h"}),
+    "bindings": ({"core", "cpu", "bindings"}, {"Python.h", "pybind11/", "dlpack/"}),
+}
+
+INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
+
+
+def violations(layer: str, text: str) -> list[str]:
+    """Return the includes in the text of a file that its layer may not have."""
+    layers, outside = RULE[layer]
+    found = []
+    for bracket, header in INCLUDE.findall(text):
+        # <vector>, <cmath>: the C++ standard library is all that has neither folder nor extension.
+        standard = bracket == "<" and re.fullmatch(r"\w+", header)
+        ours = bracket == '"' and header.split("/")[0] in layers and "/" in header
+        allowed = any(header == name or header.startswith(name) for name in outside)
+        if not (standard or ours or allowed):
+            found.append(header)
+    return found
+
+
+def sources() -> list[Path]:
+    return sorted(path for path in CSRC.rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh"})
+
+
+def test_there_are_sources_in_known_layers_only() -> None:
+    assert sources()
+    assert {path.name for path in CSRC.iterdir()} <= set(RULE)
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: path.relative_to(CSRC).as_posix())
+def test_file_includes_only_what_its_layer_may(path: Path) -> None:
+    layer = path.relative_to(CSRC).parts[0]
+    assert violations(layer, path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("layer", "header"),
+    [
+        ("core", '"cpu/parallel.h"'),
+        ("core", '"bindings/tensor.h"'),
+        ("core", "<Python.h>"),
+        ("core", "<dlpack/dlpack.h>"),
+        ("core", "<omp.h>"),
+        ("cpu", '"bindings/tensor.h"'),
+        ("cpu", "<pybind11/pybind11.h>"),
+        ("cpu", "<omp.h>"),
+        ("bindings", "<torch/extension.h>"),
+        ("bindings", "<ATen/dlpack.h>"),
+        ("bindings", '"c10/core/Device.h"'),
+        ("bindings", '"tensor.h"'),
+    ],
+)
+def test_rule_refuses(layer: str, header: str) -> None:
+    assert violations(layer, f"  #  include {header}\n") == [header.strip('<>"')]
+
+
+def test_rule_allows_each_layer_what_is_its_own() -> None:
+    assert violations("core", '#include "core/norm.h"\n#include <cmath>\n') == []
+    assert violations("cpu", '#include "core/norm.h"\n#include <dlfcn.h>\n') == []
+    assert violations("bindings", '#include <pybind11/stl.h>\n#include "cpu/parallel.h"\n') == []
+
+
+def test_build_neither_requires_nor_finds_torch() -> None:
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    requires = re.search(r"^requires = \[(.*?)\]", pyproject, re.MULTILINE | re.DOTALL)
+    assert requires is not None
+    assert "torch" not in requires.group(1)
+    cmake = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
+    assert not re.search(r"find_package\(\s*(Torch|OpenMP)|torch_library|libtorch|-fopenmp", cmake)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the dependencies of an ELF file")
+def test_extension_links_neither_torch_nor_openmp() -> None:
+    ldd = shutil.which("ldd")
+    if ldd is None:
+        pytest.skip("needs ldd")
+    result = subprocess.run([ldd, kernels.__file__], capture_output=True, text=True, check=True)
+    assert "libc.so" in result.stdout
+    assert not re.search(r"lib(torch|c10|gomp|iomp|omp|python)", result.stdout), result.stdout
+    assert "not found" not in result.stdout, result.stdout

@@ -1,0 +1,66 @@
+"""Rules for source files that no linter knows: names, lengths, output, paths."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = (".ci", "benchmarks", "cmake", "csrc", "docs", "python", "tests")
+SOURCE_SUFFIXES = {".cpp", ".cu", ".cuh", ".h", ".py", ".pyi"}
+TEXT_SUFFIXES = SOURCE_SUFFIXES | {"", ".cmake", ".json", ".md", ".toml", ".txt"}
+
+MAX_LINES = 450
+# Names that say nothing about what a file or folder does.
+EMPTY_NAMES = {"common", "helper", "helpers", "misc", "util", "utils"}
+MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|mnt|opt|root|tmp|work|Users)/\w")
+OUTPUT = re.compile(r"std::(?:cout|cerr|clog|exit|abort)\b|\b(?:f?printf|f?puts|exit|abort)\s*\(")
+
+
+def files(suffixes: set[str]) -> list[Path]:
+    paths = [path for path in ROOT.iterdir() if path.name != ".git"]
+    for folder in FOLDERS:
+        paths += (ROOT / folder).rglob("*")
+    ignored = {"__pycache__"}
+    return sorted(
+        path
+        for path in paths
+        if path.is_file() and path.suffix in suffixes and not ignored & set(path.parts)
+    )
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", files(SOURCE_SUFFIXES), ids=name)
+def test_file_is_short_and_named_after_what_it_does(path: Path) -> None:
+    assert len(lines(path)) <= MAX_LINES
+    parts = {Path(part).stem for part in path.relative_to(ROOT).parts}
+    assert not parts & EMPTY_NAMES
+
+
+def test_no_path_of_somebodys_machine() -> None:
+    found = [
+        f"{name(path)}:{number}: {line.strip()}"
+        for path in files(TEXT_SUFFIXES)
+        for number, line in enumerate(lines(path), 1)
+        if MACHINE_PATH.search(line)
+    ]
+    assert found == []
+
+
+def test_cpp_neither_prints_nor_exits() -> None:
+    found = [
+        f"{name(path)}:{number}: {line.strip()}"
+        for path in files({".cpp", ".h"})
+        for number, line in enumerate(lines(path), 1)
+        if OUTPUT.search(line)
+    ]
+    assert found == []
