@@ -92,24 +92,26 @@ py::tuple grad_norm(const py::list& tensors, double p) {
   return norm_result(norm, list);
 }
 
-// Returns norm_result and whether gradients were written. With error_if_nonfinite a non-finite norm leaves them alone.
+// Returns norm_result. With error_if_nonfinite a non-finite norm leaves them alone.
 py::tuple clip_grad_norm(const py::list& grads, double max_norm, double p, bool error_if_nonfinite) {
   constexpr const char* kName = "clip_grad_norm_";
   check_not_negative(kName, "max_norm", max_norm);
   const NormType type = checked_norm_type(kName, p);
   const GradList list = grads_of(grads, kName, "parameters.grad", Use::write, type.kind == NormKind::two);
+  const cpu::ChunkTable table(list.tensors);
   cpu::Norm norm;
-  bool written = false;
   {
     const py::gil_scoped_release release;
-    const cpu::ChunkTable table(list.tensors);
     norm = cpu::GradNorms(list.tensors, table, {TransformOptions{}}, type).total();
-    TransformOptions options;
-    options.clip_coefficient = clip_coefficient(max_norm, norm.norm);
-    written = options.clip_coefficient != 1 && !(error_if_nonfinite && norm.nonfinite > 0);
-    if (written) cpu::transform_grads(list.tensors, table, [&](int32_t) { return options; });
   }
-  return norm_result(norm, list) + py::make_tuple(written);
+  TransformOptions options;
+  options.clip_coefficient = clip_coefficient(max_norm, norm.norm);
+  if (options.clip_coefficient != 1 && !(error_if_nonfinite && norm.nonfinite > 0)) {
+    announce_write(grads);
+    const py::gil_scoped_release release;
+    cpu::transform_grads(list.tensors, table, [&](int32_t) { return options; });
+  }
+  return norm_result(norm, list);
 }
 
 void transform_all(const GradList& list, const TransformOptions& options) {
@@ -117,15 +119,15 @@ void transform_all(const GradList& list, const TransformOptions& options) {
   cpu::transform_grads(list.tensors, cpu::ChunkTable(list.tensors), [&](int32_t) { return options; });
 }
 
-bool clip_grads_with_norm(const py::list& grads, double max_norm, double total_norm) {
+void clip_grads_with_norm(const py::list& grads, double max_norm, double total_norm) {
   constexpr const char* kName = "clip_grads_with_norm_";
   check_not_negative(kName, "max_norm", max_norm);
   const GradList list = grads_of(grads, kName, "parameters.grad", Use::write, true);
   TransformOptions options;
   options.clip_coefficient = clip_coefficient(max_norm, total_norm);
-  if (options.clip_coefficient == 1) return false;
+  if (options.clip_coefficient == 1) return;
+  announce_write(grads);
   transform_all(list, options);
-  return true;
 }
 
 void clip_grad_value(const py::list& grads, double clip_value) {
@@ -134,6 +136,7 @@ void clip_grad_value(const py::list& grads, double clip_value) {
   const GradList list = grads_of(grads, kName, "parameters.grad", Use::write, false);
   TransformOptions options;
   options.clip_value = clip_value;
+  announce_write(grads);
   transform_all(list, options);
 }
 
@@ -155,10 +158,12 @@ double add_penalty(const py::list& params, const py::list& grads, double l1, dou
     if (views[0].is_complex || views[1].is_complex) throw_type_error(argument, "a real tensor", param);
     if (!same_sizes(views[0], views[1])) throw_type_error(grad_argument, "the parameter's shape", grad);
     check_writable(views[1], grad_argument);
+    check_not_negated(views[1], grad, grad_argument);
     TensorOperands& tensor = tensors.emplace_back();
     Operand* const operands[] = {&tensor.param, &tensor.grad};
     set_operands(tensor, views, operands, 2);
   }
+  if (l1 != 0 || l2 != 0) announce_write(grads);
   const py::gil_scoped_release release;
   return cpu::add_penalty(tensors, l1, l2);
 }
@@ -179,6 +184,8 @@ void soft_threshold(const py::list& params, double amount) {
     check_writable(view, argument);
     tensors.push_back(operands_of(view, &TensorOperands::param));
   }
+  if (amount == 0) return;
+  announce_write(params);
   const py::gil_scoped_release release;
   cpu::soft_threshold(tensors, amount);
 }

@@ -213,6 +213,7 @@ bool Plan::add_tensor(size_t index, PyObject* grad, const cpu::GroupOptions& gro
       PyObject* const object = i == 0 ? params_[index].ptr() : i == 1 ? grad : slot.objects[i - 2].ptr();
       const Argument where = argument(index, i == 0 ? "" : i == 1 ? ".grad" : " state");
       if (views[i].is_complex) throw_type_error(where, "a real tensor", object);
+      if (i < 2) check_not_negated(views[i], object, where);
       if (!same_sizes(views[0], views[i])) {
         throw py::value_error(where.text() + ": expected the shape of the parameter, " +
                               std::string(py::str(params_[index].attr("shape"))) + ", got " +
@@ -272,7 +273,11 @@ std::optional<cpu::StepReport> Plan::step(const py::list& groups, double unscale
   cpu::StepReport report;
   {
     const py::gil_scoped_release release;
-    report = cpu::fused_step(tensors_, counters_, group_list, options_);
+    report = cpu::fused_step(tensors_, counters_, group_list, options_, [&](const cpu::StepReport& decided) {
+      const py::gil_scoped_acquire acquire;
+      if (decided.grads_written) announce_write(py::cast(grads_));
+      if (options_.rule != RuleKind::none) announce_write(active());
+    });
   }
   grads_.clear();
   return report;
@@ -295,8 +300,7 @@ void define_plan(py::module_& module) {
       .def_readonly("nonfinite", &cpu::StepReport::nonfinite)
       .def_readonly("refused", &cpu::StepReport::refused)
       .def_readonly("skipped", &cpu::StepReport::skipped)
-      .def_readonly("clipped", &cpu::StepReport::clipped)
-      .def_readonly("grads_written", &cpu::StepReport::grads_written);
+      .def_readonly("clipped", &cpu::StepReport::clipped);
   py::class_<Plan>(module, "Plan")
       .def(py::init<const std::string&, const py::list&, const py::list&, const py::dict&>(), py::arg("rule"),
            py::arg("groups"), py::arg("slots"), py::arg("options"))

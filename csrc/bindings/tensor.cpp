@@ -10,6 +10,7 @@ struct Torch {
   PyTypeObject* tensor = nullptr;
   PyTypeObject* parameter = nullptr;
   const DLPackExchangeAPI* api = nullptr;
+  PyObject* increment_version = nullptr;
 };
 
 Torch torch;
@@ -117,6 +118,7 @@ void import_torch() {
                            ". Upgrade torch: pip install --upgrade 'torch>=2.10'");
   }
   torch.api = api;
+  torch.increment_version = py::object(py::module_::import("torch.autograd.graph").attr("increment_version")).release().ptr();
   torch.tensor = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
   torch.parameter = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
 }
@@ -173,6 +175,16 @@ void check_writable(const View& view, const Argument& argument) {
     }
   }
 }
+
+void check_not_negated(const View& view, PyObject* object, const Argument& argument) {
+  if (view.numel != 1 && is_contiguous(view)) return;
+  if (py::reinterpret_borrow<py::object>(object).attr("is_neg")().cast<bool>()) {
+    throw py::type_error(argument.text() + ": expected a tensor whose memory holds its values, got a lazily negated one; "
+                                           "call resolve_neg() on it");
+  }
+}
+
+void announce_write(const py::list& tensors) { py::handle(torch.increment_version)(tensors); }
 
 bool same_sizes(const View& a, const View& b) {
   return a.ndim == b.ndim && std::equal(a.sizes, a.sizes + a.ndim, b.sizes);

@@ -59,6 +59,14 @@ View view_of(PyObject* object, const Argument& argument);
 // Throws where writing would be wrong: elements that share memory.
 void check_writable(const View& view, const Argument& argument);
 
+// Throws for a view that torch negates lazily, such as .imag of a conjugate: adding to its memory would have the wrong sign.
+// DLPack does not tell; such views skip memory, so only those are asked.
+void check_not_negated(const View& view, PyObject* object, const Argument& argument);
+
+// Bumps the tensors' autograd versions, which writing through a pointer does not: a graph that saved one of them then refuses
+// to run backward. Inference tensors have no version and cannot be saved.
+void announce_write(const py::list& tensors);
+
 bool same_sizes(const View& a, const View& b);
 
 // A single operand: elements are visited in memory order where they fill their memory, else by index.

@@ -126,7 +126,8 @@ void update_chunk(const TensorOperands& tensor, const Chunk& chunk, const RuleSt
 }  // namespace
 
 StepReport fused_step(const Tensors& tensors, const std::vector<StepCounter>& counters,
-                      const std::vector<GroupOptions>& groups, const StepOptions& options) {
+                      const std::vector<GroupOptions>& groups, const StepOptions& options,
+                      const BeforeWrite& before_write) {
   const ChunkTable table(tensors);
   std::vector<TransformOptions> group_transforms;
   for (const GroupOptions& group : groups) group_transforms.push_back(group_transform(group, options));
@@ -146,8 +147,14 @@ StepReport fused_step(const Tensors& tensors, const std::vector<StepCounter>& co
   report.clipped = decision.clipped;
   if (options.nonfinite == NonfinitePolicy::zero) report.norm.norm = report.norm.finite_norm;
   if (options.rule == RuleKind::none || options.write_grads) {
-    report.grads_written = transform_grads(
-        tensors, table, [&](int32_t t) { return decision.transform(tensors[t], t); });
+    for (size_t t = 0; t < tensors.size() && !report.grads_written; ++t) {
+      const TransformOptions transform = decision.transform(tensors[t], static_cast<int32_t>(t));
+      report.grads_written = !gradient_transform<double>(transform).is_identity();
+    }
+  }
+  if (report.grads_written || options.rule != RuleKind::none) before_write(report);
+  if (report.grads_written) {
+    transform_grads(tensors, table, [&](int32_t t) { return decision.transform(tensors[t], t); });
     // The update takes what was written.
     std::fill(decision.group_transforms.begin(), decision.group_transforms.end(), TransformOptions());
     std::fill(decision.clip_coefficients.begin(), decision.clip_coefficients.end(), 1.0);

@@ -27,12 +27,7 @@ void transform_chunk(const TensorOperands& tensor, const Chunk& chunk, const Tra
 
 }  // namespace
 
-bool transform_grads(const Tensors& tensors, const ChunkTable& table, const TransformOf& transform_of) {
-  bool any = false;
-  for (size_t t = 0; t < tensors.size() && !any; ++t) {
-    any = !gradient_transform<double>(transform_of(static_cast<int32_t>(t))).is_identity();
-  }
-  if (!any) return false;
+void transform_grads(const Tensors& tensors, const ChunkTable& table, const TransformOf& transform_of) {
   for_each_range(table, [&](int64_t first, int64_t last) {
     // Backwards: what pass 1 read last is still in cache.
     for (int64_t c = last - 1; c >= first; --c) {
@@ -43,7 +38,6 @@ bool transform_grads(const Tensors& tensors, const ChunkTable& table, const Tran
       });
     }
   });
-  return true;
 }
 
 }  // namespace steadygrad::cpu

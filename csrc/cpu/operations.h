@@ -57,9 +57,9 @@ class GradNorms {
 Norm grad_norm(const Tensors& tensors, NormType type);
 
 // grad = transform(grad), with the options that transform_of gives for a tensor's index; where they change nothing, nothing
-// is written. Returns whether anything was.
+// is written.
 using TransformOf = std::function<TransformOptions(int32_t tensor)>;
-bool transform_grads(const Tensors& tensors, const ChunkTable& table, const TransformOf& transform_of);
+void transform_grads(const Tensors& tensors, const ChunkTable& table, const TransformOf& transform_of);
 
 // Adds l1 * sign(param) + l2 * param to the gradients; returns l1 * sum|param| + l2 / 2 * sum param^2.
 double add_penalty(const Tensors& tensors, double l1, double l2);
@@ -106,8 +106,11 @@ struct StepReport {
   std::vector<int64_t> nonfinite;  // per tensor; empty when all elements are finite
 };
 
-// One whole step in two passes: the norm, the decision, the update. Nothing is written before the decision.
+// One whole step in two passes: the norm, the decision, the update. Before anything is written, and only if something will be,
+// before_write is called with what is known by then; if it throws, nothing has changed.
+using BeforeWrite = std::function<void(const StepReport&)>;
 StepReport fused_step(const Tensors& tensors, const std::vector<StepCounter>& counters,
-                      const std::vector<GroupOptions>& groups, const StepOptions& options);
+                      const std::vector<GroupOptions>& groups, const StepOptions& options,
+                      const BeforeWrite& before_write);
 
 }  // namespace steadygrad::cpu

@@ -46,7 +46,7 @@ STEADYGRAD_INLINE V magnitude(V value) {
 }
 
 // A cache line ahead of the hardware prefetcher's reach over a page boundary.
-constexpr int64_t kPrefetchAhead = 2048;
+constexpr int64_t kPrefetchAhead = 4096;
 
 template <class T, class Term, class Combine>
 STEADYGRAD_INLINE void accumulate(double* lanes, const T* in, int64_t count, Term term, Combine combine) {

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from steadygrad import _kernels
 
@@ -36,7 +35,8 @@ def grads_of(function: str, parameters: Iterable[Tensor] | Tensor) -> list[Tenso
         ) from None
 
 
-def _number(function: str, argument: str, value: float) -> float:
+def as_number(function: str, argument: str, value: float | Tensor) -> float:
+    """The value as a float, or an error that names the argument."""
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -89,7 +89,7 @@ def get_total_norm(
     del foreach
     norm, nonfinite, is_float64 = _kernels.grad_norm(
         as_list("get_total_norm", "tensors", tensors),
-        _number("get_total_norm", "norm_type", norm_type),
+        as_number("get_total_norm", "norm_type", norm_type),
     )
     if error_if_nonfinite:
         _refuse_nonfinite("get_total_norm", norm, nonfinite)
@@ -129,16 +129,14 @@ def clip_grad_norm_(
     """
     del foreach
     grads = grads_of("clip_grad_norm_", parameters)
-    norm, nonfinite, is_float64, written = _kernels.clip_grad_norm_(
+    norm, nonfinite, is_float64 = _kernels.clip_grad_norm_(
         grads,
-        _number("clip_grad_norm_", "max_norm", max_norm),
-        _number("clip_grad_norm_", "norm_type", norm_type),
+        as_number("clip_grad_norm_", "max_norm", max_norm),
+        as_number("clip_grad_norm_", "norm_type", norm_type),
         error_if_nonfinite,
     )
     if error_if_nonfinite:
         _refuse_nonfinite("clip_grad_norm_", norm, nonfinite)
-    if written:
-        increment_version(grads)
     return _norm_tensor(norm, is_float64)
 
 
@@ -164,13 +162,11 @@ def clip_grads_with_norm_(
     """
     del foreach
     grads = grads_of("clip_grads_with_norm_", parameters)
-    written = _kernels.clip_grads_with_norm_(
+    _kernels.clip_grads_with_norm_(
         grads,
-        _number("clip_grads_with_norm_", "max_norm", max_norm),
-        _number("clip_grads_with_norm_", "total_norm", float(total_norm)),
+        as_number("clip_grads_with_norm_", "max_norm", max_norm),
+        as_number("clip_grads_with_norm_", "total_norm", total_norm),
     )
-    if written:
-        increment_version(grads)
 
 
 def clip_grad_value_(
@@ -191,5 +187,4 @@ def clip_grad_value_(
     """
     del foreach
     grads = grads_of("clip_grad_value_", parameters)
-    _kernels.clip_grad_value_(grads, _number("clip_grad_value_", "clip_value", clip_value))
-    increment_version(grads)
+    _kernels.clip_grad_value_(grads, as_number("clip_grad_value_", "clip_value", clip_value))

@@ -6,10 +6,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from steadygrad import _kernels
-from steadygrad.clip import as_list
+from steadygrad.clip import as_list, as_number
 
 
 def add_penalty_(params: Iterable[Tensor] | Tensor, l1: float = 0.0, l2: float = 0.0) -> Tensor:
@@ -32,9 +31,9 @@ def add_penalty_(params: Iterable[Tensor] | Tensor, l1: float = 0.0, l2: float =
     """
     listed = [p for p in as_list("add_penalty_", "params", params) if _grad(p) is not None]
     grads = [p.grad for p in listed if p.grad is not None]
-    value = _kernels.add_penalty_(listed, grads, float(l1), float(l2))
-    if l1 != 0 or l2 != 0:
-        increment_version(grads)
+    value = _kernels.add_penalty_(
+        listed, grads, as_number("add_penalty_", "l1", l1), as_number("add_penalty_", "l2", l2)
+    )
     return torch.tensor(value, dtype=torch.float64)
 
 
@@ -62,6 +61,4 @@ def soft_threshold_(params: Iterable[Tensor] | Tensor, amount: float) -> None:
     Source: Parikh and Boyd 2014, Proximal Algorithms, section 6.5.2.
     """
     listed = as_list("soft_threshold_", "params", params)
-    _kernels.soft_threshold_(listed, float(amount))
-    if amount != 0:
-        increment_version(listed)
+    _kernels.soft_threshold_(listed, as_number("soft_threshold_", "amount", amount))

@@ -16,6 +16,13 @@ def why_not_fused(optimizer: torch.optim.Optimizer, rule: UpdateRule | None) -> 
     Raises:
         RuntimeError: a parameter is an inference tensor, which nothing may update.
     """
+    params = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    for i, (param, _) in enumerate(params):
+        if param.is_inference():
+            raise RuntimeError(
+                f"step: parameters[{i}]: expected a tensor that may be updated, got an inference "
+                "tensor; create the model outside torch.inference_mode"
+            )
     if rule is None:
         return f"no fused rule for {type(optimizer).__name__}"
     own_step = optimizer.__dict__.get("step")
@@ -26,25 +33,19 @@ def why_not_fused(optimizer: torch.optim.Optimizer, rule: UpdateRule | None) -> 
             if group.get(flag):
                 return f"{flag}=True"
     seen: set[Tensor] = set()
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            why = _why_not_param(param, rule)
-            if why is None and param in seen:
-                why = "a parameter appears twice"
-            if why is None:
-                why = _why_not_state(optimizer, param, rule, rule.state_names(group))
-            if why is not None:
-                return why
-            seen.add(param)
+    for param, group in params:
+        why = _why_not_param(param, rule)
+        if why is None and param in seen:
+            why = "a parameter appears twice"
+        if why is None:
+            why = _why_not_state(optimizer, param, rule, rule.state_names(group))
+        if why is not None:
+            return why
+        seen.add(param)
     return None
 
 
 def _why_not_param(param: Tensor, rule: UpdateRule) -> str | None:
-    if param.is_inference():
-        raise RuntimeError(
-            "step: parameters: expected tensors that may be updated, got an inference tensor; "
-            "create the model outside torch.inference_mode"
-        )
     if type(param) not in (Tensor, torch.nn.Parameter):
         return f"a parameter is a {type(param).__name__}"
     if param.is_complex():
@@ -72,6 +73,4 @@ def _why_not_state(
             continue
         if not isinstance(value, Tensor):
             return f"a state has no '{name}'"
-        if value.shape != param.shape:
-            return f"a state's '{name}' has another shape than its parameter"
     return None

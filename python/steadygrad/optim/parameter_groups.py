@@ -33,7 +33,7 @@ def param_groups(
         weight_decay: likewise; the wrapped optimizer's own decay.
 
     Returns:
-        ``[penalised, rest]``, each with ``params``, ``param_names`` and the options given. An empty group is left out.
+        ``[penalised, rest]``, each with ``params``, ``param_names`` and the options given; either may be empty.
     """
     given = {"l1": l1, "l2": l2, "weight_decay": weight_decay}
     options = {key: value for key, value in given.items() if value is not None}
@@ -51,14 +51,11 @@ def param_groups(
         is_bias = name.rsplit(".", 1)[-1].endswith("bias")
         exempt = is_bias or param.ndim < 2 or id(param) in exempt_ids
         (rest if exempt else penalised).append((name, param))
-    groups = []
-    for named, values in ((penalised, options), (rest, dict.fromkeys(options, 0.0))):
-        if named:
-            groups.append(
-                {
-                    "params": [param for _, param in named],
-                    "param_names": [name for name, _ in named],
-                    **values,
-                }
-            )
-    return groups
+    return [
+        {
+            "params": [param for _, param in named],
+            "param_names": [name for name, _ in named],
+            **values,
+        }
+        for named, values in ((penalised, options), (rest, dict.fromkeys(options, 0.0)))
+    ]

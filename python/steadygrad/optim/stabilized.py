@@ -19,6 +19,7 @@ class StepOutcome:
     _options: StabilizerOptions
     _stepper: Stepper | None
     param_groups: list[dict[str, Any]]
+    state: Any
     # torch.amp.GradScaler then leaves unscaling and skipping to step().
     _step_supports_amp_scaling = True
 
@@ -45,6 +46,18 @@ class StepOutcome:
     def _kept_group_keys(self) -> list[dict[str, Any]]:
         keys = self._options.group_defaults()
         return [{key: group.get(key, keys[key]) for key in keys} for group in self.param_groups]
+
+    def _after_load(self, state_dict: dict[str, Any], kept: list[dict[str, Any]]) -> None:
+        self._add_group_keys(kept)
+        # torch casts state to the parameter's dtype; what was saved in fp32 would lose its low bits.
+        saved = state_dict["state"]
+        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for param, index in zip(group["params"], saved_group["params"], strict=True):
+                if param.dtype not in (torch.bfloat16, torch.float16):
+                    continue
+                for key, value in saved.get(index, {}).items():
+                    if isinstance(value, Tensor) and value.dtype == torch.float32:
+                        self.state[param][key] = value.clone().to(param.device)
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -102,7 +115,7 @@ class Stabilized(StepOutcome):
             self,
             self._options,
             self.rule,
-            lambda closure: torch_step(self, closure),
+            lambda *closure: torch_step(self, *closure),
             runs_hooks=False,
         )
 
@@ -119,7 +132,7 @@ class Stabilized(StepOutcome):
         """Loads a state dict of this class or of torch's; what torch's lacks stays as it is."""
         kept = self._kept_group_keys()
         super().load_state_dict(state_dict)  # type: ignore[misc]
-        self._add_group_keys(kept)
+        self._after_load(state_dict, kept)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: torch's, and the options."""

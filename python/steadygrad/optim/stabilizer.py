@@ -115,7 +115,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
             self.optimizer,
             self._options,
             _RULES.get(type(self.optimizer)),
-            lambda closure: self.optimizer.step(closure),
+            lambda *closure: self.optimizer.step(*closure),
             runs_hooks=True,
         )
 
@@ -201,7 +201,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
         """Loads a state dict of a wrapper or of a plain torch optimizer; what the latter lacks stays as it is."""
         kept = self._kept_group_keys()
         self.optimizer.load_state_dict(state_dict)
-        self._add_group_keys(kept)
+        self._after_load(state_dict, kept)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy."""

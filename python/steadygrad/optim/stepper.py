@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from steadygrad import _kernels
 from steadygrad.optim.eligibility import why_not_fused
@@ -47,7 +47,7 @@ class Stepper:
         optimizer: torch.optim.Optimizer,
         options: StabilizerOptions,
         rule: UpdateRule | None,
-        base_step: Callable[[Closure], Any],
+        base_step: Callable[..., Any],
         runs_hooks: bool,
     ) -> None:
         self._optimizer = optimizer
@@ -77,17 +77,19 @@ class Stepper:
         """One step; returns the closure's loss."""
         self._unscale = 1.0 if grad_scale is None else 1.0 / _checked_grad_scale(grad_scale)
         self._found_inf = found_inf is not None and float(found_inf) > 0
+        numbers = self._group_numbers()
         if self._is_stale():
             self._prepare()
         try:
             if self._why_in_place is not None:
-                return self._in_place(closure)
+                return self._in_place(closure, numbers)
             try:
                 return self._fused_entry(self._optimizer, closure)
             except TypeError:
+                # Gradients that have become sparse since the plan was made.
                 if closure is not None or self._finds_fused_possible():
                     raise
-                return self._in_place(None)
+                return self._in_place(None, numbers)
         except _StepSkipped as skipped:
             return skipped.loss
 
@@ -154,7 +156,7 @@ class Stepper:
 
     def _fused(self, optimizer: torch.optim.Optimizer, closure: Closure | None = None) -> Any:
         loss = _evaluated(closure)
-        numbers = self._group_numbers(self._rule)
+        numbers = self._group_numbers()
         # A closure may have exchanged anything, and given first gradients to parameters without state.
         if closure is not None and self._is_stale():
             self._prepare()
@@ -165,12 +167,8 @@ class Stepper:
         if report is None or self._plan is None:
             raise RuntimeError("step: the optimizer's state changed while its step was prepared")
         self._record(report, loss)
-        params = self._plan.active()
-        increment_version(params)
-        if report.grads_written:
-            increment_version([p.grad for p in params if p.grad is not None])
         if self._new_state:
-            for param in params:
+            for param in self._plan.active():
                 if param in self._new_state:
                     optimizer.state[param].update(self._new_state.pop(param))
             self._plan.mark_first_steps_done()
@@ -183,7 +181,8 @@ class Stepper:
         assert self._plan is not None
         return self._plan.step(numbers, self._unscale, self._found_inf)
 
-    def _group_numbers(self, rule: UpdateRule | None) -> list[tuple[float, ...]]:
+    def _group_numbers(self) -> list[tuple[float, ...]]:
+        rule = self._rule
         listed = []
         for i, group in enumerate(self._optimizer.param_groups):
             where = f"step: param_groups[{i}]: "
@@ -194,24 +193,30 @@ class Stepper:
 
     # -- in place -------------------------------------------------------------------------------
 
-    def _in_place(self, closure: Closure | None) -> Any:
-        optimizer = self._optimizer
-        if closure is None and isinstance(optimizer, torch.optim.LBFGS):
-            raise TypeError("step: closure: LBFGS evaluates the model itself, expected one, got None")
-        numbers = self._group_numbers(None)
+    def _in_place(self, closure: Closure | None, numbers: list[tuple[float, ...]]) -> Any:
+        if not _evaluates_closure(self._optimizer):
+            loss = _evaluated(closure)
+            self._stabilize_grads(numbers, loss)
+            self._base_step()
+            self._apply_proximal()
+            return loss
+        if closure is None:
+            name = type(self._optimizer).__name__
+            raise TypeError(
+                f"step: closure: expected one, as {name} evaluates the model itself, got None"
+            )
 
         def stabilized_closure() -> Any:
             loss = _evaluated(closure)
             self._stabilize_grads(numbers, loss)
             return loss
 
-        # LBFGS evaluates again in the middle of its step, where it has already moved.
-        restore = _snapshot(optimizer) if isinstance(optimizer, torch.optim.LBFGS) else None
+        # It evaluates again in the middle of its step, where it has already moved.
+        restore = _snapshot(self._optimizer)
         try:
             loss = self._base_step(stabilized_closure)
         except (_StepSkipped, NonfiniteGradientError):
-            if restore is not None:
-                restore()
+            restore()
             raise
         self._apply_proximal()
         return loss
@@ -229,8 +234,6 @@ class Stepper:
         report = self._plan.step(numbers, self._unscale, self._found_inf, grads)
         assert report is not None
         self._record(report, loss)
-        if report.grads_written:
-            increment_version([grad for grad in grads if grad is not None])
 
     def _dense_grad(self, param: Tensor, group: dict[str, Any]) -> Tensor | None:
         grad = param.grad
@@ -297,6 +300,12 @@ def _checked_grad_scale(grad_scale: Any) -> float:
     if scale == 0:
         raise ValueError("step: grad_scale: expected a finite number > 0, got 0")
     return scale
+
+
+def _evaluates_closure(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its step calls the closure by itself, more than once, as LBFGS does: then it cannot do without."""
+    parameter = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
 def _evaluated(closure: Closure | None) -> Any:
