@@ -40,7 +40,8 @@ struct GradList {
   bool any_float64 = false;
 };
 
-GradList grads_of(const py::list& grads, const char* function, const char* name, Use use, bool complex_allowed) {
+GradList grads_of(const py::list& grads, const char* function, const char* name, Use use,
+                  bool complex_allowed) {
   GradList list;
   const Py_ssize_t count = PyList_GET_SIZE(grads.ptr());
   list.tensors.reserve(count);

@@ -1,8 +1,8 @@
 #include "bindings/plan.h"
 
-#include <pybind11/stl.h>
-
 #include <stdexcept>
+
+#include <pybind11/stl.h>
 
 namespace steadygrad::bindings {
 namespace {
@@ -11,14 +11,15 @@ constexpr const char* kFunction = "step";
 
 // The numbers of a param group, in the order in which a step takes them.
 constexpr const char* kGroupFields[] = {
-    "lr",       "weight_decay", "momentum", "dampening", "beta1",    "beta2",      "eps",
-    "alpha",    "lr_decay",     "nesterov", "maximize",  "amsgrad",  "centered",   "decoupled_weight_decay",
+    "lr",       "weight_decay", "momentum", "dampening", "beta1",   "beta2",    "eps",
+    "alpha",    "lr_decay",     "nesterov", "maximize",  "amsgrad", "centered", "decoupled_weight_decay",
     "max_norm", "clip_value",   "l1",       "l2"};
 
 cpu::GroupOptions group_options(const py::handle& numbers) {
   const auto sequence = py::reinterpret_borrow<py::tuple>(numbers);
   if (!py::isinstance<py::tuple>(numbers) || sequence.size() != std::size(kGroupFields)) {
-    throw py::value_error("step: groups: expected a tuple of " + std::to_string(std::size(kGroupFields)) + " numbers");
+    throw py::value_error("step: groups: expected a tuple of " + std::to_string(std::size(kGroupFields)) +
+                          " numbers");
   }
   size_t next = 0;
   const auto number = [&] {
@@ -28,8 +29,8 @@ cpu::GroupOptions group_options(const py::handle& numbers) {
   };
   cpu::GroupOptions group;
   RuleHyper& hyper = group.hyper;
-  for (double* field : {&hyper.lr, &hyper.weight_decay, &hyper.momentum, &hyper.dampening, &hyper.beta1, &hyper.beta2,
-                        &hyper.eps, &hyper.alpha, &hyper.lr_decay}) {
+  for (double* field : {&hyper.lr, &hyper.weight_decay, &hyper.momentum, &hyper.dampening, &hyper.beta1,
+                        &hyper.beta2, &hyper.eps, &hyper.alpha, &hyper.lr_decay}) {
     *field = number();
   }
   for (bool* field :
@@ -48,7 +49,8 @@ const RuleEntry* rule_named(const std::string& name) {
 }
 
 template <class Value>
-Value one_of(const py::dict& options, const char* key, const std::vector<std::pair<const char*, Value>>& choices) {
+Value one_of(const py::dict& options, const char* key,
+             const std::vector<std::pair<const char*, Value>>& choices) {
   const std::string name = py::str(options[key]);
   for (const auto& [choice, value] : choices) {
     if (name == choice) return value;
@@ -113,7 +115,8 @@ Plan::Plan(const std::string& rule, const py::list& groups, const py::list& slot
     if (!parts[0].is_none()) slot.objects.push_back(parts[0]);
     slot.first = parts[2].cast<bool>();
     const size_t index = slots_.size() - 1;
-    for (const py::object& object : slot.objects) slot.views.emplace_back(object.ptr(), argument(index, " state"));
+    for (const py::object& object : slot.objects)
+      slot.views.emplace_back(object.ptr(), argument(index, " state"));
     if (rule_->has_step) {
       const View& step = slot.views.back().view();
       if (step.numel != 1 || (step.dtype != DType::float32 && step.dtype != DType::float64)) {
@@ -225,7 +228,8 @@ bool Plan::add_tensor(size_t index, PyObject* grad, const cpu::GroupOptions& gro
   }
   tensor.group = group_index;
   if (grad_view.is_complex && (tensor.grad.strides != nullptr || options_.norm_type.kind != NormKind::two)) {
-    throw_type_error(argument(index, ".grad"), "a real tensor, or a complex one that fills its memory and a 2-norm", grad);
+    throw_type_error(argument(index, ".grad"),
+                     "a real tensor, or a complex one that fills its memory and a 2-norm", grad);
   }
   cpu::StepCounter& counter = counters_.emplace_back();
   counter.first = slot.first;
@@ -239,8 +243,10 @@ bool Plan::add_tensor(size_t index, PyObject* grad, const cpu::GroupOptions& gro
 
 std::optional<cpu::StepReport> Plan::step(const py::list& groups, double unscale, bool found_inf,
                                           const std::optional<py::list>& grads) {
-  if (groups.size() != groups_.size()) throw py::value_error("step: groups: expected one entry per param group");
-  if (grads && grads->size() != params_.size()) throw py::value_error("step: grads: expected one per parameter");
+  if (groups.size() != groups_.size())
+    throw py::value_error("step: groups: expected one entry per param group");
+  if (grads && grads->size() != params_.size())
+    throw py::value_error("step: grads: expected one per parameter");
   std::vector<cpu::GroupOptions> group_list;
   for (const py::handle group : groups) group_list.push_back(group_options(group));
 
@@ -256,8 +262,9 @@ std::optional<cpu::StepReport> Plan::step(const py::list& groups, double unscale
   for (size_t g = 0; g < groups_.size(); ++g) {
     for (size_t i = 0; i < groups_[g].size(); ++i, ++index) {
       prefetch(index + kAhead);
-      py::object grad = grads ? py::object((*grads)[index])
-                              : py::reinterpret_steal<py::object>(PyObject_GetAttr(params_[index].ptr(), kGrad));
+      py::object grad =
+          grads ? py::object((*grads)[index])
+                : py::reinterpret_steal<py::object>(PyObject_GetAttr(params_[index].ptr(), kGrad));
       if (!grad) throw py::error_already_set();
       if (grad.is_none()) continue;
       const size_t kept = state_count(options_.rule, group_list[g].hyper) + (rule_->has_step ? 1 : 0);
@@ -296,7 +303,8 @@ void Plan::mark_first_steps_done() {
 void define_plan(py::module_& module) {
   py::class_<cpu::StepReport>(module, "StepReport")
       .def_property_readonly("norm", [](const cpu::StepReport& report) { return report.norm.norm; })
-      .def_property_readonly("nonfinite_count", [](const cpu::StepReport& report) { return report.norm.nonfinite; })
+      .def_property_readonly("nonfinite_count",
+                             [](const cpu::StepReport& report) { return report.norm.nonfinite; })
       .def_readonly("nonfinite", &cpu::StepReport::nonfinite)
       .def_readonly("refused", &cpu::StepReport::refused)
       .def_readonly("skipped", &cpu::StepReport::skipped)

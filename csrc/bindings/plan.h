@@ -1,14 +1,14 @@
 // A plan: the parameters and state tensors that an optimizer steps, kept alive from step to step.
 //
-// Parameters and gradients are looked at anew in every step. State tensors are nobody's but the optimizer's, so their pointers
-// are kept, together with their memory; a step compares the objects the optimizer holds, looks at one state in kRotation anew,
-// and takes the plan for stale when a parameter has moved.
+// Parameters and gradients are looked at anew in every step. State tensors are nobody's but the optimizer's,
+// so their pointers are kept, together with their memory; a step compares the objects the optimizer holds,
+// looks at one state in kRotation anew, and takes the plan for stale when a parameter has moved.
 #pragma once
-
-#include <pybind11/pybind11.h>
 
 #include <optional>
 #include <vector>
+
+#include <pybind11/pybind11.h>
 
 #include "bindings/tensor.h"
 #include "core/rules/table.h"
@@ -18,8 +18,8 @@ namespace steadygrad::bindings {
 
 class Plan {
  public:
-  // `groups`: per param group the list of its parameters. `slots`: per parameter, in order, None (no state yet) or
-  // (step tensor or None, [state tensors in the rule's order], first step?).
+  // `groups`: per param group the list of its parameters. `slots`: per parameter, in order, None (no state
+  // yet) or (step tensor or None, [state tensors in the rule's order], first step?).
   Plan(const std::string& rule, const py::list& groups, const py::list& slots, const py::dict& options);
 
   // Remembers which objects `state` holds, so that a change of any of them is noticed.
@@ -28,8 +28,9 @@ class Plan {
   // Whether param_groups and state still hold the very objects this plan was made from.
   bool matches(const py::list& param_groups, const py::dict& state) const;
 
-  // One step, or nothing when the plan is stale: a tensor moved, or a parameter has a gradient and no slot yet. `groups`: per param group the numbers of kGroupFields.
-  // `grads`: what to use in place of the parameters' .grad (None: no part in this step).
+  // One step, or nothing when the plan is stale: a tensor moved, or a parameter has a gradient and no slot
+  // yet. `groups`: per param group the numbers of kGroupFields. `grads`: what to use in place of the
+  // parameters' .grad (None: no part in this step).
   std::optional<cpu::StepReport> step(const py::list& groups, double unscale, bool found_inf,
                                       const std::optional<py::list>& grads);
 
@@ -64,8 +65,8 @@ class Plan {
   std::vector<const void*> sealed_;
   size_t step_count_ = 0;
 
-  // Where the last step found each parameter's tensors. Never dereferenced: thousands of small tensors are a chain of cache
-  // misses, and asking for the next parameters' lines early breaks it.
+  // Where the last step found each parameter's tensors. Never dereferenced: thousands of small tensors are a
+  // chain of cache misses, and asking for the next parameters' lines early breaks it.
   std::vector<std::vector<const char*>> hints_;
 
   // Filled anew by every step; members only to reuse their memory.

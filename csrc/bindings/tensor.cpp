@@ -36,8 +36,8 @@ DType dtype_of(const DLTensor& tensor, bool& is_complex, PyObject* object, const
   throw_type_error(argument, "a tensor of float32, float64, bfloat16 or float16", object);
 }
 
-// A freed storage leaves a data pointer of 0 plus the offset. No allocator hands out addresses this low on a 64-bit system
-// except the heap of a fixed-position executable, so a low one is looked at more closely.
+// A freed storage leaves a data pointer of 0 plus the offset. No allocator hands out addresses this low on a
+// 64-bit system except the heap of a fixed-position executable, so a low one is looked at more closely.
 bool is_freed(const DLTensor& tensor, PyObject* object) {
   constexpr uintptr_t kSuspicious = uintptr_t{1} << 40;
   if (reinterpret_cast<uintptr_t>(tensor.data) >= kSuspicious) return false;
@@ -94,8 +94,8 @@ std::string Argument::text() const {
 std::string describe(PyObject* object) {
   const std::string type = Py_TYPE(object)->tp_name;
   if (torch.tensor == nullptr || !PyObject_TypeCheck(object, torch.tensor)) return type;
-  return type + " (dtype " + attribute_text(object, "dtype") + ", layout " + attribute_text(object, "layout") +
-         ", device " + attribute_text(object, "device") + ")";
+  return type + " (dtype " + attribute_text(object, "dtype") + ", layout " +
+         attribute_text(object, "layout") + ", device " + attribute_text(object, "device") + ")";
 }
 
 void throw_type_error(const Argument& argument, const std::string& expected, PyObject* got) {
@@ -113,12 +113,14 @@ void import_torch() {
   const DLPackExchangeAPI* api = compatible(static_cast<const DLPackExchangeAPIHeader*>(header));
   if (api == nullptr || api->dltensor_from_py_object_no_sync == nullptr) {
     const std::string version = py::str(py::module_::import("torch").attr("__version__"));
-    throw py::import_error("steadygrad: expected torch >= 2.10, whose tensors offer the DLPack exchange API " +
-                           std::to_string(DLPACK_MAJOR_VERSION) + ".x, got torch " + version +
-                           ". Upgrade torch: pip install --upgrade 'torch>=2.10'");
+    throw py::import_error(
+        "steadygrad: expected torch >= 2.10, whose tensors offer the DLPack exchange API " +
+        std::to_string(DLPACK_MAJOR_VERSION) + ".x, got torch " + version +
+        ". Upgrade torch: pip install --upgrade 'torch>=2.10'");
   }
   torch.api = api;
-  torch.increment_version = py::object(py::module_::import("torch.autograd.graph").attr("increment_version")).release().ptr();
+  torch.increment_version =
+      py::object(py::module_::import("torch.autograd.graph").attr("increment_version")).release().ptr();
   torch.tensor = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
   torch.parameter = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
 }
@@ -144,7 +146,8 @@ View view_of(PyObject* object, const Argument& argument) {
   view.numel = 1;
   for (int d = 0; d < tensor.ndim; ++d) view.numel *= tensor.shape[d];
   if (view.numel > 0 && is_freed(tensor, object)) {
-    throw std::runtime_error(argument.text() + ": expected a tensor with memory, got one whose storage was freed");
+    throw std::runtime_error(argument.text() +
+                             ": expected a tensor with memory, got one whose storage was freed");
   }
   view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
   view.ndim = tensor.ndim;
@@ -170,8 +173,9 @@ bool KeptView::is_current(PyObject* object, const Argument& argument) const {
 void check_writable(const View& view, const Argument& argument) {
   for (int d = 0; d < view.ndim; ++d) {
     if (view.sizes[d] > 1 && view.strides[d] == 0) {
-      throw py::value_error(argument.text() +
-                            ": expected a tensor whose elements have memory of their own, got an expanded one; clone it");
+      throw py::value_error(
+          argument.text() +
+          ": expected a tensor whose elements have memory of their own, got an expanded one; clone it");
     }
   }
 }
@@ -179,8 +183,9 @@ void check_writable(const View& view, const Argument& argument) {
 void check_not_negated(const View& view, PyObject* object, const Argument& argument) {
   if (view.numel != 1 && is_contiguous(view)) return;
   if (py::reinterpret_borrow<py::object>(object).attr("is_neg")().cast<bool>()) {
-    throw py::type_error(argument.text() + ": expected a tensor whose memory holds its values, got a lazily negated one; "
-                                           "call resolve_neg() on it");
+    throw py::type_error(argument.text() +
+                         ": expected a tensor whose memory holds its values, got a lazily negated one; "
+                         "call resolve_neg() on it");
   }
 }
 
@@ -190,7 +195,7 @@ bool same_sizes(const View& a, const View& b) {
   return a.ndim == b.ndim && std::equal(a.sizes, a.sizes + a.ndim, b.sizes);
 }
 
-TensorOperands operands_of(const View& view, Operand TensorOperands::*operand) {
+TensorOperands operands_of(const View& view, Operand TensorOperands::* operand) {
   TensorOperands tensor;
   tensor.numel = view.is_complex ? 2 * view.numel : view.numel;
   tensor.ndim = view.ndim;

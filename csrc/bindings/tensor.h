@@ -1,11 +1,11 @@
 // Python tensors as views, through the DLPack exchange API, with every check that the API itself leaves out.
 #pragma once
 
-#include <dlpack/dlpack.h>
-#include <pybind11/pybind11.h>
-
 #include <string>
 #include <vector>
+
+#include <dlpack/dlpack.h>
+#include <pybind11/pybind11.h>
 
 #include "core/tensors.h"
 
@@ -34,7 +34,8 @@ struct View {
   const int64_t* strides;
 };
 
-// A view that outlives the call: it owns its sizes and strides and keeps the memory alive, whatever becomes of the tensor.
+// A view that outlives the call: it owns its sizes and strides and keeps the memory alive, whatever becomes
+// of the tensor.
 class KeptView {
  public:
   KeptView(PyObject* object, const Argument& argument);
@@ -53,24 +54,25 @@ void import_torch();
 
 py::tuple exchange_api_version();
 
-// Throws TypeError, ValueError or RuntimeError when `object` is not a dense CPU tensor of a type the kernels take.
+// Throws TypeError, ValueError or RuntimeError when `object` is not a dense CPU tensor of a type the kernels
+// take.
 View view_of(PyObject* object, const Argument& argument);
 
 // Throws where writing would be wrong: elements that share memory.
 void check_writable(const View& view, const Argument& argument);
 
-// Throws for a view that torch negates lazily, such as .imag of a conjugate: adding to its memory would have the wrong sign.
-// DLPack does not tell; such views skip memory, so only those are asked.
+// Throws for a view that torch negates lazily, such as .imag of a conjugate: adding to its memory would have
+// the wrong sign. DLPack does not tell; such views skip memory, so only those are asked.
 void check_not_negated(const View& view, PyObject* object, const Argument& argument);
 
-// Bumps the tensors' autograd versions, which writing through a pointer does not: a graph that saved one of them then refuses
-// to run backward. Inference tensors have no version and cannot be saved.
+// Bumps the tensors' autograd versions, which writing through a pointer does not: a graph that saved one of
+// them then refuses to run backward. Inference tensors have no version and cannot be saved.
 void announce_write(const py::list& tensors);
 
 bool same_sizes(const View& a, const View& b);
 
 // A single operand: elements are visited in memory order where they fill their memory, else by index.
-TensorOperands operands_of(const View& view, Operand TensorOperands::*operand);
+TensorOperands operands_of(const View& view, Operand TensorOperands::* operand);
 
 // Several operands of equal sizes, visited together. `operands` and `views` correspond.
 void set_operands(TensorOperands& tensor, const View* views, Operand* const* operands, int count);

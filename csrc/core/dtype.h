@@ -64,9 +64,9 @@ STEADYGRAD_INLINE Float16 to_float16(float value) {
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
   const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  // Adding 0.5 lets the adder round a subnormal result: its last mantissa bit is worth 2^-24, fp16's smallest step.
-  const uint32_t subnormal =
-      bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - bit_cast<uint32_t>(0.5f);
+  // Adding 0.5 lets the adder round a subnormal result: its last mantissa bit is worth 2^-24, fp16's smallest
+  // step.
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - bit_cast<uint32_t>(0.5f);
   uint32_t half = magnitude < (113u << 23) ? subnormal : normal;
   half = magnitude >= (143u << 23) ? 0x7c00u : half;
   half = magnitude > (255u << 23) ? 0x7e00u : half;

@@ -61,8 +61,9 @@ STEADYGRAD_INLINE ScaleFactors<T> scale_factors(double factor) {
   return factors;
 }
 
-// min(1, limit / (norm + 1e-6)), torch.nn.utils.clip_grad_norm_'s coefficient; an infinite norm gives 0, NaN stays NaN.
-// No limit is no clip whatever the norm, where torch's inf / inf would turn every gradient into NaN.
+// min(1, limit / (norm + 1e-6)), torch.nn.utils.clip_grad_norm_'s coefficient; an infinite norm gives 0, NaN
+// stays NaN. No limit is no clip whatever the norm, where torch's inf / inf would turn every gradient into
+// NaN.
 STEADYGRAD_INLINE double clip_coefficient(double limit, double norm) {
   if (limit == INFINITY) return 1.0;
   const double coefficient = limit / (norm + 1e-6);
@@ -101,7 +102,8 @@ struct GradientTransform {
   }
 };
 
-// The same, as options of a param group and the coefficient of a tensor's scope; T is known only where elements are read.
+// The same, as options of a param group and the coefficient of a tensor's scope; T is known only where
+// elements are read.
 struct TransformOptions {
   double unscale = 1;
   double l1_before_clip = 0;

@@ -1,5 +1,6 @@
-// How norms are formed. The order of every sum is fixed here, for all backends and every number of threads: element i of
-// a chunk belongs to lane i % kLanes, lanes are added pairwise, and chunks, then tensors, are added in the same way.
+// How norms are formed. The order of every sum is fixed here, for all backends and every number of threads:
+// element i of a chunk belongs to lane i % kLanes, lanes are added pairwise, and chunks, then tensors, are
+// added in the same way.
 #pragma once
 
 #include <cmath>
@@ -11,7 +12,8 @@ namespace steadygrad {
 
 constexpr int kLanes = 128;
 
-// `general` takes any other p: it needs the largest (for p < 0 the smallest) magnitude first, so that powers stay in range.
+// `general` takes any other p: it needs the largest (for p < 0 the smallest) magnitude first, so that powers
+// stay in range.
 enum class NormKind { two, one, infinity, negative_infinity, zero, general };
 
 struct NormType {
@@ -28,8 +30,9 @@ inline NormType norm_type(double p) {
   return {NormKind::general, p};
 }
 
-// Squares of fp64 elements leave fp64's range, so they are summed in three scaled classes (Blue 1978; constants of Anderson
-// 2017, algorithm 978). fp32 squares are exact in fp64 and always `medium`, as is every sum that is not of squares.
+// Squares of fp64 elements leave fp64's range, so they are summed in three scaled classes (Blue 1978;
+// constants of Anderson 2017, algorithm 978). fp32 squares are exact in fp64 and always `medium`, as is every
+// sum that is not of squares.
 struct NormSums {
   double small = 0;
   double medium = 0;
@@ -66,7 +69,8 @@ STEADYGRAD_INLINE void combine(NormType type, NormPartial& a, const NormPartial&
   a.nan += b.nan;
 }
 
-// Adds `count` values in the fixed order; `lanes` holds kLanes of them. Lanes past `count` would only add zeros.
+// Adds `count` values in the fixed order; `lanes` holds kLanes of them. Lanes past `count` would only add
+// zeros.
 template <class Partial, class Get, class Combine>
 STEADYGRAD_INLINE Partial combine_in_order(int64_t count, Partial* lanes, Get get, Combine combine) {
   if (count == 1) return get(0);
@@ -100,7 +104,8 @@ STEADYGRAD_INLINE double combine_lanes(NormType type, double* lanes, int filled)
   return lanes[0];
 }
 
-// The norm from its sums. `scale` is what elements were multiplied with before they were raised to p (general only).
+// The norm from its sums. `scale` is what elements were multiplied with before they were raised to p (general
+// only).
 STEADYGRAD_INLINE double finish_norm(NormType type, const NormSums& sums, double scale) {
   switch (type.kind) {
     case NormKind::two: {

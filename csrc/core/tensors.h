@@ -1,4 +1,5 @@
-// What a backend is told about the tensors of one call: pointers, sizes, strides, and the chunks they are cut into.
+// What a backend is told about the tensors of one call: pointers, sizes, strides, and the chunks they are cut
+// into.
 #pragma once
 
 #include <cstdint>

@@ -36,8 +36,8 @@ double limited_norm(const Norm& norm, const StepOptions& options) {
 }
 
 Decision decide(const Tensors& tensors, const std::vector<GroupOptions>& groups,
-                const std::vector<TransformOptions>& group_transforms, const GradNorms& norms, const Norm& total,
-                const StepOptions& options) {
+                const std::vector<TransformOptions>& group_transforms, const GradNorms& norms,
+                const Norm& total, const StepOptions& options) {
   std::vector<Norm> group_norms(groups.size(), total);
   if (options.clip_scope == ClipScope::group) {
     for (size_t g = 0; g < groups.size(); ++g) {
@@ -171,7 +171,8 @@ StepReport fused_step(const Tensors& tensors, const std::vector<StepCounter>& co
       const RuleStep step{options.rule, group.hyper, steps[chunk.tensor]};
       const double threshold = options.proximal ? group.hyper.lr * group.l1 : 0;
       with_compute_type(tensor, [&](auto element) {
-        update_chunk<decltype(element)>(tensor, chunk, step, decision.transform(tensor, chunk.tensor), threshold);
+        update_chunk<decltype(element)>(tensor, chunk, step, decision.transform(tensor, chunk.tensor),
+                                        threshold);
       });
     }
   });

@@ -1,4 +1,5 @@
-// Pass 1: one partial per chunk, then per tensor, then over the tensors of a scope, all in the order of core/norm.h.
+// Pass 1: one partial per chunk, then per tensor, then over the tensors of a scope, all in the order of
+// core/norm.h.
 #include <algorithm>
 #include <limits>
 
@@ -16,8 +17,8 @@ bool sum_shows_nonfinite(NormType type) { return type.kind == NormKind::two || t
 template <class T>
 class ChunkNorm {
  public:
-  ChunkNorm(const TensorOperands& tensor, const Chunk& chunk, const GradientTransform<T>& transform, NormType type,
-            double scale)
+  ChunkNorm(const TensorOperands& tensor, const Chunk& chunk, const GradientTransform<T>& transform,
+            NormType type, double scale)
       : tensor_(tensor), chunk_(chunk), transform_(transform), type_(type), scale_(scale) {}
 
   NormPartial operator()() {
@@ -125,13 +126,14 @@ double scale_for(double extreme) {
 
 }  // namespace
 
-GradNorms::GradNorms(const Tensors& tensors, const ChunkTable& table, const std::vector<TransformOptions>& transforms,
-                     NormType type)
+GradNorms::GradNorms(const Tensors& tensors, const ChunkTable& table,
+                     const std::vector<TransformOptions>& transforms, NormType type)
     : type_(type), scales_(tensors.size(), 1.0), empty_(tensors.size()) {
   for (size_t t = 0; t < tensors.size(); ++t) empty_[t] = tensors[t].numel == 0;
   if (type.kind == NormKind::general) {
     const double extreme = type.p > 0 ? INFINITY : -INFINITY;
-    const std::vector<NormPartial> extremes = tensor_partials(tensors, table, transforms, norm_type(extreme), scales_);
+    const std::vector<NormPartial> extremes =
+        tensor_partials(tensors, table, transforms, norm_type(extreme), scales_);
     for (size_t t = 0; t < tensors.size(); ++t) scales_[t] = scale_for(extremes[t].sums.medium);
   }
   partials_ = tensor_partials(tensors, table, transforms, type, scales_);
@@ -148,7 +150,8 @@ Norm GradNorms::combined(const std::vector<size_t>& chosen) const {
   result.nonfinite = sum.nonfinite;
   result.nan = sum.nan;
   if (type_.kind == NormKind::general) {
-    // Powers of different tensors carry different scales: combine the norms, relative to the one that counts most.
+    // Powers of different tensors carry different scales: combine the norms, relative to the one that counts
+    // most.
     std::vector<double> norms;
     for (size_t t : chosen) norms.push_back(finish_norm(type_, partials_[t].sums, scales_[t]));
     const double extreme = type_.p > 0 ? *std::max_element(norms.begin(), norms.end())

@@ -34,10 +34,12 @@ const InstructionSet& chosen() {
   static const InstructionSet sets[] = {
 #if defined(__x86_64__)
       {"avx512",
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
+       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl"),
        avx512::float_kernels(), avx512::double_kernels()},
-      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"),
+      {"avx2",
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"),
        avx2::float_kernels(), avx2::double_kernels()},
 #endif
       {"baseline", true, baseline::float_kernels(), baseline::double_kernels()},
@@ -45,7 +47,8 @@ const InstructionSet& chosen() {
   static const InstructionSet& set = []() -> const InstructionSet& {
     const char* wanted = std::getenv("STEADYGRAD_INSTRUCTION_SET");
     for (const InstructionSet& candidate : sets) {
-      if (candidate.supported && (wanted == nullptr || std::string(wanted) == candidate.name)) return candidate;
+      if (candidate.supported && (wanted == nullptr || std::string(wanted) == candidate.name))
+        return candidate;
     }
     throw std::runtime_error(std::string("STEADYGRAD_INSTRUCTION_SET: expected a set this processor has ("
                                          "baseline, avx2 or avx512), got ") +

@@ -23,8 +23,8 @@ struct Norm {
   int64_t nan = 0;
 };
 
-// Norms of every tensor's transformed gradient (before the clip), from one read of the gradients; two for a general p.
-// `transforms` has one entry per tensor's group.
+// Norms of every tensor's transformed gradient (before the clip), from one read of the gradients; two for a
+// general p. `transforms` has one entry per tensor's group.
 class GradNorms {
  public:
   GradNorms(const Tensors& tensors, const ChunkTable& table, const std::vector<TransformOptions>& transforms,
@@ -56,8 +56,8 @@ class GradNorms {
 
 Norm grad_norm(const Tensors& tensors, NormType type);
 
-// grad = transform(grad), with the options that transform_of gives for a tensor's index; where they change nothing, nothing
-// is written.
+// grad = transform(grad), with the options that transform_of gives for a tensor's index; where they change
+// nothing, nothing is written.
 using TransformOf = std::function<TransformOptions(int32_t tensor)>;
 void transform_grads(const Tensors& tensors, const ChunkTable& table, const TransformOf& transform_of);
 
@@ -90,7 +90,8 @@ struct StepOptions {
   bool found_inf = false;
 };
 
-// A tensor's step counter, if its rule keeps one, and whether this is its first step (SGD's momentum buffer starts as the gradient).
+// A tensor's step counter, if its rule keeps one, and whether this is its first step (SGD's momentum buffer
+// starts as the gradient).
 struct StepCounter {
   void* data = nullptr;
   DType dtype = DType::float32;
@@ -98,7 +99,7 @@ struct StepCounter {
 };
 
 struct StepReport {
-  Norm norm;  // over all tensors
+  Norm norm;             // over all tensors
   bool refused = false;  // non-finite under NonfinitePolicy::raise: nothing was written
   bool skipped = false;
   bool clipped = false;
@@ -106,8 +107,8 @@ struct StepReport {
   std::vector<int64_t> nonfinite;  // per tensor; empty when all elements are finite
 };
 
-// One whole step in two passes: the norm, the decision, the update. Before anything is written, and only if something will be,
-// before_write is called with what is known by then; if it throws, nothing has changed.
+// One whole step in two passes: the norm, the decision, the update. Before anything is written, and only if
+// something will be, before_write is called with what is known by then; if it throws, nothing has changed.
 using BeforeWrite = std::function<void(const StepReport&)>;
 StepReport fused_step(const Tensors& tensors, const std::vector<StepCounter>& counters,
                       const std::vector<GroupOptions>& groups, const StepOptions& options,

@@ -41,7 +41,8 @@ bool resolve(void* library, const char* name, Symbol& symbol) {
 OpenMp find_openmp() {
   std::vector<std::string> paths;
   dl_iterate_phdr(collect, &paths);
-  // Another package may have loaded a copy of its own; torch's lies in torch's folder or in the one its wheel keeps.
+  // Another package may have loaded a copy of its own; torch's lies in torch's folder or in the one its wheel
+  // keeps.
   std::stable_partition(paths.begin(), paths.end(), [](const std::string& path) {
     return path.find("/torch/") != std::string::npos || path.find("/torch.libs/") != std::string::npos;
   });

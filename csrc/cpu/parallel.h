@@ -1,4 +1,5 @@
-// Threads: torch's own OpenMP team, so that torch.set_num_threads rules and no second thread pool competes with it.
+// Threads: torch's own OpenMP team, so that torch.set_num_threads rules and no second thread pool competes
+// with it.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +10,8 @@
 
 namespace steadygrad::cpu {
 
-// Path of the OpenMP library in use: the one torch has loaded. Empty: none was found and everything runs on one thread.
+// Path of the OpenMP library in use: the one torch has loaded. Empty: none was found and everything runs on
+// one thread.
 const std::string& openmp_library();
 
 int max_threads();
@@ -17,7 +19,8 @@ int max_threads();
 // Calls body(context, thread, threads) on every thread of a team of at most `threads`.
 void run_team(int threads, void (*body)(void*, int thread, int threads), void* context);
 
-// Tensors in chunks: chunk c belongs to chunks[c].tensor, and those of tensor t are [offsets[t], offsets[t + 1]).
+// Tensors in chunks: chunk c belongs to chunks[c].tensor, and those of tensor t are [offsets[t], offsets[t +
+// 1]).
 struct ChunkTable {
   std::vector<Chunk> chunks;
   std::vector<int64_t> offsets;
@@ -27,7 +30,8 @@ struct ChunkTable {
   int64_t first_chunk_at(int64_t cost_before) const;
 };
 
-// Cuts the table into one contiguous range per thread, equal in work, and calls function(first, last) for each.
+// Cuts the table into one contiguous range per thread, equal in work, and calls function(first, last) for
+// each.
 template <class Function>
 void for_each_range(const ChunkTable& table, Function function) {
   struct Context {

@@ -34,7 +34,8 @@ PenaltySums add_penalty_to_chunk(const TensorOperands& tensor, const Chunk& chun
   }
   const int filled = std::min<int32_t>(chunk.count, kLanes);
   const auto reduced = [&](double* lanes) { return combine_lanes(kSquares, lanes, filled); };
-  return {reduced(magnitudes.medium), {reduced(squares.small), reduced(squares.medium), reduced(squares.large)}};
+  return {reduced(magnitudes.medium),
+          {reduced(squares.small), reduced(squares.medium), reduced(squares.large)}};
 }
 
 }  // namespace

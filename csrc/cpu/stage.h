@@ -1,5 +1,6 @@
-// Brings an operand's elements into contiguous memory of the type they are computed in, and back. Most operands already
-// are that; strided and half-precision ones pass through a buffer that stays in the first-level cache.
+// Brings an operand's elements into contiguous memory of the type they are computed in, and back. Most
+// operands already are that; strided and half-precision ones pass through a buffer that stays in the
+// first-level cache.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +19,8 @@ inline int64_t size_of(DType dtype) {
   return dtype == DType::float32 ? 4 : 2;
 }
 
-// Walks elements [begin, begin + count) in row-major order of their indices, calling function(k, offset in elements).
+// Walks elements [begin, begin + count) in row-major order of their indices, calling function(k, offset in
+// elements).
 template <class Function>
 void for_each_offset(const TensorOperands& tensor, const int64_t* strides, int64_t begin, int64_t count,
                      Function function) {
@@ -68,7 +70,8 @@ class Stage {
   }
 
   // Puts what was made of read()'s result back; nothing to do where that was the memory itself.
-  void write(const TensorOperands& tensor, const Operand& operand, int64_t begin, int64_t count, const T* values) {
+  void write(const TensorOperands& tensor, const Operand& operand, int64_t begin, int64_t count,
+             const T* values) {
     if (is_direct(operand)) return;
     char* const base = static_cast<char*>(operand.data);
     if (operand.strides == nullptr) {

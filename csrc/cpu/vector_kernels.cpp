@@ -1,5 +1,5 @@
-// Compiled once per instruction set into a namespace of that name. Everything here has internal linkage or is always
-// inlined, so that no code of one instruction set can be linked into another.
+// Compiled once per instruction set into a namespace of that name. Everything here has internal linkage or is
+// always inlined, so that no code of one instruction set can be linked into another.
 #include "cpu/vector_kernels.h"
 
 #include "core/rules/table.h"
@@ -7,7 +7,8 @@
 namespace steadygrad::cpu::STEADYGRAD_INSTRUCTION_SET {
 namespace {
 
-// One AVX-512 register of doubles; narrower instruction sets take it in parts. `aligned(8)` lets it load any element.
+// One AVX-512 register of doubles; narrower instruction sets take it in parts. `aligned(8)` lets it load any
+// element.
 constexpr int kWidth = 8;
 typedef double DoubleVector __attribute__((vector_size(kWidth * sizeof(double))));
 template <class T>
@@ -200,9 +201,11 @@ void store(void* __restrict out, DType dtype, const T* in, int64_t count) {
   }
 }
 
-// `out` may be `grad` itself (ivdep: an element depends on nothing but its own input). `param` is null where no penalty reads it; the element passed on in its place is never used.
+// `out` may be `grad` itself (ivdep: an element depends on nothing but its own input). `param` is null where
+// no penalty reads it; the element passed on in its place is never used.
 template <class T>
-void before_clip(T* out, const T* grad, const T* param, int64_t count, const GradientTransform<T>& transform) {
+void before_clip(T* out, const T* grad, const T* param, int64_t count,
+                 const GradientTransform<T>& transform) {
   const GradientTransform<T> local = transform;
   if (param == nullptr) param = grad;
 #pragma GCC ivdep
@@ -253,15 +256,15 @@ STEADYGRAD_INLINE void update_loop(const Tile<T>& tile, const Rule rule, const S
 template <class T>
 void update(const Tile<T>& tile, const RuleStep& step, const ScaleFactors<T>& scale) {
   const ScaleFactors<T> local = scale;
-  with_rule<T>(step.kind, step.hyper, step.scalars, [&](auto rule) __attribute__((always_inline)) {
-    update_loop<T>(tile, rule, local);
-  });
+  with_rule<T>(step.kind, step.hyper, step.scalars,
+               [&](auto rule) __attribute__((always_inline)) { update_loop<T>(tile, rule, local); });
 }
 
 template <class T>
-constexpr VectorKernels<T> kTable = {load<T>,         store<T>,       accumulate_norm<T>,    count_nonfinite<T>,
-                                     zero_nonfinite<T>, before_clip<T>, transform_gradient<T>, soft_threshold_kernel<T>,
-                                     update<T>};
+constexpr VectorKernels<T> kTable = {
+    load<T>,           store<T>,       accumulate_norm<T>,    count_nonfinite<T>,
+    zero_nonfinite<T>, before_clip<T>, transform_gradient<T>, soft_threshold_kernel<T>,
+    update<T>};
 
 }  // namespace
 

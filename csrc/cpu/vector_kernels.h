@@ -40,8 +40,10 @@ struct VectorKernels {
   void (*accumulate_norm)(NormLanes& lanes, const T* in, int64_t count, NormType type, double scale);
   void (*count_nonfinite)(const T* in, int64_t count, int64_t& nonfinite, int64_t& nan);
   void (*zero_nonfinite)(T* out, const T* in, int64_t count);
-  void (*before_clip)(T* out, const T* grad, const T* param, int64_t count, const GradientTransform<T>& transform);
-  void (*transform)(T* out, const T* grad, const T* param, int64_t count, const GradientTransform<T>& transform);
+  void (*before_clip)(T* out, const T* grad, const T* param, int64_t count,
+                      const GradientTransform<T>& transform);
+  void (*transform)(T* out, const T* grad, const T* param, int64_t count,
+                    const GradientTransform<T>& transform);
   void (*soft_threshold)(T* param, int64_t count, T amount);
   // The rule on scale(grad).
   void (*update)(const Tile<T>& tile, const RuleStep& rule, const ScaleFactors<T>& scale);

@@ -39,9 +39,7 @@ def add_penalty_(params: Iterable[Tensor] | Tensor, l1: float = 0.0, l2: float =
 
 def _grad(param: Tensor) -> Tensor | None:
     if not isinstance(param, Tensor):
-        raise TypeError(
-            f"add_penalty_: params: expected torch.Tensors, got {type(param).__name__}"
-        )
+        raise TypeError(f"add_penalty_: params: expected torch.Tensors, got {type(param).__name__}")
     return param.grad
 
 

@@ -70,8 +70,8 @@ STEADYGRAD_INLINE void with_rule_of(RuleKind kind, const RuleHyper& hyper, const
   }
 }
 
-// Calls `function` with the rule as a functor. Options that change which operands it has, or whether a term exists at all,
-// are compile-time constants, so that its loop has no branch.
+// Calls `function` with the rule as a functor. Options that change which operands it has, or whether a term
+// exists at all, are compile-time constants, so that its loop has no branch.
 template <class T, class Function>
 STEADYGRAD_INLINE void with_rule(RuleKind kind, const RuleHyper& hyper, const StepScalars& scalars,
                                  Function function) {

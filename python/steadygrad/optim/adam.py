@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from steadygrad.optim.rule import Group, UpdateRule, group_number
 from steadygrad.optim.options import checked_number
+from steadygrad.optim.rule import Group, UpdateRule, group_number
 from steadygrad.optim.stabilized import Stabilized
 
 

@@ -1,4 +1,4 @@
-"""What a stabilized step does besides the update, checked once when the wrapper is made and per param group at each step."""
+"""What a stabilized step does besides the update: its options, checked when made and at each step."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ class Stabilized(StepOutcome):
         own = {field.name for field in dataclasses.fields(StabilizerOptions)} & set(kwargs)
         self._options = StabilizerOptions(**{name: kwargs.pop(name) for name in own})
         self._stepper = None
-        super().__init__(params, *args, **kwargs)
+        super().__init__(params, *args, **kwargs)  # type: ignore[call-arg]
 
     def _make_stepper(self) -> Stepper:
         assert isinstance(self, torch.optim.Optimizer)

@@ -25,19 +25,18 @@ from steadygrad.optim.stepper import Closure, Stepper
 
 # A subclass may override anything, so the type must be torch's own.
 _RULES = {
-    rule.optimizer: rule
-    for rule in (SGD_RULE, ADAM_RULE, ADAMW_RULE, ADAGRAD_RULE, RMSPROP_RULE)
+    rule.optimizer: rule for rule in (SGD_RULE, ADAM_RULE, ADAMW_RULE, ADAGRAD_RULE, RMSPROP_RULE)
 }
 
 
 class Stabilizer(StepOutcome, torch.optim.Optimizer):
     r"""A ``torch.optim.Optimizer`` around another one, whose steps survive exploding gradients.
 
-    One step, in this order: unscale the gradient (``torch.amp.GradScaler``), add the penalty, take the norm :math:`N`,
-    decide about non-finite elements, scale by :math:`\min(1, \text{max\_norm} / (N + 10^{-6}))`, clamp to ``clip_value``,
-    then the wrapped optimizer's update rule. For ``torch.optim``'s SGD, Adam, AdamW, Adagrad and RMSprop all of it
-    happens in two passes over memory and gradients are only read; for any other optimizer the gradients are changed in
-    place before its own ``step``. :attr:`path` says which.
+    One step, in this order: unscale the gradient (``torch.amp.GradScaler``), add the penalty, take the norm
+    :math:`N`, decide about non-finite elements, scale by :math:`\min(1, \text{max\_norm} / (N + 10^{-6}))`, clamp
+    to ``clip_value``, then the wrapped optimizer's update rule. For ``torch.optim``'s SGD, Adam, AdamW, Adagrad and
+    RMSprop all of it happens in two passes over memory and gradients are only read; for any other optimizer the
+    gradients are changed in place before its own ``step``. :attr:`path` says which.
 
     Args:
         optimizer: any torch optimizer. Schedulers, ``GradScaler`` and checkpoints take this object in its place.
@@ -158,27 +157,30 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
         return getattr(self.optimizer, name)
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The wrapped optimizer's param groups."""
-        return self.optimizer.param_groups
+        groups: list[dict[str, Any]] = self.optimizer.param_groups
+        return groups
 
     @param_groups.setter
     def param_groups(self, value: list[dict[str, Any]]) -> None:
         self.optimizer.param_groups = value
 
     @property
-    def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
+    def state(self) -> defaultdict[Tensor, Any]:
         """The wrapped optimizer's state."""
-        return self.optimizer.state
+        state: defaultdict[Tensor, Any] = self.optimizer.state
+        return state
 
     @state.setter
     def state(self, value: defaultdict[Tensor, Any]) -> None:
         self.optimizer.state = value
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         """The wrapped optimizer's defaults."""
-        return self.optimizer.defaults
+        defaults: dict[str, Any] = self.optimizer.defaults
+        return defaults
 
     @defaults.setter
     def defaults(self, value: dict[str, Any]) -> None:
@@ -195,7 +197,8 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state dict, with this wrapper's keys in its param groups; torch can load it."""
-        return self.optimizer.state_dict()
+        state_dict: dict[str, Any] = self.optimizer.state_dict()
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of a wrapper or of a plain torch optimizer; what the latter lacks stays as it is."""

@@ -56,9 +56,7 @@ class Stepper:
         self._base_step = base_step
         self._fused_entry: Callable[..., Any] = self._fused
         if runs_hooks:
-            self._fused_entry = torch.optim.Optimizer.profile_hook_step(
-                lambda optimizer, closure=None: self._fused(optimizer, closure)
-            )
+            self._fused_entry = torch.optim.Optimizer.profile_hook_step(self._fused)
         self._plan: _kernels.Plan | None = None
         self._why_in_place: str | None = None
         self._structure: tuple[object, ...] = ()
