@@ -192,7 +192,12 @@ void check_not_negated(const View& view, PyObject* object, const Argument& argum
 void announce_write(const py::list& tensors) { py::handle(torch.increment_version)(tensors); }
 
 bool same_sizes(const View& a, const View& b) {
-  return a.ndim == b.ndim && std::equal(a.sizes, a.sizes + a.ndim, b.sizes);
+  if (a.ndim != b.ndim) return false;
+  // A loop: a call into memcmp costs more than the few sizes.
+  for (int d = 0; d < a.ndim; ++d) {
+    if (a.sizes[d] != b.sizes[d]) return false;
+  }
+  return true;
 }
 
 TensorOperands operands_of(const View& view, Operand TensorOperands::* operand) {
