@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,9 +14,12 @@ from .norm import Array, total_norm
 def clip_coefficient(limit: float, norm: float) -> float:
     """Return ``min(1, limit / (norm + 1e-6))``, the factor that brings ``norm`` under ``limit``.
 
-    A NaN norm gives NaN and an infinite norm gives 0, as in torch. Source:
+    A NaN norm gives NaN and an infinite norm gives 0, as in torch. An infinite limit never clips,
+    where torch's ``inf / inf`` makes every gradient NaN. Source:
     ``torch.nn.utils.clip_grads_with_norm_``.
     """
+    if limit == math.inf:
+        return 1.0
     coefficient = limit / (norm + 1e-6)
     # Written so that NaN is kept: min(1.0, nan) would return 1.0.
     return 1.0 if coefficient > 1.0 else coefficient
