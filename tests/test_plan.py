@@ -91,28 +91,49 @@ def test_exchanged_memory_is_noticed_at_once(
             assert torch.equal(value, same.state[other][key])
 
 
-def test_a_single_state_whose_memory_was_swapped_is_found_within_a_rotation(
-    backend: Backend,
+def swap_one_data(optimizer: sg.Stabilizer, param: Parameter) -> None:
+    moment = optimizer.state[param]["exp_avg"]
+    moment.data = moment.data.clone()
+
+
+def share_memory(optimizer: sg.Stabilizer, param: Parameter) -> None:
+    optimizer.state[param]["exp_avg"].share_memory_()
+
+
+def grow_storage(optimizer: sg.Stabilizer, param: Parameter) -> None:
+    storage = optimizer.state[param]["exp_avg"].untyped_storage()
+    storage.resize_(storage.nbytes() + 4096)
+
+
+@pytest.mark.parametrize("move", [swap_one_data, share_memory, grow_storage])
+@pytest.mark.parametrize("index", range(len(SIZES)))
+def test_memory_of_a_single_state_that_moved_is_followed(
+    move: Callable[[sg.Stabilizer, Parameter], None], index: int
 ) -> None:
+    backend = Backend("cpu", torch.device("cpu"))
     params, optimizer = make(backend)
-    step(params, optimizer, 0)
-    moment = optimizer.state[params[1]]["exp_avg"]
-    moment.data = torch.zeros_like(moment)
-    for seed in range(1, 17):
+    same_params, same = make(backend)
+    for seed in range(4):
+        if seed == 2:
+            move(optimizer, params[index])
         step(params, optimizer, seed)
-    assert bool((moment != 0).all())
+        step(same_params, same, seed)
+    for one, other in zip(params, same_params, strict=True):
+        assert torch.equal(one, other)
+        for key, value in optimizer.state[one].items():
+            assert torch.equal(value, same.state[other][key])
 
 
-def test_freed_memory_of_a_state_is_never_written(backend: Backend) -> None:
+@pytest.mark.parametrize("index", range(len(SIZES)))
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "step"])
+def test_freed_memory_of_a_state_is_refused(backend: Backend, index: int, key: str) -> None:
     params, optimizer = make(backend)
     step(params, optimizer, 0)
-    # The plan keeps the old memory alive, so that these allocations cannot take its place.
-    for value in states(optimizer):
-        value.data = torch.full_like(value, 1.0)
-    bystanders = [torch.full((size,), 7.0, device=backend.device) for size in SIZES * 3]
-    for seed in range(1, 5):
-        step(params, optimizer, seed)
-    assert all(bool((tensor == 7.0).all()) for tensor in bystanders)
+    before = [param.detach().clone() for param in params]
+    optimizer.state[params[index]][key].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="storage was freed"):
+        step(params, optimizer, 1)
+    assert all(torch.equal(one, other) for one, other in zip(params, before, strict=True))
 
 
 # Around the kernels' tiles of 1024 and chunks of 8192 elements.

@@ -82,6 +82,7 @@ py::tuple norm_result(const cpu::Norm& norm, const GradList& list) {
 }
 
 py::tuple grad_norm(const py::list& tensors, double p) {
+  adopt_torch_threads();
   constexpr const char* kName = "get_total_norm";
   const NormType type = checked_norm_type(kName, p);
   const GradList list = grads_of(tensors, kName, "tensors", Use::read, type.kind == NormKind::two);
@@ -95,6 +96,7 @@ py::tuple grad_norm(const py::list& tensors, double p) {
 
 // Returns norm_result. With error_if_nonfinite a non-finite norm leaves them alone.
 py::tuple clip_grad_norm(const py::list& grads, double max_norm, double p, bool error_if_nonfinite) {
+  adopt_torch_threads();
   constexpr const char* kName = "clip_grad_norm_";
   check_not_negative(kName, "max_norm", max_norm);
   const NormType type = checked_norm_type(kName, p);
@@ -121,6 +123,7 @@ void transform_all(const GradList& list, const TransformOptions& options) {
 }
 
 void clip_grads_with_norm(const py::list& grads, double max_norm, double total_norm) {
+  adopt_torch_threads();
   constexpr const char* kName = "clip_grads_with_norm_";
   check_not_negative(kName, "max_norm", max_norm);
   const GradList list = grads_of(grads, kName, "parameters.grad", Use::write, true);
@@ -132,6 +135,7 @@ void clip_grads_with_norm(const py::list& grads, double max_norm, double total_n
 }
 
 void clip_grad_value(const py::list& grads, double clip_value) {
+  adopt_torch_threads();
   constexpr const char* kName = "clip_grad_value_";
   check_not_negative(kName, "clip_value", clip_value);
   const GradList list = grads_of(grads, kName, "parameters.grad", Use::write, false);
@@ -142,6 +146,7 @@ void clip_grad_value(const py::list& grads, double clip_value) {
 }
 
 double add_penalty(const py::list& params, const py::list& grads, double l1, double l2) {
+  adopt_torch_threads();
   constexpr const char* kName = "add_penalty_";
   check_not_negative(kName, "l1", l1);
   check_not_negative(kName, "l2", l2);
@@ -170,6 +175,7 @@ double add_penalty(const py::list& params, const py::list& grads, double l1, dou
 }
 
 void soft_threshold(const py::list& params, double amount) {
+  adopt_torch_threads();
   constexpr const char* kName = "soft_threshold_";
   check_not_negative(kName, "amount", amount);
   const Py_ssize_t count = PyList_GET_SIZE(params.ptr());

@@ -1,7 +1,5 @@
 #include "bindings/plan.h"
 
-#include <stdexcept>
-
 #include <pybind11/stl.h>
 
 namespace steadygrad::bindings {
@@ -114,16 +112,6 @@ Plan::Plan(const std::string& rule, const py::list& groups, const py::list& slot
     slot.objects = parts[1].cast<std::vector<py::object>>();
     if (!parts[0].is_none()) slot.objects.push_back(parts[0]);
     slot.first = parts[2].cast<bool>();
-    const size_t index = slots_.size() - 1;
-    for (const py::object& object : slot.objects)
-      slot.views.emplace_back(object.ptr(), argument(index, " state"));
-    if (rule_->has_step) {
-      const View& step = slot.views.back().view();
-      if (step.numel != 1 || (step.dtype != DType::float32 && step.dtype != DType::float64)) {
-        throw_type_error(argument(index, " state 'step'"), "a float32 or float64 tensor of one element",
-                         slot.objects.back().ptr());
-      }
-    }
   }
 }
 
@@ -168,26 +156,13 @@ void Plan::remember(size_t index, const View* views, int count, PyObject* grad) 
   };
   add(params_[index].ptr(), {0});
   add(grad, {0});
+  for (const py::object& object : slots_[index].objects) add(object.ptr(), {0});
   // Sizes lie within the tensor's own object, about in its middle.
-  for (int i = 0; i < 2; ++i) add(views[i].sizes, {-64, 0, 64, 128});
+  for (int i = 0; i < count; ++i) add(views[i].sizes, {-64, 0, 64, 128});
   for (int i = 0; i < count; ++i) add(views[i].data, {0, 64});
 }
 
-bool Plan::is_current(size_t index, const View& param) {
-  constexpr size_t kRotation = 16;
-  Slot& slot = slots_[index];
-  if (slot.param_data != param.data) {
-    if (slot.param_data != nullptr) return false;
-    slot.param_data = param.data;
-  }
-  if (index % kRotation != step_count_ % kRotation) return true;
-  for (size_t s = 0; s < slot.views.size(); ++s) {
-    if (!slot.views[s].is_current(slot.objects[s].ptr(), argument(index, " state"))) return false;
-  }
-  return true;
-}
-
-bool Plan::add_tensor(size_t index, PyObject* grad, const cpu::GroupOptions& group, int32_t group_index) {
+void Plan::add_tensor(size_t index, PyObject* grad, const cpu::GroupOptions& group, int32_t group_index) {
   const Slot& slot = slots_[index];
   const View grad_view = view_of(grad, argument(index, ".grad"));
   const bool updates = options_.rule != RuleKind::none;
@@ -205,10 +180,11 @@ bool Plan::add_tensor(size_t index, PyObject* grad, const cpu::GroupOptions& gro
     views[1] = grad_view;
     if (updates) {
       check_writable(views[0], argument(index, ""));
-      if (!is_current(index, views[0])) return false;
-      const size_t states = slot.views.size() - (rule_->has_step ? 1 : 0);
+      const size_t states = slot.objects.size() - (rule_->has_step ? 1 : 0);
       for (size_t s = 0; s < states; ++s) {
-        views[count] = slot.views[s].view();
+        views[count] = view_of(slot.objects[s].ptr(), argument(index, " state"));
+        check_writable(views[count], argument(index, " state"));
+        check_writable(views[count], argument(index, " state"));
         operands[count++] = &tensor.states[s];
       }
     }
@@ -234,12 +210,36 @@ bool Plan::add_tensor(size_t index, PyObject* grad, const cpu::GroupOptions& gro
   cpu::StepCounter& counter = counters_.emplace_back();
   counter.first = slot.first;
   if (rule_->has_step) {
-    const View& step = slot.views.back().view();
+    const Argument where = argument(index, " state 'step'");
+    const View step = view_of(slot.objects.back().ptr(), where);
+    if (step.numel != 1 || (step.dtype != DType::float32 && step.dtype != DType::float64)) {
+      throw_type_error(where, "a float32 or float64 tensor of one element", slot.objects.back().ptr());
+    }
     counter.data = step.data;
     counter.dtype = step.dtype;
   }
-  return true;
 }
+
+// Marks the plan as in use, and lets go of the gradients however the step ends.
+class Plan::Stepping {
+ public:
+  explicit Stepping(Plan& plan) : plan_(plan) {
+    if (plan.stepping_) {
+      throw std::runtime_error(
+          "step: expected one step of an optimizer at a time, got a second one from another thread");
+    }
+    plan.stepping_ = true;
+  }
+  ~Stepping() {
+    plan_.grads_.clear();
+    plan_.stepping_ = false;
+  }
+  Stepping(const Stepping&) = delete;
+  Stepping& operator=(const Stepping&) = delete;
+
+ private:
+  Plan& plan_;
+};
 
 std::optional<cpu::StepReport> Plan::step(const py::list& groups, double unscale, bool found_inf,
                                           const std::optional<py::list>& grads) {
@@ -250,9 +250,10 @@ std::optional<cpu::StepReport> Plan::step(const py::list& groups, double unscale
   std::vector<cpu::GroupOptions> group_list;
   for (const py::handle group : groups) group_list.push_back(group_options(group));
 
+  adopt_torch_threads();
+  const Stepping stepping(*this);
   static PyObject* const kGrad = PyUnicode_InternFromString("grad");
   active_.clear();
-  grads_.clear();
   tensors_.clear();
   counters_.clear();
   tensors_.reserve(params_.size());
@@ -268,13 +269,12 @@ std::optional<cpu::StepReport> Plan::step(const py::list& groups, double unscale
       if (!grad) throw py::error_already_set();
       if (grad.is_none()) continue;
       const size_t kept = state_count(options_.rule, group_list[g].hyper) + (rule_->has_step ? 1 : 0);
-      if (slots_[index].views.size() != kept) return std::nullopt;
-      if (!add_tensor(index, grad.ptr(), group_list[g], static_cast<int32_t>(g))) return std::nullopt;
+      if (slots_[index].objects.size() != kept) return std::nullopt;
+      add_tensor(index, grad.ptr(), group_list[g], static_cast<int32_t>(g));
       active_.push_back(static_cast<int64_t>(index));
       grads_.push_back(std::move(grad));
     }
   }
-  ++step_count_;
   options_.unscale = unscale;
   options_.found_inf = found_inf;
   cpu::StepReport report;
@@ -286,7 +286,6 @@ std::optional<cpu::StepReport> Plan::step(const py::list& groups, double unscale
       if (options_.rule != RuleKind::none) announce_write(active());
     });
   }
-  grads_.clear();
   return report;
 }
 
@@ -300,6 +299,43 @@ void Plan::mark_first_steps_done() {
   for (const int64_t index : active_) slots_[index].first = false;
 }
 
+int Plan::visit(visitproc visit, void* arg) const {
+  for (const std::vector<py::object>& group : groups_) {
+    for (const py::object& param : group) Py_VISIT(param.ptr());
+  }
+  for (const py::object& param : params_) Py_VISIT(param.ptr());
+  for (const Slot& slot : slots_) {
+    for (const py::object& object : slot.objects) Py_VISIT(object.ptr());
+  }
+  for (const py::object& grad : grads_) Py_VISIT(grad.ptr());
+  return 0;
+}
+
+void Plan::clear() {
+  groups_.clear();
+  params_.clear();
+  slots_.clear();
+  hints_.clear();
+}
+
+namespace {
+
+void collect_garbage(PyHeapTypeObject* heap_type) {
+  PyTypeObject& type = heap_type->ht_type;
+  type.tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type.tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+    Py_VISIT(Py_TYPE(self));
+    return py::detail::is_holder_constructed(self) ? py::cast<const Plan&>(py::handle(self)).visit(visit, arg)
+                                                   : 0;
+  };
+  type.tp_clear = [](PyObject* self) {
+    if (py::detail::is_holder_constructed(self)) py::cast<Plan&>(py::handle(self)).clear();
+    return 0;
+  };
+}
+
+}  // namespace
+
 void define_plan(py::module_& module) {
   py::class_<cpu::StepReport>(module, "StepReport")
       .def_property_readonly("norm", [](const cpu::StepReport& report) { return report.norm.norm; })
@@ -309,7 +345,7 @@ void define_plan(py::module_& module) {
       .def_readonly("refused", &cpu::StepReport::refused)
       .def_readonly("skipped", &cpu::StepReport::skipped)
       .def_readonly("clipped", &cpu::StepReport::clipped);
-  py::class_<Plan>(module, "Plan")
+  py::class_<Plan>(module, "Plan", py::custom_type_setup(collect_garbage))
       .def(py::init<const std::string&, const py::list&, const py::list&, const py::dict&>(), py::arg("rule"),
            py::arg("groups"), py::arg("slots"), py::arg("options"))
       .def("seal", &Plan::seal, py::arg("state"))

@@ -1,8 +1,6 @@
-// A plan: the parameters and state tensors that an optimizer steps, kept alive from step to step.
-//
-// Parameters and gradients are looked at anew in every step. State tensors are nobody's but the optimizer's,
-// so their pointers are kept, together with their memory; a step compares the objects the optimizer holds,
-// looks at one state in kRotation anew, and takes the plan for stale when a parameter has moved.
+// A plan: the parameters and state tensors that an optimizer steps, kept alive from step to step. It stores
+// no pointers into them: every step looks at each tensor again, so that moved, shared, resized or freed
+// memory is seen.
 #pragma once
 
 #include <optional>
@@ -28,9 +26,9 @@ class Plan {
   // Whether param_groups and state still hold the very objects this plan was made from.
   bool matches(const py::list& param_groups, const py::dict& state) const;
 
-  // One step, or nothing when the plan is stale: a tensor moved, or a parameter has a gradient and no slot
-  // yet. `groups`: per param group the numbers of kGroupFields. `grads`: what to use in place of the
-  // parameters' .grad (None: no part in this step).
+  // One step, or nothing when a parameter has a gradient and no slot yet. `groups`: per param group the
+  // numbers of kGroupFields. `grads`: what to use in place of the parameters' .grad (None: no part in this
+  // step).
   std::optional<cpu::StepReport> step(const py::list& groups, double unscale, bool found_inf,
                                       const std::optional<py::list>& grads);
 
@@ -39,22 +37,23 @@ class Plan {
   // Their positions in the order of the groups.
   const std::vector<int64_t>& active_indices() const { return active_; }
 
+  // For Python's garbage collector: hooks and attributes of parameters may refer back to their optimizer.
+  int visit(visitproc visit, void* arg) const;
+  void clear();
+
   // After a first step, SGD's momentum buffers hold values.
   void mark_first_steps_done();
 
  private:
+  class Stepping;
   struct Slot {
     std::vector<py::object> objects;  // the states, then the step counter if there is one
-    std::vector<KeptView> views;
     bool first = false;
-    const void* param_data = nullptr;  // where the last step found the parameter
   };
 
   void prefetch(size_t index) const;
   void remember(size_t index, const View* views, int count, PyObject* grad);
-  bool is_current(size_t index, const View& param);
-  // False: the plan is stale.
-  bool add_tensor(size_t index, PyObject* grad, const cpu::GroupOptions& group, int32_t group_index);
+  void add_tensor(size_t index, PyObject* grad, const cpu::GroupOptions& group, int32_t group_index);
   Argument argument(size_t index, const char* attribute) const;
 
   const RuleEntry* rule_;
@@ -63,11 +62,12 @@ class Plan {
   std::vector<py::object> params_;
   std::vector<Slot> slots_;
   std::vector<const void*> sealed_;
-  size_t step_count_ = 0;
 
   // Where the last step found each parameter's tensors. Never dereferenced: thousands of small tensors are a
   // chain of cache misses, and asking for the next parameters' lines early breaks it.
   std::vector<std::vector<const char*>> hints_;
+
+  bool stepping_ = false;
 
   // Filled anew by every step; members only to reuse their memory.
   std::vector<int64_t> active_;

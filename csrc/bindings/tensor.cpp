@@ -11,6 +11,7 @@ struct Torch {
   PyTypeObject* parameter = nullptr;
   const DLPackExchangeAPI* api = nullptr;
   PyObject* increment_version = nullptr;
+  PyObject* get_num_threads = nullptr;
 };
 
 Torch torch;
@@ -119,6 +120,7 @@ void import_torch() {
         ". Upgrade torch: pip install --upgrade 'torch>=2.10'");
   }
   torch.api = api;
+  torch.get_num_threads = py::object(py::module_::import("torch").attr("get_num_threads")).release().ptr();
   torch.increment_version =
       py::object(py::module_::import("torch.autograd.graph").attr("increment_version")).release().ptr();
   torch.tensor = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
@@ -156,20 +158,6 @@ View view_of(PyObject* object, const Argument& argument) {
   return view;
 }
 
-KeptView::KeptView(PyObject* object, const Argument& argument) : view_(view_of(object, argument)) {
-  layout_.insert(layout_.end(), view_.sizes, view_.sizes + view_.ndim);
-  layout_.insert(layout_.end(), view_.strides, view_.strides + view_.ndim);
-  view_.sizes = layout_.data();
-  view_.strides = layout_.data() + view_.ndim;
-  storage_ = py::reinterpret_borrow<py::object>(object).attr("untyped_storage")();
-}
-
-bool KeptView::is_current(PyObject* object, const Argument& argument) const {
-  const View now = view_of(object, argument);
-  return now.data == view_.data && now.dtype == view_.dtype && same_sizes(now, view_) &&
-         std::equal(now.strides, now.strides + now.ndim, view_.strides);
-}
-
 void check_writable(const View& view, const Argument& argument) {
   for (int d = 0; d < view.ndim; ++d) {
     if (view.sizes[d] > 1 && view.strides[d] == 0) {
@@ -188,6 +176,8 @@ void check_not_negated(const View& view, PyObject* object, const Argument& argum
                          "call resolve_neg() on it");
   }
 }
+
+void adopt_torch_threads() { py::handle(torch.get_num_threads)(); }
 
 void announce_write(const py::list& tensors) { py::handle(torch.increment_version)(tensors); }
 

@@ -34,21 +34,6 @@ struct View {
   const int64_t* strides;
 };
 
-// A view that outlives the call: it owns its sizes and strides and keeps the memory alive, whatever becomes
-// of the tensor.
-class KeptView {
- public:
-  KeptView(PyObject* object, const Argument& argument);
-
-  const View& view() const { return view_; }
-  bool is_current(PyObject* object, const Argument& argument) const;
-
- private:
-  std::vector<int64_t> layout_;  // sizes, then strides
-  py::object storage_;
-  View view_;
-};
-
 // Looks torch up once; throws ImportError with what to do when this torch cannot be used.
 void import_torch();
 
@@ -62,8 +47,13 @@ View view_of(PyObject* object, const Argument& argument);
 void check_writable(const View& view, const Argument& argument);
 
 // Throws for a view that torch negates lazily, such as .imag of a conjugate: adding to its memory would have
-// the wrong sign. DLPack does not tell; such views skip memory, so only those are asked.
+// the wrong sign. DLPack does not tell; views from public functions skip memory, so only
+// such are asked.
 void check_not_negated(const View& view, PyObject* object, const Argument& argument);
+
+// Gives the calling thread torch's number of threads: OpenMP keeps one per thread, and torch sets it when
+// asked.
+void adopt_torch_threads();
 
 // Bumps the tensors' autograd versions, which writing through a pointer does not: a graph that saved one of
 // them then refuses to run backward. Inference tensors have no version and cannot be saved.

@@ -1,7 +1,6 @@
 // What happens to one gradient element between backward and the update rule: unscale, penalty, clip, penalty.
 #pragma once
 
-#include <cfloat>
 #include <cmath>
 
 #include "core/host_device.h"

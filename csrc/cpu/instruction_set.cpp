@@ -33,14 +33,8 @@ struct InstructionSet {
 const InstructionSet& chosen() {
   static const InstructionSet sets[] = {
 #if defined(__x86_64__)
-      {"avx512",
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl"),
-       avx512::float_kernels(), avx512::double_kernels()},
-      {"avx2",
-       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"),
-       avx2::float_kernels(), avx2::double_kernels()},
+      {"avx512", __builtin_cpu_supports("x86-64-v4") != 0, avx512::float_kernels(), avx512::double_kernels()},
+      {"avx2", __builtin_cpu_supports("x86-64-v3") != 0, avx2::float_kernels(), avx2::double_kernels()},
 #endif
       {"baseline", true, baseline::float_kernels(), baseline::double_kernels()},
   };

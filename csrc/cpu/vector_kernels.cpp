@@ -86,21 +86,24 @@ STEADYGRAD_INLINE void accumulate_squares(NormLanes& lanes, const T* in, int64_t
   accumulate(
       lanes.small, in, count,
       [](auto x) __attribute__((always_inline)) {
-        const auto scaled = (magnitude(x) < kSmallThreshold ? x : x - x) * kSmallScale;
+        const decltype(x) zero = {};
+        const auto scaled = (magnitude(x) < kSmallThreshold ? x : zero) * kSmallScale;
         return scaled * scaled;
       },
       Add());
   accumulate(
       lanes.medium, in, count,
       [](auto x) __attribute__((always_inline)) {
-        const auto kept = magnitude(x) < kSmallThreshold || magnitude(x) > kLargeThreshold ? x * 0 : x;
+        const decltype(x) zero = {};
+        const auto kept = magnitude(x) < kSmallThreshold ? zero : (magnitude(x) > kLargeThreshold ? zero : x);
         return kept * kept;
       },
       Add());
   accumulate(
       lanes.large, in, count,
       [](auto x) __attribute__((always_inline)) {
-        const auto scaled = (magnitude(x) > kLargeThreshold ? x : x * 0) * kLargeScale;
+        const decltype(x) zero = {};
+        const auto scaled = (magnitude(x) > kLargeThreshold ? x : zero) * kLargeScale;
         return scaled * scaled;
       },
       Add());

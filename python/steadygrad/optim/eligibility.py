@@ -10,8 +10,12 @@ from steadygrad.optim.rule import UpdateRule
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def why_not_fused(optimizer: torch.optim.Optimizer, rule: UpdateRule | None) -> str | None:
+def why_not_fused(
+    optimizer: torch.optim.Optimizer, rule: UpdateRule | None, bypasses_step: bool
+) -> str | None:
     """A short reason, or None when the fused path takes everything this optimizer holds.
+
+    ``bypasses_step``: whether fusing would pass over the optimizer's own ``step`` method.
 
     Raises:
         RuntimeError: a parameter is an inference tensor, which nothing may update.
@@ -26,22 +30,22 @@ def why_not_fused(optimizer: torch.optim.Optimizer, rule: UpdateRule | None) -> 
     if rule is None:
         return f"no fused rule for {type(optimizer).__name__}"
     own_step = optimizer.__dict__.get("step")
-    if own_step is not None and not hasattr(own_step, "_wrapped_by_lr_sched"):
+    if bypasses_step and own_step is not None and not hasattr(own_step, "_wrapped_by_lr_sched"):
         return f"the step of this {type(optimizer).__name__} was replaced"
     for group in optimizer.param_groups:
         for flag in ("differentiable", "capturable"):
             if group.get(flag):
                 return f"{flag}=True"
-    seen: set[Tensor] = set()
+    seen: set[int] = set()
     for param, group in params:
         why = _why_not_param(param, rule)
-        if why is None and param in seen:
-            why = "a parameter appears twice"
+        if why is None and param.numel() > 0 and param.data_ptr() in seen:
+            why = "a parameter appears twice, or two share memory"
         if why is None:
             why = _why_not_state(optimizer, param, rule, rule.state_names(group))
         if why is not None:
             return why
-        seen.add(param)
+        seen.add(param.data_ptr())
     return None
 
 

@@ -12,6 +12,9 @@ from steadygrad.optim.options import COUNTERS, StabilizerOptions
 from steadygrad.optim.rule import UpdateRule
 from steadygrad.optim.stepper import Closure, Stepper
 
+# Set by torch.amp.GradScaler for the time of a step.
+_AMP_KEYS = ("grad_scale", "found_inf")
+
 
 class StepOutcome:
     """What can be read off a stabilized optimizer, and how its extra param group keys are kept."""
@@ -49,6 +52,8 @@ class StepOutcome:
 
     def _after_load(self, state_dict: dict[str, Any], kept: list[dict[str, Any]]) -> None:
         self._add_group_keys(kept)
+        if "state" not in state_dict:
+            return  # a load_state_dict pre-hook has put another one in its place
         # torch casts state to the parameter's dtype; what was saved in fp32 would lose its low bits.
         saved = state_dict["state"]
         for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
@@ -63,7 +68,8 @@ class StepOutcome:
     def grad_norm(self) -> Tensor | None:
         """Global norm of the last step's gradients before clipping, 0-d; None before the first step.
 
-        After unscaling and the penalty that comes before the clip. fp32, or fp64 if any parameter is fp64.
+        After unscaling and the penalty that comes before the clip. fp32, or fp64 if any parameter is fp64; infinite
+        for finite gradients whose norm is beyond that dtype's range (they are clipped right all the same).
         """
         norm = self._current_stepper().grad_norm
         if norm is None:
@@ -115,9 +121,17 @@ class Stabilized(StepOutcome):
             self,
             self._options,
             self.rule,
-            lambda *closure: torch_step(self, *closure),
+            lambda *closure: self._torch_step(torch_step, *closure),
             runs_hooks=False,
         )
+
+    def _torch_step(self, torch_step: Any, *closure: Closure) -> Any:
+        # torch's own step would unscale the gradients a second time.
+        amp = {key: self.__dict__.pop(key) for key in _AMP_KEYS if key in self.__dict__}
+        try:
+            return torch_step(self, *closure)
+        finally:
+            self.__dict__.update(amp)
 
     def step(self, closure: Closure | None = None) -> Any:
         """One stabilized step; see :meth:`steadygrad.Stabilizer.step`."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from steadygrad.optim.adagrad import RULE as ADAGRAD_RULE
 from steadygrad.optim.adam import ADAM_RULE, ADAMW_RULE
 from steadygrad.optim.options import (
+    COUNTERS,
     ClipScope,
     L1Mode,
     Nonfinite,
@@ -107,6 +108,10 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
                 ),
             }
         )
+        # A wrapper made anew, or around a loaded checkpoint, follows its own options; the counters go on.
+        for group in self.param_groups:
+            if COUNTERS[0] in group:
+                group.update(max_norm=max_norm, clip_value=clip_value, l1=l1, l2=l2)
         self._add_group_keys()
 
     def _make_stepper(self) -> Stepper:
@@ -136,7 +141,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
         A refused or skipped step changes nothing. Hooks of this object run around every step; those of the wrapped
         optimizer around its update, so its post-hooks do not run when the step is skipped.
         """
-        args: tuple[Any, ...] = (self, closure)
+        args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
         kwargs: dict[str, Any] = {}
         for pre_hook in list(self._optimizer_step_pre_hooks.values()):
             changed = pre_hook(self, args, kwargs)

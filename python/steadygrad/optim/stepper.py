@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,14 @@ class NonfiniteGradientError(RuntimeError):
 
 class _StepSkipped(Exception):
     """Leaves the wrapped optimizer's ``step`` before it changes anything."""
+
+    def __init__(self, loss: Any) -> None:
+        super().__init__()
+        self.loss = loss
+
+
+class _CannotFuse(Exception):
+    """Leaves the fused path after the closure ran, when the gradients it made have no fused rule."""
 
     def __init__(self, loss: Any) -> None:
         super().__init__()
@@ -54,6 +63,7 @@ class Stepper:
         self._options = options
         self._rule = rule
         self._base_step = base_step
+        self._runs_hooks = runs_hooks
         self._fused_entry: Callable[..., Any] = self._fused
         if runs_hooks:
             self._fused_entry = torch.optim.Optimizer.profile_hook_step(self._fused)
@@ -63,33 +73,49 @@ class Stepper:
         self._new_state: dict[Tensor, dict[str, Tensor]] = {}
         self._unscale = 1.0
         self._found_inf = False
+        self._clipped = False
+        self._creates_state = False
         self.grad_norm: float | None = None
 
     @property
     def path(self) -> str:
         """``"fused"`` or ``"in-place: <why>"``."""
-        why = why_not_fused(self._optimizer, self._rule)
+        why = self._why()
         return "fused" if why is None else f"in-place: {why}"
 
     def step(self, closure: Closure | None, grad_scale: Any, found_inf: Any) -> Any:
         """One step; returns the closure's loss."""
         self._unscale = 1.0 if grad_scale is None else 1.0 / _checked_grad_scale(grad_scale)
         self._found_inf = found_inf is not None and float(found_inf) > 0
-        numbers = self._group_numbers()
+        self._group_numbers()  # refuses bad hyper-parameters before a closure or a hook runs
         if self._is_stale():
             self._prepare()
+        self._clipped = False
         try:
-            if self._why_in_place is not None:
-                return self._in_place(closure, numbers)
-            try:
-                return self._fused_entry(self._optimizer, closure)
-            except TypeError:
-                # Gradients that have become sparse since the plan was made.
-                if closure is not None or self._finds_fused_possible():
-                    raise
-                return self._in_place(None, numbers)
+            take = self._in_place if self._why_in_place is not None else self._fused_or_in_place
+            loss = take(closure)
         except _StepSkipped as skipped:
+            self._count(COUNTERS[0])
             return skipped.loss
+        if self._clipped:
+            self._count(COUNTERS[1])
+        return loss
+
+    def _fused_or_in_place(self, closure: Closure | None) -> Any:
+        try:
+            return self._fused_entry(self._optimizer, closure)
+        except _CannotFuse as found:
+            # The wrapped optimizer's pre-hooks run again with its own step, this one time.
+            self._in_place(None)
+            return found.loss
+
+    def _count(self, counter: str) -> None:
+        for group in self._optimizer.param_groups:
+            group[counter] = group.get(counter, 0) + 1
+
+    def _why(self) -> str | None:
+        # Only a wrapper would pass over a step that somebody put in the wrapped optimizer's place.
+        return why_not_fused(self._optimizer, self._rule, bypasses_step=self._runs_hooks)
 
     # -- the plan -------------------------------------------------------------------------------
 
@@ -110,14 +136,10 @@ class Stepper:
         state = self._optimizer.state if self._why_in_place is None else {}
         return not plan.matches(self._optimizer.param_groups, state)
 
-    def _finds_fused_possible(self) -> bool:
-        self._prepare()
-        return self._why_in_place is None
-
     def _prepare(self) -> None:
         optimizer = self._optimizer
         self._structure = self._current_structure()
-        self._why_in_place = why_not_fused(optimizer, self._rule)
+        self._why_in_place = self._why()
         self._new_state = {}
         fused = self._rule is not None and self._why_in_place is None
         slots = [
@@ -154,16 +176,22 @@ class Stepper:
 
     def _fused(self, optimizer: torch.optim.Optimizer, closure: Closure | None = None) -> Any:
         loss = _evaluated(closure)
-        numbers = self._group_numbers()
-        # A closure may have exchanged anything, and given first gradients to parameters without state.
-        if closure is not None and self._is_stale():
+        # Hooks and the closure may have exchanged anything.
+        if self._is_stale():
             self._prepare()
-        report = self._run_plan(numbers)
-        if report is None:
+        try:
+            report = self._run_plan()
+            if report is None:  # first gradients of parameters that have no state yet
+                self._prepare()
+                report = self._run_plan()
+        except TypeError:
+            # Gradients may have become sparse since the plan was made.
             self._prepare()
-            report = self._run_plan(numbers)
-        if report is None or self._plan is None:
-            raise RuntimeError("step: the optimizer's state changed while its step was prepared")
+            if self._why_in_place is None:
+                raise
+        if self._why_in_place is not None:
+            raise _CannotFuse(loss)
+        assert report is not None and self._plan is not None
         self._record(report, loss)
         if self._new_state:
             for param in self._plan.active():
@@ -175,26 +203,41 @@ class Stepper:
         optimizer._opt_called = True  # type: ignore[attr-defined]
         return loss
 
-    def _run_plan(self, numbers: list[tuple[float, ...]]) -> _kernels.StepReport | None:
-        assert self._plan is not None
+    def _run_plan(self) -> _kernels.StepReport | None:
+        if self._plan is None or self._why_in_place is not None:
+            return None
+        numbers = self._group_numbers()
         return self._plan.step(numbers, self._unscale, self._found_inf)
 
     def _group_numbers(self) -> list[tuple[float, ...]]:
-        rule = self._rule
-        listed = []
+        listed: list[dict[str, float]] = []
         for i, group in enumerate(self._optimizer.param_groups):
             where = f"step: param_groups[{i}]: "
-            numbers = rule.numbers(group, where) if rule is not None else {}
-            numbers.update(self._options.group_numbers(group, where))
-            listed.append(tuple([numbers.get(field, 0.0) for field in _kernels.GROUP_FIELDS]))
-        return listed
+            numbers = self._rule.numbers(group, where) if self._rule is not None else {}
+            listed.append({**numbers, **self._options.group_numbers(group, where)})
+        self._creates_state = self._is_state_creation()
+        if self._creates_state:
+            for numbers in listed:
+                numbers.update(l1=0.0, l2=0.0, max_norm=math.inf)
+        fields = _kernels.GROUP_FIELDS
+        return [tuple([numbers.get(field, 0.0) for field in fields]) for numbers in listed]
+
+    def _is_state_creation(self) -> bool:
+        """Whether this is torch.distributed.checkpoint's step with zero gradients and no learning rate."""
+        groups = self._optimizer.param_groups
+        for group in groups:
+            rate = group.get("lr", 1)
+            if not isinstance(rate, (int, float, Tensor)) or float(rate) != 0:
+                return False
+        grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        return all(not grad.is_sparse and not bool(grad.any()) for grad in grads)
 
     # -- in place -------------------------------------------------------------------------------
 
-    def _in_place(self, closure: Closure | None, numbers: list[tuple[float, ...]]) -> Any:
+    def _in_place(self, closure: Closure | None) -> Any:
         if not _evaluates_closure(self._optimizer):
             loss = _evaluated(closure)
-            self._stabilize_grads(numbers, loss)
+            self._stabilize_grads(loss)
             self._base_step()
             self._apply_proximal()
             return loss
@@ -206,7 +249,7 @@ class Stepper:
 
         def stabilized_closure() -> Any:
             loss = _evaluated(closure)
-            self._stabilize_grads(numbers, loss)
+            self._stabilize_grads(loss)
             return loss
 
         # It evaluates again in the middle of its step, where it has already moved.
@@ -220,7 +263,7 @@ class Stepper:
         return loss
 
     @torch.no_grad()
-    def _stabilize_grads(self, numbers: list[tuple[float, ...]], loss: Any) -> None:
+    def _stabilize_grads(self, loss: Any) -> None:
         if self._is_stale():
             self._prepare()
         assert self._plan is not None
@@ -229,7 +272,7 @@ class Stepper:
             for group in self._optimizer.param_groups
             for param in group["params"]
         ]
-        report = self._plan.step(numbers, self._unscale, self._found_inf, grads)
+        report = self._plan.step(self._group_numbers(), self._unscale, self._found_inf, grads)
         assert report is not None
         self._record(report, loss)
 
@@ -259,19 +302,13 @@ class Stepper:
     # -- the outcome ----------------------------------------------------------------------------
 
     def _record(self, report: _kernels.StepReport, loss: Any) -> None:
-        groups = self._optimizer.param_groups
-        # torch.distributed.checkpoint creates state by a step with zero gradients and no learning rate.
-        if report.norm == 0 and all(float(group.get("lr", 1)) == 0 for group in groups):
-            return
-        self.grad_norm = report.norm
+        if not self._creates_state:
+            self.grad_norm = report.norm
         if report.refused:
             raise NonfiniteGradientError(self._nonfinite_message(report))
-        counter = COUNTERS[0] if report.skipped else COUNTERS[1] if report.clipped else None
-        if counter is not None:
-            for group in groups:
-                group[counter] = group.get(counter, 0) + 1
         if report.skipped:
             raise _StepSkipped(loss)
+        self._clipped = self._clipped or report.clipped
 
     def _nonfinite_message(self, report: _kernels.StepReport) -> str:
         assert self._plan is not None
