@@ -45,8 +45,8 @@ void for_each_range(const ChunkTable& table, Function function) {
     const int64_t last = table.first_chunk_at(total * (thread + 1) / threads);
     if (first < last) function(first, last);
   };
-  // A team that sleeps takes up to 100 us to wake, as long as this many elements take on one thread.
-  constexpr int64_t kWorthATeam = 1 << 18;
+  // A team that sleeps takes up to 100 us to wake, about as long as this many elements take on one thread.
+  constexpr int64_t kWorthATeam = 1 << 17;
   run_team(table.cost.back() < kWorthATeam ? 1 : max_threads(), body, &context);
 }
 
