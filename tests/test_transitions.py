@@ -55,6 +55,18 @@ def test_gradients_that_a_closure_makes_sparse(rule: Any) -> None:
     torch.testing.assert_close(weight, expected)
 
 
+def test_the_loss_of_a_closure_survives_a_skip_on_the_way_in_place() -> None:
+    table = nn.Embedding(3, 2, sparse=True)
+    optimizer = sg.Stabilizer(torch.optim.SGD(table.parameters(), lr=0.1), max_norm=1.0)
+
+    def closure() -> float:
+        (table(torch.tensor([1])).sum() * float("nan")).backward()
+        return 5.0
+
+    assert optimizer.step(closure) == 5.0
+    assert optimizer.skipped_steps == 1
+
+
 def test_a_pre_hook_may_clear_state_load_state_and_add_groups() -> None:
     def run(wrap: bool) -> list[Tensor]:
         torch.manual_seed(1)

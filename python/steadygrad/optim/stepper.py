@@ -106,7 +106,10 @@ class Stepper:
             return self._fused_entry(self._optimizer, closure)
         except _CannotFuse as found:
             # The wrapped optimizer's pre-hooks run again with its own step, this one time.
-            self._in_place(None)
+            try:
+                self._in_place(None)
+            except _StepSkipped:
+                raise _StepSkipped(found.loss) from None
             return found.loss
 
     def _count(self, counter: str) -> None:
