@@ -77,7 +77,7 @@ NormType checked_norm_type(const char* function, double p) {
 }
 
 // (norm, number of non-finite elements, whether the norm is a float64 one)
-py::tuple norm_result(const cpu::Norm& norm, const GradList& list) {
+py::tuple norm_result(const Norm& norm, const GradList& list) {
   return py::make_tuple(norm.norm, norm.nonfinite, list.any_float64);
 }
 
@@ -86,7 +86,7 @@ py::tuple grad_norm(const py::list& tensors, double p) {
   constexpr const char* kName = "get_total_norm";
   const NormType type = checked_norm_type(kName, p);
   const GradList list = grads_of(tensors, kName, "tensors", Use::read, type.kind == NormKind::two);
-  cpu::Norm norm;
+  Norm norm;
   {
     const py::gil_scoped_release release;
     norm = cpu::grad_norm(list.tensors, type);
@@ -102,7 +102,7 @@ py::tuple clip_grad_norm(const py::list& grads, double max_norm, double p, bool 
   const NormType type = checked_norm_type(kName, p);
   const GradList list = grads_of(grads, kName, "parameters.grad", Use::write, type.kind == NormKind::two);
   const cpu::ChunkTable table(list.tensors);
-  cpu::Norm norm;
+  Norm norm;
   {
     const py::gil_scoped_release release;
     norm = cpu::GradNorms(list.tensors, table, {TransformOptions{}}, type).total();

@@ -13,7 +13,7 @@ constexpr const char* kGroupFields[] = {
     "alpha",    "lr_decay",     "nesterov", "maximize",  "amsgrad", "centered", "decoupled_weight_decay",
     "max_norm", "clip_value",   "l1",       "l2"};
 
-cpu::GroupOptions group_options(const py::handle& numbers) {
+GroupOptions group_options(const py::handle& numbers) {
   const auto sequence = py::reinterpret_borrow<py::tuple>(numbers);
   if (!py::isinstance<py::tuple>(numbers) || sequence.size() != std::size(kGroupFields)) {
     throw py::value_error("step: groups: expected a tuple of " + std::to_string(std::size(kGroupFields)) +
@@ -25,7 +25,7 @@ cpu::GroupOptions group_options(const py::handle& numbers) {
     if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
     return value;
   };
-  cpu::GroupOptions group;
+  GroupOptions group;
   RuleHyper& hyper = group.hyper;
   for (double* field : {&hyper.lr, &hyper.weight_decay, &hyper.momentum, &hyper.dampening, &hyper.beta1,
                         &hyper.beta2, &hyper.eps, &hyper.alpha, &hyper.lr_decay}) {
@@ -56,19 +56,18 @@ Value one_of(const py::dict& options, const char* key,
   throw py::value_error("Plan: unknown " + std::string(key) + ": " + name);
 }
 
-cpu::StepOptions step_options(const RuleEntry& rule, const py::dict& options) {
-  cpu::StepOptions step;
+StepOptions step_options(const RuleEntry& rule, const py::dict& options) {
+  StepOptions step;
   step.rule = rule.kind;
   step.norm_type = norm_type(options["norm_type"].cast<double>());
-  step.clip_scope = one_of<cpu::ClipScope>(options, "clip_scope",
-                                           {{"global", cpu::ClipScope::global},
-                                            {"group", cpu::ClipScope::group},
-                                            {"tensor", cpu::ClipScope::tensor}});
-  step.nonfinite = one_of<cpu::NonfinitePolicy>(options, "nonfinite",
-                                                {{"skip", cpu::NonfinitePolicy::skip},
-                                                 {"zero", cpu::NonfinitePolicy::zero},
-                                                 {"raise", cpu::NonfinitePolicy::raise},
-                                                 {"propagate", cpu::NonfinitePolicy::propagate}});
+  step.clip_scope = one_of<ClipScope>(
+      options, "clip_scope",
+      {{"global", ClipScope::global}, {"group", ClipScope::group}, {"tensor", ClipScope::tensor}});
+  step.nonfinite = one_of<NonfinitePolicy>(options, "nonfinite",
+                                           {{"skip", NonfinitePolicy::skip},
+                                            {"zero", NonfinitePolicy::zero},
+                                            {"raise", NonfinitePolicy::raise},
+                                            {"propagate", NonfinitePolicy::propagate}});
   step.penalty_before_clip =
       one_of<bool>(options, "penalty_order", {{"before_clip", true}, {"after_clip", false}});
   step.proximal = one_of<bool>(options, "l1_mode", {{"subgradient", false}, {"proximal", true}});
@@ -162,7 +161,7 @@ void Plan::remember(size_t index, const View* views, int count, PyObject* grad) 
   for (int i = 0; i < count; ++i) add(views[i].data, {0, 64});
 }
 
-void Plan::add_tensor(size_t index, PyObject* grad, const cpu::GroupOptions& group, int32_t group_index) {
+void Plan::add_tensor(size_t index, PyObject* grad, const GroupOptions& group, int32_t group_index) {
   const Slot& slot = slots_[index];
   const View grad_view = view_of(grad, argument(index, ".grad"));
   const bool updates = options_.rule != RuleKind::none;
@@ -247,7 +246,7 @@ std::optional<cpu::StepReport> Plan::step(const py::list& groups, double unscale
     throw py::value_error("step: groups: expected one entry per param group");
   if (grads && grads->size() != params_.size())
     throw py::value_error("step: grads: expected one per parameter");
-  std::vector<cpu::GroupOptions> group_list;
+  std::vector<GroupOptions> group_list;
   for (const py::handle group : groups) group_list.push_back(group_options(group));
 
   adopt_torch_threads();

@@ -53,11 +53,11 @@ class Plan {
 
   void prefetch(size_t index) const;
   void remember(size_t index, const View* views, int count, PyObject* grad);
-  void add_tensor(size_t index, PyObject* grad, const cpu::GroupOptions& group, int32_t group_index);
+  void add_tensor(size_t index, PyObject* grad, const GroupOptions& group, int32_t group_index);
   Argument argument(size_t index, const char* attribute) const;
 
   const RuleEntry* rule_;
-  cpu::StepOptions options_;
+  StepOptions options_;
   std::vector<std::vector<py::object>> groups_;
   std::vector<py::object> params_;
   std::vector<Slot> slots_;

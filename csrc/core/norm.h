@@ -50,6 +50,89 @@ struct NormPartial {
   int64_t nan = 0;
 };
 
+// What an element adds to its lane, for a number or a vector of them.
+template <class V>
+STEADYGRAD_INLINE V magnitude(V value) {
+  return value < 0 ? -value : value;
+}
+struct Magnitude {
+  template <class V>
+  STEADYGRAD_INLINE V operator()(V x) const {
+    return magnitude(x);
+  }
+};
+struct Square {
+  template <class V>
+  STEADYGRAD_INLINE V operator()(V x) const {
+    return x * x;
+  }
+};
+struct SmallSquare {
+  template <class V>
+  STEADYGRAD_INLINE V operator()(V x) const {
+    const V zero = {};
+    const V scaled = (magnitude(x) < kSmallThreshold ? x : zero) * kSmallScale;
+    return scaled * scaled;
+  }
+};
+struct MediumSquare {
+  template <class V>
+  STEADYGRAD_INLINE V operator()(V x) const {
+    const V zero = {};
+    const V kept = magnitude(x) < kSmallThreshold ? zero : (magnitude(x) > kLargeThreshold ? zero : x);
+    return kept * kept;
+  }
+};
+struct LargeSquare {
+  template <class V>
+  STEADYGRAD_INLINE V operator()(V x) const {
+    const V zero = {};
+    const V scaled = (magnitude(x) > kLargeThreshold ? x : zero) * kLargeScale;
+    return scaled * scaled;
+  }
+};
+
+// The term of any kind but fp64 squares, which take the three above.
+STEADYGRAD_INLINE double norm_term(NormType type, double x, double scale) {
+  switch (type.kind) {
+    case NormKind::two:
+      return x * x;
+    case NormKind::zero:
+      return x != 0 ? 1.0 : 0.0;
+    case NormKind::general:
+      return std::pow(std::fabs(x * scale), type.p);
+    default:
+      return magnitude(x);
+  }
+}
+
+// A norm and what it was taken over. Non-finite elements are counted and, in `finite_norm`, count as zero.
+struct Norm {
+  double norm = 0;
+  double finite_norm = 0;
+  int64_t nonfinite = 0;
+  int64_t nan = 0;
+};
+
+STEADYGRAD_INLINE Norm norm_with_counts(double finite_norm, int64_t nonfinite, int64_t nan) {
+  Norm norm{finite_norm, finite_norm, nonfinite, nan};
+  if (nonfinite > 0) norm.norm = INFINITY;
+  if (nan > 0) norm.norm = NAN;
+  return norm;
+}
+
+// Where a sum of magnitudes is finite, so is every element; other kinds must look.
+STEADYGRAD_INLINE bool sum_shows_nonfinite(NormType type) {
+  return type.kind == NormKind::two || type.kind == NormKind::one;
+}
+
+// For a general p: a power of two that brings the extreme magnitude near one.
+STEADYGRAD_INLINE double scale_for(double extreme) {
+  if (extreme == 0 || extreme - extreme != 0) return 1;
+  const int exponent = std::ilogb(extreme);
+  return std::ldexp(1.0, exponent > 1000 ? -1000 : exponent < -1000 ? 1000 : -exponent);
+}
+
 // A lane's value before the first element.
 STEADYGRAD_INLINE double norm_identity(NormType type) {
   return type.kind == NormKind::negative_infinity ? INFINITY : 0.0;
@@ -60,6 +143,25 @@ STEADYGRAD_INLINE double combine(NormType type, double a, double b) {
   if (type.kind == NormKind::negative_infinity) return a < b ? a : b;
   return a + b;
 }
+
+struct Add {
+  template <class V>
+  STEADYGRAD_INLINE V operator()(V a, V b) const {
+    return a + b;
+  }
+};
+struct Max {
+  template <class V>
+  STEADYGRAD_INLINE V operator()(V a, V b) const {
+    return a > b ? a : b;
+  }
+};
+struct Min {
+  template <class V>
+  STEADYGRAD_INLINE V operator()(V a, V b) const {
+    return a < b ? a : b;
+  }
+};
 
 STEADYGRAD_INLINE void combine(NormType type, NormPartial& a, const NormPartial& b) {
   a.sums.small += b.sums.small;

@@ -20,21 +20,6 @@ struct Decision {
   }
 };
 
-TransformOptions group_transform(const GroupOptions& group, const StepOptions& options) {
-  TransformOptions transform;
-  const double l1 = options.proximal ? 0 : group.l1;
-  transform.unscale = options.unscale;
-  (options.penalty_before_clip ? transform.l1_before_clip : transform.l1_after_clip) = l1;
-  (options.penalty_before_clip ? transform.l2_before_clip : transform.l2_after_clip) = group.l2;
-  transform.clip_value = group.clip_value;
-  return transform;
-}
-
-// The norm that the limit is held against: without the elements that the "zero" policy takes out.
-double limited_norm(const Norm& norm, const StepOptions& options) {
-  return options.nonfinite == NonfinitePolicy::zero ? norm.finite_norm : norm.norm;
-}
-
 Decision decide(const Tensors& tensors, const std::vector<GroupOptions>& groups,
                 const std::vector<TransformOptions>& group_transforms, const GradNorms& norms,
                 const Norm& total, const StepOptions& options) {
@@ -47,14 +32,13 @@ Decision decide(const Tensors& tensors, const std::vector<GroupOptions>& groups,
   Decision decision;
   decision.group_transforms = group_transforms;
   for (TransformOptions& transform : decision.group_transforms) {
-    transform.zero_nonfinite = total.nonfinite > 0 && options.nonfinite == NonfinitePolicy::zero;
+    transform.zero_nonfinite = zeroes_nonfinite(options, total);
   }
   decision.clip_coefficients.resize(tensors.size(), 1.0);
   for (size_t t = 0; t < tensors.size(); ++t) {
     const int32_t g = tensors[t].group;
-    if (groups[g].max_norm == INFINITY) continue;
     const Norm norm = options.clip_scope == ClipScope::tensor ? norms.of(t) : group_norms[g];
-    const double coefficient = clip_coefficient(groups[g].max_norm, limited_norm(norm, options));
+    const double coefficient = scope_coefficient(groups[g], options, norm);
     decision.clip_coefficients[t] = coefficient;
     decision.clipped = decision.clipped || coefficient != 1;
   }
@@ -139,8 +123,8 @@ StepReport fused_step(const Tensors& tensors, const std::vector<StepCounter>& co
   if (nonfinite) {
     for (size_t t = 0; t < tensors.size(); ++t) report.nonfinite.push_back(norms.nonfinite(t));
   }
-  report.skipped = options.found_inf || (nonfinite && options.nonfinite == NonfinitePolicy::skip);
-  report.refused = !report.skipped && nonfinite && options.nonfinite == NonfinitePolicy::raise;
+  report.skipped = is_skipped(options, report.norm);
+  report.refused = is_refused(options, report.norm);
   if (report.skipped || report.refused) return report;
 
   Decision decision = decide(tensors, groups, group_transforms, norms, report.norm, options);
@@ -169,7 +153,7 @@ StepReport fused_step(const Tensors& tensors, const std::vector<StepCounter>& co
       const TensorOperands& tensor = tensors[chunk.tensor];
       const GroupOptions& group = groups[tensor.group];
       const RuleStep step{options.rule, group.hyper, steps[chunk.tensor]};
-      const double threshold = options.proximal ? group.hyper.lr * group.l1 : 0;
+      const double threshold = proximal_threshold(group, options);
       with_compute_type(tensor, [&](auto element) {
         update_chunk<decltype(element)>(tensor, chunk, step, decision.transform(tensor, chunk.tensor),
                                         threshold);

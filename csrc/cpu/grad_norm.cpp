@@ -1,7 +1,6 @@
 // Pass 1: one partial per chunk, then per tensor, then over the tensors of a scope, all in the order of
 // core/norm.h.
 #include <algorithm>
-#include <limits>
 
 #include "cpu/operations.h"
 #include "cpu/stage.h"
@@ -10,9 +9,6 @@ namespace steadygrad::cpu {
 namespace {
 
 bool sum_is_finite(const NormSums& sums) { return is_finite(sums.small + sums.medium + sums.large); }
-
-// Where a sum of magnitudes is finite, so is every element; other kinds must look.
-bool sum_shows_nonfinite(NormType type) { return type.kind == NormKind::two || type.kind == NormKind::one; }
 
 template <class T>
 class ChunkNorm {
@@ -118,12 +114,6 @@ std::vector<NormPartial> tensor_partials(const Tensors& tensors, const ChunkTabl
   return partials;
 }
 
-// A power of two that brings the extreme magnitude near one.
-double scale_for(double extreme) {
-  if (extreme == 0 || !is_finite(extreme)) return 1;
-  return std::ldexp(1.0, -std::clamp(std::ilogb(extreme), -1000, 1000));
-}
-
 }  // namespace
 
 GradNorms::GradNorms(const Tensors& tensors, const ChunkTable& table,
@@ -140,15 +130,13 @@ GradNorms::GradNorms(const Tensors& tensors, const ChunkTable& table,
 }
 
 Norm GradNorms::combined(const std::vector<size_t>& chosen) const {
-  Norm result;
-  if (chosen.empty()) return result;
+  if (chosen.empty()) return Norm();
   const int64_t count = static_cast<int64_t>(chosen.size());
   NormPartial lanes[kLanes];
   const NormPartial sum = combine_in_order<NormPartial>(
       count, lanes, [&](int64_t i) { return partials_[chosen[i]]; },
       [&](NormPartial& a, const NormPartial& b) { combine(type_, a, b); });
-  result.nonfinite = sum.nonfinite;
-  result.nan = sum.nan;
+  double finite_norm = 0;
   if (type_.kind == NormKind::general) {
     // Powers of different tensors carry different scales: combine the norms, relative to the one that counts
     // most.
@@ -161,14 +149,11 @@ Norm GradNorms::combined(const std::vector<size_t>& chosen) const {
         count, lanes_of_powers, [&](int64_t i) { return std::pow(norms[i] / extreme, type_.p); },
         [](double& a, double b) { a += b; });
     const bool ordinary = extreme > 0 && is_finite(extreme);
-    result.finite_norm = ordinary ? extreme * std::pow(powers, 1 / type_.p) : extreme;
+    finite_norm = ordinary ? extreme * std::pow(powers, 1 / type_.p) : extreme;
   } else {
-    result.finite_norm = finish_norm(type_, sum.sums, 1);
+    finite_norm = finish_norm(type_, sum.sums, 1);
   }
-  result.norm = result.finite_norm;
-  if (result.nonfinite > 0) result.norm = INFINITY;
-  if (result.nan > 0) result.norm = std::numeric_limits<double>::quiet_NaN();
-  return result;
+  return norm_with_counts(finite_norm, sum.nonfinite, sum.nan);
 }
 
 Norm grad_norm(const Tensors& tensors, NormType type) {

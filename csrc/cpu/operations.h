@@ -5,23 +5,13 @@
 #include <functional>
 #include <vector>
 
-#include "core/gradient.h"
-#include "core/norm.h"
-#include "core/rules/hyper.h"
+#include "core/step.h"
 #include "core/tensors.h"
 #include "cpu/parallel.h"
 
 namespace steadygrad::cpu {
 
 using Tensors = std::vector<TensorOperands>;
-
-// A norm and what it was taken over. Non-finite elements are counted and, in `finite_norm`, count as zero.
-struct Norm {
-  double norm = 0;
-  double finite_norm = 0;
-  int64_t nonfinite = 0;
-  int64_t nan = 0;
-};
 
 // Norms of every tensor's transformed gradient (before the clip), from one read of the gradients; two for a
 // general p. `transforms` has one entry per tensor's group.
@@ -66,29 +56,6 @@ double add_penalty(const Tensors& tensors, double l1, double l2);
 
 // param = sign(param) * max(|param| - amount, 0)
 void soft_threshold(const Tensors& tensors, double amount);
-
-enum class ClipScope : uint8_t { global, group, tensor };
-enum class NonfinitePolicy : uint8_t { skip, zero, raise, propagate };
-
-struct GroupOptions {
-  RuleHyper hyper;
-  double max_norm = INFINITY;  // infinity: the norm is taken and nothing is clipped
-  double clip_value = INFINITY;
-  double l1 = 0;
-  double l2 = 0;
-};
-
-struct StepOptions {
-  RuleKind rule = RuleKind::none;
-  NormType norm_type;
-  ClipScope clip_scope = ClipScope::global;
-  NonfinitePolicy nonfinite = NonfinitePolicy::skip;
-  bool penalty_before_clip = true;
-  bool proximal = false;
-  bool write_grads = false;
-  double unscale = 1;  // 1 / grad_scale
-  bool found_inf = false;
-};
 
 // A tensor's step counter, if its rule keeps one, and whether this is its first step (SGD's momentum buffer
 // starts as the gradient).

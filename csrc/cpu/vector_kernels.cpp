@@ -22,30 +22,6 @@ struct VectorOf<double> {
   typedef double type __attribute__((vector_size(kWidth * sizeof(double)), aligned(8), may_alias));
 };
 
-struct Add {
-  template <class V>
-  STEADYGRAD_INLINE V operator()(V a, V b) const {
-    return a + b;
-  }
-};
-struct Max {
-  template <class V>
-  STEADYGRAD_INLINE V operator()(V a, V b) const {
-    return a > b ? a : b;
-  }
-};
-struct Min {
-  template <class V>
-  STEADYGRAD_INLINE V operator()(V a, V b) const {
-    return a < b ? a : b;
-  }
-};
-
-template <class V>
-STEADYGRAD_INLINE V magnitude(V value) {
-  return value < 0 ? -value : value;
-}
-
 // A cache line ahead of the hardware prefetcher's reach over a page boundary.
 constexpr int64_t kPrefetchAhead = 4096;
 
@@ -80,33 +56,12 @@ STEADYGRAD_INLINE void accumulate(double* lanes, const T* in, int64_t count, Ter
 template <class T>
 STEADYGRAD_INLINE void accumulate_squares(NormLanes& lanes, const T* in, int64_t count) {
   if constexpr (sizeof(T) == sizeof(float)) {
-    accumulate(lanes.medium, in, count, [](auto x) __attribute__((always_inline)) { return x * x; }, Add());
+    accumulate(lanes.medium, in, count, Square(), Add());
     return;
   }
-  accumulate(
-      lanes.small, in, count,
-      [](auto x) __attribute__((always_inline)) {
-        const decltype(x) zero = {};
-        const auto scaled = (magnitude(x) < kSmallThreshold ? x : zero) * kSmallScale;
-        return scaled * scaled;
-      },
-      Add());
-  accumulate(
-      lanes.medium, in, count,
-      [](auto x) __attribute__((always_inline)) {
-        const decltype(x) zero = {};
-        const auto kept = magnitude(x) < kSmallThreshold ? zero : (magnitude(x) > kLargeThreshold ? zero : x);
-        return kept * kept;
-      },
-      Add());
-  accumulate(
-      lanes.large, in, count,
-      [](auto x) __attribute__((always_inline)) {
-        const decltype(x) zero = {};
-        const auto scaled = (magnitude(x) > kLargeThreshold ? x : zero) * kLargeScale;
-        return scaled * scaled;
-      },
-      Add());
+  accumulate(lanes.small, in, count, SmallSquare(), Add());
+  accumulate(lanes.medium, in, count, MediumSquare(), Add());
+  accumulate(lanes.large, in, count, LargeSquare(), Add());
 }
 
 template <class T>
@@ -115,21 +70,14 @@ void accumulate_norm(NormLanes& lanes, const T* in, int64_t count, NormType type
     case NormKind::two:
       return accumulate_squares(lanes, in, count);
     case NormKind::one:
-      return accumulate(
-          lanes.medium, in, count, [](auto x) __attribute__((always_inline)) { return magnitude(x); }, Add());
+      return accumulate(lanes.medium, in, count, Magnitude(), Add());
     case NormKind::infinity:
-      return accumulate(
-          lanes.medium, in, count, [](auto x) __attribute__((always_inline)) { return magnitude(x); }, Max());
+      return accumulate(lanes.medium, in, count, Magnitude(), Max());
     case NormKind::negative_infinity:
-      return accumulate(
-          lanes.medium, in, count, [](auto x) __attribute__((always_inline)) { return magnitude(x); }, Min());
+      return accumulate(lanes.medium, in, count, Magnitude(), Min());
     case NormKind::zero:
-      for (int64_t i = 0; i < count; ++i) lanes.medium[i % kLanes] += in[i] != T(0) ? 1.0 : 0.0;
-      return;
     case NormKind::general:
-      for (int64_t i = 0; i < count; ++i) {
-        lanes.medium[i % kLanes] += std::pow(std::fabs(static_cast<double>(in[i]) * scale), type.p);
-      }
+      for (int64_t i = 0; i < count; ++i) lanes.medium[i % kLanes] += norm_term(type, in[i], scale);
       return;
   }
 }

@@ -1,0 +1,72 @@
+// What a step is told and what it decides, for every backend.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "core/gradient.h"
+#include "core/norm.h"
+#include "core/rules/hyper.h"
+
+namespace steadygrad {
+
+enum class ClipScope : uint8_t { global, group, tensor };
+enum class NonfinitePolicy : uint8_t { skip, zero, raise, propagate };
+
+struct GroupOptions {
+  RuleHyper hyper;
+  double max_norm = INFINITY;  // infinity: the norm is taken and nothing is clipped
+  double clip_value = INFINITY;
+  double l1 = 0;
+  double l2 = 0;
+};
+
+struct StepOptions {
+  RuleKind rule = RuleKind::none;
+  NormType norm_type;
+  ClipScope clip_scope = ClipScope::global;
+  NonfinitePolicy nonfinite = NonfinitePolicy::skip;
+  bool penalty_before_clip = true;
+  bool proximal = false;
+  bool write_grads = false;
+  double unscale = 1;  // 1 / grad_scale
+  bool found_inf = false;
+};
+
+// All of a group's transform but its clip coefficient.
+STEADYGRAD_INLINE TransformOptions group_transform(const GroupOptions& group, const StepOptions& options) {
+  TransformOptions transform;
+  const double l1 = options.proximal ? 0 : group.l1;
+  transform.unscale = options.unscale;
+  (options.penalty_before_clip ? transform.l1_before_clip : transform.l1_after_clip) = l1;
+  (options.penalty_before_clip ? transform.l2_before_clip : transform.l2_after_clip) = group.l2;
+  transform.clip_value = group.clip_value;
+  return transform;
+}
+
+STEADYGRAD_INLINE bool is_skipped(const StepOptions& options, const Norm& total) {
+  return options.found_inf || (total.nonfinite > 0 && options.nonfinite == NonfinitePolicy::skip);
+}
+
+STEADYGRAD_INLINE bool is_refused(const StepOptions& options, const Norm& total) {
+  return !is_skipped(options, total) && total.nonfinite > 0 && options.nonfinite == NonfinitePolicy::raise;
+}
+
+STEADYGRAD_INLINE bool zeroes_nonfinite(const StepOptions& options, const Norm& total) {
+  return total.nonfinite > 0 && options.nonfinite == NonfinitePolicy::zero;
+}
+
+// The coefficient of a scope with this norm; the "zero" policy takes non-finite elements out of it.
+STEADYGRAD_INLINE double scope_coefficient(const GroupOptions& group, const StepOptions& options,
+                                           const Norm& scope) {
+  if (group.max_norm == INFINITY) return 1;
+  const bool finite_only = options.nonfinite == NonfinitePolicy::zero;
+  return clip_coefficient(group.max_norm, finite_only ? scope.finite_norm : scope.norm);
+}
+
+// What the proximal step takes from every magnitude after the update; 0: no proximal step.
+STEADYGRAD_INLINE double proximal_threshold(const GroupOptions& group, const StepOptions& options) {
+  return options.proximal ? group.hyper.lr * group.l1 : 0;
+}
+
+}  // namespace steadygrad
