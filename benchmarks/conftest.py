@@ -7,7 +7,6 @@ the peers run in the set-up of each of its rounds, so all of them are interleave
 
 from __future__ import annotations
 
-import io
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -15,17 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 from steadygrad.bench.cases import Case
 from steadygrad.bench.environment import available_memory_bytes, cache_bytes
 from steadygrad.bench.measure import (
     CaseResult,
+    Contest,
     CopyYardstick,
     memory_needed,
-    race,
     settle_allocator,
-    summarise,
 )
 from steadygrad.bench.report import cases_table
 from steadygrad.bench.timer import collector_paused
@@ -67,22 +64,22 @@ def side_by_side(
     def run(case: Case) -> None:
         if memory_needed(case) > available_memory_bytes():
             pytest.skip(f"needs {memory_needed(case) / 2**30:.1f} GiB of memory")
-        contest = race(case, yardstick)
-        contest.warm_up(2)
+        contest = Contest(case, yardstick)
+        contest.warm_up()
         start = time.perf_counter()
-        contest.warm_up(1)
+        contest.race.warm_up(1)
         rounds = int(_SECONDS_PER_CASE / (time.perf_counter() - start))
 
         def run_peers() -> None:
-            for index in range(1, len(contest.candidates)):
-                contest.lap(index)
+            for index in range(1, len(contest.race.candidates)):
+                contest.race.lap(index)
 
         benchmark.group = case.key
         with collector_paused():
             benchmark.pedantic(
-                lambda: contest.lap(0), setup=run_peers, rounds=max(5, min(rounds, 200))
+                lambda: contest.race.lap(0), setup=run_peers, rounds=max(5, min(rounds, 200))
             )
-        result = summarise(case, contest.timings(), yardstick)
+        result = contest.result()
         benchmark.extra_info.update(
             floor_bytes=result.floor_bytes,
             gigabytes_per_second=result.gigabytes_per_second,
@@ -100,7 +97,5 @@ def pytest_terminal_summary(
 ) -> None:
     results = config.stash[_RESULTS]
     if results:
-        text = io.StringIO()
-        table = cases_table(results, config.getoption("--threads"))
-        Console(file=text, width=110).print(table)
-        terminalreporter.write(text.getvalue())
+        threads = config.getoption("--threads")
+        terminalreporter.write(f"\n{cases_table(results, f'threads: {threads}')}\n")

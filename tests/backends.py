@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
 import torch
+
+from steadygrad import _kernels
 
 
 @dataclass(frozen=True)
@@ -18,8 +23,43 @@ class Backend:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def asynchronous(self) -> bool:
+        """Whether decisions are taken on the device, where the host learns of them only by waiting."""
+        return self.name != "cpu"
 
-BACKENDS = [Backend("cpu", torch.device("cpu"))]
+    def why_not(self) -> str | None:
+        """Why it cannot be used here."""
+        if self.name == "emulated" and importlib.util.find_spec("steadygrad_emulated") is None:
+            return "the emulated backend is not installed: pip install ./tests/emulated"
+        if self.name == "cuda":
+            cuda = _kernels.build_info()["cuda"]
+            if not torch.cuda.is_available():
+                return "no GPU that torch can use"
+            if not cuda["compiled"]:
+                return "built without CUDA"
+        return None
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Puts the emulated kernels in the place of the real ones."""
+        if self.name != "emulated":
+            yield
+            return
+        import steadygrad_emulated
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name in vars(_kernels):
+                if not name.startswith("__"):
+                    patch.setattr(_kernels, name, getattr(steadygrad_emulated, name))
+            yield
+
+
+BACKENDS = [
+    Backend("cpu", torch.device("cpu")),
+    Backend("emulated", torch.device("cpu")),
+    Backend("cuda", torch.device("cuda")),
+]
 
 
 # Session-wide, because hypothesis refuses fixtures that are set up once per test function.
@@ -27,4 +67,17 @@ BACKENDS = [Backend("cpu", torch.device("cpu"))]
 def backend(request: pytest.FixtureRequest) -> Backend:
     """One backend after the other."""
     chosen: Backend = request.param
+    why_not = chosen.why_not()
+    if why_not is not None:
+        pytest.skip(why_not)
     return chosen
+
+
+@pytest.fixture(autouse=True)
+def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The kernels of the test's backend; those of the package for tests that have none."""
+    if "backend" not in request.fixturenames:
+        yield
+        return
+    with request.getfixturevalue("backend").active():
+        yield

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from backends import backend as backend  # the fixture, for every test file
+from backends import backend as backend  # the fixtures, for every test file
+from backends import kernels as kernels
 
 SEED = 20240229
 

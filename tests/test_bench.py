@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from steadygrad import bench
 from steadygrad.bench import cases as bench_cases
+from steadygrad.bench import device as bench_device
 from steadygrad.bench import environment, measure, peers, report, shapes, targets
 from steadygrad.bench.timer import Candidate, Race, Timing, quartiles, ratio, round_ratios
 from steadygrad.bench.workload import Workload
@@ -154,12 +156,17 @@ def test_every_peer_does_the_same_work(key: str) -> None:
 
 
 def test_case_keys_are_unique_and_targets_refer_to_them() -> None:
-    keys = [case.key for case in bench_cases.CASES]
-    assert len(set(keys)) == len(keys)
-    for target in targets.TARGETS:
-        (case,) = [case for case in bench_cases.CASES if case.key == target.case]
-        load = case.operation.workload(TINY)
-        assert target.peer in {build(load).name for build in case.operation.peers}
+    for plan, floors in (
+        (bench_cases.CASES, targets.TARGETS),
+        (bench_cases.CUDA_CASES, targets.CUDA_TARGETS),
+    ):
+        keys = [case.key for case in plan]
+        assert len(set(keys)) == len(keys)
+        for target in floors:
+            (case,) = [case for case in plan if case.key == target.case]
+            load = case.operation.workload(TINY)
+            names = {build(load).name for build in case.operation.peers}
+            assert target.peer in names | {targets.COPY}
 
 
 @pytest.fixture
@@ -202,8 +209,10 @@ def test_run_reports_and_writes_json(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         for key, host in (("clip_active", False), ("adamw", True))
     )
     hungry = bench_cases.Case(bench_cases.OPERATIONS["adam"], shapes.one_tensor(50), quick=True)
-    monkeypatch.setattr(bench, "CASES", (*chosen, hungry))
-    monkeypatch.setattr(bench, "QUICK", measure.Effort(seconds=0.0, min_rounds=3, max_rounds=3))
+    monkeypatch.setattr(bench_device, "CASES", (*chosen, hungry))
+    effort = measure.Effort(seconds=0.0, min_rounds=3, max_rounds=3)
+    monkeypatch.setattr(bench_device, "QUICK", effort)
+    monkeypatch.setattr(bench, "QUICK", effort)
     monkeypatch.setattr(measure, "_SMALLEST_BUFFER", 2**16)
     monkeypatch.setattr(environment, "cache_bytes", lambda: 2**10)
     threads = torch.get_num_threads()
@@ -221,6 +230,11 @@ def test_run_reports_and_writes_json(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     found = json.loads(out.read_text())
     assert found["schema"] == report.SCHEMA
     assert found["environment"]["threads"] == 1
+    assert found["environment"]["device"] == "cpu"
+    assert found["environment"]["gpu"] is None
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?|unknown", found["environment"]["revision"])
+    assert re.fullmatch(r"[0-9a-f]{40}|unknown", found["environment"]["csrc_tree"])
+    assert found["rehearsal"] is False
     assert found["copy_bandwidth"]["yardstick_gigabytes_per_second"] > 0
     assert [case["key"] for case in found["cases"]] == [case.key for case in chosen]
     assert [entry["case"] for entry in found["skipped"]] == [hungry.key]
@@ -229,6 +243,7 @@ def test_run_reports_and_writes_json(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert clip["share_of_copy"] > 0
     assert step["share_of_copy"] is None
     assert clip["bytes_per_element"] == 12
+    assert clip["clock"] == "wall" and "wall_median_seconds" not in clip["ours"]
     for side in (clip["ours"], *clip["peers"]):
         assert side["rounds"] == 3
         lower, upper = side["lower_quartile_seconds"], side["upper_quartile_seconds"]

@@ -76,6 +76,9 @@ def test_version(exits: Any) -> None:
         (["study"], "add --quick"),
         (["bench", "--threads", "0"], "expected a whole number of at least 1, got '0'"),
         (["bench", "--threads", "many"], "expected a whole number of at least 1, got 'many'"),
+        (["bench", "--device", "tpu"], "invalid choice: 'tpu'"),
+        (["bench", "--limit", "0"], "expected a number of seconds above 0, got '0'"),
+        (["bench", "--limit", "soon"], "expected a number of seconds above 0, got 'soon'"),
         (["study", "--quick", "--out"], "expected one argument"),
     ],
 )
@@ -119,10 +122,10 @@ def test_bench_is_wired(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: i
     monkeypatch.setattr(steadygrad.bench, "run", run)
     out = tmp_path / "new" / "bench.json"
     assert main(["bench", "--quick", "--out", str(out), "--threads", "1"]) == code
-    assert main(["bench"]) == code
+    assert main(["bench", "--device", "cuda", "--limit", "90"]) == code
     assert calls == [
-        {"quick": True, "out": out, "threads": 1},
-        {"quick": False, "out": None, "threads": None},
+        {"quick": True, "out": out, "threads": 1, "device": "cpu", "limit": None},
+        {"quick": False, "out": None, "threads": None, "device": "cuda", "limit": 90.0},
     ]
     assert out.parent.is_dir()
 
@@ -150,6 +153,41 @@ def test_interrupt_is_code_130(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> 
     monkeypatch.setattr(steadygrad.bench, "run", run)
     assert main(["bench"]) == 130
     assert "Interrupted" in capsys.readouterr().err
+
+
+def test_bench_says_why_a_device_cannot_be_used(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(steadygrad.bench.environment, "cuda_info", dict)
+    assert main(["bench", "--device", "cuda"]) == 1
+    assert capsys.readouterr().err == ("bench: --device cuda: steadygrad was built without CUDA\n")
+
+
+def test_without_rich_the_bench_is_plain_and_the_others_ask_for_it() -> None:
+    script = """
+import sys
+sys.modules["rich"] = sys.modules["rich.console"] = None
+import steadygrad.bench
+from steadygrad.bench import device, shapes
+from steadygrad.bench.cases import OPERATIONS, Case
+from steadygrad.bench.measure import Effort
+from steadygrad.cli import main
+device.CASES = [Case(OPERATIONS["clip_active"], shapes.many_small(2, 32), host_cost=True)]
+device.FULL = steadygrad.bench.QUICK = Effort(0.0, 2, 2)
+assert main(["bench"]) == 0
+assert main(["doctor"]) == 1
+assert main(["study", "--quick", "--out", sys.argv[1]]) == 1
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script, "."], capture_output=True, text=True, check=True
+    )
+    assert re.search(
+        r"^  2 x 32 +torch foreach +[\d.]+ +[\d.]+ +[\d.]+ ", result.stdout, re.MULTILINE
+    )
+    assert "\x1b" not in result.stdout
+    assert result.stderr == (
+        "doctor needs rich: pip install rich\nstudy needs rich: pip install rich\n"
+    )
 
 
 # --- doctor ---
@@ -258,3 +296,91 @@ def test_doctor_explains_a_second_openmp(monkeypatch: pytest.MonkeyPatch) -> Non
     facts = {fact.name: fact for fact in doctor.extension_facts(sg, kernels)}
     assert "torch uses elsewhere/libgomp.so.1" in facts["OpenMP"].value
     assert "LD_PRELOAD" in facts["OpenMP"].remedy
+
+
+# --- doctor on CUDA, which the extension describes in build_info ---
+
+COMPILED = {
+    "compiled": True,
+    "architectures": "80;90",
+    "runtime_version": 13000,
+    "driver_version": 13010,
+    "problem": "",
+    "devices": [{"name": "NVIDIA Test", "major": 9, "minor": 0, "usable": True}],
+}
+
+
+def facts_about(info: dict[str, Any], seen: bool) -> dict[str, doctor.Fact]:
+    kernels = SimpleNamespace(build_info=lambda: info)
+    torch_ = SimpleNamespace(
+        cuda=SimpleNamespace(is_available=lambda: seen), __version__="2.11.0+cpu"
+    )
+    return {fact.name: fact for fact in doctor.cuda_facts(torch_, kernels)}
+
+
+def test_doctor_shows_a_usable_gpu() -> None:
+    facts = facts_about({"cuda": COMPILED}, seen=True)
+    assert {name: fact.value for name, fact in facts.items()} == {
+        "backend": "cuda: compiled with CUDA 13.0 for sm_80, sm_90",
+        "CUDA driver": "for CUDA 13.1",
+        "CUDA device 0": "NVIDIA Test, sm_90: usable",
+    }
+    assert not any(fact.remedy for fact in facts.values())
+
+
+@pytest.mark.parametrize("info", [{}, {"cuda": {"compiled": False}}], ids=["old", "without"])
+def test_doctor_takes_a_build_without_kernels_for_gpus(info: dict[str, Any]) -> None:
+    (fact,) = facts_about(info, seen=False).values()
+    assert (fact.value, fact.remedy) == ("cuda: not compiled", "")
+    (fact,) = facts_about(info, seen=True).values()
+    assert fact.value == "cuda: not compiled, though torch sees a GPU"
+    assert "nvcc" in fact.remedy
+
+
+@pytest.mark.parametrize(
+    ("changes", "value"),
+    [
+        ({"driver_version": 0, "problem": "no NVIDIA driver"}, "no NVIDIA driver, so only"),
+        ({"problem": "CUDA error cudaErrorNoDevice: no device"}, "none, so only the"),
+        ({}, "none, so only the"),
+    ],
+    ids=["no driver", "hidden", "none"],
+)
+def test_doctor_is_content_without_a_gpu(changes: dict[str, Any], value: str) -> None:
+    facts = facts_about({"cuda": {**COMPILED, "devices": [], **changes}}, seen=False)
+    assert not any(fact.remedy for fact in facts.values())
+    assert any(fact.value.startswith(value) for fact in facts.values())
+
+
+def test_doctor_explains_a_gpu_that_cannot_be_used() -> None:
+    advice = "expected a driver for CUDA 13.0 or later, got one for CUDA 12.2. Update it"
+    old = {**COMPILED, "driver_version": 12020, "problem": advice, "devices": []}
+    facts = facts_about({"cuda": old}, seen=True)
+    assert facts["CUDA driver"] == doctor.Fact("CUDA driver", "for CUDA 12.2", advice)
+
+    other = {"name": "NVIDIA Other", "major": 7, "minor": 0, "usable": False}
+    facts = facts_about({"cuda": {**COMPILED, "devices": [other]}}, seen=True)
+    assert facts["CUDA device 0"].value == "NVIDIA Other, sm_70: not usable"
+    assert "CUDAARCHS=70 pip install" in facts["CUDA device 0"].remedy
+
+    facts = facts_about({"cuda": COMPILED}, seen=False)
+    assert facts["CUDA in torch"].value == "torch 2.11.0+cpu sees no GPU"
+    assert "build for CUDA" in facts["CUDA in torch"].remedy
+
+
+def test_doctor_checks_every_usable_device(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def usable(seen: bool, *devices: bool) -> list[str]:
+        torch_ = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: seen))
+        info = {"cuda": {**COMPILED, "devices": [{"usable": known} for known in devices]}}
+        return doctor.usable_devices(torch_, SimpleNamespace(build_info=lambda: info))
+
+    assert usable(True, True) == ["cpu", "cuda"]
+    assert usable(True, False) == usable(False, True) == usable(True) == ["cpu"]
+
+    # A device that no kernel takes stands for a broken one.
+    monkeypatch.setattr(doctor, "usable_devices", lambda *_: ["cpu", "meta"])
+    assert main(["doctor"]) == 1
+    text = capsys.readouterr().out
+    assert "Kernels on cpu: error" in text and "Kernels on meta: error" in text
+    assert "56 of 112 kernel checks passed." in text
+    assert "- AdamW, 2 fused steps on meta: " in text

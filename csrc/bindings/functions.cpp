@@ -36,7 +36,8 @@ class Seen {
 enum class Use { read, write };
 
 struct GradList {
-  cpu::Tensors tensors;
+  std::vector<TensorOperands> tensors;
+  Device device;
   bool any_float64 = false;
 };
 
@@ -50,7 +51,7 @@ GradList grads_of(const py::list& grads, const char* function, const char* name,
     PyObject* const object = PyList_GET_ITEM(grads.ptr(), i);
     if (!seen.insert(object)) continue;
     const Argument argument{function, name, i};
-    const View view = view_of(object, argument);
+    const View view = view_of(object, argument, list.device);
     if (view.is_complex && !complex_allowed) throw_type_error(argument, "a real tensor", object);
     if (use == Use::write) check_writable(view, argument);
     list.tensors.push_back(operands_of(view, &TensorOperands::grad));
@@ -76,31 +77,51 @@ NormType checked_norm_type(const char* function, double p) {
   return norm_type(p);
 }
 
-// (norm, number of non-finite elements, whether the norm is a float64 one)
-py::tuple norm_result(const Norm& norm, const GradList& list) {
-  return py::make_tuple(norm.norm, norm.nonfinite, list.any_float64);
+// What both backends leave behind: 24 bytes that Python reads.
+void store(const Norm& norm, const py::handle& outcome) {
+  cuda::Outcome* const out = memory_of<cuda::Outcome>(outcome);
+  *out = cuda::Outcome{};
+  out->norm = norm.norm;
+  out->norm_float32 = static_cast<float>(norm.norm);
+  out->nonfinite = norm.nonfinite;
 }
 
-py::tuple grad_norm(const py::list& tensors, double p) {
-  adopt_torch_threads();
+// Returns whether the norm is a float64 one.
+bool grad_norm(const py::list& tensors, double p, const py::handle& outcome, const py::object& allocate) {
   constexpr const char* kName = "get_total_norm";
   const NormType type = checked_norm_type(kName, p);
   const GradList list = grads_of(tensors, kName, "tensors", Use::read, type.kind == NormKind::two);
+  if (list.device.is_cuda()) {
+    Allocator allocator(allocate);
+    cuda::grad_norm(list.tensors, type, memory_of<cuda::Outcome>(outcome), std::ref(allocator),
+                    current_stream(list.device));
+    return list.any_float64;
+  }
+  adopt_torch_threads();
   Norm norm;
   {
     const py::gil_scoped_release release;
     norm = cpu::grad_norm(list.tensors, type);
   }
-  return norm_result(norm, list);
+  store(norm, outcome);
+  return list.any_float64;
 }
 
-// Returns norm_result. With error_if_nonfinite a non-finite norm leaves them alone.
-py::tuple clip_grad_norm(const py::list& grads, double max_norm, double p, bool error_if_nonfinite) {
-  adopt_torch_threads();
+// With error_if_nonfinite a non-finite norm leaves the gradients alone.
+bool clip_grad_norm(const py::list& grads, double max_norm, double p, bool error_if_nonfinite,
+                    const py::handle& outcome, const py::object& allocate) {
   constexpr const char* kName = "clip_grad_norm_";
   check_not_negative(kName, "max_norm", max_norm);
   const NormType type = checked_norm_type(kName, p);
   const GradList list = grads_of(grads, kName, "parameters.grad", Use::write, type.kind == NormKind::two);
+  if (list.device.is_cuda()) {
+    announce_write(grads);
+    Allocator allocator(allocate);
+    cuda::clip_grad_norm(list.tensors, max_norm, type, error_if_nonfinite, memory_of<cuda::Outcome>(outcome),
+                         std::ref(allocator), current_stream(list.device));
+    return list.any_float64;
+  }
+  adopt_torch_threads();
   const cpu::ChunkTable table(list.tensors);
   Norm norm;
   {
@@ -114,44 +135,66 @@ py::tuple clip_grad_norm(const py::list& grads, double max_norm, double p, bool 
     const py::gil_scoped_release release;
     cpu::transform_grads(list.tensors, table, [&](int32_t) { return options; });
   }
-  return norm_result(norm, list);
+  store(norm, outcome);
+  return list.any_float64;
 }
 
-void transform_all(const GradList& list, const TransformOptions& options) {
+void transform_all(const GradList& list, const TransformOptions& options, const py::object& allocate) {
+  if (list.device.is_cuda()) {
+    Allocator allocator(allocate);
+    cuda::transform_grads(list.tensors, options, std::ref(allocator), current_stream(list.device));
+    return;
+  }
+  adopt_torch_threads();
   const py::gil_scoped_release release;
   cpu::transform_grads(list.tensors, cpu::ChunkTable(list.tensors), [&](int32_t) { return options; });
 }
 
-void clip_grads_with_norm(const py::list& grads, double max_norm, double total_norm) {
-  adopt_torch_threads();
+// `total_norm` is a number, or a tensor on the device of the gradients that is not to be waited for.
+void clip_grads_with_norm(const py::list& grads, double max_norm, const py::object& total_norm,
+                          const py::object& allocate) {
   constexpr const char* kName = "clip_grads_with_norm_";
   check_not_negative(kName, "max_norm", max_norm);
-  const GradList list = grads_of(grads, kName, "parameters.grad", Use::write, true);
+  GradList list = grads_of(grads, kName, "parameters.grad", Use::write, true);
+  if (!py::isinstance<py::float_>(total_norm)) {
+    if (list.tensors.empty()) return;
+    const Argument argument{kName, "total_norm", -1};
+    const View view = view_of(total_norm.ptr(), argument, list.device);
+    if (view.numel != 1 || (view.dtype != DType::float32 && view.dtype != DType::float64)) {
+      throw_type_error(argument, "a number, or a float32 or float64 tensor of one element", total_norm.ptr());
+    }
+    announce_write(grads);
+    Allocator allocator(allocate);
+    cuda::clip_grads_with_norm(list.tensors, max_norm, {view.data, view.dtype}, std::ref(allocator),
+                               current_stream(list.device));
+    return;
+  }
   TransformOptions options;
-  options.clip_coefficient = clip_coefficient(max_norm, total_norm);
+  options.clip_coefficient = clip_coefficient(max_norm, total_norm.cast<double>());
   if (options.clip_coefficient == 1) return;
   announce_write(grads);
-  transform_all(list, options);
+  transform_all(list, options, allocate);
 }
 
-void clip_grad_value(const py::list& grads, double clip_value) {
-  adopt_torch_threads();
+void clip_grad_value(const py::list& grads, double clip_value, const py::object& allocate) {
   constexpr const char* kName = "clip_grad_value_";
   check_not_negative(kName, "clip_value", clip_value);
   const GradList list = grads_of(grads, kName, "parameters.grad", Use::write, false);
   TransformOptions options;
   options.clip_value = clip_value;
   announce_write(grads);
-  transform_all(list, options);
+  transform_all(list, options, allocate);
 }
 
-double add_penalty(const py::list& params, const py::list& grads, double l1, double l2) {
-  adopt_torch_threads();
+// `value` gets the penalty, a float64.
+void add_penalty(const py::list& params, const py::list& grads, double l1, double l2, const py::handle& value,
+                 const py::object& allocate) {
   constexpr const char* kName = "add_penalty_";
   check_not_negative(kName, "l1", l1);
   check_not_negative(kName, "l2", l2);
   const Py_ssize_t count = PyList_GET_SIZE(params.ptr());
-  cpu::Tensors tensors;
+  std::vector<TensorOperands> tensors;
+  Device device;
   tensors.reserve(count);
   Seen seen(count);
   for (Py_ssize_t i = 0; i < count; ++i) {
@@ -160,7 +203,7 @@ double add_penalty(const py::list& params, const py::list& grads, double l1, dou
     if (!seen.insert(param)) continue;
     const Argument argument{kName, "params", i};
     const Argument grad_argument{kName, "params", i, ".grad"};
-    const View views[] = {view_of(param, argument), view_of(grad, grad_argument)};
+    const View views[] = {view_of(param, argument, device), view_of(grad, grad_argument, device)};
     if (views[0].is_complex || views[1].is_complex) throw_type_error(argument, "a real tensor", param);
     if (!same_sizes(views[0], views[1])) throw_type_error(grad_argument, "the parameter's shape", grad);
     check_writable(views[1], grad_argument);
@@ -170,29 +213,42 @@ double add_penalty(const py::list& params, const py::list& grads, double l1, dou
     set_operands(tensor, views, operands, 2);
   }
   if (l1 != 0 || l2 != 0) announce_write(grads);
+  double* const out = memory_of<double>(value);
+  if (device.is_cuda()) {
+    Allocator allocator(allocate);
+    cuda::add_penalty(tensors, l1, l2, out, std::ref(allocator), current_stream(device));
+    return;
+  }
+  adopt_torch_threads();
   const py::gil_scoped_release release;
-  return cpu::add_penalty(tensors, l1, l2);
+  *out = cpu::add_penalty(tensors, l1, l2);
 }
 
-void soft_threshold(const py::list& params, double amount) {
-  adopt_torch_threads();
+void soft_threshold(const py::list& params, double amount, const py::object& allocate) {
   constexpr const char* kName = "soft_threshold_";
   check_not_negative(kName, "amount", amount);
   const Py_ssize_t count = PyList_GET_SIZE(params.ptr());
-  cpu::Tensors tensors;
+  std::vector<TensorOperands> tensors;
+  Device device;
   tensors.reserve(count);
   Seen seen(count);
   for (Py_ssize_t i = 0; i < count; ++i) {
     PyObject* const param = PyList_GET_ITEM(params.ptr(), i);
     if (!seen.insert(param)) continue;
     const Argument argument{kName, "params", i};
-    const View view = view_of(param, argument);
+    const View view = view_of(param, argument, device);
     if (view.is_complex) throw_type_error(argument, "a real tensor", param);
     check_writable(view, argument);
     tensors.push_back(operands_of(view, &TensorOperands::param));
   }
   if (amount == 0) return;
   announce_write(params);
+  if (device.is_cuda()) {
+    Allocator allocator(allocate);
+    cuda::soft_threshold(tensors, amount, std::ref(allocator), current_stream(device));
+    return;
+  }
+  adopt_torch_threads();
   const py::gil_scoped_release release;
   cpu::soft_threshold(tensors, amount);
 }
@@ -200,14 +256,23 @@ void soft_threshold(const py::list& params, double amount) {
 }  // namespace
 
 void define_functions(py::module_& module) {
-  module.def("grad_norm", &grad_norm, py::arg("tensors"), py::arg("norm_type"));
+  module.def("grad_norm", &grad_norm, py::arg("tensors"), py::arg("norm_type"), py::arg("outcome"),
+             py::arg("allocate"));
   module.def("clip_grad_norm_", &clip_grad_norm, py::arg("grads"), py::arg("max_norm"), py::arg("norm_type"),
-             py::arg("error_if_nonfinite"));
+             py::arg("error_if_nonfinite"), py::arg("outcome"), py::arg("allocate"));
   module.def("clip_grads_with_norm_", &clip_grads_with_norm, py::arg("grads"), py::arg("max_norm"),
-             py::arg("total_norm"));
-  module.def("clip_grad_value_", &clip_grad_value, py::arg("grads"), py::arg("clip_value"));
-  module.def("add_penalty_", &add_penalty, py::arg("params"), py::arg("grads"), py::arg("l1"), py::arg("l2"));
-  module.def("soft_threshold_", &soft_threshold, py::arg("params"), py::arg("amount"));
+             py::arg("total_norm"), py::arg("allocate"));
+  module.def("clip_grad_value_", &clip_grad_value, py::arg("grads"), py::arg("clip_value"), py::arg("allocate"));
+  module.def("add_penalty_", &add_penalty, py::arg("params"), py::arg("grads"), py::arg("l1"), py::arg("l2"),
+             py::arg("value"), py::arg("allocate"));
+  module.def("soft_threshold_", &soft_threshold, py::arg("params"), py::arg("amount"), py::arg("allocate"));
+  module.def(
+      "is_asynchronous",
+      [](const std::string& device_type) {
+        const int type = device_type == "cpu" ? kDLCPU : device_type == "cuda" ? kDLCUDA : -1;
+        return type == cuda::device_type();
+      },
+      py::arg("device_type"));
 }
 
 }  // namespace steadygrad::bindings

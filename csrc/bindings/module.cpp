@@ -1,4 +1,4 @@
-// The extension module steadygrad._kernels.
+// The extension module steadygrad._kernels; for tests also _emulated, with the CUDA kernels on the CPU.
 #include <pybind11/pybind11.h>
 
 #include "bindings/functions.h"
@@ -6,11 +6,33 @@
 #include "bindings/tensor.h"
 #include "cpu/parallel.h"
 #include "cpu/vector_kernels.h"
+#include "cuda/operations.h"
 
 namespace py = pybind11;
 using namespace steadygrad;
 
 namespace {
+
+py::dict cuda_info() {
+  const cuda::BackendInfo backend = cuda::backend_info();
+  py::dict info;
+  info["compiled"] = backend.compiled;
+  info["architectures"] = backend.architectures;
+  info["runtime_version"] = backend.runtime_version;
+  info["driver_version"] = backend.driver_version;
+  info["problem"] = backend.problem;
+  py::list devices;
+  for (const cuda::DeviceInfo& device : backend.devices) {
+    py::dict entry;
+    entry["name"] = device.name;
+    entry["major"] = device.major;
+    entry["minor"] = device.minor;
+    entry["usable"] = device.usable;
+    devices.append(entry);
+  }
+  info["devices"] = devices;
+  return info;
+}
 
 py::dict build_info() {
   py::dict info;
@@ -18,6 +40,8 @@ py::dict build_info() {
   info["compiler"] = STEADYGRAD_COMPILER;
   py::list backends;
   backends.append("cpu");
+  if (cuda::backend_info().compiled) backends.append("cuda");
+  info["cuda"] = cuda_info();
   info["backends"] = backends;
   info["instruction_set"] = cpu::instruction_set();
   info["openmp_library"] = cpu::openmp_library();
@@ -29,7 +53,7 @@ py::dict build_info() {
 
 }  // namespace
 
-PYBIND11_MODULE(_kernels, module) {
+PYBIND11_MODULE(STEADYGRAD_MODULE, module) {
   bindings::import_torch();
   cpu::instruction_set();  // an unknown name in the environment is told at import
   module.def("build_info", &build_info);

@@ -39,6 +39,13 @@ GroupOptions group_options(const py::handle& numbers) {
   return group;
 }
 
+std::vector<GroupOptions> group_options_of(const py::list& groups, size_t expected) {
+  if (groups.size() != expected) throw py::value_error("step: groups: expected one entry per param group");
+  std::vector<GroupOptions> list;
+  for (const py::handle group : groups) list.push_back(group_options(group));
+  return list;
+}
+
 const RuleEntry* rule_named(const std::string& name) {
   for (const RuleEntry& entry : kRules) {
     if (entry.name == name) return &entry;
@@ -163,7 +170,7 @@ void Plan::remember(size_t index, const View* views, int count, PyObject* grad) 
 
 void Plan::add_tensor(size_t index, PyObject* grad, const GroupOptions& group, int32_t group_index) {
   const Slot& slot = slots_[index];
-  const View grad_view = view_of(grad, argument(index, ".grad"));
+  const View grad_view = view_of(grad, argument(index, ".grad"), device_);
   const bool updates = options_.rule != RuleKind::none;
   if (!updates || options_.write_grads) check_writable(grad_view, argument(index, ".grad"));
 
@@ -175,14 +182,13 @@ void Plan::add_tensor(size_t index, PyObject* grad, const GroupOptions& group, i
     View views[2 + kMaxStates];
     Operand* operands[2 + kMaxStates] = {&tensor.param, &tensor.grad};
     int count = 2;
-    views[0] = view_of(params_[index].ptr(), argument(index, ""));
+    views[0] = view_of(params_[index].ptr(), argument(index, ""), device_);
     views[1] = grad_view;
     if (updates) {
       check_writable(views[0], argument(index, ""));
       const size_t states = slot.objects.size() - (rule_->has_step ? 1 : 0);
       for (size_t s = 0; s < states; ++s) {
-        views[count] = view_of(slot.objects[s].ptr(), argument(index, " state"));
-        check_writable(views[count], argument(index, " state"));
+        views[count] = view_of(slot.objects[s].ptr(), argument(index, " state"), device_);
         check_writable(views[count], argument(index, " state"));
         operands[count++] = &tensor.states[s];
       }
@@ -210,7 +216,7 @@ void Plan::add_tensor(size_t index, PyObject* grad, const GroupOptions& group, i
   counter.first = slot.first;
   if (rule_->has_step) {
     const Argument where = argument(index, " state 'step'");
-    const View step = view_of(slot.objects.back().ptr(), where);
+    const View step = view_of(slot.objects.back().ptr(), where, device_);
     if (step.numel != 1 || (step.dtype != DType::float32 && step.dtype != DType::float64)) {
       throw_type_error(where, "a float32 or float64 tensor of one element", slot.objects.back().ptr());
     }
@@ -240,21 +246,14 @@ class Plan::Stepping {
   Plan& plan_;
 };
 
-std::optional<cpu::StepReport> Plan::step(const py::list& groups, double unscale, bool found_inf,
-                                          const std::optional<py::list>& grads) {
-  if (groups.size() != groups_.size())
-    throw py::value_error("step: groups: expected one entry per param group");
+bool Plan::gather(const std::vector<GroupOptions>& groups, const std::optional<py::list>& grads) {
   if (grads && grads->size() != params_.size())
     throw py::value_error("step: grads: expected one per parameter");
-  std::vector<GroupOptions> group_list;
-  for (const py::handle group : groups) group_list.push_back(group_options(group));
-
-  adopt_torch_threads();
-  const Stepping stepping(*this);
   static PyObject* const kGrad = PyUnicode_InternFromString("grad");
   active_.clear();
   tensors_.clear();
   counters_.clear();
+  device_ = Device();
   tensors_.reserve(params_.size());
   constexpr size_t kAhead = 8;
   for (size_t i = 0; i < kAhead; ++i) prefetch(i);
@@ -267,12 +266,24 @@ std::optional<cpu::StepReport> Plan::step(const py::list& groups, double unscale
                 : py::reinterpret_steal<py::object>(PyObject_GetAttr(params_[index].ptr(), kGrad));
       if (!grad) throw py::error_already_set();
       if (grad.is_none()) continue;
-      const size_t kept = state_count(options_.rule, group_list[g].hyper) + (rule_->has_step ? 1 : 0);
-      if (slots_[index].objects.size() != kept) return std::nullopt;
-      add_tensor(index, grad.ptr(), group_list[g], static_cast<int32_t>(g));
+      const size_t kept = state_count(options_.rule, groups[g].hyper) + (rule_->has_step ? 1 : 0);
+      if (slots_[index].objects.size() != kept) return false;
+      add_tensor(index, grad.ptr(), groups[g], static_cast<int32_t>(g));
       active_.push_back(static_cast<int64_t>(index));
       grads_.push_back(std::move(grad));
     }
+  }
+  return true;
+}
+
+std::optional<cpu::StepReport> Plan::step(const py::list& groups, double unscale, bool found_inf,
+                                          const std::optional<py::list>& grads) {
+  const std::vector<GroupOptions> group_list = group_options_of(groups, groups_.size());
+  adopt_torch_threads();
+  const Stepping stepping(*this);
+  if (!gather(group_list, grads)) return std::nullopt;
+  if (device_.is_cuda()) {
+    throw py::type_error("step: parameters: expected tensors on the device that the step was prepared for");
   }
   options_.unscale = unscale;
   options_.found_inf = found_inf;
@@ -286,6 +297,50 @@ std::optional<cpu::StepReport> Plan::step(const py::list& groups, double unscale
     });
   }
   return report;
+}
+
+bool Plan::step_on_device(const py::list& groups, double unscale, bool found_inf,
+                          const std::optional<py::list>& grads, const py::dict& memory,
+                          const py::list& learning_rates, const py::object& allocate) {
+  const std::vector<GroupOptions> group_list = group_options_of(groups, groups_.size());
+  const Stepping stepping(*this);
+  if (!gather(group_list, grads)) return false;
+  if (!tensors_.empty() && !device_.is_cuda()) {
+    throw py::type_error("step: parameters: expected tensors on the device that the step was prepared for");
+  }
+  std::vector<cuda::DeviceGroup> device_groups;
+  for (size_t g = 0; g < group_list.size(); ++g) {
+    cuda::DeviceGroup& group = device_groups.emplace_back();
+    group.options = group_list[g];
+    const py::object lr = learning_rates[g];
+    if (lr.is_none()) continue;
+    const View view = view_of(lr.ptr(), {kFunction, "lr", static_cast<Py_ssize_t>(g)}, device_);
+    group.lr = {view.data, view.dtype};
+  }
+  std::vector<cuda::StepCounter> counters;
+  for (const cpu::StepCounter& counter : counters_) counters.push_back({counter.data, counter.dtype});
+  const std::vector<int32_t> slots(active_.begin(), active_.end());
+  cuda::StepMemory addresses;
+  addresses.outcome = memory_of<cuda::Outcome>(memory["outcome"]);
+  addresses.counts = memory_of<int64_t>(memory["counts"]);
+  addresses.taken = memory_of<int32_t>(memory["taken"]);
+  addresses.nonfinite = memory_of<int64_t>(memory["nonfinite"]);
+  addresses.grad_scale = memory_of<float>(memory["grad_scale"]);
+  addresses.found_inf = memory_of<float>(memory["found_inf"]);
+  options_.unscale = unscale;
+  options_.found_inf = found_inf;
+  if (options_.rule == RuleKind::none || options_.write_grads) announce_write(py::cast(grads_));
+  if (options_.rule != RuleKind::none) announce_write(active());
+  device_plan_.step(
+      tensors_, counters, slots, device_groups, options_, addresses,
+      [&](int64_t bytes) {
+        // What a captured graph uses must stay where it is.
+        if (!captured()) device_memory_.clear();
+        device_memory_.push_back(allocate(bytes));
+        return memory_of<void>(device_memory_.back());
+      },
+      current_stream(device_));
+  return true;
 }
 
 py::list Plan::active() const {
@@ -336,7 +391,8 @@ void collect_garbage(PyHeapTypeObject* heap_type) {
 }  // namespace
 
 void define_plan(py::module_& module) {
-  py::class_<cpu::StepReport>(module, "StepReport")
+  // Local to the module: the emulated one has the same classes.
+  py::class_<cpu::StepReport>(module, "StepReport", py::module_local())
       .def_property_readonly("norm", [](const cpu::StepReport& report) { return report.norm.norm; })
       .def_property_readonly("nonfinite_count",
                              [](const cpu::StepReport& report) { return report.norm.nonfinite; })
@@ -344,13 +400,16 @@ void define_plan(py::module_& module) {
       .def_readonly("refused", &cpu::StepReport::refused)
       .def_readonly("skipped", &cpu::StepReport::skipped)
       .def_readonly("clipped", &cpu::StepReport::clipped);
-  py::class_<Plan>(module, "Plan", py::custom_type_setup(collect_garbage))
+  py::class_<Plan>(module, "Plan", py::module_local(), py::custom_type_setup(collect_garbage))
       .def(py::init<const std::string&, const py::list&, const py::list&, const py::dict&>(), py::arg("rule"),
            py::arg("groups"), py::arg("slots"), py::arg("options"))
       .def("seal", &Plan::seal, py::arg("state"))
       .def("matches", &Plan::matches, py::arg("param_groups"), py::arg("state"))
       .def("step", &Plan::step, py::arg("groups"), py::arg("unscale"), py::arg("found_inf"),
            py::arg("grads") = py::none())
+      .def("step_on_device", &Plan::step_on_device, py::arg("groups"), py::arg("unscale"), py::arg("found_inf"),
+           py::arg("grads"), py::arg("memory"), py::arg("learning_rates"), py::arg("allocate"))
+      .def_property_readonly("captured", &Plan::captured)
       .def("active", &Plan::active)
       .def("active_indices", &Plan::active_indices)
       .def("mark_first_steps_done", &Plan::mark_first_steps_done);

@@ -26,11 +26,19 @@ class Plan {
   // Whether param_groups and state still hold the very objects this plan was made from.
   bool matches(const py::list& param_groups, const py::dict& state) const;
 
-  // One step, or nothing when a parameter has a gradient and no slot yet. `groups`: per param group the
+  // One step on the CPU, or nothing when a parameter has a gradient and no slot yet. `groups`: per param group the
   // numbers of kGroupFields. `grads`: what to use in place of the parameters' .grad (None: no part in this
   // step).
   std::optional<cpu::StepReport> step(const py::list& groups, double unscale, bool found_inf,
                                       const std::optional<py::list>& grads);
+
+  // One step on the CUDA backend; false when a parameter has a gradient and no slot yet. `memory`: the tensors
+  // it reads and fills. `learning_rates`: per param group None or a tensor on the device that replaces lr.
+  bool step_on_device(const py::list& groups, double unscale, bool found_inf,
+                      const std::optional<py::list>& grads, const py::dict& memory,
+                      const py::list& learning_rates, const py::object& allocate);
+  // Whether a captured graph uses this plan's device memory.
+  bool captured() const { return device_plan_.captured(); }
 
   // The parameters that took part in the last step.
   py::list active() const;
@@ -51,6 +59,8 @@ class Plan {
     bool first = false;
   };
 
+  // Looks at every tensor that takes part; false when a slot is missing.
+  bool gather(const std::vector<GroupOptions>& groups, const std::optional<py::list>& grads);
   void prefetch(size_t index) const;
   void remember(size_t index, const View* views, int count, PyObject* grad);
   void add_tensor(size_t index, PyObject* grad, const GroupOptions& group, int32_t group_index);
@@ -72,8 +82,13 @@ class Plan {
   // Filled anew by every step; members only to reuse their memory.
   std::vector<int64_t> active_;
   std::vector<py::object> grads_;
-  cpu::Tensors tensors_;
+  std::vector<TensorOperands> tensors_;
   std::vector<cpu::StepCounter> counters_;
+  Device device_;
+
+  // The CUDA backend's part, and the device memory it was given.
+  cuda::StepPlan device_plan_;
+  std::vector<py::object> device_memory_;
 };
 
 void define_plan(py::module_& module);

@@ -80,6 +80,24 @@ bool same_strides(const View& a, const View& b) {
   return true;
 }
 
+std::string supported_devices() {
+  return cuda::device_type() == kDLCUDA ? " on the CPU or a CUDA device" : " on the CPU, the only backend compiled in";
+}
+
+void check_device(const DLDevice& found, Device& device, PyObject* object, const Argument& argument) {
+  // Pinned memory is the CPU's.
+  const int type = found.device_type == kDLCUDAHost ? kDLCPU : found.device_type;
+  if (type != kDLCPU && type != cuda::device_type()) {
+    throw_type_error(argument, "a tensor" + supported_devices(), object);
+  }
+  const Device here{type, type == kDLCPU ? 0 : found.device_id};
+  if (device.type == 0) device = here;
+  if (!(device == here)) {
+    const std::string name = device.type == kDLCPU ? "the CPU" : "cuda:" + std::to_string(device.index);
+    throw_type_error(argument, "a tensor on " + name + ", as the tensors before it are", object);
+  }
+}
+
 Operand operand_of(const View& view, bool linear) {
   return {view.data, linear ? nullptr : view.strides, view.dtype};
 }
@@ -131,18 +149,16 @@ py::tuple exchange_api_version() {
   return py::make_tuple(torch.api->header.version.major, torch.api->header.version.minor);
 }
 
-View view_of(PyObject* object, const Argument& argument) {
+View view_of(PyObject* object, const Argument& argument, Device& device) {
   if (Py_TYPE(object) != torch.tensor && Py_TYPE(object) != torch.parameter) {
     throw_type_error(argument, "a torch.Tensor or torch.nn.Parameter", object);
   }
   DLTensor tensor;
   if (torch.api->dltensor_from_py_object_no_sync(object, &tensor) != 0) {
     PyErr_Clear();
-    throw_type_error(argument, "a dense tensor on the CPU", object);
+    throw_type_error(argument, "a dense tensor" + supported_devices(), object);
   }
-  if (tensor.device.device_type != kDLCPU && tensor.device.device_type != kDLCUDAHost) {
-    throw_type_error(argument, "a tensor on the CPU, the only backend compiled in", object);
-  }
+  check_device(tensor.device, device, object, argument);
   View view;
   view.dtype = dtype_of(tensor, view.is_complex, object, argument);
   view.numel = 1;
@@ -175,6 +191,14 @@ void check_not_negated(const View& view, PyObject* object, const Argument& argum
                          ": expected a tensor whose memory holds its values, got a lazily negated one; "
                          "call resolve_neg() on it");
   }
+}
+
+cuda::Stream current_stream(Device device) {
+  cuda::Stream stream;
+  stream.device = device.index;
+  if (device.type != kDLCUDA) return stream;
+  if (torch.api->current_work_stream(kDLCUDA, device.index, &stream.handle) != 0) throw py::error_already_set();
+  return stream;
 }
 
 void adopt_torch_threads() { py::handle(torch.get_num_threads)(); }

@@ -8,6 +8,7 @@
 #include <pybind11/pybind11.h>
 
 #include "core/tensors.h"
+#include "cuda/operations.h"
 
 namespace steadygrad::bindings {
 
@@ -21,6 +22,16 @@ struct Argument {
   const char* attribute = "";
 
   std::string text() const;
+};
+
+// Where the tensors of one call are: the first one that is looked at sets it.
+struct Device {
+  int type = 0;  // DLPack's; 0: not set yet
+  int index = 0;
+
+  bool operator==(const Device& other) const { return type == other.type && index == other.index; }
+  // Whether its tensors go to the CUDA backend: also those of the CPU, where its kernels are emulated.
+  bool is_cuda() const { return type != 0 && type == cuda::device_type(); }
 };
 
 // Valid until control returns to Python: sizes and strides belong to the tensor.
@@ -39,9 +50,33 @@ void import_torch();
 
 py::tuple exchange_api_version();
 
-// Throws TypeError, ValueError or RuntimeError when `object` is not a dense CPU tensor of a type the kernels
-// take.
-View view_of(PyObject* object, const Argument& argument);
+// Throws TypeError, ValueError or RuntimeError when `object` is not a dense tensor of a type and on a device the
+// kernels take, or on another device than the tensors before it.
+View view_of(PyObject* object, const Argument& argument, Device& device);
+
+// torch's current stream on a device of the CUDA backend.
+cuda::Stream current_stream(Device device);
+
+// The memory of a tensor that Python made for a kernel to fill.
+template <class T>
+T* memory_of(const py::handle& tensor) {
+  return tensor.is_none() ? nullptr : reinterpret_cast<T*>(tensor.attr("data_ptr")().cast<uintptr_t>());
+}
+
+// Asks Python for device memory, and keeps what it gets for as long as this object lives.
+class Allocator {
+ public:
+  explicit Allocator(py::object allocate) : allocate_(std::move(allocate)) {}
+
+  void* operator()(int64_t bytes) {
+    kept_.push_back(allocate_(bytes));
+    return memory_of<void>(kept_.back());
+  }
+
+ private:
+  py::object allocate_;
+  std::vector<py::object> kept_;
+};
 
 // Throws where writing would be wrong: elements that share memory.
 void check_writable(const View& view, const Argument& argument);

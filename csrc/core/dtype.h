@@ -28,6 +28,14 @@ template <>
 struct DTypeOf<double> {
   static constexpr DType value = DType::float64;
 };
+template <>
+struct DTypeOf<BFloat16> {
+  static constexpr DType value = DType::bfloat16;
+};
+template <>
+struct DTypeOf<Float16> {
+  static constexpr DType value = DType::float16;
+};
 
 template <class To, class From>
 STEADYGRAD_INLINE To bit_cast(From from) {

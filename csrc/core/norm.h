@@ -21,7 +21,7 @@ struct NormType {
   double p = 2.0;
 };
 
-inline NormType norm_type(double p) {
+STEADYGRAD_INLINE NormType norm_type(double p) {
   if (p == 2.0) return {NormKind::two, p};
   if (p == 1.0) return {NormKind::one, p};
   if (p == 0.0) return {NormKind::zero, p};

@@ -11,8 +11,9 @@ import os
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
+from .console import Console, open_console
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,25 +32,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     if problem := _prepare_out(args):
         parser.error(f"{args.command}: {problem}")
     try:
-        return _COMMANDS[args.command](args, Console())
+        return _COMMANDS[args.command](args, open_console())
     except KeyboardInterrupt:
-        Console(stderr=True).print("\nInterrupted.")
+        open_console(stderr=True).print("\nInterrupted.")
         return 130
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "rich":
+            raise
+        missing = f"{args.command} needs rich: pip install rich"
+        open_console(stderr=True).print(missing)
+        return 1
 
 
-def _doctor(args: argparse.Namespace, console: Console) -> int:
+def _doctor(args: argparse.Namespace, console: Any) -> int:
     from .doctor import run
 
     return run(console)
 
 
 def _bench(args: argparse.Namespace, console: Console) -> int:
-    from .bench import run
+    from .bench import DeviceUnusable, run
 
-    return run(console, quick=args.quick, out=args.out, threads=args.threads)
+    try:
+        return run(
+            console,
+            quick=args.quick,
+            out=args.out,
+            threads=args.threads,
+            device=args.device,
+            limit=args.limit,
+        )
+    except DeviceUnusable as error:
+        open_console(stderr=True).print(str(error))
+        return 1
 
 
-def _study(args: argparse.Namespace, console: Console) -> int:
+def _study(args: argparse.Namespace, console: Any) -> int:
     from .study import run_quick
 
     return run_quick(args.out, console, args.threads)
@@ -97,6 +115,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Time the kernels side by side with torch, in one process, interleaved.",
     )
     bench.add_argument("--quick", action="store_true", help="fewer cases and repetitions")
+    bench.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)"
+    )
+    bench.add_argument(
+        "--limit", type=_seconds, metavar="SECONDS", help="begin no further case after this time"
+    )
     bench.add_argument("--out", type=Path, metavar="FILE", help="also write the numbers as JSON")
     _add_threads(bench, default=2)
 
@@ -128,3 +152,13 @@ def _thread_count(text: str) -> int:
     if count < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return count
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0.0:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
+    return seconds

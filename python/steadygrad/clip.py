@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from steadygrad import _kernels
+from steadygrad.memory import Outcome, allocator, is_asynchronous
+
+_CPU = torch.device("cpu")
 
 
 def as_list(function: str, argument: str, tensors: Iterable[Tensor] | Tensor) -> list[Tensor]:
@@ -45,15 +48,18 @@ def as_number(function: str, argument: str, value: float | Tensor) -> float:
         ) from None
 
 
-def _norm_tensor(norm: float, is_float64: bool) -> Tensor:
-    return torch.tensor(norm, dtype=torch.float64 if is_float64 else torch.float32)
+def device_of(tensors: list[Tensor]) -> torch.device:
+    """Where the tensors are, by the first; that the others are there too is checked with everything else."""
+    device = getattr(tensors[0], "device", _CPU) if tensors else _CPU
+    return device if is_asynchronous(device) else _CPU
 
 
-def _refuse_nonfinite(function: str, norm: float, nonfinite: int) -> None:
+def _refuse_nonfinite(function: str, outcome: Outcome) -> None:
+    nonfinite = outcome.nonfinite()
     if nonfinite:
         raise RuntimeError(
-            f"{function}: error_if_nonfinite: expected finite gradients, got {nonfinite} "
-            f"non-finite elements (total norm {norm}); the gradients were left as they are"
+            f"{function}: error_if_nonfinite: expected finite gradients, got {nonfinite} non-finite "
+            f"elements (total norm {outcome.norm(wide=True).item()}); the gradients were left as they are"
         )
 
 
@@ -70,30 +76,35 @@ def get_total_norm(
     {2, 1, inf}, two for a general p.
 
     Args:
-        tensors: dense CPU tensors of any shape; float32, float64, bfloat16, float16, or complex for p = 2.
+        tensors: dense tensors of any shape, all on the CPU or on one CUDA device; float32, float64, bfloat16, float16, or complex for p = 2.
             A tensor that appears twice counts once. An empty list has norm 0.
         norm_type: p. ``inf`` is the largest magnitude, ``-inf`` the smallest, 0 the number of non-zeros.
-        error_if_nonfinite: raise if an element is infinite or NaN. Default: False.
+        error_if_nonfinite: wait for the device, and raise if an element is infinite or NaN. Default: False.
         foreach: accepted for compatibility with torch; there is one implementation.
 
     Returns:
-        A 0-d tensor: float32, or float64 if any tensor is float64.
+        A 0-d tensor on the tensors' device, which is not waited for: float32, or float64 if any tensor is float64.
 
     Raises:
-        TypeError: a tensor is sparse, not on the CPU, of another dtype, or no tensor.
+        TypeError: a tensor is sparse, on another device than the others, of another dtype, or no tensor.
         ValueError: ``norm_type`` is NaN.
         RuntimeError: non-finite elements under ``error_if_nonfinite``.
 
     Source: ``torch.nn.utils.get_total_norm``.
     """
     del foreach
-    norm, nonfinite, is_float64 = _kernels.grad_norm(
-        as_list("get_total_norm", "tensors", tensors),
+    listed = as_list("get_total_norm", "tensors", tensors)
+    device = device_of(listed)
+    outcome = Outcome(device)
+    is_float64 = _kernels.grad_norm(
+        listed,
         as_number("get_total_norm", "norm_type", norm_type),
+        outcome.tensor,
+        allocator(device),
     )
     if error_if_nonfinite:
-        _refuse_nonfinite("get_total_norm", norm, nonfinite)
-    return _norm_tensor(norm, is_float64)
+        _refuse_nonfinite("get_total_norm", outcome)
+    return outcome.norm(wide=is_float64)
 
 
 def clip_grad_norm_(
@@ -113,15 +124,17 @@ def clip_grad_norm_(
         parameters: tensors whose ``.grad`` is clipped; those without one take no part.
         max_norm: the limit, at least 0; ``inf`` only takes the norm.
         norm_type: see :func:`get_total_norm`. Default: 2.
-        error_if_nonfinite: raise, and leave the gradients alone, if an element is infinite or NaN. Otherwise
+        error_if_nonfinite: wait for the device, and raise if an element is infinite or NaN, with the gradients left
+            alone. Otherwise
             what torch does: an infinite norm makes the finite elements 0, NaN makes all of them NaN.
         foreach: accepted for compatibility with torch; there is one implementation.
 
     Returns:
-        The total norm before clipping, a 0-d tensor: float32, or float64 if any gradient is float64.
+        The total norm before clipping, a 0-d tensor on the gradients' device, which is not waited for: float32,
+        or float64 if any gradient is float64.
 
     Raises:
-        TypeError: a gradient is sparse, not on the CPU or of another dtype.
+        TypeError: a gradient is sparse, on another device than the others, or of another dtype.
         ValueError: ``max_norm`` is negative or NaN, ``norm_type`` is NaN.
         RuntimeError: non-finite elements under ``error_if_nonfinite``.
 
@@ -129,15 +142,19 @@ def clip_grad_norm_(
     """
     del foreach
     grads = grads_of("clip_grad_norm_", parameters)
-    norm, nonfinite, is_float64 = _kernels.clip_grad_norm_(
+    device = device_of(grads)
+    outcome = Outcome(device)
+    is_float64 = _kernels.clip_grad_norm_(
         grads,
         as_number("clip_grad_norm_", "max_norm", max_norm),
         as_number("clip_grad_norm_", "norm_type", norm_type),
         error_if_nonfinite,
+        outcome.tensor,
+        allocator(device),
     )
     if error_if_nonfinite:
-        _refuse_nonfinite("clip_grad_norm_", norm, nonfinite)
-    return _norm_tensor(norm, is_float64)
+        _refuse_nonfinite("clip_grad_norm_", outcome)
+    return outcome.norm(wide=is_float64)
 
 
 def clip_grads_with_norm_(
@@ -155,17 +172,19 @@ def clip_grads_with_norm_(
         foreach: accepted for compatibility with torch; there is one implementation.
 
     Raises:
-        TypeError: a gradient is sparse, not on the CPU or of another dtype.
+        TypeError: a gradient is sparse, on another device than the others, or of another dtype.
         ValueError: ``max_norm`` is negative or NaN.
 
     Source: ``torch.nn.utils.clip_grads_with_norm_``.
     """
     del foreach
     grads = grads_of("clip_grads_with_norm_", parameters)
+    device = device_of(grads)
+    norm = total_norm
+    if not (isinstance(norm, Tensor) and norm.device == device and is_asynchronous(device)):
+        norm = as_number("clip_grads_with_norm_", "total_norm", norm)
     _kernels.clip_grads_with_norm_(
-        grads,
-        as_number("clip_grads_with_norm_", "max_norm", max_norm),
-        as_number("clip_grads_with_norm_", "total_norm", total_norm),
+        grads, as_number("clip_grads_with_norm_", "max_norm", max_norm), norm, allocator(device)
     )
 
 
@@ -180,11 +199,12 @@ def clip_grad_value_(
         foreach: accepted for compatibility with torch; there is one implementation.
 
     Raises:
-        TypeError: a gradient is sparse, complex, not on the CPU or of another dtype.
+        TypeError: a gradient is sparse, complex, on another device than the others, or of another dtype.
         ValueError: ``clip_value`` is negative or NaN.
 
     Source: ``torch.nn.utils.clip_grad_value_``.
     """
     del foreach
     grads = grads_of("clip_grad_value_", parameters)
-    _kernels.clip_grad_value_(grads, as_number("clip_grad_value_", "clip_value", clip_value))
+    number = as_number("clip_grad_value_", "clip_value", clip_value)
+    _kernels.clip_grad_value_(grads, number, allocator(device_of(grads)))

@@ -7,12 +7,11 @@ Reads everything it can without the extension, so that it has something to say w
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import platform
+import re
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
@@ -25,22 +24,9 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    import torch
+    from steadygrad.self_check import Check
 
 REINSTALL = "reinstall it; in a clone: pip install --force-reinstall --no-deps ."
-
-# Largest |got - want| / max |want|. Norms are fp32 for half types too; elements are rounded to the
-# gradient's or parameter's dtype, at most twice.
-TOLERANCES = {
-    "norm": {"float32": 1.2e-7, "float64": 1e-15, "bfloat16": 1.2e-7, "float16": 1.2e-7},
-    "elements": {"float32": 5e-7, "float64": 1e-14, "bfloat16": 8e-3, "float16": 1e-3},
-}
-
-# Chunk and vector edges: sizes that no vector width divides, and a 4-d tensor.
-SHAPES = ((33, 7), (4099,), (8, 3, 3, 3))
-LIMIT, CLIP_VALUE, L1, L2, AMOUNT = 40.0, 0.5, 0.1, 0.2, 0.3
-
-Arrays = Sequence[Any]
 
 
 @dataclass(frozen=True)
@@ -50,23 +36,6 @@ class Fact:
     name: str
     value: str
     remedy: str = ""
-
-
-@dataclass(frozen=True)
-class Check:
-    """The outcome of one operation in one dtype. ``message`` says how it raised, if it did."""
-
-    operation: str
-    dtype: str
-    error: float
-    tolerance: float
-    seconds: float
-    message: str = ""
-
-    @property
-    def passed(self) -> bool:
-        """Whether the error is within the tolerance; NaN is not."""
-        return self.error <= self.tolerance
 
 
 def run(console: Console) -> int:
@@ -81,21 +50,25 @@ def run(console: Console) -> int:
     if package is None or kernels is None:
         boundary.insert(0, Fact("import", package_error or kernels_error, REINSTALL))
     else:
-        boundary = extension_facts(package, kernels) + boundary
+        boundary = extension_facts(package, kernels) + cuda_facts(torch, kernels) + boundary
     console.print(_fact_table("Extension", boundary), "")
     problems = [f"{fact.name}: {fact.remedy}" for fact in facts + boundary if fact.remedy]
 
     if package is None or kernels is None:
         console.print("The kernels were not checked: steadygrad cannot be imported.")
     else:
-        checks = check_kernels(package)
-        console.print(_check_table(checks), "")
-        failures = _failures(checks)
+        check_kernels = import_module("steadygrad.self_check").check_kernels
+        passed, total, failures = 0, 0, []
+        for device in usable_devices(torch, kernels):
+            checks = check_kernels(package, device)
+            console.print(_check_table(checks, device), "")
+            failures += _failures(checks, device)
+            passed += sum(check.passed for check in checks)
+            total += len(checks)
         problems += failures
         if failures:
             problems.append(f"wrong results: {REINSTALL}; if they stay, report this output")
-        passed = sum(check.passed for check in checks)
-        console.print(f"{passed} of {len(checks)} kernel checks passed.")
+        console.print(f"{passed} of {total} kernel checks passed.")
 
     if not problems:
         console.print("[green]All is well.[/]")
@@ -139,11 +112,61 @@ def extension_facts(package: ModuleType, kernels: ModuleType) -> list[Fact]:
         Fact("file", str(kernels.__file__)),
         Fact("version", version, "" if version == _version("steadygrad") else REINSTALL),
         Fact("compiler", str(info["compiler"])),
-        *(_backend_fact(package, name) for name in info["backends"]),
+        _cpu_fact(package),
         Fact("instruction set", str(info["instruction_set"])),
         Fact("OpenMP", f"{mine or 'none'}  ({relation[shared]})", remedy),
         Fact("threads", str(info["max_threads"])),
     ]
+
+
+def cuda_facts(torch: ModuleType | None, kernels: ModuleType) -> list[Fact]:
+    """Return what the extension and torch say about CUDA. A machine without a GPU is in order."""
+    info = kernels.build_info().get("cuda", {})
+    seen = torch is not None and torch.cuda.is_available()
+    if not info.get("compiled"):
+        remedy = f"install the CUDA toolkit, so that nvcc is found, and {REINSTALL}" if seen else ""
+        unused = ", though torch sees a GPU" if seen else ""
+        return [Fact("backend", f"cuda: not compiled{unused}", remedy)]
+    toolkit, driver = (_cuda_version(info[key]) for key in ("runtime_version", "driver_version"))
+    compiled = f"cuda: compiled with CUDA {toolkit} for {_architectures(info['architectures'])}"
+    if not info["driver_version"]:
+        without = "no NVIDIA driver, so only the CPU is used"
+        return [Fact("backend", compiled), Fact("CUDA driver", without)]
+    hidden = "cudaErrorNoDevice" in info["problem"]  # the driver shows none, perhaps as told
+    facts = [
+        Fact("backend", compiled),
+        Fact("CUDA driver", f"for CUDA {driver}", "" if hidden else info["problem"]),
+    ]
+    if hidden or not (info["devices"] or info["problem"]):
+        facts.append(Fact("CUDA devices", "none, so only the CPU is used"))
+    for number, device in enumerate(info["devices"]):
+        architecture = f"{device['major']}{device['minor']}"
+        remedy = ""
+        if not device["usable"]:
+            remedy = f"build for it: CUDAARCHS={architecture} pip install --no-deps ."
+        value = f"{device['name']}, sm_{architecture}: {'not ' * bool(remedy)}usable"
+        facts.append(Fact(f"CUDA device {number}", value, remedy))
+    if any(device["usable"] for device in info["devices"]) and torch is not None and not seen:
+        value = f"torch {torch.__version__} sees no GPU"
+        remedy = "install torch's build for CUDA; unset CUDA_VISIBLE_DEVICES if it is empty"
+        facts.append(Fact("CUDA in torch", value, remedy))
+    return facts
+
+
+def usable_devices(torch: ModuleType | None, kernels: ModuleType) -> list[str]:
+    """Return the devices to check kernels on: "cpu", and "cuda" where its first one is usable."""
+    devices = kernels.build_info().get("cuda", {}).get("devices", [])
+    seen = torch is not None and torch.cuda.is_available()
+    return ["cpu", *(["cuda"] if seen and devices and devices[0]["usable"] else [])]
+
+
+def _architectures(text: str) -> str:
+    """Each as sm_NN, whether they came as "80;90" or as "sm_80, sm_90"."""
+    return ", ".join(f"sm_{number}" for number in re.findall(r"\d+\w?", text)) or "no architecture"
+
+
+def _cuda_version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def dlpack_facts(torch: ModuleType | None, kernels: ModuleType | None) -> list[Fact]:
@@ -199,156 +222,6 @@ def torch_openmp() -> str:
     return ""
 
 
-# The self-check: an operation runs on tensors, its definition on the same numbers in float64.
-
-
-@dataclass(frozen=True)
-class _Operation:
-    """What ``run`` returns, if it does, and what ``writes`` names is compared with ``define``."""
-
-    name: str
-    writes: str
-    run: Callable[[Any, list[torch.nn.Parameter]], torch.Tensor | None]
-    define: Callable[[Any, Arrays, Arrays], Arrays]
-
-
-def check_kernels(package: ModuleType) -> list[Check]:
-    """Run every operation in every dtype on small random tensors; compare with its definition."""
-    reference = import_module("steadygrad.reference")
-    return [
-        _check(operation, dtype, package, reference)
-        for operation in _operations()
-        for dtype in TOLERANCES["norm"]
-    ]
-
-
-def _check(operation: _Operation, dtype: str, package: Any, reference: Any) -> Check:
-    tolerance = TOLERANCES["elements" if operation.writes else "norm"][dtype]
-    params = _random_parameters(dtype)
-    want = operation.define(reference, _arrays(params), _arrays(_grads(params)))
-    start = time.perf_counter()
-    try:
-        operation.run(package, _random_parameters(dtype))  # the first call also loads code
-        start = time.perf_counter()
-        number = operation.run(package, params)
-    except Exception as error:  # whatever a broken kernel raises is a finding
-        message = f"{type(error).__name__}: {error}"
-        return Check(
-            operation.name, dtype, math.nan, tolerance, time.perf_counter() - start, message
-        )
-    seconds = time.perf_counter() - start
-    written: dict[str, Sequence[torch.Tensor]] = {"gradients": _grads(params), "parameters": params}
-    got = _arrays([*([] if number is None else [number]), *written.get(operation.writes, [])])
-    errors = [np.max(np.abs(g - w)) / np.max(np.abs(w)) for g, w in zip(got, want, strict=True)]
-    return Check(operation.name, dtype, float(np.max(errors)), tolerance, seconds)
-
-
-def _operations() -> list[_Operation]:
-    return [
-        *(_norm(norm_type) for norm_type in (2.0, 1.0, math.inf, 3.0)),
-        _Operation(
-            "clip_grad_norm_",
-            "gradients",
-            lambda sg, params: sg.clip_grad_norm_(params, LIMIT),
-            lambda ref, params, grads: [ref.norm.total_norm(grads), *_clipped(ref, grads)],
-        ),
-        _Operation(
-            "clip_grads_with_norm_",
-            "gradients",
-            lambda sg, params: sg.clip_grads_with_norm_(
-                params, LIMIT, sg.get_total_norm(_grads(params))
-            ),
-            lambda ref, params, grads: _clipped(ref, grads),
-        ),
-        _Operation(
-            "clip_grad_value_",
-            "gradients",
-            lambda sg, params: sg.clip_grad_value_(params, CLIP_VALUE),
-            lambda ref, params, grads: ref.clip.clip_grad_value(grads, CLIP_VALUE),
-        ),
-        _Operation(
-            "add_penalty_",
-            "gradients",
-            lambda sg, params: sg.add_penalty_(params, L1, L2),
-            _penalized,
-        ),
-        _Operation(
-            "soft_threshold_",
-            "parameters",
-            lambda sg, params: sg.soft_threshold_(params, AMOUNT),
-            lambda ref, params, grads: [ref.penalty.soft_threshold(p, AMOUNT) for p in params],
-        ),
-        _steps("SGD", lr=0.05, momentum=0.9, nesterov=True),
-        # eps stands well above the roots of squares that a float16 state cannot hold.
-        _steps("Adam", lr=0.05, eps=0.1, amsgrad=True),
-        _steps("AdamW", lr=0.05, eps=0.1, weight_decay=0.1),
-        _steps("Adagrad", lr=0.05, lr_decay=0.1),
-        _steps("RMSprop", lr=0.05, momentum=0.9),
-    ]
-
-
-def _norm(norm_type: float) -> _Operation:
-    return _Operation(
-        f"get_total_norm, {norm_type:g}",
-        "",
-        lambda sg, params: sg.get_total_norm(_grads(params), norm_type),
-        lambda ref, params, grads: [ref.norm.total_norm(grads, norm_type)],
-    )
-
-
-def _clipped(reference: Any, grads: Arrays) -> Arrays:
-    return list(reference.clip.clip_grad_norm(grads, LIMIT)[0])
-
-
-def _penalized(reference: Any, params: Arrays, grads: Arrays) -> Arrays:
-    penalty = reference.penalty
-    added = [penalty.penalty_gradient(param, L1, L2) for param in params]
-    value = penalty.penalty_value(params, L1, L2)
-    return [value, *(grad + extra for grad, extra in zip(grads, added, strict=True))]
-
-
-def _steps(rule: str, **hyper: Any) -> _Operation:
-    """Two fused steps, the second on the state of the first, with penalty and clip."""
-
-    def run(sg: Any, params: list[torch.nn.Parameter]) -> None:
-        optimizer = getattr(sg.optim, rule)(params, max_norm=LIMIT, l1=L1, l2=L2, **hyper)
-        optimizer.step()
-        optimizer.step()
-        if optimizer.path != "fused":
-            raise RuntimeError(f"expected the fused path, got {optimizer.path!r}")
-
-    def define(reference: Any, params: Arrays, grads: Arrays) -> Arrays:
-        step = reference.step
-        group = step.Group(range(len(params)), hyper, max_norm=LIMIT, l1=L1, l2=L2)
-        states: list[dict[str, Any]] = [{} for _ in params]
-        for _ in range(2):
-            result = step.step(params, grads, states, [group], step.StepOptions(rule))
-            params, states = result.params, result.states
-        return params
-
-    return _Operation(f"{rule}, 2 fused steps", "parameters", run, define)
-
-
-def _random_parameters(dtype: str) -> list[torch.nn.Parameter]:
-    import torch
-
-    generator = np.random.default_rng(0)
-    params = []
-    for shape in SHAPES:
-        value, grad = torch.from_numpy(generator.standard_normal((2, *shape)))
-        params.append(torch.nn.Parameter(value.to(getattr(torch, dtype))))
-        params[-1].grad = grad.to(params[-1].dtype)
-    return params
-
-
-def _grads(params: list[torch.nn.Parameter]) -> list[torch.Tensor]:
-    return [param.grad for param in params if param.grad is not None]
-
-
-def _arrays(tensors: Sequence[torch.Tensor]) -> Arrays:
-    return [tensor.detach().double().numpy().copy() for tensor in tensors]
-
-
 def _fact_table(title: str, facts: Sequence[Fact]) -> Table:
     table = Table(title=title, title_justify="left", show_header=False, box=None)
     table.add_column(style="bold", no_wrap=True)
@@ -359,15 +232,15 @@ def _fact_table(title: str, facts: Sequence[Fact]) -> Table:
     return table
 
 
-def _check_table(checks: Sequence[Check]) -> Table:
+def _check_table(checks: Sequence[Check], device: str) -> Table:
     """One row an operation, one column a dtype; tolerances stand above the rows they are for."""
     table = Table(
-        title="Kernels: error against their definition, and time for the four dtypes",
+        title=f"Kernels on {device}: error against definition, time for four dtypes",
         title_justify="left",
         box=None,
     )
     table.add_column("operation", no_wrap=True)
-    for dtype in TOLERANCES["norm"]:
+    for dtype in dict.fromkeys(check.dtype for check in checks):
         table.add_column(dtype, no_wrap=True)
     table.add_column("ms", justify="right")
     rows: dict[str, list[Check]] = {}
@@ -388,28 +261,28 @@ def _cell(check: Check) -> str:
     return "[red]FAIL[/]" if check.message else f"[red]FAIL[/] {check.error:.0e}"
 
 
-def _failures(checks: Sequence[Check]) -> list[str]:
+def _failures(checks: Sequence[Check], device: str) -> list[str]:
     """One line for each way in which an operation failed, with the dtypes that it failed in."""
     dtypes: dict[str, list[str]] = {}
+    where = "" if device == "cpu" else f" on {device}"
     for check in checks:
         if not check.passed:
             reason = check.message or f"error {check.error:.1e} above {check.tolerance:.1e}"
-            dtypes.setdefault(f"{check.operation}: {reason}", []).append(check.dtype)
-    return [f"{failure} ({', '.join(where)})" for failure, where in dtypes.items()]
+            dtypes.setdefault(f"{check.operation}{where}: {reason}", []).append(check.dtype)
+    return [f"{failure} ({', '.join(which)})" for failure, which in dtypes.items()]
 
 
-def _backend_fact(package: Any, name: str) -> Fact:
+def _cpu_fact(package: Any) -> Fact:
     import torch
 
-    tensor = torch.ones(4, device=name)
     try:
-        usable = float(package.get_total_norm([tensor])) == 2.0
+        usable = float(package.get_total_norm([torch.ones(4)])) == 2.0
         problem = "gives wrong results"
     except Exception as error:  # a backend that cannot run says why
         usable, problem = False, str(error)
     if usable:
-        return Fact("backend", f"{name}: compiled, usable")
-    return Fact("backend", f"{name}: compiled, not usable: {problem}", REINSTALL)
+        return Fact("backend", "cpu: compiled, usable")
+    return Fact("backend", f"cpu: compiled, not usable: {problem}", REINSTALL)
 
 
 def _import(name: str) -> tuple[ModuleType | None, str]:

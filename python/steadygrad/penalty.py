@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from steadygrad import _kernels
-from steadygrad.clip import as_list, as_number
+from steadygrad.clip import as_list, as_number, device_of
+from steadygrad.memory import allocator
 
 
 def add_penalty_(params: Iterable[Tensor] | Tensor, l1: float = 0.0, l2: float = 0.0) -> Tensor:
@@ -23,18 +24,25 @@ def add_penalty_(params: Iterable[Tensor] | Tensor, l1: float = 0.0, l2: float =
         l2: weight of half the sum of squares, at least 0.
 
     Returns:
-        The penalty's value, a 0-d float64 tensor.
+        The penalty's value, a 0-d float64 tensor on the parameters' device, which is not waited for.
 
     Raises:
-        TypeError: a parameter or gradient is sparse, complex, not on the CPU or of another dtype.
+        TypeError: a parameter or gradient is sparse, complex, on another device than the others, or of another dtype.
         ValueError: ``l1`` or ``l2`` is negative or NaN.
     """
     listed = [p for p in as_list("add_penalty_", "params", params) if _grad(p) is not None]
     grads = [p.grad for p in listed if p.grad is not None]
-    value = _kernels.add_penalty_(
-        listed, grads, as_number("add_penalty_", "l1", l1), as_number("add_penalty_", "l2", l2)
+    device = device_of(listed)
+    value = torch.empty((), dtype=torch.float64, device=device)
+    _kernels.add_penalty_(
+        listed,
+        grads,
+        as_number("add_penalty_", "l1", l1),
+        as_number("add_penalty_", "l2", l2),
+        value,
+        allocator(device),
     )
-    return torch.tensor(value, dtype=torch.float64)
+    return value
 
 
 def _grad(param: Tensor) -> Tensor | None:
@@ -53,10 +61,11 @@ def soft_threshold_(params: Iterable[Tensor] | Tensor, amount: float) -> None:
         amount: what is taken from every magnitude, at least 0; for an L1 penalty, learning rate times ``l1``.
 
     Raises:
-        TypeError: a parameter is sparse, complex, not on the CPU or of another dtype.
+        TypeError: a parameter is sparse, complex, on another device than the others, or of another dtype.
         ValueError: ``amount`` is negative or NaN.
 
     Source: Parikh and Boyd 2014, Proximal Algorithms, section 6.5.2.
     """
     listed = as_list("soft_threshold_", "params", params)
-    _kernels.soft_threshold_(listed, as_number("soft_threshold_", "amount", amount))
+    number = as_number("soft_threshold_", "amount", amount)
+    _kernels.soft_threshold_(listed, number, allocator(device_of(listed)))

@@ -28,7 +28,7 @@ struct Adagrad {
   }
 };
 
-inline StepScalars adagrad_scalars(const RuleHyper& hyper, double step) {
+STEADYGRAD_INLINE StepScalars adagrad_scalars(const RuleHyper& hyper, double step) {
   return {hyper.lr / (1 + (step - 1) * hyper.lr_decay), 1, false};
 }
 

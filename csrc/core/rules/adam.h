@@ -42,7 +42,7 @@ struct Adam {
   }
 };
 
-inline StepScalars adam_scalars(const RuleHyper& hyper, double step) {
+STEADYGRAD_INLINE StepScalars adam_scalars(const RuleHyper& hyper, double step) {
   const double bias_correction1 = 1 - std::pow(hyper.beta1, step);
   const double bias_correction2 = 1 - std::pow(hyper.beta2, step);
   return {hyper.lr / bias_correction1, 1 / std::sqrt(bias_correction2), false};

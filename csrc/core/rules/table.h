@@ -24,7 +24,7 @@ constexpr RuleEntry kRules[] = {
     {"rmsprop", RuleKind::rmsprop, true},
 };
 
-inline StepScalars step_scalars(RuleKind kind, const RuleHyper& hyper, double step) {
+STEADYGRAD_INLINE StepScalars step_scalars(RuleKind kind, const RuleHyper& hyper, double step) {
   if (kind == RuleKind::adam) return adam_scalars(hyper, step);
   if (kind == RuleKind::adagrad) return adagrad_scalars(hyper, step);
   return {};

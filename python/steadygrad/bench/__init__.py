@@ -1,8 +1,9 @@
 """`python -m steadygrad bench`: our operations side by side with torch's, in one process.
 
 One module per role: `shapes` (what models look like), `workload` (buffers), `ours` and `peers` (the
-candidates), `cases` (what is measured), `timer` (interleaved laps), `measure` (derived numbers,
-copy bandwidth), `targets` (floors), `environment` and `report`.
+candidates), `cases` (what is measured), `timer` and `device_timer` (interleaved laps), `measure`
+(derived numbers, copy bandwidth), `device` (CPU or GPU), `targets` (floors), `source` and
+`environment`, `report` and `table`.
 """
 
 from __future__ import annotations
@@ -10,27 +11,20 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from steadygrad.bench.cases import CASES, Case
-from steadygrad.bench.environment import available_memory_bytes, this_machine
-from steadygrad.bench.measure import (
-    FULL,
-    QUICK,
-    CopyYardstick,
-    measure_case,
-    memory_needed,
-    settle_allocator,
-)
+from steadygrad.bench.cases import Case
+from steadygrad.bench.device import DeviceUnusable, HostDevice, device_named
+from steadygrad.bench.measure import QUICK, measure_case, memory_needed, settle_allocator
 from steadygrad.bench.report import Run, render, to_json
+from steadygrad.console import Console
 
-__all__ = ["run"]
+__all__ = ["DeviceUnusable", "measure_all", "run", "show"]
 
 
 @contextmanager
@@ -43,86 +37,172 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class _Heartbeat:
-    """Redraws the progress bar between rounds, a few times a second at most.
+class _Silence:
+    """Shows nothing."""
+
+    def start(self, name: str) -> None:
+        """A case begins."""
+
+    def beat(self) -> None:
+        """A round is over."""
+
+    def finish(self) -> None:
+        """A case is over."""
+
+
+class _Bar(_Silence):
+    """rich's progress bar, redrawn between rounds, a few times a second at most.
 
     The bar's own refresh thread would wake up inside timed regions.
     """
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Any, total: int) -> None:
         self._progress = progress
+        self._task = progress.add_task("copy bandwidth", total=total)
         self._last = 0.0
+        progress.refresh()
 
-    def __call__(self) -> None:
+    def start(self, name: str) -> None:
+        self._progress.update(self._task, description=name)
+        self._progress.refresh()
+
+    def beat(self) -> None:
         now = time.monotonic()
         if now - self._last > 0.5:
             self._progress.refresh()
             self._last = now
 
+    def finish(self) -> None:
+        self._progress.advance(self._task)
 
-def _measure_all(console: Console, *, quick: bool) -> Run:
-    machine = this_machine()
-    effort = QUICK if quick else FULL
+
+@contextmanager
+def _progress(console: Console, total: int) -> Iterator[_Silence]:
+    try:
+        from rich.console import Console as RichConsole
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+        )
+    except ImportError:
+        yield _Silence()
+        return
+    if not isinstance(console, RichConsole):
+        yield _Silence()
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, auto_refresh=False, transient=True) as progress:
+        yield _Bar(progress, total)
+
+
+def measure_all(
+    console: Console,
+    device: HostDevice,
+    *,
+    quick: bool,
+    limit: float | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Run:
+    """Measure the cases of one device.
+
+    Args:
+        console: where the progress bar goes.
+        device: what is measured.
+        quick: only the cases of the short table.
+        limit: seconds after which no further case is begun; None has no limit.
+        clock: the time in seconds; replaced in tests.
+
+    Returns:
+        What was found; cases that lacked memory or time are among `skipped`.
+    """
+    began = clock()
     chosen: list[Case] = []
     skipped: list[tuple[str, str]] = []
     settle_allocator()
-    yardstick = CopyYardstick(machine.cache_bytes)
-    free = available_memory_bytes()
-    for case in CASES:
+    yardstick = device.yardstick()
+    free = device.free_bytes()
+    for case in device.cases():
         if quick and not case.quick:
             continue
-        needed = memory_needed(case)
+        needed = memory_needed(case, device.ground.sets(case))
         if needed > free:
             reason = f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB available"
             skipped.append((case.key, reason))
         else:
             chosen.append(case)
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        auto_refresh=False,
-        transient=True,
-    )
-    heartbeat = _Heartbeat(progress)
     results = []
-    with progress:
-        task = progress.add_task("copy bandwidth", total=len(chosen))
-        progress.refresh()
-        bandwidth = yardstick.measure(QUICK)
+    with _progress(console, len(chosen)) as progress:
+        alone = device.ground.race(yardstick.candidates)
+        bandwidth = yardstick.measure(QUICK, alone)
         for case in chosen:
-            progress.update(task, description=case.key)
-            progress.refresh()
-            results.append(measure_case(case, effort, yardstick, heartbeat))
-            progress.advance(task)
-    return Run(machine, quick, bandwidth, yardstick.buffer_bytes, tuple(results), tuple(skipped))
+            if limit is not None and clock() - began > limit:
+                skipped.append((case.key, f"the limit of {limit:g} s was reached"))
+                continue
+            progress.start(case.key)
+            effort = device.effort(quick)
+            results.append(measure_case(case, effort, yardstick, progress.beat, device.ground))
+            device.release()
+            progress.finish()
+    return Run(
+        device.environment,
+        quick,
+        bandwidth,
+        yardstick.buffer_bytes,
+        tuple(results),
+        tuple(skipped),
+        device.rehearsal,
+    )
 
 
-def run(console: Console, *, quick: bool, out: Path | None, threads: int | None) -> int:
+def run(
+    console: Console,
+    *,
+    quick: bool,
+    out: Path | None,
+    threads: int | None,
+    device: str = "cpu",
+    limit: float | None = None,
+) -> int:
     """Measure, print the tables, and write the numbers.
 
     Args:
         console: where the progress bar and the tables go.
-        quick: only the cases of the short table, under a minute; otherwise all, about six.
+        quick: only the cases of the short table, under a minute; otherwise all, about six minutes
+            on the CPU.
         out: file for the numbers as JSON; its folder is created. None writes nothing.
         threads: threads for torch and steadygrad alike; None takes two, or one on a single core.
+        device: "cpu" or "cuda".
+        limit: seconds after which no further case is begun; None has no limit.
 
     Returns:
         0. A floor that is missed is shown, not an error: it may be the machine.
 
     Raises:
-        ValueError: `threads` is less than 1.
+        DeviceUnusable: the device cannot be used; says why.
+        ValueError: `threads` is less than 1, or `device` is another.
     """
     count = min(2, os.cpu_count() or 1) if threads is None else threads
     if count < 1:
         raise ValueError(f"bench: threads must be at least 1, got {threads}")
     with _threads(count):
-        found = _measure_all(console, quick=quick)
-    console.print(render(found))
+        found = measure_all(console, device_named(device), quick=quick, limit=limit)
+    show(console, found, out)
+    return 0
+
+
+def show(console: Console, found: Run, out: Path | None) -> None:
+    """Print the tables of a run, and write its numbers to `out` if that is not None."""
+    for part in render(found):
+        console.print(part)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(to_json(found), indent=2) + "\n", encoding="utf-8")
         console.print(f"Numbers written to {out}")
-    return 0

@@ -19,6 +19,9 @@ Build = Callable[[Workload], Candidate]
 _L1, _L2 = 1e-6, 1e-4
 _THRESHOLD = 1e-6
 
+# Elements from which a step takes a GPU longer than the host takes to launch it.
+_DEVICE_BOUND = 2**26
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -47,9 +50,15 @@ class Operation:
     grads: bool = True
     clip_active: bool = True
 
-    def workload(self, model: ModelShapes) -> Workload:
+    def workload(self, model: ModelShapes, device: torch.device | None = None) -> Workload:
         """Fresh buffers of the given shapes for one candidate."""
-        return Workload(model, params=self.params, grads=self.grads, clip_active=self.clip_active)
+        return Workload(
+            model,
+            params=self.params,
+            grads=self.grads,
+            clip_active=self.clip_active,
+            device=device,
+        )
 
     @property
     def builds(self) -> tuple[Build, ...]:
@@ -78,6 +87,14 @@ class Case:
     def key(self) -> str:
         """Name of the case, unique in the table: operation/shapes."""
         return f"{self.operation.key}/{self.model.key}"
+
+    @property
+    def clock(self) -> str:
+        """The clock that counts on a GPU: "device" where memory is the bound, else "wall".
+
+        Below, a step is over so soon that the host's work decides what a training loop sees.
+        """
+        return "device" if self.model.elements >= _DEVICE_BOUND else "wall"
 
 
 def _stepping(
@@ -167,40 +184,48 @@ def _operations() -> tuple[Operation, ...]:
 OPERATIONS: dict[str, Operation] = {operation.key: operation for operation in _operations()}
 
 
-def _cases() -> tuple[Case, ...]:
-    resnet, gpt2, small = resnet50(), gpt2_small(), many_small()
-    one, huge = one_tensor(26), one_tensor(28)
-    plan: dict[str, tuple[ModelShapes, ...]] = {
-        "clip_active": (resnet, gpt2, one, huge, small),
-        "clip_inactive": (resnet, gpt2, one, huge, small),
-        "total_norm": (resnet, one, small),
-        "clip_value": (resnet,),
-        "adamw": (resnet, gpt2, one, small),
-        "optim_adamw": (resnet, small),
-        "adam": (resnet,),
-        "sgd_momentum": (resnet, gpt2, small),
-        "sgd": (resnet,),
-        "adagrad": (resnet,),
-        "rmsprop": (resnet,),
-        "add_penalty": (resnet, small),
-        "soft_threshold": (resnet, small),
-    }
-    quick = {"clip_active", "clip_inactive", "adamw", "sgd_momentum", "add_penalty"}
+_QUICK = {"clip_active", "clip_inactive", "adamw", "sgd_momentum", "add_penalty"}
+
+
+def _cases(large: dict[str, tuple[ModelShapes, ...]]) -> tuple[Case, ...]:
+    """The plan of one device; `large` says what operations run on beyond ResNet-50 and small."""
+    resnet, small = resnet50(), many_small()
+    alone = {"clip_value", "adam", "sgd", "adagrad", "rmsprop"}
     return tuple(
         Case(
-            OPERATIONS[key],
+            operation,
             model,
-            quick=key in quick and model in (resnet, small),
+            quick=key in _QUICK and model in (resnet, small),
             host_cost=model is small,
         )
-        for key, models in plan.items()
-        for model in models
+        for key, operation in OPERATIONS.items()
+        for model in (resnet, *large.get(key, ()), *(() if key in alone else (small,)))
     )
 
 
-CASES: tuple[Case, ...] = _cases()
+def _cpu_cases() -> tuple[Case, ...]:
+    gpt2, one, huge = gpt2_small(), one_tensor(26), one_tensor(28)
+    return _cases(
+        {
+            "clip_active": (gpt2, one, huge),
+            "clip_inactive": (gpt2, one, huge),
+            "total_norm": (one,),
+            "adamw": (gpt2, one),
+            "sgd_momentum": (gpt2,),
+        }
+    )
+
+
+def _cuda_cases() -> tuple[Case, ...]:
+    gpt2, huge = gpt2_small(), one_tensor(28)
+    norms = dict.fromkeys(("clip_active", "clip_inactive", "adamw"), (gpt2, huge))
+    return _cases({**norms, "total_norm": (huge,), "sgd_momentum": (gpt2,)})
+
+
+CASES: tuple[Case, ...] = _cpu_cases()
+CUDA_CASES: tuple[Case, ...] = _cuda_cases()
 
 
 def cases_of(*operations: str) -> list[Case]:
-    """The cases of the operations with the given keys, in table order."""
+    """The cases on the CPU of the operations with the given keys, in table order."""
     return [case for case in CASES if case.operation.key in operations]

@@ -1,4 +1,4 @@
-"""What a measurement depends on: machine, versions, revision, caches and free memory."""
+"""What a measurement depends on: machine, versions, source, caches and free memory."""
 
 from __future__ import annotations
 
@@ -8,22 +8,46 @@ import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import steadygrad as sg
+from steadygrad.bench.source import UNKNOWN, this_source
 
 # Assumed where the system does not say: larger than most, so buffers rather rotate once too often.
 _DEFAULT_CACHE_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class Environment:
-    """Machine and software of one run; `revision` is None outside a checkout of steadygrad.
+class Gpu:
+    """The GPU of one run, and the CUDA versions around it.
 
-    `load` is the one-minute load average when the run began.
+    `kernels_runtime` is the CUDA version that steadygrad's kernels were compiled with, `torch_cuda`
+    the one of torch's.
     """
 
+    name: str
+    architecture: str
+    multiprocessors: int
+    memory_bytes: int
+    l2_bytes: int
+    driver: str
+    torch_cuda: str
+    kernels_runtime: str
+    nvcc: str
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Machine and software of one run.
+
+    `device` is "cpu" or "cuda", and `gpu` is None on the former. `cache_bytes` is the size of the
+    last-level cache in front of the memory that is measured. `load` is the one-minute load average
+    when the run began. `revision`, `csrc_tree` and `csrc_state` are as in `source.Source`.
+    """
+
+    device: str
     machine: str
     cpu: str
     cores: int
@@ -34,7 +58,10 @@ class Environment:
     python: str
     torch: str
     steadygrad: str
-    revision: str | None
+    revision: str
+    csrc_tree: str
+    csrc_state: str
+    gpu: Gpu | None = None
 
 
 def _read(path: str) -> str | None:
@@ -89,37 +116,70 @@ def available_memory_bytes() -> int:
     return available
 
 
-def _git(*arguments: str) -> str:
-    command = ["git", *arguments]
-    return subprocess.run(
-        command, check=True, capture_output=True, text=True, timeout=10
-    ).stdout.strip()
+def cuda_info() -> dict[str, Any]:
+    """What the extension says about CUDA; empty where it was built without."""
+    found: Any = sg._kernels.build_info().get("cuda", {})
+    return dict(found) if found.get("compiled") else {}
 
 
-def git_revision() -> str | None:
-    """Commit of the steadygrad checkout that the command runs in; "-dirty" when files differ."""
+def cuda_version(number: int) -> str:
+    """13000 as "13.0"; "none" for 0."""
+    return f"{number // 1000}.{number % 1000 // 10}" if number else "none"
+
+
+def _printed(*command: str) -> str:
     try:
-        project = Path(_git("rev-parse", "--show-toplevel")) / "pyproject.toml"
-        if 'name = "steadygrad"' not in project.read_text(encoding="utf-8"):
-            return None
-        revision = _git("rev-parse", "HEAD")
-        return f"{revision}-dirty" if _git("status", "--porcelain") else revision
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
-        return None
+        return ""
+    return done.stdout
 
 
-def this_machine() -> Environment:
-    """Describe this machine and process."""
+def nvcc_version() -> str:
+    """The version of the nvcc that a build would find, such as "13.0.88"."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    for program in ("nvcc", f"{home}/bin/nvcc"):
+        if match := re.search(r"\bV(\d[\d.]*)", _printed(program, "--version")):
+            return match.group(1)
+    return UNKNOWN
+
+
+def this_gpu() -> Gpu:
+    """Describe the current CUDA device."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    query = ("--query-gpu=driver_version", "--format=csv,noheader")
+    info = cuda_info()
+    drivers = _printed("nvidia-smi", *query).split()
+    return Gpu(
+        name=properties.name,
+        architecture=f"sm_{properties.major}{properties.minor}",
+        multiprocessors=properties.multi_processor_count,
+        memory_bytes=properties.total_memory,
+        l2_bytes=properties.L2_cache_size,
+        driver=drivers[0] if drivers else f"CUDA {cuda_version(info.get('driver_version', 0))}",
+        torch_cuda=str(torch.version.cuda),
+        kernels_runtime=cuda_version(info.get("runtime_version", 0)),
+        nvcc=nvcc_version(),
+    )
+
+
+def this_machine(gpu: Gpu | None = None) -> Environment:
+    """Describe this machine and process, and the GPU if the run is on one."""
+    source = this_source()
     return Environment(
+        device="cpu" if gpu is None else "cuda",
         machine=platform.platform(),
         cpu=cpu_name(),
         cores=os.cpu_count() or 1,
         threads=torch.get_num_threads(),
-        cache_bytes=cache_bytes(),
+        cache_bytes=cache_bytes() if gpu is None else gpu.l2_bytes,
         memory_bytes=memory_bytes(),
         load=load(),
         python=platform.python_version(),
         torch=torch.__version__,
         steadygrad=sg.__version__,
-        revision=git_revision(),
+        revision=source.revision,
+        csrc_tree=source.csrc_tree,
+        csrc_state=source.csrc_state,
+        gpu=gpu,
     )

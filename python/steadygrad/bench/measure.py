@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from steadygrad.bench.cases import Case
-from steadygrad.bench.timer import Candidate, Race, Timing, quartiles, ratio, round_ratios
+from steadygrad.bench.cases import Build, Case
+from steadygrad.bench.timer import (
+    Candidate,
+    Race,
+    Timing,
+    quartiles,
+    ratio,
+    rotating,
+    round_ratios,
+)
 
 # Bytes of the yardstick's buffers where the caches are small.
 _SMALLEST_BUFFER = 256 * 2**20
@@ -26,6 +34,9 @@ class Effort:
 
 QUICK = Effort(seconds=1.5, min_rounds=5, max_rounds=200)
 FULL = Effort(seconds=6.0, min_rounds=9, max_rounds=1000)
+# A GPU is steadier than a shared host, and a lap there is many calls.
+CUDA_QUICK = Effort(seconds=0.5, min_rounds=5, max_rounds=50)
+CUDA_FULL = Effort(seconds=1.5, min_rounds=7, max_rounds=75)
 
 
 @dataclass(frozen=True)
@@ -34,21 +45,21 @@ class CopyBandwidth:
 
     Attributes:
         copy: `target.copy_(source)`, counted as 8 bytes an fp32 element: one read, one write.
-        scale: `target.mul_(x)` in place, counted alike.
+        scale: `target.mul_(x)` in place, counted alike; None on a GPU.
     """
 
     copy: float
-    scale: float
+    scale: float | None = None
 
     @property
     def yardstick(self) -> float:
         """The larger of the two; what "share of copy" is a share of.
 
-        A copy reads the destination's cache lines before it overwrites them unless it uses
+        A CPU's copy reads the destination's cache lines before it overwrites them unless it uses
         streaming stores, so it may move 12 bytes where 8 are counted. An in-place scaling really
-        moves 8. Taking the larger is the stricter yardstick on every machine.
+        moves 8. Taking the larger is the stricter yardstick on every such machine.
         """
-        return max(self.copy, self.scale)
+        return self.copy if self.scale is None else max(self.copy, self.scale)
 
 
 class CopyYardstick:
@@ -58,6 +69,8 @@ class CopyYardstick:
     down for a minute slows the yardstick too. And they flush the caches once a round: each
     candidate finds its buffers cold when its turn comes again.
     """
+
+    candidates: tuple[Candidate, ...]
 
     def __init__(self, cache_bytes: int) -> None:
         """Reserve the buffers.
@@ -74,17 +87,44 @@ class CopyYardstick:
             Candidate("mul_", lambda: target.mul_(1.0)),
         )
 
+    def joins(self, case: Case) -> bool:
+        """Whether it takes part in the race of `case`: not where the host's work is the bound."""
+        return not case.host_cost
+
     def bandwidth(self, timings: Sequence[Timing]) -> CopyBandwidth:
         """The bandwidth from the laps of `candidates`, in their order."""
-        copy, scale = timings
         moved = 2 * self.buffer_bytes / 1e9
-        return CopyBandwidth(moved / copy.median, moved / scale.median)
+        return CopyBandwidth(*(moved / _busy(timing).median for timing in timings))
 
-    def measure(self, effort: Effort) -> CopyBandwidth:
-        """Race the two alone."""
-        race = Race(self.candidates)
+    def measure(self, effort: Effort, race: Race) -> CopyBandwidth:
+        """Run `race`, which is between the yardstick's candidates alone."""
         race.warm_up(1)
+        race.calibrate()
         return self.bandwidth(race.run(effort.seconds, effort.min_rounds, effort.max_rounds))
+
+
+class GpuYardstick(CopyYardstick):
+    """torch's copy of 2^28 fp32 elements on the GPU, in every race: no case is without a share."""
+
+    def __init__(self, device: torch.device, elements: int = 2**28) -> None:
+        """Reserve the buffers.
+
+        Args:
+            device: where.
+            elements: of each of the two fp32 buffers.
+        """
+        source, target = torch.randn(elements, device=device), torch.ones(elements, device=device)
+        self.buffer_bytes = 4 * elements
+        self.candidates = (Candidate("copy_", lambda: target.copy_(source)),)
+
+    def joins(self, case: Case) -> bool:
+        """Always."""
+        return True
+
+
+def _busy(timing: Timing) -> Timing:
+    """The laps in which the memory was busy: by the GPU's clock where there is one."""
+    return timing.counting("device") if timing.device else timing
 
 
 @dataclass(frozen=True)
@@ -112,13 +152,19 @@ class CaseResult:
         case: the case.
         ours: our laps.
         peers: one result per peer.
-        bandwidth: the copy bandwidth in the same race; None for a case of host cost.
+        bandwidth: the copy bandwidth in the same race; None for a case of host cost on the CPU.
+        clock: "wall" or "device": the clock whose laps count.
+        buffer_sets: sets of buffers that every candidate took turns over.
+        unavailable: why peers are missing that this torch does not have.
     """
 
     case: Case
     ours: Timing
     peers: tuple[PeerResult, ...]
     bandwidth: CopyBandwidth | None
+    clock: str = "wall"
+    buffer_sets: int = 1
+    unavailable: tuple[str, ...] = ()
 
     @property
     def floor_bytes(self) -> int:
@@ -127,15 +173,15 @@ class CaseResult:
 
     @property
     def gigabytes_per_second(self) -> float:
-        """`floor_bytes` over our median time.
+        """`floor_bytes` over our median time, on a GPU the median GPU time.
 
         Passes that find data in cache can lift it above the copy bandwidth.
         """
-        return self.floor_bytes / self.ours.median / 1e9
+        return self.floor_bytes / _busy(self.ours).median / 1e9
 
     @property
     def share_of_copy(self) -> float | None:
-        """`gigabytes_per_second` over the copy bandwidth; None for a case of host cost."""
+        """`gigabytes_per_second` over the copy bandwidth; None where that was not measured."""
         if self.bandwidth is None:
             return None
         return self.gigabytes_per_second / self.bandwidth.yardstick
@@ -151,39 +197,113 @@ def working_set_bytes(case: Case) -> int:
     return 4 * case.operation.buffers * case.model.elements
 
 
-def memory_needed(case: Case) -> int:
+def memory_needed(case: Case, buffer_sets: int = 1) -> int:
     """Bytes to have free: every candidate's buffers, and two values an element for temporaries.
 
     Parameters and gradients that no candidate reads are reserved but never touched, hence free.
     """
-    return len(case.operation.builds) * working_set_bytes(case) + 8 * case.model.elements
+    buffers = buffer_sets * working_set_bytes(case)
+    return len(case.operation.builds) * buffers + 8 * case.model.elements
 
 
-def race(case: Case, yardstick: CopyYardstick) -> Race:
-    """Candidates over buffers of their own, ours first; then the yardstick if memory bounds."""
-    operation = case.operation
-    candidates = [build(operation.workload(case.model)) for build in operation.builds]
-    if not case.host_cost:
-        candidates.extend(yardstick.candidates)
-    return Race(candidates)
+@dataclass(frozen=True)
+class Ground:
+    """Where a race takes place.
+
+    Attributes:
+        device: where the tensors live.
+        race: makes the race from its candidates.
+        sets: how many sets of buffers a candidate takes turns over in a case.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    race: Callable[[Sequence[Candidate]], Race] = Race
+    sets: Callable[[Case], int] = lambda case: 1
 
 
-def summarise(case: Case, timings: Sequence[Timing], yardstick: CopyYardstick) -> CaseResult:
-    """The numbers of a case from the laps of its race."""
-    count = len(case.operation.builds)
-    ours, *others = timings[:count]
+class Contest:
+    """The race of one case: ours, the peers that this torch has, and the yardstick."""
+
+    def __init__(self, case: Case, yardstick: CopyYardstick, ground: Ground | None = None) -> None:
+        """Build the candidates, each over buffers of its own, and call each once.
+
+        Args:
+            case: what is measured.
+            yardstick: takes part where memory is the bound.
+            ground: where; the CPU by default.
+        """
+        self._ground = ground or Ground()
+        self.case = case
+        self.buffer_sets = self._ground.sets(case)
+        self._yardstick = yardstick
+        unavailable = []
+        candidates = [self._candidate(case.operation.build)]
+        for build in case.operation.peers:
+            try:
+                candidates.append(self._candidate(build))
+            except (NotImplementedError, RuntimeError) as error:
+                reason = str(error).partition("\n")[0]
+                unavailable.append(f"{type(error).__name__}: {reason}")
+        self.unavailable = tuple(unavailable)
+        if yardstick.joins(case):
+            candidates.extend(yardstick.candidates)
+        self.race = self._ground.race(candidates)
+
+    def _candidate(self, build: Build) -> Candidate:
+        operation, model, device = self.case.operation, self.case.model, self._ground.device
+        sets = [build(operation.workload(model, device)) for _ in range(self.buffer_sets)]
+        for candidate in sets:
+            candidate.prepare()
+            candidate.run()
+        return rotating(sets)
+
+    def warm_up(self) -> None:
+        """Two untimed calls of every candidate, and as many as the race needs to know its lap."""
+        self.race.warm_up(2)
+        self.race.calibrate()
+
+    def result(self) -> CaseResult:
+        """The numbers from the laps so far."""
+        return summarise(
+            self.case,
+            self.race.timings(),
+            self._yardstick,
+            buffer_sets=self.buffer_sets,
+            unavailable=self.unavailable,
+        )
+
+
+def summarise(
+    case: Case,
+    timings: Sequence[Timing],
+    yardstick: CopyYardstick,
+    *,
+    buffer_sets: int = 1,
+    unavailable: tuple[str, ...] = (),
+) -> CaseResult:
+    """The numbers of a case from the laps of its race, the yardstick's last."""
+    joined = len(yardstick.candidates) if yardstick.joins(case) else 0
+    count = len(timings) - joined
+    clock = case.clock if timings[0].device else "wall"
+    ours, *others = (
+        timing.counting(clock) if timing.device else timing for timing in timings[:count]
+    )
     peers = []
     for peer in others:
         per_round = round_ratios(peer, ours)
         peers.append(
             PeerResult(peer, ratio(peer, ours), statistics.median(per_round), quartiles(per_round))
         )
-    bandwidth = None if case.host_cost else yardstick.bandwidth(timings[count:])
-    return CaseResult(case, ours, tuple(peers), bandwidth)
+    bandwidth = yardstick.bandwidth(timings[count:]) if joined else None
+    return CaseResult(case, ours, tuple(peers), bandwidth, clock, buffer_sets, unavailable)
 
 
 def measure_case(
-    case: Case, effort: Effort, yardstick: CopyYardstick, on_round: Callable[[], object]
+    case: Case,
+    effort: Effort,
+    yardstick: CopyYardstick,
+    on_round: Callable[[], object],
+    ground: Ground | None = None,
 ) -> CaseResult:
     """Measure one case.
 
@@ -192,11 +312,12 @@ def measure_case(
         effort: for how long.
         yardstick: takes part in the race where memory is the bound.
         on_round: called between rounds, outside the timed region.
+        ground: where; the CPU by default.
     """
-    contest = race(case, yardstick)
-    contest.warm_up(2)
-    timings = contest.run(effort.seconds, effort.min_rounds, effort.max_rounds, on_round)
-    return summarise(case, timings, yardstick)
+    contest = Contest(case, yardstick, ground)
+    contest.warm_up()
+    contest.race.run(effort.seconds, effort.min_rounds, effort.max_rounds, on_round)
+    return contest.result()
 
 
 def settle_allocator() -> None:

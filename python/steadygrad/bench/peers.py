@@ -24,7 +24,7 @@ MakeOptimizer = Callable[..., Any]
 
 
 def torch_clip_grad_norm(load: Workload) -> Candidate:
-    """torch.nn.utils.clip_grad_norm_, which takes its foreach path on plain CPU tensors."""
+    """torch.nn.utils.clip_grad_norm_, which takes its foreach path on plain tensors."""
     params = load.params
     return Candidate(TORCH_FOREACH, lambda: clip_grad_norm_(params, load.limit), load.tighten)
 
@@ -49,7 +49,8 @@ def clip_then_step(
     Args:
         make: builds the optimizer from a list of parameters.
         name: what the tables call this peer.
-        **switches: `fused=True` or `foreach=True`; without them torch takes its for-loop on CPUs.
+        **switches: `fused=True` or `foreach=True`; without them torch takes its for-loop on CPUs
+            and foreach on GPUs.
     """
 
     def build(load: Workload) -> Candidate:
@@ -69,7 +70,8 @@ def folded_step(make: MakeOptimizer) -> Callable[[Workload], Candidate]:
     """The strong peer: torch's fused step with the clip folded into `grad_scale`.
 
     The step divides by the `grad_scale` that a GradScaler sets, so max(1, norm / max_norm) clips
-    without a pass of its own. torch's CPU kernels write the divided gradients back.
+    without a pass of its own. torch's kernels write the divided gradients back. No `found_inf` is
+    set: torch does without, and saves the launches that take the counted step back.
     """
 
     def build(load: Workload) -> Candidate:
@@ -93,7 +95,7 @@ def autograd_penalty(l1: float, l2: float) -> Callable[[Workload], Candidate]:
         params = load.params
 
         def run() -> Tensor:
-            penalty = torch.zeros(())
+            penalty = torch.zeros((), device=load.device)
             for param in params:
                 penalty = penalty + l1 * param.abs().sum() + 0.5 * l2 * param.square().sum()
             penalty.backward()
@@ -112,7 +114,7 @@ def loop_penalty(l1: float, l2: float) -> Callable[[Workload], Candidate]:
 
         @torch.no_grad()
         def run() -> Tensor:
-            penalty = torch.zeros(())
+            penalty = torch.zeros((), device=load.device)
             for param, grad in pairs:
                 grad.add_(param.sign(), alpha=l1).add_(param, alpha=l2)
                 penalty += l1 * param.abs().sum() + 0.5 * l2 * param.square().sum()

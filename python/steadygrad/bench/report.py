@@ -8,17 +8,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from rich import box
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
-
 from steadygrad.bench.environment import Environment
-from steadygrad.bench.measure import CaseResult, CopyBandwidth, working_set_bytes
-from steadygrad.bench.targets import Verdict, judge
-from steadygrad.bench.timer import Timing
+from steadygrad.bench.measure import CaseResult, CopyBandwidth, PeerResult, working_set_bytes
+from steadygrad.bench.table import Line, Table
+from steadygrad.bench.targets import COPY, Target, Verdict, judge
+from steadygrad.bench.timer import Timing, ratio
 
-SCHEMA = 1
+SCHEMA = 2
 
 # One-minute load average above which a machine is called busy.
 _QUIET_LOAD = 0.7
@@ -35,6 +31,8 @@ class Run:
         bandwidth_buffer_bytes: size of the buffers that it was measured on.
         results: one per case, in table order.
         skipped: (case key, reason) of cases that did not run.
+        rehearsal: whether emulated kernels ran, so that no time means anything and no floor is
+            judged.
     """
 
     environment: Environment
@@ -43,6 +41,12 @@ class Run:
     bandwidth_buffer_bytes: int
     results: tuple[CaseResult, ...]
     skipped: tuple[tuple[str, str], ...] = ()
+    rehearsal: bool = False
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """One per target of the device."""
+        return judge(() if self.rehearsal else self.results, self.environment.device)
 
 
 def _milliseconds(seconds: float) -> str:
@@ -51,34 +55,33 @@ def _milliseconds(seconds: float) -> str:
 
 def _throughput(result: CaseResult) -> tuple[str, str]:
     share = result.share_of_copy
-    if share is None:
+    if result.case.host_cost or share is None:
         return f"{result.nanoseconds_per_tensor:,.0f} ns", "-"
-    return f"{result.gigabytes_per_second:.1f}", f"{100.0 * share:.0f} %"
+    return f"{result.gigabytes_per_second:,.1f}", f"{100.0 * share:.0f} %"
 
 
-def cases_table(results: Iterable[CaseResult], threads: int) -> Table:
-    """The measurements: a heading per operation, a line per peer."""
-    title = f"steadygrad beside torch, {threads} thread{'s' * (threads != 1)}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("case", no_wrap=True)
-    table.add_column("peer")
-    for heading in ("ours ms", "peer ms", "ratio", "GB/s", "of copy"):
-        table.add_column(heading, justify="right")
+def cases_table(results: Iterable[CaseResult], where: str) -> Table:
+    """The measurements on `where`: a heading per operation, a line per peer."""
+    table = Table(
+        f"steadygrad beside torch, {where}",
+        ("case", "peer"),
+        ("ours ms", "peer ms", "ratio", "GB/s", "of copy"),
+    )
     previous = None
     for result in results:
         operation = result.case.operation
         if operation.key != previous:
-            table.add_section()
-            table.add_row(
-                Text(operation.title, style="bold"),
-                Text(f"moves {operation.bytes_per_element} B/element", style="dim"),
+            table.add(
+                Line(operation.title, "bold"),
+                Line(f"moves {operation.bytes_per_element} B/element", "dim"),
             )
             previous = operation.key
         speed, share = _throughput(result)
+        clock = ", wall" if result.ours.device and result.clock == "wall" else ""
         for line, peer in enumerate(result.peers):
             first = line == 0
-            table.add_row(
-                f"  {result.case.model.title}" if first else "",
+            table.add(
+                f"  {result.case.model.title}{clock}" if first else "",
                 peer.timing.name,
                 _milliseconds(result.ours.median) if first else "",
                 _milliseconds(peer.timing.median),
@@ -89,36 +92,48 @@ def cases_table(results: Iterable[CaseResult], threads: int) -> Table:
     return table
 
 
+def _amount(target: Target, value: float) -> str:
+    return f"{100 * value:.0f} %" if target.peer == COPY else f"{value:.3g} x"
+
+
 def targets_table(verdicts: list[Verdict]) -> Table:
     """The floors and whether this run met them."""
-    table = Table(title="Floors", title_justify="left", box=box.SIMPLE_HEAD)
-    for heading in ("case", "peer"):
-        table.add_column(heading)
-    for heading in ("at least", "measured"):
-        table.add_column(heading, justify="right")
-    table.add_column("verdict")
+    table = Table("Floors", ("case", "peer"), ("at least", "measured", "verdict"))
     words = {True: ("met", "green"), False: ("NOT MET", "bold red"), None: ("not run", "dim")}
     for verdict in verdicts:
-        word, style = words[verdict.met]
-        table.add_row(
-            verdict.target.case,
-            verdict.target.peer,
-            f"{verdict.target.at_least:g} x",
-            "-" if verdict.ratio is None else f"{verdict.ratio:.2f} x",
-            Text(word, style=style),
+        target = verdict.target
+        table.add(
+            target.case,
+            target.peer,
+            _amount(target, target.at_least),
+            "-" if verdict.ratio is None else _amount(target, verdict.ratio),
+            Line(*words[verdict.met]),
         )
     return table
 
 
 def _notes(run: Run) -> list[str]:
-    machine, bandwidth = run.environment, run.bandwidth
+    machine, bandwidth, gpu = run.environment, run.bandwidth, run.environment.gpu
     cache = machine.cache_bytes / 2**20
     lines = [
-        f"{machine.cpu}, {machine.cores} cores, last-level cache {cache:.0f} MiB, "
-        f"torch {machine.torch}, steadygrad {machine.steadygrad}",
-        f"copy bandwidth: copy_ {bandwidth.copy:.1f} GB/s, mul_ {bandwidth.scale:.1f} GB/s "
-        f"on buffers of {run.bandwidth_buffer_bytes / 2**20:.0f} MiB; "
-        "shares are of the larger, measured again in the rounds of each case",
+        f"{machine.cpu}, {machine.cores} cores, "
+        + (f"last-level cache {cache:.0f} MiB, " if gpu is None else "")
+        + f"torch {machine.torch}, steadygrad {machine.steadygrad}",
+        f"source: {machine.revision}, kernels {machine.csrc_tree} ({machine.csrc_state})",
+    ]
+    if gpu is not None:
+        lines += [
+            f"{gpu.name}, {gpu.architecture}, L2 {cache:.0f} MiB, driver {gpu.driver}, CUDA: torch "
+            f"{gpu.torch_cuda}, kernels {gpu.kernels_runtime}, nvcc {gpu.nvcc}",
+            "Times are GPU time between two events; those marked wall are the time of a step in a "
+            "loop that waits for the GPU at its end. The JSON has both for every case.",
+        ]
+    scaled = "" if bandwidth.scale is None else f", mul_ {bandwidth.scale:.1f} GB/s"
+    lines += [
+        f"copy bandwidth: copy_ {bandwidth.copy:,.1f} GB/s{scaled} on buffers of "
+        f"{run.bandwidth_buffer_bytes / 2**20:,.0f} MiB; shares are of "
+        f"{'this' if bandwidth.scale is None else 'the larger'}, measured again in the rounds of "
+        "each case",
         "GB/s = floor bytes / time: what our path has to move with no help from caches. "
         "A second pass that finds data in cache can exceed 100 %.",
     ]
@@ -135,18 +150,27 @@ def _notes(run: Run) -> list[str]:
             "nor ratios count, measure again on a quiet one."
         )
     lines.extend(f"skipped {key}: {reason}" for key, reason in run.skipped)
+    for result in run.results:
+        lines.extend(f"peer missing in {result.case.key}: {why}" for why in result.unavailable)
     return lines
 
 
-def render(run: Run) -> RenderableType:
-    """All tables and notes of a run, for a rich console."""
-    notes = [Text(line, style="dim") for line in _notes(run)]
-    return Group(
-        cases_table(run.results, run.environment.threads),
-        *notes,
-        Text(),
-        targets_table(judge(run.results)),
-    )
+def _where(run: Run) -> str:
+    if run.rehearsal:
+        return "rehearsal with emulated kernels: no time here means anything"
+    if run.environment.gpu is not None:
+        return run.environment.gpu.name
+    return f"{run.environment.threads} thread{'s' * (run.environment.threads != 1)}"
+
+
+def render(run: Run) -> list[Table | Line]:
+    """All tables and notes of a run, in order, to print one after the other."""
+    return [
+        cases_table(run.results, _where(run)),
+        *(Line(line, "dim") for line in _notes(run)),
+        Line(""),
+        targets_table(run.verdicts),
+    ]
 
 
 def _timing(timing: Timing) -> dict[str, Any]:
@@ -157,10 +181,34 @@ def _timing(timing: Timing) -> dict[str, Any]:
         "median_seconds": timing.median,
         "lower_quartile_seconds": lower,
         "upper_quartile_seconds": upper,
+        **_clocks(timing),
     }
 
 
-def _bandwidth(bandwidth: CopyBandwidth) -> dict[str, float]:
+def _clocks(timing: Timing) -> dict[str, float]:
+    if not timing.device:
+        return {}
+    return {
+        f"{clock}_median_seconds": timing.counting(clock).median for clock in ("wall", "device")
+    }
+
+
+def _peer(peer: PeerResult, ours: Timing) -> dict[str, Any]:
+    both = {
+        f"{clock}_ratio": ratio(peer.timing.counting(clock), ours.counting(clock))
+        for clock in ("wall", "device")
+        if ours.device
+    }
+    return {
+        **_timing(peer.timing),
+        "ratio": peer.ratio,
+        **both,
+        "round_ratio": peer.round_ratio,
+        "round_ratio_quartiles": list(peer.round_ratio_quartiles),
+    }
+
+
+def _bandwidth(bandwidth: CopyBandwidth) -> dict[str, float | None]:
     return {
         "copy_gigabytes_per_second": bandwidth.copy,
         "mul_gigabytes_per_second": bandwidth.scale,
@@ -182,20 +230,15 @@ def _case(result: CaseResult, cache_bytes: int) -> dict[str, Any]:
         "working_set_bytes": working_set_bytes(case),
         "fits_cache": working_set_bytes(case) <= cache_bytes,
         "cold_buffers": not case.host_cost,
+        "buffer_sets": result.buffer_sets,
+        "clock": result.clock,
         "copy_bandwidth": None if result.bandwidth is None else _bandwidth(result.bandwidth),
         "gigabytes_per_second": result.gigabytes_per_second,
         "share_of_copy": result.share_of_copy,
         "nanoseconds_per_tensor": result.nanoseconds_per_tensor,
         "ours": _timing(result.ours),
-        "peers": [
-            {
-                **_timing(peer.timing),
-                "ratio": peer.ratio,
-                "round_ratio": peer.round_ratio,
-                "round_ratio_quartiles": list(peer.round_ratio_quartiles),
-            }
-            for peer in result.peers
-        ],
+        "peers": [_peer(peer, result.ours) for peer in result.peers],
+        "unavailable": list(result.unavailable),
     }
 
 
@@ -205,6 +248,7 @@ def to_json(run: Run) -> dict[str, Any]:
         "schema": SCHEMA,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "quick": run.quick,
+        "rehearsal": run.rehearsal,
         "environment": dataclasses.asdict(run.environment),
         "copy_bandwidth": {
             **_bandwidth(run.bandwidth),
@@ -219,7 +263,7 @@ def to_json(run: Run) -> dict[str, Any]:
                 "measured": verdict.ratio,
                 "met": verdict.met,
             }
-            for verdict in judge(run.results)
+            for verdict in run.verdicts
         ],
         "skipped": [{"case": key, "reason": reason} for key, reason in run.skipped],
     }

@@ -11,12 +11,15 @@ from steadygrad.bench.measure import CaseResult
 
 @dataclass(frozen=True)
 class Target:
-    """`case` has to be `at_least` times as fast as `peer`."""
+    """`case` has to be `at_least` times as fast as `peer`, or reach that share of `COPY`."""
 
     case: str
     peer: str
     at_least: float
 
+
+# Names the copy bandwidth in the place of a peer.
+COPY = "copy bandwidth"
 
 TARGETS: tuple[Target, ...] = (
     Target("clip_active/resnet50", peers.TORCH_FOREACH, 1.5),
@@ -28,6 +31,18 @@ TARGETS: tuple[Target, ...] = (
     Target("adamw/small", peers.CLIP_FUSED, 20.0),
     Target("adamw/resnet50", peers.CLIP_DEFAULT, 3.0),
     Target("adamw/gpt2", peers.CLIP_DEFAULT, 3.0),
+)
+
+CUDA_TARGETS: tuple[Target, ...] = (
+    Target("clip_inactive/one_2e28", peers.TORCH_FOREACH, 2.5),
+    Target("clip_inactive/one_2e28", COPY, 0.9),
+    Target("clip_active/one_2e28", peers.TORCH_FOREACH, 1.05),
+    Target("clip_active/one_2e28", COPY, 0.9),
+    Target("adamw/gpt2", peers.CLIP_FUSED, 1.2),
+    Target("adamw/one_2e28", peers.CLIP_FUSED, 1.2),
+    Target("adamw/gpt2", peers.FUSED_FOLDED, 1.08),
+    Target("adamw/resnet50", peers.CLIP_FUSED, 2.0),
+    Target("adamw/small", peers.CLIP_FUSED, 5.0),
 )
 
 
@@ -44,11 +59,13 @@ class Verdict:
         return None if self.ratio is None else self.ratio >= self.target.at_least
 
 
-def judge(results: Iterable[CaseResult]) -> list[Verdict]:
-    """One verdict per target, in the order of `TARGETS`."""
-    ratios = {
-        (result.case.key, peer.timing.name): peer.ratio
-        for result in results
-        for peer in result.peers
-    }
-    return [Verdict(target, ratios.get((target.case, target.peer))) for target in TARGETS]
+def judge(results: Iterable[CaseResult], device: str = "cpu") -> list[Verdict]:
+    """One verdict per target of the device, "cpu" or "cuda", in their order."""
+    ratios: dict[tuple[str, str], float] = {}
+    for result in results:
+        for peer in result.peers:
+            ratios[result.case.key, peer.timing.name] = peer.ratio
+        if result.share_of_copy is not None:
+            ratios[result.case.key, COPY] = result.share_of_copy
+    targets = CUDA_TARGETS if device == "cuda" else TARGETS
+    return [Verdict(target, ratios.get((target.case, target.peer))) for target in targets]

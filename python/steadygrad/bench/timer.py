@@ -11,7 +11,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import cycle
 
 
 def _nothing() -> None:
@@ -35,10 +36,23 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Timing:
-    """The timed laps of one candidate, in seconds, one per round."""
+    """The timed laps of one candidate, one per round, in seconds a call.
+
+    Attributes:
+        name: of the candidate.
+        seconds: the laps that count: medians and ratios are taken of these.
+        wall: on a GPU, the laps by the host's clock, up to the end of the work; else empty.
+        device: on a GPU, the laps by the GPU's clock; else empty.
+    """
 
     name: str
     seconds: tuple[float, ...]
+    wall: tuple[float, ...] = ()
+    device: tuple[float, ...] = ()
+
+    def counting(self, clock: str) -> Timing:
+        """The same laps, where those of the clock "wall" or "device" count."""
+        return replace(self, seconds=self.device if clock == "device" else self.wall)
 
     @property
     def median(self) -> float:
@@ -62,6 +76,20 @@ def quartiles(values: Sequence[float]) -> tuple[float, float]:
 def ratio(peer: Timing, ours: Timing) -> float:
     """median(peer) / median(ours): how many times faster ours is."""
     return peer.median / ours.median
+
+
+def rotating(candidates: Sequence[Candidate]) -> Candidate:
+    """One candidate that takes turns over several sets of buffers, so that caches forget a set."""
+    if len(candidates) == 1:
+        return candidates[0]
+    turns = cycle(candidates)
+
+    def run() -> None:
+        candidate = next(turns)
+        candidate.prepare()
+        candidate.run()
+
+    return Candidate(candidates[0].name, run)
 
 
 def round_ratios(peer: Timing, ours: Timing) -> list[float]:
@@ -109,6 +137,9 @@ class Race:
             for candidate in self.candidates:
                 candidate.prepare()
                 candidate.run()
+
+    def calibrate(self) -> None:
+        """Find out how many calls make a lap; here it is always one."""
 
     def lap(self, index: int) -> None:
         """Prepare and time one call of candidate `index`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from steadygrad.memory import is_asynchronous
 from steadygrad.optim.rule import UpdateRule
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -33,9 +34,10 @@ def why_not_fused(
     if bypasses_step and own_step is not None and not hasattr(own_step, "_wrapped_by_lr_sched"):
         return f"the step of this {type(optimizer).__name__} was replaced"
     for group in optimizer.param_groups:
-        for flag in ("differentiable", "capturable"):
-            if group.get(flag):
-                return f"{flag}=True"
+        if group.get("differentiable"):
+            return "differentiable=True"
+        if group.get("capturable") and not all(is_asynchronous(p.device) for p in group["params"]):
+            return "capturable=True"
     seen: set[int] = set()
     for param, group in params:
         why = _why_not_param(param, rule)

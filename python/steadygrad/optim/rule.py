@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steadygrad.memory import is_asynchronous
 from steadygrad.optim.options import checked_number
 
 Group = Mapping[str, Any]
@@ -41,7 +42,10 @@ class UpdateRule:
         state: dict[str, Tensor] = {}
         if self.has_step:
             wide = torch.get_default_dtype() == torch.float64 and not group.get("fused")
-            state["step"] = torch.zeros((), dtype=torch.float64 if wide else torch.float32)
+            # On the CPU, as torch has it without fused=True; where steps are decided on the device, on the device.
+            there = param.device if is_asynchronous(param.device) else None
+            dtype = torch.float64 if wide and there is None else torch.float32
+            state["step"] = torch.zeros((), dtype=dtype, device=there)
         for name in self.state_names(group):
             state[name] = torch.full_like(
                 param, self.initial_value(group), memory_format=torch.preserve_format

@@ -8,9 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from steadygrad.memory import Outcome
+from steadygrad.optim.closures import Closure
 from steadygrad.optim.options import COUNTERS, StabilizerOptions
 from steadygrad.optim.rule import UpdateRule
-from steadygrad.optim.stepper import Closure, Stepper
+from steadygrad.optim.stepper import Stepper
 
 # Set by torch.amp.GradScaler for the time of a step.
 _AMP_KEYS = ("grad_scale", "found_inf")
@@ -68,14 +70,17 @@ class StepOutcome:
     def grad_norm(self) -> Tensor | None:
         """Global norm of the last step's gradients before clipping, 0-d; None before the first step.
 
-        After unscaling and the penalty that comes before the clip. fp32, or fp64 if any parameter is fp64; infinite
-        for finite gradients whose norm is beyond that dtype's range (they are clipped right all the same).
+        After unscaling and the penalty that comes before the clip, on the parameters' device, which is not waited for.
+        fp32, or fp64 if any parameter is fp64; infinite for finite gradients whose norm is beyond that dtype's range
+        (they are clipped right all the same).
         """
         norm = self._current_stepper().grad_norm
         if norm is None:
             return None
         params = [p for group in self.param_groups for p in group["params"]]
         wide = any(p.dtype in (torch.float64, torch.complex128) for p in params)
+        if isinstance(norm, Outcome):
+            return norm.norm(wide)
         return torch.tensor(norm, dtype=torch.float64 if wide else torch.float32)
 
     @property
@@ -85,7 +90,10 @@ class StepOutcome:
 
     @property
     def skipped_steps(self) -> int:
-        """Steps that changed nothing, because of non-finite gradients; saved with the state dict."""
+        """Steps that changed nothing, because of non-finite gradients; saved with the state dict.
+
+        On a CUDA device steps are counted there: reading waits for it, and so does :meth:`state_dict`.
+        """
         return self._counter(COUNTERS[0])
 
     @property
@@ -93,7 +101,13 @@ class StepOutcome:
         """Steps in which a clip was active; saved with the state dict."""
         return self._counter(COUNTERS[1])
 
+    def _flush(self) -> None:
+        stepper = self.__dict__.get("_stepper")
+        if stepper is not None:
+            stepper.flush()
+
     def _counter(self, name: str) -> int:
+        self._flush()
         return int(self.param_groups[0].get(name, 0)) if self.param_groups else 0
 
 
@@ -144,12 +158,20 @@ class Stabilized(StepOutcome):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this class or of torch's; what torch's lacks stays as it is."""
+        self._flush()
         kept = self._kept_group_keys()
         super().load_state_dict(state_dict)  # type: ignore[misc]
         self._after_load(state_dict, kept)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Torch's state dict, with this class's keys in its param groups; torch can load it."""
+        self._flush()
+        state_dict: dict[str, Any] = super().state_dict()  # type: ignore[misc]
+        return state_dict
+
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: torch's, and the options."""
+        self._flush()
         state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]
         return {**state, "_options": self._options}
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from steadygrad.optim.adagrad import RULE as ADAGRAD_RULE
 from steadygrad.optim.adam import ADAM_RULE, ADAMW_RULE
+from steadygrad.optim.closures import Closure
 from steadygrad.optim.options import (
     COUNTERS,
     ClipScope,
@@ -22,7 +23,7 @@ from steadygrad.optim.options import (
 from steadygrad.optim.rmsprop import RULE as RMSPROP_RULE
 from steadygrad.optim.sgd import RULE as SGD_RULE
 from steadygrad.optim.stabilized import Stabilized, StepOutcome
-from steadygrad.optim.stepper import Closure, Stepper
+from steadygrad.optim.stepper import Stepper
 
 # A subclass may override anything, so the type must be torch's own.
 _RULES = {
@@ -202,17 +203,20 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state dict, with this wrapper's keys in its param groups; torch can load it."""
+        self._flush()
         state_dict: dict[str, Any] = self.optimizer.state_dict()
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of a wrapper or of a plain torch optimizer; what the latter lacks stays as it is."""
+        self._flush()
         kept = self._kept_group_keys()
         self.optimizer.load_state_dict(state_dict)
         self._after_load(state_dict, kept)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy."""
+        self._flush()
         return {"optimizer": self.optimizer, "_options": self._options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,12 +10,13 @@ import torch
 from torch import Tensor
 
 from steadygrad import _kernels
+from steadygrad.memory import Outcome, is_asynchronous
+from steadygrad.optim.closures import Closure, evaluated, evaluates_closure, snapshot
+from steadygrad.optim.device_steps import DeviceReport, DeviceSteps, Scaling, on_device
 from steadygrad.optim.eligibility import why_not_fused
 from steadygrad.optim.options import COUNTERS, StabilizerOptions, checked_number
 from steadygrad.optim.rule import UpdateRule
 from steadygrad.penalty import soft_threshold_
-
-Closure = Callable[[], Any]
 
 
 class NonfiniteGradientError(RuntimeError):
@@ -71,11 +70,14 @@ class Stepper:
         self._why_in_place: str | None = None
         self._structure: tuple[object, ...] = ()
         self._new_state: dict[Tensor, dict[str, Tensor]] = {}
-        self._unscale = 1.0
-        self._found_inf = False
+        self._scaling = Scaling()
         self._clipped = False
         self._creates_state = False
-        self.grad_norm: float | None = None
+        self.grad_norm: float | Outcome | None = None
+        # Where decisions stay on the device: what it keeps, and state entered before it is known that the step that
+        # made it was taken, by the parameter's place.
+        self._device_steps: DeviceSteps | None = None
+        self._unproven: dict[int, tuple[Tensor, tuple[str, ...]]] = {}
 
     @property
     def path(self) -> str:
@@ -85,8 +87,7 @@ class Stepper:
 
     def step(self, closure: Closure | None, grad_scale: Any, found_inf: Any) -> Any:
         """One step; returns the closure's loss."""
-        self._unscale = 1.0 if grad_scale is None else 1.0 / _checked_grad_scale(grad_scale)
-        self._found_inf = found_inf is not None and float(found_inf) > 0
+        self._scaling = _scaling(grad_scale, found_inf, self._asynchronous_device())
         self._group_numbers()  # refuses bad hyper-parameters before a closure or a hook runs
         if self._is_stale():
             self._prepare()
@@ -112,9 +113,43 @@ class Stepper:
                 raise _StepSkipped(found.loss) from None
             return found.loss
 
-    def _count(self, counter: str) -> None:
+    def _count(self, counter: str, steps: int = 1) -> None:
         for group in self._optimizer.param_groups:
-            group[counter] = group.get(counter, 0) + 1
+            group[counter] = group.get(counter, 0) + steps
+
+    def flush(self) -> None:
+        """Brings what the device has counted to the param groups, and takes back state that no step has used.
+
+        Waits for the device, if steps were taken there since the last time.
+        """
+        if self._device_steps is None:
+            return
+        for counter, steps in zip(COUNTERS, self._device_steps.take_counts(), strict=True):
+            if steps:
+                self._count(counter, steps)
+        self._forget_unproven_state()
+
+    def _forget_unproven_state(self) -> None:
+        if not self._unproven:
+            return
+        assert self._device_steps is not None
+        taken = self._device_steps.taken.tolist()
+        for index, (param, names) in self._unproven.items():
+            if taken[index]:
+                continue
+            state = self._optimizer.state.get(param, {})
+            for name in names:
+                state.pop(name, None)
+            if not state:
+                self._optimizer.state.pop(param, None)
+        self._unproven = {}
+
+    def _asynchronous_device(self) -> torch.device | None:
+        """Where the first parameter is, if decisions are to stay there; kernels check that all others are too."""
+        for group in self._optimizer.param_groups:
+            for param in group["params"]:
+                return param.device if is_asynchronous(param.device) else None
+        return None
 
     def _why(self) -> str | None:
         # Only a wrapper would pass over a step that somebody put in the wrapped optimizer's place.
@@ -123,12 +158,16 @@ class Stepper:
     # -- the plan -------------------------------------------------------------------------------
 
     def _current_structure(self) -> tuple[object, ...]:
+        device = self._asynchronous_device()
         if self._rule is None:
-            return ()
+            return (device,)
         names = self._rule.state_names
-        return tuple(
-            (names(group), group.get("differentiable"), group.get("capturable"))
-            for group in self._optimizer.param_groups
+        return (
+            device,
+            *(
+                (names(group), group.get("differentiable"), group.get("capturable"))
+                for group in self._optimizer.param_groups
+            ),
         )
 
     def _is_stale(self) -> bool:
@@ -141,15 +180,22 @@ class Stepper:
 
     def _prepare(self) -> None:
         optimizer = self._optimizer
+        self._forget_unproven_state()
         self._structure = self._current_structure()
         self._why_in_place = self._why()
         self._new_state = {}
+        device = self._asynchronous_device()
+        if device is None or self._device_steps is None or self._device_steps.device != device:
+            self.flush()
+            self._device_steps = None if device is None else DeviceSteps(device)
         fused = self._rule is not None and self._why_in_place is None
         slots = [
             self._slot(param, group) if fused else None
             for group in optimizer.param_groups
             for param in group["params"]
         ]
+        if self._device_steps is not None:
+            self._device_steps.prepare([slot is None or slot[2] for slot in slots], self._plan)
         self._plan = _kernels.Plan(
             self._rule.name if fused and self._rule is not None else "none",
             [group["params"] for group in optimizer.param_groups],
@@ -173,12 +219,15 @@ class Stepper:
             # Entered into the optimizer's state only once the step has been taken.
             state = self._new_state[param] = rule.new_state(param, group)
         step = state["step"] if rule.has_step else None
+        if step is not None and self._device_steps is not None and step.device != param.device:
+            # Where the decision to step is taken, as with fused=True and capturable=True.
+            step = state["step"] = step.to(param.device, torch.float32, non_blocking=True)
         return step, [state[name] for name in names], first
 
     # -- fused ----------------------------------------------------------------------------------
 
     def _fused(self, optimizer: torch.optim.Optimizer, closure: Closure | None = None) -> Any:
-        loss = _evaluated(closure)
+        loss = evaluated(closure)
         # Hooks and the closure may have exchanged anything.
         if self._is_stale():
             self._prepare()
@@ -197,25 +246,44 @@ class Stepper:
         assert report is not None and self._plan is not None
         self._record(report, loss)
         if self._new_state:
-            for param in self._plan.active():
-                if param in self._new_state:
-                    optimizer.state[param].update(self._new_state.pop(param))
+            for index, param in zip(self._plan.active_indices(), self._plan.active(), strict=True):
+                if param not in self._new_state:
+                    continue
+                state = self._new_state.pop(param)
+                optimizer.state[param].update(state)
+                if self._device_steps is not None:
+                    self._unproven[index] = param, tuple(state)
             self._plan.mark_first_steps_done()
             self._plan.seal(optimizer.state)
         # A scheduler made for the wrapped optimizer looks for this mark of its own step.
         optimizer._opt_called = True  # type: ignore[attr-defined]
         return loss
 
-    def _run_plan(self) -> _kernels.StepReport | None:
-        if self._plan is None or self._why_in_place is not None:
+    def _run_plan(self) -> _kernels.StepReport | DeviceReport | None:
+        if self._why_in_place is not None:
             return None
+        return self._run(None, read_back=self._options.nonfinite == "raise")
+
+    def _run(
+        self, grads: list[Tensor | None] | None, read_back: bool
+    ) -> _kernels.StepReport | DeviceReport | None:
+        assert self._plan is not None
         numbers = self._group_numbers()
-        return self._plan.step(numbers, self._unscale, self._found_inf)
+        if self._device_steps is None:
+            return self._plan.step(numbers, self._scaling.unscale, self._scaling.found_inf, grads)
+        rates = [
+            group["lr"] if on_device(group.get("lr"), self._device_steps.device) else None
+            for group in self._optimizer.param_groups
+        ]
+        return self._device_steps.run(self._plan, numbers, rates, self._scaling, grads, read_back)
 
     def _group_numbers(self) -> list[tuple[float, ...]]:
+        device = self._asynchronous_device()
         listed: list[dict[str, float]] = []
         for i, group in enumerate(self._optimizer.param_groups):
             where = f"step: param_groups[{i}]: "
+            if on_device(group.get("lr"), device):
+                group = {**group, "lr": 0.0}  # read by the kernels
             numbers = self._rule.numbers(group, where) if self._rule is not None else {}
             listed.append({**numbers, **self._options.group_numbers(group, where)})
         self._creates_state = self._is_state_creation()
@@ -228,8 +296,14 @@ class Stepper:
     def _is_state_creation(self) -> bool:
         """Whether this is torch.distributed.checkpoint's step with zero gradients and no learning rate."""
         groups = self._optimizer.param_groups
+        device = self._asynchronous_device()
+        # It comes before any state. To look at the gradients is to wait for them, so that is all it is done for.
+        if device is not None and self._optimizer.state:
+            return False
         for group in groups:
             rate = group.get("lr", 1)
+            if on_device(rate, device):
+                return False
             if not isinstance(rate, (int, float, Tensor)) or float(rate) != 0:
                 return False
         grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
@@ -238,8 +312,8 @@ class Stepper:
     # -- in place -------------------------------------------------------------------------------
 
     def _in_place(self, closure: Closure | None) -> Any:
-        if not _evaluates_closure(self._optimizer):
-            loss = _evaluated(closure)
+        if not evaluates_closure(self._optimizer):
+            loss = evaluated(closure)
             self._stabilize_grads(loss)
             self._base_step()
             self._apply_proximal()
@@ -251,12 +325,12 @@ class Stepper:
             )
 
         def stabilized_closure() -> Any:
-            loss = _evaluated(closure)
+            loss = evaluated(closure)
             self._stabilize_grads(loss)
             return loss
 
         # It evaluates again in the middle of its step, where it has already moved.
-        restore = _snapshot(self._optimizer)
+        restore = snapshot(self._optimizer)
         try:
             loss = self._base_step(stabilized_closure)
         except (_StepSkipped, NonfiniteGradientError):
@@ -275,7 +349,13 @@ class Stepper:
             for group in self._optimizer.param_groups
             for param in group["params"]
         ]
-        report = self._plan.step(self._group_numbers(), self._unscale, self._found_inf, grads)
+        # The wrapped step cannot be taken back, so whether to take it must be known.
+        read_back = (
+            self._options.nonfinite in ("skip", "raise")
+            or self._scaling.found_inf_tensor is not None
+            or evaluates_closure(self._optimizer)
+        )
+        report = self._run(grads, read_back)
         assert report is not None
         self._record(report, loss)
 
@@ -304,7 +384,7 @@ class Stepper:
 
     # -- the outcome ----------------------------------------------------------------------------
 
-    def _record(self, report: _kernels.StepReport, loss: Any) -> None:
+    def _record(self, report: _kernels.StepReport | DeviceReport, loss: Any) -> None:
         if not self._creates_state:
             self.grad_norm = report.norm
         if report.refused:
@@ -313,7 +393,7 @@ class Stepper:
             raise _StepSkipped(loss)
         self._clipped = self._clipped or report.clipped
 
-    def _nonfinite_message(self, report: _kernels.StepReport) -> str:
+    def _nonfinite_message(self, report: _kernels.StepReport | DeviceReport) -> str:
         assert self._plan is not None
         names = [
             name
@@ -323,7 +403,7 @@ class Stepper:
         ]
         found = [
             f"{names[index]} ({count})"
-            for index, count in zip(self._plan.active_indices(), report.nonfinite, strict=True)
+            for index, count in zip(self._plan.active_indices(), report.nonfinite, strict=False)
             if count
         ]
         shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
@@ -333,35 +413,19 @@ class Stepper:
         )
 
 
+def _scaling(grad_scale: Any, found_inf: Any, device: torch.device | None) -> Scaling:
+    scale_there = on_device(grad_scale, device)
+    found_there = on_device(found_inf, device)
+    return Scaling(
+        unscale=1.0 if grad_scale is None or scale_there else 1.0 / _checked_grad_scale(grad_scale),
+        found_inf=found_inf is not None and not found_there and float(found_inf) > 0,
+        grad_scale_tensor=grad_scale.float() if scale_there else None,
+        found_inf_tensor=found_inf.float() if found_there else None,
+    )
+
+
 def _checked_grad_scale(grad_scale: Any) -> float:
     scale = checked_number("step: grad_scale", grad_scale)
     if scale == 0:
         raise ValueError("step: grad_scale: expected a finite number > 0, got 0")
     return scale
-
-
-def _evaluates_closure(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether its step calls the closure by itself, more than once, as LBFGS does: then it cannot do without."""
-    parameter = inspect.signature(type(optimizer).step).parameters.get("closure")
-    return parameter is not None and parameter.default is inspect.Parameter.empty
-
-
-def _evaluated(closure: Closure | None) -> Any:
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()
-
-
-def _snapshot(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    params = [(p, p.detach().clone()) for g in optimizer.param_groups for p in g["params"]]
-    state = {p: copy.deepcopy(values) for p, values in optimizer.state.items()}
-
-    @torch.no_grad()
-    def restore() -> None:
-        for param, value in params:
-            param.copy_(value)
-        optimizer.state.clear()
-        optimizer.state.update(state)
-
-    return restore

@@ -1,0 +1,29 @@
+// Linked in place of the backend where steadygrad is built without CUDA.
+#include <stdexcept>
+
+#include "cuda/operations.h"
+
+namespace steadygrad::cuda {
+namespace {
+
+[[noreturn]] void refuse() { throw std::runtime_error("steadygrad: built without CUDA"); }
+
+}  // namespace
+
+void grad_norm(const Tensors&, NormType, Outcome*, const Allocate&, Stream) { refuse(); }
+void clip_grad_norm(const Tensors&, double, NormType, bool, Outcome*, const Allocate&, Stream) { refuse(); }
+void clip_grads_with_norm(const Tensors&, double, DeviceNumber, const Allocate&, Stream) { refuse(); }
+void transform_grads(const Tensors&, const TransformOptions&, const Allocate&, Stream) { refuse(); }
+void add_penalty(const Tensors&, double, double, double*, const Allocate&, Stream) { refuse(); }
+void soft_threshold(const Tensors&, double, const Allocate&, Stream) { refuse(); }
+void StepPlan::step(const Tensors&, const std::vector<StepCounter>&, const std::vector<int32_t>&,
+                    const std::vector<DeviceGroup>&, const StepOptions&, const StepMemory&, const Allocate&,
+                    Stream) {
+  refuse();
+}
+
+int device_type() { return -1; }
+
+BackendInfo backend_info() { return {}; }
+
+}  // namespace steadygrad::cuda

@@ -1,0 +1,211 @@
+// A block per tensor adds up its chunks; the last one to finish takes the total and decides.
+#include "core/rules/table.h"
+#include "cuda/decide.h"
+#include "cuda/launch.h"
+
+namespace steadygrad::cuda {
+namespace {
+
+struct DecideArguments {
+  TensorTable table;
+  NormMemory norms;
+  DecisionMemory memory;
+  StepOptions options;
+  const GroupOptions* groups;
+  StepMemory step;
+};
+
+struct Shared {
+  SharedArray<NormPartial, kLanes> partials;
+  SharedArray<double, kLanes> numbers;
+};
+
+__device__ NormPartial identity_of(NormType type) {
+  NormPartial identity;
+  identity.sums.medium = norm_identity(type);
+  return identity;
+}
+
+__device__ NormPartial tensor_partial(const DecideArguments& arguments, int32_t tensor, Shared& shared) {
+  const NormType type = arguments.options.norm_type;
+  const TensorHead head = arguments.table.heads[tensor];
+  return block_combine_in_order(
+      (head.numel + kChunk - 1) / kChunk, identity_of(type), shared.partials.data(),
+      [&](int64_t i) { return arguments.norms.chunks.load(static_cast<int32_t>(head.first_chunk + i)); },
+      [&](NormPartial& a, const NormPartial& b) { combine(type, a, b); });
+}
+
+// Powers of different tensors carry different scales: their norms are combined, relative to the one that counts
+// most.
+__device__ double general_norm(const DecideArguments& arguments, int32_t first, int32_t last, Shared& shared) {
+  const NormType type = arguments.options.norm_type;
+  const NormType extremes = norm_type(type.p > 0 ? INFINITY : -INFINITY);
+  const auto norm_of = [&](int64_t i) {
+    const int32_t tensor = arguments.table.nonempty[first + i];
+    return finish_norm(type, arguments.norms.tensors[tensor].sums, arguments.norms.scales[tensor]);
+  };
+  const double extreme = block_combine_in_order(
+      last - first, norm_identity(extremes), shared.numbers.data(), norm_of,
+      [&](double& a, double b) { a = combine(extremes, a, b); });
+  if (!(extreme > 0) || !is_finite(extreme)) return extreme;
+  const double powers = block_combine_in_order(
+      last - first, 0.0, shared.numbers.data(), [&](int64_t i) { return std::pow(norm_of(i) / extreme, type.p); },
+      [](double& a, double b) { a += b; });
+  return extreme * std::pow(powers, 1 / type.p);
+}
+
+// The norm over nonempty tensors [first, last).
+__device__ Norm scope_norm(const DecideArguments& arguments, int32_t first, int32_t last, Shared& shared) {
+  if (first == last) return Norm();
+  const NormType type = arguments.options.norm_type;
+  const NormPartial sum = block_combine_in_order(
+      last - first, identity_of(type), shared.partials.data(),
+      [&](int64_t i) { return arguments.norms.tensors[arguments.table.nonempty[first + i]]; },
+      [&](NormPartial& a, const NormPartial& b) { combine(type, a, b); });
+  const double finite_norm = type.kind == NormKind::general ? general_norm(arguments, first, last, shared)
+                                                            : finish_norm(type, sum.sums, 1);
+  return norm_with_counts(finite_norm, sum.nonfinite, sum.nan);
+}
+
+__device__ Norm tensor_norm(const DecideArguments& arguments, int32_t tensor) {
+  if (arguments.table.heads[tensor].numel == 0) return Norm();
+  const NormType type = arguments.options.norm_type;
+  const NormPartial partial = arguments.norms.tensors[tensor];
+  const double scale = arguments.norms.scales != nullptr ? arguments.norms.scales[tensor] : 1;
+  return norm_with_counts(finish_norm(type, partial.sums, scale), partial.nonfinite, partial.nan);
+}
+
+// By every thread of the block; returns whether any coefficient is not 1.
+__device__ bool set_coefficients(const DecideArguments& arguments, const StepOptions& options, const Norm& total,
+                                 Shared& shared) {
+  const TensorTable& table = arguments.table;
+  const bool by_group = options.clip_scope == ClipScope::group;
+  if (by_group) {
+    for (int32_t g = 0; g < table.groups; ++g) {
+      const int32_t first = table.group_begin[g];
+      const int32_t last = table.group_begin[g + 1];
+      if (first == last) continue;
+      const Norm norm = scope_norm(arguments, first, last, shared);
+      if (threadIdx.x == 0) {
+        arguments.memory.group_coefficients[g] = scope_coefficient(arguments.groups[g], options, norm);
+      }
+    }
+    __syncthreads();
+  }
+  bool clips = false;
+  for (int32_t t = threadIdx.x; t < table.tensors; t += kLanes) {
+    const TensorHead head = table.heads[t];
+    double coefficient;
+    if (by_group && table.group_begin[head.group] != table.group_begin[head.group + 1]) {
+      coefficient = arguments.memory.group_coefficients[head.group];
+    } else {
+      const Norm norm = options.clip_scope == ClipScope::global ? total : tensor_norm(arguments, t);
+      coefficient = scope_coefficient(arguments.groups[head.group], options, norm);
+    }
+    arguments.memory.coefficients[t] = coefficient;
+    clips = clips || coefficient != 1;
+  }
+  return __syncthreads_or(clips ? 1 : 0) != 0;
+}
+
+// Bias corrections for the step that may be taken: a power or two per tensor, computed by its own block.
+__device__ void prepare_step(const DecideArguments& arguments, int32_t tensor) {
+  const TensorHead head = arguments.table.heads[tensor];
+  double step = 0;
+  if (arguments.table.counters != nullptr) {
+    const StepCounter counter = arguments.table.counters[tensor];
+    step = 1 + (counter.dtype == DType::float64 ? *static_cast<const double*>(counter.data)
+                                                : *static_cast<const float*>(counter.data));
+  }
+  StepScalars scalars = step_scalars(arguments.options.rule, arguments.groups[head.group].hyper, step);
+  scalars.first = arguments.step.taken != nullptr && arguments.step.taken[head.slot] == 0;
+  arguments.memory.scalars[tensor] = scalars;
+}
+
+__device__ void decide(const DecideArguments& arguments, Shared& shared) {
+  StepOptions options = arguments.options;
+  if (arguments.step.found_inf != nullptr) options.found_inf = *arguments.step.found_inf > 0;
+  if (arguments.step.grad_scale != nullptr) options.unscale = 1.0 / *arguments.step.grad_scale;
+  const Norm total = scope_norm(arguments, 0, arguments.table.nonempty_tensors, shared);
+  const bool skipped = is_skipped(options, total);
+  const bool refused = is_refused(options, total);
+  const bool clips = set_coefficients(arguments, options, total, shared);
+  const bool clipped = clips && !skipped && !refused;
+  if (arguments.step.nonfinite != nullptr) {
+    for (int32_t t = threadIdx.x; t < arguments.table.tensors; t += kLanes) {
+      arguments.step.nonfinite[t] = arguments.norms.tensors[t].nonfinite;
+    }
+  }
+  if (threadIdx.x != 0) return;
+  Decision decision;
+  decision.unscale = options.unscale;
+  decision.proceed = !skipped && !refused;
+  decision.zero_nonfinite = zeroes_nonfinite(options, total);
+  decision.coefficients = arguments.memory.coefficients;
+  decision.scalars = arguments.memory.scalars;
+  *arguments.memory.decision = decision;
+  Outcome outcome{};
+  const bool finite_only = !skipped && !refused && options.nonfinite == NonfinitePolicy::zero;
+  outcome.norm = finite_only ? total.finite_norm : total.norm;
+  outcome.norm_float32 = static_cast<float>(outcome.norm);
+  outcome.skipped = skipped ? 1 : 0;
+  outcome.refused = refused ? 1 : 0;
+  outcome.clipped = clipped ? 1 : 0;
+  outcome.nonfinite = total.nonfinite;
+  *arguments.step.outcome = outcome;
+  if (arguments.step.counts != nullptr) {
+    arguments.step.counts[0] += skipped ? 1 : 0;
+    arguments.step.counts[1] += clipped ? 1 : 0;
+  }
+}
+
+// Tensors without elements have no chunk in pass 2 that could count their step.
+__device__ void advance_empty(const DecideArguments& arguments) {
+  if (arguments.table.nonempty_tensors == arguments.table.tensors || !arguments.memory.decision->proceed) return;
+  for (int32_t t = threadIdx.x; t < arguments.table.tensors; t += kLanes) {
+    if (arguments.table.heads[t].numel == 0) advance(arguments.table, t, arguments.step.taken);
+  }
+}
+
+__global__ void __launch_bounds__(kLanes, 1) decide_kernel(const DecideArguments __grid_constant__ arguments) {
+  __shared__ Shared shared;
+  __shared__ bool last;
+  const int32_t tensor = static_cast<int32_t>(blockIdx.x);
+  if (tensor < arguments.table.tensors) {
+    const NormPartial partial = tensor_partial(arguments, tensor, shared);
+    if (threadIdx.x == 0) {
+      arguments.norms.tensors[tensor] = partial;
+      if (arguments.options.rule != RuleKind::none) prepare_step(arguments, tensor);
+    }
+  }
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicInc(arguments.table.arrived, gridDim.x - 1) == gridDim.x - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  if (!last) return;
+  decide(arguments, shared);
+  __syncthreads();
+  if (arguments.options.rule != RuleKind::none) advance_empty(arguments);
+}
+
+}  // namespace
+
+DecisionMemory take_decision_memory(const TensorTable& table, Arena& arena) {
+  DecisionMemory memory;
+  memory.decision = arena.take<Decision>(1);
+  memory.coefficients = arena.take<double>(table.tensors);
+  memory.group_coefficients = arena.take<double>(table.groups);
+  memory.scalars = arena.take<StepScalars>(table.tensors);
+  return memory;
+}
+
+void launch_decide(const char* function, const TensorTable& table, const NormMemory& norms,
+                   const DecisionMemory& memory, const StepOptions& options, const GroupOptions* groups,
+                   const StepMemory& step, Stream stream) {
+  const DecideArguments arguments{table, norms, memory, options, groups, step};
+  launch(function, stream, decide_kernel, table.tensors > 0 ? table.tensors : 1, kLanes, arguments);
+}
+
+}  // namespace steadygrad::cuda

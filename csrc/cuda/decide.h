@@ -1,0 +1,44 @@
+// Between the passes: from the chunks' partials to the norm, the decision and the clip coefficients.
+#pragma once
+
+#include "cuda/grad_norm.h"
+
+namespace steadygrad::cuda {
+
+// What pass 2 has to know, in device memory.
+struct Decision {
+  double unscale;
+  bool proceed;  // neither skipped nor refused
+  bool zero_nonfinite;
+  double* coefficients;  // per tensor
+  StepScalars* scalars;  // per tensor
+};
+
+// A tensor's step has been taken.
+__device__ __forceinline__ void advance(const TensorTable& table, int32_t tensor, int32_t* taken) {
+  if (table.counters != nullptr) {
+    const StepCounter counter = table.counters[tensor];
+    if (counter.dtype == DType::float64) {
+      *static_cast<double*>(counter.data) += 1;
+    } else {
+      *static_cast<float*>(counter.data) += 1;
+    }
+  }
+  taken[table.heads[tensor].slot] = 1;
+}
+
+struct DecisionMemory {
+  Decision* decision = nullptr;
+  double* coefficients = nullptr;
+  double* group_coefficients = nullptr;
+  StepScalars* scalars = nullptr;
+};
+
+DecisionMemory take_decision_memory(const TensorTable& table, Arena& arena);
+
+// `groups`: device memory, one per param group.
+void launch_decide(const char* function, const TensorTable& table, const NormMemory& norms,
+                   const DecisionMemory& memory, const StepOptions& options, const GroupOptions* groups,
+                   const StepMemory& step, Stream stream);
+
+}  // namespace steadygrad::cuda

@@ -1,0 +1,169 @@
+// Reading and writing elements in the type they are computed in: four at a time where they lie in memory order
+// and are aligned, one at a time everywhere else.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "core/tensors.h"
+
+namespace steadygrad::cuda {
+
+constexpr int kQuad = 4;
+
+__device__ __forceinline__ float to_compute(float value) { return value; }
+__device__ __forceinline__ double to_compute(double value) { return value; }
+__device__ __forceinline__ float to_compute(BFloat16 value) { return to_float(value); }
+__device__ __forceinline__ float to_compute(Float16 value) { return to_float(value); }
+
+template <class Element, class T>
+__device__ __forceinline__ Element to_stored(T value) {
+  if constexpr (std::is_same_v<Element, BFloat16>) {
+    return to_bfloat16(static_cast<float>(value));
+  } else if constexpr (std::is_same_v<Element, Float16>) {
+    return to_float16(static_cast<float>(value));
+  } else {
+    return static_cast<Element>(value);
+  }
+}
+
+// Calls function(Element{}) with the type that `dtype` names.
+template <class Function>
+__device__ __forceinline__ void with_element(DType dtype, Function function) {
+  switch (dtype) {
+    case DType::float32:
+      return function(float{});
+    case DType::float64:
+      return function(double{});
+    case DType::bfloat16:
+      return function(BFloat16{});
+    case DType::float16:
+      return function(Float16{});
+  }
+}
+
+// Sizes are followed by their reciprocals, 2^64 / size: a 64-bit division is a call that costs registers.
+__device__ __forceinline__ int64_t element_offset(const TensorOperands& tensor, const int64_t* strides,
+                                                  int64_t index) {
+  if (strides == nullptr) return index;
+  int64_t offset = 0;
+  uint64_t left = static_cast<uint64_t>(index);
+  for (int d = tensor.ndim - 1; d >= 0; --d) {
+    const uint64_t size = static_cast<uint64_t>(tensor.sizes[d]);
+    const uint64_t reciprocal = static_cast<uint64_t>(tensor.sizes[tensor.ndim + d]);
+    uint64_t quotient = static_cast<uint64_t>(static_cast<unsigned __int128>(left) * reciprocal >> 64);
+    uint64_t remainder = left - quotient * size;
+    if (remainder >= size) {  // the quotient is at most one too small
+      remainder -= size;
+      ++quotient;
+    }
+    offset += static_cast<int64_t>(remainder) * strides[d];
+    left = quotient;
+  }
+  return offset;
+}
+
+// As much of four elements as one access takes: 16 bytes at most.
+template <class Element>
+struct alignas(sizeof(Element) * kQuad > 16 ? 16 : sizeof(Element) * kQuad) Quad {
+  Element values[kQuad];
+};
+
+template <class Element>
+STEADYGRAD_INLINE bool is_direct(const Operand& operand) {
+  return operand.strides == nullptr && operand.dtype == DTypeOf<Element>::value &&
+         reinterpret_cast<uintptr_t>(operand.data) % alignof(Quad<Element>) == 0;
+}
+
+template <class T, class Element>
+__device__ __forceinline__ void load_quad(const Element* from, T (&to)[kQuad]) {
+  const Quad<Element> quad = *reinterpret_cast<const Quad<Element>*>(from);
+#pragma unroll
+  for (int k = 0; k < kQuad; ++k) to[k] = to_compute(quad.values[k]);
+}
+
+template <class T, class Element>
+__device__ __forceinline__ void store_quad(Element* to, const T (&from)[kQuad]) {
+  Quad<Element> quad;
+#pragma unroll
+  for (int k = 0; k < kQuad; ++k) quad.values[k] = to_stored<Element>(from[k]);
+  *reinterpret_cast<Quad<Element>*>(to) = quad;
+}
+
+// What the tensors of a call hold. The usual case has a kernel of its own: code for the others takes registers
+// from it.
+enum class Contents : uint8_t { float32_direct, no_float64, any };
+
+template <Contents kContents>
+struct Elements {
+  // Blocks that a multiprocessor is to hold at least; fp64 code takes the registers of both.
+  static constexpr int kBlocks = kContents == Contents::any ? 1 : kContents == Contents::no_float64 ? 2 : 3;
+
+  // Calls function(T{}) with the type that a tensor is computed in.
+  template <class Function>
+  __device__ __forceinline__ static void with_compute_type(const TensorOperands& tensor, Function function) {
+    if constexpr (kContents == Contents::any) {
+      if (tensor.compute_dtype() == DType::float64) return function(double{});
+    }
+    function(float{});
+  }
+
+  // Calls attempt(Element{}) with each stored type that four elements at once may have; it says whether it took it.
+  template <class T, class Attempt>
+  __device__ __forceinline__ static bool with_direct(Attempt attempt) {
+    if (attempt(T{})) return true;
+    if constexpr (kContents != Contents::float32_direct && sizeof(T) == sizeof(float)) {
+      return attempt(BFloat16{}) || attempt(Float16{});
+    }
+    return false;
+  }
+
+  template <class Element>
+  __device__ __forceinline__ static bool direct(const Operand& operand) {
+    return kContents == Contents::float32_direct || is_direct<Element>(operand);
+  }
+
+  template <class T>
+  __device__ __forceinline__ static T load(const TensorOperands& tensor, const Operand& operand, int64_t index) {
+    if constexpr (kContents == Contents::float32_direct) {
+      return static_cast<const float*>(operand.data)[index];
+    } else {
+      const int64_t offset = element_offset(tensor, operand.strides, index);
+      T value = 0;
+      with_element(operand.dtype, [&](auto element) {
+        value = static_cast<T>(to_compute(static_cast<const decltype(element)*>(operand.data)[offset]));
+      });
+      return value;
+    }
+  }
+
+  template <class T>
+  __device__ __forceinline__ static void store(const TensorOperands& tensor, const Operand& operand,
+                                               int64_t index, T value) {
+    if constexpr (kContents == Contents::float32_direct) {
+      static_cast<float*>(operand.data)[index] = value;
+    } else {
+      const int64_t offset = element_offset(tensor, operand.strides, index);
+      with_element(operand.dtype, [&](auto element) {
+        using Element = decltype(element);
+        static_cast<Element*>(operand.data)[offset] = to_stored<Element>(value);
+      });
+    }
+  }
+};
+
+// Calls function(Elements<contents>{}), on the host, to choose a kernel.
+template <class Function>
+void with_contents(Contents contents, Function function) {
+  switch (contents) {
+    case Contents::float32_direct:
+      return function(Elements<Contents::float32_direct>{});
+    case Contents::no_float64:
+      return function(Elements<Contents::no_float64>{});
+    case Contents::any:
+      return function(Elements<Contents::any>{});
+  }
+}
+
+}  // namespace steadygrad::cuda

@@ -1,0 +1,88 @@
+// The operations on lists of tensors: each brings its table to the device, since nothing is kept between calls.
+#include "cuda/gradient.h"
+#include "cuda/launch.h"
+
+namespace steadygrad::cuda {
+namespace {
+
+// Norm and decision in one param group without anything but a limit.
+void norm_and_clip(const char* function, const Tensors& tensors, double max_norm, NormType type,
+                   NonfinitePolicy nonfinite, bool clips, Outcome* outcome, const Allocate& allocate,
+                   Stream stream) {
+  const DeviceGuard guard(stream.device, function);
+  std::vector<uint64_t> image;
+  TensorTable table;
+  NormMemory norms;
+  DecisionMemory decision;
+  StepBroadcast broadcast;
+  const auto lay_out = [&](void* base) {
+    Arena arena(base);
+    table = build_table(tensors, 1, StepEntries(), arena, image);
+    norms = take_norm_memory(table, type, arena);
+    decision = take_decision_memory(table, arena);
+    broadcast.groups = arena.take<GroupOptions>(1);
+    return arena.used();
+  };
+  void* const base = allocate(lay_out(nullptr));
+  lay_out(base);
+  StepOptions options;
+  options.norm_type = type;
+  options.nonfinite = nonfinite;
+  StepMemory memory;
+  memory.outcome = outcome;
+  std::vector<DeviceGroup> groups(1);
+  groups[0].options.max_norm = max_norm;
+  upload(function, image, base, stream);
+  launch_grad_norm(function, tensors, table, norms, options, nullptr, groups, broadcast, stream);
+  launch_decide(function, table, norms, decision, options, broadcast.groups, memory, stream);
+  if (!clips) return;
+  TransformSource source;
+  source.decision = decision.decision;
+  source.groups = broadcast.groups;
+  source.options = options;
+  launch_transform(function, table, nullptr, source, stream);
+}
+
+void transform_all(const char* function, const Tensors& tensors, const TransformSource& source,
+                   const Allocate& allocate, Stream stream) {
+  const DeviceGuard guard(stream.device, function);
+  std::vector<uint64_t> image;
+  Arena measured(nullptr);
+  build_table(tensors, 1, StepEntries(), measured, image);
+  void* const base = allocate(measured.used());
+  Arena arena(base);
+  const TensorTable table = build_table(tensors, 1, StepEntries(), arena, image);
+  upload(function, image, base, stream);
+  launch_transform(function, table, nullptr, source, stream);
+}
+
+}  // namespace
+
+void grad_norm(const Tensors& tensors, NormType type, Outcome* outcome, const Allocate& allocate,
+               Stream stream) {
+  norm_and_clip("get_total_norm", tensors, INFINITY, type, NonfinitePolicy::propagate, false, outcome, allocate,
+                stream);
+}
+
+void clip_grad_norm(const Tensors& tensors, double max_norm, NormType type, bool refuse_nonfinite,
+                    Outcome* outcome, const Allocate& allocate, Stream stream) {
+  const NonfinitePolicy policy = refuse_nonfinite ? NonfinitePolicy::raise : NonfinitePolicy::propagate;
+  norm_and_clip("clip_grad_norm_", tensors, max_norm, type, policy, true, outcome, allocate, stream);
+}
+
+void clip_grads_with_norm(const Tensors& tensors, double max_norm, DeviceNumber total_norm,
+                          const Allocate& allocate, Stream stream) {
+  TransformSource source;
+  source.total_norm = total_norm;
+  source.max_norm = max_norm;
+  transform_all("clip_grads_with_norm_", tensors, source, allocate, stream);
+}
+
+void transform_grads(const Tensors& tensors, const TransformOptions& options, const Allocate& allocate,
+                     Stream stream) {
+  TransformSource source;
+  source.fixed = options;
+  transform_all("clip_grad_value_", tensors, source, allocate, stream);
+}
+
+}  // namespace steadygrad::cuda

@@ -1,0 +1,95 @@
+// The whole optimizer step: pass 1 reads the gradients, a decision is taken on the device, pass 2 updates.
+#include "cuda/launch.h"
+#include "cuda/update.h"
+
+namespace steadygrad::cuda {
+namespace {
+
+constexpr const char* kFunction = "step";
+
+// Everything a step keeps in device memory, in the order in which it lies there.
+struct Layout {
+  TensorTable table;
+  NormMemory norms;
+  DecisionMemory decision;
+  StepBroadcast broadcast;
+  int64_t size;
+};
+
+Layout lay_out(const Tensors& tensors, const StepEntries& entries, int32_t groups, NormType type, void* base,
+               std::vector<uint64_t>& image) {
+  Arena arena(base);
+  Layout layout;
+  layout.table = build_table(tensors, groups, entries, arena, image);
+  layout.norms = take_norm_memory(layout.table, type, arena);
+  layout.decision = take_decision_memory(layout.table, arena);
+  layout.broadcast.groups = arena.take<GroupOptions>(groups);
+  layout.broadcast.grads = arena.take<void*>(layout.table.tensors);
+  layout.size = arena.used();
+  return layout;
+}
+
+bool is_capturing(Stream stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream.handle), &status), kFunction);
+  return status != cudaStreamCaptureStatusNone;
+}
+
+void launch_rule(RuleKind rule, const UpdateArguments& arguments, Stream stream) {
+  switch (rule) {
+    case RuleKind::none:
+      return;
+    case RuleKind::sgd:
+      return update_sgd(kFunction, arguments, stream);
+    case RuleKind::adam:
+      return update_adam(kFunction, arguments, stream);
+    case RuleKind::adagrad:
+      return update_adagrad(kFunction, arguments, stream);
+    case RuleKind::rmsprop:
+      return update_rmsprop(kFunction, arguments, stream);
+  }
+}
+
+}  // namespace
+
+void StepPlan::step(const Tensors& tensors, const std::vector<StepCounter>& counters,
+                    const std::vector<int32_t>& slots, const std::vector<DeviceGroup>& groups,
+                    const StepOptions& options, const StepMemory& memory, const Allocate& allocate,
+                    Stream stream) {
+  const DeviceGuard guard(stream.device, kFunction);
+  // Gradients come anew with each step: their addresses travel with the launch of pass 1.
+  Tensors kept = tensors;
+  for (TensorOperands& tensor : kept) tensor.grad.data = nullptr;
+  const bool counts_steps = !counters.empty() && counters.front().data != nullptr;
+  const StepEntries entries{counts_steps ? &counters : nullptr, &slots};
+  const int32_t group_count = static_cast<int32_t>(groups.size());
+  std::vector<uint64_t> image;
+  Layout layout = lay_out(kept, entries, group_count, options.norm_type, base_, image);
+  if (layout.size > capacity_) {
+    base_ = allocate(layout.size);
+    capacity_ = layout.size;
+    layout = lay_out(kept, entries, group_count, options.norm_type, base_, image);
+    image_.clear();
+  }
+  // A replay puts back the table it was captured with, at any time: from then on each step brings its own.
+  captured_ = captured_ || is_capturing(stream);
+  if (captured_ || image != image_) {
+    upload(kFunction, image, base_, stream);
+    image_ = std::move(image);
+  }
+
+  layout.table.contents = contents_of(tensors);  // the table was built without the gradients' addresses
+  launch_grad_norm(kFunction, tensors, layout.table, layout.norms, options, memory.grad_scale, groups,
+                   layout.broadcast, stream);
+  launch_decide(kFunction, layout.table, layout.norms, layout.decision, options, layout.broadcast.groups, memory,
+                stream);
+  TransformSource source;
+  source.decision = layout.decision.decision;
+  source.groups = layout.broadcast.groups;
+  source.options = options;
+  const bool writes_grads = options.rule == RuleKind::none || options.write_grads;
+  if (writes_grads) launch_transform(kFunction, layout.table, layout.broadcast.grads, source, stream);
+  launch_rule(options.rule, {layout.table, layout.broadcast.grads, source, memory.taken, writes_grads}, stream);
+}
+
+}  // namespace steadygrad::cuda

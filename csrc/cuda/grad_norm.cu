@@ -1,0 +1,264 @@
+// Pass 1: a warp per chunk, one partial per chunk. Thread i of the warp owns lanes 4i to 4i + 3, so that 16-byte
+// loads and the order of core/norm.h go together.
+#include "cuda/grad_norm.h"
+
+#include <algorithm>
+
+#include "cuda/launch.h"
+
+namespace steadygrad::cuda {
+namespace {
+
+constexpr int kNormThreads = 256;
+constexpr int kWarps = kNormThreads / kWarp;
+constexpr int kGroupsPerLaunch = 24;
+constexpr int kGradsPerLaunch = 3500;
+
+struct NormArguments {
+  TensorTable table;
+  NormMemory memory;
+  StepOptions options;
+  const float* grad_scale;
+  StepBroadcast broadcast;
+  int32_t first_chunk;
+  int32_t last_chunk;
+  int32_t first_tensor;
+  int32_t grads_count;
+  int32_t first_group;
+  int32_t groups_count;
+  DeviceGroup groups[kGroupsPerLaunch];
+  void* grads[kGradsPerLaunch];
+};
+static_assert(sizeof(NormArguments) <= 32764, "more than a launch can carry");
+
+// Rows in flight: enough loads to cover the latency of memory.
+template <class T>
+constexpr int kRowsAtOnce = sizeof(T) == sizeof(float) ? 4 : 2;
+
+template <class T, class Element>
+__device__ __forceinline__ void sum_squares(const TensorOperands& tensor, const Chunk& chunk,
+                                            const GradientTransform<T>& transform, LaneSums<T>& sums) {
+  const int lane = threadIdx.x % kWarp;
+  const int64_t begin = chunk.begin + lane * kQuad;
+  const Element* const grads = static_cast<const Element*>(tensor.grad.data) + begin;
+  const Element* const params = static_cast<const Element*>(tensor.param.data) + begin;
+  const bool keeps = transform.keeps_gradient_before_clip();
+  const bool penalised = transform.penalty_before_clip.active();
+  const auto add_rows = [&](int32_t row, auto at_once) {
+    constexpr int kRows = decltype(at_once)::value;
+    T values[kRows][kQuad];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) load_quad<T>(grads + (row + r) * kLanes, values[r]);
+    if (!keeps) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        T param[kQuad] = {};
+        if (penalised) load_quad<T>(params + (row + r) * kLanes, param);
+#pragma unroll
+        for (int k = 0; k < kQuad; ++k) values[r][k] = transform.before_clip(values[r][k], param[k]);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int k = 0; k < kQuad; ++k) sums.add_square(k, values[r][k]);
+    }
+  };
+  const int32_t rows = chunk.count / kLanes;
+  int32_t row = 0;
+  for (; row + kRowsAtOnce<T> <= rows; row += kRowsAtOnce<T>) {
+    add_rows(row, std::integral_constant<int, kRowsAtOnce<T>>());
+  }
+  for (; row < rows; ++row) add_rows(row, std::integral_constant<int, 1>());
+#pragma unroll
+  for (int k = 0; k < kQuad; ++k) {
+    const int32_t i = rows * kLanes + lane * kQuad + k;
+    if (i >= chunk.count) continue;
+    const T grad = to_compute(static_cast<const Element*>(tensor.grad.data)[chunk.begin + i]);
+    const T param = penalised ? to_compute(static_cast<const Element*>(tensor.param.data)[chunk.begin + i]) : T(0);
+    sums.add_square(k, transform.before_clip(grad, param));
+  }
+}
+
+// Any layout, dtype and kind of norm; non-finite elements are counted and taken as zero.
+template <class Elements, class T>
+__device__ __forceinline__ NormPartial sum_elements(const TensorOperands& tensor, const Chunk& chunk,
+                                    const GradientTransform<T>& transform, NormType type, double scale) {
+  const int lane = threadIdx.x % kWarp;
+  const bool penalised = transform.penalty_before_clip.active();
+  LaneSums<T> sums(type);
+  NormPartial partial;
+  unsigned nonfinite = 0;
+  unsigned nan = 0;
+  for (int32_t row = 0; row < chunk.count; row += kLanes) {
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) {
+      const int32_t i = row + lane * kQuad + k;
+      if (i >= chunk.count) continue;
+      const T grad = Elements::template load<T>(tensor, tensor.grad, chunk.begin + i);
+      const T param = penalised ? Elements::template load<T>(tensor, tensor.param, chunk.begin + i) : T(0);
+      const T value = transform.before_clip(grad, param);
+      const bool finite = is_finite(value);
+      nonfinite += finite ? 0 : 1;
+      nan += value != value ? 1 : 0;
+      sums.add(type, k, finite ? value : T(0), scale);
+    }
+  }
+  for (int half = kWarp / 2; half >= 1; half /= 2) {
+    nonfinite += __shfl_down_sync(kFullWarp, nonfinite, half);
+    nan += __shfl_down_sync(kFullWarp, nan, half);
+  }
+  partial.sums = sums.combined(type);
+  partial.nonfinite = nonfinite;
+  partial.nan = nan;
+  return partial;
+}
+
+template <class Elements, bool kSquares, class T>
+__device__ __forceinline__ NormPartial chunk_norm(const TensorOperands& tensor, const Chunk& chunk,
+                                                  const TransformOptions& options, NormType type, double scale) {
+  const GradientTransform<T> transform = transform_before_clip<T>(options);
+  const bool penalised = transform.penalty_before_clip.active();
+  if constexpr (kSquares) {
+    type = NormType{NormKind::two, 2};  // known to the compiler, which then drops all other kinds
+    LaneSums<T> sums(type);
+    const bool summed = Elements::template with_direct<T>([&](auto element) {
+      using Element = decltype(element);
+      if (!Elements::template direct<Element>(tensor.grad)) return false;
+      if (penalised && !Elements::template direct<Element>(tensor.param)) return false;
+      sum_squares<T, Element>(tensor, chunk, transform, sums);
+      return true;
+    });
+    if (summed) {
+      NormPartial partial;
+      partial.sums = sums.combined(type);
+      const double total = partial.sums.small + partial.sums.medium + partial.sums.large;
+      // Where a sum of squares is finite, so is every element.
+      if (__shfl_sync(kFullWarp, is_finite(total) ? 1 : 0, 0) != 0) return partial;
+    }
+  }
+  return sum_elements<Elements>(tensor, chunk, transform, type, scale);
+}
+
+__device__ void publish(const NormArguments& arguments) {
+  for (int32_t g = threadIdx.x; g < arguments.groups_count; g += kNormThreads) {
+    GroupOptions options = arguments.groups[g].options;
+    const DeviceNumber lr = arguments.groups[g].lr;
+    if (lr.data != nullptr) {
+      options.hyper.lr = lr.dtype == DType::float64 ? *static_cast<const double*>(lr.data)
+                                                    : *static_cast<const float*>(lr.data);
+    }
+    arguments.broadcast.groups[arguments.first_group + g] = options;
+  }
+  for (int32_t t = threadIdx.x; t < arguments.grads_count; t += kNormThreads) {
+    arguments.broadcast.grads[arguments.first_tensor + t] = arguments.grads[t];
+  }
+}
+
+template <class Elements, bool kSquares>
+__global__ void __launch_bounds__(kNormThreads, Elements::kBlocks) grad_norm_kernel(const NormArguments __grid_constant__ arguments) {
+  if (blockIdx.x == 0) publish(arguments);
+  const int64_t index = arguments.first_chunk + int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;
+  if (index >= arguments.last_chunk) return;
+  const Chunk chunk = arguments.table.chunk(static_cast<int32_t>(index));
+  TensorOperands tensor = arguments.table.tensor(chunk.tensor, nullptr);
+  TransformOptions transform;
+  if (arguments.grads_count > 0) tensor.grad.data = arguments.grads[chunk.tensor - arguments.first_tensor];
+  if (arguments.groups_count > 0) {
+    StepOptions options = arguments.options;
+    if (arguments.grad_scale != nullptr) options.unscale = 1.0 / *arguments.grad_scale;
+    transform = group_transform(arguments.groups[tensor.group - arguments.first_group].options, options);
+  }
+  const NormType type = arguments.options.norm_type;
+  const double scale = arguments.memory.scales != nullptr ? arguments.memory.scales[chunk.tensor] : 1;
+  NormPartial partial;
+  Elements::with_compute_type(tensor, [&](auto element) {
+    partial = chunk_norm<Elements, kSquares, decltype(element)>(tensor, chunk, transform, type, scale);
+  });
+  if (threadIdx.x % kWarp == 0) arguments.memory.chunks.store(static_cast<int32_t>(index), partial);
+}
+
+// For a general p: what brings each tensor's extreme magnitude near one.
+__global__ void __launch_bounds__(kLanes) norm_scale_kernel(const TensorTable table, const NormMemory memory,
+                                                            const NormType extreme) {
+  __shared__ SharedArray<NormPartial, kLanes> lanes;
+  const TensorHead head = table.heads[blockIdx.x];
+  const int32_t chunks = static_cast<int32_t>((head.numel + kChunk - 1) / kChunk);
+  NormPartial identity;
+  identity.sums.medium = norm_identity(extreme);
+  const NormPartial partial = block_combine_in_order(
+      chunks, identity, lanes.data(), [&](int64_t i) { return memory.chunks.load(head.first_chunk + i); },
+      [&](NormPartial& a, const NormPartial& b) { combine(extreme, a, b); });
+  if (threadIdx.x == 0) memory.scales[blockIdx.x] = scale_for(partial.sums.medium);
+}
+
+void launch_partials(const char* function, const Tensors& tensors, NormArguments& arguments,
+                     const std::vector<DeviceGroup>& groups, bool brings_grads, Stream stream) {
+  const int32_t count = arguments.table.tensors;
+  int32_t chunks = 0;
+  int32_t next = 0;
+  do {
+    arguments.first_tensor = next;
+    arguments.first_chunk = chunks;
+    arguments.first_group = next < count && !groups.empty() ? tensors[next].group : 0;
+    arguments.grads_count = 0;
+    int32_t last_group = arguments.first_group;
+    for (; next < count; ++next) {
+      if (brings_grads && arguments.grads_count == kGradsPerLaunch) break;
+      if (!groups.empty() && tensors[next].group >= arguments.first_group + kGroupsPerLaunch) break;
+      last_group = groups.empty() ? 0 : tensors[next].group;
+      if (brings_grads) arguments.grads[arguments.grads_count++] = tensors[next].grad.data;
+      chunks += static_cast<int32_t>((tensors[next].numel + kChunk - 1) / kChunk);
+    }
+    arguments.last_chunk = chunks;
+    arguments.groups_count = groups.empty() ? 0 : last_group - arguments.first_group + 1;
+    std::copy_n(groups.begin() + arguments.first_group, arguments.groups_count, arguments.groups);
+    // One block at least: it brings the groups to the device also where all tensors are empty.
+    const int64_t blocks = std::max<int64_t>(1, blocks_for(chunks - arguments.first_chunk, kWarps));
+    with_contents(arguments.table.contents, [&](auto elements) {
+      const auto kernel = arguments.options.norm_type.kind == NormKind::two
+                              ? grad_norm_kernel<decltype(elements), true>
+                              : grad_norm_kernel<decltype(elements), false>;
+      launch(function, stream, kernel, blocks, kNormThreads, arguments);
+    });
+  } while (next < count);
+}
+
+}  // namespace
+
+NormMemory take_norm_memory(const TensorTable& table, NormType type, Arena& arena) {
+  NormMemory memory;
+  if (table.contents == Contents::any && type.kind == NormKind::two) {
+    memory.chunks.small = arena.take<double>(table.chunks);
+    memory.chunks.large = arena.take<double>(table.chunks);
+  }
+  memory.chunks.medium = arena.take<double>(table.chunks);
+  memory.chunks.counts = arena.take<uint32_t>(table.chunks);
+  memory.tensors = arena.take<NormPartial>(table.tensors);
+  if (type.kind == NormKind::general) memory.scales = arena.take<double>(table.tensors);
+  return memory;
+}
+
+void launch_grad_norm(const char* function, const Tensors& tensors, const TensorTable& table,
+                      const NormMemory& memory, const StepOptions& options, const float* grad_scale,
+                      const std::vector<DeviceGroup>& groups, const StepBroadcast& broadcast, Stream stream) {
+  NormArguments arguments{};
+  arguments.table = table;
+  arguments.memory = memory;
+  arguments.options = options;
+  arguments.grad_scale = grad_scale;
+  arguments.broadcast = broadcast;
+  const bool brings_grads = broadcast.grads != nullptr;
+  if (options.norm_type.kind == NormKind::general) {
+    arguments.options.norm_type = norm_type(options.norm_type.p > 0 ? INFINITY : -INFINITY);
+    arguments.memory.scales = nullptr;
+    launch_partials(function, tensors, arguments, groups, brings_grads, stream);
+    launch(function, stream, norm_scale_kernel, table.tensors, kLanes, table, memory,
+           arguments.options.norm_type);
+    arguments.options.norm_type = options.norm_type;
+    arguments.memory.scales = memory.scales;
+  }
+  launch_partials(function, tensors, arguments, groups, brings_grads, stream);
+}
+
+}  // namespace steadygrad::cuda

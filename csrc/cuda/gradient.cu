@@ -1,0 +1,76 @@
+// Writing transformed gradients: what clipping in place and the in-place step have in common.
+#include "cuda/gradient.h"
+
+#include "cuda/launch.h"
+
+namespace steadygrad::cuda {
+namespace {
+
+struct TransformArguments {
+  TensorTable table;
+  void* const* grads;
+  TransformSource source;
+};
+
+template <class T, class Element>
+__device__ __forceinline__ int32_t transform_quads(const TensorOperands& tensor, const Chunk& chunk,
+                                                   const GradientTransform<T>& transform, bool reads_param) {
+  Element* const grads = static_cast<Element*>(tensor.grad.data) + chunk.begin;
+  const Element* const params = static_cast<const Element*>(tensor.param.data) + chunk.begin;
+  const int32_t quads = chunk.count / kQuad;
+  for (int32_t q = threadIdx.x; q < quads; q += kChunkThreads) {
+    T grad[kQuad];
+    T param[kQuad] = {};
+    load_quad<T>(grads + q * kQuad, grad);
+    if (reads_param) load_quad<T>(params + q * kQuad, param);
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) grad[k] = transform(grad[k], param[k]);
+    store_quad<T>(grads + q * kQuad, grad);
+  }
+  return quads * kQuad;
+}
+
+template <class Elements, class T>
+__device__ __forceinline__ void transform_chunk(const TensorOperands& tensor, const Chunk& chunk,
+                                                const TransformOptions& options) {
+  const GradientTransform<T> transform = gradient_transform<T>(options);
+  if (transform.is_identity()) return;
+  const bool reads_param = options.reads_param();
+  int32_t done = 0;
+  Elements::template with_direct<T>([&](auto element) {
+    using Element = decltype(element);
+    if (!Elements::template direct<Element>(tensor.grad)) return false;
+    if (reads_param && !Elements::template direct<Element>(tensor.param)) return false;
+    done = transform_quads<T, Element>(tensor, chunk, transform, reads_param);
+    return true;
+  });
+  for (int32_t i = done + threadIdx.x; i < chunk.count; i += kChunkThreads) {
+    const int64_t index = chunk.begin + i;
+    const T grad = Elements::template load<T>(tensor, tensor.grad, index);
+    const T param = reads_param ? Elements::template load<T>(tensor, tensor.param, index) : T(0);
+    Elements::template store<T>(tensor, tensor.grad, index, transform(grad, param));
+  }
+}
+
+template <class Elements>
+__global__ void __launch_bounds__(kChunkThreads, Elements::kBlocks)
+    transform_kernel(const TransformArguments __grid_constant__ arguments) {
+  if (!arguments.source.proceeds()) return;
+  const Chunk chunk = backward_chunk(arguments.table);
+  const TensorOperands tensor = arguments.table.tensor(chunk.tensor, arguments.grads);
+  const TransformOptions options = arguments.source.of(chunk, tensor.group);
+  Elements::with_compute_type(
+      tensor, [&](auto element) { transform_chunk<Elements, decltype(element)>(tensor, chunk, options); });
+}
+
+}  // namespace
+
+void launch_transform(const char* function, const TensorTable& table, void* const* grads,
+                      const TransformSource& source, Stream stream) {
+  with_contents(table.contents, [&](auto elements) {
+    launch(function, stream, transform_kernel<decltype(elements)>, table.chunks, kChunkThreads,
+           TransformArguments{table, grads, source});
+  });
+}
+
+}  // namespace steadygrad::cuda

@@ -1,0 +1,46 @@
+// Gradients transformed in place, and what pass 2 applies to each tensor.
+#pragma once
+
+#include "cuda/decide.h"
+
+namespace steadygrad::cuda {
+
+constexpr int kChunkThreads = 256;
+
+// Pass 2 walks backwards: what pass 1 read last is still in cache.
+__device__ __forceinline__ Chunk backward_chunk(const TensorTable& table) {
+  return table.chunk(table.chunks - 1 - static_cast<int32_t>(blockIdx.x));
+}
+
+// Where a tensor's transform comes from: a step's decision, or the same options for all tensors.
+struct TransformSource {
+  const Decision* decision = nullptr;
+  const GroupOptions* groups = nullptr;
+  StepOptions options;
+  TransformOptions fixed;
+  DeviceNumber total_norm;  // with max_norm: the clip coefficient, if there is no decision
+  double max_norm = INFINITY;
+
+  __device__ __forceinline__ bool proceeds() const { return decision == nullptr || decision->proceed; }
+
+  __device__ __forceinline__ TransformOptions of(const Chunk& chunk, int32_t group) const {
+    TransformOptions transform = fixed;
+    if (decision != nullptr) {
+      StepOptions unscaled = options;
+      unscaled.unscale = decision->unscale;
+      transform = group_transform(groups[group], unscaled);
+      transform.zero_nonfinite = decision->zero_nonfinite;
+      transform.clip_coefficient = decision->coefficients[chunk.tensor];
+    } else if (total_norm.data != nullptr) {
+      const double norm = total_norm.dtype == DType::float64 ? *static_cast<const double*>(total_norm.data)
+                                                             : *static_cast<const float*>(total_norm.data);
+      transform.clip_coefficient = clip_coefficient(max_norm, norm);
+    }
+    return transform;
+  }
+};
+
+void launch_transform(const char* function, const TensorTable& table, void* const* grads,
+                      const TransformSource& source, Stream stream);
+
+}  // namespace steadygrad::cuda

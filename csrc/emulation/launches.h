@@ -1,0 +1,11 @@
+// How many kernels have been launched.
+#pragma once
+
+#include <cstdint>
+
+namespace steadygrad::emulation {
+
+// Launch calls of this process that succeeded.
+uint64_t launch_count();
+
+}  // namespace steadygrad::emulation

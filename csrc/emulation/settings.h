@@ -1,0 +1,24 @@
+// The environment variables STEADYGRAD_EMULATION_*, read when first needed.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace steadygrad::emulation {
+
+enum class Order { random, forward, reverse };
+
+struct Settings {
+  Order order = Order::random;
+  uint64_t seed = 1;
+  unsigned threads = 1;
+  size_t stack_bytes = 0;
+  bool poison = true;
+  bool verbose = false;
+  std::string problem;  // why they make no sense; empty otherwise
+};
+
+const Settings& settings();
+
+}  // namespace steadygrad::emulation

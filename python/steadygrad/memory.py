@@ -1,0 +1,40 @@
+"""Memory that kernels fill: what a call leaves behind, and scratch space on the tensors' device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from steadygrad import _kernels
+
+
+def is_asynchronous(device: torch.device) -> bool:
+    """Whether kernels for tensors on this device run behind the host's back, so that results must stay there."""
+    return _kernels.is_asynchronous(device.type)
+
+
+def allocator(device: torch.device) -> Callable[[int], Tensor]:
+    """A function that makes so many bytes of scratch space."""
+    return lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
+class Outcome:
+    """What a norm, a clip or a step leaves on its device: 24 bytes, to be read without or with waiting for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.tensor = torch.empty(3, dtype=torch.float64, device=device)
+
+    def norm(self, wide: bool) -> Tensor:
+        """The norm, 0-d, without waiting: float64 or float32."""
+        return self.tensor[0] if wide else self.tensor.view(torch.float32)[2]
+
+    def nonfinite(self) -> int:
+        """The number of non-finite elements; waits for the device."""
+        return int(self.tensor.view(torch.int64)[2])
+
+    def flags(self) -> tuple[bool, bool, bool]:
+        """Whether the step was skipped, refused, clipped; waits for the device."""
+        skipped, refused, clipped = self.tensor.view(torch.uint8)[12:15].tolist()
+        return bool(skipped), bool(refused), bool(clipped)

@@ -1,0 +1,124 @@
+"""Steps whose outcome stays on the device: nothing here waits for it unless it is asked to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steadygrad import _kernels
+from steadygrad.memory import Outcome, allocator
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """``torch.amp.GradScaler``'s numbers, as numbers or, where waiting for them would cost, as tensors."""
+
+    unscale: float = 1.0
+    found_inf: bool = False
+    grad_scale_tensor: Tensor | None = None
+    found_inf_tensor: Tensor | None = None
+
+
+class DeviceReport:
+    """A step's report. One that is not read back says that nothing happened: the device keeps the counts."""
+
+    def __init__(self, outcome: Outcome, counted: Tensor | None, read_back: bool) -> None:
+        self.norm = outcome
+        self._counted = counted
+        self.skipped, self.refused, self.clipped = (
+            outcome.flags() if read_back else (False, False, False)
+        )
+
+    @property
+    def nonfinite_count(self) -> int:
+        """The number of non-finite elements; waits for the device."""
+        return self.norm.nonfinite()
+
+    @property
+    def nonfinite(self) -> list[int]:
+        """The same per tensor."""
+        assert self._counted is not None
+        counts: list[int] = self._counted.tolist()
+        return counts
+
+
+class DeviceSteps:
+    """What one optimizer's steps keep on the device between them.
+
+    Attributes:
+        device: where its parameters are.
+        taken: per parameter, in order, whether its first step has been taken. A skipped one has not been.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.taken = torch.ones(0, dtype=torch.int32, device=device)
+        self._counts: Tensor | None = None
+        self._kept: list[_kernels.Plan] = []
+
+    def prepare(self, first: list[bool], replaced: _kernels.Plan | None) -> None:
+        """For a new plan: which parameters take their first step. Plans that graphs use are kept alive."""
+        if replaced is not None and replaced.captured:
+            self._kept.append(replaced)
+        # A copy from pageable memory would wait; most often there is nothing to copy.
+        if any(first) and not all(first):
+            flags = torch.tensor([not f for f in first], dtype=torch.int32)
+            self.taken = flags.to(self.device, non_blocking=True)
+        else:
+            make = torch.zeros if any(first) else torch.ones
+            self.taken = make(len(first), dtype=torch.int32, device=self.device)
+
+    def run(
+        self,
+        plan: _kernels.Plan,
+        numbers: list[tuple[float, ...]],
+        learning_rates: list[Tensor | None],
+        scaling: Scaling,
+        grads: list[Tensor | None] | None,
+        read_back: bool,
+    ) -> DeviceReport | None:
+        """One step; None when a parameter has a gradient and no slot yet."""
+        outcome = Outcome(self.device)
+        counted = (
+            torch.empty(len(self.taken), dtype=torch.int64, device=self.device)
+            if read_back
+            else None
+        )
+        if self._counts is None and not read_back:
+            self._counts = torch.zeros(2, dtype=torch.int64, device=self.device)
+        memory = {
+            "outcome": outcome.tensor,
+            "counts": None if read_back else self._counts,
+            "taken": self.taken,
+            "nonfinite": counted,
+            "grad_scale": scaling.grad_scale_tensor,
+            "found_inf": scaling.found_inf_tensor,
+        }
+        ran = plan.step_on_device(
+            numbers,
+            scaling.unscale,
+            scaling.found_inf,
+            grads,
+            memory,
+            learning_rates,
+            allocator(self.device),
+        )
+        if not ran:
+            return None
+        return DeviceReport(outcome, counted, read_back)
+
+    def take_counts(self) -> list[int]:
+        """Skipped and clipped steps since the last call; waits for the device if there were any steps."""
+        if self._counts is None:
+            return [0, 0]
+        counts: list[int] = self._counts.tolist()
+        self._counts.zero_()
+        return counts
+
+
+def on_device(value: Any, device: torch.device | None) -> bool:
+    """Whether it is a tensor on a device that is not to be waited for."""
+    return device is not None and isinstance(value, Tensor) and value.device == device
