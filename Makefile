@@ -1,15 +1,17 @@
-# make demo | test | lint | bench | clean
+# make demo | test | lint | bench | gpu | performance | clean
 #   make test ARGS="-k norm"        passes ARGS on to the command
 #   make PYTHON=python3.12 test     another interpreter (3.10 or later)
 
 PYTHON ?= python3
 ARGS ?=
+OUT ?= out/gpu
 
 VENV := .venv
 BIN := $(VENV)/bin
 # Names the interpreter's version, so that another PYTHON gets a fresh environment.
 ENVIRONMENT := $(VENV)/.python-$(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
 INSTALLED := $(VENV)/.installed
+EMULATED := $(VENV)/.emulated
 LINTERS := $(VENV)/.linters
 # Folders are listed too: their times change when a file is removed.
 SOURCES := CMakeLists.txt LICENSE README.md pyproject.toml \
@@ -20,12 +22,15 @@ CPP_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 export PIP_BUILD_CONSTRAINT := $(abspath constraints.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench clean
+# The GPUs that kernels are compiled for while developing; a release is built without this, for all of them.
+export CUDAARCHS ?= 80-real;90-real
+
+.PHONY: demo test lint bench gpu performance clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m steadygrad study --quick --out out $(ARGS)
 
-test: $(INSTALLED)
+test: $(INSTALLED) $(EMULATED)
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(INSTALLED) $(LINTERS)
@@ -36,6 +41,13 @@ lint: $(INSTALLED) $(LINTERS)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m steadygrad bench $(ARGS)
+
+# Builds, tests and measures on a GPU, with the packages that are there; ARGS=--rehearse needs none.
+gpu:
+	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) benchmarks/gpu.py --out "$(OUT)" $(ARGS)
+
+performance:
+	$(PYTHON) benchmarks/performance.py
 
 clean:
 	rm -rf $(VENV) build dist out .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -49,6 +61,11 @@ $(ENVIRONMENT):
 
 $(INSTALLED): $(ENVIRONMENT) constraints.txt $(SOURCES)
 	$(BIN)/python -m pip install -c constraints.txt '.[test]'
+	touch $@
+
+# For the tests alone: the CUDA kernels on the CPU.
+$(EMULATED): $(INSTALLED) $(shell find tests/emulated -name __pycache__ -prune -o -print)
+	$(BIN)/python -m pip install --no-deps ./tests/emulated
 	touch $@
 
 $(LINTERS): $(ENVIRONMENT) constraints.txt

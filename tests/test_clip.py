@@ -111,10 +111,12 @@ def test_an_inactive_clip_writes_nothing(
     norm = sg.clip_grad_norm_(params, max_norm)
     assert 1.0 < norm.item() < 1e4
     snapshot.assert_unchanged()
-    assert versions(params) == before
+    # Where the device decides, the host announces what may be written.
+    announced = backend.asynchronous and max_norm < math.inf
+    assert versions(params) == before or announced
     sg.clip_grads_with_norm_(params, max_norm, norm)
     snapshot.assert_unchanged()
-    assert versions(params) == before
+    assert versions(params) == before or announced
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -205,7 +207,7 @@ def test_error_if_nonfinite_leaves_the_gradients_alone(
     with pytest.raises(RuntimeError, match="finite"):
         sg.clip_grad_norm_(params, 1.0, error_if_nonfinite=True)
     snapshot.assert_unchanged()
-    assert versions(params) == before
+    assert versions(params) == before or backend.asynchronous
 
 
 @pytest.mark.parametrize("value", [-1.0, -math.inf, math.nan, -1e-300])

@@ -19,7 +19,13 @@ CSRC = ROOT / "csrc"
 RULE = {
     "core": ({"core"}, set()),
     "cpu": ({"core", "cpu"}, {"dlfcn.h", "link.h"}),
-    "bindings": ({"core", "cpu", "bindings"}, {"Python.h", "pybind11/", "dlpack/"}),
+    "cuda": ({"core", "cuda"}, {"cuda_runtime.h"}),
+    # Stands in for the CUDA runtime, and tells the backend that its devices are the CPU.
+    "emulation": (
+        {"emulation", "cuda"},
+        {"cuda_runtime.h", "link.h", "math.h", "sanitizer/", "sys/mman.h", "unistd.h"},
+    ),
+    "bindings": ({"core", "cpu", "cuda", "bindings"}, {"Python.h", "pybind11/", "dlpack/"}),
 }
 
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
@@ -65,6 +71,12 @@ def test_file_includes_only_what_its_layer_may(path: Path) -> None:
         ("cpu", '"bindings/tensor.h"'),
         ("cpu", "<pybind11/pybind11.h>"),
         ("cpu", "<omp.h>"),
+        ("cpu", '"cuda/operations.h"'),
+        ("cuda", '"cpu/operations.h"'),
+        ("cuda", '"emulation/launch.h"'),
+        ("cuda", "<dlpack/dlpack.h>"),
+        ("emulation", '"core/norm.h"'),
+        ("bindings", '"emulation/launches.h"'),
         ("bindings", "<torch/extension.h>"),
         ("bindings", "<ATen/dlpack.h>"),
         ("bindings", '"c10/core/Device.h"'),
@@ -97,5 +109,5 @@ def test_extension_links_neither_torch_nor_openmp() -> None:
         pytest.skip("needs ldd")
     result = subprocess.run([ldd, kernels.__file__], capture_output=True, text=True, check=True)
     assert "libc.so" in result.stdout
-    assert not re.search(r"lib(torch|c10|gomp|iomp|omp|python)", result.stdout), result.stdout
+    assert not re.search(r"lib(torch|c10|gomp|iomp|omp|python|cuda)", result.stdout), result.stdout
     assert "not found" not in result.stdout, result.stdout

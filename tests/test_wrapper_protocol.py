@@ -424,7 +424,7 @@ def test_point_3_add_param_group(backend: Backend, kind: str) -> None:
     for seed in range(3):
         step_both(mine, theirs, ours, torchs, seed)
     assert ours.param_groups[1]["max_norm"] == 1.0
-    assert ours.param_groups[1]["clipped_steps"] == ours.clipped_steps == 3
+    assert ours.clipped_steps == ours.param_groups[1]["clipped_steps"] == 3
     assert_same_params(mine, theirs, torch.float32)
     with pytest.raises(ValueError, match="more than one parameter group"):
         ours.add_param_group({"params": mine[:1]})

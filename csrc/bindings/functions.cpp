@@ -115,7 +115,7 @@ bool clip_grad_norm(const py::list& grads, double max_norm, double p, bool error
   const NormType type = checked_norm_type(kName, p);
   const GradList list = grads_of(grads, kName, "parameters.grad", Use::write, type.kind == NormKind::two);
   if (list.device.is_cuda()) {
-    announce_write(grads);
+    if (max_norm < INFINITY) announce_write(grads);  // what may be written: the device decides
     Allocator allocator(allocate);
     cuda::clip_grad_norm(list.tensors, max_norm, type, error_if_nonfinite, memory_of<cuda::Outcome>(outcome),
                          std::ref(allocator), current_stream(list.device));
@@ -163,6 +163,7 @@ void clip_grads_with_norm(const py::list& grads, double max_norm, const py::obje
     if (view.numel != 1 || (view.dtype != DType::float32 && view.dtype != DType::float64)) {
       throw_type_error(argument, "a number, or a float32 or float64 tensor of one element", total_norm.ptr());
     }
+    if (max_norm == INFINITY) return;
     announce_write(grads);
     Allocator allocator(allocate);
     cuda::clip_grads_with_norm(list.tensors, max_norm, {view.data, view.dtype}, std::ref(allocator),
@@ -262,15 +263,16 @@ void define_functions(py::module_& module) {
              py::arg("error_if_nonfinite"), py::arg("outcome"), py::arg("allocate"));
   module.def("clip_grads_with_norm_", &clip_grads_with_norm, py::arg("grads"), py::arg("max_norm"),
              py::arg("total_norm"), py::arg("allocate"));
-  module.def("clip_grad_value_", &clip_grad_value, py::arg("grads"), py::arg("clip_value"), py::arg("allocate"));
+  module.def("clip_grad_value_", &clip_grad_value, py::arg("grads"), py::arg("clip_value"),
+             py::arg("allocate"));
   module.def("add_penalty_", &add_penalty, py::arg("params"), py::arg("grads"), py::arg("l1"), py::arg("l2"),
              py::arg("value"), py::arg("allocate"));
   module.def("soft_threshold_", &soft_threshold, py::arg("params"), py::arg("amount"), py::arg("allocate"));
   module.def(
       "is_asynchronous",
       [](const std::string& device_type) {
-        const int type = device_type == "cpu" ? kDLCPU : device_type == "cuda" ? kDLCUDA : -1;
-        return type == cuda::device_type();
+        const int type = device_type == "cpu" ? kDLCPU : device_type == "cuda" ? kDLCUDA : 0;
+        return type == cuda_backend_type();
       },
       py::arg("device_type"));
 }

@@ -407,8 +407,9 @@ void define_plan(py::module_& module) {
       .def("matches", &Plan::matches, py::arg("param_groups"), py::arg("state"))
       .def("step", &Plan::step, py::arg("groups"), py::arg("unscale"), py::arg("found_inf"),
            py::arg("grads") = py::none())
-      .def("step_on_device", &Plan::step_on_device, py::arg("groups"), py::arg("unscale"), py::arg("found_inf"),
-           py::arg("grads"), py::arg("memory"), py::arg("learning_rates"), py::arg("allocate"))
+      .def("step_on_device", &Plan::step_on_device, py::arg("groups"), py::arg("unscale"),
+           py::arg("found_inf"), py::arg("grads"), py::arg("memory"), py::arg("learning_rates"),
+           py::arg("allocate"))
       .def_property_readonly("captured", &Plan::captured)
       .def("active", &Plan::active)
       .def("active_indices", &Plan::active_indices)

@@ -26,14 +26,15 @@ class Plan {
   // Whether param_groups and state still hold the very objects this plan was made from.
   bool matches(const py::list& param_groups, const py::dict& state) const;
 
-  // One step on the CPU, or nothing when a parameter has a gradient and no slot yet. `groups`: per param group the
-  // numbers of kGroupFields. `grads`: what to use in place of the parameters' .grad (None: no part in this
-  // step).
+  // One step on the CPU, or nothing when a parameter has a gradient and no slot yet. `groups`: per param
+  // group the numbers of kGroupFields. `grads`: what to use in place of the parameters' .grad (None: no part
+  // in this step).
   std::optional<cpu::StepReport> step(const py::list& groups, double unscale, bool found_inf,
                                       const std::optional<py::list>& grads);
 
-  // One step on the CUDA backend; false when a parameter has a gradient and no slot yet. `memory`: the tensors
-  // it reads and fills. `learning_rates`: per param group None or a tensor on the device that replaces lr.
+  // One step on the CUDA backend; false when a parameter has a gradient and no slot yet. `memory`: the
+  // tensors it reads and fills. `learning_rates`: per param group None or a tensor on the device that
+  // replaces lr.
   bool step_on_device(const py::list& groups, double unscale, bool found_inf,
                       const std::optional<py::list>& grads, const py::dict& memory,
                       const py::list& learning_rates, const py::object& allocate);

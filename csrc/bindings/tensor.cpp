@@ -81,13 +81,14 @@ bool same_strides(const View& a, const View& b) {
 }
 
 std::string supported_devices() {
-  return cuda::device_type() == kDLCUDA ? " on the CPU or a CUDA device" : " on the CPU, the only backend compiled in";
+  return cuda_backend_type() == kDLCUDA ? " on the CPU or a CUDA device"
+                                        : " on the CPU, the only backend compiled in";
 }
 
 void check_device(const DLDevice& found, Device& device, PyObject* object, const Argument& argument) {
   // Pinned memory is the CPU's.
   const int type = found.device_type == kDLCUDAHost ? kDLCPU : found.device_type;
-  if (type != kDLCPU && type != cuda::device_type()) {
+  if (type != kDLCPU && type != cuda_backend_type()) {
     throw_type_error(argument, "a tensor" + supported_devices(), object);
   }
   const Device here{type, type == kDLCPU ? 0 : found.device_id};
@@ -193,11 +194,24 @@ void check_not_negated(const View& view, PyObject* object, const Argument& argum
   }
 }
 
+int cuda_backend_type() {
+  switch (cuda::devices()) {
+    case cuda::Devices::cuda:
+      return kDLCUDA;
+    case cuda::Devices::cpu:
+      return kDLCPU;
+    case cuda::Devices::none:
+      return -1;
+  }
+  return -1;
+}
+
 cuda::Stream current_stream(Device device) {
   cuda::Stream stream;
   stream.device = device.index;
   if (device.type != kDLCUDA) return stream;
-  if (torch.api->current_work_stream(kDLCUDA, device.index, &stream.handle) != 0) throw py::error_already_set();
+  if (torch.api->current_work_stream(kDLCUDA, device.index, &stream.handle) != 0)
+    throw py::error_already_set();
   return stream;
 }
 

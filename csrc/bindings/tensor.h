@@ -24,6 +24,9 @@ struct Argument {
   std::string text() const;
 };
 
+// DLPack's type of the devices whose tensors the CUDA backend takes; -1: it takes none.
+int cuda_backend_type();
+
 // Where the tensors of one call are: the first one that is looked at sets it.
 struct Device {
   int type = 0;  // DLPack's; 0: not set yet
@@ -31,7 +34,7 @@ struct Device {
 
   bool operator==(const Device& other) const { return type == other.type && index == other.index; }
   // Whether its tensors go to the CUDA backend: also those of the CPU, where its kernels are emulated.
-  bool is_cuda() const { return type != 0 && type == cuda::device_type(); }
+  bool is_cuda() const { return type != 0 && type == cuda_backend_type(); }
 };
 
 // Valid until control returns to Python: sizes and strides belong to the tensor.
@@ -50,8 +53,8 @@ void import_torch();
 
 py::tuple exchange_api_version();
 
-// Throws TypeError, ValueError or RuntimeError when `object` is not a dense tensor of a type and on a device the
-// kernels take, or on another device than the tensors before it.
+// Throws TypeError, ValueError or RuntimeError when `object` is not a dense tensor of a type and on a device
+// the kernels take, or on another device than the tensors before it.
 View view_of(PyObject* object, const Argument& argument, Device& device);
 
 // torch's current stream on a device of the CUDA backend.

@@ -22,7 +22,7 @@ void StepPlan::step(const Tensors&, const std::vector<StepCounter>&, const std::
   refuse();
 }
 
-int device_type() { return -1; }
+Devices devices() { return Devices::none; }
 
 BackendInfo backend_info() { return {}; }
 

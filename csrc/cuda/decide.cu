@@ -35,22 +35,23 @@ __device__ NormPartial tensor_partial(const DecideArguments& arguments, int32_t 
       [&](NormPartial& a, const NormPartial& b) { combine(type, a, b); });
 }
 
-// Powers of different tensors carry different scales: their norms are combined, relative to the one that counts
-// most.
-__device__ double general_norm(const DecideArguments& arguments, int32_t first, int32_t last, Shared& shared) {
+// Powers of different tensors carry different scales: their norms are combined, relative to the one that
+// counts most.
+__device__ double general_norm(const DecideArguments& arguments, int32_t first, int32_t last,
+                               Shared& shared) {
   const NormType type = arguments.options.norm_type;
   const NormType extremes = norm_type(type.p > 0 ? INFINITY : -INFINITY);
   const auto norm_of = [&](int64_t i) {
     const int32_t tensor = arguments.table.nonempty[first + i];
     return finish_norm(type, arguments.norms.tensors[tensor].sums, arguments.norms.scales[tensor]);
   };
-  const double extreme = block_combine_in_order(
-      last - first, norm_identity(extremes), shared.numbers.data(), norm_of,
-      [&](double& a, double b) { a = combine(extremes, a, b); });
+  const double extreme =
+      block_combine_in_order(last - first, norm_identity(extremes), shared.numbers.data(), norm_of,
+                             [&](double& a, double b) { a = combine(extremes, a, b); });
   if (!(extreme > 0) || !is_finite(extreme)) return extreme;
   const double powers = block_combine_in_order(
-      last - first, 0.0, shared.numbers.data(), [&](int64_t i) { return std::pow(norm_of(i) / extreme, type.p); },
-      [](double& a, double b) { a += b; });
+      last - first, 0.0, shared.numbers.data(),
+      [&](int64_t i) { return std::pow(norm_of(i) / extreme, type.p); }, [](double& a, double b) { a += b; });
   return extreme * std::pow(powers, 1 / type.p);
 }
 
@@ -76,8 +77,8 @@ __device__ Norm tensor_norm(const DecideArguments& arguments, int32_t tensor) {
 }
 
 // By every thread of the block; returns whether any coefficient is not 1.
-__device__ bool set_coefficients(const DecideArguments& arguments, const StepOptions& options, const Norm& total,
-                                 Shared& shared) {
+__device__ bool set_coefficients(const DecideArguments& arguments, const StepOptions& options,
+                                 const Norm& total, Shared& shared) {
   const TensorTable& table = arguments.table;
   const bool by_group = options.clip_scope == ClipScope::group;
   if (by_group) {
@@ -161,13 +162,15 @@ __device__ void decide(const DecideArguments& arguments, Shared& shared) {
 
 // Tensors without elements have no chunk in pass 2 that could count their step.
 __device__ void advance_empty(const DecideArguments& arguments) {
-  if (arguments.table.nonempty_tensors == arguments.table.tensors || !arguments.memory.decision->proceed) return;
+  if (arguments.table.nonempty_tensors == arguments.table.tensors || !arguments.memory.decision->proceed)
+    return;
   for (int32_t t = threadIdx.x; t < arguments.table.tensors; t += kLanes) {
     if (arguments.table.heads[t].numel == 0) advance(arguments.table, t, arguments.step.taken);
   }
 }
 
-__global__ void __launch_bounds__(kLanes, 1) decide_kernel(const DecideArguments __grid_constant__ arguments) {
+__global__ void __launch_bounds__(kLanes, 1)
+    decide_kernel(const DecideArguments __grid_constant__ arguments) {
   __shared__ Shared shared;
   __shared__ bool last;
   const int32_t tensor = static_cast<int32_t>(blockIdx.x);

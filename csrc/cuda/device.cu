@@ -31,13 +31,13 @@ std::string advice(cudaError_t error) {
       cudaDriverGetVersion(&driver);
       cudaRuntimeGetVersion(&runtime);
       return "expected a driver for CUDA " + version_text(runtime) + " or later, got one for CUDA " +
-             version_text(driver) + ". Update the NVIDIA driver, or build steadygrad with an older CUDA toolkit";
+             version_text(driver) +
+             ". Update the NVIDIA driver, or build steadygrad with an older CUDA toolkit";
     }
     case cudaErrorNoKernelImageForDevice:
     case cudaErrorInvalidDeviceFunction:
       return "expected one of the architectures compiled in (" STEADYGRAD_CUDA_ARCHITECTURES "), got " +
-             device_text() +
-             ". Build steadygrad from source with CUDAARCHS set to the device's architecture";
+             device_text() + ". Build steadygrad from source with CUDAARCHS set to the device's architecture";
     default:
       return std::string("CUDA error ") + cudaGetErrorName(error) + ": " + cudaGetErrorString(error);
   }

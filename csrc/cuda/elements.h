@@ -1,10 +1,9 @@
-// Reading and writing elements in the type they are computed in: four at a time where they lie in memory order
-// and are aligned, one at a time everywhere else.
+// Reading and writing elements in the type they are computed in: four at a time where they lie in memory
+// order and are aligned, one at a time everywhere else.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
+#include <cuda_runtime.h>
 
 #include "core/tensors.h"
 
@@ -91,8 +90,8 @@ __device__ __forceinline__ void store_quad(Element* to, const T (&from)[kQuad]) 
   *reinterpret_cast<Quad<Element>*>(to) = quad;
 }
 
-// What the tensors of a call hold. The usual case has a kernel of its own: code for the others takes registers
-// from it.
+// What the tensors of a call hold. The usual case has a kernel of its own: code for the others takes
+// registers from it.
 enum class Contents : uint8_t { float32_direct, no_float64, any };
 
 template <Contents kContents>
@@ -109,7 +108,8 @@ struct Elements {
     function(float{});
   }
 
-  // Calls attempt(Element{}) with each stored type that four elements at once may have; it says whether it took it.
+  // Calls attempt(Element{}) with each stored type that four elements at once may have; it says whether it
+  // took it.
   template <class T, class Attempt>
   __device__ __forceinline__ static bool with_direct(Attempt attempt) {
     if (attempt(T{})) return true;
@@ -125,7 +125,8 @@ struct Elements {
   }
 
   template <class T>
-  __device__ __forceinline__ static T load(const TensorOperands& tensor, const Operand& operand, int64_t index) {
+  __device__ __forceinline__ static T load(const TensorOperands& tensor, const Operand& operand,
+                                           int64_t index) {
     if constexpr (kContents == Contents::float32_direct) {
       return static_cast<const float*>(operand.data)[index];
     } else {

@@ -1,4 +1,5 @@
-// The operations on lists of tensors: each brings its table to the device, since nothing is kept between calls.
+// The operations on lists of tensors: each brings its table to the device, since nothing is kept between
+// calls.
 #include "cuda/gradient.h"
 #include "cuda/launch.h"
 
@@ -7,8 +8,7 @@ namespace {
 
 // Norm and decision in one param group without anything but a limit.
 void norm_and_clip(const char* function, const Tensors& tensors, double max_norm, NormType type,
-                   NonfinitePolicy nonfinite, bool clips, Outcome* outcome, const Allocate& allocate,
-                   Stream stream) {
+                   NonfinitePolicy nonfinite, Outcome* outcome, const Allocate& allocate, Stream stream) {
   const DeviceGuard guard(stream.device, function);
   std::vector<uint64_t> image;
   TensorTable table;
@@ -35,7 +35,7 @@ void norm_and_clip(const char* function, const Tensors& tensors, double max_norm
   upload(function, image, base, stream);
   launch_grad_norm(function, tensors, table, norms, options, nullptr, groups, broadcast, stream);
   launch_decide(function, table, norms, decision, options, broadcast.groups, memory, stream);
-  if (!clips) return;
+  if (max_norm == INFINITY) return;
   TransformSource source;
   source.decision = decision.decision;
   source.groups = broadcast.groups;
@@ -60,14 +60,14 @@ void transform_all(const char* function, const Tensors& tensors, const Transform
 
 void grad_norm(const Tensors& tensors, NormType type, Outcome* outcome, const Allocate& allocate,
                Stream stream) {
-  norm_and_clip("get_total_norm", tensors, INFINITY, type, NonfinitePolicy::propagate, false, outcome, allocate,
+  norm_and_clip("get_total_norm", tensors, INFINITY, type, NonfinitePolicy::propagate, outcome, allocate,
                 stream);
 }
 
 void clip_grad_norm(const Tensors& tensors, double max_norm, NormType type, bool refuse_nonfinite,
                     Outcome* outcome, const Allocate& allocate, Stream stream) {
   const NonfinitePolicy policy = refuse_nonfinite ? NonfinitePolicy::raise : NonfinitePolicy::propagate;
-  norm_and_clip("clip_grad_norm_", tensors, max_norm, type, policy, true, outcome, allocate, stream);
+  norm_and_clip("clip_grad_norm_", tensors, max_norm, type, policy, outcome, allocate, stream);
 }
 
 void clip_grads_with_norm(const Tensors& tensors, double max_norm, DeviceNumber total_norm,

@@ -81,15 +81,16 @@ void StepPlan::step(const Tensors& tensors, const std::vector<StepCounter>& coun
   layout.table.contents = contents_of(tensors);  // the table was built without the gradients' addresses
   launch_grad_norm(kFunction, tensors, layout.table, layout.norms, options, memory.grad_scale, groups,
                    layout.broadcast, stream);
-  launch_decide(kFunction, layout.table, layout.norms, layout.decision, options, layout.broadcast.groups, memory,
-                stream);
+  launch_decide(kFunction, layout.table, layout.norms, layout.decision, options, layout.broadcast.groups,
+                memory, stream);
   TransformSource source;
   source.decision = layout.decision.decision;
   source.groups = layout.broadcast.groups;
   source.options = options;
   const bool writes_grads = options.rule == RuleKind::none || options.write_grads;
   if (writes_grads) launch_transform(kFunction, layout.table, layout.broadcast.grads, source, stream);
-  launch_rule(options.rule, {layout.table, layout.broadcast.grads, source, memory.taken, writes_grads}, stream);
+  launch_rule(options.rule, {layout.table, layout.broadcast.grads, source, memory.taken, writes_grads},
+              stream);
 }
 
 }  // namespace steadygrad::cuda

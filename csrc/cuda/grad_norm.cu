@@ -1,9 +1,8 @@
-// Pass 1: a warp per chunk, one partial per chunk. Thread i of the warp owns lanes 4i to 4i + 3, so that 16-byte
-// loads and the order of core/norm.h go together.
-#include "cuda/grad_norm.h"
-
+// Pass 1: a warp per chunk, one partial per chunk. Thread i of the warp owns lanes 4i to 4i + 3, so that
+// 16-byte loads and the order of core/norm.h go together.
 #include <algorithm>
 
+#include "cuda/grad_norm.h"
 #include "cuda/launch.h"
 
 namespace steadygrad::cuda {
@@ -75,7 +74,8 @@ __device__ __forceinline__ void sum_squares(const TensorOperands& tensor, const 
     const int32_t i = rows * kLanes + lane * kQuad + k;
     if (i >= chunk.count) continue;
     const T grad = to_compute(static_cast<const Element*>(tensor.grad.data)[chunk.begin + i]);
-    const T param = penalised ? to_compute(static_cast<const Element*>(tensor.param.data)[chunk.begin + i]) : T(0);
+    const T param =
+        penalised ? to_compute(static_cast<const Element*>(tensor.param.data)[chunk.begin + i]) : T(0);
     sums.add_square(k, transform.before_clip(grad, param));
   }
 }
@@ -83,7 +83,8 @@ __device__ __forceinline__ void sum_squares(const TensorOperands& tensor, const 
 // Any layout, dtype and kind of norm; non-finite elements are counted and taken as zero.
 template <class Elements, class T>
 __device__ __forceinline__ NormPartial sum_elements(const TensorOperands& tensor, const Chunk& chunk,
-                                    const GradientTransform<T>& transform, NormType type, double scale) {
+                                                    const GradientTransform<T>& transform, NormType type,
+                                                    double scale) {
   const int lane = threadIdx.x % kWarp;
   const bool penalised = transform.penalty_before_clip.active();
   LaneSums<T> sums(type);
@@ -116,7 +117,8 @@ __device__ __forceinline__ NormPartial sum_elements(const TensorOperands& tensor
 
 template <class Elements, bool kSquares, class T>
 __device__ __forceinline__ NormPartial chunk_norm(const TensorOperands& tensor, const Chunk& chunk,
-                                                  const TransformOptions& options, NormType type, double scale) {
+                                                  const TransformOptions& options, NormType type,
+                                                  double scale) {
   const GradientTransform<T> transform = transform_before_clip<T>(options);
   const bool penalised = transform.penalty_before_clip.active();
   if constexpr (kSquares) {
@@ -156,7 +158,8 @@ __device__ void publish(const NormArguments& arguments) {
 }
 
 template <class Elements, bool kSquares>
-__global__ void __launch_bounds__(kNormThreads, Elements::kBlocks) grad_norm_kernel(const NormArguments __grid_constant__ arguments) {
+__global__ void __launch_bounds__(kNormThreads, Elements::kBlocks)
+    grad_norm_kernel(const NormArguments __grid_constant__ arguments) {
   if (blockIdx.x == 0) publish(arguments);
   const int64_t index = arguments.first_chunk + int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;
   if (index >= arguments.last_chunk) return;
@@ -179,8 +182,8 @@ __global__ void __launch_bounds__(kNormThreads, Elements::kBlocks) grad_norm_ker
 }
 
 // For a general p: what brings each tensor's extreme magnitude near one.
-__global__ void __launch_bounds__(kLanes) norm_scale_kernel(const TensorTable table, const NormMemory memory,
-                                                            const NormType extreme) {
+__global__ void __launch_bounds__(kLanes)
+    norm_scale_kernel(const TensorTable table, const NormMemory memory, const NormType extreme) {
   __shared__ SharedArray<NormPartial, kLanes> lanes;
   const TensorHead head = table.heads[blockIdx.x];
   const int32_t chunks = static_cast<int32_t>((head.numel + kChunk - 1) / kChunk);

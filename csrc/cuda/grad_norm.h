@@ -24,8 +24,8 @@ struct StepBroadcast {
   void** grads = nullptr;
 };
 
-// One launch, or several where the arguments do not fit one. `groups` and `grads` are those of a step, per param
-// group and per tensor; functions leave them empty.
+// One launch, or several where the arguments do not fit one. `groups` and `grads` are those of a step, per
+// param group and per tensor; functions leave them empty.
 void launch_grad_norm(const char* function, const Tensors& tensors, const TensorTable& table,
                       const NormMemory& memory, const StepOptions& options, const float* grad_scale,
                       const std::vector<DeviceGroup>& groups, const StepBroadcast& broadcast, Stream stream);

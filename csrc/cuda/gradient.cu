@@ -1,6 +1,5 @@
 // Writing transformed gradients: what clipping in place and the in-place step have in common.
 #include "cuda/gradient.h"
-
 #include "cuda/launch.h"
 
 namespace steadygrad::cuda {

@@ -1,10 +1,10 @@
-// The lanes of core/norm.h on a warp and on a block. A warp takes a row of kLanes elements at a time, and thread
-// i of it lanes 4i to 4i + 3; a block of kLanes threads has one lane per thread. Both add in core's order.
+// The lanes of core/norm.h on a warp and on a block. A warp takes a row of kLanes elements at a time, and
+// thread i of it lanes 4i to 4i + 3; a block of kLanes threads has one lane per thread. Both add in core's
+// order.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
+#include <cuda_runtime.h>
 
 #include "core/norm.h"
 #include "cuda/elements.h"
@@ -70,7 +70,8 @@ struct LaneSums {
   __device__ __forceinline__ explicit LaneSums(NormType type) : medium(norm_identity(type)) {}
 
   __device__ __forceinline__ void add_square(int k, T x) {
-    // The square of an fp32 value is exact in fp64, so the sum has the bits that a product and a sum would have.
+    // The square of an fp32 value is exact in fp64, so the sum has the bits that a product and a sum would
+    // have.
     medium.values[k] = fma(static_cast<double>(x), static_cast<double>(x), medium.values[k]);
   }
   __device__ __forceinline__ void add(NormType type, int k, T x, double scale) {

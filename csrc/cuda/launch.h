@@ -1,9 +1,8 @@
 // What every launcher does around a kernel: device guard, stream, launch, check.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
+#include <cuda_runtime.h>
 #include <utility>
 
 #include "cuda/operations.h"

@@ -99,8 +99,10 @@ class StepPlan {
   std::vector<uint64_t> image_;  // what the device's table holds
 };
 
-// DLPack's number for the devices this backend takes: CUDA's, or where the kernels are emulated the CPU's.
-int device_type();
+// Whose tensors this backend takes: those of CUDA devices, or where the kernels are emulated those of the
+// CPU.
+enum class Devices : uint8_t { none, cuda, cpu };
+Devices devices();
 
 struct DeviceInfo {
   std::string name;

@@ -79,7 +79,8 @@ __global__ void __launch_bounds__(kChunkThreads, Elements::kBlocks)
   if (threadIdx.x % kWarp == 0) arguments.chunks[index] = sums;
 }
 
-__global__ void __launch_bounds__(kLanes) penalty_value_kernel(const PenaltyArguments __grid_constant__ arguments) {
+__global__ void __launch_bounds__(kLanes)
+    penalty_value_kernel(const PenaltyArguments __grid_constant__ arguments) {
   __shared__ SharedArray<PenaltySums, kLanes> lanes;
   const PenaltySums sums = block_combine_in_order(
       arguments.table.chunks, PenaltySums{}, lanes.data(), [&](int64_t i) { return arguments.chunks[i]; },
@@ -104,7 +105,8 @@ template <class Elements, class T>
 __device__ __forceinline__ void threshold_chunk(const TensorOperands& tensor, const Chunk& chunk, T amount) {
   for (int32_t i = threadIdx.x; i < chunk.count; i += kChunkThreads) {
     const T param = Elements::template load<T>(tensor, tensor.param, chunk.begin + i);
-    Elements::template store<T>(tensor, tensor.param, chunk.begin + i, steadygrad::soft_threshold(param, amount));
+    Elements::template store<T>(tensor, tensor.param, chunk.begin + i,
+                                steadygrad::soft_threshold(param, amount));
   }
 }
 

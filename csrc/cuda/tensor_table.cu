@@ -1,9 +1,8 @@
-#include "cuda/tensor_table.h"
-
 #include <algorithm>
 #include <stdexcept>
 
 #include "cuda/launch.h"
+#include "cuda/tensor_table.h"
 
 namespace steadygrad::cuda {
 namespace {
@@ -19,7 +18,8 @@ struct UploadArguments {
 };
 static_assert(sizeof(UploadArguments) <= 32764, "more than a launch can carry");
 
-__global__ void __launch_bounds__(kUploadThreads) upload_kernel(const UploadArguments __grid_constant__ arguments) {
+__global__ void __launch_bounds__(kUploadThreads)
+    upload_kernel(const UploadArguments __grid_constant__ arguments) {
   for (int64_t i = blockIdx.x * kUploadThreads + threadIdx.x; i < arguments.count;
        i += gridDim.x * kUploadThreads) {
     arguments.to[i] = arguments.words[i];

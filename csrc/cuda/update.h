@@ -68,7 +68,8 @@ __device__ __forceinline__ int32_t update_quads(const TensorOperands& tensor, co
 
 template <class Elements, class Element, class Rule>
 __device__ __forceinline__ bool updates_direct(const TensorOperands& tensor) {
-  bool direct = Elements::template direct<Element>(tensor.param) && Elements::template direct<Element>(tensor.grad);
+  bool direct =
+      Elements::template direct<Element>(tensor.param) && Elements::template direct<Element>(tensor.grad);
 #pragma unroll
   for (int s = 0; s < Rule::kStateCount; ++s) {
     direct = direct && Elements::template direct<Element>(tensor.states[s]);
@@ -114,7 +115,8 @@ __device__ __forceinline__ void update_tensor(const UpdateArguments& arguments, 
   const T threshold = static_cast<T>(proximal_threshold(group, arguments.source.options));
   const StepScalars scalars = arguments.source.decision->scalars[chunk.tensor];
   with_rule<T>(kKind, group.hyper, scalars, [&](const auto& rule) __attribute__((always_inline)) {
-    update_chunk<Elements>(tensor, chunk, ElementUpdate<T, std::decay_t<decltype(rule)>>{rule, transform, threshold});
+    update_chunk<Elements>(tensor, chunk,
+                           ElementUpdate<T, std::decay_t<decltype(rule)>>{rule, transform, threshold});
   });
 }
 
@@ -125,8 +127,9 @@ __global__ void __launch_bounds__(kChunkThreads, Elements::kBlocks)
   const Chunk chunk = backward_chunk(arguments.table);
   const TensorOperands tensor = arguments.table.tensor(chunk.tensor, arguments.grads);
   if (chunk.begin == 0 && threadIdx.x == 0) advance(arguments.table, chunk.tensor, arguments.taken);
-  Elements::with_compute_type(
-      tensor, [&](auto element) { update_tensor<Elements, decltype(element), kKind>(arguments, tensor, chunk); });
+  Elements::with_compute_type(tensor, [&](auto element) {
+    update_tensor<Elements, decltype(element), kKind>(arguments, tensor, chunk);
+  });
 }
 
 template <RuleKind kKind>

@@ -76,8 +76,8 @@ def get_total_norm(
     {2, 1, inf}, two for a general p.
 
     Args:
-        tensors: dense tensors of any shape, all on the CPU or on one CUDA device; float32, float64, bfloat16, float16, or complex for p = 2.
-            A tensor that appears twice counts once. An empty list has norm 0.
+        tensors: dense tensors of any shape, all on the CPU or all on one CUDA device; float32, float64, bfloat16,
+            float16, or complex for p = 2. A tensor that appears twice counts once. An empty list has norm 0.
         norm_type: p. ``inf`` is the largest magnitude, ``-inf`` the smallest, 0 the number of non-zeros.
         error_if_nonfinite: wait for the device, and raise if an element is infinite or NaN. Default: False.
         foreach: accepted for compatibility with torch; there is one implementation.

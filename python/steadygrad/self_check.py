@@ -54,13 +54,15 @@ class _Operation:
     define: Callable[[Any, Arrays, Arrays], Arrays]
 
 
-def check_kernels(package: ModuleType, device: str = "cpu") -> list[Check]:
+def check_kernels(
+    package: ModuleType, device: str = "cpu", dtypes: Sequence[str] = tuple(TOLERANCES["norm"])
+) -> list[Check]:
     """Run every operation in every dtype on small random tensors; compare with its definition."""
     reference = import_module("steadygrad.reference")
     return [
         _check(operation, dtype, package, reference, device)
         for operation in _operations()
-        for dtype in TOLERANCES["norm"]
+        for dtype in dtypes
     ]
 
 

@@ -120,5 +120,11 @@ class DeviceSteps:
 
 
 def on_device(value: Any, device: torch.device | None) -> bool:
-    """Whether it is a tensor on a device that is not to be waited for."""
-    return device is not None and isinstance(value, Tensor) and value.device == device
+    """Whether it is a number in a tensor on a device that is not to be waited for."""
+    return (
+        device is not None
+        and isinstance(value, Tensor)
+        and value.device == device
+        and value.numel() == 1
+        and value.dtype in (torch.float32, torch.float64)
+    )

@@ -153,6 +153,7 @@ class Stabilized(StepOutcome):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group; keys it does not set get this optimizer's defaults."""
+        self._flush()
         super().add_param_group(param_group)  # type: ignore[misc]
         self._add_group_keys()
 

@@ -198,6 +198,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group; keys it does not set get this wrapper's defaults."""
+        self._flush()
         self.optimizer.add_param_group(param_group)
         self._add_group_keys()
 

@@ -1,9 +1,8 @@
-#include <dlpack/dlpack.h>
-
+// The emulated backend takes tensors on the CPU.
 #include "cuda/operations.h"
 
 namespace steadygrad::cuda {
 
-int device_type() { return kDLCUDA; }
+Devices devices() { return Devices::cpu; }
 
 }  // namespace steadygrad::cuda

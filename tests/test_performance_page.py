@@ -1,0 +1,152 @@
+"""docs/performance.md: written from the result files, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+performance = importlib.import_module("performance")
+result_files = importlib.import_module("result_files")
+
+TREE, LATER = "a" * 40, "b" * 40
+
+HOST: dict[str, Any] = {
+    "created": "2026-01-02T03:04:05+00:00",
+    "environment": {
+        "cpu": "Test CPU",
+        "cores": 2,
+        "threads": 2,
+        "python": "3.12.3",
+        "torch": "2.11.0",
+        "revision": "c" * 40,
+        "csrc_tree": TREE,
+        "gpu": None,
+    },
+    "copy_bandwidth": {
+        "copy_gigabytes_per_second": 75.6,
+        "mul_gigabytes_per_second": 120.4,
+    },
+    "cases": [
+        {
+            "operation": "clip + AdamW",
+            "shapes": "ResNet-50",
+            "bytes_per_element": 32,
+            "cold_buffers": True,
+            "gigabytes_per_second": 99.9,
+            "share_of_copy": 0.876,
+            "clock": "wall",
+            "ours": {"name": "steadygrad", "median_seconds": 0.00812},
+            "peers": [{"name": "torch clip + fused", "median_seconds": 0.0101, "ratio": 1.244}],
+        },
+        {
+            "operation": "clip + AdamW",
+            "shapes": "2,000 x 32",
+            "bytes_per_element": 32,
+            "cold_buffers": False,
+            "gigabytes_per_second": 0.5,
+            "share_of_copy": None,
+            "clock": "wall",
+            "ours": {"name": "steadygrad", "median_seconds": 0.001},
+            "peers": [{"name": "torch clip + fused", "median_seconds": 0.005, "ratio": 5.0}],
+        },
+    ],
+    "targets": [
+        {"case": "adamw/resnet50", "peer": "torch clip + fused", "at_least": 1.4, "measured": 1.244, "met": False},
+        {"case": "adamw/resnet50", "peer": "copy bandwidth", "at_least": 0.8, "measured": 0.876, "met": True},
+        {"case": "adamw/gpt2", "peer": "torch clip + fused", "at_least": 1.2, "measured": None, "met": None},
+    ],
+    "skipped": [{"case": "adam/one_2e28", "reason": "the limit of 75 s was reached"}],
+}  # fmt: skip
+
+
+def on_gpu() -> dict[str, Any]:
+    result = copy.deepcopy(HOST)
+    result["environment"]["gpu"] = {
+        "name": "NVIDIA Test 9",
+        "architecture": "sm_90",
+        "multiprocessors": 132,
+        "driver": "580.1",
+        "torch_cuda": "13.0",
+        "kernels_runtime": "13.0",
+        "nvcc": "13.0.88",
+    }
+    result["copy_bandwidth"]["mul_gigabytes_per_second"] = None
+    for case in result["cases"]:
+        case["ours"]["wall_median_seconds"] = 0.002
+    result["cases"][0]["clock"] = "device"
+    return result
+
+
+def test_the_committed_page_is_what_the_generator_writes() -> None:
+    written = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    made = performance.page(result_files.newest_results(), None)
+    assert performance.settled(written) == made.rstrip("\n") + "\n", "run: make performance"
+
+
+def test_staleness_is_told_and_left_out_of_the_comparison() -> None:
+    results = {"Test CPU, 2 cores": HOST}
+    fresh = performance.page(results, TREE)
+    stale = performance.page(results, LATER)
+    line = "**These figures are older than the kernels**: they are of `csrc` at aaaaaaaaaaaa, which is now at bbbb"
+    assert line in stale and line not in fresh
+    assert performance.settled(stale) == performance.settled(fresh) == fresh
+    assert fresh == performance.page(results, None)
+
+
+@pytest.mark.parametrize("tree", [None, "unknown"])
+def test_a_file_that_does_not_name_its_kernels_is_told(tree: str | None) -> None:
+    result = copy.deepcopy(HOST)
+    result["environment"]["csrc_tree"] = tree
+    result["environment"]["revision"] = None
+    text = performance.page({"Test": result}, LATER)
+    assert "does not say which kernels it measured" in text
+    assert "at revision unknown" in text
+
+
+def test_a_page_without_a_gpu_says_so() -> None:
+    text = performance.page({"Test CPU, 2 cores": HOST}, TREE)
+    assert "CUDA: not measured: no GPU was at hand; the kernels have been compiled" in text
+    assert "2 threads of an Test CPU" not in text
+    for expected in (
+        "## Test CPU, 2 cores",
+        "`copy_` 76 GB/s, `mul_` 120 GB/s",
+        "Floors: 1 of 3 met.",
+        "| adamw/resnet50 | torch clip + fused | 1.4 x | 1.24 x | **missed** |",
+        "| adamw/resnet50 | copy bandwidth | 80 % | 88 % | met |",
+        "| adamw/gpt2 | torch clip + fused | 1.2 x | - | not run |",
+        "| ResNet-50 | 8.12 | 100 | 88 % | torch clip + fused | 10.1 | 1.24 |",
+        "| 2,000 x 32 | 1 | - | - | torch clip + fused | 5 | 5.00 |",
+        "Not measured: adam/one_2e28 (the limit of 75 s was reached).",
+    ):
+        assert expected in text
+
+
+def test_a_gpu_comes_first_and_marks_wall_time() -> None:
+    results = {"Test CPU, 2 cores": HOST, "NVIDIA Test 9": on_gpu()}
+    text = performance.page(results, TREE)
+    assert "not measured: no GPU" not in text
+    assert text.index("## NVIDIA Test 9") < text.index("## Test CPU")
+    assert "sm_90, 132 multiprocessors, driver 580.1, CUDA 13.0 in torch" in text
+    assert "| 2,000 x 32, *wall* | 1 |" in text
+    assert "`copy_` 76 GB/s.\n" in text
+
+
+def test_the_newest_file_of_each_machine_counts(tmp_path: Path) -> None:
+    gpu, older = on_gpu(), copy.deepcopy(HOST)
+    older["created"] = "2025-12-31T23:59:59+00:00"
+    older["environment"]["torch"] = "2.10.0"
+    rehearsal = {**on_gpu(), "created": "2027-01-01T00:00:00+00:00", "rehearsal": True}
+    for number, result in enumerate((HOST, older, gpu, rehearsal)):
+        (tmp_path / f"{number}.json").write_text(json.dumps(result))
+    found = result_files.newest_results(tmp_path)
+    assert found == {"NVIDIA Test 9": gpu, "Test CPU, 2 cores": HOST}
+    assert result_files.file_name(gpu) == "nvidia-test-9-2026-01-02.json"
+    assert result_files.file_name(HOST) == "test-cpu-2-cores-2026-01-02.json"
