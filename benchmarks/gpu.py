@@ -82,6 +82,7 @@ def _install(
     python: str,
     source: str,
     build: str,
+    limit: float,
     *,
     optional: bool = False,
     environment: dict[str, str] | None = None,
@@ -92,7 +93,7 @@ def _install(
             *(python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index"),
             *("-C", f"build-dir=build/{build}", source),
         ),
-        120,
+        limit,
         "build.log",
         ("pip", *BUILD_MODULES),
         BUILD_TOOLS,
@@ -130,7 +131,7 @@ def plan(python: str, out: Path) -> list[Stage]:
         "regex:grad_norm_kernel|update_kernel",
     )
     return [
-        _install(python, ".", "gpu", environment={"CUDAARCHS": _architectures()}),
+        _install(python, ".", "gpu", 120, environment={"CUDAARCHS": _architectures()}),
         Stage("doctor", (python, "-m", "steadygrad", "doctor"), 20, "build.log", ("rich", "torch")),
         _tests(python, "tests on the GPU", "cuda", 100),
         _sanitizer(python, "memcheck", "float32", "float64", "bfloat16", "float16"),
@@ -165,8 +166,15 @@ def plan(python: str, out: Path) -> list[Stage]:
 def rehearsal(python: str, out: Path) -> list[Stage]:
     """The same without a GPU. Where build tools are missing, what is installed is used."""
     return [
-        _install(python, ".", "rehearsal", optional=True),
-        _install(python, "tests/emulated", "emulated", optional=True),
+        _install(
+            python,
+            ".",
+            "rehearsal",
+            300,
+            optional=True,
+            environment={"CUDAARCHS": _architectures()},
+        ),
+        _install(python, "tests/emulated", "emulated", 180, optional=True),
         Stage("doctor", (python, "-m", "steadygrad", "doctor"), 20, "build.log", ("rich", "torch")),
         _tests(python, "tests", "emulated", 200),
         Stage(

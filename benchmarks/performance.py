@@ -82,7 +82,8 @@ def _machine(name: str, result: Result, csrc_tree: str | None) -> str:
             "",
         ]
     else:
-        lines += [f"{environment['threads']} threads of an {environment['cpu']}.", ""]
+        cache = environment["cache_bytes"] / 2**20
+        lines += [f"{environment['threads']} threads, last-level cache {cache:.0f} MiB.", ""]
     revision = environment["revision"] or "unknown"
     bandwidth = result["copy_bandwidth"]
     copies = f"`copy_` {bandwidth['copy_gigabytes_per_second']:,.0f} GB/s"

@@ -57,6 +57,7 @@ PYBIND11_MODULE(STEADYGRAD_MODULE, module) {
   bindings::import_torch();
   cpu::instruction_set();  // an unknown name in the environment is told at import
   module.def("build_info", &build_info);
+  module.def("launch_count", &cuda::launch_count);
   bindings::define_functions(module);
   bindings::define_plan(module);
 }

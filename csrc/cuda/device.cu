@@ -1,5 +1,5 @@
 // What the machine offers, and what to do when that is not enough.
-#include <sstream>
+#include <atomic>
 #include <stdexcept>
 
 #include "cuda/launch.h"
@@ -7,6 +7,8 @@
 
 namespace steadygrad::cuda {
 namespace {
+
+std::atomic<int64_t> launches{0};
 
 std::string version_text(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
@@ -51,6 +53,10 @@ void check(cudaError_t error, const char* function) {
   cudaGetLastError();  // not to be found by the next call
   throw std::runtime_error(std::string(function) + ": " + text);
 }
+
+void count_launch() { launches.fetch_add(1, std::memory_order_relaxed); }
+
+int64_t launch_count() { return launches.load(std::memory_order_relaxed); }
 
 BackendInfo backend_info() {
   BackendInfo info;

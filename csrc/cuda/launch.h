@@ -12,6 +12,8 @@ namespace steadygrad::cuda {
 // Throws what went wrong, in which function, and what to do about it.
 void check(cudaError_t error, const char* function);
 
+void count_launch();
+
 class DeviceGuard {
  public:
   DeviceGuard(int device, const char* function) {
@@ -39,6 +41,7 @@ void launch(const char* function, Stream stream, void (*kernel)(Parameters...), 
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.stream = static_cast<cudaStream_t>(stream.handle);
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), function);
+  count_launch();
 }
 
 inline int64_t blocks_for(int64_t work, int64_t per_block) { return (work + per_block - 1) / per_block; }

@@ -104,6 +104,9 @@ class StepPlan {
 enum class Devices : uint8_t { none, cuda, cpu };
 Devices devices();
 
+// Kernels launched by this process so far.
+int64_t launch_count();
+
 struct DeviceInfo {
   std::string name;
   int major = 0;
