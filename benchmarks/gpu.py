@@ -91,7 +91,8 @@ def _install(
         "build" if source == "." else "build, emulated",
         (
             *(python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index"),
-            *("-C", f"build-dir=build/{build}", source),
+            # An absolute path: a relative one would be taken from `source`.
+            *("-C", f"build-dir={ROOT / 'build' / build}", source),
         ),
         limit,
         "build.log",
@@ -176,7 +177,7 @@ def rehearsal(python: str, out: Path) -> list[Stage]:
         ),
         _install(python, "tests/emulated", "emulated", 180, optional=True),
         Stage("doctor", (python, "-m", "steadygrad", "doctor"), 20, "build.log", ("rich", "torch")),
-        _tests(python, "tests", "emulated", 200),
+        _tests(python, "tests", "emulated", 400),
         Stage(
             "each operation once",
             (python, "benchmarks/sanitized_steps.py", "--emulate"),

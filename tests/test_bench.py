@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import io
 import json
@@ -248,6 +249,28 @@ def test_run_reports_and_writes_json(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         assert side["rounds"] == 3
         lower, upper = side["lower_quartile_seconds"], side["upper_quartile_seconds"]
         assert 0 < lower <= side["median_seconds"] <= upper
+
+
+def test_a_case_that_fails_costs_only_itself(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(load: Workload) -> Candidate:
+        raise RuntimeError("out of luck")
+
+    operation = dataclasses.replace(bench_cases.OPERATIONS["clip_value"], build=broken)
+    plan = (
+        bench_cases.Case(operation, TINY, host_cost=True),
+        bench_cases.Case(bench_cases.OPERATIONS["clip_active"], TINY, host_cost=True),
+    )
+    monkeypatch.setattr(bench_device, "CASES", plan)
+    effort = measure.Effort(seconds=0.0, min_rounds=2, max_rounds=2)
+    monkeypatch.setattr(bench_device, "FULL", effort)
+    monkeypatch.setattr(bench, "QUICK", effort)
+    out = tmp_path / "bench.json"
+    assert bench.run(Console(file=io.StringIO()), quick=False, out=out, threads=1) == 1
+    found = json.loads(out.read_text())
+    assert [case["key"] for case in found["cases"]] == ["clip_active/tiny"]
+    assert found["skipped"] == [{"case": "clip_value/tiny", "reason": "failed: out of luck"}]
 
 
 def test_run_refuses_no_threads() -> None:

@@ -40,7 +40,7 @@ py::dict build_info() {
   info["compiler"] = STEADYGRAD_COMPILER;
   py::list backends;
   backends.append("cpu");
-  if (cuda::backend_info().compiled) backends.append("cuda");
+  if (cuda::devices() != cuda::Devices::none) backends.append("cuda");
   info["cuda"] = cuda_info();
   info["backends"] = backends;
   info["instruction_set"] = cpu::instruction_set();

@@ -29,10 +29,17 @@ __device__ NormPartial identity_of(NormType type) {
 __device__ NormPartial tensor_partial(const DecideArguments& arguments, int32_t tensor, Shared& shared) {
   const NormType type = arguments.options.norm_type;
   const TensorHead head = arguments.table.heads[tensor];
-  return block_combine_in_order(
-      (head.numel + kChunk - 1) / kChunk, identity_of(type), shared.partials.data(),
-      [&](int64_t i) { return arguments.norms.chunks.load(static_cast<int32_t>(head.first_chunk + i)); },
-      [&](NormPartial& a, const NormPartial& b) { combine(type, a, b); });
+  const int64_t count = (head.numel + kChunk - 1) / kChunk;
+  const auto sum = [&](NormPartial& a, const NormPartial& b) { combine(type, a, b); };
+  const ChunkPartials& chunks = arguments.norms.chunks;
+  if (chunks.small != nullptr) {
+    return block_combine_in_order<4>(
+        count, identity_of(type), shared.partials.data(),
+        [&](int64_t i) { return chunks.load<true>(static_cast<int32_t>(head.first_chunk + i)); }, sum);
+  }
+  return block_combine_in_order<16>(
+      count, identity_of(type), shared.partials.data(),
+      [&](int64_t i) { return chunks.load<false>(static_cast<int32_t>(head.first_chunk + i)); }, sum);
 }
 
 // Powers of different tensors carry different scales: their norms are combined, relative to the one that
@@ -141,6 +148,7 @@ __device__ void decide(const DecideArguments& arguments, Shared& shared) {
   Decision decision;
   decision.unscale = options.unscale;
   decision.proceed = !skipped && !refused;
+  decision.clips = clipped;
   decision.zero_nonfinite = zeroes_nonfinite(options, total);
   decision.coefficients = arguments.memory.coefficients;
   decision.scalars = arguments.memory.scalars;

@@ -9,6 +9,7 @@ namespace steadygrad::cuda {
 struct Decision {
   double unscale;
   bool proceed;  // neither skipped nor refused
+  bool clips;    // a coefficient is not 1
   bool zero_nonfinite;
   double* coefficients;  // per tensor
   StepScalars* scalars;  // per tensor

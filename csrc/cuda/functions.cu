@@ -40,7 +40,7 @@ void norm_and_clip(const char* function, const Tensors& tensors, double max_norm
   source.decision = decision.decision;
   source.groups = broadcast.groups;
   source.options = options;
-  launch_transform(function, table, nullptr, source, stream);
+  launch_transform(function, table, nullptr, source, true, stream);
 }
 
 void transform_all(const char* function, const Tensors& tensors, const TransformSource& source,
@@ -53,7 +53,7 @@ void transform_all(const char* function, const Tensors& tensors, const Transform
   Arena arena(base);
   const TensorTable table = build_table(tensors, 1, StepEntries(), arena, image);
   upload(function, image, base, stream);
-  launch_transform(function, table, nullptr, source, stream);
+  launch_transform(function, table, nullptr, source, false, stream);
 }
 
 }  // namespace

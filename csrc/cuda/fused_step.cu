@@ -57,18 +57,15 @@ void StepPlan::step(const Tensors& tensors, const std::vector<StepCounter>& coun
                     const StepOptions& options, const StepMemory& memory, const Allocate& allocate,
                     Stream stream) {
   const DeviceGuard guard(stream.device, kFunction);
-  // Gradients come anew with each step: their addresses travel with the launch of pass 1.
-  Tensors kept = tensors;
-  for (TensorOperands& tensor : kept) tensor.grad.data = nullptr;
   const bool counts_steps = !counters.empty() && counters.front().data != nullptr;
   const StepEntries entries{counts_steps ? &counters : nullptr, &slots};
   const int32_t group_count = static_cast<int32_t>(groups.size());
   std::vector<uint64_t> image;
-  Layout layout = lay_out(kept, entries, group_count, options.norm_type, base_, image);
+  Layout layout = lay_out(tensors, entries, group_count, options.norm_type, base_, image);
   if (layout.size > capacity_) {
     base_ = allocate(layout.size);
     capacity_ = layout.size;
-    layout = lay_out(kept, entries, group_count, options.norm_type, base_, image);
+    layout = lay_out(tensors, entries, group_count, options.norm_type, base_, image);
     image_.clear();
   }
   // A replay puts back the table it was captured with, at any time: from then on each step brings its own.
@@ -78,7 +75,6 @@ void StepPlan::step(const Tensors& tensors, const std::vector<StepCounter>& coun
     image_ = std::move(image);
   }
 
-  layout.table.contents = contents_of(tensors);  // the table was built without the gradients' addresses
   launch_grad_norm(kFunction, tensors, layout.table, layout.norms, options, memory.grad_scale, groups,
                    layout.broadcast, stream);
   launch_decide(kFunction, layout.table, layout.norms, layout.decision, options, layout.broadcast.groups,
@@ -88,7 +84,7 @@ void StepPlan::step(const Tensors& tensors, const std::vector<StepCounter>& coun
   source.groups = layout.broadcast.groups;
   source.options = options;
   const bool writes_grads = options.rule == RuleKind::none || options.write_grads;
-  if (writes_grads) launch_transform(kFunction, layout.table, layout.broadcast.grads, source, stream);
+  if (writes_grads) launch_transform(kFunction, layout.table, layout.broadcast.grads, source, false, stream);
   launch_rule(options.rule, {layout.table, layout.broadcast.grads, source, memory.taken, writes_grads},
               stream);
 }

@@ -31,8 +31,8 @@ struct NormArguments {
 static_assert(sizeof(NormArguments) <= 32764, "more than a launch can carry");
 
 // Rows in flight: enough loads to cover the latency of memory.
-template <class T>
-constexpr int kRowsAtOnce = sizeof(T) == sizeof(float) ? 4 : 2;
+template <class Element>
+constexpr int kRowsAtOnce = 16 / sizeof(Element);
 
 template <class T, class Element>
 __device__ __forceinline__ void sum_squares(const TensorOperands& tensor, const Chunk& chunk,
@@ -65,8 +65,8 @@ __device__ __forceinline__ void sum_squares(const TensorOperands& tensor, const 
   };
   const int32_t rows = chunk.count / kLanes;
   int32_t row = 0;
-  for (; row + kRowsAtOnce<T> <= rows; row += kRowsAtOnce<T>) {
-    add_rows(row, std::integral_constant<int, kRowsAtOnce<T>>());
+  for (; row + kRowsAtOnce<Element> <= rows; row += kRowsAtOnce<Element>) {
+    add_rows(row, std::integral_constant<int, kRowsAtOnce<Element>>());
   }
   for (; row < rows; ++row) add_rows(row, std::integral_constant<int, 1>());
 #pragma unroll
@@ -190,7 +190,8 @@ __global__ void __launch_bounds__(kLanes)
   NormPartial identity;
   identity.sums.medium = norm_identity(extreme);
   const NormPartial partial = block_combine_in_order(
-      chunks, identity, lanes.data(), [&](int64_t i) { return memory.chunks.load(head.first_chunk + i); },
+      chunks, identity, lanes.data(),
+      [&](int64_t i) { return memory.chunks.load<false>(head.first_chunk + i); },
       [&](NormPartial& a, const NormPartial& b) { combine(extreme, a, b); });
   if (threadIdx.x == 0) memory.scales[blockIdx.x] = scale_for(partial.sums.medium);
 }

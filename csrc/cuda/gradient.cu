@@ -9,7 +9,11 @@ struct TransformArguments {
   TensorTable table;
   void* const* grads;
   TransformSource source;
+  bool only_clips;  // nothing to do where the clip is not active
 };
+
+// So many blocks keep any device busy, and where there is nothing to write they are soon through.
+constexpr int32_t kMaxBlocks = 4096;
 
 template <class T, class Element>
 __device__ __forceinline__ int32_t transform_quads(const TensorOperands& tensor, const Chunk& chunk,
@@ -55,20 +59,23 @@ template <class Elements>
 __global__ void __launch_bounds__(kChunkThreads, Elements::kBlocks)
     transform_kernel(const TransformArguments __grid_constant__ arguments) {
   if (!arguments.source.proceeds()) return;
-  const Chunk chunk = backward_chunk(arguments.table);
-  const TensorOperands tensor = arguments.table.tensor(chunk.tensor, arguments.grads);
-  const TransformOptions options = arguments.source.of(chunk, tensor.group);
-  Elements::with_compute_type(
-      tensor, [&](auto element) { transform_chunk<Elements, decltype(element)>(tensor, chunk, options); });
+  if (arguments.only_clips && !arguments.source.decision->clips) return;
+  for (int32_t index = blockIdx.x; index < arguments.table.chunks; index += gridDim.x) {
+    const Chunk chunk = backward_chunk(arguments.table, index);
+    const TensorOperands tensor = arguments.table.tensor(chunk.tensor, arguments.grads);
+    const TransformOptions options = arguments.source.of(chunk, tensor.group);
+    Elements::with_compute_type(
+        tensor, [&](auto element) { transform_chunk<Elements, decltype(element)>(tensor, chunk, options); });
+  }
 }
 
 }  // namespace
 
 void launch_transform(const char* function, const TensorTable& table, void* const* grads,
-                      const TransformSource& source, Stream stream) {
+                      const TransformSource& source, bool only_clips, Stream stream) {
   with_contents(table.contents, [&](auto elements) {
-    launch(function, stream, transform_kernel<decltype(elements)>, table.chunks, kChunkThreads,
-           TransformArguments{table, grads, source});
+    launch(function, stream, transform_kernel<decltype(elements)>, std::min(table.chunks, kMaxBlocks),
+           kChunkThreads, TransformArguments{table, grads, source, only_clips});
   });
 }
 

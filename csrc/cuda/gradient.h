@@ -8,8 +8,8 @@ namespace steadygrad::cuda {
 constexpr int kChunkThreads = 256;
 
 // Pass 2 walks backwards: what pass 1 read last is still in cache.
-__device__ __forceinline__ Chunk backward_chunk(const TensorTable& table) {
-  return table.chunk(table.chunks - 1 - static_cast<int32_t>(blockIdx.x));
+__device__ __forceinline__ Chunk backward_chunk(const TensorTable& table, int32_t index) {
+  return table.chunk(table.chunks - 1 - index);
 }
 
 // Where a tensor's transform comes from: a step's decision, or the same options for all tensors.
@@ -40,7 +40,8 @@ struct TransformSource {
   }
 };
 
+// `only_clips`: the decision's coefficients are all that could change a gradient.
 void launch_transform(const char* function, const TensorTable& table, void* const* grads,
-                      const TransformSource& source, Stream stream);
+                      const TransformSource& source, bool only_clips, Stream stream);
 
 }  // namespace steadygrad::cuda

@@ -28,11 +28,14 @@ struct ChunkPartials {
     if (large != nullptr) large[chunk] = partial.sums.large;
     counts[chunk] = static_cast<uint32_t>(partial.nonfinite) | static_cast<uint32_t>(partial.nan) << 16;
   }
+  template <bool kScaledSquares>
   __device__ __forceinline__ NormPartial load(int32_t chunk) const {
     NormPartial partial;
     partial.sums.medium = medium[chunk];
-    if (small != nullptr) partial.sums.small = small[chunk];
-    if (large != nullptr) partial.sums.large = large[chunk];
+    if constexpr (kScaledSquares) {
+      partial.sums.small = small[chunk];
+      partial.sums.large = large[chunk];
+    }
     partial.nonfinite = counts[chunk] & 0xffffu;
     partial.nan = counts[chunk] >> 16;
     return partial;
@@ -112,13 +115,21 @@ struct SharedArray {
 };
 
 // combine_in_order() on a block of kLanes threads, all of which get the result. `lanes` is shared memory.
-template <class Partial, class Get, class Combine>
-__device__ Partial block_combine_in_order(int64_t count, Partial identity, Partial* lanes, Get get,
-                                          Combine combine) {
+// Loads at once hide the latency of memory behind each other where there is much to add up.
+template <int kAtOnce = 1, class Partial, class Get, class Combine>
+__device__ __forceinline__ Partial block_combine_in_order(int64_t count, Partial identity, Partial* lanes,
+                                                          Get get, Combine combine) {
   const int lane = threadIdx.x;
   Partial sum = lane < count ? get(lane) : identity;
-#pragma unroll 4
-  for (int64_t i = lane + kLanes; i < count; i += kLanes) combine(sum, get(i));
+  int64_t i = lane + kLanes;
+  for (; i + (kAtOnce - 1) * kLanes < count; i += kAtOnce * kLanes) {
+    Partial loaded[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) loaded[k] = get(i + k * kLanes);
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) combine(sum, loaded[k]);
+  }
+  for (; i < count; i += kLanes) combine(sum, get(i));
   lanes[lane] = sum;
   for (int half = kLanes / 2; half >= 1; half /= 2) {
     __syncthreads();

@@ -65,7 +65,6 @@ TensorTable build_table(const Tensors& tensors, int32_t groups, const StepEntrie
     geometry_total += geometry_size(tensor);
     for (int role = 0; role < kRoles; ++role) has[role] = has[role] || is_used(operand_of(tensor, role));
   }
-  if (step.slots != nullptr) has[kGrad] = true;  // their addresses come with each step
   const char* const begin = arena.take<char>(0);
   uint32_t* const arrived = arena.take<uint32_t>(1);
   TensorHead* const heads = arena.take<TensorHead>(count);
@@ -117,7 +116,8 @@ TensorTable build_table(const Tensors& tensors, int32_t groups, const StepEntrie
       if (!has[role]) continue;
       const Operand& operand = operand_of(tensor, role);
       Operand& kept = *host(operands[role] + t);
-      kept.data = operand.data;
+      // Gradients come anew with each step: their addresses travel with the launch of pass 1.
+      kept.data = role == kGrad && step.slots != nullptr ? nullptr : operand.data;
       kept.dtype = operand.dtype;
       kept.strides = operand.strides != nullptr ? keep(operand.strides, tensor.ndim) : nullptr;
     }

@@ -124,7 +124,7 @@ template <RuleKind kKind, class Elements>
 __global__ void __launch_bounds__(kChunkThreads, Elements::kBlocks)
     update_kernel(const UpdateArguments __grid_constant__ arguments) {
   if (!arguments.source.proceeds()) return;
-  const Chunk chunk = backward_chunk(arguments.table);
+  const Chunk chunk = backward_chunk(arguments.table, static_cast<int32_t>(blockIdx.x));
   const TensorOperands tensor = arguments.table.tensor(chunk.tensor, arguments.grads);
   if (chunk.begin == 0 && threadIdx.x == 0) advance(arguments.table, chunk.tensor, arguments.taken);
   Elements::with_compute_type(tensor, [&](auto element) {

@@ -24,6 +24,9 @@ from steadygrad.bench.measure import QUICK, measure_case, memory_needed, settle_
 from steadygrad.bench.report import Run, render, to_json
 from steadygrad.console import Console
 
+# How the reason begins why a case was skipped that raised.
+FAILED = "failed"
+
 __all__ = ["DeviceUnusable", "measure_all", "run", "show"]
 
 
@@ -121,7 +124,7 @@ def measure_all(
         clock: the time in seconds; replaced in tests.
 
     Returns:
-        What was found; cases that lacked memory or time are among `skipped`.
+        What was found; cases that lacked memory or time, or failed, are among `skipped`.
     """
     began = clock()
     chosen: list[Case] = []
@@ -148,7 +151,10 @@ def measure_all(
                 continue
             progress.start(case.key)
             effort = device.effort(quick)
-            results.append(measure_case(case, effort, yardstick, progress.beat, device.ground))
+            try:
+                results.append(measure_case(case, effort, yardstick, progress.beat, device.ground))
+            except RuntimeError as error:  # the other cases' numbers are worth having
+                skipped.append((case.key, f"{FAILED}: {error}"))
             device.release()
             progress.finish()
     return Run(
@@ -183,7 +189,7 @@ def run(
         limit: seconds after which no further case is begun; None has no limit.
 
     Returns:
-        0. A floor that is missed is shown, not an error: it may be the machine.
+        0, or 1 if a case failed. A floor that is missed is no error: it may be the machine.
 
     Raises:
         DeviceUnusable: the device cannot be used; says why.
@@ -195,7 +201,7 @@ def run(
     with _threads(count):
         found = measure_all(console, device_named(device), quick=quick, limit=limit)
     show(console, found, out)
-    return 0
+    return int(any(reason.startswith(FAILED) for _, reason in found.skipped))
 
 
 def show(console: Console, found: Run, out: Path | None) -> None:

@@ -36,7 +36,7 @@ QUICK = Effort(seconds=1.5, min_rounds=5, max_rounds=200)
 FULL = Effort(seconds=6.0, min_rounds=9, max_rounds=1000)
 # A GPU is steadier than a shared host, and a lap there is many calls.
 CUDA_QUICK = Effort(seconds=0.5, min_rounds=5, max_rounds=50)
-CUDA_FULL = Effort(seconds=1.5, min_rounds=7, max_rounds=75)
+CUDA_FULL = Effort(seconds=1.0, min_rounds=7, max_rounds=75)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,51 @@
+# The sources of the backends, for every build of them. Whoever includes this defines steadygrad_options: include folders and compile options.
+get_filename_component(csrc ${CMAKE_CURRENT_LIST_DIR}/../csrc ABSOLUTE)
+
+# csrc/core: arithmetic, header-only, shared by every backend.
+# csrc/cpu: the operations as threaded C++; vector_kernels.cpp is compiled once per instruction set and chosen at run time.
+set(cpu_sources
+  ${csrc}/cpu/fused_step.cpp
+  ${csrc}/cpu/grad_norm.cpp
+  ${csrc}/cpu/gradient.cpp
+  ${csrc}/cpu/instruction_set.cpp
+  ${csrc}/cpu/parallel.cpp
+  ${csrc}/cpu/penalty.cpp)
+
+set(instruction_sets baseline)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  list(APPEND instruction_sets avx2 avx512)
+  set(flags_avx2 -march=x86-64-v3)
+  set(flags_avx512 -march=x86-64-v4 -mprefer-vector-width=512)
+endif()
+
+set(vector_objects)
+foreach(set IN LISTS instruction_sets)
+  add_library(vector_kernels_${set} OBJECT ${csrc}/cpu/vector_kernels.cpp)
+  target_link_libraries(vector_kernels_${set} PRIVATE steadygrad_options)
+  # Vectors wider than the registers are passed only to inlined functions, so their calling convention does not matter.
+  target_compile_options(vector_kernels_${set} PRIVATE ${flags_${set}} -Wno-psabi)
+  target_compile_definitions(vector_kernels_${set} PRIVATE STEADYGRAD_INSTRUCTION_SET=${set})
+  list(APPEND vector_objects $<TARGET_OBJECTS:vector_kernels_${set}>)
+endforeach()
+
+# csrc/cuda: the operations as CUDA kernels and their launchers. The same sources are compiled by nvcc, or by the C++ compiler
+# against csrc/emulation, which stands in for the CUDA runtime.
+set(cuda_sources
+  ${csrc}/cuda/decide.cu
+  ${csrc}/cuda/device.cu
+  ${csrc}/cuda/functions.cu
+  ${csrc}/cuda/fused_step.cu
+  ${csrc}/cuda/grad_norm.cu
+  ${csrc}/cuda/gradient.cu
+  ${csrc}/cuda/penalty.cu
+  ${csrc}/cuda/tensor_table.cu
+  ${csrc}/cuda/update_adagrad.cu
+  ${csrc}/cuda/update_adam.cu
+  ${csrc}/cuda/update_rmsprop.cu
+  ${csrc}/cuda/update_sgd.cu)
+file(GLOB emulation_sources CONFIGURE_DEPENDS ${csrc}/emulation/*.cpp)
+
+# Has the C++ compiler take cuda_sources.
+function(compile_cuda_as_cpp)
+  set_source_files_properties(${cuda_sources} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-xc++;-Wno-unknown-pragmas")
+endfunction()

@@ -1,0 +1,32 @@
+// sanitize [TEXT]: runs all cases, or those whose name contains TEXT, on both backends and compares the
+// results bit for bit.
+#include <cstdio>
+
+#include "cpu/parallel.h"
+#include "cpu/vector_kernels.h"
+#include "sanitize/openmp.h"
+#include "sanitize/report.h"
+
+// Read by the sanitizers' runtimes. Leaks cannot be looked for where a debugger is not allowed to attach.
+extern "C" const char* __asan_default_options() { return "detect_leaks=0"; }
+extern "C" const char* __ubsan_default_options() { return "print_stacktrace=1"; }
+// Without the second that it waits for other threads at the end.
+extern "C" const char* __tsan_default_options() { return "atexit_sleep_ms=0"; }
+
+int main(int count, char** arguments) {
+  using namespace steadygrad;
+  if (cpu::openmp_library().empty()) {
+    std::fputs("the CPU backend did not find its OpenMP runtime\n", stderr);
+    return 1;
+  }
+  sanitize::Report report(count > 1 ? arguments[1] : "");
+  sanitize::check_norms(report);
+  sanitize::check_clips(report);
+  sanitize::check_penalties(report);
+  sanitize::check_steps(report);
+  for (const std::string& failure : report.failures()) std::fprintf(stderr, "%s\n", failure.c_str());
+  std::printf("%lld cases, %zu with differences; instruction set %s; %lld teams of %d threads\n",
+              static_cast<long long>(report.cases()), report.failures().size(), cpu::instruction_set(),
+              static_cast<long long>(sanitize::team_count()), cpu::max_threads());
+  return report.failures().empty() && report.cases() > 0 ? 0 : 1;
+}

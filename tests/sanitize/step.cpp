@@ -1,0 +1,225 @@
+#include "sanitize/step.h"
+
+#include <algorithm>
+
+#include "core/rules/table.h"
+#include "cpu/operations.h"
+#include "cuda/operations.h"
+#include "sanitize/memory.h"
+#include "sanitize/report.h"
+
+namespace steadygrad::sanitize {
+namespace {
+
+bool has_counter(RuleKind kind) {
+  return std::any_of(std::begin(kRules), std::end(kRules),
+                     [&](const RuleEntry& rule) { return rule.kind == kind && rule.has_step; });
+}
+
+// Step counters, of both types that torch has.
+class Counters {
+ public:
+  Counters(size_t count, bool used) : used_(used), float32_(count), float64_(count) {
+    for (size_t t = 0; t < count; ++t) {
+      *float32_[t].get() = static_cast<float>(t % 2);
+      *float64_[t].get() = static_cast<double>(t % 2);
+    }
+  }
+
+  template <class Counter>
+  Counter of(size_t t) const {
+    Counter counter;
+    if (!used_) return counter;
+    counter.dtype = t % 3 == 0 ? DType::float64 : DType::float32;
+    counter.data = t % 3 == 0 ? static_cast<void*>(float64_[t].get()) : float32_[t].get();
+    return counter;
+  }
+
+  std::string difference_from(const Counters& emulated) const {
+    for (size_t t = 0; t < float32_.size(); ++t) {
+      const std::string name = "step counter " + std::to_string(t);
+      std::string problem = difference(name, float32_[t].value(), emulated.float32_[t].value());
+      if (problem.empty()) problem = difference(name, float64_[t].value(), emulated.float64_[t].value());
+      if (!problem.empty()) return problem;
+    }
+    return "";
+  }
+
+ private:
+  bool used_;
+  std::vector<Single<float>> float32_;
+  std::vector<Single<double>> float64_;
+};
+
+// One array in a block of its own.
+template <class T>
+Block array_of(size_t count, T value) {
+  Block block(static_cast<int64_t>(count * sizeof(T)));
+  std::fill_n(block.as<T>(), count, value);
+  return block;
+}
+
+std::vector<GroupOptions> groups_of(const StepCase& step_case) {
+  int32_t count = 1;
+  for (const TensorSpec& tensor : step_case.specs.tensors) count = std::max(count, tensor.group + 2);
+  std::vector<GroupOptions> groups;
+  for (int32_t g = 0; g < count; ++g) {
+    GroupOptions& group = groups.emplace_back(step_case.group);
+    group.hyper = step_case.rule.hyper;
+    group.hyper.lr *= 1 + 0.25 * g;
+    group.max_norm /= 1 + g;
+  }
+  return groups;
+}
+
+// A part of a list, by index.
+template <class T>
+std::vector<T> chosen_of(const std::vector<T>& all, const std::vector<int32_t>& chosen) {
+  std::vector<T> part;
+  for (const int32_t t : chosen) part.push_back(all[t]);
+  return part;
+}
+
+class Comparison {
+ public:
+  explicit Comparison(const StepCase& step_case)
+      : case_(step_case),
+        options_(step_case.options),
+        groups_(groups_of(step_case)),
+        uses_{true, true, state_count(step_case.rule.kind, step_case.rule.hyper)},
+        count_(step_case.specs.tensors.size()),
+        cpu_(step_case.specs, uses_, Values::ordinary),
+        emulated_(step_case.specs, uses_, Values::ordinary),
+        cpu_counters_(count_, has_counter(step_case.rule.kind)),
+        emulated_counters_(count_, has_counter(step_case.rule.kind)),
+        first_(count_, true),
+        taken_(array_of<int32_t>(count_, 0)),
+        counts_(array_of<int64_t>(2, 0)) {
+    options_.rule = step_case.rule.kind;
+  }
+
+  std::string step(size_t number) {
+    const uint64_t seed = 100 + number;
+    cpu_.renew_gradients(case_.gradients[number], seed);
+    emulated_.renew_gradients(case_.gradients[number], seed);
+    std::vector<int32_t> chosen;
+    for (size_t t = 0; t < count_; ++t) {
+      const bool absent = case_.tensors_come_and_go && number % 2 == 1 && t % 4 == 2;
+      if (!absent) chosen.push_back(static_cast<int32_t>(t));
+    }
+    const cpu::StepReport report = step_on_cpu(chosen);
+    const Single<cuda::Outcome> outcome;
+    const Block nonfinite(static_cast<int64_t>(chosen.size() * sizeof(int64_t)));
+    step_emulated(chosen, outcome.get(), nonfinite.as<int64_t>());
+    std::string problem =
+        difference_in_reports(report, outcome.value(), nonfinite.as<int64_t>(), chosen.size());
+    if (problem.empty()) problem = cpu_.difference_from(emulated_);
+    if (problem.empty()) problem = cpu_counters_.difference_from(emulated_counters_);
+    return problem.empty() ? "" : "step " + std::to_string(number + 1) + ", " + problem;
+  }
+
+ private:
+  cpu::StepReport step_on_cpu(const std::vector<int32_t>& chosen) {
+    std::vector<cpu::StepCounter> counters;
+    for (const int32_t t : chosen) {
+      counters.push_back(cpu_counters_.of<cpu::StepCounter>(t));
+      counters.back().first = first_[t];
+    }
+    const cpu::StepReport report = cpu::fused_step(chosen_of(cpu_.operands(), chosen), counters, groups_,
+                                                   options_, [](const cpu::StepReport&) {});
+    if (!report.skipped && !report.refused && options_.rule != RuleKind::none) {
+      for (const int32_t t : chosen) first_[t] = false;
+    }
+    return report;
+  }
+
+  void step_emulated(const std::vector<int32_t>& chosen, cuda::Outcome* outcome, int64_t* nonfinite) {
+    std::vector<cuda::StepCounter> counters;
+    for (const int32_t t : chosen) counters.push_back(emulated_counters_.of<cuda::StepCounter>(t));
+    StepOptions options = options_;
+    const Single<float> scale(static_cast<float>(1 / options.unscale));
+    const Single<float> found_inf(options.found_inf ? 2.0F : 0.0F);
+    cuda::StepMemory memory;
+    memory.outcome = outcome;
+    memory.counts = counts_.as<int64_t>();
+    memory.taken = taken_.as<int32_t>();
+    memory.nonfinite = nonfinite;
+    std::vector<Single<double>> learning_rates(groups_.size());
+    std::vector<cuda::DeviceGroup> groups;
+    for (size_t g = 0; g < groups_.size(); ++g) {
+      cuda::DeviceGroup& group = groups.emplace_back();
+      group.options = groups_[g];
+      if (!case_.numbers_on_device) continue;
+      *learning_rates[g].get() = groups_[g].hyper.lr;
+      group.options.hyper.lr = 0;
+      group.lr = {learning_rates[g].get(), DType::float64};
+    }
+    if (case_.numbers_on_device) {
+      memory.grad_scale = scale.get();
+      memory.found_inf = found_inf.get();
+      options.unscale = 1;
+      options.found_inf = false;
+    }
+    plan_.step(chosen_of(emulated_.operands(), chosen), counters, chosen, groups, options, memory,
+               memory_.allocate(), cuda::Stream());
+  }
+
+  std::string difference_in_reports(const cpu::StepReport& report, const cuda::Outcome& outcome,
+                                    const int64_t* nonfinite, size_t tensors) {
+    skipped_ += report.skipped ? 1 : 0;
+    clipped_ += report.clipped ? 1 : 0;
+    std::vector<std::string> problems = {
+        difference("norm", report.norm.norm, outcome.norm),
+        difference("fp32 norm", static_cast<float>(report.norm.norm), outcome.norm_float32),
+        difference_of_counts("nonfinite", report.norm.nonfinite, outcome.nonfinite),
+        difference_of_counts("skipped", report.skipped, outcome.skipped),
+        difference_of_counts("refused", report.refused, outcome.refused),
+        difference_of_counts("clipped", report.clipped, outcome.clipped),
+        difference_of_counts("skipped steps", skipped_, counts_.as<int64_t>()[0]),
+        difference_of_counts("clipped steps", clipped_, counts_.as<int64_t>()[1]),
+    };
+    for (size_t t = 0; t < tensors; ++t) {
+      const int64_t expected = report.nonfinite.empty() ? 0 : report.nonfinite[t];
+      problems.push_back(
+          difference_of_counts("nonfinite of tensor " + std::to_string(t), expected, nonfinite[t]));
+    }
+    for (size_t t = 0; t < count_; ++t) {
+      problems.push_back(difference_of_counts("steps taken, slot " + std::to_string(t), first_[t] ? 0 : 1,
+                                              taken_.as<int32_t>()[t]));
+    }
+    for (const std::string& problem : problems) {
+      if (!problem.empty()) return problem;
+    }
+    return "";
+  }
+
+  const StepCase& case_;
+  StepOptions options_;
+  std::vector<GroupOptions> groups_;
+  Uses uses_;
+  size_t count_;
+  TensorSet cpu_;
+  TensorSet emulated_;
+  Counters cpu_counters_;
+  Counters emulated_counters_;
+  std::vector<bool> first_;
+  Block taken_;
+  Block counts_;
+  cuda::StepPlan plan_;
+  DeviceMemory memory_;
+  int64_t skipped_ = 0;
+  int64_t clipped_ = 0;
+};
+
+}  // namespace
+
+std::string compare_steps(const StepCase& step_case) {
+  Comparison comparison(step_case);
+  for (size_t number = 0; number < step_case.gradients.size(); ++number) {
+    const std::string problem = comparison.step(number);
+    if (!problem.empty()) return problem;
+  }
+  return "";
+}
+
+}  // namespace steadygrad::sanitize

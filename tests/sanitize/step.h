@@ -1,0 +1,30 @@
+// Steps of an optimizer, taken by both backends side by side.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "core/step.h"
+#include "sanitize/rules.h"
+#include "sanitize/tensor_set.h"
+
+namespace steadygrad::sanitize {
+
+struct StepCase {
+  Specs specs;
+  RuleVariant rule;
+  StepOptions options;
+  // Of the first group; every further one has a larger learning rate and a smaller limit.
+  GroupOptions group;
+  // Of each step; a step has fresh gradients.
+  std::vector<Values> gradients = {Values::ordinary, Values::ordinary};
+  // Learning rate, gradient scale and found_inf are in device memory.
+  bool numbers_on_device = false;
+  // Every second step leaves out some of the tensors.
+  bool tensors_come_and_go = false;
+};
+
+// How the backends differ after any of the steps, in results or in what they say about them.
+std::string compare_steps(const StepCase& step_case);
+
+}  // namespace steadygrad::sanitize
