@@ -44,6 +44,19 @@ def test_the_plan_has_every_check(tmp_path: Path) -> None:
     assert all(s.environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} for s in sanitized)
 
 
+def test_tests_are_left_out_that_lack_a_package(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    intact = gpu.importlib.util.find_spec
+    monkeypatch.setattr(
+        gpu.importlib.util, "find_spec", lambda name: None if name == "mlxtend" else intact(name)
+    )
+    assert gpu.main(["--dry", "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "tests/test_study.py is left out: a package that it needs is missing" in text
+    assert text.count("--ignore=tests/test_study.py -k") == 2
+
+
 def test_a_rehearsal_touches_no_gpu_and_no_results(tmp_path: Path) -> None:
     for entry in gpu.rehearsal("python", tmp_path):
         assert "cuda" not in " ".join(entry.command)

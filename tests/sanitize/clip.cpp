@@ -10,7 +10,7 @@
 namespace steadygrad::sanitize {
 namespace {
 
-constexpr Uses kGradients{false, true, 0};
+constexpr Uses kGradients{false, true};
 
 // A case per list of tensors.
 void check_all(Report& report, const std::string& name,
@@ -59,7 +59,7 @@ std::string compare_clip_with_norm(const Specs& specs, T total_norm, double max_
 }
 
 std::string compare_transform(const Specs& specs, Values values, const TransformOptions& options) {
-  const Uses uses{options.reads_param(), true, 0};
+  const Uses uses{options.reads_param(), true};
   const TensorSet cpu(specs, uses, values);
   const TensorSet emulated(specs, uses, values);
   transform_on_cpu(cpu, options);

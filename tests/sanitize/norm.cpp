@@ -11,7 +11,7 @@
 namespace steadygrad::sanitize {
 namespace {
 
-constexpr Uses kGradients{false, true, 0};
+constexpr Uses kGradients{false, true};
 
 std::string compare(const Specs& specs, Values values, double p) {
   const TensorSet tensors(specs, kGradients, values);

@@ -10,7 +10,7 @@ namespace steadygrad::sanitize {
 namespace {
 
 std::string compare_penalty(const Specs& specs, double l1, double l2) {
-  constexpr Uses kUses{true, true, 0};
+  constexpr Uses kUses{true, true};
   const TensorSet cpu(specs, kUses, Values::nonfinite);
   const TensorSet emulated(specs, kUses, Values::nonfinite);
   const double expected = cpu::add_penalty(cpu.operands(), l1, l2);
@@ -22,7 +22,7 @@ std::string compare_penalty(const Specs& specs, double l1, double l2) {
 }
 
 std::string compare_threshold(const Specs& specs, double amount) {
-  constexpr Uses kUses{true, false, 0};
+  constexpr Uses kUses{true, false};
   const TensorSet cpu(specs, kUses, Values::ordinary);
   const TensorSet emulated(specs, kUses, Values::ordinary);
   cpu::soft_threshold(cpu.operands(), amount);

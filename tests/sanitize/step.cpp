@@ -86,7 +86,7 @@ class Comparison {
       : case_(step_case),
         options_(step_case.options),
         groups_(groups_of(step_case)),
-        uses_{true, true, state_count(step_case.rule.kind, step_case.rule.hyper)},
+        uses_{true, true, state_count(step_case.rule.kind, step_case.rule.hyper), true},
         count_(step_case.specs.tensors.size()),
         cpu_(step_case.specs, uses_, Values::ordinary),
         emulated_(step_case.specs, uses_, Values::ordinary),

@@ -115,7 +115,7 @@ TensorSet::TensorSet(const Specs& specs, Uses uses, Values gradients, uint64_t s
     operands.numel = spec.numel;
     operands.sizes = tensor.sizes.data();
     operands.ndim = static_cast<int32_t>(tensor.sizes.size());
-    operands.group = spec.group;
+    operands.group = uses.groups ? spec.group : 0;
     for (int role = 0; role < kRoles; ++role) {
       const bool used = role == 0 ? uses.param : role == kGrad ? uses.grad : role - 2 < uses.states;
       if (used) fill(tensors_.size() - 1, role, role == kGrad ? gradients : Values::ordinary, seed);

@@ -60,6 +60,7 @@ struct Uses {
   bool param = false;
   bool grad = false;
   int states = 0;
+  bool groups = false;  // only a step has param groups
 };
 
 // `extreme`: squares of it leave the range of the type. `nonfinite`: inf, -inf and NaN in some of the

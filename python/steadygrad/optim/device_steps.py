@@ -59,17 +59,20 @@ class DeviceSteps:
         self._counts: Tensor | None = None
         self._kept: list[_kernels.Plan] = []
 
-    def prepare(self, first: list[bool], replaced: _kernels.Plan | None) -> None:
-        """For a new plan: which parameters take their first step. Plans that graphs use are kept alive."""
+    def prepare(self, first: list[bool], replaced: _kernels.Plan | None, kept: bool) -> None:
+        """For a new plan: which parameters take their first step. Plans that graphs use are kept alive.
+
+        ``kept``: the parameters are those of the last plan, and what the device knows of them stays true.
+        """
         if replaced is not None and replaced.captured:
             self._kept.append(replaced)
-        # A copy from pageable memory would wait; most often there is nothing to copy.
-        if any(first) and not all(first):
-            flags = torch.tensor([not f for f in first], dtype=torch.int32)
-            self.taken = flags.to(self.device, non_blocking=True)
-        else:
-            make = torch.zeros if any(first) else torch.ones
+        # Filled there: a copy of the list would wait for the device.
+        if not kept:
+            make = torch.zeros if all(first) else torch.ones
             self.taken = make(len(first), dtype=torch.int32, device=self.device)
+        if not all(first):
+            for index in (i for i, is_first in enumerate(first) if is_first):
+                self.taken[index].zero_()
 
     def run(
         self,

@@ -129,6 +129,14 @@ class Stepper:
                 self._count(counter, steps)
         self._forget_unproven_state()
 
+    def _are_at_their_places(self, params: list[Tensor]) -> bool:
+        """Whether the device's flags of parameters with unproven state still mean these parameters."""
+        return (
+            self._device_steps is not None
+            and len(self._device_steps.taken) == len(params)
+            and all(params[index] is param for index, (param, _) in self._unproven.items())
+        )
+
     def _forget_unproven_state(self) -> None:
         if not self._unproven:
             return
@@ -180,7 +188,9 @@ class Stepper:
 
     def _prepare(self) -> None:
         optimizer = self._optimizer
-        self._forget_unproven_state()
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        if not self._are_at_their_places(params):
+            self._forget_unproven_state()
         self._structure = self._current_structure()
         self._why_in_place = self._why()
         self._new_state = {}
@@ -195,7 +205,8 @@ class Stepper:
             for param in group["params"]
         ]
         if self._device_steps is not None:
-            self._device_steps.prepare([slot is None or slot[2] for slot in slots], self._plan)
+            first = [slot is None or slot[2] for slot in slots]
+            self._device_steps.prepare(first, self._plan, kept=bool(self._unproven))
         self._plan = _kernels.Plan(
             self._rule.name if fused and self._rule is not None else "none",
             [group["params"] for group in optimizer.param_groups],
