@@ -68,13 +68,8 @@ def test_a_number_on_a_device_that_has_none(backend: Backend, kind: str, number:
 
 @pytest.mark.parametrize(
     "norm",
-    [
-        torch.ones(2),
-        torch.ones(0),
-        torch.ones((), device="meta"),
-        torch.ones((), dtype=torch.cfloat),
-    ],
-    ids=["vector", "empty", "meta", "complex"],
+    [torch.ones(2), torch.ones(0), torch.ones((), device="meta")],
+    ids=["vector", "empty", "meta"],
 )
 def test_a_total_norm_that_is_no_number(backend: Backend, norm: Tensor) -> None:
     params = params_on(backend.device, backend.device)
@@ -103,7 +98,7 @@ def test_a_total_norm_of_any_dtype(
     mine, theirs = params_on(backend.device), params_on(backend.device)
     norm = torch.full(shape, 8, dtype=dtype, device=backend.device)
     sg.clip_grads_with_norm_(mine, 1.0, norm)
-    torch.nn.utils.clip_grads_with_norm_(theirs, 1.0, norm.double())
+    torch.nn.utils.clip_grads_with_norm_(theirs, 1.0, norm.double().reshape(()))
     assert_close(mine[0].grad, theirs[0].grad, torch.float32)
 
 
@@ -163,7 +158,7 @@ def test_a_gradient_on_another_device_than_its_parameter(backend: Backend, rule:
         TypeError,
         function="step",
         argument=r"parameters\[1\]\.grad",
-        expected="expected a tensor on",
+        expected="expected a.* tensor on",
         got="got.*meta",
         unchanged=[Snapshot(params)],
     )
@@ -250,7 +245,7 @@ def test_a_gradient_that_stayed_on_the_host(backend: Backend, kind: str) -> None
         TypeError,
         function="step",
         argument=r"parameters\[1\]",
-        expected="expected a tensor on",
+        expected="expected a.* tensor on",
         got="got.*device (cpu|cuda)",
         unchanged=[Snapshot(params)],
     )

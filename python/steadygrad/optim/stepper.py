@@ -297,20 +297,23 @@ class Stepper:
                 group = {**group, "lr": 0.0}  # read by the kernels
             numbers = self._rule.numbers(group, where) if self._rule is not None else {}
             listed.append({**numbers, **self._options.group_numbers(group, where)})
-        self._creates_state = self._is_state_creation()
+        self._creates_state = self._is_state_creation(listed)
         if self._creates_state:
             for numbers in listed:
                 numbers.update(l1=0.0, l2=0.0, max_norm=math.inf)
         fields = _kernels.GROUP_FIELDS
         return [tuple([numbers.get(field, 0.0) for field in fields]) for numbers in listed]
 
-    def _is_state_creation(self) -> bool:
+    def _is_state_creation(self, numbers: list[dict[str, float]]) -> bool:
         """Whether this is torch.distributed.checkpoint's step with zero gradients and no learning rate."""
         groups = self._optimizer.param_groups
         device = self._asynchronous_device()
-        # It comes before any state. To look at the gradients is to wait for them, so that is all it is done for.
-        if device is not None and self._optimizer.state:
-            return False
+        if device is not None:
+            # To look at the gradients is to wait for them: only before any state, where it comes, and where penalties
+            # would leave traces in that state.
+            penalised = any(of_group["l1"] or of_group["l2"] for of_group in numbers)
+            if self._optimizer.state or not penalised:
+                return False
         for group in groups:
             rate = group.get("lr", 1)
             if on_device(rate, device):
