@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import steadygrad as sg
 from backends import Backend
 from device_twins import DAMPENED, NAN, Twins, all_rules, asynchronous_device, both_ways
 from optimizer_kinds import give
@@ -92,6 +93,16 @@ def test_state_set_after_a_skipped_first_step_is_kept(device: torch.device) -> N
     for seed in range(1, 3):
         twins.step(seed)
     twins.assert_equal()
+
+
+def test_a_new_wrapper_after_a_skipped_first_step(device: torch.device) -> None:
+    twins = Twins("SGD-dampened", device)
+    twins.step(0, NAN)
+    twins.ours = sg.Stabilizer(twins.ours.optimizer, max_norm=1.0)
+    for seed in range(1, 3):
+        twins.step(seed)
+    twins.assert_equal()
+    assert (twins.ours.skipped_steps, twins.ours.clipped_steps) == (1, 2)
 
 
 COPIES: dict[str, Callable[[Any], Any]] = {

@@ -22,7 +22,7 @@ from snapshots import assert_same_tree, bits
 pytestmark = pytest.mark.parametrize("backend", BACKENDS[2:], ids=str, indirect=True)
 
 STEPS = 20
-# Torch's RMSprop and Adagrad take no capturable=True on all versions; SGD has none.
+# torch's other classes have no such option; fused, they can be captured all the same.
 CAPTURABLE = {"Adam-amsgrad", "AdamW", "RMSprop-both"}
 
 
@@ -61,7 +61,9 @@ def put(static: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         to.copy_(gradient)
 
 
-def warm_up(optimizer: Any, static: Sequence[Tensor], sequence: Sequence[list[Tensor]]) -> None:
+def warm_up(
+    optimizer: Any, static: Sequence[Tensor], sequence: Sequence[list[Tensor]]
+) -> torch.cuda.Stream:
     """Steps on a side stream, as torch's notes on graphs ask for."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -70,6 +72,7 @@ def warm_up(optimizer: Any, static: Sequence[Tensor], sequence: Sequence[list[Te
             put(static, gradients)
             optimizer.step()
     torch.cuda.current_stream().wait_stream(side)
+    return side
 
 
 def capture(optimizer: Any) -> torch.cuda.CUDAGraph:
@@ -156,7 +159,7 @@ def test_a_graph_outlives_the_plan_it_was_captured_with(backend: Backend) -> Non
         static_gradients(some)
         some[0].grad = None
     held = [p.grad for p in mine]
-    warm_up(ours, held[1:], [g[1:] for g in sequence[:2]])  # type: ignore[arg-type]
+    side = warm_up(ours, held[1:], [g[1:] for g in sequence[:2]])  # type: ignore[arg-type]
     graph = capture(ours)
     late = torch.zeros_like(mine[0])
     filler = []
@@ -175,7 +178,11 @@ def test_a_graph_outlives_the_plan_it_was_captured_with(backend: Backend) -> Non
         else:
             graph.replay()
         # Memory that was given back is now somebody else's.
-        filler += [torch.full((n,), 7.0, device=backend.device) for n in (4, 32, 128, 512, 4096)]
+        for stream in (side, torch.cuda.current_stream()):
+            torch.cuda.synchronize()
+            with torch.cuda.stream(stream):
+                filler += [torch.full((n,), 7.0, device=backend.device) for n in (4, 64, 256, 4096)]
+    torch.cuda.synchronize()
     assert all(torch.all(tensor == 7.0) for tensor in filler)
     assert_same(ours, mine, same, expected)
 
@@ -223,7 +230,8 @@ def test_functions_in_a_graph(backend: Backend) -> None:
     with torch.cuda.graph(graph):
         norm = sg.clip_grad_norm_(params, 1.0)
     for gradients in gradient_sequence(params, 2):
-        dense = [g if g is not None else torch.zeros_like(p) for g, p in zip(gradients, params)]  # noqa: B905
+        pairs = zip(gradients, params, strict=True)
+        dense = [torch.zeros_like(p) if g is None else g for g, p in pairs]
         put(static, dense)
         graph.replay()
         assign(expected, [g.clone() for g in dense])

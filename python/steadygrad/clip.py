@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steadygrad import _kernels
-from steadygrad.memory import Outcome, allocator, is_asynchronous
+from steadygrad.memory import Outcome, allocator, is_asynchronous, is_number_on
 
 _CPU = torch.device("cpu")
 
@@ -42,10 +42,16 @@ def as_number(function: str, argument: str, value: float | Tensor) -> float:
     """The value as a float, or an error that names the argument."""
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: tensors that hold no number
         raise TypeError(
-            f"{function}: {argument}: expected a number, got {type(value).__name__}"
+            f"{function}: {argument}: expected a number, got {_described(value)}"
         ) from None
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"Tensor (shape {tuple(value.shape)}, device {value.device})"
+    return type(value).__name__
 
 
 def device_of(tensors: list[Tensor]) -> torch.device:
@@ -181,7 +187,7 @@ def clip_grads_with_norm_(
     grads = grads_of("clip_grads_with_norm_", parameters)
     device = device_of(grads)
     norm = total_norm
-    if not (isinstance(norm, Tensor) and norm.device == device and is_asynchronous(device)):
+    if not is_number_on(norm, device):
         norm = as_number("clip_grads_with_norm_", "total_norm", norm)
     _kernels.clip_grads_with_norm_(
         grads, as_number("clip_grads_with_norm_", "max_norm", max_norm), norm, allocator(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,18 @@ from steadygrad import _kernels
 def is_asynchronous(device: torch.device) -> bool:
     """Whether kernels for tensors on this device run behind the host's back, so that results must stay there."""
     return _kernels.is_asynchronous(device.type)
+
+
+def is_number_on(value: Any, device: torch.device | None) -> bool:
+    """Whether it is a number in a tensor on an asynchronous device, which kernels can read without a wait."""
+    return (
+        device is not None
+        and isinstance(value, Tensor)
+        and value.device == device
+        and value.numel() == 1
+        and value.dtype in (torch.float32, torch.float64)
+        and is_asynchronous(device)
+    )
 
 
 def allocator(device: torch.device) -> Callable[[int], Tensor]:

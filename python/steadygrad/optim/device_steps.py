@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,9 @@ class Scaling:
     found_inf: bool = False
     grad_scale_tensor: Tensor | None = None
     found_inf_tensor: Tensor | None = None
+
+
+State = dict[Tensor, dict[str, Any]]
 
 
 class DeviceReport:
@@ -56,23 +60,53 @@ class DeviceSteps:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.taken = torch.ones(0, dtype=torch.int32, device=device)
+        # State entered before it is known that the step that made it was taken, by the parameter's place.
+        self._unproven: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
         self._counts: Tensor | None = None
         self._kept: list[_kernels.Plan] = []
 
-    def prepare(self, first: list[bool], replaced: _kernels.Plan | None, kept: bool) -> None:
-        """For a new plan: which parameters take their first step. Plans that graphs use are kept alive.
+    def settle(self, params: list[Tensor], state: State) -> None:
+        """Before a new plan: state that was replaced is somebody else's, and flags go by the parameters' places."""
+        self._unproven = {
+            index: (param, entered)
+            for index, (param, entered) in self._unproven.items()
+            if all(state.get(param, {}).get(name) is entered[name] for name in entered)
+        }
+        moved = len(self.taken) != len(params) or any(
+            params[index] is not param for index, (param, _) in self._unproven.items()
+        )
+        if moved:
+            self.take_back(state)
 
-        ``kept``: the parameters are those of the last plan, and what the device knows of them stays true.
-        """
+    def prepare(self, first: list[bool], replaced: _kernels.Plan | None) -> None:
+        """For a new plan: which parameters take their first step. Plans that graphs use are kept alive."""
         if replaced is not None and replaced.captured:
             self._kept.append(replaced)
         # Filled there: a copy of the list would wait for the device.
-        if not kept:
-            make = torch.zeros if all(first) else torch.ones
-            self.taken = make(len(first), dtype=torch.int32, device=self.device)
-        if not all(first):
-            for index in (i for i, is_first in enumerate(first) if is_first):
-                self.taken[index].zero_()
+        before = self.taken
+        self.taken = torch.ones(len(first), dtype=torch.int32, device=self.device)
+        for begin, end in _runs([i for i, is_first in enumerate(first) if is_first]):
+            self.taken[begin:end].zero_()
+        for begin, end in _runs(sorted(self._unproven)):
+            self.taken[begin:end].copy_(before[begin:end])
+
+    def enter(self, index: int, param: Tensor, entered: dict[str, Tensor]) -> None:
+        """Remembers the state of a first step that may turn out not to have been taken."""
+        self._unproven[index] = param, entered
+
+    def take_back(self, state: State) -> None:
+        """Removes state that no step has used; waits for the device if there may be any."""
+        if not self._unproven:
+            return
+        taken = self.taken.tolist()
+        for index, (param, entered) in self._unproven.items():
+            held = state.get(param, {})
+            for name, value in entered.items():
+                if not taken[index] and held.get(name) is value:
+                    del held[name]
+            if param in state and not held:
+                del state[param]
+        self._unproven = {}
 
     def run(
         self,
@@ -122,12 +156,10 @@ class DeviceSteps:
         return counts
 
 
-def on_device(value: Any, device: torch.device | None) -> bool:
-    """Whether it is a number in a tensor on a device that is not to be waited for."""
-    return (
-        device is not None
-        and isinstance(value, Tensor)
-        and value.device == device
-        and value.numel() == 1
-        and value.dtype in (torch.float32, torch.float64)
-    )
+def _runs(indices: list[int]) -> Iterator[tuple[int, int]]:
+    """Ascending indices as ranges [begin, end)."""
+    begin = 0
+    for i in range(1, len(indices) + 1):
+        if i == len(indices) or indices[i] != indices[i - 1] + 1:
+            yield indices[begin], indices[i - 1] + 1
+            begin = i

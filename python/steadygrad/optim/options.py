@@ -26,7 +26,7 @@ def checked_number(
         expected += f" and < {below:g}"
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: tensors that hold no number
         raise TypeError(f"{where}: expected {expected}, got {value!r}") from None
     if not (number >= low and (number < below or below == math.inf)) or (
         finite and math.isinf(number)

@@ -178,5 +178,6 @@ class Stabilized(StepOutcome):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes whole or partial states, as torch's ``load_state_dict`` passes them."""
+        self._flush()
         super().__setstate__(state)  # type: ignore[misc]
         self._stepper = None

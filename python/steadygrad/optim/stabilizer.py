@@ -109,6 +109,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
                 ),
             }
         )
+        self._current_stepper()  # hears from the optimizer's last wrapper
         # A wrapper made anew, or around a loaded checkpoint, follows its own options; the counters go on.
         for group in self.param_groups:
             if COUNTERS[0] in group:
@@ -222,6 +223,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes whole states, and partial ones as torch passes them: ``state``, ``param_groups``, ``defaults``."""
+        self._flush()
         own = {key: value for key, value in state.items() if key in ("optimizer", "_options")}
         self.__dict__.update(own, _stepper=None)
         empty: Callable[[], OrderedDict[int, Any]] = OrderedDict

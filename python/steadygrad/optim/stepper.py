@@ -5,18 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from steadygrad import _kernels
-from steadygrad.memory import Outcome, is_asynchronous
+from steadygrad.memory import Outcome, is_asynchronous, is_number_on
 from steadygrad.optim.closures import Closure, evaluated, evaluates_closure, snapshot
-from steadygrad.optim.device_steps import DeviceReport, DeviceSteps, Scaling, on_device
+from steadygrad.optim.device_steps import DeviceReport, DeviceSteps, Scaling
 from steadygrad.optim.eligibility import why_not_fused
 from steadygrad.optim.options import COUNTERS, StabilizerOptions, checked_number
 from steadygrad.optim.rule import UpdateRule
 from steadygrad.penalty import soft_threshold_
+
+# By the id of an optimizer that the stepper keeps alive.
+_steppers: WeakValueDictionary[int, Stepper] = WeakValueDictionary()
 
 
 class NonfiniteGradientError(RuntimeError):
@@ -74,10 +78,13 @@ class Stepper:
         self._clipped = False
         self._creates_state = False
         self.grad_norm: float | Outcome | None = None
-        # Where decisions stay on the device: what it keeps, and state entered before it is known that the step that
-        # made it was taken, by the parameter's place.
+        # Only where decisions stay on the device.
         self._device_steps: DeviceSteps | None = None
-        self._unproven: dict[int, tuple[Tensor, tuple[str, ...]]] = {}
+        # Another stepper of the same optimizer may not have said all it knows.
+        previous = _steppers.get(id(optimizer))
+        if previous is not None:
+            previous.flush()
+        _steppers[id(optimizer)] = self
 
     @property
     def path(self) -> str:
@@ -127,37 +134,17 @@ class Stepper:
         for counter, steps in zip(COUNTERS, self._device_steps.take_counts(), strict=True):
             if steps:
                 self._count(counter, steps)
-        self._forget_unproven_state()
-
-    def _are_at_their_places(self, params: list[Tensor]) -> bool:
-        """Whether the device's flags of parameters with unproven state still mean these parameters."""
-        return (
-            self._device_steps is not None
-            and len(self._device_steps.taken) == len(params)
-            and all(params[index] is param for index, (param, _) in self._unproven.items())
-        )
-
-    def _forget_unproven_state(self) -> None:
-        if not self._unproven:
-            return
-        assert self._device_steps is not None
-        taken = self._device_steps.taken.tolist()
-        for index, (param, names) in self._unproven.items():
-            if taken[index]:
-                continue
-            state = self._optimizer.state.get(param, {})
-            for name in names:
-                state.pop(name, None)
-            if not state:
-                self._optimizer.state.pop(param, None)
-        self._unproven = {}
+        self._device_steps.take_back(self._optimizer.state)
 
     def _asynchronous_device(self) -> torch.device | None:
-        """Where the first parameter is, if decisions are to stay there; kernels check that all others are too."""
+        """Where the parameters are, if decisions are to stay there: by the first gradient, all others are checked."""
+        first: Tensor | None = None
         for group in self._optimizer.param_groups:
             for param in group["params"]:
-                return param.device if is_asynchronous(param.device) else None
-        return None
+                if param.grad is not None:
+                    return param.device if is_asynchronous(param.device) else None
+                first = param if first is None else first
+        return first.device if first is not None and is_asynchronous(first.device) else None
 
     def _why(self) -> str | None:
         # Only a wrapper would pass over a step that somebody put in the wrapped optimizer's place.
@@ -189,8 +176,8 @@ class Stepper:
     def _prepare(self) -> None:
         optimizer = self._optimizer
         params = [param for group in optimizer.param_groups for param in group["params"]]
-        if not self._are_at_their_places(params):
-            self._forget_unproven_state()
+        if self._device_steps is not None:
+            self._device_steps.settle(params, optimizer.state)
         self._structure = self._current_structure()
         self._why_in_place = self._why()
         self._new_state = {}
@@ -206,7 +193,7 @@ class Stepper:
         ]
         if self._device_steps is not None:
             first = [slot is None or slot[2] for slot in slots]
-            self._device_steps.prepare(first, self._plan, kept=bool(self._unproven))
+            self._device_steps.prepare(first, self._plan)
         self._plan = _kernels.Plan(
             self._rule.name if fused and self._rule is not None else "none",
             [group["params"] for group in optimizer.param_groups],
@@ -263,7 +250,7 @@ class Stepper:
                 state = self._new_state.pop(param)
                 optimizer.state[param].update(state)
                 if self._device_steps is not None:
-                    self._unproven[index] = param, tuple(state)
+                    self._device_steps.enter(index, param, state)
             self._plan.mark_first_steps_done()
             self._plan.seal(optimizer.state)
         # A scheduler made for the wrapped optimizer looks for this mark of its own step.
@@ -283,7 +270,7 @@ class Stepper:
         if self._device_steps is None:
             return self._plan.step(numbers, self._scaling.unscale, self._scaling.found_inf, grads)
         rates = [
-            group["lr"] if on_device(group.get("lr"), self._device_steps.device) else None
+            group["lr"] if is_number_on(group.get("lr"), self._device_steps.device) else None
             for group in self._optimizer.param_groups
         ]
         return self._device_steps.run(self._plan, numbers, rates, self._scaling, grads, read_back)
@@ -293,7 +280,7 @@ class Stepper:
         listed: list[dict[str, float]] = []
         for i, group in enumerate(self._optimizer.param_groups):
             where = f"step: param_groups[{i}]: "
-            if on_device(group.get("lr"), device):
+            if is_number_on(group.get("lr"), device):
                 group = {**group, "lr": 0.0}  # read by the kernels
             numbers = self._rule.numbers(group, where) if self._rule is not None else {}
             listed.append({**numbers, **self._options.group_numbers(group, where)})
@@ -316,7 +303,7 @@ class Stepper:
                 return False
         for group in groups:
             rate = group.get("lr", 1)
-            if on_device(rate, device):
+            if is_number_on(rate, device):
                 return False
             if not isinstance(rate, (int, float, Tensor)) or float(rate) != 0:
                 return False
@@ -428,11 +415,13 @@ class Stepper:
 
 
 def _scaling(grad_scale: Any, found_inf: Any, device: torch.device | None) -> Scaling:
-    scale_there = on_device(grad_scale, device)
-    found_there = on_device(found_inf, device)
+    scale_there = is_number_on(grad_scale, device)
+    found_there = is_number_on(found_inf, device)
     return Scaling(
         unscale=1.0 if grad_scale is None or scale_there else 1.0 / _checked_grad_scale(grad_scale),
-        found_inf=found_inf is not None and not found_there and float(found_inf) > 0,
+        found_inf=found_inf is not None
+        and not found_there
+        and checked_number("step: found_inf", found_inf, finite=False) > 0,
         grad_scale_tensor=grad_scale.float() if scale_there else None,
         found_inf_tensor=found_inf.float() if found_there else None,
     )
