@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | gpu | performance | clean
+# make demo | test | lint | sanitize | bench | gpu | performance | clean
 #   make test ARGS="-k norm"        passes ARGS on to the command
 #   make PYTHON=python3.12 test     another interpreter (3.10 or later)
 
@@ -13,10 +13,11 @@ ENVIRONMENT := $(VENV)/.python-$(shell $(PYTHON) -c 'import platform; print(plat
 INSTALLED := $(VENV)/.installed
 EMULATED := $(VENV)/.emulated
 LINTERS := $(VENV)/.linters
+BUILDERS := $(VENV)/.builders
 # Folders are listed too: their times change when a file is removed.
 SOURCES := CMakeLists.txt LICENSE README.md pyproject.toml \
   $(shell find cmake csrc python -name __pycache__ -prune -o -print)
-CPP_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+CPP_SOURCES = $(shell find csrc tests/sanitize -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 # pip gives the build an environment of its own, with the pinned tools and without torch.
 export PIP_BUILD_CONSTRAINT := $(abspath constraints.txt)
@@ -25,7 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The GPUs that kernels are compiled for while developing; a release is built without this, for all of them.
 export CUDAARCHS ?= 80-real;90-real
 
-.PHONY: demo test lint bench gpu performance clean
+.PHONY: demo test lint sanitize bench gpu performance clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m steadygrad study --quick --out out $(ARGS)
@@ -38,6 +39,14 @@ lint: $(INSTALLED) $(LINTERS)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
+
+# The CPU backend and the emulated CUDA backend under ASan and UBSan, then under TSan; without Python and torch.
+sanitize: $(BUILDERS)
+	for sanitizer in address thread; do \
+	  $(BIN)/cmake -S tests/sanitize -B build/sanitize/$$sanitizer -G Ninja \
+	    -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DSANITIZER=$$sanitizer && \
+	  $(BIN)/cmake --build build/sanitize/$$sanitizer --target check || exit 1; \
+	done
 
 bench: $(INSTALLED)
 	$(BIN)/python -m steadygrad bench $(ARGS)
@@ -70,4 +79,8 @@ $(EMULATED): $(INSTALLED) $(shell find tests/emulated -name __pycache__ -prune -
 
 $(LINTERS): $(ENVIRONMENT) constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt ruff mypy clang-format
+	touch $@
+
+$(BUILDERS): $(ENVIRONMENT) constraints.txt
+	$(BIN)/python -m pip install -c constraints.txt cmake ninja
 	touch $@

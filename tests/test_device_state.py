@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import steadygrad as sg
 from backends import Backend
@@ -243,3 +245,56 @@ def test_momentum_that_is_switched_on(device: torch.device) -> None:
     for seed in range(2, 5):
         twins.step(seed)
     twins.assert_equal()
+
+
+EVENTS = ["none", "none", "read", "save", "copy", "move", "rewrap", "swap", "reset"]
+drawn_steps = st.lists(
+    st.tuples(st.sampled_from(EVENTS), st.booleans(), st.sets(st.integers(0, 3))),
+    min_size=1,
+    max_size=7,
+)
+
+
+def happen(event: str, twins: Twins) -> None:
+    """Do to ours what may be done between steps; torch's optimizer, which skipped nothing, is the measure."""
+    ours, torchs = twins.ours, twins.torchs
+    if event == "read":
+        twins.assert_equal()
+    elif event == "save":
+        ours.load_state_dict(copy.deepcopy(ours.state_dict()))
+    elif event == "copy":
+        twins.ours = copy.deepcopy(ours)
+        twins.mine = twins.ours.param_groups[0]["params"]
+    elif event == "move":
+        for param in twins.mine:
+            param.data = param.data.clone()
+    elif event == "rewrap" and isinstance(ours, sg.Stabilizer):
+        twins.ours = sg.Stabilizer(ours.optimizer, max_norm=1.0)
+    elif event == "swap":
+        ours.load_state_dict(copy.deepcopy(torchs.state_dict()) | _counts(ours))
+    elif event == "reset":
+        ours.state.clear()
+        torchs.state.clear()
+
+
+def _counts(ours: Any) -> dict[str, Any]:
+    """Param groups as they are, so that a checkpoint of torch's does not start the counts anew."""
+    return {"param_groups": copy.deepcopy(ours.state_dict()["param_groups"])}
+
+
+@both_ways
+@pytest.mark.parametrize("rule", ["SGD-dampened", "RMSprop-both"])
+@given(steps=drawn_steps)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_happens_between_steps(
+    device: torch.device, rule: str, wrap: bool, steps: list[tuple[str, bool, set[int]]]
+) -> None:
+    twins = Twins(rule, device, wrap)
+    skipped = clipped = 0
+    for seed, (event, bad, without) in enumerate(steps):
+        happen(event, twins)
+        twins.step(seed, NAN if bad else None, sorted(without))
+        skipped += bad
+        clipped += not bad
+    twins.assert_equal()
+    assert (twins.ours.skipped_steps, twins.ours.clipped_steps) == (skipped, clipped)

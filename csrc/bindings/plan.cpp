@@ -253,7 +253,6 @@ bool Plan::gather(const std::vector<GroupOptions>& groups, const std::optional<p
   active_.clear();
   tensors_.clear();
   counters_.clear();
-  device_ = Device();
   tensors_.reserve(params_.size());
   constexpr size_t kAhead = 8;
   for (size_t i = 0; i < kAhead; ++i) prefetch(i);
@@ -281,6 +280,7 @@ std::optional<cpu::StepReport> Plan::step(const py::list& groups, double unscale
   const std::vector<GroupOptions> group_list = group_options_of(groups, groups_.size());
   adopt_torch_threads();
   const Stepping stepping(*this);
+  device_ = Device();
   if (!gather(group_list, grads)) return std::nullopt;
   if (device_.is_cuda()) {
     throw py::type_error("step: parameters: expected tensors on the device that the step was prepared for");
@@ -304,10 +304,10 @@ bool Plan::step_on_device(const py::list& groups, double unscale, bool found_inf
                           const py::list& learning_rates, const py::object& allocate) {
   const std::vector<GroupOptions> group_list = group_options_of(groups, groups_.size());
   const Stepping stepping(*this);
+  // Also a step without any gradient has a device and its stream.
+  device_ = Device();
+  view_of(py::object(memory["outcome"]).ptr(), {kFunction, "outcome", -1}, device_);
   if (!gather(group_list, grads)) return false;
-  if (!tensors_.empty() && !device_.is_cuda()) {
-    throw py::type_error("step: parameters: expected tensors on the device that the step was prepared for");
-  }
   std::vector<cuda::DeviceGroup> device_groups;
   for (size_t g = 0; g < group_list.size(); ++g) {
     cuda::DeviceGroup& group = device_groups.emplace_back();

@@ -176,6 +176,7 @@ View view_of(PyObject* object, const Argument& argument, Device& device) {
 }
 
 void check_writable(const View& view, const Argument& argument) {
+  if (view.numel == 0) return;
   for (int d = 0; d < view.ndim; ++d) {
     if (view.sizes[d] > 1 && view.strides[d] == 0) {
       throw py::value_error(

@@ -130,10 +130,24 @@ __device__ void prepare_step(const DecideArguments& arguments, int32_t tensor) {
   arguments.memory.scalars[tensor] = scalars;
 }
 
+__device__ bool is_number_for(double value, bool positive) {
+  return is_finite(value) && (positive ? value > 0 : value >= 0);
+}
+
+// Numbers that only the device has seen: where the host would have refused the step, it is skipped.
+__device__ bool has_bad_numbers(const DecideArguments& arguments) {
+  bool bad = arguments.step.grad_scale != nullptr && !is_number_for(*arguments.step.grad_scale, true);
+  for (int32_t t = threadIdx.x; t < arguments.table.tensors; t += kLanes) {
+    bad = bad || !is_number_for(arguments.groups[arguments.table.heads[t].group].hyper.lr, false);
+  }
+  return __syncthreads_or(bad ? 1 : 0) != 0;
+}
+
 __device__ void decide(const DecideArguments& arguments, Shared& shared) {
   StepOptions options = arguments.options;
   if (arguments.step.found_inf != nullptr) options.found_inf = *arguments.step.found_inf > 0;
   if (arguments.step.grad_scale != nullptr) options.unscale = 1.0 / *arguments.step.grad_scale;
+  if (has_bad_numbers(arguments)) options.found_inf = true;
   const Norm total = scope_norm(arguments, 0, arguments.table.nonempty_tensors, shared);
   const bool skipped = is_skipped(options, total);
   const bool refused = is_refused(options, total);

@@ -46,7 +46,7 @@ Specs direct_tensors();  // fp32 in memory order
 Specs half_tensors();    // bf16, fp16 and fp32 in all layouts
 Specs double_tensors();  // fp64 too
 Specs mixed_tensors();   // of 20,000 elements: enough for a team of threads
-Specs many_tensors();    // 300 small ones in 30 groups, some of them empty
+Specs many_tensors();    // hundreds of small ones in 30 groups, some of them empty
 Specs empty_tensors();   // none has elements
 Specs no_tensors();
 

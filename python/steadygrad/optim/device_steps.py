@@ -63,7 +63,7 @@ class DeviceSteps:
         # State entered before it is known that the step that made it was taken, by the parameter's place.
         self._unproven: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
         self._counts: Tensor | None = None
-        self._kept: list[_kernels.Plan] = []
+        self._kept: list[tuple[_kernels.Plan, Tensor]] = []
 
     def settle(self, params: list[Tensor], state: State) -> None:
         """Before a new plan: state that was replaced is somebody else's, and flags go by the parameters' places."""
@@ -80,10 +80,10 @@ class DeviceSteps:
 
     def prepare(self, first: list[bool], replaced: _kernels.Plan | None) -> None:
         """For a new plan: which parameters take their first step. Plans that graphs use are kept alive."""
-        if replaced is not None and replaced.captured:
-            self._kept.append(replaced)
-        # Filled there: a copy of the list would wait for the device.
         before = self.taken
+        if replaced is not None and replaced.captured:
+            self._kept.append((replaced, before))
+        # Filled there: a copy of the list would wait for the device.
         self.taken = torch.ones(len(first), dtype=torch.int32, device=self.device)
         for begin, end in _runs([i for i, is_first in enumerate(first) if is_first]):
             self.taken[begin:end].zero_()

@@ -142,6 +142,10 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
 
         A refused or skipped step changes nothing. Hooks of this object run around every step; those of the wrapped
         optimizer around its update, so its post-hooks do not run when the step is skipped.
+
+        On a CUDA device the fused step does not wait to hear whether it was skipped: the wrapped optimizer's hooks run
+        either way, and a ``grad_scale`` or ``lr`` in a tensor there that is negative or not finite skips the step where
+        a number would have been refused.
         """
         args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
         kwargs: dict[str, Any] = {}

@@ -296,10 +296,10 @@ class Stepper:
         groups = self._optimizer.param_groups
         device = self._asynchronous_device()
         if device is not None:
-            # To look at the gradients is to wait for them: only before any state, where it comes, and where penalties
-            # would leave traces in that state.
-            penalised = any(of_group["l1"] or of_group["l2"] for of_group in numbers)
-            if self._optimizer.state or not penalised:
+            # To look at the gradients is to wait for them: only before any state, where it comes, and where a penalty
+            # or a clip to nothing would leave traces.
+            leaves_traces = any(n["l1"] or n["l2"] or n["max_norm"] < 1e-6 for n in numbers)
+            if self._optimizer.state or not leaves_traces or self._keeps_no_state():
                 return False
         for group in groups:
             rate = group.get("lr", 1)
@@ -309,6 +309,12 @@ class Stepper:
                 return False
         grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
         return all(not grad.is_sparse and not bool(grad.any()) for grad in grads)
+
+    def _keeps_no_state(self) -> bool:
+        rule = self._rule
+        if rule is None or rule.has_step:
+            return False
+        return not any(rule.state_names(group) for group in self._optimizer.param_groups)
 
     # -- in place -------------------------------------------------------------------------------
 
