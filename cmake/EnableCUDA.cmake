@@ -28,11 +28,29 @@ endif()
 set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 
-string(REGEX REPLACE "(-real|-virtual)" "" cuda_architectures "${CMAKE_CUDA_ARCHITECTURES}")
-string(REGEX REPLACE "([0-9]+)" "sm_\\1" cuda_architectures "${cuda_architectures}")
+# What is compiled in, for messages and for telling which devices can be used.
+set(cuda_architectures "")
+set(cuda_machine_code 0)
+set(cuda_ptx 0)
+foreach(architecture IN LISTS CMAKE_CUDA_ARCHITECTURES)
+  string(REGEX MATCH "^[0-9]+" number "${architecture}")
+  if(NOT number)
+    message(FATAL_ERROR "steadygrad: CMAKE_CUDA_ARCHITECTURES: expected numbers such as 90-real, got ${architecture}")
+  endif()
+  if(NOT architecture MATCHES "virtual")
+    list(APPEND cuda_machine_code ${number})
+    list(APPEND cuda_architectures sm_${number})
+  endif()
+  if(NOT architecture MATCHES "real")
+    list(APPEND cuda_ptx ${number})
+    list(APPEND cuda_architectures "compute_${number} (PTX)")
+  endif()
+endforeach()
 string(REPLACE ";" ", " cuda_architectures "${cuda_architectures}")
+string(REPLACE ";" "," cuda_machine_code "${cuda_machine_code}")
+string(REPLACE ";" "," cuda_ptx "${cuda_ptx}")
 
-# The bits of the CPU backend: no contraction to fused multiply-add. A spilled register is an error.
+# The bits of the CPU backend: no contraction to fused multiply-add. A spilled register or a stack is an error.
 target_compile_options(steadygrad_options INTERFACE
   $<$<COMPILE_LANGUAGE:CUDA>:-O3 -fmad=false -Werror=all-warnings -Xcompiler=-Wall,-Wextra,-Werror
-  -Xptxas=--warn-on-spills,--warning-as-error>)
+  -Xptxas=--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error>)

@@ -56,6 +56,7 @@ py::dict build_info() {
 PYBIND11_MODULE(STEADYGRAD_MODULE, module) {
   bindings::import_torch();
   cpu::instruction_set();  // an unknown name in the environment is told at import
+  module.attr("VERSION") = STEADYGRAD_VERSION;
   module.def("build_info", &build_info);
   module.def("launch_count", &cuda::launch_count);
   bindings::define_functions(module);

@@ -156,7 +156,7 @@ void Plan::prefetch(size_t index) const {
 
 void Plan::remember(size_t index, const View* views, int count, PyObject* grad) {
   std::vector<const char*>& hints = hints_[index];
-  if (!hints.empty()) return;
+  if (!hints.empty() || device_.is_cuda()) return;
   const auto add = [&](const void* address, std::initializer_list<int> offsets) {
     for (const int offset : offsets) hints.push_back(static_cast<const char*>(address) + offset);
   };
@@ -335,8 +335,9 @@ bool Plan::step_on_device(const py::list& groups, double unscale, bool found_inf
       tensors_, counters, slots, device_groups, options_, addresses,
       [&](int64_t bytes) {
         // What a captured graph uses must stay where it is.
+        py::object memory_of_step = allocate(bytes);
         if (!captured()) device_memory_.clear();
-        device_memory_.push_back(allocate(bytes));
+        device_memory_.push_back(std::move(memory_of_step));
         return memory_of<void>(device_memory_.back());
       },
       current_stream(device_));

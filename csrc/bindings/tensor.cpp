@@ -40,8 +40,9 @@ DType dtype_of(const DLTensor& tensor, bool& is_complex, PyObject* object, const
 // A freed storage leaves a data pointer of 0 plus the offset. No allocator hands out addresses this low on a
 // 64-bit system except the heap of a fixed-position executable, so a low one is looked at more closely.
 bool is_freed(const DLTensor& tensor, PyObject* object) {
-  constexpr uintptr_t kSuspicious = uintptr_t{1} << 40;
-  if (reinterpret_cast<uintptr_t>(tensor.data) >= kSuspicious) return false;
+  // Virtual memory of GPUs begins lower, but not below the offsets that occur.
+  const uintptr_t suspicious = uintptr_t{1} << (tensor.device.device_type == kDLCUDA ? 32 : 40);
+  if (reinterpret_cast<uintptr_t>(tensor.data) >= suspicious) return false;
   if (tensor.data == nullptr) return true;
   const py::object storage = py::reinterpret_borrow<py::object>(object).attr("untyped_storage")();
   return storage.attr("nbytes")().cast<int64_t>() == 0;

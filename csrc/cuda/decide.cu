@@ -1,4 +1,6 @@
 // A block per tensor adds up its chunks; the last one to finish takes the total and decides.
+#include <algorithm>
+
 #include "core/rules/table.h"
 #include "cuda/decide.h"
 #include "cuda/launch.h"
@@ -66,7 +68,7 @@ __device__ double general_norm(const DecideArguments& arguments, int32_t first, 
 __device__ Norm scope_norm(const DecideArguments& arguments, int32_t first, int32_t last, Shared& shared) {
   if (first == last) return Norm();
   const NormType type = arguments.options.norm_type;
-  const NormPartial sum = block_combine_in_order(
+  const NormPartial sum = block_combine_in_order<4>(
       last - first, identity_of(type), shared.partials.data(),
       [&](int64_t i) { return arguments.norms.tensors[arguments.table.nonempty[first + i]]; },
       [&](NormPartial& a, const NormPartial& b) { combine(type, a, b); });
@@ -83,35 +85,36 @@ __device__ Norm tensor_norm(const DecideArguments& arguments, int32_t tensor) {
   return norm_with_counts(finish_norm(type, partial.sums, scale), partial.nonfinite, partial.nan);
 }
 
-// By every thread of the block; returns whether any coefficient is not 1.
+__device__ bool has_elements(const TensorTable& table, int32_t group) {
+  return table.group_begin[group] != table.group_begin[group + 1];
+}
+
+// By every thread of the block; returns whether any coefficient is not 1. Groups without elements have none.
 __device__ bool set_coefficients(const DecideArguments& arguments, const StepOptions& options,
                                  const Norm& total, Shared& shared) {
   const TensorTable& table = arguments.table;
-  const bool by_group = options.clip_scope == ClipScope::group;
-  if (by_group) {
-    for (int32_t g = 0; g < table.groups; ++g) {
-      const int32_t first = table.group_begin[g];
-      const int32_t last = table.group_begin[g + 1];
-      if (first == last) continue;
-      const Norm norm = scope_norm(arguments, first, last, shared);
-      if (threadIdx.x == 0) {
-        arguments.memory.group_coefficients[g] = scope_coefficient(arguments.groups[g], options, norm);
-      }
-    }
-    __syncthreads();
-  }
+  double* const coefficients = arguments.memory.coefficients;
   bool clips = false;
-  for (int32_t t = threadIdx.x; t < table.tensors; t += kLanes) {
-    const TensorHead head = table.heads[t];
-    double coefficient;
-    if (by_group && table.group_begin[head.group] != table.group_begin[head.group + 1]) {
-      coefficient = arguments.memory.group_coefficients[head.group];
-    } else {
-      const Norm norm = options.clip_scope == ClipScope::global ? total : tensor_norm(arguments, t);
-      coefficient = scope_coefficient(arguments.groups[head.group], options, norm);
+  if (options.clip_scope == ClipScope::tensor) {
+    for (int32_t t = threadIdx.x; t < table.tensors; t += kLanes) {
+      const GroupOptions& group = arguments.groups[table.heads[t].group];
+      coefficients[t] = scope_coefficient(group, options, tensor_norm(arguments, t));
+      clips = clips || coefficients[t] != 1;
     }
-    arguments.memory.coefficients[t] = coefficient;
-    clips = clips || coefficient != 1;
+  } else if (options.clip_scope == ClipScope::group) {
+    for (int32_t g = 0; g < table.groups; ++g) {
+      if (!has_elements(table, g)) continue;
+      const Norm norm = scope_norm(arguments, table.group_begin[g], table.group_begin[g + 1], shared);
+      const double coefficient = scope_coefficient(arguments.groups[g], options, norm);
+      if (threadIdx.x == 0) coefficients[g] = coefficient;
+      clips = clips || coefficient != 1;
+    }
+  } else {
+    for (int32_t g = threadIdx.x; g < table.groups; g += kLanes) {
+      if (!has_elements(table, g)) continue;
+      coefficients[g] = scope_coefficient(arguments.groups[g], options, total);
+      clips = clips || coefficients[g] != 1;
+    }
   }
   return __syncthreads_or(clips ? 1 : 0) != 0;
 }
@@ -137,8 +140,8 @@ __device__ bool is_number_for(double value, bool positive) {
 // Numbers that only the device has seen: where the host would have refused the step, it is skipped.
 __device__ bool has_bad_numbers(const DecideArguments& arguments) {
   bool bad = arguments.step.grad_scale != nullptr && !is_number_for(*arguments.step.grad_scale, true);
-  for (int32_t t = threadIdx.x; t < arguments.table.tensors; t += kLanes) {
-    bad = bad || !is_number_for(arguments.groups[arguments.table.heads[t].group].hyper.lr, false);
+  for (int32_t g = threadIdx.x; g < arguments.table.groups; g += kLanes) {
+    bad = bad || (has_elements(arguments.table, g) && !is_number_for(arguments.groups[g].hyper.lr, false));
   }
   return __syncthreads_or(bad ? 1 : 0) != 0;
 }
@@ -164,8 +167,6 @@ __device__ void decide(const DecideArguments& arguments, Shared& shared) {
   decision.proceed = !skipped && !refused;
   decision.clips = clipped;
   decision.zero_nonfinite = zeroes_nonfinite(options, total);
-  decision.coefficients = arguments.memory.coefficients;
-  decision.scalars = arguments.memory.scalars;
   *arguments.memory.decision = decision;
   Outcome outcome{};
   const bool finite_only = !skipped && !refused && options.nonfinite == NonfinitePolicy::zero;
@@ -198,10 +199,9 @@ __global__ void __launch_bounds__(kLanes, 1)
   const int32_t tensor = static_cast<int32_t>(blockIdx.x);
   if (tensor < arguments.table.tensors) {
     const NormPartial partial = tensor_partial(arguments, tensor, shared);
-    if (threadIdx.x == 0) {
-      arguments.norms.tensors[tensor] = partial;
-      if (arguments.options.rule != RuleKind::none) prepare_step(arguments, tensor);
-    }
+    if (threadIdx.x == 0) arguments.norms.tensors[tensor] = partial;
+    // By another warp than the one that the others wait for.
+    if (threadIdx.x == kWarp && arguments.options.rule != RuleKind::none) prepare_step(arguments, tensor);
   }
   if (threadIdx.x == 0) {
     __threadfence();
@@ -220,8 +220,7 @@ __global__ void __launch_bounds__(kLanes, 1)
 DecisionMemory take_decision_memory(const TensorTable& table, Arena& arena) {
   DecisionMemory memory;
   memory.decision = arena.take<Decision>(1);
-  memory.coefficients = arena.take<double>(table.tensors);
-  memory.group_coefficients = arena.take<double>(table.groups);
+  memory.coefficients = arena.take<double>(std::max(table.tensors, table.groups));
   memory.scalars = arena.take<StepScalars>(table.tensors);
   return memory;
 }

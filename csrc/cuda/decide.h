@@ -11,8 +11,6 @@ struct Decision {
   bool proceed;  // neither skipped nor refused
   bool clips;    // a coefficient is not 1
   bool zero_nonfinite;
-  double* coefficients;  // per tensor
-  StepScalars* scalars;  // per tensor
 };
 
 // A tensor's step has been taken.
@@ -30,9 +28,8 @@ __device__ __forceinline__ void advance(const TensorTable& table, int32_t tensor
 
 struct DecisionMemory {
   Decision* decision = nullptr;
-  double* coefficients = nullptr;
-  double* group_coefficients = nullptr;
-  StepScalars* scalars = nullptr;
+  double* coefficients = nullptr;  // per tensor or per group, as the clip's scope says
+  StepScalars* scalars = nullptr;  // per tensor
 };
 
 DecisionMemory take_decision_memory(const TensorTable& table, Arena& arena);

@@ -16,6 +16,21 @@ std::string version_text(int version) {
 
 std::string architecture_text(int major, int minor) { return "sm_" + std::to_string(10 * major + minor); }
 
+// Machine code runs on its architecture and later ones of the same major version; PTX on any later one.
+// Asking the driver instead would make a context on every device.
+bool is_compiled_for(int major, int minor) {
+  constexpr int kMachineCode[] = {STEADYGRAD_CUDA_MACHINE_CODE};
+  constexpr int kPtx[] = {STEADYGRAD_CUDA_PTX};
+  const int device = 10 * major + minor;
+  for (const int architecture : kMachineCode) {
+    if (architecture / 10 == major && architecture <= device) return true;
+  }
+  for (const int architecture : kPtx) {
+    if (architecture != 0 && architecture <= device) return true;
+  }
+  return false;
+}
+
 std::string device_text() {
   int device = 0;
   cudaDeviceProp properties;
@@ -27,7 +42,8 @@ std::string device_text() {
 
 std::string advice(cudaError_t error) {
   switch (error) {
-    case cudaErrorInsufficientDriver: {
+    case cudaErrorInsufficientDriver:
+    case cudaErrorUnsupportedPtxVersion: {
       int driver = 0;
       int runtime = 0;
       cudaDriverGetVersion(&driver);
@@ -40,6 +56,17 @@ std::string advice(cudaError_t error) {
     case cudaErrorInvalidDeviceFunction:
       return "expected one of the architectures compiled in (" STEADYGRAD_CUDA_ARCHITECTURES "), got " +
              device_text() + ". Build steadygrad from source with CUDAARCHS set to the device's architecture";
+    case cudaErrorMemoryAllocation:
+      return "the device has no memory left to load kernels; torch.cuda.empty_cache() returns what torch "
+             "holds unused";
+    case cudaErrorInitializationError:
+      return "CUDA cannot be used in a forked process once its parent has used it; start processes with the "
+             "spawn method";
+    case cudaErrorIllegalAddress:
+    case cudaErrorLaunchFailure:
+      return std::string(cudaGetErrorString(error)) +
+             ": this or an earlier kernel of the process failed, and the process must be restarted; "
+             "CUDA_LAUNCH_BLOCKING=1 shows which kernel it was";
     default:
       return std::string("CUDA error ") + cudaGetErrorName(error) + ": " + cudaGetErrorString(error);
   }
@@ -78,7 +105,7 @@ BackendInfo backend_info() {
     entry.name = properties.name;
     entry.major = properties.major;
     entry.minor = properties.minor;
-    entry.usable = can_run_on(device);
+    entry.usable = is_compiled_for(properties.major, properties.minor);
   }
   return info;
 }

@@ -96,7 +96,7 @@ enum class Contents : uint8_t { float32_direct, no_float64, any };
 
 template <Contents kContents>
 struct Elements {
-  // Blocks that a multiprocessor is to hold at least; fp64 code takes the registers of both.
+  // Times 256 threads, how many a multiprocessor is to hold at least; fp64 code takes the registers of both.
   static constexpr int kBlocks = kContents == Contents::any ? 1 : kContents == Contents::no_float64 ? 2 : 3;
 
   // Calls function(T{}) with the type that a tensor is computed in.

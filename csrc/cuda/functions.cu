@@ -38,6 +38,7 @@ void norm_and_clip(const char* function, const Tensors& tensors, double max_norm
   if (max_norm == INFINITY) return;
   TransformSource source;
   source.decision = decision.decision;
+  source.coefficients = decision.coefficients;
   source.groups = broadcast.groups;
   source.options = options;
   launch_transform(function, table, nullptr, source, true, stream);

@@ -71,6 +71,7 @@ void StepPlan::step(const Tensors& tensors, const std::vector<StepCounter>& coun
   // A replay puts back the table it was captured with, at any time: from then on each step brings its own.
   captured_ = captured_ || is_capturing(stream);
   if (captured_ || image != image_) {
+    image_.clear();  // a failed upload is not taken for a good one
     upload(kFunction, image, base_, stream);
     image_ = std::move(image);
   }
@@ -81,12 +82,15 @@ void StepPlan::step(const Tensors& tensors, const std::vector<StepCounter>& coun
                 memory, stream);
   TransformSource source;
   source.decision = layout.decision.decision;
+  source.coefficients = layout.decision.coefficients;
   source.groups = layout.broadcast.groups;
   source.options = options;
   const bool writes_grads = options.rule == RuleKind::none || options.write_grads;
   if (writes_grads) launch_transform(kFunction, layout.table, layout.broadcast.grads, source, false, stream);
-  launch_rule(options.rule, {layout.table, layout.broadcast.grads, source, memory.taken, writes_grads},
-              stream);
+  launch_rule(
+      options.rule,
+      {layout.table, layout.broadcast.grads, source, layout.decision.scalars, memory.taken, writes_grads},
+      stream);
 }
 
 }  // namespace steadygrad::cuda

@@ -8,7 +8,7 @@
 namespace steadygrad::cuda {
 namespace {
 
-constexpr int kNormThreads = 256;
+constexpr int kNormThreads = 128;
 constexpr int kWarps = kNormThreads / kWarp;
 constexpr int kGroupsPerLaunch = 24;
 constexpr int kGradsPerLaunch = 3500;
@@ -32,7 +32,7 @@ static_assert(sizeof(NormArguments) <= 32764, "more than a launch can carry");
 
 // Rows in flight: enough loads to cover the latency of memory.
 template <class Element>
-constexpr int kRowsAtOnce = 16 / sizeof(Element);
+constexpr int kRowsAtOnce = sizeof(Element) == sizeof(double) ? 2 : 8;
 
 template <class T, class Element>
 __device__ __forceinline__ void sum_squares(const TensorOperands& tensor, const Chunk& chunk,
@@ -142,7 +142,8 @@ __device__ __forceinline__ NormPartial chunk_norm(const TensorOperands& tensor, 
   return sum_elements<Elements>(tensor, chunk, transform, type, scale);
 }
 
-__device__ void publish(const NormArguments& arguments) {
+// Leaves the groups where later kernels find them.
+__device__ void publish_groups(const NormArguments& arguments) {
   for (int32_t g = threadIdx.x; g < arguments.groups_count; g += kNormThreads) {
     GroupOptions options = arguments.groups[g].options;
     const DeviceNumber lr = arguments.groups[g].lr;
@@ -152,15 +153,12 @@ __device__ void publish(const NormArguments& arguments) {
     }
     arguments.broadcast.groups[arguments.first_group + g] = options;
   }
-  for (int32_t t = threadIdx.x; t < arguments.grads_count; t += kNormThreads) {
-    arguments.broadcast.grads[arguments.first_tensor + t] = arguments.grads[t];
-  }
 }
 
 template <class Elements, bool kSquares>
-__global__ void __launch_bounds__(kNormThreads, Elements::kBlocks)
+__global__ void __launch_bounds__(kNormThreads, 2 * Elements::kBlocks)
     grad_norm_kernel(const NormArguments __grid_constant__ arguments) {
-  if (blockIdx.x == 0) publish(arguments);
+  if (blockIdx.x == 0) publish_groups(arguments);
   const int64_t index = arguments.first_chunk + int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;
   if (index >= arguments.last_chunk) return;
   const Chunk chunk = arguments.table.chunk(static_cast<int32_t>(index));
@@ -178,7 +176,10 @@ __global__ void __launch_bounds__(kNormThreads, Elements::kBlocks)
   Elements::with_compute_type(tensor, [&](auto element) {
     partial = chunk_norm<Elements, kSquares, decltype(element)>(tensor, chunk, transform, type, scale);
   });
-  if (threadIdx.x % kWarp == 0) arguments.memory.chunks.store(static_cast<int32_t>(index), partial);
+  if (threadIdx.x % kWarp != 0) return;
+  if (chunk.begin == 0 && arguments.grads_count > 0)
+    arguments.broadcast.grads[chunk.tensor] = tensor.grad.data;
+  arguments.memory.chunks.store(static_cast<int32_t>(index), partial);
 }
 
 // For a general p: what brings each tensor's extreme magnitude near one.
@@ -189,7 +190,7 @@ __global__ void __launch_bounds__(kLanes)
   const int32_t chunks = static_cast<int32_t>((head.numel + kChunk - 1) / kChunk);
   NormPartial identity;
   identity.sums.medium = norm_identity(extreme);
-  const NormPartial partial = block_combine_in_order(
+  const NormPartial partial = block_combine_in_order<16>(
       chunks, identity, lanes.data(),
       [&](int64_t i) { return memory.chunks.load<false>(head.first_chunk + i); },
       [&](NormPartial& a, const NormPartial& b) { combine(extreme, a, b); });

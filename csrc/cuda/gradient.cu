@@ -14,6 +14,7 @@ struct TransformArguments {
 
 // So many blocks keep any device busy, and where there is nothing to write they are soon through.
 constexpr int32_t kMaxBlocks = 4096;
+constexpr int kQuadsAtOnce = 4;
 
 template <class T, class Element>
 __device__ __forceinline__ int32_t transform_quads(const TensorOperands& tensor, const Chunk& chunk,
@@ -21,7 +22,22 @@ __device__ __forceinline__ int32_t transform_quads(const TensorOperands& tensor,
   Element* const grads = static_cast<Element*>(tensor.grad.data) + chunk.begin;
   const Element* const params = static_cast<const Element*>(tensor.param.data) + chunk.begin;
   const int32_t quads = chunk.count / kQuad;
-  for (int32_t q = threadIdx.x; q < quads; q += kChunkThreads) {
+  int32_t q = threadIdx.x;
+  if (!reads_param) {
+    // Several loads in flight: there is little else to do.
+    for (; q + (kQuadsAtOnce - 1) * kChunkThreads < quads; q += kQuadsAtOnce * kChunkThreads) {
+      T grad[kQuadsAtOnce][kQuad];
+#pragma unroll
+      for (int i = 0; i < kQuadsAtOnce; ++i) load_quad<T>(grads + (q + i * kChunkThreads) * kQuad, grad[i]);
+#pragma unroll
+      for (int i = 0; i < kQuadsAtOnce; ++i) {
+#pragma unroll
+        for (int k = 0; k < kQuad; ++k) grad[i][k] = transform(grad[i][k], T(0));
+        store_quad<T>(grads + (q + i * kChunkThreads) * kQuad, grad[i]);
+      }
+    }
+  }
+  for (; q < quads; q += kChunkThreads) {
     T grad[kQuad];
     T param[kQuad] = {};
     load_quad<T>(grads + q * kQuad, grad);
@@ -56,7 +72,7 @@ __device__ __forceinline__ void transform_chunk(const TensorOperands& tensor, co
 }
 
 template <class Elements>
-__global__ void __launch_bounds__(kChunkThreads, Elements::kBlocks)
+__global__ void __launch_bounds__(kChunkThreads, 2 * Elements::kBlocks)
     transform_kernel(const TransformArguments __grid_constant__ arguments) {
   if (!arguments.source.proceeds()) return;
   if (arguments.only_clips && !arguments.source.decision->clips) return;

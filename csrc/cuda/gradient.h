@@ -5,7 +5,7 @@
 
 namespace steadygrad::cuda {
 
-constexpr int kChunkThreads = 256;
+constexpr int kChunkThreads = 128;
 
 // Pass 2 walks backwards: what pass 1 read last is still in cache.
 __device__ __forceinline__ Chunk backward_chunk(const TensorTable& table, int32_t index) {
@@ -15,6 +15,7 @@ __device__ __forceinline__ Chunk backward_chunk(const TensorTable& table, int32_
 // Where a tensor's transform comes from: a step's decision, or the same options for all tensors.
 struct TransformSource {
   const Decision* decision = nullptr;
+  const double* coefficients = nullptr;  // per tensor or per group, as options.clip_scope says
   const GroupOptions* groups = nullptr;
   StepOptions options;
   TransformOptions fixed;
@@ -30,7 +31,8 @@ struct TransformSource {
       unscaled.unscale = decision->unscale;
       transform = group_transform(groups[group], unscaled);
       transform.zero_nonfinite = decision->zero_nonfinite;
-      transform.clip_coefficient = decision->coefficients[chunk.tensor];
+      transform.clip_coefficient =
+          coefficients[options.clip_scope == ClipScope::tensor ? chunk.tensor : group];
     } else if (total_norm.data != nullptr) {
       const double norm = total_norm.dtype == DType::float64 ? *static_cast<const double*>(total_norm.data)
                                                              : *static_cast<const float*>(total_norm.data);

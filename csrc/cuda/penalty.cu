@@ -66,7 +66,7 @@ __device__ __forceinline__ PenaltySums add_penalty_to_chunk(const TensorOperands
 }
 
 template <class Elements>
-__global__ void __launch_bounds__(kChunkThreads, Elements::kBlocks)
+__global__ void __launch_bounds__(kChunkThreads, 2 * Elements::kBlocks)
     add_penalty_kernel(const PenaltyArguments __grid_constant__ arguments) {
   const int64_t index = int64_t{blockIdx.x} * (kChunkThreads / kWarp) + threadIdx.x / kWarp;
   if (index >= arguments.table.chunks) return;
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kChunkThreads, Elements::kBlocks)
 __global__ void __launch_bounds__(kLanes)
     penalty_value_kernel(const PenaltyArguments __grid_constant__ arguments) {
   __shared__ SharedArray<PenaltySums, kLanes> lanes;
-  const PenaltySums sums = block_combine_in_order(
+  const PenaltySums sums = block_combine_in_order<8>(
       arguments.table.chunks, PenaltySums{}, lanes.data(), [&](int64_t i) { return arguments.chunks[i]; },
       [](PenaltySums& a, const PenaltySums& b) {
         a.magnitudes += b.magnitudes;
@@ -111,7 +111,7 @@ __device__ __forceinline__ void threshold_chunk(const TensorOperands& tensor, co
 }
 
 template <class Elements>
-__global__ void __launch_bounds__(kChunkThreads, Elements::kBlocks)
+__global__ void __launch_bounds__(kChunkThreads, 2 * Elements::kBlocks)
     soft_threshold_kernel(const ThresholdArguments __grid_constant__ arguments) {
   const Chunk chunk = arguments.table.chunk(static_cast<int32_t>(blockIdx.x));
   const TensorOperands tensor = arguments.table.tensor(chunk.tensor, nullptr);

@@ -149,14 +149,6 @@ Contents contents_of(const Tensors& tensors) {
   return contents;
 }
 
-bool can_run_on(int device) {
-  const DeviceGuard guard(device, "steadygrad");
-  cudaFuncAttributes attributes;
-  const bool can = cudaFuncGetAttributes(&attributes, upload_kernel) == cudaSuccess;
-  if (!can) cudaGetLastError();
-  return can;
-}
-
 void upload(const char* function, const std::vector<uint64_t>& image, void* to, Stream stream) {
   UploadArguments arguments;
   const int64_t words = static_cast<int64_t>(image.size());

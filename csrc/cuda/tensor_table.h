@@ -109,9 +109,6 @@ TensorTable build_table(const Tensors& tensors, int32_t groups, const StepEntrie
 // Which kernels take these tensors.
 Contents contents_of(const Tensors& tensors);
 
-// Whether the kernels were compiled for the device's architecture.
-bool can_run_on(int device);
-
 // Copies the words to the device as kernel arguments, which needs no pinned memory and can be captured.
 void upload(const char* function, const std::vector<uint64_t>& image, void* to, Stream stream);
 

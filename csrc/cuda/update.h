@@ -12,6 +12,7 @@ struct UpdateArguments {
   TensorTable table;
   void* const* grads;
   TransformSource source;
+  const StepScalars* scalars;
   int32_t* taken;
   bool gradients_are_final;  // pass 2 of the gradients has written them
 };
@@ -113,7 +114,7 @@ __device__ __forceinline__ void update_tensor(const UpdateArguments& arguments, 
       arguments.gradients_are_final ? GradientTransform<T>()
                                     : gradient_transform<T>(arguments.source.of(chunk, tensor.group));
   const T threshold = static_cast<T>(proximal_threshold(group, arguments.source.options));
-  const StepScalars scalars = arguments.source.decision->scalars[chunk.tensor];
+  const StepScalars scalars = arguments.scalars[chunk.tensor];
   with_rule<T>(kKind, group.hyper, scalars, [&](const auto& rule) __attribute__((always_inline)) {
     update_chunk<Elements>(tensor, chunk,
                            ElementUpdate<T, std::decay_t<decltype(rule)>>{rule, transform, threshold});
@@ -121,13 +122,13 @@ __device__ __forceinline__ void update_tensor(const UpdateArguments& arguments, 
 }
 
 template <RuleKind kKind, class Elements>
-__global__ void __launch_bounds__(kChunkThreads, Elements::kBlocks)
+__global__ void __launch_bounds__(kChunkThreads, 2 * Elements::kBlocks)
     update_kernel(const UpdateArguments __grid_constant__ arguments) {
   if (!arguments.source.proceeds()) return;
   const Chunk chunk = backward_chunk(arguments.table, static_cast<int32_t>(blockIdx.x));
   const TensorOperands tensor = arguments.table.tensor(chunk.tensor, arguments.grads);
   if (chunk.begin == 0 && threadIdx.x == 0) advance(arguments.table, chunk.tensor, arguments.taken);
-  Elements::with_compute_type(tensor, [&](auto element) {
+  Elements::with_compute_type(tensor, [&](auto element) __attribute__((always_inline)) {
     update_tensor<Elements, decltype(element), kKind>(arguments, tensor, chunk);
   });
 }

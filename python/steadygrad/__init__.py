@@ -31,7 +31,7 @@ from steadygrad.optim.stabilizer import Stabilizer
 from steadygrad.optim.stepper import NonfiniteGradientError
 from steadygrad.penalty import add_penalty_, soft_threshold_
 
-__version__: str = str(_kernels.build_info()["version"])
+__version__: str = _kernels.VERSION
 
 __all__ = [
     "NonfiniteGradientError",

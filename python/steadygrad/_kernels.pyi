@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 Allocate = Callable[[int], Tensor]
+VERSION: str
 GROUP_FIELDS: tuple[str, ...]
 
 def launch_count() -> int: ...

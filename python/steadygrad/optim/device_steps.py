@@ -62,7 +62,8 @@ class DeviceSteps:
         self.taken = torch.ones(0, dtype=torch.int32, device=device)
         # State entered before it is known that the step that made it was taken, by the parameter's place.
         self._unproven: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
-        self._counts: Tensor | None = None
+        self._counts = torch.zeros(2, dtype=torch.int64, device=device)
+        self._counting = False
         self._kept: list[tuple[_kernels.Plan, Tensor]] = []
 
     def settle(self, params: list[Tensor], state: State) -> None:
@@ -124,8 +125,7 @@ class DeviceSteps:
             if read_back
             else None
         )
-        if self._counts is None and not read_back:
-            self._counts = torch.zeros(2, dtype=torch.int64, device=self.device)
+        self._counting = self._counting or not read_back
         memory = {
             "outcome": outcome.tensor,
             "counts": None if read_back else self._counts,
@@ -149,7 +149,7 @@ class DeviceSteps:
 
     def take_counts(self) -> list[int]:
         """Skipped and clipped steps since the last call; waits for the device if there were any steps."""
-        if self._counts is None:
+        if not self._counting:
             return [0, 0]
         counts: list[int] = self._counts.tolist()
         self._counts.zero_()

@@ -182,6 +182,11 @@ class Stepper:
         self._why_in_place = self._why()
         self._new_state = {}
         device = self._asynchronous_device()
+        if device is not None and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "step: expected at least one step before a graph is captured (a captured first step would start anew "
+                "in each replay), got a first step, or one after parameters or state were exchanged, inside a capture"
+            )
         if device is None or self._device_steps is None or self._device_steps.device != device:
             self.flush()
             self._device_steps = None if device is None else DeviceSteps(device)
@@ -299,7 +304,7 @@ class Stepper:
             # To look at the gradients is to wait for them: only before any state, where it comes, and where a penalty
             # or a clip to nothing would leave traces.
             leaves_traces = any(n["l1"] or n["l2"] or n["max_norm"] < 1e-6 for n in numbers)
-            if self._optimizer.state or not leaves_traces or self._keeps_no_state():
+            if self._optimizer.state or not leaves_traces:
                 return False
         for group in groups:
             rate = group.get("lr", 1)
@@ -309,12 +314,6 @@ class Stepper:
                 return False
         grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
         return all(not grad.is_sparse and not bool(grad.any()) for grad in grads)
-
-    def _keeps_no_state(self) -> bool:
-        rule = self._rule
-        if rule is None or rule.has_step:
-            return False
-        return not any(rule.state_names(group) for group in self._optimizer.param_groups)
 
     # -- in place -------------------------------------------------------------------------------
 
