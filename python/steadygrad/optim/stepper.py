@@ -182,7 +182,11 @@ class Stepper:
         self._why_in_place = self._why()
         self._new_state = {}
         device = self._asynchronous_device()
-        if device is not None and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if (
+            device is not None
+            and device.type == "cuda"
+            and torch.cuda.is_current_stream_capturing()
+        ):
             raise RuntimeError(
                 "step: expected at least one step before a graph is captured (a captured first step would start anew "
                 "in each replay), got a first step, or one after parameters or state were exchanged, inside a capture"
