@@ -54,35 +54,35 @@ def test_there_are_sources_in_known_layers_only() -> None:
     assert {path.name for path in CSRC.iterdir()} <= set(RULE)
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda path: path.relative_to(CSRC).as_posix())
+@pytest.mark.parametrize("path", sources(), ids=lambda path: path.name)
 def test_file_includes_only_what_its_layer_may(path: Path) -> None:
     layer = path.relative_to(CSRC).parts[0]
     assert violations(layer, path.read_text(encoding="utf-8")) == []
 
 
-@pytest.mark.parametrize(
-    ("layer", "header"),
-    [
-        ("core", '"cpu/parallel.h"'),
-        ("core", '"bindings/tensor.h"'),
-        ("core", "<Python.h>"),
-        ("core", "<dlpack/dlpack.h>"),
-        ("core", "<omp.h>"),
-        ("cpu", '"bindings/tensor.h"'),
-        ("cpu", "<pybind11/pybind11.h>"),
-        ("cpu", "<omp.h>"),
-        ("cpu", '"cuda/operations.h"'),
-        ("cuda", '"cpu/operations.h"'),
-        ("cuda", '"emulation/launch.h"'),
-        ("cuda", "<dlpack/dlpack.h>"),
-        ("emulation", '"core/norm.h"'),
-        ("bindings", '"emulation/launches.h"'),
-        ("bindings", "<torch/extension.h>"),
-        ("bindings", "<ATen/dlpack.h>"),
-        ("bindings", '"c10/core/Device.h"'),
-        ("bindings", '"tensor.h"'),
-    ],
-)
+REFUSED = [
+    ("core", '"cpu/parallel.h"'),
+    ("core", '"bindings/tensor.h"'),
+    ("core", "<Python.h>"),
+    ("core", "<dlpack/dlpack.h>"),
+    ("core", "<omp.h>"),
+    ("cpu", '"bindings/tensor.h"'),
+    ("cpu", "<pybind11/pybind11.h>"),
+    ("cpu", "<omp.h>"),
+    ("cpu", '"cuda/operations.h"'),
+    ("cuda", '"cpu/operations.h"'),
+    ("cuda", '"emulation/launch.h"'),
+    ("cuda", "<dlpack/dlpack.h>"),
+    ("emulation", '"core/norm.h"'),
+    ("bindings", '"emulation/launches.h"'),
+    ("bindings", "<torch/extension.h>"),
+    ("bindings", "<ATen/dlpack.h>"),
+    ("bindings", '"c10/core/Device.h"'),
+    ("bindings", '"tensor.h"'),
+]
+
+
+@pytest.mark.parametrize(("layer", "header"), REFUSED, ids=range(len(REFUSED)))
 def test_rule_refuses(layer: str, header: str) -> None:
     assert violations(layer, f"  #  include {header}\n") == [header.strip('<>"')]
 

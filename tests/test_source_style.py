@@ -39,7 +39,7 @@ def name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("path", files(SOURCE_SUFFIXES), ids=name)
+@pytest.mark.parametrize("path", files(SOURCE_SUFFIXES), ids=lambda path: path.name)
 def test_file_is_short_and_named_after_what_it_does(path: Path) -> None:
     assert len(lines(path)) <= MAX_LINES
     parts = {Path(part).stem for part in path.relative_to(ROOT).parts}
