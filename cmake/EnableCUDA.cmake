@@ -30,8 +30,8 @@ set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 
 # What is compiled in, for messages and for telling which devices can be used.
 set(cuda_architectures "")
-set(cuda_machine_code 0)
-set(cuda_ptx 0)
+set(cuda_machine_code "")
+set(cuda_ptx "")
 foreach(architecture IN LISTS CMAKE_CUDA_ARCHITECTURES)
   string(REGEX MATCH "^[0-9]+" number "${architecture}")
   if(NOT number)
@@ -47,8 +47,8 @@ foreach(architecture IN LISTS CMAKE_CUDA_ARCHITECTURES)
   endif()
 endforeach()
 string(REPLACE ";" ", " cuda_architectures "${cuda_architectures}")
-string(REPLACE ";" "," cuda_machine_code "${cuda_machine_code}")
-string(REPLACE ";" "," cuda_ptx "${cuda_ptx}")
+string(REPLACE ";" " " cuda_machine_code "${cuda_machine_code}")
+string(REPLACE ";" " " cuda_ptx "${cuda_ptx}")
 
 # The bits of the CPU backend: no contraction to fused multiply-add. A spilled register or a stack is an error.
 target_compile_options(steadygrad_options INTERFACE

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 PROGRAMS = ("features", "defects", "launches")
 # The emulator alone: this file belongs to the backend that is built on it.
-EMULATOR = [path for path in sorted(CSRC.glob("emulation/*.cpp")) if path.name != "device_type.cpp"]
+EMULATOR = [path for path in sorted(CSRC.glob("emulation/*.cpp")) if path.name != "devices.cpp"]
 
 SANITIZERS = {
     "optimized": ["-O2"],

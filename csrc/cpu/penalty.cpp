@@ -20,6 +20,7 @@ PenaltySums add_penalty_to_chunk(const TensorOperands& tensor, const Chunk& chun
                                  const GradientTransform<T>& transform) {
   Stage<T> grad_stage;
   Stage<T> param_stage;
+  const bool writes = !transform.is_identity();
   NormLanes magnitudes{};
   NormLanes squares{};
   for (int64_t done = 0; done < chunk.count; done += kTile) {
@@ -27,8 +28,10 @@ PenaltySums add_penalty_to_chunk(const TensorOperands& tensor, const Chunk& chun
     const int64_t count = std::min<int64_t>(kTile, chunk.count - done);
     T* grad = grad_stage.read(tensor, tensor.grad, begin, count);
     const T* param = param_stage.read(tensor, tensor.param, begin, count);
-    vector_kernels<T>().transform(grad, grad, param, count, transform);
-    grad_stage.write(tensor, tensor.grad, begin, count, grad);
+    if (writes) {
+      vector_kernels<T>().transform(grad, grad, param, count, transform);
+      grad_stage.write(tensor, tensor.grad, begin, count, grad);
+    }
     vector_kernels<T>().accumulate_norm(magnitudes, param, count, kMagnitudes, 1);
     vector_kernels<T>().accumulate_norm(squares, param, count, kSquares, 1);
   }

@@ -201,7 +201,8 @@ __global__ void __launch_bounds__(kLanes, 1)
     const NormPartial partial = tensor_partial(arguments, tensor, shared);
     if (threadIdx.x == 0) arguments.norms.tensors[tensor] = partial;
     // By another warp than the one that the others wait for.
-    if (threadIdx.x == kWarp && arguments.options.rule != RuleKind::none) prepare_step(arguments, tensor);
+    const bool updates = arguments.options.rule != RuleKind::none && arguments.table.heads[tensor].numel > 0;
+    if (threadIdx.x == kWarp && updates) prepare_step(arguments, tensor);
   }
   if (threadIdx.x == 0) {
     __threadfence();

@@ -1,5 +1,6 @@
 // What the machine offers, and what to do when that is not enough.
 #include <atomic>
+#include <sstream>
 #include <stdexcept>
 
 #include "cuda/launch.h"
@@ -19,14 +20,13 @@ std::string architecture_text(int major, int minor) { return "sm_" + std::to_str
 // Machine code runs on its architecture and later ones of the same major version; PTX on any later one.
 // Asking the driver instead would make a context on every device.
 bool is_compiled_for(int major, int minor) {
-  constexpr int kMachineCode[] = {STEADYGRAD_CUDA_MACHINE_CODE};
-  constexpr int kPtx[] = {STEADYGRAD_CUDA_PTX};
   const int device = 10 * major + minor;
-  for (const int architecture : kMachineCode) {
+  int architecture;
+  for (std::istringstream list(STEADYGRAD_CUDA_MACHINE_CODE); list >> architecture;) {
     if (architecture / 10 == major && architecture <= device) return true;
   }
-  for (const int architecture : kPtx) {
-    if (architecture != 0 && architecture <= device) return true;
+  for (std::istringstream list(STEADYGRAD_CUDA_PTX); list >> architecture;) {
+    if (architecture <= device) return true;
   }
   return false;
 }
