@@ -156,7 +156,7 @@ __device__ void publish_groups(const NormArguments& arguments) {
 }
 
 template <class Elements, bool kSquares>
-__global__ void __launch_bounds__(kNormThreads, 2 * Elements::kBlocks)
+__global__ void __launch_bounds__(kNormThreads, 2 * Elements::kBlocks - 1)
     grad_norm_kernel(const NormArguments __grid_constant__ arguments) {
   if (blockIdx.x == 0) publish_groups(arguments);
   const int64_t index = arguments.first_chunk + int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;
