@@ -1,4 +1,6 @@
 // L1 and L2 penalties: their gradient with their value, and the proximal step of L1.
+#include "core/penalty.h"
+
 #include <algorithm>
 
 #include "cpu/operations.h"
@@ -6,14 +8,6 @@
 
 namespace steadygrad::cpu {
 namespace {
-
-constexpr NormType kMagnitudes{NormKind::one, 1};
-constexpr NormType kSquares{NormKind::two, 2};
-
-struct PenaltySums {
-  double magnitudes = 0;
-  NormSums squares;
-};
 
 template <class T>
 PenaltySums add_penalty_to_chunk(const TensorOperands& tensor, const Chunk& chunk,
@@ -63,14 +57,8 @@ double add_penalty(const Tensors& tensors, double l1, double l2) {
   PenaltySums lanes[kLanes];
   const PenaltySums sums = combine_in_order<PenaltySums>(
       static_cast<int64_t>(chunks.size()), lanes, [&](int64_t i) { return chunks[i]; },
-      [](PenaltySums& a, const PenaltySums& b) {
-        a.magnitudes += b.magnitudes;
-        a.squares.small += b.squares.small;
-        a.squares.medium += b.squares.medium;
-        a.squares.large += b.squares.large;
-      });
-  const double norm = finish_norm(kSquares, sums.squares, 1);
-  return (l1 != 0 ? l1 * sums.magnitudes : 0) + (l2 != 0 ? l2 / 2 * norm * norm : 0);
+      [](PenaltySums& a, const PenaltySums& b) { add(a, b); });
+  return penalty_value(l1, l2, sums);
 }
 
 void soft_threshold(const Tensors& tensors, double amount) {

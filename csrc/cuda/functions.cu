@@ -47,13 +47,7 @@ void norm_and_clip(const char* function, const Tensors& tensors, double max_norm
 void transform_all(const char* function, const Tensors& tensors, const TransformSource& source,
                    const Allocate& allocate, Stream stream) {
   const DeviceGuard guard(stream.device, function);
-  std::vector<uint64_t> image;
-  Arena measured(nullptr);
-  build_table(tensors, 1, StepEntries(), measured, image);
-  void* const base = allocate(measured.used());
-  Arena arena(base);
-  const TensorTable table = build_table(tensors, 1, StepEntries(), arena, image);
-  upload(function, image, base, stream);
+  const TensorTable table = upload_table(function, tensors, allocate, stream);
   launch_transform(function, table, nullptr, source, false, stream);
 }
 

@@ -1,17 +1,10 @@
 // L1 and L2 penalties: their gradient with their value, and the proximal step of L1.
+#include "core/penalty.h"
 #include "cuda/gradient.h"
 #include "cuda/launch.h"
 
 namespace steadygrad::cuda {
 namespace {
-
-constexpr NormType kMagnitudes{NormKind::one, 1};
-constexpr NormType kSquares{NormKind::two, 2};
-
-struct PenaltySums {
-  double magnitudes;
-  NormSums squares;
-};
 
 struct PenaltyArguments {
   TensorTable table;
@@ -84,16 +77,8 @@ __global__ void __launch_bounds__(kLanes)
   __shared__ SharedArray<PenaltySums, kLanes> lanes;
   const PenaltySums sums = block_combine_in_order<8>(
       arguments.table.chunks, PenaltySums{}, lanes.data(), [&](int64_t i) { return arguments.chunks[i]; },
-      [](PenaltySums& a, const PenaltySums& b) {
-        a.magnitudes += b.magnitudes;
-        a.squares.small += b.squares.small;
-        a.squares.medium += b.squares.medium;
-        a.squares.large += b.squares.large;
-      });
-  if (threadIdx.x != 0) return;
-  const double norm = finish_norm(kSquares, sums.squares, 1);
-  *arguments.value = (arguments.l1 != 0 ? arguments.l1 * sums.magnitudes : 0) +
-                     (arguments.l2 != 0 ? arguments.l2 / 2 * norm * norm : 0);
+      [](PenaltySums& a, const PenaltySums& b) { add(a, b); });
+  if (threadIdx.x == 0) *arguments.value = penalty_value(arguments.l1, arguments.l2, sums);
 }
 
 struct ThresholdArguments {
@@ -151,13 +136,7 @@ void add_penalty(const Tensors& tensors, double l1, double l2, double* value, co
 void soft_threshold(const Tensors& tensors, double amount, const Allocate& allocate, Stream stream) {
   constexpr const char* kFunction = "soft_threshold_";
   const DeviceGuard guard(stream.device, kFunction);
-  std::vector<uint64_t> image;
-  Arena measured(nullptr);
-  build_table(tensors, 1, StepEntries(), measured, image);
-  void* const base = allocate(measured.used());
-  Arena arena(base);
-  const TensorTable table = build_table(tensors, 1, StepEntries(), arena, image);
-  upload(kFunction, image, base, stream);
+  const TensorTable table = upload_table(kFunction, tensors, allocate, stream);
   with_contents(table.contents, [&](auto elements) {
     launch(kFunction, stream, soft_threshold_kernel<decltype(elements)>, table.chunks, kChunkThreads,
            ThresholdArguments{table, amount});

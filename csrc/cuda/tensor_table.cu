@@ -149,6 +149,17 @@ Contents contents_of(const Tensors& tensors) {
   return contents;
 }
 
+TensorTable upload_table(const char* function, const Tensors& tensors, const Allocate& allocate,
+                         Stream stream) {
+  std::vector<uint64_t> image;
+  Arena measured(nullptr);
+  build_table(tensors, 1, StepEntries(), measured, image);
+  Arena arena(allocate(measured.used()));
+  const TensorTable table = build_table(tensors, 1, StepEntries(), arena, image);
+  upload(function, image, table.arrived, stream);
+  return table;
+}
+
 void upload(const char* function, const std::vector<uint64_t>& image, void* to, Stream stream) {
   UploadArguments arguments;
   const int64_t words = static_cast<int64_t>(image.size());

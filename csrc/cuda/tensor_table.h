@@ -109,6 +109,10 @@ TensorTable build_table(const Tensors& tensors, int32_t groups, const StepEntrie
 // Which kernels take these tensors.
 Contents contents_of(const Tensors& tensors);
 
+// For operations that need nothing else on the device.
+TensorTable upload_table(const char* function, const Tensors& tensors, const Allocate& allocate,
+                         Stream stream);
+
 // Copies the words to the device as kernel arguments, which needs no pinned memory and can be captured.
 void upload(const char* function, const std::vector<uint64_t>& image, void* to, Stream stream);
 
