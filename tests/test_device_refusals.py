@@ -137,7 +137,7 @@ def test_a_gradient_on_another_device_than_its_parameter(backend: Backend, rule:
     plan = _kernels.Plan(rule, [params], [None, None], options)
     numbers = {"lr": 0.1, "max_norm": 1.0, "clip_value": math.inf, "l2": 0.1}
     memory = {
-        "outcome": Outcome(device).tensor,
+        "outcome": Outcome(device).record,
         "counts": torch.zeros(2, dtype=torch.int64, device=device),
         "taken": torch.zeros(2, dtype=torch.int32, device=device),
         "nonfinite": None,

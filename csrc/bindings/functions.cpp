@@ -77,53 +77,53 @@ NormType checked_norm_type(const char* function, double p) {
   return norm_type(p);
 }
 
-// What both backends leave behind: 24 bytes that Python reads.
-void store(const Norm& norm, const py::handle& outcome) {
-  cuda::Outcome* const out = memory_of<cuda::Outcome>(outcome);
-  *out = cuda::Outcome{};
-  out->norm = norm.norm;
-  out->norm_float32 = static_cast<float>(norm.norm);
-  out->nonfinite = norm.nonfinite;
+// (norm, number of non-finite elements, whether the norm is a float64 one)
+py::tuple norm_result(const Norm& norm, const GradList& list) {
+  return py::make_tuple(norm.norm, norm.nonfinite, list.any_float64);
 }
 
-// Returns whether the norm is a float64 one.
-bool grad_norm(const py::list& tensors, double p, const py::handle& outcome, const py::object& allocate) {
+// `output`: the tensors that an asynchronous backend fills, which then knows nothing to return.
+cuda::NormOutput norm_output(const py::tuple& output) {
+  return {memory_of<cuda::Outcome>(output[0]), memory_of<float>(output[1]), memory_of<double>(output[2])};
+}
+
+py::tuple grad_norm(const py::list& tensors, double p, const py::object& output, const py::object& allocate) {
   constexpr const char* kName = "get_total_norm";
   const NormType type = checked_norm_type(kName, p);
   const GradList list = grads_of(tensors, kName, "tensors", Use::read, type.kind == NormKind::two);
+  Norm norm;
   if (list.device.is_cuda()) {
     Allocator allocator(allocate);
-    cuda::grad_norm(list.tensors, type, memory_of<cuda::Outcome>(outcome), std::ref(allocator),
+    cuda::grad_norm(list.tensors, type, norm_output(output), std::ref(allocator),
                     current_stream(list.device));
-    return list.any_float64;
+    return norm_result(norm, list);
   }
   adopt_torch_threads();
-  Norm norm;
   {
     const py::gil_scoped_release release;
     norm = cpu::grad_norm(list.tensors, type);
   }
-  store(norm, outcome);
-  return list.any_float64;
+  return norm_result(norm, list);
 }
 
 // With error_if_nonfinite a non-finite norm leaves the gradients alone.
-bool clip_grad_norm(const py::list& grads, double max_norm, double p, bool error_if_nonfinite,
-                    const py::handle& outcome, const py::object& allocate) {
+py::tuple clip_grad_norm(const py::list& grads, double max_norm, double p, bool error_if_nonfinite,
+                         const py::object& output, const py::object& allocate) {
   constexpr const char* kName = "clip_grad_norm_";
   check_not_negative(kName, "max_norm", max_norm);
   const NormType type = checked_norm_type(kName, p);
   const GradList list = grads_of(grads, kName, "parameters.grad", Use::write, type.kind == NormKind::two);
+  Norm norm;
   if (list.device.is_cuda()) {
+    const cuda::NormOutput to = norm_output(output);
     if (max_norm < INFINITY) announce_write(grads);  // what may be written: the device decides
     Allocator allocator(allocate);
-    cuda::clip_grad_norm(list.tensors, max_norm, type, error_if_nonfinite, memory_of<cuda::Outcome>(outcome),
-                         std::ref(allocator), current_stream(list.device));
-    return list.any_float64;
+    cuda::clip_grad_norm(list.tensors, max_norm, type, error_if_nonfinite, to, std::ref(allocator),
+                         current_stream(list.device));
+    return norm_result(norm, list);
   }
   adopt_torch_threads();
   const cpu::ChunkTable table(list.tensors);
-  Norm norm;
   {
     const py::gil_scoped_release release;
     norm = cpu::GradNorms(list.tensors, table, {TransformOptions{}}, type).total();
@@ -135,8 +135,7 @@ bool clip_grad_norm(const py::list& grads, double max_norm, double p, bool error
     const py::gil_scoped_release release;
     cpu::transform_grads(list.tensors, table, [&](int32_t) { return options; });
   }
-  store(norm, outcome);
-  return list.any_float64;
+  return norm_result(norm, list);
 }
 
 void transform_all(const GradList& list, const TransformOptions& options, const py::object& allocate) {
@@ -187,9 +186,9 @@ void clip_grad_value(const py::list& grads, double clip_value, const py::object&
   transform_all(list, options, allocate);
 }
 
-// `value` gets the penalty, a float64.
-void add_penalty(const py::list& params, const py::list& grads, double l1, double l2, const py::handle& value,
-                 const py::object& allocate) {
+// Returns the penalty's value, or leaves it in the float64 tensor `value` where the backend is asynchronous.
+double add_penalty(const py::list& params, const py::list& grads, double l1, double l2,
+                   const py::object& value, const py::object& allocate) {
   constexpr const char* kName = "add_penalty_";
   check_not_negative(kName, "l1", l1);
   check_not_negative(kName, "l2", l2);
@@ -214,15 +213,14 @@ void add_penalty(const py::list& params, const py::list& grads, double l1, doubl
     set_operands(tensor, views, operands, 2);
   }
   if (l1 != 0 || l2 != 0) announce_write(grads);
-  double* const out = memory_of<double>(value);
   if (device.is_cuda()) {
     Allocator allocator(allocate);
-    cuda::add_penalty(tensors, l1, l2, out, std::ref(allocator), current_stream(device));
-    return;
+    cuda::add_penalty(tensors, l1, l2, memory_of<double>(value), std::ref(allocator), current_stream(device));
+    return 0;
   }
   adopt_torch_threads();
   const py::gil_scoped_release release;
-  *out = cpu::add_penalty(tensors, l1, l2);
+  return cpu::add_penalty(tensors, l1, l2);
 }
 
 void soft_threshold(const py::list& params, double amount, const py::object& allocate) {
@@ -257,10 +255,10 @@ void soft_threshold(const py::list& params, double amount, const py::object& all
 }  // namespace
 
 void define_functions(py::module_& module) {
-  module.def("grad_norm", &grad_norm, py::arg("tensors"), py::arg("norm_type"), py::arg("outcome"),
+  module.def("grad_norm", &grad_norm, py::arg("tensors"), py::arg("norm_type"), py::arg("output"),
              py::arg("allocate"));
   module.def("clip_grad_norm_", &clip_grad_norm, py::arg("grads"), py::arg("max_norm"), py::arg("norm_type"),
-             py::arg("error_if_nonfinite"), py::arg("outcome"), py::arg("allocate"));
+             py::arg("error_if_nonfinite"), py::arg("output"), py::arg("allocate"));
   module.def("clip_grads_with_norm_", &clip_grads_with_norm, py::arg("grads"), py::arg("max_norm"),
              py::arg("total_norm"), py::arg("allocate"));
   module.def("clip_grad_value_", &clip_grad_value, py::arg("grads"), py::arg("clip_value"),

@@ -321,7 +321,7 @@ bool Plan::step_on_device(const py::list& groups, double unscale, bool found_inf
   for (const cpu::StepCounter& counter : counters_) counters.push_back({counter.data, counter.dtype});
   const std::vector<int32_t> slots(active_.begin(), active_.end());
   cuda::StepMemory addresses;
-  addresses.outcome = memory_of<cuda::Outcome>(memory["outcome"]);
+  addresses.output.outcome = memory_of<cuda::Outcome>(memory["outcome"]);
   addresses.counts = memory_of<int64_t>(memory["counts"]);
   addresses.taken = memory_of<int32_t>(memory["taken"]);
   addresses.nonfinite = memory_of<int64_t>(memory["nonfinite"]);

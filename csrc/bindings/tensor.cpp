@@ -196,6 +196,15 @@ void check_not_negated(const View& view, PyObject* object, const Argument& argum
   }
 }
 
+void* address_of(const py::handle& tensor) {
+  if (Py_TYPE(tensor.ptr()) != torch.tensor) {
+    throw py::type_error(
+        "steadygrad: expected torch.empty to give memory, got " + describe(tensor.ptr()) +
+        "; kernels cannot run where a mode or a transform puts other tensors in the place of real ones");
+  }
+  return reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
+}
+
 int cuda_backend_type() {
   switch (cuda::devices()) {
     case cuda::Devices::cuda:

@@ -61,9 +61,10 @@ View view_of(PyObject* object, const Argument& argument, Device& device);
 cuda::Stream current_stream(Device device);
 
 // The memory of a tensor that Python made for a kernel to fill.
+void* address_of(const py::handle& tensor);
 template <class T>
 T* memory_of(const py::handle& tensor) {
-  return tensor.is_none() ? nullptr : reinterpret_cast<T*>(tensor.attr("data_ptr")().cast<uintptr_t>());
+  return tensor.is_none() ? nullptr : static_cast<T*>(address_of(tensor));
 }
 
 // Asks Python for device memory, and keeps what it gets for as long as this object lives.

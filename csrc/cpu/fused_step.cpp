@@ -40,7 +40,7 @@ Decision decide(const Tensors& tensors, const std::vector<GroupOptions>& groups,
     const Norm norm = options.clip_scope == ClipScope::tensor ? norms.of(t) : group_norms[g];
     const double coefficient = scope_coefficient(groups[g], options, norm);
     decision.clip_coefficients[t] = coefficient;
-    decision.clipped = decision.clipped || coefficient != 1;
+    decision.clipped = decision.clipped || (coefficient != 1 && tensors[t].numel > 0);
   }
   return decision;
 }

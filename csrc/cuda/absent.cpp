@@ -10,8 +10,10 @@ namespace {
 
 }  // namespace
 
-void grad_norm(const Tensors&, NormType, Outcome*, const Allocate&, Stream) { refuse(); }
-void clip_grad_norm(const Tensors&, double, NormType, bool, Outcome*, const Allocate&, Stream) { refuse(); }
+void grad_norm(const Tensors&, NormType, const NormOutput&, const Allocate&, Stream) { refuse(); }
+void clip_grad_norm(const Tensors&, double, NormType, bool, const NormOutput&, const Allocate&, Stream) {
+  refuse();
+}
 void clip_grads_with_norm(const Tensors&, double, DeviceNumber, const Allocate&, Stream) { refuse(); }
 void transform_grads(const Tensors&, const TransformOptions&, const Allocate&, Stream) { refuse(); }
 void add_penalty(const Tensors&, double, double, double*, const Allocate&, Stream) { refuse(); }

@@ -176,7 +176,10 @@ __device__ void decide(const DecideArguments& arguments, Shared& shared) {
   outcome.refused = refused ? 1 : 0;
   outcome.clipped = clipped ? 1 : 0;
   outcome.nonfinite = total.nonfinite;
-  *arguments.step.outcome = outcome;
+  const NormOutput& output = arguments.step.output;
+  *output.outcome = outcome;
+  if (output.float32 != nullptr) *output.float32 = outcome.norm_float32;
+  if (output.float64 != nullptr) *output.float64 = outcome.norm;
   if (arguments.step.counts != nullptr) {
     arguments.step.counts[0] += skipped ? 1 : 0;
     arguments.step.counts[1] += clipped ? 1 : 0;

@@ -8,7 +8,8 @@ namespace {
 
 // Norm and decision in one param group without anything but a limit.
 void norm_and_clip(const char* function, const Tensors& tensors, double max_norm, NormType type,
-                   NonfinitePolicy nonfinite, Outcome* outcome, const Allocate& allocate, Stream stream) {
+                   NonfinitePolicy nonfinite, const NormOutput& output, const Allocate& allocate,
+                   Stream stream) {
   const DeviceGuard guard(stream.device, function);
   std::vector<uint64_t> image;
   TensorTable table;
@@ -29,7 +30,7 @@ void norm_and_clip(const char* function, const Tensors& tensors, double max_norm
   options.norm_type = type;
   options.nonfinite = nonfinite;
   StepMemory memory;
-  memory.outcome = outcome;
+  memory.output = output;
   std::vector<DeviceGroup> groups(1);
   groups[0].options.max_norm = max_norm;
   upload(function, image, base, stream);
@@ -53,16 +54,16 @@ void transform_all(const char* function, const Tensors& tensors, const Transform
 
 }  // namespace
 
-void grad_norm(const Tensors& tensors, NormType type, Outcome* outcome, const Allocate& allocate,
+void grad_norm(const Tensors& tensors, NormType type, const NormOutput& output, const Allocate& allocate,
                Stream stream) {
-  norm_and_clip("get_total_norm", tensors, INFINITY, type, NonfinitePolicy::propagate, outcome, allocate,
+  norm_and_clip("get_total_norm", tensors, INFINITY, type, NonfinitePolicy::propagate, output, allocate,
                 stream);
 }
 
 void clip_grad_norm(const Tensors& tensors, double max_norm, NormType type, bool refuse_nonfinite,
-                    Outcome* outcome, const Allocate& allocate, Stream stream) {
+                    const NormOutput& output, const Allocate& allocate, Stream stream) {
   const NonfinitePolicy policy = refuse_nonfinite ? NonfinitePolicy::raise : NonfinitePolicy::propagate;
-  norm_and_clip("clip_grad_norm_", tensors, max_norm, type, policy, outcome, allocate, stream);
+  norm_and_clip("clip_grad_norm_", tensors, max_norm, type, policy, output, allocate, stream);
 }
 
 void clip_grads_with_norm(const Tensors& tensors, double max_norm, DeviceNumber total_norm,

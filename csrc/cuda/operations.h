@@ -33,12 +33,19 @@ struct Outcome {
   int64_t nonfinite;
 };
 
-void grad_norm(const Tensors& tensors, NormType type, Outcome* outcome, const Allocate& allocate,
+// Where a norm goes, in the dtypes that a caller may want; null: nowhere.
+struct NormOutput {
+  Outcome* outcome = nullptr;
+  float* float32 = nullptr;
+  double* float64 = nullptr;
+};
+
+void grad_norm(const Tensors& tensors, NormType type, const NormOutput& output, const Allocate& allocate,
                Stream stream);
 
 // With refuse_nonfinite, non-finite gradients stay as they are and the outcome says so.
 void clip_grad_norm(const Tensors& tensors, double max_norm, NormType type, bool refuse_nonfinite,
-                    Outcome* outcome, const Allocate& allocate, Stream stream);
+                    const NormOutput& output, const Allocate& allocate, Stream stream);
 
 // A norm in device memory.
 struct DeviceNumber {
@@ -74,7 +81,7 @@ struct DeviceGroup {
 struct StepMemory {
   const float* grad_scale = nullptr;  // null: options.unscale holds
   const float* found_inf = nullptr;   // null: options.found_inf holds
-  Outcome* outcome = nullptr;
+  NormOutput output;
   int64_t* counts = nullptr;     // skipped steps, clipped steps
   int32_t* taken = nullptr;      // per slot: whether a first step has been taken
   int64_t* nonfinite = nullptr;  // per tensor, may be null

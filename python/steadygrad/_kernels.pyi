@@ -5,6 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 Allocate = Callable[[int], Tensor]
+NormTensors = tuple[Tensor, Tensor, Tensor] | None
 VERSION: str
 GROUP_FIELDS: tuple[str, ...]
 
@@ -12,16 +13,16 @@ def launch_count() -> int: ...
 def build_info() -> dict[str, object]: ...
 def is_asynchronous(device_type: str) -> bool: ...
 def grad_norm(
-    tensors: list[Tensor], norm_type: float, outcome: Tensor, allocate: Allocate
-) -> bool: ...
+    tensors: list[Tensor], norm_type: float, output: NormTensors, allocate: Allocate
+) -> tuple[float, int, bool]: ...
 def clip_grad_norm_(
     grads: list[Tensor],
     max_norm: float,
     norm_type: float,
     error_if_nonfinite: bool,
-    outcome: Tensor,
+    output: NormTensors,
     allocate: Allocate,
-) -> bool: ...
+) -> tuple[float, int, bool]: ...
 def clip_grads_with_norm_(
     grads: list[Tensor], max_norm: float, total_norm: float | Tensor, allocate: Allocate
 ) -> None: ...
@@ -31,9 +32,9 @@ def add_penalty_(
     grads: list[Tensor],
     l1: float,
     l2: float,
-    value: Tensor,
+    value: Tensor | None,
     allocate: Allocate,
-) -> None: ...
+) -> float: ...
 def soft_threshold_(params: list[Tensor], amount: float, allocate: Allocate) -> None: ...
 
 class StepReport:

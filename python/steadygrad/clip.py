@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from steadygrad import _kernels
-from steadygrad.memory import Outcome, allocator, is_asynchronous, is_number_on
-
-_CPU = torch.device("cpu")
+from steadygrad.memory import NormOutput, allocator, is_asynchronous, is_number_on
 
 
 def as_list(function: str, argument: str, tensors: Iterable[Tensor] | Tensor) -> list[Tensor]:
@@ -54,18 +52,17 @@ def _described(value: object) -> str:
     return type(value).__name__
 
 
-def device_of(tensors: list[Tensor]) -> torch.device:
-    """Where the tensors are, by the first; that the others are there too is checked with everything else."""
-    device = getattr(tensors[0], "device", _CPU) if tensors else _CPU
-    return device if is_asynchronous(device) else _CPU
+def device_of(tensors: list[Tensor]) -> torch.device | None:
+    """The asynchronous device the tensors are on, by the first; that the others are there too, the kernels check."""
+    device = getattr(tensors[0], "device", None) if tensors else None
+    return device if device is not None and is_asynchronous(device) else None
 
 
-def _refuse_nonfinite(function: str, outcome: Outcome) -> None:
-    nonfinite = outcome.nonfinite()
+def _refuse_nonfinite(function: str, norm: Tensor, nonfinite: int) -> None:
     if nonfinite:
         raise RuntimeError(
             f"{function}: error_if_nonfinite: expected finite gradients, got {nonfinite} non-finite "
-            f"elements (total norm {outcome.norm(wide=True).item()}); the gradients were left as they are"
+            f"elements (total norm {norm.item()}); the gradients were left as they are"
         )
 
 
@@ -101,16 +98,17 @@ def get_total_norm(
     del foreach
     listed = as_list("get_total_norm", "tensors", tensors)
     device = device_of(listed)
-    outcome = Outcome(device)
-    is_float64 = _kernels.grad_norm(
+    output = NormOutput(device)
+    norm, nonfinite, is_float64 = _kernels.grad_norm(
         listed,
         as_number("get_total_norm", "norm_type", norm_type),
-        outcome.tensor,
+        output.tensors,
         allocator(device),
     )
+    result = output.result(norm, wide=is_float64)
     if error_if_nonfinite:
-        _refuse_nonfinite("get_total_norm", outcome)
-    return outcome.norm(wide=is_float64)
+        _refuse_nonfinite("get_total_norm", result, output.nonfinite(nonfinite))
+    return result
 
 
 def clip_grad_norm_(
@@ -149,18 +147,19 @@ def clip_grad_norm_(
     del foreach
     grads = grads_of("clip_grad_norm_", parameters)
     device = device_of(grads)
-    outcome = Outcome(device)
-    is_float64 = _kernels.clip_grad_norm_(
+    output = NormOutput(device)
+    norm, nonfinite, is_float64 = _kernels.clip_grad_norm_(
         grads,
         as_number("clip_grad_norm_", "max_norm", max_norm),
         as_number("clip_grad_norm_", "norm_type", norm_type),
         error_if_nonfinite,
-        outcome.tensor,
+        output.tensors,
         allocator(device),
     )
+    result = output.result(norm, wide=is_float64)
     if error_if_nonfinite:
-        _refuse_nonfinite("clip_grad_norm_", outcome)
-    return outcome.norm(wide=is_float64)
+        _refuse_nonfinite("clip_grad_norm_", result, output.nonfinite(nonfinite))
+    return result
 
 
 def clip_grads_with_norm_(

@@ -28,26 +28,50 @@ def is_number_on(value: Any, device: torch.device | None) -> bool:
     )
 
 
-def allocator(device: torch.device) -> Callable[[int], Tensor]:
-    """A function that makes so many bytes of scratch space."""
+def allocator(device: torch.device | None) -> Callable[[int], Tensor]:
+    """A function that makes so many bytes of scratch space; never called for the CPU's kernels, None."""
     return lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
 class Outcome:
-    """What a norm, a clip or a step leaves on its device: 24 bytes, to be read without or with waiting for it."""
+    """What a norm, a clip or a step leaves on an asynchronous device, to be read with or without waiting for it."""
 
     def __init__(self, device: torch.device) -> None:
-        self.tensor = torch.empty(3, dtype=torch.float64, device=device)
+        self.record = torch.empty(3, dtype=torch.float64, device=device)
 
     def norm(self, wide: bool) -> Tensor:
         """The norm, 0-d, without waiting: float64 or float32."""
-        return self.tensor[0] if wide else self.tensor.view(torch.float32)[2]
+        return (self.record[0] if wide else self.record.view(torch.float32)[2]).clone()
 
     def nonfinite(self) -> int:
         """The number of non-finite elements; waits for the device."""
-        return int(self.tensor.view(torch.int64)[2])
+        return int(self.record.view(torch.int64)[2])
 
     def flags(self) -> tuple[bool, bool, bool]:
         """Whether the step was skipped, refused, clipped; waits for the device."""
-        skipped, refused, clipped = self.tensor.view(torch.uint8)[12:15].tolist()
+        skipped, refused, clipped = self.record.view(torch.uint8)[12:15].tolist()
         return bool(skipped), bool(refused), bool(clipped)
+
+
+class NormOutput:
+    """Where kernels put the norm that a function returns; on the CPU they return it."""
+
+    def __init__(self, device: torch.device | None) -> None:
+        self.tensors: tuple[Tensor, Tensor, Tensor] | None = None
+        if device is not None:
+            self.outcome = Outcome(device)
+            self.tensors = (
+                self.outcome.record,
+                torch.empty((), dtype=torch.float32, device=device),
+                torch.empty((), dtype=torch.float64, device=device),
+            )
+
+    def result(self, norm: float, wide: bool) -> Tensor:
+        """The norm as a tensor of its own, without waiting."""
+        if self.tensors is not None:
+            return self.tensors[2 if wide else 1]
+        return torch.tensor(norm, dtype=torch.float64 if wide else torch.float32, device="cpu")
+
+    def nonfinite(self, count: int) -> int:
+        """The number of non-finite elements; waits for the device."""
+        return count if self.tensors is None else self.outcome.nonfinite()

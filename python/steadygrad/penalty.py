@@ -33,16 +33,16 @@ def add_penalty_(params: Iterable[Tensor] | Tensor, l1: float = 0.0, l2: float =
     listed = [p for p in as_list("add_penalty_", "params", params) if _grad(p) is not None]
     grads = [p.grad for p in listed if p.grad is not None]
     device = device_of(listed)
-    value = torch.empty((), dtype=torch.float64, device=device)
-    _kernels.add_penalty_(
+    there = torch.empty((), dtype=torch.float64, device=device) if is_asynchronous(device) else None
+    value = _kernels.add_penalty_(
         listed,
         grads,
         as_number("add_penalty_", "l1", l1),
         as_number("add_penalty_", "l2", l2),
-        value,
+        there,
         allocator(device),
     )
-    return value
+    return torch.tensor(value, dtype=torch.float64, device="cpu") if there is None else there
 
 
 def _grad(param: Tensor) -> Tensor | None:

@@ -140,7 +140,7 @@ class Comparison {
     const Single<float> scale(static_cast<float>(1 / options.unscale));
     const Single<float> found_inf(options.found_inf ? 2.0F : 0.0F);
     cuda::StepMemory memory;
-    memory.outcome = outcome;
+    memory.output.outcome = outcome;
     memory.counts = counts_.as<int64_t>();
     memory.taken = taken_.as<int32_t>();
     memory.nonfinite = nonfinite;

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from steadygrad import _kernels
-from steadygrad.memory import Outcome, allocator
+from steadygrad.memory import Outcome, allocator, is_number_on
+from steadygrad.optim.options import checked_number
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,27 @@ class Scaling:
 
 
 State = dict[Tensor, dict[str, Any]]
+
+
+def scaling(grad_scale: Any, found_inf: Any, device: torch.device | None) -> Scaling:
+    """The scaler's numbers, checked where the host has them."""
+    scale_there = is_number_on(grad_scale, device)
+    found_there = is_number_on(found_inf, device)
+    return Scaling(
+        unscale=1.0 if grad_scale is None or scale_there else 1.0 / _checked_grad_scale(grad_scale),
+        found_inf=found_inf is not None
+        and not found_there
+        and checked_number("step: found_inf", found_inf, finite=False) > 0,
+        grad_scale_tensor=grad_scale.float() if scale_there else None,
+        found_inf_tensor=found_inf.float() if found_there else None,
+    )
+
+
+def _checked_grad_scale(grad_scale: Any) -> float:
+    scale = checked_number("step: grad_scale", grad_scale)
+    if scale == 0:
+        raise ValueError("step: grad_scale: expected a finite number > 0, got 0")
+    return scale
 
 
 class DeviceReport:
@@ -63,6 +85,7 @@ class DeviceSteps:
         # State entered before it is known that the step that made it was taken, by the parameter's place.
         self._unproven: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)
+        self._counted = [0, 0]
         self._counting = False
         self._kept: list[tuple[_kernels.Plan, Tensor]] = []
 
@@ -127,7 +150,7 @@ class DeviceSteps:
         )
         self._counting = self._counting or not read_back
         memory = {
-            "outcome": outcome.tensor,
+            "outcome": outcome.record,
             "counts": None if read_back else self._counts,
             "taken": self.taken,
             "nonfinite": counted,
@@ -148,12 +171,14 @@ class DeviceSteps:
         return DeviceReport(outcome, counted, read_back)
 
     def take_counts(self) -> list[int]:
-        """Skipped and clipped steps since the last call; waits for the device if there were any steps."""
+        """Skipped and clipped steps since the last call; waits for the device once steps have been taken there."""
         if not self._counting:
             return [0, 0]
+        # Never set back, since a step may be counting at this moment, or a graph later.
         counts: list[int] = self._counts.tolist()
-        self._counts.zero_()
-        return counts
+        new = [now - before for now, before in zip(counts, self._counted, strict=True)]
+        self._counted = counts
+        return new
 
 
 def _runs(indices: list[int]) -> Iterator[tuple[int, int]]:

@@ -43,8 +43,8 @@ class UpdateRule:
         if self.has_step:
             wide = torch.get_default_dtype() == torch.float64 and not group.get("fused")
             # On the CPU, as torch has it without fused=True; where steps are decided on the device, on the device.
-            there = param.device if is_asynchronous(param.device) else None
-            dtype = torch.float64 if wide and there is None else torch.float32
+            there = param.device if is_asynchronous(param.device) else torch.device("cpu")
+            dtype = torch.float64 if wide and not is_asynchronous(param.device) else torch.float32
             state["step"] = torch.zeros((), dtype=dtype, device=there)
         for name in self.state_names(group):
             state[name] = torch.full_like(

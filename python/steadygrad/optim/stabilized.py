@@ -81,7 +81,7 @@ class StepOutcome:
         wide = any(p.dtype in (torch.float64, torch.complex128) for p in params)
         if isinstance(norm, Outcome):
             return norm.norm(wide)
-        return torch.tensor(norm, dtype=torch.float64 if wide else torch.float32)
+        return torch.tensor(norm, dtype=torch.float64 if wide else torch.float32, device="cpu")
 
     @property
     def path(self) -> str:
@@ -104,7 +104,7 @@ class StepOutcome:
     def _flush(self) -> None:
         stepper = self.__dict__.get("_stepper")
         if stepper is not None:
-            stepper.flush()
+            stepper.flush_last()
 
     def _counter(self, name: str) -> int:
         self._flush()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from threading import RLock
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -13,13 +14,13 @@ from torch import Tensor
 from steadygrad import _kernels
 from steadygrad.memory import Outcome, is_asynchronous, is_number_on
 from steadygrad.optim.closures import Closure, evaluated, evaluates_closure, snapshot
-from steadygrad.optim.device_steps import DeviceReport, DeviceSteps, Scaling
+from steadygrad.optim.device_steps import DeviceReport, DeviceSteps, Scaling, scaling
 from steadygrad.optim.eligibility import why_not_fused
 from steadygrad.optim.options import COUNTERS, StabilizerOptions, checked_number
 from steadygrad.optim.rule import UpdateRule
 from steadygrad.penalty import soft_threshold_
 
-# By the id of an optimizer that the stepper keeps alive.
+# The last one to step each optimizer, by the id of the optimizer, which the stepper keeps alive.
 _steppers: WeakValueDictionary[int, Stepper] = WeakValueDictionary()
 
 
@@ -80,11 +81,8 @@ class Stepper:
         self.grad_norm: float | Outcome | None = None
         # Only where decisions stay on the device.
         self._device_steps: DeviceSteps | None = None
-        # Another stepper of the same optimizer may not have said all it knows.
-        previous = _steppers.get(id(optimizer))
-        if previous is not None:
-            previous.flush()
-        _steppers[id(optimizer)] = self
+        self._flushing = RLock()
+        self._take_over()
 
     @property
     def path(self) -> str:
@@ -94,7 +92,8 @@ class Stepper:
 
     def step(self, closure: Closure | None, grad_scale: Any, found_inf: Any) -> Any:
         """One step; returns the closure's loss."""
-        self._scaling = _scaling(grad_scale, found_inf, self._asynchronous_device())
+        self._take_over()
+        self._scaling = scaling(grad_scale, found_inf, self._asynchronous_device())
         self._group_numbers()  # refuses bad hyper-parameters before a closure or a hook runs
         if self._is_stale():
             self._prepare()
@@ -120,21 +119,34 @@ class Stepper:
                 raise _StepSkipped(found.loss) from None
             return found.loss
 
+    def _take_over(self) -> None:
+        """Lets the last stepper of the same optimizer say all it knows."""
+        previous = _steppers.get(id(self._optimizer))
+        if previous is not self:
+            if previous is not None:
+                previous.flush()
+            _steppers[id(self._optimizer)] = self
+
     def _count(self, counter: str, steps: int = 1) -> None:
         for group in self._optimizer.param_groups:
             group[counter] = group.get(counter, 0) + steps
 
+    def flush_last(self) -> None:
+        """:meth:`flush` of whichever stepper stepped the optimizer last; the ones before it have said all they know."""
+        _steppers.get(id(self._optimizer), self).flush()
+
     def flush(self) -> None:
         """Brings what the device has counted to the param groups, and takes back state that no step has used.
 
-        Waits for the device, if steps were taken there since the last time.
+        Waits for the device, once steps have been taken there.
         """
-        if self._device_steps is None:
-            return
-        for counter, steps in zip(COUNTERS, self._device_steps.take_counts(), strict=True):
-            if steps:
-                self._count(counter, steps)
-        self._device_steps.take_back(self._optimizer.state)
+        with self._flushing:
+            if self._device_steps is None:
+                return
+            for counter, steps in zip(COUNTERS, self._device_steps.take_counts(), strict=True):
+                if steps:
+                    self._count(counter, steps)
+            self._device_steps.take_back(self._optimizer.state)
 
     def _asynchronous_device(self) -> torch.device | None:
         """Where the parameters are, if decisions are to stay there: by the first gradient, all others are checked."""
@@ -303,12 +315,14 @@ class Stepper:
     def _is_state_creation(self, numbers: list[dict[str, float]]) -> bool:
         """Whether this is torch.distributed.checkpoint's step with zero gradients and no learning rate."""
         groups = self._optimizer.param_groups
+        if self._optimizer.state:
+            return False  # it comes before there is any
         device = self._asynchronous_device()
         if device is not None:
-            # To look at the gradients is to wait for them: only before any state, where it comes, and where a penalty
-            # or a clip to nothing would leave traces.
+            # To look at the gradients is to wait for them: only where a penalty or a clip to nothing
+            # would leave traces.
             leaves_traces = any(n["l1"] or n["l2"] or n["max_norm"] < 1e-6 for n in numbers)
-            if self._optimizer.state or not leaves_traces:
+            if not leaves_traces:
                 return False
         for group in groups:
             rate = group.get("lr", 1)
@@ -421,23 +435,3 @@ class Stepper:
             f"step: gradients: expected finite elements, got {report.nonfinite_count} non-finite ones in "
             f"{shown}; parameters, state and step counters were left as they are"
         )
-
-
-def _scaling(grad_scale: Any, found_inf: Any, device: torch.device | None) -> Scaling:
-    scale_there = is_number_on(grad_scale, device)
-    found_there = is_number_on(found_inf, device)
-    return Scaling(
-        unscale=1.0 if grad_scale is None or scale_there else 1.0 / _checked_grad_scale(grad_scale),
-        found_inf=found_inf is not None
-        and not found_there
-        and checked_number("step: found_inf", found_inf, finite=False) > 0,
-        grad_scale_tensor=grad_scale.float() if scale_there else None,
-        found_inf_tensor=found_inf.float() if found_there else None,
-    )
-
-
-def _checked_grad_scale(grad_scale: Any) -> float:
-    scale = checked_number("step: grad_scale", grad_scale)
-    if scale == 0:
-        raise ValueError("step: grad_scale: expected a finite number > 0, got 0")
-    return scale
