@@ -33,7 +33,7 @@ def add_penalty_(params: Iterable[Tensor] | Tensor, l1: float = 0.0, l2: float =
     listed = [p for p in as_list("add_penalty_", "params", params) if _grad(p) is not None]
     grads = [p.grad for p in listed if p.grad is not None]
     device = device_of(listed)
-    there = torch.empty((), dtype=torch.float64, device=device) if is_asynchronous(device) else None
+    there = None if device is None else torch.empty((), dtype=torch.float64, device=device)
     value = _kernels.add_penalty_(
         listed,
         grads,
