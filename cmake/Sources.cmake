@@ -2,8 +2,9 @@
 get_filename_component(csrc ${CMAKE_CURRENT_LIST_DIR}/../csrc ABSOLUTE)
 
 # csrc/core: arithmetic, header-only, shared by every backend.
-# csrc/cpu: the operations as threaded C++; vector_kernels.cpp is compiled once per instruction set and chosen at run time.
+# csrc/cpu: the operations as threaded C++; *_kernels.cpp are compiled once per instruction set and chosen at run time.
 set(cpu_sources
+  ${csrc}/cpu/batch_norm.cpp
   ${csrc}/cpu/fused_step.cpp
   ${csrc}/cpu/grad_norm.cpp
   ${csrc}/cpu/gradient.cpp
@@ -20,7 +21,7 @@ endif()
 
 set(vector_objects)
 foreach(set IN LISTS instruction_sets)
-  add_library(vector_kernels_${set} OBJECT ${csrc}/cpu/vector_kernels.cpp)
+  add_library(vector_kernels_${set} OBJECT ${csrc}/cpu/batch_norm_kernels.cpp ${csrc}/cpu/vector_kernels.cpp)
   target_link_libraries(vector_kernels_${set} PRIVATE steadygrad_options)
   # Vectors wider than the registers are passed only to inlined functions, so their calling convention does not matter.
   target_compile_options(vector_kernels_${set} PRIVATE ${flags_${set}} -Wno-psabi)
@@ -31,6 +32,10 @@ endforeach()
 # csrc/cuda: the operations as CUDA kernels and their launchers. The same sources are compiled by nvcc, or by the C++ compiler
 # against csrc/emulation, which stands in for the CUDA runtime.
 set(cuda_sources
+  ${csrc}/cuda/batch_norm_backward.cu
+  ${csrc}/cuda/batch_norm_finish.cu
+  ${csrc}/cuda/batch_norm_forward.cu
+  ${csrc}/cuda/batch_norm_tiles.cu
   ${csrc}/cuda/decide.cu
   ${csrc}/cuda/device.cu
   ${csrc}/cuda/functions.cu

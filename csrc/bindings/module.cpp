@@ -1,6 +1,7 @@
 // The extension module steadygrad._kernels; for tests also _emulated, with the CUDA kernels on the CPU.
 #include <pybind11/pybind11.h>
 
+#include "bindings/batch_norm.h"
 #include "bindings/functions.h"
 #include "bindings/plan.h"
 #include "bindings/tensor.h"
@@ -59,6 +60,7 @@ PYBIND11_MODULE(STEADYGRAD_MODULE, module) {
   module.attr("VERSION") = STEADYGRAD_VERSION;
   module.def("build_info", &build_info);
   module.def("launch_count", &cuda::launch_count);
+  bindings::define_batch_norm(module);
   bindings::define_functions(module);
   bindings::define_plan(module);
 }

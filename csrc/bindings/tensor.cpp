@@ -65,22 +65,6 @@ bool is_dense(const View& view) {
   return true;
 }
 
-bool is_contiguous(const View& view) {
-  int64_t expected = 1;
-  for (int d = view.ndim - 1; d >= 0; --d) {
-    if (view.sizes[d] != 1 && view.strides[d] != expected) return false;
-    expected *= view.sizes[d];
-  }
-  return true;
-}
-
-bool same_strides(const View& a, const View& b) {
-  for (int d = 0; d < a.ndim; ++d) {
-    if (a.sizes[d] != 1 && a.strides[d] != b.strides[d]) return false;
-  }
-  return true;
-}
-
 std::string supported_devices() {
   return cuda_backend_type() == kDLCUDA ? " on the CPU or a CUDA device"
                                         : " on the CPU, the only backend compiled in";
@@ -98,6 +82,33 @@ void check_device(const DLDevice& found, Device& device, PyObject* object, const
     const std::string name = device.type == kDLCPU ? "the CPU" : "cuda:" + std::to_string(device.index);
     throw_type_error(argument, "a tensor on " + name + ", as the tensors before it are", object);
   }
+}
+
+DLTensor dl_tensor_of(PyObject* object, const Argument& argument, Device& device) {
+  if (Py_TYPE(object) != torch.tensor && Py_TYPE(object) != torch.parameter) {
+    throw_type_error(argument, "a torch.Tensor or torch.nn.Parameter", object);
+  }
+  DLTensor tensor;
+  if (torch.api->dltensor_from_py_object_no_sync(object, &tensor) != 0) {
+    PyErr_Clear();
+    throw_type_error(argument, "a dense tensor" + supported_devices(), object);
+  }
+  check_device(tensor.device, device, object, argument);
+  return tensor;
+}
+
+int64_t numel_of(const DLTensor& tensor) {
+  int64_t numel = 1;
+  for (int d = 0; d < tensor.ndim; ++d) numel *= tensor.shape[d];
+  return numel;
+}
+
+void* memory_in(const DLTensor& tensor, PyObject* object, const Argument& argument) {
+  if (numel_of(tensor) > 0 && is_freed(tensor, object)) {
+    throw std::runtime_error(argument.text() +
+                             ": expected a tensor with memory, got one whose storage was freed");
+  }
+  return static_cast<char*>(tensor.data) + tensor.byte_offset;
 }
 
 Operand operand_of(const View& view, bool linear) {
@@ -152,28 +163,32 @@ py::tuple exchange_api_version() {
 }
 
 View view_of(PyObject* object, const Argument& argument, Device& device) {
-  if (Py_TYPE(object) != torch.tensor && Py_TYPE(object) != torch.parameter) {
-    throw_type_error(argument, "a torch.Tensor or torch.nn.Parameter", object);
-  }
-  DLTensor tensor;
-  if (torch.api->dltensor_from_py_object_no_sync(object, &tensor) != 0) {
-    PyErr_Clear();
-    throw_type_error(argument, "a dense tensor" + supported_devices(), object);
-  }
-  check_device(tensor.device, device, object, argument);
+  const DLTensor tensor = dl_tensor_of(object, argument, device);
   View view;
   view.dtype = dtype_of(tensor, view.is_complex, object, argument);
-  view.numel = 1;
-  for (int d = 0; d < tensor.ndim; ++d) view.numel *= tensor.shape[d];
-  if (view.numel > 0 && is_freed(tensor, object)) {
-    throw std::runtime_error(argument.text() +
-                             ": expected a tensor with memory, got one whose storage was freed");
-  }
-  view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  view.data = memory_in(tensor, object, argument);
+  view.numel = numel_of(tensor);
   view.ndim = tensor.ndim;
   view.sizes = tensor.shape;
   view.strides = tensor.strides;
   return view;
+}
+
+void* vector_of(PyObject* object, const Argument& argument, DLDataType dtype, int64_t numel, Device& device) {
+  const DLTensor tensor = dl_tensor_of(object, argument, device);
+  View view;
+  view.ndim = tensor.ndim;
+  view.sizes = tensor.shape;
+  view.strides = tensor.strides;
+  if (tensor.dtype.code != dtype.code || tensor.dtype.bits != dtype.bits || numel_of(tensor) != numel ||
+      !is_contiguous(view)) {
+    const char* const kind = dtype.code == kDLFloat ? "float" : dtype.code == kDLInt ? "int" : "uint";
+    throw_type_error(argument,
+                     "a contiguous " + std::string(kind) + std::to_string(dtype.bits) + " tensor of " +
+                         std::to_string(numel) + " elements",
+                     object);
+  }
+  return memory_in(tensor, object, argument);
 }
 
 void check_writable(const View& view, const Argument& argument) {
@@ -235,6 +250,22 @@ bool same_sizes(const View& a, const View& b) {
   // A loop: a call into memcmp costs more than the few sizes.
   for (int d = 0; d < a.ndim; ++d) {
     if (a.sizes[d] != b.sizes[d]) return false;
+  }
+  return true;
+}
+
+bool is_contiguous(const View& view) {
+  int64_t expected = 1;
+  for (int d = view.ndim - 1; d >= 0; --d) {
+    if (view.sizes[d] != 1 && view.strides[d] != expected) return false;
+    expected *= view.sizes[d];
+  }
+  return true;
+}
+
+bool same_strides(const View& a, const View& b) {
+  for (int d = 0; d < a.ndim; ++d) {
+    if (a.sizes[d] != 1 && a.strides[d] != b.strides[d]) return false;
   }
   return true;
 }

@@ -57,6 +57,10 @@ py::tuple exchange_api_version();
 // the kernels take, or on another device than the tensors before it.
 View view_of(PyObject* object, const Argument& argument, Device& device);
 
+// The memory of a contiguous tensor of exactly this dtype and number of elements; throws TypeError for
+// another.
+void* vector_of(PyObject* object, const Argument& argument, DLDataType dtype, int64_t numel, Device& device);
+
 // torch's current stream on a device of the CUDA backend.
 cuda::Stream current_stream(Device device);
 
@@ -99,6 +103,10 @@ void adopt_torch_threads();
 void announce_write(const py::list& tensors);
 
 bool same_sizes(const View& a, const View& b);
+
+// Both leave dimensions of one element out.
+bool same_strides(const View& a, const View& b);
+bool is_contiguous(const View& view);
 
 // A single operand: elements are visited in memory order where they fill their memory, else by index.
 TensorOperands operands_of(const View& view, Operand TensorOperands::* operand);

@@ -2,6 +2,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/batch_norm_kernels.h"
 #include "cpu/vector_kernels.h"
 
 namespace steadygrad::cpu {
@@ -9,15 +10,21 @@ namespace steadygrad::cpu {
 namespace baseline {
 const VectorKernels<float>& float_kernels();
 const VectorKernels<double>& double_kernels();
+const BatchNormKernels<float>& batch_norm_kernels(DType dtype);
+const BatchNormKernels<double>& batch_norm_double_kernels();
 }  // namespace baseline
 #if defined(__x86_64__)
 namespace avx2 {
 const VectorKernels<float>& float_kernels();
 const VectorKernels<double>& double_kernels();
+const BatchNormKernels<float>& batch_norm_kernels(DType dtype);
+const BatchNormKernels<double>& batch_norm_double_kernels();
 }  // namespace avx2
 namespace avx512 {
 const VectorKernels<float>& float_kernels();
 const VectorKernels<double>& double_kernels();
+const BatchNormKernels<float>& batch_norm_kernels(DType dtype);
+const BatchNormKernels<double>& batch_norm_double_kernels();
 }  // namespace avx512
 #endif
 
@@ -28,15 +35,20 @@ struct InstructionSet {
   bool supported;
   const VectorKernels<float>& float_kernels;
   const VectorKernels<double>& double_kernels;
+  const BatchNormKernels<float>& (*batch_norm_kernels)(DType dtype);
+  const BatchNormKernels<double>& (*batch_norm_double_kernels)();
 };
 
 const InstructionSet& chosen() {
   static const InstructionSet sets[] = {
 #if defined(__x86_64__)
-      {"avx512", __builtin_cpu_supports("x86-64-v4") != 0, avx512::float_kernels(), avx512::double_kernels()},
-      {"avx2", __builtin_cpu_supports("x86-64-v3") != 0, avx2::float_kernels(), avx2::double_kernels()},
+      {"avx512", __builtin_cpu_supports("x86-64-v4") != 0, avx512::float_kernels(), avx512::double_kernels(),
+       avx512::batch_norm_kernels, avx512::batch_norm_double_kernels},
+      {"avx2", __builtin_cpu_supports("x86-64-v3") != 0, avx2::float_kernels(), avx2::double_kernels(),
+       avx2::batch_norm_kernels, avx2::batch_norm_double_kernels},
 #endif
-      {"baseline", true, baseline::float_kernels(), baseline::double_kernels()},
+      {"baseline", true, baseline::float_kernels(), baseline::double_kernels(), baseline::batch_norm_kernels,
+       baseline::batch_norm_double_kernels},
   };
   static const InstructionSet& set = []() -> const InstructionSet& {
     const char* wanted = std::getenv("STEADYGRAD_INSTRUCTION_SET");
@@ -63,6 +75,16 @@ const VectorKernels<float>& vector_kernels<float>() {
 template <>
 const VectorKernels<double>& vector_kernels<double>() {
   return chosen().double_kernels;
+}
+
+template <>
+const BatchNormKernels<float>& batch_norm_kernels<float>(DType dtype) {
+  return chosen().batch_norm_kernels(dtype);
+}
+
+template <>
+const BatchNormKernels<double>& batch_norm_kernels<double>(DType) {
+  return chosen().batch_norm_double_kernels();
 }
 
 }  // namespace steadygrad::cpu

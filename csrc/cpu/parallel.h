@@ -30,6 +30,26 @@ struct ChunkTable {
   int64_t first_chunk_at(int64_t cost_before) const;
 };
 
+// A team that sleeps takes up to 100 us to wake, about as long as this many elements take on one thread.
+constexpr int64_t kWorthATeam = 1 << 17;
+
+// Cuts [0, count) into one contiguous range per thread and calls function(first, last) for each. `elements`
+// is how much there is to do.
+template <class Function>
+void for_each_share(int64_t count, int64_t elements, Function function) {
+  struct Context {
+    int64_t count;
+    Function& function;
+  } context{count, function};
+  const auto body = [](void* opaque, int thread, int threads) {
+    auto& [count, function] = *static_cast<Context*>(opaque);
+    const int64_t first = count * thread / threads;
+    const int64_t last = count * (thread + 1) / threads;
+    if (first < last) function(first, last);
+  };
+  run_team(elements < kWorthATeam ? 1 : max_threads(), body, &context);
+}
+
 // Cuts the table into one contiguous range per thread, equal in work, and calls function(first, last) for
 // each.
 template <class Function>
@@ -45,8 +65,6 @@ void for_each_range(const ChunkTable& table, Function function) {
     const int64_t last = table.first_chunk_at(total * (thread + 1) / threads);
     if (first < last) function(first, last);
   };
-  // A team that sleeps takes up to 100 us to wake, about as long as this many elements take on one thread.
-  constexpr int64_t kWorthATeam = 1 << 17;
   run_team(table.cost.back() < kWorthATeam ? 1 : max_threads(), body, &context);
 }
 

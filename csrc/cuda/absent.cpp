@@ -1,6 +1,7 @@
 // Linked in place of the backend where steadygrad is built without CUDA.
 #include <stdexcept>
 
+#include "cuda/batch_norm.h"
 #include "cuda/operations.h"
 
 namespace steadygrad::cuda {
@@ -21,6 +22,26 @@ void soft_threshold(const Tensors&, double, const Allocate&, Stream) { refuse();
 void StepPlan::step(const Tensors&, const std::vector<StepCounter>&, const std::vector<int32_t>&,
                     const std::vector<DeviceGroup>&, const StepOptions&, const StepMemory&, const Allocate&,
                     Stream) {
+  refuse();
+}
+
+void batch_norm_statistics(const BatchNorm&, double*, const Allocate&, Stream) { refuse(); }
+void batch_norm_forward(const BatchNorm&, const BatchNormOutput&, double*, const RunningStatistics&,
+                        const Allocate&, Stream) {
+  refuse();
+}
+void batch_norm_normalize(const BatchNorm&, const BatchNormOutput&, Stream) { refuse(); }
+void batch_norm_combine(const double*, int64_t, int64_t, double*, const RunningStatistics&, Stream) {
+  refuse();
+}
+void batch_norm_backward(const BatchNorm&, const BatchNormGradient&, bool, const Allocate&, Stream) {
+  refuse();
+}
+void batch_norm_backward_sums(const BatchNorm&, const BatchNormGradient&, double*, const Allocate&, Stream) {
+  refuse();
+}
+void batch_norm_backward_input(const BatchNorm&, const BatchNormGradient&, const double*, const double*,
+                               Stream) {
   refuse();
 }
 

@@ -87,3 +87,85 @@ class Plan:
     def active(self) -> list[Tensor]: ...
     def active_indices(self) -> list[int]: ...
     def mark_first_steps_done(self) -> None: ...
+
+def batch_norm_layout(input: Tensor) -> int: ...
+def batch_norm_statistics(input: Tensor, statistics: Tensor, allocate: Allocate) -> None: ...
+def batch_norm_forward(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    relu: bool,
+    output: Tensor,
+    mask: Tensor | None,
+    statistics: Tensor,
+    allocate: Allocate,
+) -> None: ...
+def batch_norm_normalize(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    eps: float,
+    relu: bool,
+    output: Tensor,
+    mask: Tensor | None,
+) -> None: ...
+def batch_norm_combine(
+    parts: Tensor,
+    statistics: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+) -> None: ...
+def batch_norm_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    eps: float,
+    relu: bool,
+    grad_input: Tensor | None,
+    grad_residual: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    allocate: Allocate,
+) -> None: ...
+def batch_norm_backward_sums(
+    grad_output: Tensor,
+    input: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor,
+    eps: float,
+    relu: bool,
+    sums: Tensor,
+    allocate: Allocate,
+) -> None: ...
+def batch_norm_backward_input(
+    grad_output: Tensor,
+    input: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor,
+    sums: Tensor,
+    eps: float,
+    relu: bool,
+    grad_input: Tensor | None,
+    grad_residual: Tensor | None,
+) -> None: ...

@@ -1,0 +1,350 @@
+// Each direction is two visits of the elements, the second one with what the first one found. Channels that
+// fit a thread's cache are read from memory once.
+#include "cpu/batch_norm.h"
+
+#include <vector>
+
+#include "core/gradient.h"
+#include "cpu/channel_blocks.h"
+
+namespace steadygrad::cpu {
+namespace {
+
+int64_t element_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
+template <class Byte>
+Byte* at(Byte* data, int64_t offset) {
+  return data == nullptr ? nullptr : data + offset;
+}
+const void* at(const BatchNorm& norm, const void* data, int64_t element) {
+  return at(static_cast<const char*>(data), element * element_size(norm.dtype));
+}
+void* at(const BatchNorm& norm, void* data, int64_t element) {
+  return at(static_cast<char*>(data), element * element_size(norm.dtype));
+}
+
+template <class Function>
+void with_compute_type(DType dtype, Function function) {
+  if (dtype == DType::float64) return function(double{});
+  function(float{});
+}
+
+// Coefficients of every channel, with the room that vector loads need.
+template <class T>
+class Coefficients {
+ public:
+  Coefficients(int64_t channels, int kinds) : stride_(channels + kSumLanes), values_(kinds * stride_) {}
+  T& operator()(int kind, int64_t channel) { return values_[kind * stride_ + channel]; }
+  const T* from(int kind, int64_t channel) const { return values_.data() + kind * stride_ + channel; }
+
+ private:
+  int64_t stride_;
+  std::vector<T> values_;
+};
+
+enum Kind { kCenter, kScale, kOffset, kGradient, kDeviation, kConstant, kKinds };
+
+template <class T>
+class BatchNormPass {
+ public:
+  BatchNormPass(const BatchNorm& norm, int streams)
+      : norm_(norm),
+        blocks_(norm.shape, element_size(norm.dtype) * streams),
+        kernels_(batch_norm_kernels<T>(norm.dtype)),
+        coefficients_(norm.shape.channels, kKinds) {}
+
+  // What is found of each unit of each channel.
+  void keep_partials() { partials_.resize(blocks_.units() * channels()); }
+
+  void sum_input(int64_t block, int64_t unit) {
+    const int64_t first = blocks_.first_channel(block);
+    const int64_t count = blocks_.channels_in(block);
+    std::vector<T> shift(count + kSumLanes);
+    Sums sums(norm_.shape, count);
+    bool begun = false;
+    blocks_.for_each_rows(block, unit, [&](const Rows& rows, int64_t element, int64_t) {
+      const void* const input = at(norm_, norm_.input, element);
+      if (!begun) take_shift(rows, input, shift);
+      begun = true;
+      kernels_.sum_rows(rows, input, shift.data(), sums.data());
+    });
+    const auto elements = static_cast<double>(blocks_.count(unit));
+    for (int64_t c = 0; c < count; ++c) {
+      partial(unit, first + c) =
+          moments_from_sums(static_cast<double>(shift[c]), sums.first(c), sums.second(c), elements);
+    }
+  }
+
+  Moments moments(int64_t channel) {
+    return combined_moments(blocks_.units(), [&](int64_t unit) { return partial(unit, channel); });
+  }
+
+  void set_normalization(int64_t channel, double mean, double var) {
+    const auto at = normalization<T>(mean, var, norm_.eps, channel_value(norm_.weight, channel, 1),
+                                     channel_value(norm_.bias, channel, 0));
+    coefficients_(kCenter, channel) = at.center;
+    coefficients_(kScale, channel) = at.scale;
+    coefficients_(kOffset, channel) = at.offset;
+  }
+
+  void normalize(const BatchNormOutput& out, int64_t block, int64_t unit) {
+    const NormalizationTable<T> table = normalization_table(block);
+    blocks_.for_each_rows(block, unit, [&](const Rows& rows, int64_t element, int64_t byte) {
+      kernels_.normalize_rows({rows, at(norm_, norm_.input, element), at(norm_, out.residual, element),
+                               at(norm_, out.output, element), at(out.mask, byte), table, norm_.relu});
+    });
+  }
+
+  // Partial sums of the gradient and of its products with x - center, in the places of mean and squares.
+  void sum_gradient(const BatchNormGradient& grad, int64_t block, int64_t unit) {
+    const int64_t first = blocks_.first_channel(block);
+    const int64_t count = blocks_.channels_in(block);
+    Sums sums(norm_.shape, count);
+    for_each_gradient_rows(grad, block, unit, [&](const GradientRows<T>& call) {
+      kernels_.sum_gradient_rows(call, sums.data());
+    });
+    for (int64_t c = 0; c < count; ++c) {
+      partial(unit, first + c) = {sums.first(c), sums.second(c), 0};
+    }
+  }
+
+  // sum(grad) and sum(grad * (x - mean)).
+  void gradient_sums(int64_t channel, double& grad, double& product) {
+    grad = 0;
+    product = 0;
+    for (int64_t unit = 0; unit < blocks_.units(); ++unit) {
+      grad += partial(unit, channel).mean;
+      product += partial(unit, channel).squares;
+    }
+    product -= (mean(channel) - static_cast<double>(coefficients_(kCenter, channel))) * grad;
+  }
+
+  void set_input_gradient(int64_t channel, double grad_mean, double product_mean) {
+    const auto at = input_gradient<T>(mean(channel), var(channel), norm_.eps,
+                                      channel_value(norm_.weight, channel, 1), grad_mean, product_mean);
+    coefficients_(kGradient, channel) = at.gradient;
+    coefficients_(kDeviation, channel) = at.deviation;
+    coefficients_(kConstant, channel) = at.constant;
+  }
+
+  void input_gradients(const BatchNormGradient& grad, int64_t block, int64_t unit) {
+    for_each_gradient_rows(grad, block, unit,
+                           [&](const GradientRows<T>& call) { kernels_.gradient_rows(call); });
+  }
+
+  double mean(int64_t channel) const { return channel_value(norm_.mean, channel, 0); }
+  double var(int64_t channel) const { return channel_value(norm_.var, channel, 1); }
+  int64_t channels() const { return norm_.shape.channels; }
+  const ChannelBlocks& blocks() const { return blocks_; }
+
+ private:
+  // The kernels' sums of one unit.
+  class Sums {
+   public:
+    Sums(const BatchNormShape& shape, int64_t channels)
+        : lanes_(shape.inner == 1 ? 1 : kSumLanes), channels_(channels), sums_(2 * lanes_ * channels) {}
+    double* data() { return sums_.data(); }
+    double first(int64_t channel) const { return sum(channel, 0); }
+    double second(int64_t channel) const { return sum(channel, 1); }
+
+   private:
+    double sum(int64_t channel, int which) const {
+      if (lanes_ == 1) return sums_[which * channels_ + channel];
+      const double* const lanes = &sums_[(2 * channel + which) * kSumLanes];
+      return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) +
+             ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+    }
+    int64_t lanes_;
+    int64_t channels_;
+    std::vector<double> sums_;
+  };
+
+  Moments& partial(int64_t unit, int64_t channel) { return partials_[unit * channels() + channel]; }
+
+  // Each channel's first element: sums of what differs from it lose little.
+  void take_shift(const Rows& rows, const void* input, std::vector<T>& shift) const {
+    const int64_t step = rows.row_is_channel ? rows.length : 1;
+    const int64_t count = rows.row_is_channel ? rows.rows : rows.length;
+    const ChannelVector elements{const_cast<void*>(input), norm_.dtype};
+    for (int64_t c = 0; c < count; ++c) {
+      const double first = channel_value(elements, c * step, 0);
+      shift[c] = static_cast<T>(is_finite(first) ? first : 0);
+    }
+  }
+
+  NormalizationTable<T> normalization_table(int64_t block) const {
+    const int64_t first = blocks_.first_channel(block);
+    return {coefficients_.from(kCenter, first), coefficients_.from(kScale, first),
+            coefficients_.from(kOffset, first)};
+  }
+
+  template <class Visit>
+  void for_each_gradient_rows(const BatchNormGradient& grad, int64_t block, int64_t unit, Visit visit) {
+    const int64_t first = blocks_.first_channel(block);
+    const ReluMask relu = !norm_.relu            ? ReluMask::none
+                          : grad.mask == nullptr ? ReluMask::recomputed
+                                                 : ReluMask::stored;
+    GradientRows<T> call{};
+    call.normalization = normalization_table(block);
+    call.gradient = {coefficients_.from(kGradient, first), coefficients_.from(kDeviation, first),
+                     coefficients_.from(kConstant, first)};
+    call.relu = relu;
+    blocks_.for_each_rows(block, unit, [&](const Rows& rows, int64_t element, int64_t byte) {
+      call.rows = rows;
+      call.input = at(norm_, norm_.input, element);
+      call.grad_output = at(norm_, grad.grad_output, element);
+      call.mask = at(grad.mask, byte);
+      call.grad_input = at(norm_, grad.grad_input, element);
+      call.grad_residual = at(norm_, grad.grad_residual, element);
+      visit(call);
+    });
+  }
+
+  const BatchNorm& norm_;
+  const ChannelBlocks blocks_;
+  const BatchNormKernels<T>& kernels_;
+  Coefficients<T> coefficients_;
+  std::vector<Moments> partials_;
+};
+
+bool is_empty(const BatchNormShape& shape) { return shape.count() == 0 || shape.channels == 0; }
+
+int64_t count_batch(const RunningStatistics& running) {
+  return running.num_batches_tracked == nullptr ? 0 : ++*running.num_batches_tracked;
+}
+
+// The gradients' sums, which `finish` gets with their channel, then whatever depends on the input.
+template <class T, class Finish>
+void backward(const BatchNorm& norm, const BatchNormGradient& grad, Finish finish) {
+  BatchNormPass<T> pass(norm, 2);
+  for (int64_t c = 0; c < pass.channels(); ++c) pass.set_normalization(c, pass.mean(c), pass.var(c));
+  pass.keep_partials();
+  pass.blocks().sum_then_visit([&](int64_t block, int64_t unit) { pass.sum_gradient(grad, block, unit); },
+                               [&](int64_t first, int64_t last) {
+                                 for (int64_t c = first; c < last; ++c) {
+                                   double sum = 0;
+                                   double product = 0;
+                                   pass.gradient_sums(c, sum, product);
+                                   finish(pass, c, sum, product);
+                                 }
+                               },
+                               [&](int64_t block, int64_t unit) {
+                                 if (grad.grad_input == nullptr && grad.grad_residual == nullptr) return;
+                                 pass.input_gradients(grad, block, unit);
+                               });
+}
+
+}  // namespace
+
+void batch_norm_forward(const BatchNorm& norm, const BatchNormOutput& out, double* statistics,
+                        const RunningStatistics& running) {
+  const int64_t channels = norm.shape.channels;
+  const auto count = static_cast<double>(norm.shape.count());
+  statistics[2 * channels] = count;
+  if (is_empty(norm.shape)) {
+    std::fill_n(statistics, 2 * channels, 0.0);
+    return;
+  }
+  const double factor = running_factor(running, count_batch(running));
+  with_compute_type(norm.dtype, [&](auto element) {
+    BatchNormPass<decltype(element)> pass(norm, 1);
+    pass.keep_partials();
+    pass.blocks().sum_then_visit([&](int64_t block, int64_t unit) { pass.sum_input(block, unit); },
+                                 [&](int64_t first, int64_t last) {
+                                   for (int64_t c = first; c < last; ++c) {
+                                     const Moments moments = pass.moments(c);
+                                     statistics[c] = moments.mean;
+                                     statistics[channels + c] = moments.squares / count;
+                                     update_running(running, c, factor, statistics[c],
+                                                    statistics[channels + c], count);
+                                     pass.set_normalization(c, statistics[c], statistics[channels + c]);
+                                   }
+                                 },
+                                 [&](int64_t block, int64_t unit) {
+                                   if (out.output != nullptr) pass.normalize(out, block, unit);
+                                 });
+  });
+}
+
+void batch_norm_statistics(const BatchNorm& norm, double* statistics) {
+  batch_norm_forward(norm, BatchNormOutput(), statistics, RunningStatistics());
+}
+
+void batch_norm_normalize(const BatchNorm& norm, const BatchNormOutput& out) {
+  if (is_empty(norm.shape)) return;
+  with_compute_type(norm.dtype, [&](auto element) {
+    BatchNormPass<decltype(element)> pass(norm, 1);
+    for (int64_t c = 0; c < pass.channels(); ++c) pass.set_normalization(c, pass.mean(c), pass.var(c));
+    pass.blocks().visit_all([&](int64_t block, int64_t unit) { pass.normalize(out, block, unit); });
+  });
+}
+
+void batch_norm_combine(const double* parts, int64_t count, int64_t channels, double* statistics,
+                        const RunningStatistics& running) {
+  const int64_t size = statistics_size(channels);
+  double elements = 0;
+  for (int64_t i = 0; i < count; ++i) elements += parts[i * size + 2 * channels];
+  statistics[2 * channels] = elements;
+  if (elements == 0) {
+    std::fill_n(statistics, 2 * channels, 0.0);
+    return;
+  }
+  const double factor = running_factor(running, count_batch(running));
+  for (int64_t c = 0; c < channels; ++c) {
+    const Moments moments = combined_moments(count, [&](int64_t i) {
+      const double* const part = parts + i * size;
+      return Moments{part[c], part[channels + c] * part[2 * channels], part[2 * channels]};
+    });
+    statistics[c] = moments.mean;
+    statistics[channels + c] = moments.squares / elements;
+    update_running(running, c, factor, statistics[c], statistics[channels + c], elements);
+  }
+}
+
+void batch_norm_backward(const BatchNorm& norm, const BatchNormGradient& grad, bool constant_statistics) {
+  if (is_empty(norm.shape)) return;
+  const bool needs_sums =
+      !constant_statistics || grad.grad_weight.data != nullptr || grad.grad_bias.data != nullptr;
+  if (!needs_sums) {
+    const std::vector<double> zeros(2 * norm.shape.channels);
+    const double one = 1;
+    return batch_norm_backward_input(norm, grad, zeros.data(), &one);
+  }
+  const double per_element = constant_statistics ? 0 : 1 / static_cast<double>(norm.shape.count());
+  with_compute_type(norm.dtype, [&](auto element) {
+    backward<decltype(element)>(norm, grad, [&](auto& pass, int64_t c, double sum, double product) {
+      set_channel_value(grad.grad_bias, c, sum);
+      set_channel_value(grad.grad_weight, c, product * inverse_deviation(pass.var(c), norm.eps));
+      pass.set_input_gradient(c, sum * per_element, product * per_element);
+    });
+  });
+}
+
+void batch_norm_backward_sums(const BatchNorm& norm, const BatchNormGradient& grad, double* sums) {
+  const int64_t channels = norm.shape.channels;
+  if (is_empty(norm.shape)) {
+    std::fill_n(sums, 2 * channels, 0.0);
+    return;
+  }
+  with_compute_type(norm.dtype, [&](auto element) {
+    backward<decltype(element)>(norm, grad, [&](auto&, int64_t c, double sum, double product) {
+      sums[c] = sum;
+      sums[channels + c] = product;
+    });
+  });
+}
+
+void batch_norm_backward_input(const BatchNorm& norm, const BatchNormGradient& grad, const double* sums,
+                               const double* count) {
+  if (is_empty(norm.shape)) return;
+  with_compute_type(norm.dtype, [&](auto element) {
+    BatchNormPass<decltype(element)> pass(norm, 1);
+    for (int64_t c = 0; c < pass.channels(); ++c) {
+      pass.set_normalization(c, pass.mean(c), pass.var(c));
+      pass.set_input_gradient(c, sums[c] / *count, sums[pass.channels() + c] / *count);
+    }
+    pass.blocks().visit_all([&](int64_t block, int64_t unit) { pass.input_gradients(grad, block, unit); });
+  });
+}
+
+}  // namespace steadygrad::cpu
