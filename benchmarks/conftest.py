@@ -15,13 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from steadygrad.bench.cases import Case
+from steadygrad.bench.case import Case
 from steadygrad.bench.environment import available_memory_bytes, cache_bytes
 from steadygrad.bench.measure import (
     CaseResult,
     Contest,
     CopyYardstick,
-    memory_needed,
     settle_allocator,
 )
 from steadygrad.bench.report import cases_table
@@ -62,8 +61,8 @@ def side_by_side(
     """Races a case; its numbers go to pytest-benchmark's `extra_info` and to the final table."""
 
     def run(case: Case) -> None:
-        if memory_needed(case) > available_memory_bytes():
-            pytest.skip(f"needs {memory_needed(case) / 2**30:.1f} GiB of memory")
+        if case.memory_needed() > available_memory_bytes():
+            pytest.skip(f"needs {case.memory_needed() / 2**30:.1f} GiB of memory")
         contest = Contest(case, yardstick)
         contest.warm_up()
         start = time.perf_counter()
@@ -81,7 +80,7 @@ def side_by_side(
             )
         result = contest.result()
         benchmark.extra_info.update(
-            floor_bytes=result.floor_bytes,
+            floor_bytes=case.floor_bytes,
             gigabytes_per_second=result.gigabytes_per_second,
             share_of_copy=result.share_of_copy,
             nanoseconds_per_tensor=result.nanoseconds_per_tensor,

@@ -146,7 +146,7 @@ def plan(python: str, out: Path) -> list[Stage]:
         "--profile-from-start",
         "off",
         "--kernel-name",
-        "regex:grad_norm_kernel|update_kernel",
+        "regex:grad_norm_kernel|update_kernel|batch_norm",
     )
     return [
         _install(python, ".", "gpu", 120, environment={"CUDAARCHS": _architectures()}),
@@ -158,10 +158,10 @@ def plan(python: str, out: Path) -> list[Stage]:
         Stage(
             "benchmark",
             (
-                *(python, "-m", "steadygrad", "bench", "--device", "cuda", "--limit", "75"),
+                *(python, "-m", "steadygrad", "bench", "--device", "cuda", "--limit", "95"),
                 *("--out", str(out / "benchmark.json")),
             ),
-            105,
+            125,
             "benchmark.log",
             ("torch",),
         ),
@@ -177,7 +177,7 @@ def plan(python: str, out: Path) -> list[Stage]:
             ("ncu",),
             optional=True,
         ),
-        _tests(python, "other tests", "not cuda", 50),
+        _tests(python, "other tests", "not cuda", 35),
     ]
 
 
@@ -198,14 +198,14 @@ def rehearsal(python: str, out: Path) -> list[Stage]:
         Stage(
             "each operation once",
             (python, "benchmarks/sanitized_steps.py", "--emulate"),
-            30,
+            60,
             "sanitizers.log",
             ("torch", "steadygrad_emulated"),
         ),
         Stage(
             "benchmark",
             (python, "benchmarks/rehearsal.py", "--out", str(out / "rehearsal.json")),
-            45,
+            120,
             "benchmark.log",
             ("torch", "steadygrad_emulated"),
         ),

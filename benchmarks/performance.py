@@ -22,10 +22,10 @@ _INTRODUCTION = """\
 Written by `make performance` from the newest file of each machine in [benchmarks/results](../benchmarks/results); do
 not edit. `make bench` measures a CPU, `make gpu` a GPU.
 
-Ours and torch's run side by side in one process, in turns; times are medians, fp32. The *floor* is what our path has
-to move per element with no help from caches. GB/s are floor bytes over time, the share is that of the bandwidth which
-a plain copy reached in the same rounds (on a CPU the faster of a copy and an in-place multiplication), and a ratio
-above 1 says how many times faster ours is than the peer.
+Ours and torch's run side by side in one process, in turns; times are medians, fp32 unless a table says otherwise.
+The *floor* is what our path has to move per element with no help from caches. GB/s are floor bytes over time, the
+share is that of the bandwidth which a plain copy reached in the same rounds (on a CPU the faster of a copy and an
+in-place multiplication), and a ratio above 1 says how many times faster ours is than the peer.
 """
 
 _NO_CUDA = """\
@@ -105,8 +105,11 @@ def _machine(name: str, result: Result, csrc_tree: str | None) -> str:
     operations: dict[str, list[Result]] = {}
     for case in result["cases"]:
         operations.setdefault(case["operation"], []).append(case)
+    means: dict[str, list[Result]] = {}
+    for summary in result.get("summaries", ()):
+        means.setdefault(summary["title"], []).append(summary)
     for operation, cases in operations.items():
-        lines += _operation(operation, cases)
+        lines += _operation(operation, cases, means.get(operation, []))
     if result["skipped"]:
         left_out = "; ".join(f"{entry['case']} ({entry['reason']})" for entry in result["skipped"])
         lines += [f"Not measured: {left_out}.", ""]
@@ -149,14 +152,17 @@ def _amount(value: float, share: bool) -> str:
     return f"{100 * value:.0f} %" if share else f"{value:.3g} x"
 
 
-def _operation(title: str, cases: list[Result]) -> list[str]:
+def _operation(title: str, cases: list[Result], means: list[Result]) -> list[str]:
+    # Where dtypes are mixed, so are the bytes an element has to move, and a column tells the sum.
+    floors = sorted({case["bytes_per_element"] for case in cases})
+    column, rule = (" MB |", " ---: |") if means else ("", "")
     lines = [
         f"### {title}",
         "",
-        f"Floor: {cases[0]['bytes_per_element']} B an element.",
+        f"Floor: {' or '.join(f'{floor:g}' for floor in floors)} B an element.",
         "",
-        "| shapes | ours ms | GB/s | of copy | against | ms | ratio |",
-        "| --- | ---: | ---: | ---: | --- | ---: | ---: |",
+        f"| shapes | ours ms |{column} GB/s | of copy | against | ms | ratio |",
+        f"| --- | ---: |{rule} ---: | ---: | --- | ---: | ---: |",
     ]
     for case in cases:
         share = case["share_of_copy"]
@@ -166,12 +172,27 @@ def _operation(title: str, cases: list[Result]) -> list[str]:
         wall = (
             ", *wall*" if "wall_median_seconds" in case["ours"] and case["clock"] == "wall" else ""
         )
-        shown = (f"{case['shapes']}{wall}", _milliseconds(case["ours"]), speed, part)
+        moved = (_megabytes(case["floor_bytes"]),) if means else ()
+        shown = (f"{case['shapes']}{wall}", _milliseconds(case["ours"]), *moved, speed, part)
         for peer in case["peers"]:
             cells = (*shown, peer["name"], _milliseconds(peer), f"{peer['ratio']:.2f}")
             lines.append(f"| {' | '.join(cells)} |")
-            shown = ("", "", "", "")
+            shown = ("",) * len(shown)
+    if means:
+        lines += ["", f"Geometric means: {'; '.join(map(_mean, means))}."]
     return [*lines, ""]
+
+
+def _mean(summary: Result) -> str:
+    return (
+        f"{summary['mean']:.2f} against {summary['peer']} over {summary['cases']} cases, "
+        f"at least {summary['least']:.2f} ({summary['least_case']})"
+    )
+
+
+def _megabytes(count: int) -> str:
+    megabytes = count / 1e6
+    return f"{megabytes:,.{0 if megabytes >= 10 else 2}f}"
 
 
 def _milliseconds(timing: Result) -> str:

@@ -1,12 +1,11 @@
 """The benchmark for a GPU on a machine without one: tiny tensors, emulated kernels, host clocks.
 
-It shows that every case runs and that the result file can be written, and nothing about speed.
+It shows that every kind of case runs and that the result file can be written, and nothing about speed.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -17,14 +16,12 @@ import torch
 
 from steadygrad import _kernels
 from steadygrad.bench import environment, measure_all, show
-from steadygrad.bench.cases import CUDA_CASES, Case
+from steadygrad.bench.case import Case
+from steadygrad.bench.cases import CUDA_CASES
 from steadygrad.bench.device import CudaDevice
 from steadygrad.bench.environment import Gpu
 from steadygrad.bench.measure import CopyYardstick, Effort, GpuYardstick
-from steadygrad.bench.shapes import ModelShapes
 from steadygrad.console import open_console
-
-_ELEMENTS = 2**14
 
 
 class HostEvents:
@@ -44,7 +41,7 @@ class HostEvents:
 
 
 class EmulatedDevice(CudaDevice):
-    """A CUDA device whose kernels run on the CPU; every model is cut down to a few tensors."""
+    """A CUDA device whose kernels run on the CPU; every case is cut down to a few elements."""
 
     rehearsal = True
 
@@ -54,7 +51,7 @@ class EmulatedDevice(CudaDevice):
             architecture="none",
             multiprocessors=0,
             memory_bytes=0,
-            l2_bytes=2**16,
+            l2_bytes=2**13,
             driver="none",
             torch_cuda="none",
             kernels_runtime="none",
@@ -63,7 +60,8 @@ class EmulatedDevice(CudaDevice):
         self._prepare(environment.this_machine(gpu), torch.device("cpu"), HostEvents())
 
     def cases(self) -> Sequence[Case]:
-        return [dataclasses.replace(case, model=_cut(case.model)) for case in CUDA_CASES]
+        cut = [case.cut() for case in CUDA_CASES]
+        return list({case.key: case for case in cut}.values())
 
     def effort(self, quick: bool) -> Effort:
         return Effort(seconds=0.0, min_rounds=1, max_rounds=1)
@@ -76,14 +74,6 @@ class EmulatedDevice(CudaDevice):
 
     def release(self) -> None:
         pass
-
-
-def _cut(model: ModelShapes) -> ModelShapes:
-    """The first tensors of a model, flattened and cut, under its own key."""
-    shapes = []
-    for shape in model.shapes[:8]:
-        shapes.append((min(torch.Size(shape).numel(), _ELEMENTS // 8),))
-    return ModelShapes(model.key, f"{model.title}, cut", tuple(shapes))
 
 
 def emulate() -> None:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
+import sanitized_batch_norm
 import steadygrad as sg
 from steadygrad.self_check import TOLERANCES, check_kernels
 
@@ -74,12 +76,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         for check in checks
         if not check.passed
     ]
-    extras: tuple[Callable[[str], None], ...] = (_many_tensors, _strided, _skipped)
-    for extra in extras:
+    extras: list[tuple[str, Callable[[], None]]] = [
+        (extra.__name__, partial(extra, options.device))
+        for extra in (_many_tensors, _strided, _skipped)
+    ]
+    for check in (sanitized_batch_norm.modules, sanitized_batch_norm.parts):
+        name = f"batch norm, {check.__name__}"
+        extras += [(name, partial(check, options.device, dtype)) for dtype in options.dtypes]
+    for name, extra in extras:
         try:
-            extra(options.device)
+            extra()
         except (AssertionError, RuntimeError, ValueError) as error:
-            wrong.append(f"{extra.__name__}: {error}")
+            wrong.append(f"{name}: {error}")
     total = len(checks) + len(extras)
     sys.stdout.write("".join(f"WRONG {line}\n" for line in wrong))
     sys.stdout.write(f"{total - len(wrong)} of {total} runs gave the right numbers.\n")

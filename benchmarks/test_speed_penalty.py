@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from steadygrad.bench.cases import Case, cases_of
+from steadygrad.bench.case import Case
+from steadygrad.bench.cases import cases_of
 
 
 @pytest.mark.parametrize("case", cases_of("add_penalty"), ids=lambda case: case.key)

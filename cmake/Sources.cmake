@@ -35,6 +35,9 @@ set(cuda_sources
   ${csrc}/cuda/batch_norm_backward.cu
   ${csrc}/cuda/batch_norm_finish.cu
   ${csrc}/cuda/batch_norm_forward.cu
+  ${csrc}/cuda/batch_norm_one_read_backward.cu
+  ${csrc}/cuda/batch_norm_one_read_forward.cu
+  ${csrc}/cuda/batch_norm_team.cu
   ${csrc}/cuda/batch_norm_tiles.cu
   ${csrc}/cuda/decide.cu
   ${csrc}/cuda/device.cu

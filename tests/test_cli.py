@@ -169,10 +169,10 @@ import sys
 sys.modules["rich"] = sys.modules["rich.console"] = None
 import steadygrad.bench
 from steadygrad.bench import device, shapes
-from steadygrad.bench.cases import OPERATIONS, Case
+from steadygrad.bench.cases import OPERATIONS, ModelCase
 from steadygrad.bench.measure import Effort
 from steadygrad.cli import main
-device.CASES = [Case(OPERATIONS["clip_active"], shapes.many_small(2, 32), host_cost=True)]
+device.CASES = [ModelCase(OPERATIONS["clip_active"], shapes.many_small(2, 32), host_cost=True)]
 device.FULL = steadygrad.bench.QUICK = Effort(0.0, 2, 2)
 assert main(["bench"]) == 0
 assert main(["doctor"]) == 1
@@ -199,7 +199,7 @@ def test_doctor_finds_all_well(capsys: Any) -> None:
     assert code == 0, text
     assert "All is well." in text
     assert "FAIL" not in text
-    assert "56 of 56 kernel checks passed." in text
+    assert "68 of 68 kernel checks passed." in text
     for line in (
         rf"torch +{re.escape(torch.__version__)}",
         r"backend +cpu: compiled, usable",
@@ -209,6 +209,9 @@ def test_doctor_finds_all_well(capsys: Any) -> None:
         r"DLPack exchange API +1\.\d+ on torch\.Tensor, 1\.\d+ compiled in: compatible",
         r"add_penalty_ +ok .*ok .*ok .*ok ",
         r"AdamW, 2 fused steps +ok .*ok .*ok .*ok ",
+        r"batch_norm +ok .*ok .*ok .*ok ",
+        r"batch_norm, add, relu +ok .*ok .*ok .*ok ",
+        r"batch_norm, inference +ok .*ok .*ok .*ok ",
     ):
         assert re.search(rf"^ *{line}", text, re.MULTILINE), line
 
@@ -222,7 +225,7 @@ def test_doctor_reports_wrong_numbers(monkeypatch: pytest.MonkeyPatch, capsys: A
     monkeypatch.setattr(sg, "clip_grad_value_", broken)
     assert main(["doctor"]) == 1
     text = capsys.readouterr().out
-    assert "52 of 56 kernel checks passed." in text
+    assert "64 of 68 kernel checks passed." in text
     assert re.search(r"^ *clip_grad_value_ +FAIL 5e-01", text, re.MULTILINE)
     assert re.search(r"- clip_grad_value_: error 5.0e-01 above 5.0e-07 \(float32\)", text)
     assert "wrong results: reinstall it" in text
@@ -382,5 +385,5 @@ def test_doctor_checks_every_usable_device(monkeypatch: pytest.MonkeyPatch, caps
     assert main(["doctor"]) == 1
     text = capsys.readouterr().out
     assert "Kernels on cpu: error" in text and "Kernels on meta: error" in text
-    assert "56 of 112 kernel checks passed." in text
+    assert "68 of 136 kernel checks passed." in text
     assert "- AdamW, 2 fused steps on meta: " in text

@@ -68,6 +68,37 @@ HOST: dict[str, Any] = {
 }  # fmt: skip
 
 
+BATCH_NORMS: list[dict[str, Any]] = [
+    {
+        "operation": "batch norm + ReLU",
+        "shapes": shapes,
+        "bytes_per_element": bytes_per_element,
+        "floor_bytes": moved,
+        "cold_buffers": True,
+        "gigabytes_per_second": 50.0,
+        "share_of_copy": 0.5,
+        "clock": "device",
+        "ours": {"name": "steadygrad", "median_seconds": 0.002},
+        "peers": [
+            {"name": "torch", "median_seconds": 0.004, "ratio": 2.0},
+            {"name": "torch in-place", "median_seconds": 0.003, "ratio": 1.5},
+        ],
+    }
+    for shapes, bytes_per_element, moved in (
+        ("32x64x56x56 fp32 NHWC", 20.0, 128_450_560),
+        ("8x256x14x14 bf16 NCHW", 10.0, 4_014_080),
+    )
+]
+MEAN: dict[str, Any] = {
+    "title": "batch norm + ReLU",
+    "peer": "torch",
+    "cases": 2,
+    "mean": 2.0,
+    "least": 1.75,
+    "least_case": "batch_norm_relu/x",
+}
+
+
 def on_gpu() -> dict[str, Any]:
     result = copy.deepcopy(HOST)
     result["environment"]["gpu"] = {
@@ -127,6 +158,25 @@ def test_a_page_without_a_gpu_says_so() -> None:
         "Not measured: adam/one_2e28 (the limit of 75 s was reached).",
     ):
         assert expected in text
+
+
+def test_batch_norms_have_bytes_and_means() -> None:
+    result = copy.deepcopy(HOST)
+    result["cases"] += BATCH_NORMS
+    result["summaries"] = [MEAN, {**MEAN, "peer": "torch in-place", "mean": 1.5}]
+    text = performance.page({"Test CPU, 2 cores": result}, TREE)
+    for expected in (
+        "### batch norm + ReLU\n\nFloor: 10 or 20 B an element.",
+        "| shapes | ours ms | MB | GB/s | of copy | against | ms | ratio |",
+        "| 32x64x56x56 fp32 NHWC | 2 | 128 | 50 | 50 % | torch | 4 | 2.00 |",
+        "|  |  |  |  |  | torch in-place | 3 | 1.50 |",
+        "| 8x256x14x14 bf16 NCHW | 2 | 4.01 | 50 |",
+        "Geometric means: 2.00 against torch over 2 cases, at least 1.75 (batch_norm_relu/x); "
+        "1.50 against torch in-place over 2 cases",
+    ):
+        assert expected in text
+    # Other operations keep their table.
+    assert "| shapes | ours ms | GB/s | of copy | against | ms | ratio |" in text
 
 
 def test_a_gpu_comes_first_and_marks_wall_time() -> None:

@@ -72,15 +72,18 @@ class Call {
     norm.relu = relu;
   }
 
-  // Elements that lie as the input's; null for None.
+  // Elements that lie as the input's.
   void* like_input(const py::object& tensor, const char* name) {
-    if (tensor.is_none()) return nullptr;
     const View view = real_view(tensor.ptr(), name, device);
     const Argument argument{kName, name, -1};
     if (!same_sizes(view, input_)) throw_type_error(argument, "the input's shape", tensor.ptr());
     if (view.dtype != input_.dtype) throw_type_error(argument, "the input's dtype", tensor.ptr());
     if (!same_strides(view, input_)) throw_type_error(argument, "the input's strides", tensor.ptr());
     return view.data;
+  }
+
+  void* like_input_or_none(const py::object& tensor, const char* name) {
+    return tensor.is_none() ? nullptr : like_input(tensor, name);
   }
 
   ChannelVector channels(const py::object& tensor, const char* name) {
@@ -141,7 +144,7 @@ class Running {
           vector_of(num_batches_tracked.ptr(), {kName, "num_batches_tracked", -1}, kInt64, 1, device));
     }
     statistics.cumulative = momentum.is_none();
-    if (!statistics.cumulative) statistics.momentum = momentum.cast<double>();
+    if (!statistics.cumulative) statistics.momentum = number(momentum);
     if (statistics.cumulative && statistics.mean.data != nullptr &&
         statistics.num_batches_tracked == nullptr) {
       throw py::value_error("batch_norm: momentum: expected a number where no batches are counted, got None");
@@ -158,6 +161,15 @@ class Running {
   ChannelVector vector(const py::object& tensor, const char* name, int64_t channels, Device& device) {
     if (!tensor.is_none()) written_.append(tensor);
     return channel_vector(tensor, name, channels, device);
+  }
+
+  static double number(const py::object& momentum) {
+    const double value = PyFloat_AsDouble(momentum.ptr());
+    if (value == -1 && PyErr_Occurred()) {
+      PyErr_Clear();
+      throw_type_error({kName, "momentum", -1}, "a number or None", momentum.ptr());
+    }
+    return value;
   }
 
   py::list written_;
@@ -195,7 +207,7 @@ void batch_norm_forward(const py::object& input, const py::object& residual, con
                         bool relu, const py::object& output, const py::object& mask,
                         const py::object& statistics, const py::object& allocate) {
   Call call(input, weight, bias, eps, relu);
-  const BatchNormOutput out{call.like_input(residual, "residual"), call.like_input(output, "output"),
+  const BatchNormOutput out{call.like_input_or_none(residual, "residual"), call.like_input(output, "output"),
                             call.mask(mask)};
   double* const to = call.statistics(statistics);
   const Running running(running_mean, running_var, num_batches_tracked, momentum, call.norm.shape.channels,
@@ -215,7 +227,7 @@ void batch_norm_normalize(const py::object& input, const py::object& residual, c
                           bool relu, const py::object& output, const py::object& mask) {
   Call call(input, weight, bias, eps, relu);
   call.normalize_with(statistics, running_mean, running_var);
-  const BatchNormOutput out{call.like_input(residual, "residual"), call.like_input(output, "output"),
+  const BatchNormOutput out{call.like_input_or_none(residual, "residual"), call.like_input(output, "output"),
                             call.mask(mask)};
   run(
       call.device, [&] { cpu::batch_norm_normalize(call.norm, out); },
@@ -262,10 +274,12 @@ void batch_norm_backward(const py::object& grad_output, const py::object& input,
                          const py::object& allocate) {
   Call call(input, weight, bias, eps, relu);
   const bool constant_statistics = !call.normalize_with(statistics, running_mean, running_var);
-  const BatchNormGradient grad{
-      call.like_input(grad_output, "grad_output"), call.mask(mask),
-      call.like_input(grad_input, "grad_input"),   call.like_input(grad_residual, "grad_residual"),
-      call.channels(grad_weight, "grad_weight"),   call.channels(grad_bias, "grad_bias")};
+  const BatchNormGradient grad{call.like_input(grad_output, "grad_output"),
+                               call.mask(mask),
+                               call.like_input_or_none(grad_input, "grad_input"),
+                               call.like_input_or_none(grad_residual, "grad_residual"),
+                               call.channels(grad_weight, "grad_weight"),
+                               call.channels(grad_bias, "grad_bias")};
   check_mask(relu, grad);
   run(
       call.device, [&] { cpu::batch_norm_backward(call.norm, grad, constant_statistics); },
@@ -301,8 +315,8 @@ void batch_norm_backward_input(const py::object& grad_output, const py::object& 
   BatchNormGradient grad;
   grad.grad_output = call.like_input(grad_output, "grad_output");
   grad.mask = call.mask(mask);
-  grad.grad_input = call.like_input(grad_input, "grad_input");
-  grad.grad_residual = call.like_input(grad_residual, "grad_residual");
+  grad.grad_input = call.like_input_or_none(grad_input, "grad_input");
+  grad.grad_residual = call.like_input_or_none(grad_residual, "grad_residual");
   check_mask(relu, grad);
   const double* const from = call.float64(sums, "sums", 2 * call.norm.shape.channels);
   const double* const count = static_cast<const double*>(call.norm.mean.data) + 2 * call.norm.shape.channels;

@@ -126,8 +126,9 @@ std::string Argument::text() const {
 std::string describe(PyObject* object) {
   const std::string type = Py_TYPE(object)->tp_name;
   if (torch.tensor == nullptr || !PyObject_TypeCheck(object, torch.tensor)) return type;
-  return type + " (dtype " + attribute_text(object, "dtype") + ", layout " +
-         attribute_text(object, "layout") + ", device " + attribute_text(object, "device") + ")";
+  return type + " (shape " + attribute_text(object, "shape") + ", dtype " + attribute_text(object, "dtype") +
+         ", layout " + attribute_text(object, "layout") + ", device " + attribute_text(object, "device") +
+         ")";
 }
 
 void throw_type_error(const Argument& argument, const std::string& expected, PyObject* got) {

@@ -180,7 +180,8 @@ STEADYGRAD_INLINE Normalization<T> normalization(double mean, double var, double
   return {center, static_cast<T>(scale), static_cast<T>(bias - (mean - static_cast<double>(center)) * scale)};
 }
 
-// grad_input = grad * gradient + (x - center) * deviation + constant, where `grad` has passed ReLU's mask.
+// grad_input = grad * gradient + (x - center) * deviation + constant, where `grad` has passed ReLU's mask. A
+// deviation of zero, as constant statistics have it, leaves x out, also where x is not finite.
 template <class T>
 struct InputGradient {
   T center;
@@ -190,7 +191,9 @@ struct InputGradient {
 
   template <class V>
   STEADYGRAD_INLINE V operator()(V grad, V x) const {
-    return grad * gradient + ((x - center) * deviation + constant);
+    const V zero = {};
+    const V curve = (x - center) * deviation;
+    return grad * gradient + ((deviation == 0 ? zero : curve) + constant);
   }
 };
 

@@ -49,9 +49,20 @@ class BatchNormPass {
  public:
   BatchNormPass(const BatchNorm& norm, int streams)
       : norm_(norm),
-        blocks_(norm.shape, element_size(norm.dtype) * streams),
+        blocks_(norm.shape, element_size(norm.dtype), streams),
         kernels_(batch_norm_kernels<T>(norm.dtype)),
-        coefficients_(norm.shape.channels, kKinds) {}
+        coefficients_(norm.shape.channels * blocks_.fold(), kKinds) {}
+
+  void prepare_backward(const BatchNormGradient& grad) {
+    const bool finds_mask = norm_.relu && grad.mask == nullptr;
+    for (int64_t c = 0; c < channels(); ++c) {
+      if (finds_mask) {
+        set_normalization(c, mean(c), var(c));
+      } else {
+        set(kCenter, c, static_cast<T>(mean(c)));
+      }
+    }
+  }
 
   // What is found of each unit of each channel.
   void keep_partials() { partials_.resize(blocks_.units() * channels()); }
@@ -59,8 +70,8 @@ class BatchNormPass {
   void sum_input(int64_t block, int64_t unit) {
     const int64_t first = blocks_.first_channel(block);
     const int64_t count = blocks_.channels_in(block);
-    std::vector<T> shift(count + kSumLanes);
-    Sums sums(norm_.shape, count);
+    std::vector<T> shift(count * blocks_.fold() + kSumLanes);
+    Sums sums = new_sums(count);
     bool begun = false;
     blocks_.for_each_rows(block, unit, [&](const Rows& rows, int64_t element, int64_t) {
       const void* const input = at(norm_, norm_.input, element);
@@ -82,9 +93,9 @@ class BatchNormPass {
   void set_normalization(int64_t channel, double mean, double var) {
     const auto at = normalization<T>(mean, var, norm_.eps, channel_value(norm_.weight, channel, 1),
                                      channel_value(norm_.bias, channel, 0));
-    coefficients_(kCenter, channel) = at.center;
-    coefficients_(kScale, channel) = at.scale;
-    coefficients_(kOffset, channel) = at.offset;
+    set(kCenter, channel, at.center);
+    set(kScale, channel, at.scale);
+    set(kOffset, channel, at.offset);
   }
 
   void normalize(const BatchNormOutput& out, int64_t block, int64_t unit) {
@@ -99,7 +110,7 @@ class BatchNormPass {
   void sum_gradient(const BatchNormGradient& grad, int64_t block, int64_t unit) {
     const int64_t first = blocks_.first_channel(block);
     const int64_t count = blocks_.channels_in(block);
-    Sums sums(norm_.shape, count);
+    Sums sums = new_sums(count);
     for_each_gradient_rows(grad, block, unit, [&](const GradientRows<T>& call) {
       kernels_.sum_gradient_rows(call, sums.data());
     });
@@ -122,9 +133,9 @@ class BatchNormPass {
   void set_input_gradient(int64_t channel, double grad_mean, double product_mean) {
     const auto at = input_gradient<T>(mean(channel), var(channel), norm_.eps,
                                       channel_value(norm_.weight, channel, 1), grad_mean, product_mean);
-    coefficients_(kGradient, channel) = at.gradient;
-    coefficients_(kDeviation, channel) = at.deviation;
-    coefficients_(kConstant, channel) = at.constant;
+    set(kGradient, channel, at.gradient);
+    set(kDeviation, channel, at.deviation);
+    set(kConstant, channel, at.constant);
   }
 
   void input_gradients(const BatchNormGradient& grad, int64_t block, int64_t unit) {
@@ -138,37 +149,52 @@ class BatchNormPass {
   const ChannelBlocks& blocks() const { return blocks_; }
 
  private:
-  // The kernels' sums of one unit.
+  // The kernels' sums of one unit: lanes of each channel, or one where every element is a channel.
   class Sums {
    public:
-    Sums(const BatchNormShape& shape, int64_t channels)
-        : lanes_(shape.inner == 1 ? 1 : kSumLanes), channels_(channels), sums_(2 * lanes_ * channels) {}
+    Sums(int64_t lanes, int64_t channels, int64_t fold)
+        : lanes_(lanes), channels_(channels), fold_(fold), sums_(2 * lanes * channels * fold) {}
     double* data() { return sums_.data(); }
     double first(int64_t channel) const { return sum(channel, 0); }
     double second(int64_t channel) const { return sum(channel, 1); }
 
    private:
     double sum(int64_t channel, int which) const {
-      if (lanes_ == 1) return sums_[which * channels_ + channel];
+      if (lanes_ == 1) {
+        double sum = 0;
+        for (int64_t f = 0; f < fold_; ++f) sum += sums_[(which * fold_ + f) * channels_ + channel];
+        return sum;
+      }
       const double* const lanes = &sums_[(2 * channel + which) * kSumLanes];
       return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) +
              ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
     }
     int64_t lanes_;
     int64_t channels_;
+    int64_t fold_;
     std::vector<double> sums_;
   };
+
+  Sums new_sums(int64_t channels) const {
+    return Sums(norm_.shape.inner == 1 ? 1 : kSumLanes, channels, blocks_.fold());
+  }
+
+  void set(Kind kind, int64_t channel, T value) {
+    for (int64_t f = 0; f < blocks_.fold(); ++f) coefficients_(kind, f * channels() + channel) = value;
+  }
 
   Moments& partial(int64_t unit, int64_t channel) { return partials_[unit * channels() + channel]; }
 
   // Each channel's first element: sums of what differs from it lose little.
   void take_shift(const Rows& rows, const void* input, std::vector<T>& shift) const {
     const int64_t step = rows.row_is_channel ? rows.length : 1;
-    const int64_t count = rows.row_is_channel ? rows.rows : rows.length;
+    const int64_t count = rows.row_is_channel ? rows.rows : channels();
     const ChannelVector elements{const_cast<void*>(input), norm_.dtype};
     for (int64_t c = 0; c < count; ++c) {
       const double first = channel_value(elements, c * step, 0);
-      shift[c] = static_cast<T>(is_finite(first) ? first : 0);
+      for (int64_t f = 0; f < blocks_.fold(); ++f) {
+        shift[f * count + c] = static_cast<T>(is_finite(first) ? first : 0);
+      }
     }
   }
 
@@ -217,7 +243,7 @@ int64_t count_batch(const RunningStatistics& running) {
 template <class T, class Finish>
 void backward(const BatchNorm& norm, const BatchNormGradient& grad, Finish finish) {
   BatchNormPass<T> pass(norm, 2);
-  for (int64_t c = 0; c < pass.channels(); ++c) pass.set_normalization(c, pass.mean(c), pass.var(c));
+  pass.prepare_backward(grad);
   pass.keep_partials();
   pass.blocks().sum_then_visit([&](int64_t block, int64_t unit) { pass.sum_gradient(grad, block, unit); },
                                [&](int64_t first, int64_t last) {
@@ -339,8 +365,8 @@ void batch_norm_backward_input(const BatchNorm& norm, const BatchNormGradient& g
   if (is_empty(norm.shape)) return;
   with_compute_type(norm.dtype, [&](auto element) {
     BatchNormPass<decltype(element)> pass(norm, 1);
+    pass.prepare_backward(grad);
     for (int64_t c = 0; c < pass.channels(); ++c) {
-      pass.set_normalization(c, pass.mean(c), pass.var(c));
       pass.set_input_gradient(c, sums[c] / *count, sums[pass.channels() + c] / *count);
     }
     pass.blocks().visit_all([&](int64_t block, int64_t unit) { pass.input_gradients(grad, block, unit); });

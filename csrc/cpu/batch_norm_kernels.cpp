@@ -2,168 +2,35 @@
 // has internal linkage or is always inlined.
 #include "cpu/batch_norm_kernels.h"
 
-#include <cstring>
-#include <type_traits>
+#include "cpu/eight_lanes.h"
 
 namespace steadygrad::cpu::STEADYGRAD_INSTRUCTION_SET {
 namespace {
 
-// Eight elements at a time: a byte of the mask.
-constexpr int kWidth = kSumLanes;
+static_assert(kWidth == kSumLanes, "a lane of the sums for each element");
 
-typedef float FloatVector __attribute__((vector_size(kWidth * sizeof(float))));
-typedef double DoubleVector __attribute__((vector_size(kWidth * sizeof(double))));
-typedef int32_t IntVector __attribute__((vector_size(kWidth * sizeof(int32_t))));
-typedef int64_t LongVector __attribute__((vector_size(kWidth * sizeof(int64_t))));
-typedef uint32_t UintVector __attribute__((vector_size(kWidth * sizeof(uint32_t))));
-typedef uint16_t ShortVector __attribute__((vector_size(kWidth * sizeof(uint16_t))));
-
-template <class T>
-struct VectorOf;
-template <>
-struct VectorOf<float> {
-  typedef FloatVector type;
-  typedef IntVector Mask;
-};
-template <>
-struct VectorOf<double> {
-  typedef DoubleVector type;
-  typedef LongVector Mask;
-};
-template <class T>
-using Vector = typename VectorOf<T>::type;
-
-template <class Element>
-struct ComputedIn {
-  using type = float;
-};
-template <>
-struct ComputedIn<double> {
-  using type = double;
-};
-template <class Element>
-using Compute = typename ComputedIn<Element>::type;
-
-template <class V, class E>
-STEADYGRAD_INLINE V load_bits(const E* from) {
-  V vector;
-  memcpy(&vector, from, sizeof(V));
-  return vector;
-}
-
-STEADYGRAD_INLINE FloatVector load(const float* from) { return load_bits<FloatVector>(from); }
-STEADYGRAD_INLINE DoubleVector load(const double* from) { return load_bits<DoubleVector>(from); }
-STEADYGRAD_INLINE FloatVector load(const BFloat16* from) {
-  const auto wide = __builtin_convertvector(load_bits<ShortVector>(from), UintVector);
-  return bit_cast<FloatVector>(wide << 16);
-}
-STEADYGRAD_INLINE FloatVector load(const Float16* from) {
-#if defined(__F16C__)
-  typedef int16_t Halves __attribute__((vector_size(16)));
-  return bit_cast<FloatVector>(__builtin_ia32_vcvtph2ps256(load_bits<Halves>(from)));
-#else
-  FloatVector vector;
-  for (int k = 0; k < kWidth; ++k) vector[k] = to_float(from[k]);
-  return vector;
-#endif
-}
-
-STEADYGRAD_INLINE void store(float* to, FloatVector vector) { memcpy(to, &vector, sizeof(vector)); }
-STEADYGRAD_INLINE void store(double* to, DoubleVector vector) { memcpy(to, &vector, sizeof(vector)); }
-STEADYGRAD_INLINE void store(BFloat16* to, FloatVector vector) {
-  const UintVector bits = bit_cast<UintVector>(vector);
-  const UintVector nan = UintVector{} + 0x7fc0u;
-  const UintVector rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const auto narrow = __builtin_convertvector(vector != vector ? nan : rounded, ShortVector);
-  memcpy(to, &narrow, sizeof(narrow));
-}
-STEADYGRAD_INLINE void store(Float16* to, FloatVector vector) {
-#if defined(__F16C__)
-  const auto halves = __builtin_ia32_vcvtps2ph256(vector, 0);
-  memcpy(to, &halves, sizeof(halves));
-#else
-  for (int k = 0; k < kWidth; ++k) to[k] = to_float16(vector[k]);
-#endif
-}
-
-// Eight elements, or those that are left of a row: the others are zero, and are not stored.
-struct Whole {
-  template <class Element>
-  STEADYGRAD_INLINE auto operator()(const Element* from) const {
-    return load(from);
-  }
-  template <class Element, class V>
-  STEADYGRAD_INLINE void put(Element* to, V vector) const {
-    store(to, vector);
-  }
-  template <class V>
-  STEADYGRAD_INLINE V only(V vector) const {
-    return vector;
-  }
-};
-struct Part {
-  int64_t count;
-
-  template <class Element>
-  STEADYGRAD_INLINE auto operator()(const Element* from) const {
-    Element padded[kWidth] = {};
-    for (int64_t k = 0; k < count; ++k) padded[k] = from[k];
-    return load(padded);
-  }
-  template <class Element, class V>
-  STEADYGRAD_INLINE void put(Element* to, V vector) const {
-    Element padded[kWidth];
-    store(padded, vector);
-    for (int64_t k = 0; k < count; ++k) to[k] = padded[k];
-  }
-  STEADYGRAD_INLINE DoubleVector only(DoubleVector vector) const {
-    const LongVector lane = {0, 1, 2, 3, 4, 5, 6, 7};
-    return lane < count ? vector : DoubleVector{};
-  }
-};
-
-template <class Step>
-STEADYGRAD_INLINE void over_row(int64_t length, Step step) {
-  int64_t i = 0;
-  for (; i + kWidth <= length; i += kWidth) step(i, Whole{});
-  if (i < length) step(i, Part{length - i});
-}
-
-// One channel's coefficient for a whole row, or eight channels'.
+// Coefficients of eight neighbours: of one channel for a whole row, or of a channel each.
 template <class T, bool kRowIsChannel>
-STEADYGRAD_INLINE Vector<T> coefficient(const T* table, int64_t row, int64_t i) {
-  if constexpr (kRowIsChannel) return Vector<T>{} + table[row];
-  return load(table + i);
-}
+class Row {
+ public:
+  STEADYGRAD_INLINE explicit Row(int64_t row) : row_(row) {}
 
-template <class T, bool kRowIsChannel>
-STEADYGRAD_INLINE Normalization<Vector<T>> normalization_at(const NormalizationTable<T>& table, int64_t row,
-                                                            int64_t i) {
-  return {coefficient<T, kRowIsChannel>(table.center, row, i),
-          coefficient<T, kRowIsChannel>(table.scale, row, i),
-          coefficient<T, kRowIsChannel>(table.offset, row, i)};
-}
-
-// Bit k of the byte tells of lane k.
-template <class Mask>
-STEADYGRAD_INLINE uint8_t byte_of(Mask lanes) {
-#if defined(__AVX__)
-  if constexpr (std::is_same_v<Mask, IntVector>) {
-    return static_cast<uint8_t>(__builtin_ia32_movmskps256(bit_cast<FloatVector>(lanes)));
+  STEADYGRAD_INLINE Vector<T> operator()(const T* table, int64_t i) const {
+    if constexpr (kRowIsChannel) return Vector<T>{} + table[row_];
+    return load(table + i);
   }
-#endif
-  unsigned byte = 0;
-  for (int k = 0; k < kWidth; ++k) byte |= (lanes[k] & 1) << k;
-  return static_cast<uint8_t>(byte);
-}
+  STEADYGRAD_INLINE Normalization<Vector<T>> operator()(const NormalizationTable<T>& table, int64_t i) const {
+    return {(*this)(table.center, i), (*this)(table.scale, i), (*this)(table.offset, i)};
+  }
+  STEADYGRAD_INLINE InputGradient<Vector<T>> operator()(const T* center, const InputGradientTable<T>& table,
+                                                        int64_t i) const {
+    return {(*this)(center, i), (*this)(table.gradient, i), (*this)(table.deviation, i),
+            (*this)(table.constant, i)};
+  }
 
-template <class T>
-STEADYGRAD_INLINE typename VectorOf<T>::Mask lanes_of(uint8_t byte) {
-  using Mask = typename VectorOf<T>::Mask;
-  const Mask bits = {1, 2, 4, 8, 16, 32, 64, 128};
-  const Mask all = Mask{} + byte;
-  return (all & bits) != 0;
-}
+ private:
+  int64_t row_;
+};
 
 template <class Function>
 STEADYGRAD_INLINE void with_flag(bool flag, Function function) {
@@ -180,15 +47,19 @@ STEADYGRAD_INLINE void normalize(const NormalizeRows<Compute<Element>>& call) {
   uint8_t* mask = call.mask;
   const NormalizationTable<T> table = call.table;
   const int64_t length = call.rows.length;
+  const int64_t ahead = call.rows.ahead;
   const Vector<T> zero = {};
   // Nothing is below NaN: without ReLU every element passes.
   const Vector<T> lowest = zero + (call.relu ? T(0) : static_cast<T>(NAN));
   for (int64_t row = 0; row < call.rows.rows; ++row) {
-    over_row(length, [&](int64_t i, auto part) __attribute__((always_inline)) {
-      Vector<T> y = normalization_at<T, kRowIsChannel>(table, row, i)(part(input + i));
+    const Row<T, kRowIsChannel> channels(row);
+    // Before the row, for the compiler cannot know that its stores leave the tables alone.
+    const Normalization<Vector<T>> of_row = channels(table, 0);
+    over_row(length, ahead, [&](int64_t i, auto part) __attribute__((always_inline)) {
+      Vector<T> y = (kRowIsChannel ? of_row : channels(table, i))(part(input + i));
       if constexpr (kResidual) y += part(residual + i);
       const auto stopped = y <= lowest;
-      if constexpr (kMask) mask[i / kWidth] = static_cast<uint8_t>(~byte_of(stopped));
+      if constexpr (kMask) part.put_bits(mask, i, ~byte_of(stopped));
       part.put(output + i, stopped ? zero : y);
     });
     input += length;
@@ -210,14 +81,12 @@ void normalize_rows(const NormalizeRows<Compute<Element>>& call) {
 }
 
 // grad_output where ReLU lets it through.
-template <class T, bool kRowIsChannel, ReluMask kRelu>
-STEADYGRAD_INLINE Vector<T> masked(Vector<T> grad, Vector<T> x, const uint8_t* mask,
-                                   const NormalizationTable<T>& table, int64_t row, int64_t i) {
-  const Vector<T> zero = {};
-  if constexpr (kRelu == ReluMask::stored) return lanes_of<T>(mask[i / kWidth]) ? grad : zero;
-  if constexpr (kRelu == ReluMask::recomputed) {
-    return normalization_at<T, kRowIsChannel>(table, row, i)(x) <= zero ? zero : grad;
-  }
+template <ReluMask kRelu, class V, class Part>
+STEADYGRAD_INLINE V masked(V grad, V x, const uint8_t* mask, const Normalization<V>& normalization, Part part,
+                           int64_t i) {
+  const V zero = {};
+  if constexpr (kRelu == ReluMask::stored) return lanes_of<V>(part.bits(mask, i)) ? grad : zero;
+  if constexpr (kRelu == ReluMask::recomputed) return normalization(x) <= zero ? zero : grad;
   return grad;
 }
 
@@ -232,19 +101,21 @@ STEADYGRAD_INLINE void gradient(const GradientRows<Compute<Element>>& call) {
   const NormalizationTable<T> table = call.normalization;
   const InputGradientTable<T> gradients = call.gradient;
   const int64_t length = call.rows.length;
+  const int64_t ahead = call.rows.ahead;
   for (int64_t row = 0; row < call.rows.rows; ++row) {
-    over_row(length, [&](int64_t i, auto part) __attribute__((always_inline)) {
+    const Row<T, kRowIsChannel> channels(row);
+    const Normalization<Vector<T>> of_row = channels(table, 0);
+    const InputGradient<Vector<T>> gradient_of_row = channels(table.center, gradients, 0);
+    over_row(length, ahead, [&](int64_t i, auto part) __attribute__((always_inline)) {
       const Vector<T> x = part(input + i);
-      const Vector<T> grad = masked<T, kRowIsChannel, kRelu>(part(grad_output + i), x, mask, table, row, i);
+      const Vector<T> grad =
+          masked<kRelu>(part(grad_output + i), x, mask, kRowIsChannel ? of_row : channels(table, i), part, i);
       if constexpr (kRelu == ReluMask::stored) {
         if (grad_residual != nullptr) part.put(grad_residual + i, grad);
       }
       if (grad_input == nullptr) return;
-      const InputGradient<Vector<T>> at{coefficient<T, kRowIsChannel>(table.center, row, i),
-                                        coefficient<T, kRowIsChannel>(gradients.gradient, row, i),
-                                        coefficient<T, kRowIsChannel>(gradients.deviation, row, i),
-                                        coefficient<T, kRowIsChannel>(gradients.constant, row, i)};
-      part.put(grad_input + i, at(grad, x));
+      part.put(grad_input + i,
+               (kRowIsChannel ? gradient_of_row : channels(table.center, gradients, i))(grad, x));
     });
     input += length;
     grad_output += length;
@@ -275,76 +146,134 @@ void gradient_rows(const GradientRows<Compute<Element>>& call) {
   });
 }
 
-struct PairOfSums {
-  DoubleVector first;
-  DoubleVector second;
+// What eight elements add to two sums.
+template <class V>
+struct Terms {
+  V first;
+  V second;
 
-  STEADYGRAD_INLINE void add(DoubleVector a, DoubleVector b) {
-    first += a;
-    second += b;
+  STEADYGRAD_INLINE Terms operator+(const Terms& other) const {
+    return {first + other.first, second + other.second};
   }
 };
 
-// Rows that are channels. Four pairs of sums at once, so that one addition need not wait for another.
-template <class Terms>
-STEADYGRAD_INLINE void sum_channel(int64_t length, double* sums, Terms terms) {
-  constexpr int kAtOnce = 4;
-  PairOfSums pairs[kAtOnce] = {};
-  pairs[0] = {load(sums), load(sums + kWidth)};
-  int64_t i = 0;
-  for (; i + kAtOnce * kWidth <= length; i += kAtOnce * kWidth) {
+struct Sums {
+  DoubleVector first;
+  DoubleVector second;
+
+  template <class V>
+  STEADYGRAD_INLINE void add(const Terms<V>& terms) {
+    first += __builtin_convertvector(terms.first, DoubleVector);
+    second += __builtin_convertvector(terms.second, DoubleVector);
+  }
+};
+
+// Adds terms(0) ... terms(count - 1). Four at a time first with each other: a sum does not wait for the one
+// before it, and fp32 terms are widened once.
+template <class At>
+STEADYGRAD_INLINE int64_t add_fours(Sums& sums, int64_t count, At terms) {
+  int64_t k = 0;
+  for (; k + 4 <= count; k += 4) sums.add((terms(k) + terms(k + 1)) + (terms(k + 2) + terms(k + 3)));
+  return k;
+}
+
+// Rows that are channels: `sums` has kSumLanes of each sum. terms(row, i, part).
+template <class At>
+STEADYGRAD_INLINE void sum_channels(const Rows& rows, double* sums, At terms) {
+  for (int64_t row = 0; row < rows.rows; ++row, sums += 2 * kWidth) {
+    Sums channel{load(sums), load(sums + kWidth)};
+    const auto whole = [&](int64_t k) __attribute__((always_inline)) {
+      return terms(row, k * kWidth, Whole(rows.ahead));
+    };
+    const int64_t count = rows.length / kWidth;
+    for (int64_t k = add_fours(channel, count, whole); k < count; ++k) channel.add(whole(k));
+    const int64_t left = rows.length - count * kWidth;
+    if (count == 0) {
+      channel.add(terms(row, int64_t{0}, Short(left)));
+    } else if (left > 0) {
+      channel.add(terms(row, rows.length - kWidth, Last(left)));
+    }
+    store(sums, channel.first);
+    store(sums + kWidth, channel.second);
+  }
+}
+
+// Rows of many channels: a cache line of channels down a few rows at a time, so that sums stay in registers.
+template <class Element, class At>
+STEADYGRAD_INLINE void sum_columns(const Rows& rows, double* sums, At terms) {
+  constexpr int64_t kRows = 32;
+  constexpr int kVectors = 64 / (kWidth * sizeof(Element));
+  const int64_t length = rows.length;
+  const int64_t ahead = kRows * length * static_cast<int64_t>(sizeof(Element));
+  for (int64_t begin = 0; begin < rows.rows; begin += kRows) {
+    const int64_t count = rows.rows - begin < kRows ? rows.rows - begin : kRows;
+    const auto add = [&](int64_t i, auto part) __attribute__((always_inline)) {
+      const auto down = [&](int64_t k) __attribute__((always_inline)) { return terms(begin + k, i, part); };
+      Sums columns{part(sums + i), part(sums + rows.sum_stride + i)};
+      for (int64_t k = add_fours(columns, count, down); k < count; ++k) columns.add(down(k));
+      part.put(sums + i, columns.first);
+      part.put(sums + rows.sum_stride + i, columns.second);
+    };
+    int64_t i = 0;
+    for (; i + kVectors * kWidth <= length; i += kVectors * kWidth) {
+      Sums columns[kVectors];
 #pragma GCC unroll 4
-    for (int k = 0; k < kAtOnce; ++k) terms(i + k * kWidth, Whole{}, pairs[k]);
+      for (int v = 0; v < kVectors; ++v) {
+        columns[v] = {load(sums + i + v * kWidth), load(sums + rows.sum_stride + i + v * kWidth)};
+      }
+      int64_t k = 0;
+      for (; k + 4 <= count; k += 4) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+          const auto at = [&](int64_t row) __attribute__((always_inline)) {
+            return terms(begin + row, i + v * kWidth, Whole(ahead));
+          };
+          columns[v].add((at(k) + at(k + 1)) + (at(k + 2) + at(k + 3)));
+        }
+      }
+      for (; k < count; ++k) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+          columns[v].add(terms(begin + k, i + v * kWidth, Whole(ahead)));
+        }
+      }
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        store(sums + i + v * kWidth, columns[v].first);
+        store(sums + rows.sum_stride + i + v * kWidth, columns[v].second);
+      }
+    }
+    for (; i + kWidth <= length; i += kWidth) add(i, Whole(ahead));
+    if (length < kWidth) {
+      add(0, Short(length));
+    } else if (i < length) {
+      add(length - kWidth, Last(length - i));
+    }
   }
-  for (; i + kWidth <= length; i += kWidth) terms(i, Whole{}, pairs[0]);
-  if (i < length) terms(i, Part{length - i}, pairs[1]);
-  store(sums, (pairs[0].first + pairs[1].first) + (pairs[2].first + pairs[3].first));
-  store(sums + kWidth, (pairs[0].second + pairs[1].second) + (pairs[2].second + pairs[3].second));
 }
 
-// Rows of many channels: eight channels down a few rows at a time, rows that the first-level cache holds.
-template <class Element, class Terms>
-STEADYGRAD_INLINE void sum_columns(const Rows& rows, double* sums, Terms terms) {
-  constexpr int64_t kCached = 24 * 1024;
-  const int64_t bytes = rows.length * static_cast<int64_t>(sizeof(Element));
-  const int64_t most = kCached / bytes < 4 ? 4 : kCached / bytes;
-  for (int64_t begin = 0; begin < rows.rows; begin += most) {
-    const int64_t end = begin + most < rows.rows ? begin + most : rows.rows;
-    over_row(rows.length, [&](int64_t i, auto part) __attribute__((always_inline)) {
-      PairOfSums pair{part(sums + i), part(sums + rows.length + i)};
-      for (int64_t row = begin; row < end; ++row) terms(row, i, part, pair);
-      part.put(sums + i, pair.first);
-      part.put(sums + rows.length + i, pair.second);
-    });
+template <class Element, bool kRowIsChannel, class At>
+STEADYGRAD_INLINE void add_to_sums(const Rows& rows, double* sums, At terms) {
+  if constexpr (kRowIsChannel) {
+    sum_channels(rows, sums, terms);
+  } else {
+    sum_columns<Element>(rows, sums, terms);
   }
 }
 
-template <class T>
-STEADYGRAD_INLINE DoubleVector widened(Vector<T> vector) {
-  return __builtin_convertvector(vector, DoubleVector);
-}
-
+// In fp64 from the start: where the shift is far from the mean, fp32 squares would lose what is wanted.
 template <class Element>
 void sum_rows(const Rows& rows, const void* opaque, const Compute<Element>* shift, double* sums) {
-  using T = Compute<Element>;
   const auto* input = static_cast<const Element*>(opaque);
-  const int64_t length = rows.length;
-  if (rows.row_is_channel) {
-    for (int64_t row = 0; row < rows.rows; ++row) {
-      const DoubleVector from = DoubleVector{} + static_cast<double>(shift[row]);
-      sum_channel(length, sums + 2 * kWidth * row,
-                  [&](int64_t i, auto part, PairOfSums& pair) __attribute__((always_inline)) {
-                    const DoubleVector x = part.only(widened<T>(part(input + row * length + i)) - from);
-                    pair.add(x, x * x);
-                  });
-    }
-    return;
-  }
-  sum_columns<Element>(
-      rows, sums, [&](int64_t row, int64_t i, auto part, PairOfSums& pair) __attribute__((always_inline)) {
-        const DoubleVector x = widened<T>(part(input + row * length + i)) - widened<T>(load(shift + i));
-        pair.add(x, x * x);
-      });
+  with_flag(rows.row_is_channel, [&](auto row_is_channel) __attribute__((always_inline)) {
+    const auto terms = [&](int64_t row, int64_t i, auto part) __attribute__((always_inline)) {
+      const Row<Compute<Element>, row_is_channel> channels(row);
+      const DoubleVector x = __builtin_convertvector(part(input + row * rows.length + i), DoubleVector);
+      const DoubleVector deviation = part.only(x - __builtin_convertvector(channels(shift, i), DoubleVector));
+      return Terms<DoubleVector>{deviation, deviation * deviation};
+    };
+    add_to_sums<Element, row_is_channel>(rows, sums, terms);
+  });
 }
 
 template <class Element, bool kRowIsChannel, ReluMask kRelu>
@@ -352,26 +281,18 @@ STEADYGRAD_INLINE void sum_gradient(const GradientRows<Compute<Element>>& call, 
   using T = Compute<Element>;
   const auto* input = static_cast<const Element*>(call.input);
   const auto* grad_output = static_cast<const Element*>(call.grad_output);
+  const uint8_t* mask = call.mask;
   const NormalizationTable<T> table = call.normalization;
   const int64_t length = call.rows.length;
-  const int64_t mask_length = (length + 7) / 8;
-  const auto terms = [&](int64_t row, int64_t i, auto part, PairOfSums& pair) __attribute__((always_inline)) {
-    const Vector<T> x = part(input + row * length + i);
-    const uint8_t* const mask = call.mask + (kRelu == ReluMask::stored ? row * mask_length : 0);
-    const Vector<T> grad =
-        masked<T, kRowIsChannel, kRelu>(part(grad_output + row * length + i), x, mask, table, row, i);
-    const Vector<T> deviation = x - coefficient<T, kRowIsChannel>(table.center, row, i);
-    pair.add(part.only(widened<T>(grad)), part.only(widened<T>(grad * deviation)));
-  };
-  if constexpr (kRowIsChannel) {
-    for (int64_t row = 0; row < call.rows.rows; ++row) {
-      sum_channel(length, sums + 2 * kWidth * row,
-                  [&](int64_t i, auto part, PairOfSums& pair)
-                      __attribute__((always_inline)) { terms(row, i, part, pair); });
-    }
-  } else {
-    sum_columns<Element>(call.rows, sums, terms);
-  }
+  const int64_t mask_length = kRelu == ReluMask::stored ? (length + 7) / 8 : 0;
+  add_to_sums<Element, kRowIsChannel>(
+      call.rows, sums, [&](int64_t row, int64_t i, auto part) __attribute__((always_inline)) {
+        const Normalization<Vector<T>> at = Row<T, kRowIsChannel>(row)(table, i);
+        const Vector<T> x = part(input + row * length + i);
+        const Vector<T> grad = part.only(
+            masked<kRelu>(part(grad_output + row * length + i), x, mask + row * mask_length, at, part, i));
+        return Terms<Vector<T>>{grad, part.only(grad * (x - at.center))};
+      });
 }
 
 template <class Element>

@@ -32,6 +32,8 @@ struct Rows {
   int64_t rows;
   int64_t length;
   bool row_is_channel;
+  int64_t ahead;       // bytes from an element to one that is wanted soon
+  int64_t sum_stride;  // from a channel's first sum to its second, where an element is a channel
 };
 
 // What can become of ReLU's mask in backward.
@@ -61,7 +63,7 @@ struct GradientRows {
   ReluMask relu;
 };
 
-// Two sums a channel: kSumLanes of each where a row is a channel, [channel][2][lane], else [2][channel].
+// Two sums a channel: where a row is a channel, [channel][2][lane] with kSumLanes of each, else one of each.
 template <class T>
 struct BatchNormKernels {
   // Adds x - shift and (x - shift)^2.

@@ -14,18 +14,27 @@ namespace steadygrad::cpu {
 
 class ChannelBlocks {
  public:
-  // `element_size` times all streams that both visits read.
-  ChannelBlocks(const BatchNormShape& shape, int64_t element_size) : shape_(shape) {
+  // `streams`: how many tensors both visits read.
+  ChannelBlocks(const BatchNormShape& shape, int64_t element_size, int streams) : shape_(shape) {
     if (shape.inner == 1) {
-      // Sums of 64 rows or more: those of the units are then little beside the rows.
-      outer_ = std::max<int64_t>(64, kUnit / shape.channels);
+      // Few channels that fill no vector: several rows are one.
+      if (shape.channels % kSumLanes != 0 && shape.channels < kFolded) {
+        while (shape.channels * fold_ % kSumLanes != 0) fold_ *= 2;
+      }
+      // As many units as share out evenly, of enough rows that their sums are little beside them.
+      const int64_t units = (shape.outer * shape.channels / (4 * kUnit) + 8) / 8 * 8;
+      outer_ = std::max<int64_t>(kRows, (shape.outer + units - 1) / units);
+      outer_ = (outer_ + fold_ - 1) / fold_ * fold_;
       channels_ = shape.channels;
     } else if (shape.inner <= kUnit) {
       outer_ = kUnit / shape.inner;
       // Neighbouring channels, for longer reads; few enough that the second visit finds them in the cache.
       const int64_t wanted = kRead / (shape.inner * element_size);
-      const int64_t cached = kCached / (shape.count() * element_size);
+      const int64_t cached = kCached / (shape.count() * element_size * streams);
       channels_ = std::clamp<int64_t>(std::min(wanted, cached), 1, shape.channels);
+      // The same channels of the next outer index, unless that is too far ahead for the cache.
+      if (channels_ * shape.inner * element_size <= kFar)
+        ahead_ = shape.channels * shape.inner * element_size;
     } else {
       pieces_ = (shape.inner + kUnit - 1) / kUnit;
     }
@@ -37,6 +46,9 @@ class ChannelBlocks {
   int64_t first_channel(int64_t block) const { return block * channels_; }
   int64_t last_channel(int64_t block) const { return std::min(first_channel(block + 1), shape_.channels); }
   int64_t channels_in(int64_t block) const { return last_channel(block) - first_channel(block); }
+
+  // Rows that are taken as one: each of its elements is a channel's, and channels come round so many times.
+  int64_t fold() const { return fold_; }
 
   // Elements of one channel in a unit.
   int64_t count(int64_t unit) const {
@@ -51,10 +63,17 @@ class ChannelBlocks {
     const int64_t end = outer_end(unit);
     const int64_t bytes = shape_.mask_row_bytes();
     if (shape_.inner == 1) {
-      visit(Rows{end - begin, shape_.channels, false}, begin * shape_.channels, begin * bytes);
+      const int64_t folded = (end - begin) / fold_;
+      const int64_t left = (end - begin) % fold_;
+      const int64_t columns = shape_.channels * fold_;
+      if (folded > 0)
+        visit(Rows{folded, columns, false, ahead_, columns}, begin * shape_.channels, begin * bytes);
+      if (left > 0)
+        visit(Rows{left, shape_.channels, false, ahead_, columns}, (end - left) * shape_.channels,
+              (end - left) * bytes);
       return;
     }
-    const Rows rows{channels_in(block), inner_end(unit) - inner_begin(unit), true};
+    const Rows rows{channels_in(block), inner_end(unit) - inner_begin(unit), true, ahead_, 0};
     for (int64_t n = begin; n < end; ++n) {
       const int64_t row = n * shape_.channels + first_channel(block);
       visit(rows, row * shape_.inner + inner_begin(unit), row * bytes + inner_begin(unit) / 8);
@@ -88,15 +107,19 @@ class ChannelBlocks {
     });
   }
 
+  // Without sums: neighbours in memory follow each other.
   template <class Visit>
   void visit_all(Visit visit) const {
     for_each_share(blocks_ * units_, shape_.count() * shape_.channels, [&](int64_t first, int64_t last) {
-      for (int64_t task = first; task < last; ++task) visit(task / units_, task % units_);
+      for (int64_t task = first; task < last; ++task) visit(task % blocks_, task / blocks_);
     });
   }
 
  private:
-  static constexpr int64_t kUnit = 1 << 15;          // elements of a channel, or of rows of channels
+  static constexpr int64_t kUnit = 1 << 15;  // elements of a channel, or of rows of channels
+  static constexpr int64_t kRows = 64;
+  static constexpr int64_t kFolded = 64;             // channels
+  static constexpr int64_t kFar = 1 << 15;           // bytes
   static constexpr int64_t kRead = 1 << 12;          // bytes
   static constexpr int64_t kCached = 3 * (1 << 17);  // bytes, of a second-level cache of 512 KB or more
 
@@ -106,9 +129,11 @@ class ChannelBlocks {
   int64_t inner_end(int64_t unit) const { return std::min(inner_begin(unit) + kUnit, shape_.inner); }
 
   BatchNormShape shape_;
+  int64_t fold_ = 1;
   int64_t outer_ = 1;
   int64_t channels_ = 1;
   int64_t pieces_ = 1;
+  int64_t ahead_ = 4096;
   int64_t units_ = 0;
   int64_t blocks_ = 0;
 };

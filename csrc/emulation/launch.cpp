@@ -40,7 +40,8 @@ cudaError_t check(const Grid& grid, const void* kernel) {
   cudaFuncGetAttributes(&attributes, kernel);
   if (grid.shared_bytes > static_cast<size_t>(attributes.maxDynamicSharedSizeBytes))
     return cudaErrorInvalidValue;
-  if (grid.cooperative && grid.block_count > uint64_t{kMultiprocessors} * kBlocksPerMultiprocessor) {
+  const auto resident = static_cast<uint64_t>(kMultiprocessors * resident_blocks(grid.shared_bytes));
+  if (grid.cooperative && grid.block_count > resident) {
     return cudaErrorCooperativeLaunchTooLarge;
   }
   return cudaSuccess;

@@ -15,7 +15,6 @@ constexpr int kCudaVersion = 13000;
 constexpr int kMajor = 9;
 constexpr int kMinor = 0;
 constexpr int kThreadsPerMultiprocessor = 2048;
-constexpr int kSharedBytesPerMultiprocessor = 228 << 10;
 
 // Dynamic shared memory that kernels have asked for, where it is not the usual limit.
 struct SharedMemoryLimits {
@@ -155,6 +154,6 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* ke
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int threads,
                                                           size_t shared_bytes) {
   if (threads <= 0 || threads > static_cast<int>(kMaxThreads)) return remember(cudaErrorInvalidValue);
-  *blocks = shared_bytes <= static_cast<size_t>(kSharedBytesOnRequest) ? kBlocksPerMultiprocessor : 0;
+  *blocks = resident_blocks(shared_bytes);
   return cudaSuccess;
 }

@@ -23,6 +23,7 @@ TOLERANCES = {
 # Chunk and vector edges: sizes that no vector width divides, and a 4-d tensor.
 SHAPES = ((33, 7), (4099,), (8, 3, 3, 3))
 LIMIT, CLIP_VALUE, L1, L2, AMOUNT = 40.0, 0.5, 0.1, 0.2, 0.3
+MOMENTUM, EPS = 0.1, 1e-5
 
 Arrays = Sequence[Any]
 
@@ -46,11 +47,15 @@ class Check:
 
 @dataclass(frozen=True)
 class _Operation:
-    """What ``run`` returns, if it does, and what ``writes`` names is compared with ``define``."""
+    """What ``run`` returns, if it does, and what ``writes`` names is compared with ``define``.
+
+    ``writes`` is "gradients", "parameters", "outputs" where ``run`` returns all of them, or empty
+    where it returns a norm alone.
+    """
 
     name: str
     writes: str
-    run: Callable[[Any, list[torch.nn.Parameter]], torch.Tensor | None]
+    run: Callable[[Any, list[torch.nn.Parameter]], torch.Tensor | Sequence[torch.Tensor] | None]
     define: Callable[[Any, Arrays, Arrays], Arrays]
 
 
@@ -75,9 +80,11 @@ def _check(operation: _Operation, dtype: str, package: Any, reference: Any, devi
         operation.run(package, _random_parameters(dtype, device))  # the first call also loads code
         params = _random_parameters(dtype, device)
         start = time.perf_counter()
-        number = operation.run(package, params)
+        returned = operation.run(package, params)
+        if returned is None or isinstance(returned, torch.Tensor):
+            returned = [] if returned is None else [returned]
         # Reading waits for a device, so that its errors are found here, and in its time.
-        got = _arrays([*([] if number is None else [number]), *_written(operation, params)])
+        got = _arrays([*returned, *_written(operation, params)])
     except Exception as error:  # whatever a broken kernel raises is a finding
         message = f"{type(error).__name__}: {error}"
         return Check(
@@ -134,6 +141,9 @@ def _operations() -> list[_Operation]:
         _steps("AdamW", lr=0.05, eps=0.1, weight_decay=0.1),
         _steps("Adagrad", lr=0.05, lr_decay=0.1),
         _steps("RMSprop", lr=0.05, momentum=0.9),
+        _batch_norm("batch_norm", training=True),
+        _batch_norm("batch_norm, add, relu", training=True, activation="relu"),
+        _batch_norm("batch_norm, inference", training=False),
     ]
 
 
@@ -177,6 +187,52 @@ def _steps(rule: str, **hyper: Any) -> _Operation:
         return params
 
     return _Operation(f"{rule}, 2 fused steps", "parameters", run, define)
+
+
+def _batch_norm(name: str, training: bool, activation: str | None = None) -> _Operation:
+    """Output, running statistics, gradients; with an activation a residual too, in channels last.
+
+    The image is normalised; its gradient comes back, and is the residual. The vectors are rows of
+    the matrix.
+    """
+
+    def run(sg: Any, params: list[torch.nn.Parameter]) -> Sequence[torch.Tensor]:
+        matrix, image, grad_output = params[0].detach(), params[2].detach(), _grads(params)[2]
+        weight, bias, mean, var = (matrix[row, : image.shape[1]].clone() for row in range(4))
+        var.abs_()
+        leaves = [image.clone(), weight, bias]
+        residual = None
+        if activation is not None:
+            leaves[0] = image.contiguous(memory_format=torch.channels_last)
+            residual = grad_output.clone()
+            leaves.append(residual)
+        for leaf in leaves:
+            leaf.requires_grad_()
+        output = sg.nn.functional.batch_norm(
+            *(leaves[0], mean, var, weight, bias, training, MOMENTUM, EPS),
+            residual=residual,
+            activation=activation,
+        )
+        if "Native" in output.grad_fn.name():
+            raise RuntimeError("expected the package's kernels, got torch's")
+        return [output, mean, var, *torch.autograd.grad(output, leaves, grad_output)]
+
+    def define(reference: Any, params: Arrays, grads: Arrays) -> Arrays:
+        norm, image, grad_output = reference.batch_norm, params[2], grads[2]
+        weight, bias, mean, var = (params[0][row, : image.shape[1]] for row in range(4))
+        statistics = norm.Statistics(mean, np.abs(var), 0)
+        running = mean, np.abs(var)
+        if training:
+            statistics = norm.channel_statistics(image)
+            running = norm.update_running_statistics(*running, statistics, MOMENTUM)
+        residual = None if activation is None else grad_output
+        arguments = image, statistics, weight, bias, EPS, residual, activation
+        gradients = norm.batch_norm_backward(grad_output, *arguments, not training)
+        of_leaves = [gradients.input, gradients.weight, gradients.bias]
+        of_leaves += [] if activation is None else [gradients.residual]
+        return [norm.batch_norm(*arguments), *running, *of_leaves]
+
+    return _Operation(name, "outputs", run, define)
 
 
 def _random_parameters(dtype: str, device: str) -> list[torch.nn.Parameter]:

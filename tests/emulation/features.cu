@@ -245,6 +245,22 @@ __global__ void waiting_kernel(unsigned* flags) {
   }
 }
 
+// Blocks that wait for each other, in turn: each lets the next one go on.
+__global__ void passing_kernel(unsigned* turn, int* failed) {
+  if (threadIdx.x == 0) {
+    while (atomicAdd(turn, 0u) < blockIdx.x) __nanosleep(20);
+    __threadfence();
+    expect(atomicAdd(turn, 1u) == blockIdx.x, failed);
+  }
+  __syncthreads();
+}
+
+// Waits for a block that does not come.
+__global__ void forsaken_kernel(unsigned* flag) {
+  if (blockIdx.x == 1 && threadIdx.x == 5) __trap();
+  while (blockIdx.x == 0 && atomicAdd(flag, 0u) == 0) __nanosleep(20);
+}
+
 // Batch norm over the rows of each channel: every block folds its rows into count, mean and sum of squared
 // deviations; after grid.sync() it combines what all blocks found and normalizes its rows.
 struct Moments {
@@ -368,6 +384,19 @@ bool run_features() {
 
   unsigned flags[2] = {};
   good = report("waiting", launch(waiting_kernel, 2, 64, false, 0, flags), 0) && good;
+
+  unsigned turn = 0;
+  error = launch(passing_kernel, 5, 48, true, 0, &turn, &failed);
+  good = report("blocks in turn", error, failed) && turn == 5 && good;
+  flags[1] = 0;
+  const bool noticed = launch(forsaken_kernel, 2, 48, true, 0, &flags[1]) == cudaErrorLaunchFailure;
+  good = report("forsaken block", cudaSuccess, noticed ? 0 : 1) && good;
+
+  // Two blocks of a multiprocessor share its memory.
+  int resident[2] = {};
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident[0], dynamic_kernel, 64, 100 << 10);
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident[1], dynamic_kernel, 64, kBytes);
+  good = report("occupancy", cudaSuccess, resident[0] == 2 && resident[1] == 1 ? 0 : 1) && good;
 
   // Two host threads at once.
   int others[2] = {};

@@ -1,8 +1,9 @@
 """`python -m steadygrad bench`: our operations side by side with torch's, in one process.
 
 One module per role: `shapes` (what models look like), `workload` (buffers), `ours` and `peers` (the
-candidates), `cases` (what is measured), `timer` and `device_timer` (interleaved laps), `measure`
-(derived numbers, copy bandwidth), `device` (CPU or GPU), `targets` (floors), `source` and
+candidates), `case` and `cases` (what is measured), `batch_norm` and `batch_norm_candidates` (the
+same for layers), `timer` and `device_timer` (interleaved laps), `measure` (derived numbers, copy
+bandwidth), `device` (CPU or GPU), `summary` and `targets` (means, floors), `source` and
 `environment`, `report` and `table`.
 """
 
@@ -18,9 +19,9 @@ from typing import Any
 
 import torch
 
-from steadygrad.bench.cases import Case
+from steadygrad.bench.case import Case
 from steadygrad.bench.device import DeviceUnusable, HostDevice, device_named
-from steadygrad.bench.measure import QUICK, measure_case, memory_needed, settle_allocator
+from steadygrad.bench.measure import QUICK, measure_case, settle_allocator
 from steadygrad.bench.report import Run, render, to_json
 from steadygrad.console import Console
 
@@ -135,7 +136,7 @@ def measure_all(
     for case in device.cases():
         if quick and not case.quick:
             continue
-        needed = memory_needed(case, device.ground.sets(case))
+        needed = case.memory_needed(device.ground.sets(case))
         if needed > free:
             reason = f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB available"
             skipped.append((case.key, reason))
@@ -181,7 +182,7 @@ def run(
 
     Args:
         console: where the progress bar and the tables go.
-        quick: only the cases of the short table, under a minute; otherwise all, about six minutes
+        quick: only the cases of the short table, about a minute; otherwise all, about ten minutes
             on the CPU.
         out: file for the numbers as JSON; its folder is created. None writes nothing.
         threads: threads for torch and steadygrad alike; None takes two, or one on a single core.

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
 import steadygrad as sg
 from steadygrad.bench import ours, peers
+from steadygrad.bench.batch_norm import cpu_cases, cuda_cases
+from steadygrad.bench.case import Build as BuildOn
+from steadygrad.bench.case import Case
 from steadygrad.bench.shapes import ModelShapes, gpt2_small, many_small, one_tensor, resnet50
 from steadygrad.bench.timer import Candidate
 from steadygrad.bench.workload import Workload
@@ -67,8 +70,8 @@ class Operation:
 
 
 @dataclass(frozen=True)
-class Case:
-    """One operation on one model's shapes.
+class ModelCase:
+    """One operation on one model's parameters; what its properties say is in `case.Case`.
 
     Attributes:
         operation: what is measured.
@@ -83,10 +86,59 @@ class Case:
     quick: bool = False
     host_cost: bool = False
 
+    allocates = False
+    averaged = False
+    dtype = torch.float32
+
+    @property
+    def group(self) -> str:
+        """Key of the operation."""
+        return self.operation.key
+
     @property
     def key(self) -> str:
         """Name of the case, unique in the table: operation/shapes."""
         return f"{self.operation.key}/{self.model.key}"
+
+    @property
+    def title(self) -> str:
+        """Name of the operation, for people."""
+        return self.operation.title
+
+    @property
+    def floor(self) -> str:
+        """Bytes per element, for people."""
+        return f"moves {self.operation.bytes_per_element} B/element"
+
+    @property
+    def subject(self) -> str:
+        """Name of the model, for people."""
+        return self.model.title
+
+    @property
+    def tensors(self) -> int:
+        """Number of parameter tensors."""
+        return self.model.tensors
+
+    @property
+    def elements(self) -> int:
+        """Number of elements in all parameter tensors together."""
+        return self.model.elements
+
+    @property
+    def bytes_per_element(self) -> int:
+        """The operation's floor."""
+        return self.operation.bytes_per_element
+
+    @property
+    def floor_bytes(self) -> int:
+        """The operation's bytes per element times the elements."""
+        return self.operation.bytes_per_element * self.model.elements
+
+    @property
+    def working_set_bytes(self) -> int:
+        """Bytes of parameters, gradients and states that one call of ours touches."""
+        return 4 * self.operation.buffers * self.model.elements
 
     @property
     def clock(self) -> str:
@@ -95,6 +147,26 @@ class Case:
         Below, a step is over so soon that the host's work decides what a training loop sees.
         """
         return "device" if self.model.elements >= _DEVICE_BOUND else "wall"
+
+    @property
+    def builds(self) -> tuple[BuildOn, ...]:
+        """Ours first, then the peers, each over buffers of its own."""
+        return tuple(partial(self._build, build) for build in self.operation.builds)
+
+    def _build(self, build: Build, device: torch.device) -> Candidate:
+        return build(self.operation.workload(self.model, device))
+
+    def memory_needed(self, buffer_sets: int = 1) -> int:
+        """Every candidate's buffers, and two values an element for temporaries.
+
+        Parameters and gradients that no candidate reads are reserved but never touched, hence free.
+        """
+        buffers = buffer_sets * self.working_set_bytes
+        return len(self.operation.builds) * buffers + 8 * self.model.elements
+
+    def cut(self) -> ModelCase:
+        """The first tensors of the model, flattened and cut, under its own key."""
+        return replace(self, model=self.model.cut())
 
 
 def _stepping(
@@ -187,12 +259,12 @@ OPERATIONS: dict[str, Operation] = {operation.key: operation for operation in _o
 _QUICK = {"clip_active", "clip_inactive", "adamw", "sgd_momentum", "add_penalty"}
 
 
-def _cases(large: dict[str, tuple[ModelShapes, ...]]) -> tuple[Case, ...]:
+def _cases(large: dict[str, tuple[ModelShapes, ...]]) -> tuple[ModelCase, ...]:
     """The plan of one device; `large` says what operations run on beyond ResNet-50 and small."""
     resnet, small = resnet50(), many_small()
     alone = {"clip_value", "adam", "sgd", "adagrad", "rmsprop"}
     return tuple(
-        Case(
+        ModelCase(
             operation,
             model,
             quick=key in _QUICK and model in (resnet, small),
@@ -203,7 +275,7 @@ def _cases(large: dict[str, tuple[ModelShapes, ...]]) -> tuple[Case, ...]:
     )
 
 
-def _cpu_cases() -> tuple[Case, ...]:
+def _cpu_cases() -> tuple[ModelCase, ...]:
     gpt2, one, huge = gpt2_small(), one_tensor(26), one_tensor(28)
     return _cases(
         {
@@ -216,16 +288,16 @@ def _cpu_cases() -> tuple[Case, ...]:
     )
 
 
-def _cuda_cases() -> tuple[Case, ...]:
+def _cuda_cases() -> tuple[ModelCase, ...]:
     gpt2, huge = gpt2_small(), one_tensor(28)
     norms = dict.fromkeys(("clip_active", "clip_inactive", "adamw"), (gpt2, huge))
     return _cases({**norms, "total_norm": (huge,), "sgd_momentum": (gpt2,)})
 
 
-CASES: tuple[Case, ...] = _cpu_cases()
-CUDA_CASES: tuple[Case, ...] = _cuda_cases()
+CASES: tuple[Case, ...] = (*_cpu_cases(), *cpu_cases())
+CUDA_CASES: tuple[Case, ...] = (*_cuda_cases(), *cuda_cases())
 
 
-def cases_of(*operations: str) -> list[Case]:
+def cases_of(*groups: str) -> list[Case]:
     """The cases on the CPU of the operations with the given keys, in table order."""
-    return [case for case in CASES if case.operation.key in operations]
+    return [case for case in CASES if case.group in groups]

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 
 from steadygrad.bench import environment
-from steadygrad.bench.cases import CASES, CUDA_CASES, Case
+from steadygrad.bench.case import Case
+from steadygrad.bench.cases import CASES, CUDA_CASES
 from steadygrad.bench.device_timer import CudaEvents, DeviceRace, Events
 from steadygrad.bench.environment import Environment
 from steadygrad.bench.measure import (
@@ -21,7 +22,6 @@ from steadygrad.bench.measure import (
     Effort,
     GpuYardstick,
     Ground,
-    working_set_bytes,
 )
 from steadygrad.bench.timer import Candidate, Race
 
@@ -90,7 +90,7 @@ class CudaDevice(HostDevice):
         if case.host_cost:
             return 1
         wanted = _CACHES_BETWEEN * self.environment.cache_bytes
-        return max(1, math.ceil(wanted / working_set_bytes(case)))
+        return max(1, math.ceil(wanted / case.working_set_bytes))
 
     def cases(self) -> Sequence[Case]:
         """All cases, in table order."""

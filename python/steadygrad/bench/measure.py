@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from steadygrad.bench.cases import Build, Case
+from steadygrad.bench.case import Build, Case
 from steadygrad.bench.timer import (
     Candidate,
     Race,
@@ -81,6 +82,7 @@ class CopyYardstick:
         """
         elements = max(_SMALLEST_BUFFER // 4, cache_bytes)
         source, target = torch.ones(elements), torch.ones(elements)
+        self._evicting = source[:cache_bytes]
         self.buffer_bytes = 4 * elements
         self.candidates = (
             Candidate("copy_", lambda: target.copy_(source)),
@@ -90,6 +92,10 @@ class CopyYardstick:
     def joins(self, case: Case) -> bool:
         """Whether it takes part in the race of `case`: not where the host's work is the bound."""
         return not case.host_cost
+
+    def flush(self) -> None:
+        """Read four times the cache, so that no candidate finds in it what another has freed."""
+        self._evicting.sum()
 
     def bandwidth(self, timings: Sequence[Timing]) -> CopyBandwidth:
         """The bandwidth from the laps of `candidates`, in their order."""
@@ -120,6 +126,9 @@ class GpuYardstick(CopyYardstick):
     def joins(self, case: Case) -> bool:
         """Always."""
         return True
+
+    def flush(self) -> None:
+        """Nothing: a lap is many calls of one candidate, which take turns over sets of buffers."""
 
 
 def _busy(timing: Timing) -> Timing:
@@ -167,17 +176,12 @@ class CaseResult:
     unavailable: tuple[str, ...] = ()
 
     @property
-    def floor_bytes(self) -> int:
-        """Bytes our path has to move: the operation's bytes per element times the elements."""
-        return self.case.operation.bytes_per_element * self.case.model.elements
-
-    @property
     def gigabytes_per_second(self) -> float:
-        """`floor_bytes` over our median time, on a GPU the median GPU time.
+        """The case's `floor_bytes` over our median time, on a GPU the median GPU time.
 
         Passes that find data in cache can lift it above the copy bandwidth.
         """
-        return self.floor_bytes / _busy(self.ours).median / 1e9
+        return self.case.floor_bytes / _busy(self.ours).median / 1e9
 
     @property
     def share_of_copy(self) -> float | None:
@@ -189,21 +193,7 @@ class CaseResult:
     @property
     def nanoseconds_per_tensor(self) -> float:
         """Our median time over the number of tensors: the cost of a tensor when data is small."""
-        return self.ours.median / self.case.model.tensors * 1e9
-
-
-def working_set_bytes(case: Case) -> int:
-    """Bytes of parameters, gradients and states that one call of ours touches."""
-    return 4 * case.operation.buffers * case.model.elements
-
-
-def memory_needed(case: Case, buffer_sets: int = 1) -> int:
-    """Bytes to have free: every candidate's buffers, and two values an element for temporaries.
-
-    Parameters and gradients that no candidate reads are reserved but never touched, hence free.
-    """
-    buffers = buffer_sets * working_set_bytes(case)
-    return len(case.operation.builds) * buffers + 8 * case.model.elements
+        return self.ours.median / self.case.tensors * 1e9
 
 
 @dataclass(frozen=True)
@@ -237,8 +227,9 @@ class Contest:
         self.buffer_sets = self._ground.sets(case)
         self._yardstick = yardstick
         unavailable = []
-        candidates = [self._candidate(case.operation.build)]
-        for build in case.operation.peers:
+        build_ours, *build_peers = case.builds
+        candidates = [self._candidate(build_ours)]
+        for build in build_peers:
             try:
                 candidates.append(self._candidate(build))
             except (NotImplementedError, RuntimeError) as error:
@@ -250,12 +241,14 @@ class Contest:
         self.race = self._ground.race(candidates)
 
     def _candidate(self, build: Build) -> Candidate:
-        operation, model, device = self.case.operation, self.case.model, self._ground.device
-        sets = [build(operation.workload(model, device)) for _ in range(self.buffer_sets)]
+        sets = [build(self._ground.device) for _ in range(self.buffer_sets)]
         for candidate in sets:
             candidate.prepare()
             candidate.run()
-        return rotating(sets)
+        taking_turns = rotating(sets)
+        if self.case.allocates:
+            return replace(taking_turns, prepare=self._yardstick.flush)
+        return taking_turns
 
     def warm_up(self) -> None:
         """Two untimed calls of every candidate, and as many as the race needs to know its lap."""
@@ -320,11 +313,23 @@ def measure_case(
     return contest.result()
 
 
-def settle_allocator() -> None:
-    """Bring the C allocator to the state that a training process reaches by itself.
+# glibc's names for what `mallopt` sets, and the largest threshold that it reaches by itself.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGEST_MMAP_THRESHOLD = 32 * 2**20
 
-    glibc raises its thresholds for keeping memory when a block of up to 32 MiB is first freed.
-    Before that, torch's out-of-place steps return their temporaries to the system at every call and
-    fault them in again, which made the default AdamW up to four times slower, on some runs only.
+
+def settle_allocator() -> None:
+    """Let the C allocator keep what is freed, as far as a training process would.
+
+    glibc raises its threshold for blocks of their own, by itself, when one of up to 32 MiB is first
+    freed. It still returns the end of the heap to the system whenever 64 MiB of it are free, and
+    which candidate that happens to is luck: some fault the same pages in again at every call, which
+    makes them up to four times slower, and others never.
     """
-    torch.empty(31 * 2**20, dtype=torch.uint8)
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        torch.empty(31 * 2**20, dtype=torch.uint8)
+        return
+    mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

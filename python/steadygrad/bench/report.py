@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from steadygrad.bench.environment import Environment
-from steadygrad.bench.measure import CaseResult, CopyBandwidth, PeerResult, working_set_bytes
+from steadygrad.bench.measure import CaseResult, CopyBandwidth, PeerResult
+from steadygrad.bench.summary import summaries
 from steadygrad.bench.table import Line, Table
 from steadygrad.bench.targets import COPY, Target, Verdict, judge
 from steadygrad.bench.timer import Timing, ratio
 
-SCHEMA = 2
+SCHEMA = 3
 
 # One-minute load average above which a machine is called busy.
 _QUIET_LOAD = 0.7
@@ -53,11 +54,13 @@ def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3g}" if seconds < 1.0 else f"{seconds * 1e3:.0f}"
 
 
-def _throughput(result: CaseResult) -> tuple[str, str]:
+def _throughput(result: CaseResult) -> tuple[str, str, str]:
     share = result.share_of_copy
     if result.case.host_cost or share is None:
-        return f"{result.nanoseconds_per_tensor:,.0f} ns", "-"
-    return f"{result.gigabytes_per_second:,.1f}", f"{100.0 * share:.0f} %"
+        return "-", f"{result.nanoseconds_per_tensor:,.0f} ns", "-"
+    megabytes = result.case.floor_bytes / 1e6
+    moved = f"{megabytes:,.{0 if megabytes >= 10 else 2}f}"
+    return moved, f"{result.gigabytes_per_second:,.1f}", f"{100.0 * share:.0f} %"
 
 
 def cases_table(results: Iterable[CaseResult], where: str) -> Table:
@@ -65,31 +68,42 @@ def cases_table(results: Iterable[CaseResult], where: str) -> Table:
     table = Table(
         f"steadygrad beside torch, {where}",
         ("case", "peer"),
-        ("ours ms", "peer ms", "ratio", "GB/s", "of copy"),
+        ("ours ms", "peer ms", "ratio", "MB", "GB/s", "of copy"),
     )
-    previous = None
+    groups: dict[str, list[CaseResult]] = {}
     for result in results:
-        operation = result.case.operation
-        if operation.key != previous:
+        groups.setdefault(result.case.group, []).append(result)
+    for members in groups.values():
+        case = members[0].case
+        table.add(Line(case.title, "bold"), Line(case.floor, "dim"))
+        for result in members:
+            _add_case(table, result)
+        for line, summary in enumerate(summaries(members) if len(members) > 1 else ()):
             table.add(
-                Line(operation.title, "bold"),
-                Line(f"moves {operation.bytes_per_element} B/element", "dim"),
-            )
-            previous = operation.key
-        speed, share = _throughput(result)
-        clock = ", wall" if result.ours.device and result.clock == "wall" else ""
-        for line, peer in enumerate(result.peers):
-            first = line == 0
-            table.add(
-                f"  {result.case.model.title}{clock}" if first else "",
-                peer.timing.name,
-                _milliseconds(result.ours.median) if first else "",
-                _milliseconds(peer.timing.median),
-                f"{peer.ratio:.2f}",
-                speed if first else "",
-                share if first else "",
+                Line(f"  geometric mean of {summary.cases}" if line == 0 else "", "bold"),
+                summary.peer,
+                "",
+                "",
+                Line(f"{summary.mean:.2f}", "bold"),
             )
     return table
+
+
+def _add_case(table: Table, result: CaseResult) -> None:
+    moved, speed, share = _throughput(result)
+    clock = ", wall" if result.ours.device and result.clock == "wall" else ""
+    for line, peer in enumerate(result.peers):
+        first = line == 0
+        table.add(
+            f"  {result.case.subject}{clock}" if first else "",
+            peer.timing.name,
+            _milliseconds(result.ours.median) if first else "",
+            _milliseconds(peer.timing.median),
+            f"{peer.ratio:.2f}",
+            moved if first else "",
+            speed if first else "",
+            share if first else "",
+        )
 
 
 def _amount(target: Target, value: float) -> str:
@@ -102,12 +116,15 @@ def targets_table(verdicts: list[Verdict]) -> Table:
     words = {True: ("met", "green"), False: ("NOT MET", "bold red"), None: ("not run", "dim")}
     for verdict in verdicts:
         target = verdict.target
+        word, style = words[verdict.met]
+        if 0 < verdict.cases < verdict.of:
+            word = f"{verdict.cases} of {verdict.of} run"
         table.add(
-            target.case,
+            target.name,
             target.peer,
             _amount(target, target.at_least),
             "-" if verdict.ratio is None else _amount(target, verdict.ratio),
-            Line(*words[verdict.met]),
+            Line(word, style),
         )
     return table
 
@@ -139,7 +156,7 @@ def _notes(run: Run) -> list[str]:
     ]
     host = [result for result in run.results if result.case.host_cost]
     if host:
-        largest = max(working_set_bytes(result.case) for result in host) / 2**20
+        largest = max(result.case.working_set_bytes for result in host) / 2**20
         lines.append(
             f"Cases in ns, per tensor, fit in cache (up to {largest:.1f} MiB) and show the cost of "
             "a call, not of memory. All others start with cold buffers in every round."
@@ -220,15 +237,16 @@ def _case(result: CaseResult, cache_bytes: int) -> dict[str, Any]:
     case = result.case
     return {
         "key": case.key,
-        "operation": case.operation.title,
-        "shapes": case.model.title,
-        "tensors": case.model.tensors,
-        "elements": case.model.elements,
-        "dtype": "float32",
-        "bytes_per_element": case.operation.bytes_per_element,
-        "floor_bytes": result.floor_bytes,
-        "working_set_bytes": working_set_bytes(case),
-        "fits_cache": working_set_bytes(case) <= cache_bytes,
+        "operation": case.title,
+        "shapes": case.subject,
+        "tensors": case.tensors,
+        "elements": case.elements,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "bytes_per_element": case.bytes_per_element,
+        "floor_bytes": case.floor_bytes,
+        "working_set_bytes": case.working_set_bytes,
+        "fits_cache": case.working_set_bytes <= cache_bytes,
+        "averaged": case.averaged,
         "cold_buffers": not case.host_cost,
         "buffer_sets": result.buffer_sets,
         "clock": result.clock,
@@ -255,13 +273,16 @@ def to_json(run: Run) -> dict[str, Any]:
             "buffer_bytes": run.bandwidth_buffer_bytes,
         },
         "cases": [_case(result, run.environment.cache_bytes) for result in run.results],
+        "summaries": [dataclasses.asdict(summary) for summary in summaries(run.results)],
         "targets": [
             {
-                "case": verdict.target.case,
+                "case": verdict.target.name,
                 "peer": verdict.target.peer,
                 "at_least": verdict.target.at_least,
                 "measured": verdict.ratio,
                 "met": verdict.met,
+                "cases": verdict.cases,
+                "of": verdict.of,
             }
             for verdict in run.verdicts
         ],

@@ -33,6 +33,11 @@ class ModelShapes:
         """Number of elements in all parameter tensors together."""
         return sum(math.prod(shape) for shape in self.shapes)
 
+    def cut(self, tensors: int = 8, longest: int = 2**11) -> ModelShapes:
+        """The first tensors, flattened and cut to `longest` elements each, under the same key."""
+        shapes = tuple((min(math.prod(shape), longest),) for shape in self.shapes[:tensors])
+        return ModelShapes(self.key, f"{self.title}, cut", shapes)
+
 
 def _convolution(channels_out: int, channels_in: int, size: int) -> Iterator[Shape]:
     """A convolution without bias, then the weight and bias of its batch norm."""

@@ -1,0 +1,193 @@
+// Eight elements of any dtype as a vector of what they are computed in, for files that are compiled once per
+// instruction set: each has its own copy, in the namespace of that name, and all of it is always inlined.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "core/dtype.h"
+#include "core/host_device.h"
+
+namespace steadygrad::cpu::STEADYGRAD_INSTRUCTION_SET {
+
+// A byte of the mask.
+constexpr int kWidth = 8;
+
+typedef float FloatVector __attribute__((vector_size(kWidth * sizeof(float))));
+typedef double DoubleVector __attribute__((vector_size(kWidth * sizeof(double))));
+typedef int32_t IntVector __attribute__((vector_size(kWidth * sizeof(int32_t))));
+typedef int64_t LongVector __attribute__((vector_size(kWidth * sizeof(int64_t))));
+typedef uint32_t UintVector __attribute__((vector_size(kWidth * sizeof(uint32_t))));
+typedef uint16_t ShortVector __attribute__((vector_size(kWidth * sizeof(uint16_t))));
+
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef FloatVector type;
+};
+template <>
+struct VectorOf<double> {
+  typedef DoubleVector type;
+};
+template <class T>
+using Vector = typename VectorOf<T>::type;
+
+// What a comparison gives.
+template <class V>
+using Lanes = std::conditional_t<std::is_same_v<V, DoubleVector>, LongVector, IntVector>;
+
+template <class Element>
+struct ComputedIn {
+  using type = float;
+};
+template <>
+struct ComputedIn<double> {
+  using type = double;
+};
+template <class Element>
+using Compute = typename ComputedIn<Element>::type;
+
+template <class V, class E>
+STEADYGRAD_INLINE V load_bits(const E* from) {
+  V vector;
+  memcpy(&vector, from, sizeof(V));
+  return vector;
+}
+
+STEADYGRAD_INLINE FloatVector load(const float* from) { return load_bits<FloatVector>(from); }
+STEADYGRAD_INLINE DoubleVector load(const double* from) { return load_bits<DoubleVector>(from); }
+STEADYGRAD_INLINE FloatVector load(const BFloat16* from) {
+#if defined(__AVX2__)
+  typedef int16_t Halves __attribute__((vector_size(16)));
+  const auto wide = bit_cast<UintVector>(__builtin_ia32_pmovzxwd256(load_bits<Halves>(from)));
+#else
+  const auto wide = __builtin_convertvector(load_bits<ShortVector>(from), UintVector);
+#endif
+  return bit_cast<FloatVector>(wide << 16);
+}
+STEADYGRAD_INLINE FloatVector load(const Float16* from) {
+#if defined(__F16C__)
+  typedef int16_t Halves __attribute__((vector_size(16)));
+  return bit_cast<FloatVector>(__builtin_ia32_vcvtph2ps256(load_bits<Halves>(from)));
+#else
+  FloatVector vector;
+  for (int k = 0; k < kWidth; ++k) vector[k] = to_float(from[k]);
+  return vector;
+#endif
+}
+
+STEADYGRAD_INLINE void store(float* to, FloatVector vector) { memcpy(to, &vector, sizeof(vector)); }
+STEADYGRAD_INLINE void store(double* to, DoubleVector vector) { memcpy(to, &vector, sizeof(vector)); }
+STEADYGRAD_INLINE void store(BFloat16* to, FloatVector vector) {
+  const UintVector bits = bit_cast<UintVector>(vector);
+  const UintVector nan = UintVector{} + 0x7fc0u;
+  const UintVector rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const auto narrow = __builtin_convertvector(vector != vector ? nan : rounded, ShortVector);
+  memcpy(to, &narrow, sizeof(narrow));
+}
+STEADYGRAD_INLINE void store(Float16* to, FloatVector vector) {
+#if defined(__F16C__)
+  const auto halves = __builtin_ia32_vcvtps2ph256(vector, 0);
+  memcpy(to, &halves, sizeof(halves));
+#else
+  for (int k = 0; k < kWidth; ++k) to[k] = to_float16(vector[k]);
+#endif
+}
+
+// Eight elements. What is wanted `ahead` bytes later is fetched: several streams at once, and runs that are
+// short, are more than the hardware's prefetcher follows.
+struct Whole {
+  int64_t ahead;
+
+  STEADYGRAD_INLINE explicit Whole(int64_t bytes) : ahead(bytes) {}
+  template <class Element>
+  STEADYGRAD_INLINE auto operator()(const Element* from) const {
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + ahead);
+    return load(from);
+  }
+  template <class Element, class V>
+  STEADYGRAD_INLINE void put(Element* to, V vector) const {
+    store(to, vector);
+  }
+  // What counts of a vector: everything, or what was not seen before.
+  template <class V>
+  STEADYGRAD_INLINE V only(V vector) const {
+    return vector;
+  }
+  STEADYGRAD_INLINE unsigned bits(const uint8_t* mask, int64_t i) const { return mask[i / kWidth]; }
+  STEADYGRAD_INLINE void put_bits(uint8_t* mask, int64_t i, unsigned byte) const {
+    mask[i / kWidth] = static_cast<uint8_t>(byte);
+  }
+};
+
+// The last eight elements of a row, of which only the last `count` are new.
+struct Last : Whole {
+  int count;
+
+  STEADYGRAD_INLINE explicit Last(int64_t new_ones) : Whole(0), count(static_cast<int>(new_ones)) {}
+  template <class V>
+  STEADYGRAD_INLINE V only(V vector) const {
+    return Lanes<V>{0, 1, 2, 3, 4, 5, 6, 7} >= kWidth - count ? vector : V{};
+  }
+  STEADYGRAD_INLINE unsigned bits(const uint8_t* mask, int64_t i) const {
+    const uint8_t* const byte = mask + i / kWidth;
+    return (byte[0] | byte[1] << kWidth) >> count & 0xffu;
+  }
+  STEADYGRAD_INLINE void put_bits(uint8_t* mask, int64_t i, unsigned byte) const {
+    mask[i / kWidth + 1] = static_cast<uint8_t>((byte & 0xffu) >> (kWidth - count));
+  }
+};
+
+// A row of fewer than eight elements; the lanes beyond them are zero and are not stored.
+struct Short : Whole {
+  int count;
+
+  STEADYGRAD_INLINE explicit Short(int64_t length) : Whole(0), count(static_cast<int>(length)) {}
+  template <class Element>
+  STEADYGRAD_INLINE auto operator()(const Element* from) const {
+    Element padded[kWidth] = {};
+    for (int k = 0; k < count; ++k) padded[k] = from[k];
+    return load(padded);
+  }
+  template <class Element, class V>
+  STEADYGRAD_INLINE void put(Element* to, V vector) const {
+    Element padded[kWidth];
+    store(padded, vector);
+    for (int k = 0; k < count; ++k) to[k] = padded[k];
+  }
+  template <class V>
+  STEADYGRAD_INLINE V only(V vector) const {
+    return Lanes<V>{0, 1, 2, 3, 4, 5, 6, 7} < count ? vector : V{};
+  }
+};
+
+template <class Step>
+STEADYGRAD_INLINE void over_row(int64_t length, int64_t ahead, Step step) {
+  if (length < kWidth) return step(int64_t{0}, Short(length));
+  int64_t i = 0;
+  for (; i + kWidth <= length; i += kWidth) step(i, Whole(ahead));
+  if (i < length) step(length - kWidth, Last(length - i));
+}
+
+// Bit k of the byte tells of lane k.
+template <class Mask>
+STEADYGRAD_INLINE unsigned byte_of(Mask lanes) {
+#if defined(__AVX__)
+  if constexpr (std::is_same_v<Mask, IntVector>) {
+    return static_cast<unsigned>(__builtin_ia32_movmskps256(bit_cast<FloatVector>(lanes)));
+  }
+#endif
+  unsigned byte = 0;
+  for (int k = 0; k < kWidth; ++k) byte |= static_cast<unsigned>(lanes[k] & 1) << k;
+  return byte;
+}
+
+template <class V>
+STEADYGRAD_INLINE Lanes<V> lanes_of(unsigned byte) {
+  const Lanes<V> bits = {1, 2, 4, 8, 16, 32, 64, 128};
+  return ((Lanes<V>{} + static_cast<int>(byte)) & bits) != 0;
+}
+
+}  // namespace steadygrad::cpu::STEADYGRAD_INSTRUCTION_SET

@@ -1,0 +1,18 @@
+"""Batch normalization: modules that take the place of torch's, their functional form, and the conversion of models."""
+
+from steadygrad.nn import functional
+from steadygrad.nn.activation_penalty import ActivationPenalty
+from steadygrad.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from steadygrad.nn.conversion_report import ConversionReport, conversion_report
+from steadygrad.nn.convert import convert_batchnorm
+
+__all__ = [
+    "ActivationPenalty",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "ConversionReport",
+    "conversion_report",
+    "convert_batchnorm",
+    "functional",
+]

@@ -1,0 +1,138 @@
+"""The modules: torch's own, with an activation, a residual and synchronised statistics."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules import batchnorm
+
+from steadygrad.nn.functional import batch_norm
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class _BatchNorm(batchnorm._BatchNorm):
+    """What the three have in common; :class:`BatchNorm2d` describes it."""
+
+    # On the class too, for modules that were pickled or made without them.
+    activation: str | None = None
+    process_group: ProcessGroup | None = None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = None,
+        process_group: ProcessGroup | None = None,
+        **bias: bool,
+    ) -> None:
+        if activation not in (None, "relu"):
+            raise ValueError(
+                f"{type(self).__name__}: activation: expected 'relu' or None, got {activation!r}"
+            )
+        # `bias`: where this torch has it; where not, its own TypeError.
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, **bias
+        )
+        self.activation = activation
+        self.process_group = process_group
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Normalises ``input``, adds ``residual`` and applies the activation."""
+        checked: Any = self._check_input_dim
+        checked(input)
+        training = self.training
+        momentum = self.momentum
+        try:
+            # As attributes, without the 0.4 us that each costs there.
+            weight, bias = self._parameters["weight"], self._parameters["bias"]
+            running_mean, running_var = self._buffers["running_mean"], self._buffers["running_var"]
+            batches = self._buffers["num_batches_tracked"]
+        except KeyError:  # replicas and parametrizations have them elsewhere
+            weight, bias = self.weight, self.bias
+            running_mean, running_var = self.running_mean, self.running_var
+            batches = self.num_batches_tracked
+        if not training:
+            batches = None
+            training = running_mean is None and running_var is None
+        elif not self.track_running_stats:
+            running_mean = running_var = batches = None
+        if momentum is None and batches is None:
+            momentum = 0.0
+        return batch_norm(
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            self.eps,
+            residual=residual,
+            activation=self.activation,
+            num_batches_tracked=batches,
+            process_group=self.process_group,
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments, as torch's modules show theirs."""
+        shown: str = batchnorm._NormBase.extra_repr(self)
+        if self.activation is not None:
+            shown += f", activation={self.activation}"
+        if self.process_group is not None:
+            shown += ", process_group=..."
+        return shown
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _BatchNorm:
+        # A process group is a connection: a copy of the module uses the same one.
+        memo[id(self.process_group)] = self.process_group
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+
+class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
+    """:class:`torch.nn.BatchNorm1d` for input of (N, C) or (N, C, L); see :class:`BatchNorm2d`."""
+
+
+class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
+    """:class:`torch.nn.BatchNorm2d` on fused kernels, for input of (N, C, H, W).
+
+    Arguments, parameters, buffers and ``state_dict`` are torch's, and so are the outputs but for rounding, where
+    these are the closer ones. ``forward(input, residual=None)`` also takes what is to be added before the activation,
+    of the input's shape and dtype.
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        momentum: weight of a batch in the running statistics; None for the average of all batches, which does not
+            wait for the device.
+        affine: whether there are weight and bias.
+        track_running_stats: whether there are running statistics.
+        device: of parameters and buffers.
+        dtype: of parameters and buffers.
+        activation: ``"relu"``, in the same pass; or None.
+        process_group: takes statistics over all its ranks when training; ``torch.distributed.group.WORLD`` for
+            all. None for this process alone.
+        **bias: ``bias=False`` for weight alone, where this torch's class has it.
+
+    Raises:
+        ValueError: an unknown activation.
+
+    What a call raises: :func:`steadygrad.nn.functional.batch_norm`. A call that is refused does not count as a batch.
+    """
+
+
+class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
+    """:class:`torch.nn.BatchNorm3d` for input of (N, C, D, H, W); see :class:`BatchNorm2d`."""

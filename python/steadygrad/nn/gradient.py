@@ -1,0 +1,304 @@
+"""Batch normalization on the kernels, forward and backward: eager autograd, and what the operators share with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steadygrad import _kernels
+from steadygrad.memory import allocator
+
+# Of input, residual, weight and bias.
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+# running_mean, running_var, num_batches_tracked, training, momentum, eps, relu.
+Options = tuple[Tensor | None, Tensor | None, Tensor | None, bool, float | None, float, bool]
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether the channels are neighbours in memory and everything else is in order, with no gaps."""
+    if tensor.dim() == 4:
+        return tensor.is_contiguous(memory_format=torch.channels_last)
+    return tensor.movedim(1, -1).is_contiguous()
+
+
+def dense(input: Tensor) -> Tensor:
+    """The tensor itself where it is contiguous or has channels last, else a contiguous copy."""
+    if input.is_contiguous() or is_channels_last(input):
+        return input
+    return input.contiguous()
+
+
+def as_dense_as(tensor: Tensor, input: Tensor) -> Tensor:
+    """The tensor in the memory format of a dense input of its shape."""
+    if input.is_contiguous():
+        return tensor.contiguous()
+    if tensor.dim() == 4:
+        return tensor.contiguous(memory_format=torch.channels_last)
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def mask_rows(input: Tensor) -> tuple[int, int, bool]:
+    """Rows of the mask of a dense input, the bits in one, and whether these are the channels of one position."""
+    batch, channels = input.shape[:2]
+    spatial = math.prod(input.shape[2:])
+    if spatial == 1 or not input.is_contiguous():
+        return batch * spatial, channels, True
+    return batch * channels, spatial, False
+
+
+def new_mask(input: Tensor) -> Tensor:
+    """Memory for one bit an element; each row starts on a byte."""
+    rows, length, _ = mask_rows(input)
+    return torch.empty(rows * ((length + 7) // 8), dtype=torch.uint8, device=input.device)
+
+
+def unpacked(mask: Tensor, input: Tensor) -> Tensor:
+    """The bits of a mask as a bool tensor of the input's shape."""
+    rows, length, of_position = mask_rows(input)
+    places = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    bits = (mask.view(rows, -1, 1) >> places & 1).flatten(1)[:, :length].bool()
+    if not of_position:
+        return bits.reshape(input.shape)
+    batch, channels, *spatial = input.shape
+    return bits.reshape(batch, *spatial, channels).movedim(-1, 1)
+
+
+def forward(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    relu: bool,
+    keep_mask: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Output; the mask of ReLU, where it is to be kept; and the statistics of the batch, when training."""
+    output = torch.empty_like(input)
+    mask = new_mask(input) if keep_mask else None
+    if not training:
+        _kernels.batch_norm_normalize(
+            input, residual, weight, bias, None, running_mean, running_var, eps, relu, output, mask
+        )
+        return output, mask, None
+    device = input.device
+    statistics = torch.empty(2 * input.shape[1] + 1, dtype=torch.float64, device=device)
+    _kernels.batch_norm_forward(
+        input,
+        residual,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        momentum,
+        eps,
+        relu,
+        output,
+        mask,
+        statistics,
+        allocator(device),
+    )
+    return output, mask, statistics
+
+
+def backward(
+    grad_output: Tensor,
+    input: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    bias_dtype: torch.dtype | None,
+    statistics: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    eps: float,
+    relu: bool,
+    needed: Sequence[bool],
+) -> Gradients:
+    """The gradients that are needed, by the kernels. ``bias`` itself is read only where ReLU kept no mask."""
+    if grad_output.stride() != input.stride():
+        grad_output = torch.empty_like(input).copy_(grad_output)
+    device = input.device
+    channels = input.shape[1]
+    needs_residual = needed[1]
+    grad_input = torch.empty_like(input) if needed[0] else None
+    grad_residual = torch.empty_like(input) if needs_residual and relu else None
+    grad_weight = grad_bias = None
+    if needed[2] and weight is not None:
+        grad_weight = torch.empty(channels, dtype=weight.dtype, device=device)
+    if needed[3] and bias_dtype is not None:
+        grad_bias = torch.empty(channels, dtype=bias_dtype, device=device)
+    if needed[0] or needed[2] or needed[3] or grad_residual is not None:
+        _kernels.batch_norm_backward(
+            grad_output,
+            input,
+            mask,
+            weight,
+            bias,
+            statistics,
+            running_mean,
+            running_var,
+            eps,
+            relu,
+            grad_input,
+            grad_residual,
+            grad_weight,
+            grad_bias,
+            allocator(device),
+        )
+    if needs_residual and not relu:
+        grad_residual = grad_output
+    return grad_input, grad_residual, grad_weight, grad_bias
+
+
+def differentiable_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias_dtype: torch.dtype | None,
+    statistics: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    eps: float,
+    needed: Sequence[bool],
+) -> Gradients:
+    r"""The same gradients as a formula of torch operations, for derivatives of any order.
+
+    With :math:`g` the gradient that passed ReLU, :math:`\hat x = (x - \mu) / \sigma` and :math:`\langle\rangle` the
+    mean over a channel: :math:`\nabla x = w / \sigma \, (g - \langle g \rangle - \hat x \langle g \hat x \rangle)`,
+    where the last two terms are absent if the statistics are constants.
+    """
+    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+    reduced = [0, *range(2, input.dim())]
+    shape = (1, -1) + (1,) * (input.dim() - 2)
+    grad = grad_output.to(wide)
+    if mask is not None:
+        grad = grad.masked_fill(unpacked(mask, input).logical_not(), 0)
+    if statistics is not None:
+        # Constants have no gradient: the mean is subtracted once in advance, so that nothing cancels.
+        channels = input.shape[1]
+        near = input.to(wide) - statistics[:channels].to(wide).view(shape)
+        deviation = near - near.mean(reduced, keepdim=True)
+        var = deviation.square().mean(reduced, keepdim=True)
+    else:
+        assert running_mean is not None and running_var is not None
+        deviation = input.to(wide) - running_mean.to(wide).view(shape)
+        var = running_var.to(wide).view(shape)
+    inverse = (var + eps).rsqrt()
+    normalized = deviation * inverse
+    grad_input = grad_residual = grad_weight = grad_bias = None
+    if needed[0]:
+        own = grad
+        if statistics is not None:
+            products = (grad * normalized).mean(reduced, keepdim=True)
+            own = grad - grad.mean(reduced, keepdim=True) - normalized * products
+        scale = inverse if weight is None else inverse * weight.to(wide).view(shape)
+        grad_input = (own * scale).to(input.dtype)
+    if needed[1]:
+        grad_residual = grad.to(input.dtype)
+    if needed[2] and weight is not None:
+        grad_weight = (grad * normalized).sum(reduced).to(weight.dtype)
+    if needed[3] and bias_dtype is not None:
+        grad_bias = grad.sum(reduced).to(bias_dtype)
+    return grad_input, grad_residual, grad_weight, grad_bias
+
+
+class BatchNorm(torch.autograd.Function):
+    """Batch normalization for eager autograd; :mod:`steadygrad.nn.operators` has it for compiled code."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        options: Options,
+    ) -> Tensor:
+        """The output; keeps the input, and no more of its size."""
+        running_mean, running_var, _, training, _, eps, relu = options
+        keep_mask = relu and residual is not None
+        output, mask, statistics = forward(input, residual, weight, bias, *options, keep_mask)
+        # What tells backward where ReLU let through: its mask, or else the bias, to find it again.
+        passed = mask if keep_mask else bias if relu else None
+        if training:
+            # Not the running statistics: the next batch changes them, and these gradients do not depend on them.
+            ctx.save_for_backward(input, weight, passed, statistics)
+        else:
+            ctx.save_for_backward(input, weight, passed, running_mean, running_var)
+        bias_dtype = None if bias is None else bias.dtype
+        ctx.arguments = (training, eps, relu, keep_mask, bias_dtype, input.stride())
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the first four arguments."""
+        training, eps, relu, keep_mask, bias_dtype, strides = ctx.arguments
+        statistics = running_mean = running_var = None
+        if training:
+            input, weight, passed, statistics = ctx.saved_tensors
+        else:
+            input, weight, passed, running_mean, running_var = ctx.saved_tensors
+        mask, bias = (passed, None) if keep_mask else (None, passed)
+        if input.stride() != strides:
+            # Hooks on saved tensors may bring them back in another memory format, which the mask does not have.
+            found = input
+            input = torch.empty_strided(
+                found.shape, strides, dtype=found.dtype, device=found.device
+            ).copy_(found)
+        constants = (statistics, running_mean, running_var)
+        needed = ctx.needs_input_grad
+        if torch.is_grad_enabled() or not _has_memory(grad_output):
+            if relu and mask is None:
+                with torch.no_grad():
+                    mask = _mask_again(input, weight, bias, *constants, eps)
+            grads = differentiable_backward(
+                grad_output, input, mask, weight, bias_dtype, *constants, eps, needed
+            )
+        else:
+            grads = backward(
+                grad_output, input, mask, weight, bias, bias_dtype, *constants, eps, relu, needed
+            )
+        return *grads, None
+
+
+# Past what torch.autograd.Function.apply does for torch.func, which costs 2 us; callers have seen to it that no
+# transform is active.
+apply: Callable[..., Tensor] = super(torch.autograd.Function, BatchNorm).apply
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Not where it stands for a batch of gradients, as under ``is_grads_batched``."""
+    try:
+        tensor.data_ptr()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _mask_again(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """The mask of ReLU by the kernel's own arithmetic, so that no element changes sides."""
+    mask = new_mask(input)
+    output = torch.empty_like(input)
+    _kernels.batch_norm_normalize(
+        input, None, weight, bias, statistics, running_mean, running_var, eps, True, output, mask
+    )
+    return mask

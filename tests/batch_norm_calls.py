@@ -1,0 +1,400 @@
+"""Calls of the batch norm kernels on random numbers, and what the definition says of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from steadygrad import _kernels
+from steadygrad.memory import allocator
+from steadygrad.reference import batch_norm as reference
+from steadygrad.reference.batch_norm import Statistics
+from tolerances import assert_rounded, float64
+
+Array = NDArray[np.float64]
+Shape = tuple[int, ...]
+LAYOUTS = ["first", "last"]
+FUSIONS = {
+    "bn": (False, False),
+    "relu": (True, False),
+    "add": (False, True),
+    "add+relu": (True, True),
+}
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+GUARD = 24  # elements on each side of a tensor that kernels must not write
+# Stands around what is written, in every dtype; NaN around what is read, so that it would be noticed.
+UNWRITTEN = 77.0
+
+
+def place(
+    values: Array | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    layout: str = "first",
+    offset: int = 0,
+    surroundings: float = math.nan,
+) -> Tensor | None:
+    """A tensor with these values and this layout, dense, in the midst of a larger storage."""
+    if values is None:
+        return None
+    last = layout == "last" and values.ndim > 1
+    moved = np.moveaxis(values, 1, -1) if last else values
+    if dtype == torch.uint8:
+        surroundings = UNWRITTEN
+    flat = torch.full((values.size + 2 * GUARD + offset,), surroundings, dtype=dtype, device=device)
+    start = GUARD + offset
+    flat[start : start + values.size] = torch.tensor(moved.ravel()).to(dtype).to(device)
+    tensor = flat[start : start + values.size].view(moved.shape)
+    return tensor.movedim(-1, 1) if last else tensor
+
+
+def assert_surroundings_unwritten(*tensors: Tensor | None) -> None:
+    """Check that what lies around tensors of :func:`place` is as it was."""
+    for tensor in tensors:
+        if tensor is None or tensor.numel() == 0:
+            continue
+        size = tensor.untyped_storage().nbytes() // tensor.element_size()
+        flat = tensor.as_strided((size,), (1,), 0)
+        start = tensor.storage_offset()
+        around = torch.cat([flat[:start], flat[start + tensor.numel() :]])
+        assert (around == UNWRITTEN).all(), "a kernel wrote outside of a tensor"
+
+
+def mask_rows_and_length(input: Tensor) -> tuple[int, int]:
+    """Rows of a mask, each of which starts on a byte, and the bits in one."""
+    count, channels = input.shape[:2]
+    pixels = math.prod(input.shape[2:])
+    if _kernels.batch_norm_layout(input) == 2 or pixels == 1:
+        return count * pixels, channels
+    return count * channels, pixels
+
+
+def unpack_mask(mask: Tensor, input: Tensor) -> NDArray[Any]:
+    """The bits of a mask as an array of the input's shape; checks that they fill it exactly."""
+    rows, length = mask_rows_and_length(input)
+    bits: NDArray[Any] = np.unpackbits(
+        mask.cpu().numpy().reshape(rows, -1), axis=1, bitorder="little"
+    )
+    bits = bits[:, :length].astype(bool)
+    if _kernels.batch_norm_layout(input) == 2 and length == input.shape[1]:
+        return np.moveaxis(bits.reshape(input.shape[0], *input.shape[2:], length), -1, 1)
+    return bits.reshape(tuple(input.shape))
+
+
+@dataclass
+class Case:
+    """What is normalised, and how. ``weight`` and ``bias`` are dtypes, or None where absent."""
+
+    shape: Shape
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    layout: str = "first"
+    fusion: str = "bn"
+    weight: torch.dtype | None = torch.float32
+    bias: torch.dtype | None = torch.float32
+    eps: float = 1e-5
+    offset: int = 0
+    mean: float = 0.0
+    seed: int = 0
+    values: dict[str, Array | None] = field(default_factory=dict)
+    tensors: dict[str, Tensor | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        rng = np.random.default_rng(self.seed)
+        x, added, grad = rng.normal(size=(3, *self.shape))
+        scale, shift = rng.normal(size=(2, self.channels))
+        # Scales that differ from 0, or ReLU would cut everything or nothing.
+        scale += np.copysign(0.5, scale)
+        self.put("input", x + self.mean)
+        self.put("residual", added if self.added else None)
+        self.put("grad_output", grad)
+        self.put("weight", scale if self.weight else None, self.weight)
+        self.put("bias", shift if self.bias else None, self.bias)
+
+    @property
+    def channels(self) -> int:
+        return self.shape[1]
+
+    @property
+    def relu(self) -> bool:
+        return FUSIONS[self.fusion][0]
+
+    @property
+    def added(self) -> bool:
+        return FUSIONS[self.fusion][1]
+
+    def put(self, name: str, values: Array | None, dtype: torch.dtype | None = None) -> None:
+        """Set an argument; its values are what the dtype makes of them."""
+        tensor = place(values, dtype or self.dtype, self.device, self.layout, self.offset)
+        self.tensors[name] = tensor
+        self.values[name] = None if tensor is None else float64(tensor).copy()
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.tensors[name]
+        assert tensor is not None
+        return tensor
+
+    def array(self, name: str) -> Array:
+        """The values of an argument that is there."""
+        values = self.values[name]
+        assert values is not None
+        return values
+
+    def empty(self) -> Tensor:
+        """A place for an output, filled with a number that no kernel may leave there."""
+        values = np.full(self.shape, UNWRITTEN)
+        tensor = place(values, self.dtype, self.device, self.layout, self.offset, UNWRITTEN)
+        assert tensor is not None
+        return tensor
+
+    def vector(self, size: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        """A place for so many numbers."""
+        tensor = place(np.full(size, UNWRITTEN), dtype, self.device, surroundings=UNWRITTEN)
+        assert tensor is not None
+        return tensor
+
+    def mask(self) -> Tensor | None:
+        """A place for the mask, where one is needed."""
+        if not (self.relu and self.added):
+            return None
+        rows, length = mask_rows_and_length(self["input"])
+        return self.vector(rows * ((length + 7) // 8), torch.uint8)
+
+    @property
+    def affine(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.tensors["weight"], self.tensors["bias"]
+
+    @property
+    def allocate(self) -> Any:
+        return allocator(self.device)
+
+    def keep_off_the_kink(self, statistics: Statistics) -> None:
+        """Gradients of 0 where rounding decides which side of ReLU an element is on."""
+        if self.relu:
+            before = reference.batch_norm(*self.defined(statistics))
+            grad = np.where(np.abs(before) < 1e-3, 0.0, self.array("grad_output"))
+            self.put("grad_output", grad)
+
+    def defined(self, statistics: Statistics) -> tuple[Any, ...]:
+        """The arguments of the definition, without the activation."""
+        values = (self.values[name] for name in ("input", "weight", "bias", "residual"))
+        x, weight, bias, residual = values
+        return x, statistics, weight, bias, self.eps, residual
+
+    @property
+    def activation(self) -> str | None:
+        return "relu" if self.relu else None
+
+    # --- the kernels ---
+
+    def forward(
+        self,
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
+        batches: Tensor | None = None,
+        momentum: float | None = 0.1,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Output, mask and statistics of ``batch_norm_forward``."""
+        output, mask = self.empty(), self.mask()
+        statistics = self.vector(2 * self.channels + 1)
+        _kernels.batch_norm_forward(
+            self["input"],
+            self.tensors["residual"],
+            *self.affine,
+            running_mean,
+            running_var,
+            batches,
+            momentum,
+            self.eps,
+            self.relu,
+            output,
+            mask,
+            statistics,
+            self.allocate,
+        )
+        assert_surroundings_unwritten(output, mask, statistics)
+        return output, mask, statistics
+
+    def statistics(self) -> Tensor:
+        """What ``batch_norm_statistics`` finds."""
+        statistics = self.vector(2 * self.channels + 1)
+        _kernels.batch_norm_statistics(self["input"], statistics, self.allocate)
+        assert_surroundings_unwritten(statistics)
+        return statistics
+
+    def normalize(
+        self,
+        statistics: Tensor | None,
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output and mask of ``batch_norm_normalize``."""
+        output, mask = self.empty(), self.mask()
+        _kernels.batch_norm_normalize(
+            self["input"],
+            self.tensors["residual"],
+            *self.affine,
+            statistics,
+            running_mean,
+            running_var,
+            self.eps,
+            self.relu,
+            output,
+            mask,
+        )
+        assert_surroundings_unwritten(output, mask)
+        return output, mask
+
+    def backward(
+        self,
+        mask: Tensor | None,
+        statistics: Tensor | None,
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """All gradients that the case has, of ``batch_norm_backward``."""
+        grads = self.gradients()
+        _kernels.batch_norm_backward(
+            self["grad_output"],
+            self["input"],
+            mask,
+            *self.affine,
+            statistics,
+            running_mean,
+            running_var,
+            self.eps,
+            self.relu,
+            grads["input"],
+            grads.get("residual"),
+            grads.get("weight"),
+            grads.get("bias"),
+            self.allocate,
+        )
+        assert_surroundings_unwritten(*grads.values())
+        return grads
+
+    def backward_sums(self, mask: Tensor | None, statistics: Tensor) -> Tensor:
+        """What ``batch_norm_backward_sums`` finds."""
+        sums = self.vector(2 * self.channels)
+        _kernels.batch_norm_backward_sums(
+            self["grad_output"],
+            self["input"],
+            mask,
+            *self.affine,
+            statistics,
+            self.eps,
+            self.relu,
+            sums,
+            self.allocate,
+        )
+        assert_surroundings_unwritten(sums)
+        return sums
+
+    def backward_input(
+        self, mask: Tensor | None, statistics: Tensor, sums: Tensor
+    ) -> dict[str, Tensor]:
+        """Gradients of input and residual, of ``batch_norm_backward_input``."""
+        grads = self.gradients()
+        _kernels.batch_norm_backward_input(
+            self["grad_output"],
+            self["input"],
+            mask,
+            *self.affine,
+            statistics,
+            sums,
+            self.eps,
+            self.relu,
+            grads["input"],
+            grads.get("residual"),
+        )
+        assert_surroundings_unwritten(*grads.values())
+        return {name: grads[name] for name in ("input", "residual") if name in grads}
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Places for the gradients. Without ReLU the residual's is the output's: no kernel writes it."""
+        grads = {"input": self.empty()}
+        if self.relu and self.added:
+            grads["residual"] = self.empty()
+        for name, dtype in (("weight", self.weight), ("bias", self.bias)):
+            if dtype is not None:
+                grads[name] = self.vector(self.channels, dtype)
+        return grads
+
+    # --- what must come out ---
+
+    def running(
+        self, dtype: torch.dtype = torch.float32, seed: int = 1
+    ) -> tuple[Tensor, Tensor, Statistics]:
+        """Running mean and variance, near the batch's, and their values."""
+        rng = np.random.default_rng(seed)
+        mean = place(self.mean + rng.normal(size=self.channels), dtype, self.device)
+        var = place(rng.uniform(0.2, 3.0, size=self.channels), dtype, self.device)
+        assert mean is not None and var is not None
+        return mean, var, Statistics(float64(mean), float64(var), 0)
+
+    def batch_statistics(self) -> Statistics:
+        return reference.channel_statistics(self.array("input"))
+
+    def assert_output(self, output: Tensor, statistics: Statistics) -> None:
+        arguments: Any = (*self.defined(statistics), self.activation)
+        want = reference.batch_norm(*arguments)
+        assert_rounded(output, want, self._sizes(statistics), self.dtype)
+
+    def assert_mask(self, mask: Tensor | None, output: Tensor, statistics: Statistics) -> None:
+        """A bit says which side of ReLU an element is on; where rounding decides, ``output`` says it."""
+        if mask is not None:
+            before = reference.batch_norm(*self.defined(statistics))
+            clear = np.abs(before) > 1e-3
+            got = unpack_mask(mask, self["input"])
+            np.testing.assert_array_equal(got[clear], (before > 0)[clear])
+            np.testing.assert_array_equal(got | (float64(output) == 0), True)
+
+    def assert_gradients(
+        self, grads: dict[str, Tensor], statistics: Statistics, constant: bool = False
+    ) -> None:
+        arguments: Any = (*self.defined(statistics), self.activation, constant)
+        want = reference.batch_norm_backward(self.array("grad_output"), *arguments)
+        sizes = self._gradient_sizes(statistics, want.residual, constant)
+        for name, grad in grads.items():
+            assert_rounded(grad, getattr(want, name), sizes[name], self.dtype)
+
+    def _along(self, vector: Any) -> Array:
+        return np.reshape(vector, (1, -1) + (1,) * (len(self.shape) - 2))
+
+    def _x_hat(self, statistics: Statistics) -> Array:
+        return reference.batch_norm(self.array("input"), statistics, eps=self.eps)
+
+    def _sizes(self, statistics: Statistics) -> Array:
+        """The magnitudes that add up to an element of the output; a deviation counts too."""
+        v = self.values
+        weight = 1.0 if v["weight"] is None else self._along(np.abs(v["weight"]))
+        sizes = (np.abs(self._x_hat(statistics)) + 1) * weight
+        for name in ("bias", "residual"):
+            values = v[name]
+            if values is not None:
+                sizes = sizes + (self._along(np.abs(values)) if name == "bias" else np.abs(values))
+        return sizes
+
+    def _gradient_sizes(
+        self, statistics: Statistics, passed: Array, constant: bool
+    ) -> dict[str, Array]:
+        axes = tuple(axis for axis in range(len(self.shape)) if axis != 1)
+        weight = self.values["weight"]
+        scale = (1 if weight is None else np.abs(weight)) / np.sqrt(statistics.var + self.eps)
+        x_hat, grad = np.abs(self._x_hat(statistics)) + 1, np.abs(passed)
+        products = grad * x_hat
+        own = grad
+        if not constant:
+            own = own + self._along(grad.mean(axes)) + x_hat * self._along(products.mean(axes))
+        return {
+            "input": own * self._along(scale),
+            "residual": grad,
+            "weight": products.sum(axes),
+            "bias": grad.sum(axes),
+        }
