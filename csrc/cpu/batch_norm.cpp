@@ -2,6 +2,7 @@
 // fit a thread's cache are read from memory once.
 #include "cpu/batch_norm.h"
 
+#include <unistd.h>
 #include <vector>
 
 #include "core/gradient.h"
@@ -21,6 +22,17 @@ const void* at(const BatchNorm& norm, const void* data, int64_t element) {
 }
 void* at(const BatchNorm& norm, void* data, int64_t element) {
   return at(static_cast<char*>(data), element * element_size(norm.dtype));
+}
+
+constexpr int64_t kLine = 64;
+
+// Bytes of the last cache that threads share.
+int64_t last_cache() {
+  static const int64_t bytes = [] {
+    const long told = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    return told > 0 ? static_cast<int64_t>(told) : int64_t{1} << 25;
+  }();
+  return bytes;
 }
 
 template <class Function>
@@ -102,7 +114,8 @@ class BatchNormPass {
     const NormalizationTable<T> table = normalization_table(block);
     blocks_.for_each_rows(block, unit, [&](const Rows& rows, int64_t element, int64_t byte) {
       kernels_.normalize_rows({rows, at(norm_, norm_.input, element), at(norm_, out.residual, element),
-                               at(norm_, out.output, element), at(out.mask, byte), table, norm_.relu});
+                               at(norm_, out.output, element), at(out.mask, byte), table, norm_.relu,
+                               streams(rows, {norm_.input, out.residual, out.output})});
     });
   }
 
@@ -179,6 +192,18 @@ class BatchNormPass {
     return Sums(norm_.shape.inner == 1 ? 1 : kSumLanes, channels, blocks_.fold());
   }
 
+  // Whether the tensors are together more than the last cache holds, and whole cache lines can be written.
+  bool streams(const Rows& rows, std::initializer_list<const void*> tensors) const {
+    const int64_t size = element_size(norm_.dtype);
+    int64_t bytes = 0;
+    bool aligned = rows.length * size % kLine == 0;
+    for (const void* tensor : tensors) {
+      if (tensor != nullptr) bytes += norm_.shape.count() * channels() * size;
+      aligned = aligned && reinterpret_cast<uintptr_t>(tensor) % kLine == 0;
+    }
+    return aligned && bytes > last_cache();
+  }
+
   void set(Kind kind, int64_t channel, T value) {
     for (int64_t f = 0; f < blocks_.fold(); ++f) coefficients_(kind, f * channels() + channel) = value;
   }
@@ -217,6 +242,7 @@ class BatchNormPass {
     call.relu = relu;
     blocks_.for_each_rows(block, unit, [&](const Rows& rows, int64_t element, int64_t byte) {
       call.rows = rows;
+      call.streams = streams(rows, {norm_.input, grad.grad_output, grad.grad_input, grad.grad_residual});
       call.input = at(norm_, norm_.input, element);
       call.grad_output = at(norm_, grad.grad_output, element);
       call.mask = at(grad.mask, byte);

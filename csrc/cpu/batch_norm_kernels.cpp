@@ -48,6 +48,7 @@ STEADYGRAD_INLINE void normalize(const NormalizeRows<Compute<Element>>& call) {
   const NormalizationTable<T> table = call.table;
   const int64_t length = call.rows.length;
   const int64_t ahead = call.rows.ahead;
+  const bool streams = call.streams;
   const Vector<T> zero = {};
   // Nothing is below NaN: without ReLU every element passes.
   const Vector<T> lowest = zero + (call.relu ? T(0) : static_cast<T>(NAN));
@@ -55,7 +56,7 @@ STEADYGRAD_INLINE void normalize(const NormalizeRows<Compute<Element>>& call) {
     const Row<T, kRowIsChannel> channels(row);
     // Before the row, for the compiler cannot know that its stores leave the tables alone.
     const Normalization<Vector<T>> of_row = channels(table, 0);
-    over_row(length, ahead, [&](int64_t i, auto part) __attribute__((always_inline)) {
+    over_row<Element>(length, ahead, streams, [&](int64_t i, auto part) __attribute__((always_inline)) {
       Vector<T> y = (kRowIsChannel ? of_row : channels(table, i))(part(input + i));
       if constexpr (kResidual) y += part(residual + i);
       const auto stopped = y <= lowest;
@@ -78,6 +79,7 @@ void normalize_rows(const NormalizeRows<Compute<Element>>& call) {
       });
     });
   });
+  if (call.streams) finish_streams();
 }
 
 // grad_output where ReLU lets it through.
@@ -102,11 +104,12 @@ STEADYGRAD_INLINE void gradient(const GradientRows<Compute<Element>>& call) {
   const InputGradientTable<T> gradients = call.gradient;
   const int64_t length = call.rows.length;
   const int64_t ahead = call.rows.ahead;
+  const bool streams = call.streams;
   for (int64_t row = 0; row < call.rows.rows; ++row) {
     const Row<T, kRowIsChannel> channels(row);
     const Normalization<Vector<T>> of_row = channels(table, 0);
     const InputGradient<Vector<T>> gradient_of_row = channels(table.center, gradients, 0);
-    over_row(length, ahead, [&](int64_t i, auto part) __attribute__((always_inline)) {
+    over_row<Element>(length, ahead, streams, [&](int64_t i, auto part) __attribute__((always_inline)) {
       const Vector<T> x = part(input + i);
       const Vector<T> grad =
           masked<kRelu>(part(grad_output + i), x, mask, kRowIsChannel ? of_row : channels(table, i), part, i);
@@ -144,6 +147,7 @@ void gradient_rows(const GradientRows<Compute<Element>>& call) {
       gradient<Element, row_is_channel, relu>(call);
     });
   });
+  if (call.streams) finish_streams();
 }
 
 // What eight elements add to two sums.
@@ -168,30 +172,31 @@ struct Sums {
   }
 };
 
-// Adds terms(0) ... terms(count - 1). Four at a time first with each other: a sum does not wait for the one
-// before it, and fp32 terms are widened once.
+// Terms are added by fours first: a sum does not wait for the one before it, and fp32 terms are widened once.
 template <class At>
-STEADYGRAD_INLINE int64_t add_fours(Sums& sums, int64_t count, At terms) {
-  int64_t k = 0;
-  for (; k + 4 <= count; k += 4) sums.add((terms(k) + terms(k + 1)) + (terms(k + 2) + terms(k + 3)));
-  return k;
+STEADYGRAD_INLINE auto four(At at) {
+  return (at(0) + at(1)) + (at(2) + at(3));
 }
 
 // Rows that are channels: `sums` has kSumLanes of each sum. terms(row, i, part).
-template <class At>
+template <class Element, class At>
 STEADYGRAD_INLINE void sum_channels(const Rows& rows, double* sums, At terms) {
+  constexpr int64_t kFour = 4 * kWidth;
+  constexpr int kVectors = kVectorsPerLine<Element>;
+  const First first(rows.ahead, false);
   for (int64_t row = 0; row < rows.rows; ++row, sums += 2 * kWidth) {
     Sums channel{load(sums), load(sums + kWidth)};
-    const auto whole = [&](int64_t k) __attribute__((always_inline)) {
-      return terms(row, k * kWidth, Whole(rows.ahead));
-    };
-    const int64_t count = rows.length / kWidth;
-    for (int64_t k = add_fours(channel, count, whole); k < count; ++k) channel.add(whole(k));
-    const int64_t left = rows.length - count * kWidth;
-    if (count == 0) {
-      channel.add(terms(row, int64_t{0}, Short(left)));
-    } else if (left > 0) {
-      channel.add(terms(row, rows.length - kWidth, Last(left)));
+    int64_t i = 0;
+    for (; i + kFour <= rows.length; i += kFour) {
+      channel.add(four([&](int v) __attribute__((always_inline)) {
+        return v % kVectors == 0 ? terms(row, i + v * kWidth, first) : terms(row, i + v * kWidth, Whole());
+      }));
+    }
+    for (; i + kWidth <= rows.length; i += kWidth) channel.add(terms(row, i, Whole()));
+    if (rows.length < kWidth) {
+      channel.add(terms(row, int64_t{0}, Short(rows.length)));
+    } else if (i < rows.length) {
+      channel.add(terms(row, rows.length - kWidth, Last(rows.length - i)));
     }
     store(sums, channel.first);
     store(sums + kWidth, channel.second);
@@ -202,52 +207,46 @@ STEADYGRAD_INLINE void sum_channels(const Rows& rows, double* sums, At terms) {
 template <class Element, class At>
 STEADYGRAD_INLINE void sum_columns(const Rows& rows, double* sums, At terms) {
   constexpr int64_t kRows = 32;
-  constexpr int kVectors = 64 / (kWidth * sizeof(Element));
+  constexpr int kVectors = kVectorsPerLine<Element>;
   const int64_t length = rows.length;
-  const int64_t ahead = kRows * length * static_cast<int64_t>(sizeof(Element));
+  double* const seconds = sums + rows.sum_stride;
+  const First first(kRows * length * static_cast<int64_t>(sizeof(Element)), false);
   for (int64_t begin = 0; begin < rows.rows; begin += kRows) {
-    const int64_t count = rows.rows - begin < kRows ? rows.rows - begin : kRows;
-    const auto add = [&](int64_t i, auto part) __attribute__((always_inline)) {
-      const auto down = [&](int64_t k) __attribute__((always_inline)) { return terms(begin + k, i, part); };
-      Sums columns{part(sums + i), part(sums + rows.sum_stride + i)};
-      for (int64_t k = add_fours(columns, count, down); k < count; ++k) columns.add(down(k));
-      part.put(sums + i, columns.first);
-      part.put(sums + rows.sum_stride + i, columns.second);
+    const int64_t end = rows.rows - begin < kRows ? rows.rows : begin + kRows;
+    const auto add_column = [&](int64_t i, auto part) __attribute__((always_inline)) {
+      Sums column{part(sums + i), part(seconds + i)};
+      for (int64_t row = begin; row < end; ++row) column.add(terms(row, i, part));
+      part.put(sums + i, column.first);
+      part.put(seconds + i, column.second);
     };
     int64_t i = 0;
     for (; i + kVectors * kWidth <= length; i += kVectors * kWidth) {
       Sums columns[kVectors];
-#pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        columns[v] = {load(sums + i + v * kWidth), load(sums + rows.sum_stride + i + v * kWidth)};
+        columns[v] = {load(sums + i + v * kWidth), load(seconds + i + v * kWidth)};
       }
-      int64_t k = 0;
-      for (; k + 4 <= count; k += 4) {
+      int64_t row = begin;
+      for (; row + 4 <= end; row += 4) {
+        columns[0].add(four([&](int k) __attribute__((always_inline)) { return terms(row + k, i, first); }));
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-          const auto at = [&](int64_t row) __attribute__((always_inline)) {
-            return terms(begin + row, i + v * kWidth, Whole(ahead));
-          };
-          columns[v].add((at(k) + at(k + 1)) + (at(k + 2) + at(k + 3)));
+        for (int v = 1; v < kVectors; ++v) {
+          columns[v].add(four(
+              [&](int k) __attribute__((always_inline)) { return terms(row + k, i + v * kWidth, Whole()); }));
         }
       }
-      for (; k < count; ++k) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-          columns[v].add(terms(begin + k, i + v * kWidth, Whole(ahead)));
-        }
+      for (; row < end; ++row) {
+        for (int v = 0; v < kVectors; ++v) columns[v].add(terms(row, i + v * kWidth, Whole()));
       }
-#pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         store(sums + i + v * kWidth, columns[v].first);
-        store(sums + rows.sum_stride + i + v * kWidth, columns[v].second);
+        store(seconds + i + v * kWidth, columns[v].second);
       }
     }
-    for (; i + kWidth <= length; i += kWidth) add(i, Whole(ahead));
+    for (; i + kWidth <= length; i += kWidth) add_column(i, Whole());
     if (length < kWidth) {
-      add(0, Short(length));
+      add_column(0, Short(length));
     } else if (i < length) {
-      add(length - kWidth, Last(length - i));
+      add_column(length - kWidth, Last(length - i));
     }
   }
 }
@@ -255,7 +254,7 @@ STEADYGRAD_INLINE void sum_columns(const Rows& rows, double* sums, At terms) {
 template <class Element, bool kRowIsChannel, class At>
 STEADYGRAD_INLINE void add_to_sums(const Rows& rows, double* sums, At terms) {
   if constexpr (kRowIsChannel) {
-    sum_channels(rows, sums, terms);
+    sum_channels<Element>(rows, sums, terms);
   } else {
     sum_columns<Element>(rows, sums, terms);
   }

@@ -48,6 +48,7 @@ struct NormalizeRows {
   uint8_t* mask;
   NormalizationTable<T> table;
   bool relu;
+  bool streams;  // what is written passes the caches by
 };
 
 template <class T>
@@ -61,6 +62,7 @@ struct GradientRows {
   NormalizationTable<T> normalization;
   InputGradientTable<T> gradient;
   ReluMask relu;
+  bool streams;
 };
 
 // Two sums a channel: where a row is a channel, [channel][2][lane] with kSumLanes of each, else one of each.

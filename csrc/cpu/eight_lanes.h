@@ -78,37 +78,69 @@ STEADYGRAD_INLINE FloatVector load(const Float16* from) {
 #endif
 }
 
-STEADYGRAD_INLINE void store(float* to, FloatVector vector) { memcpy(to, &vector, sizeof(vector)); }
-STEADYGRAD_INLINE void store(double* to, DoubleVector vector) { memcpy(to, &vector, sizeof(vector)); }
-STEADYGRAD_INLINE void store(BFloat16* to, FloatVector vector) {
-  const UintVector bits = bit_cast<UintVector>(vector);
-  const UintVector nan = UintVector{} + 0x7fc0u;
-  const UintVector rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const auto narrow = __builtin_convertvector(vector != vector ? nan : rounded, ShortVector);
-  memcpy(to, &narrow, sizeof(narrow));
-}
-STEADYGRAD_INLINE void store(Float16* to, FloatVector vector) {
+// As eight elements lie in memory.
+template <class Element, class V>
+STEADYGRAD_INLINE auto stored(V vector) {
+  if constexpr (std::is_same_v<Element, BFloat16>) {
+    const UintVector bits = bit_cast<UintVector>(vector);
+    const UintVector nan = UintVector{} + 0x7fc0u;
+    const UintVector rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return __builtin_convertvector(vector != vector ? nan : rounded, ShortVector);
+  } else if constexpr (std::is_same_v<Element, Float16>) {
 #if defined(__F16C__)
-  const auto halves = __builtin_ia32_vcvtps2ph256(vector, 0);
-  memcpy(to, &halves, sizeof(halves));
+    return bit_cast<ShortVector>(__builtin_ia32_vcvtps2ph256(vector, 0));
 #else
-  for (int k = 0; k < kWidth; ++k) to[k] = to_float16(vector[k]);
+    ShortVector bits = {};
+    for (int k = 0; k < kWidth; ++k) bits[k] = to_float16(vector[k]).bits;
+    return bits;
+#endif
+  } else {
+    return vector;
+  }
+}
+
+template <class Element, class V>
+STEADYGRAD_INLINE void store(Element* to, V vector) {
+  const auto bits = stored<Element>(vector);
+  memcpy(to, &bits, sizeof(bits));
+}
+
+// Past the caches, for what they could not keep; `to` is aligned to a cache line's half or quarter. Other
+// threads see it after finish_streams().
+template <class Element, class V>
+STEADYGRAD_INLINE void stream(Element* to, V vector) {
+#if defined(__SSE2__)
+  typedef long long Pair __attribute__((vector_size(16)));
+  const auto bits = stored<Element>(vector);
+  struct Pairs {
+    Pair pairs[sizeof(bits) / sizeof(Pair)];
+  };
+  const Pairs parts = bit_cast<Pairs>(bits);
+  for (size_t k = 0; k < sizeof(bits) / sizeof(Pair); ++k) {
+    __builtin_ia32_movntdq(reinterpret_cast<Pair*>(to) + k, parts.pairs[k]);
+  }
+#else
+  store(to, vector);
 #endif
 }
 
-// Eight elements. What is wanted `ahead` bytes later is fetched: several streams at once, and runs that are
-// short, are more than the hardware's prefetcher follows.
-struct Whole {
-  int64_t ahead;
+STEADYGRAD_INLINE void finish_streams() {
+#if defined(__SSE2__)
+  __builtin_ia32_sfence();
+#endif
+}
 
-  STEADYGRAD_INLINE explicit Whole(int64_t bytes) : ahead(bytes) {}
+// Eight elements.
+struct Whole {
+  bool streams = false;
+
   template <class Element>
   STEADYGRAD_INLINE auto operator()(const Element* from) const {
-    __builtin_prefetch(reinterpret_cast<const char*>(from) + ahead);
     return load(from);
   }
   template <class Element, class V>
   STEADYGRAD_INLINE void put(Element* to, V vector) const {
+    if (streams) return stream(to, vector);
     store(to, vector);
   }
   // What counts of a vector: everything, or what was not seen before.
@@ -122,11 +154,24 @@ struct Whole {
   }
 };
 
+// The first of a cache line. What is wanted `ahead` bytes later is fetched: several streams at once, and runs
+// that are short, are more than the hardware's prefetcher follows.
+struct First : Whole {
+  int64_t ahead;
+
+  STEADYGRAD_INLINE First(int64_t bytes, bool streams) : Whole{streams}, ahead(bytes) {}
+  template <class Element>
+  STEADYGRAD_INLINE auto operator()(const Element* from) const {
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + ahead);
+    return load(from);
+  }
+};
+
 // The last eight elements of a row, of which only the last `count` are new.
 struct Last : Whole {
   int count;
 
-  STEADYGRAD_INLINE explicit Last(int64_t new_ones) : Whole(0), count(static_cast<int>(new_ones)) {}
+  STEADYGRAD_INLINE explicit Last(int64_t new_ones) : count(static_cast<int>(new_ones)) {}
   template <class V>
   STEADYGRAD_INLINE V only(V vector) const {
     return Lanes<V>{0, 1, 2, 3, 4, 5, 6, 7} >= kWidth - count ? vector : V{};
@@ -144,7 +189,7 @@ struct Last : Whole {
 struct Short : Whole {
   int count;
 
-  STEADYGRAD_INLINE explicit Short(int64_t length) : Whole(0), count(static_cast<int>(length)) {}
+  STEADYGRAD_INLINE explicit Short(int64_t length) : count(static_cast<int>(length)) {}
   template <class Element>
   STEADYGRAD_INLINE auto operator()(const Element* from) const {
     Element padded[kWidth] = {};
@@ -163,11 +208,20 @@ struct Short : Whole {
   }
 };
 
-template <class Step>
-STEADYGRAD_INLINE void over_row(int64_t length, int64_t ahead, Step step) {
+template <class Element>
+constexpr int kVectorsPerLine = 64 / (kWidth * static_cast<int>(sizeof(Element)));
+
+template <class Element, class Step>
+STEADYGRAD_INLINE void over_row(int64_t length, int64_t ahead, bool streams, Step step) {
+  constexpr int kVectors = kVectorsPerLine<Element>;
   if (length < kWidth) return step(int64_t{0}, Short(length));
   int64_t i = 0;
-  for (; i + kWidth <= length; i += kWidth) step(i, Whole(ahead));
+  for (; i + kVectors * kWidth <= length; i += kVectors * kWidth) {
+    step(i, First(ahead, streams));
+#pragma GCC unroll 4
+    for (int v = 1; v < kVectors; ++v) step(i + v * kWidth, Whole{streams});
+  }
+  for (; i + kWidth <= length; i += kWidth) step(i, Whole{streams});
   if (i < length) step(length - kWidth, Last(length - i));
 }
 

@@ -21,7 +21,7 @@ __device__ __forceinline__ Partial finish_channel(const Partial* partials, int64
   const int y = threadIdx.x / kFinishWidth;
   Partial sum{};
   if (channel < channels) {
-#pragma unroll 4
+#pragma unroll 2
     for (int64_t split = y; split < splits; split += kFinishDepth) {
       combine(sum, partials[split * channels + channel]);
     }

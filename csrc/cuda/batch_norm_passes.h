@@ -19,7 +19,10 @@ constexpr int kBlocksAtOnce = sizeof(typename Access::Compute) == 8 ? 1 : 2;
 template <bool kColumns>
 constexpr int kKeptBy = kColumns ? kUnit : 1;
 
-// Units of input and gradient in flight. Columns of half precision lack the registers for more.
+// Units in flight, of the input, and of input and gradient. Columns of half precision lack the registers for
+// more.
+template <class Access, bool kColumns>
+constexpr int kInputsAtOnce = kColumns && Access::kAtOnce == 8 ? 6 : Access::kAtOnce;
 template <class Access, bool kColumns>
 constexpr int kGradientsAtOnce = kColumns && Access::kAtOnce == 8 ? 3 : kPairsAtOnce<Access>;
 
@@ -30,6 +33,7 @@ __device__ __forceinline__ ThreadMoments<typename Access::Compute, kKeptBy<kColu
   using T = typename Access::Compute;
   constexpr int kKept = kKeptBy<kColumns>;
   constexpr int kUnitCount = kColumns ? 1 : kUnit;  // elements that a unit adds to a channel
+  constexpr int kAtOnce = kInputsAtOnce<Access, kColumns>;
   const int64_t numel = tiles.numel();
   T first[kKept] = {};
   cursor.seek(0);
@@ -42,19 +46,19 @@ __device__ __forceinline__ ThreadMoments<typename Access::Compute, kKeptBy<kColu
     }
   }
   ThreadMoments<T, kKept> moments(first);
-  for (int begin = 0; begin < cursor.count(); begin += Access::kAtOnce) {
-    unsigned lanes[Access::kAtOnce];
-    typename Access::Unit units[Access::kAtOnce];
+  for (int begin = 0; begin < cursor.count(); begin += kAtOnce) {
+    unsigned lanes[kAtOnce];
+    typename Access::Unit units[kAtOnce];
 #pragma unroll
-    for (int j = 0; j < Access::kAtOnce; ++j) {
+    for (int j = 0; j < kAtOnce; ++j) {
       const Place place = cursor.place(begin + j < cursor.count());
       cursor.advance();
       lanes[j] = place.lanes;
       units[j] = Access::load(input, tiles.dtype, place, numel);
     }
-    moments.fold_before(Access::kAtOnce * kUnitCount);
+    moments.fold_before(kAtOnce * kUnitCount);
 #pragma unroll
-    for (int j = 0; j < Access::kAtOnce; ++j) {
+    for (int j = 0; j < kAtOnce; ++j) {
       if (lanes[j] != 0) keep(begin + j, units[j]);
       T values[kUnit];
       Access::unpack(units[j], values);
