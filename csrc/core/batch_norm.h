@@ -180,8 +180,7 @@ STEADYGRAD_INLINE Normalization<T> normalization(double mean, double var, double
   return {center, static_cast<T>(scale), static_cast<T>(bias - (mean - static_cast<double>(center)) * scale)};
 }
 
-// grad_input = grad * gradient + (x - center) * deviation + constant, where `grad` has passed ReLU's mask. A
-// deviation of zero, as constant statistics have it, leaves x out, also where x is not finite.
+// grad_input = grad * gradient + (x - center) * deviation + constant, where `grad` has passed ReLU's mask.
 template <class T>
 struct InputGradient {
   T center;
@@ -191,9 +190,12 @@ struct InputGradient {
 
   template <class V>
   STEADYGRAD_INLINE V operator()(V grad, V x) const {
-    const V zero = {};
-    const V curve = (x - center) * deviation;
-    return grad * gradient + ((deviation == 0 ? zero : curve) + constant);
+    return grad * gradient + ((x - center) * deviation + constant);
+  }
+  // Of constant statistics: x takes no part, also where it is not finite.
+  template <class V>
+  STEADYGRAD_INLINE V of_constants(V grad) const {
+    return grad * gradient;
   }
 };
 

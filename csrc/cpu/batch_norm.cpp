@@ -65,7 +65,8 @@ class BatchNormPass {
         kernels_(batch_norm_kernels<T>(norm.dtype)),
         coefficients_(norm.shape.channels * blocks_.fold(), kKinds) {}
 
-  void prepare_backward(const BatchNormGradient& grad) {
+  void prepare_backward(const BatchNormGradient& grad, bool constant_statistics) {
+    constant_statistics_ = constant_statistics;
     const bool finds_mask = norm_.relu && grad.mask == nullptr;
     for (int64_t c = 0; c < channels(); ++c) {
       if (finds_mask) {
@@ -85,7 +86,7 @@ class BatchNormPass {
     std::vector<T> shift(count * blocks_.fold() + kSumLanes);
     Sums sums = new_sums(count);
     bool begun = false;
-    blocks_.for_each_rows(block, unit, [&](const Rows& rows, int64_t element, int64_t) {
+    blocks_.for_each_rows(block, unit, [&](const Rows& rows, int64_t, int64_t element, int64_t) {
       const void* const input = at(norm_, norm_.input, element);
       if (!begun) take_shift(rows, input, shift);
       begun = true;
@@ -110,13 +111,14 @@ class BatchNormPass {
     set(kOffset, channel, at.offset);
   }
 
-  void normalize(const BatchNormOutput& out, int64_t block, int64_t unit) {
-    const NormalizationTable<T> table = normalization_table(block);
-    blocks_.for_each_rows(block, unit, [&](const Rows& rows, int64_t element, int64_t byte) {
+  // What ChannelBlocks calls for some rows.
+  auto normalizer(const BatchNormOutput& out) const {
+    return [this, &out](const Rows& rows, int64_t channel, int64_t element, int64_t byte) {
       kernels_.normalize_rows({rows, at(norm_, norm_.input, element), at(norm_, out.residual, element),
-                               at(norm_, out.output, element), at(out.mask, byte), table, norm_.relu,
+                               at(norm_, out.output, element), at(out.mask, byte),
+                               normalization_table(channel), norm_.relu,
                                streams(rows, {norm_.input, out.residual, out.output})});
-    });
+    };
   }
 
   // Partial sums of the gradient and of its products with x - center, in the places of mean and squares.
@@ -124,8 +126,8 @@ class BatchNormPass {
     const int64_t first = blocks_.first_channel(block);
     const int64_t count = blocks_.channels_in(block);
     Sums sums = new_sums(count);
-    for_each_gradient_rows(grad, block, unit, [&](const GradientRows<T>& call) {
-      kernels_.sum_gradient_rows(call, sums.data());
+    blocks_.for_each_rows(block, unit, [&](const Rows& rows, int64_t channel, int64_t element, int64_t byte) {
+      kernels_.sum_gradient_rows(gradient_rows(grad, rows, channel, element, byte), sums.data());
     });
     for (int64_t c = 0; c < count; ++c) {
       partial(unit, first + c) = {sums.first(c), sums.second(c), 0};
@@ -151,9 +153,10 @@ class BatchNormPass {
     set(kConstant, channel, at.constant);
   }
 
-  void input_gradients(const BatchNormGradient& grad, int64_t block, int64_t unit) {
-    for_each_gradient_rows(grad, block, unit,
-                           [&](const GradientRows<T>& call) { kernels_.gradient_rows(call); });
+  auto input_differentiator(const BatchNormGradient& grad) const {
+    return [this, &grad](const Rows& rows, int64_t channel, int64_t element, int64_t byte) {
+      kernels_.gradient_rows(gradient_rows(grad, rows, channel, element, byte));
+    };
   }
 
   double mean(int64_t channel) const { return channel_value(norm_.mean, channel, 0); }
@@ -223,39 +226,37 @@ class BatchNormPass {
     }
   }
 
-  NormalizationTable<T> normalization_table(int64_t block) const {
-    const int64_t first = blocks_.first_channel(block);
-    return {coefficients_.from(kCenter, first), coefficients_.from(kScale, first),
-            coefficients_.from(kOffset, first)};
+  NormalizationTable<T> normalization_table(int64_t channel) const {
+    return {coefficients_.from(kCenter, channel), coefficients_.from(kScale, channel),
+            coefficients_.from(kOffset, channel)};
   }
 
-  template <class Visit>
-  void for_each_gradient_rows(const BatchNormGradient& grad, int64_t block, int64_t unit, Visit visit) {
-    const int64_t first = blocks_.first_channel(block);
+  GradientRows<T> gradient_rows(const BatchNormGradient& grad, const Rows& rows, int64_t channel,
+                                int64_t element, int64_t byte) const {
+    const InputGradientTable<T> gradient{coefficients_.from(kGradient, channel),
+                                         coefficients_.from(kDeviation, channel),
+                                         coefficients_.from(kConstant, channel)};
     const ReluMask relu = !norm_.relu            ? ReluMask::none
                           : grad.mask == nullptr ? ReluMask::recomputed
                                                  : ReluMask::stored;
-    GradientRows<T> call{};
-    call.normalization = normalization_table(block);
-    call.gradient = {coefficients_.from(kGradient, first), coefficients_.from(kDeviation, first),
-                     coefficients_.from(kConstant, first)};
-    call.relu = relu;
-    blocks_.for_each_rows(block, unit, [&](const Rows& rows, int64_t element, int64_t byte) {
-      call.rows = rows;
-      call.streams = streams(rows, {norm_.input, grad.grad_output, grad.grad_input, grad.grad_residual});
-      call.input = at(norm_, norm_.input, element);
-      call.grad_output = at(norm_, grad.grad_output, element);
-      call.mask = at(grad.mask, byte);
-      call.grad_input = at(norm_, grad.grad_input, element);
-      call.grad_residual = at(norm_, grad.grad_residual, element);
-      visit(call);
-    });
+    return {rows,
+            at(norm_, norm_.input, element),
+            at(norm_, grad.grad_output, element),
+            at(grad.mask, byte),
+            at(norm_, grad.grad_input, element),
+            at(norm_, grad.grad_residual, element),
+            normalization_table(channel),
+            gradient,
+            relu,
+            constant_statistics_,
+            streams(rows, {norm_.input, grad.grad_output, grad.grad_input, grad.grad_residual})};
   }
 
   const BatchNorm& norm_;
   const ChannelBlocks blocks_;
   const BatchNormKernels<T>& kernels_;
   Coefficients<T> coefficients_;
+  bool constant_statistics_ = false;
   std::vector<Moments> partials_;
 };
 
@@ -267,9 +268,9 @@ int64_t count_batch(const RunningStatistics& running) {
 
 // The gradients' sums, which `finish` gets with their channel, then whatever depends on the input.
 template <class T, class Finish>
-void backward(const BatchNorm& norm, const BatchNormGradient& grad, Finish finish) {
+void backward(const BatchNorm& norm, const BatchNormGradient& grad, bool constant_statistics, Finish finish) {
   BatchNormPass<T> pass(norm, 2);
-  pass.prepare_backward(grad);
+  pass.prepare_backward(grad, constant_statistics);
   pass.keep_partials();
   pass.blocks().sum_then_visit([&](int64_t block, int64_t unit) { pass.sum_gradient(grad, block, unit); },
                                [&](int64_t first, int64_t last) {
@@ -282,8 +283,22 @@ void backward(const BatchNorm& norm, const BatchNormGradient& grad, Finish finis
                                },
                                [&](int64_t block, int64_t unit) {
                                  if (grad.grad_input == nullptr && grad.grad_residual == nullptr) return;
-                                 pass.input_gradients(grad, block, unit);
+                                 pass.blocks().for_each_rows(block, unit, pass.input_differentiator(grad));
                                });
+}
+
+// Without sums the statistics are constants.
+void differentiate_input(const BatchNorm& norm, const BatchNormGradient& grad, const double* sums,
+                         double count) {
+  with_compute_type(norm.dtype, [&](auto element) {
+    BatchNormPass<decltype(element)> pass(norm, 1);
+    pass.prepare_backward(grad, sums == nullptr);
+    for (int64_t c = 0; c < pass.channels(); ++c) {
+      pass.set_input_gradient(c, sums == nullptr ? 0 : sums[c] / count,
+                              sums == nullptr ? 0 : sums[pass.channels() + c] / count);
+    }
+    pass.blocks().for_all_rows(pass.input_differentiator(grad));
+  });
 }
 
 }  // namespace
@@ -313,7 +328,8 @@ void batch_norm_forward(const BatchNorm& norm, const BatchNormOutput& out, doubl
                                    }
                                  },
                                  [&](int64_t block, int64_t unit) {
-                                   if (out.output != nullptr) pass.normalize(out, block, unit);
+                                   if (out.output != nullptr)
+                                     pass.blocks().for_each_rows(block, unit, pass.normalizer(out));
                                  });
   });
 }
@@ -327,7 +343,7 @@ void batch_norm_normalize(const BatchNorm& norm, const BatchNormOutput& out) {
   with_compute_type(norm.dtype, [&](auto element) {
     BatchNormPass<decltype(element)> pass(norm, 1);
     for (int64_t c = 0; c < pass.channels(); ++c) pass.set_normalization(c, pass.mean(c), pass.var(c));
-    pass.blocks().visit_all([&](int64_t block, int64_t unit) { pass.normalize(out, block, unit); });
+    pass.blocks().for_all_rows(pass.normalizer(out));
   });
 }
 
@@ -337,11 +353,11 @@ void batch_norm_combine(const double* parts, int64_t count, int64_t channels, do
   double elements = 0;
   for (int64_t i = 0; i < count; ++i) elements += parts[i * size + 2 * channels];
   statistics[2 * channels] = elements;
+  const double factor = running_factor(running, count_batch(running));
   if (elements == 0) {
     std::fill_n(statistics, 2 * channels, 0.0);
     return;
   }
-  const double factor = running_factor(running, count_batch(running));
   for (int64_t c = 0; c < channels; ++c) {
     const Moments moments = combined_moments(count, [&](int64_t i) {
       const double* const part = parts + i * size;
@@ -357,18 +373,15 @@ void batch_norm_backward(const BatchNorm& norm, const BatchNormGradient& grad, b
   if (is_empty(norm.shape)) return;
   const bool needs_sums =
       !constant_statistics || grad.grad_weight.data != nullptr || grad.grad_bias.data != nullptr;
-  if (!needs_sums) {
-    const std::vector<double> zeros(2 * norm.shape.channels);
-    const double one = 1;
-    return batch_norm_backward_input(norm, grad, zeros.data(), &one);
-  }
-  const double per_element = constant_statistics ? 0 : 1 / static_cast<double>(norm.shape.count());
+  if (!needs_sums) return differentiate_input(norm, grad, nullptr, 0);
+  const auto count = static_cast<double>(norm.shape.count());
   with_compute_type(norm.dtype, [&](auto element) {
-    backward<decltype(element)>(norm, grad, [&](auto& pass, int64_t c, double sum, double product) {
-      set_channel_value(grad.grad_bias, c, sum);
-      set_channel_value(grad.grad_weight, c, product * inverse_deviation(pass.var(c), norm.eps));
-      pass.set_input_gradient(c, sum * per_element, product * per_element);
-    });
+    backward<decltype(element)>(
+        norm, grad, constant_statistics, [&](auto& pass, int64_t c, double sum, double product) {
+          set_channel_value(grad.grad_bias, c, sum);
+          set_channel_value(grad.grad_weight, c, product * inverse_deviation(pass.var(c), norm.eps));
+          pass.set_input_gradient(c, sum / count, product / count);
+        });
   });
 }
 
@@ -379,7 +392,7 @@ void batch_norm_backward_sums(const BatchNorm& norm, const BatchNormGradient& gr
     return;
   }
   with_compute_type(norm.dtype, [&](auto element) {
-    backward<decltype(element)>(norm, grad, [&](auto&, int64_t c, double sum, double product) {
+    backward<decltype(element)>(norm, grad, false, [&](auto&, int64_t c, double sum, double product) {
       sums[c] = sum;
       sums[channels + c] = product;
     });
@@ -389,14 +402,7 @@ void batch_norm_backward_sums(const BatchNorm& norm, const BatchNormGradient& gr
 void batch_norm_backward_input(const BatchNorm& norm, const BatchNormGradient& grad, const double* sums,
                                const double* count) {
   if (is_empty(norm.shape)) return;
-  with_compute_type(norm.dtype, [&](auto element) {
-    BatchNormPass<decltype(element)> pass(norm, 1);
-    pass.prepare_backward(grad);
-    for (int64_t c = 0; c < pass.channels(); ++c) {
-      pass.set_input_gradient(c, sums[c] / *count, sums[pass.channels() + c] / *count);
-    }
-    pass.blocks().visit_all([&](int64_t block, int64_t unit) { pass.input_gradients(grad, block, unit); });
-  });
+  differentiate_input(norm, grad, sums, *count);
 }
 
 }  // namespace steadygrad::cpu

@@ -49,9 +49,8 @@ STEADYGRAD_INLINE void normalize(const NormalizeRows<Compute<Element>>& call) {
   const int64_t length = call.rows.length;
   const int64_t ahead = call.rows.ahead;
   const bool streams = call.streams;
-  const Vector<T> zero = {};
   // Nothing is below NaN: without ReLU every element passes.
-  const Vector<T> lowest = zero + (call.relu ? T(0) : static_cast<T>(NAN));
+  const Vector<T> lowest = Vector<T>{} + (call.relu ? T(0) : static_cast<T>(NAN));
   for (int64_t row = 0; row < call.rows.rows; ++row) {
     const Row<T, kRowIsChannel> channels(row);
     // Before the row, for the compiler cannot know that its stores leave the tables alone.
@@ -59,9 +58,9 @@ STEADYGRAD_INLINE void normalize(const NormalizeRows<Compute<Element>>& call) {
     over_row<Element>(length, ahead, streams, [&](int64_t i, auto part) __attribute__((always_inline)) {
       Vector<T> y = (kRowIsChannel ? of_row : channels(table, i))(part(input + i));
       if constexpr (kResidual) y += part(residual + i);
-      const auto stopped = y <= lowest;
+      const Lanes<Vector<T>> stopped = compared(y, lowest, AtMost());
       if constexpr (kMask) part.put_bits(mask, i, ~byte_of(stopped));
-      part.put(output + i, stopped ? zero : y);
+      part.put(output + i, where(~stopped, y));
     });
     input += length;
     output += length;
@@ -86,9 +85,8 @@ void normalize_rows(const NormalizeRows<Compute<Element>>& call) {
 template <ReluMask kRelu, class V, class Part>
 STEADYGRAD_INLINE V masked(V grad, V x, const uint8_t* mask, const Normalization<V>& normalization, Part part,
                            int64_t i) {
-  const V zero = {};
-  if constexpr (kRelu == ReluMask::stored) return lanes_of<V>(part.bits(mask, i)) ? grad : zero;
-  if constexpr (kRelu == ReluMask::recomputed) return normalization(x) <= zero ? zero : grad;
+  if constexpr (kRelu == ReluMask::stored) return where(lanes_of<V>(part.bits(mask, i)), grad);
+  if constexpr (kRelu == ReluMask::recomputed) return where(~compared(normalization(x), V{}, AtMost()), grad);
   return grad;
 }
 
@@ -117,8 +115,8 @@ STEADYGRAD_INLINE void gradient(const GradientRows<Compute<Element>>& call) {
         if (grad_residual != nullptr) part.put(grad_residual + i, grad);
       }
       if (grad_input == nullptr) return;
-      part.put(grad_input + i,
-               (kRowIsChannel ? gradient_of_row : channels(table.center, gradients, i))(grad, x));
+      const auto at = kRowIsChannel ? gradient_of_row : channels(table.center, gradients, i);
+      part.put(grad_input + i, call.constant_statistics ? at.of_constants(grad) : at(grad, x));
     });
     input += length;
     grad_output += length;

@@ -62,6 +62,7 @@ struct GradientRows {
   NormalizationTable<T> normalization;
   InputGradientTable<T> gradient;
   ReluMask relu;
+  bool constant_statistics;
   bool streams;
 };
 

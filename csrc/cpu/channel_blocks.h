@@ -56,7 +56,8 @@ class ChannelBlocks {
     return (outer_end(unit) - outer_begin(unit)) * shape_.inner;
   }
 
-  // Calls visit(rows, first element, first byte of the mask) for all rows of a unit of a block.
+  // Calls visit(rows, first channel, first element, first byte of the mask) for all rows of a unit of a
+  // block.
   template <class Visit>
   void for_each_rows(int64_t block, int64_t unit, Visit visit) const {
     const int64_t begin = outer_begin(unit);
@@ -67,16 +68,18 @@ class ChannelBlocks {
       const int64_t left = (end - begin) % fold_;
       const int64_t columns = shape_.channels * fold_;
       if (folded > 0)
-        visit(Rows{folded, columns, false, ahead_, columns}, begin * shape_.channels, begin * bytes);
+        visit(Rows{folded, columns, false, ahead_, columns}, int64_t{0}, begin * shape_.channels,
+              begin * bytes);
       if (left > 0)
-        visit(Rows{left, shape_.channels, false, ahead_, columns}, (end - left) * shape_.channels,
+        visit(Rows{left, shape_.channels, false, ahead_, columns}, int64_t{0}, (end - left) * shape_.channels,
               (end - left) * bytes);
       return;
     }
     const Rows rows{channels_in(block), inner_end(unit) - inner_begin(unit), true, ahead_, 0};
     for (int64_t n = begin; n < end; ++n) {
       const int64_t row = n * shape_.channels + first_channel(block);
-      visit(rows, row * shape_.inner + inner_begin(unit), row * bytes + inner_begin(unit) / 8);
+      visit(rows, first_channel(block), row * shape_.inner + inner_begin(unit),
+            row * bytes + inner_begin(unit) / 8);
     }
   }
 
@@ -107,16 +110,30 @@ class ChannelBlocks {
     });
   }
 
-  // Without sums: neighbours in memory follow each other.
+  // As for_each_rows(), for everything, in the order of memory where planes are short enough for it.
   template <class Visit>
-  void visit_all(Visit visit) const {
-    for_each_share(blocks_ * units_, shape_.count() * shape_.channels, [&](int64_t first, int64_t last) {
-      for (int64_t task = first; task < last; ++task) visit(task % blocks_, task / blocks_);
+  void for_all_rows(Visit visit) const {
+    const int64_t elements = shape_.count() * shape_.channels;
+    if (shape_.inner == 1 || pieces_ > 1) {
+      for_each_share(blocks_ * units_, elements, [&](int64_t first, int64_t last) {
+        for (int64_t task = first; task < last; ++task) for_each_rows(task / units_, task % units_, visit);
+      });
+      return;
+    }
+    for_each_share(shape_.outer * shape_.channels, elements, [&](int64_t first, int64_t last) {
+      while (first < last) {
+        const int64_t channel = first % shape_.channels;
+        const int64_t rows = std::min(last - first, shape_.channels - channel);
+        visit(Rows{rows, shape_.inner, true, kAhead, 0}, channel, first * shape_.inner,
+              first * shape_.mask_row_bytes());
+        first += rows;
+      }
     });
   }
 
  private:
-  static constexpr int64_t kUnit = 1 << 15;  // elements of a channel, or of rows of channels
+  static constexpr int64_t kUnit = 1 << 15;   // elements of a channel, or of rows of channels
+  static constexpr int64_t kAhead = 1 << 12;  // bytes
   static constexpr int64_t kRows = 64;
   static constexpr int64_t kFolded = 64;             // channels
   static constexpr int64_t kFar = 1 << 15;           // bytes
@@ -133,7 +150,7 @@ class ChannelBlocks {
   int64_t outer_ = 1;
   int64_t channels_ = 1;
   int64_t pieces_ = 1;
-  int64_t ahead_ = 4096;
+  int64_t ahead_ = kAhead;
   int64_t units_ = 0;
   int64_t blocks_ = 0;
 };

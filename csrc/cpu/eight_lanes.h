@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "core/dtype.h"
 #include "core/host_device.h"
@@ -36,7 +37,7 @@ using Vector = typename VectorOf<T>::type;
 
 // What a comparison gives.
 template <class V>
-using Lanes = std::conditional_t<std::is_same_v<V, DoubleVector>, LongVector, IntVector>;
+using Lanes = std::conditional_t<sizeof(V) == sizeof(LongVector), LongVector, IntVector>;
 
 template <class Element>
 struct ComputedIn {
@@ -48,6 +49,58 @@ struct ComputedIn<double> {
 };
 template <class Element>
 using Compute = typename ComputedIn<Element>::type;
+
+// The widest register. The compiler takes wider vectors apart for arithmetic, but compares them, and chooses
+// by the outcome, one element at a time: so comparisons are made by registers, and choices by bits.
+#if defined(__AVX512F__)
+constexpr size_t kRegister = 64;
+#elif defined(__AVX2__)
+constexpr size_t kRegister = 32;
+#else
+constexpr size_t kRegister = 16;
+#endif
+
+template <class V>
+using Scalar = std::remove_reference_t<decltype(std::declval<V&>()[0])>;
+
+template <class V, class Compare>
+STEADYGRAD_INLINE Lanes<V> compared(V a, V b, Compare compare) {
+  if constexpr (sizeof(V) <= kRegister) {
+    return compare(a, b);
+  } else {
+    typedef Scalar<V> Register __attribute__((vector_size(kRegister)));
+    typedef Scalar<Lanes<V>> Outcome __attribute__((vector_size(kRegister)));
+    constexpr size_t kParts = sizeof(V) / kRegister;
+    Register parts_of_a[kParts];
+    Register parts_of_b[kParts];
+    Outcome outcomes[kParts];
+    memcpy(parts_of_a, &a, sizeof(V));
+    memcpy(parts_of_b, &b, sizeof(V));
+    for (size_t k = 0; k < kParts; ++k) outcomes[k] = compare(parts_of_a[k], parts_of_b[k]);
+    Lanes<V> lanes;
+    memcpy(&lanes, outcomes, sizeof(V));
+    return lanes;
+  }
+}
+
+struct AtMost {
+  template <class V>
+  STEADYGRAD_INLINE auto operator()(V a, V b) const {
+    return a <= b;
+  }
+};
+struct Equal {
+  template <class V>
+  STEADYGRAD_INLINE auto operator()(V a, V b) const {
+    return a == b;
+  }
+};
+
+// The vector where the lanes are set, and zero elsewhere.
+template <class V>
+STEADYGRAD_INLINE V where(Lanes<V> lanes, V vector) {
+  return bit_cast<V>(bit_cast<Lanes<V>>(vector) & lanes);
+}
 
 template <class V, class E>
 STEADYGRAD_INLINE V load_bits(const E* from) {
@@ -83,9 +136,10 @@ template <class Element, class V>
 STEADYGRAD_INLINE auto stored(V vector) {
   if constexpr (std::is_same_v<Element, BFloat16>) {
     const UintVector bits = bit_cast<UintVector>(vector);
-    const UintVector nan = UintVector{} + 0x7fc0u;
     const UintVector rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return __builtin_convertvector(vector != vector ? nan : rounded, ShortVector);
+    const auto number = bit_cast<UintVector>(compared(vector, vector, Equal()));
+    const UintVector nan = UintVector{} + 0x7fc0u;
+    return __builtin_convertvector((rounded & number) | (nan & ~number), ShortVector);
   } else if constexpr (std::is_same_v<Element, Float16>) {
 #if defined(__F16C__)
     return bit_cast<ShortVector>(__builtin_ia32_vcvtps2ph256(vector, 0));
@@ -128,6 +182,14 @@ STEADYGRAD_INLINE void finish_streams() {
 #if defined(__SSE2__)
   __builtin_ia32_sfence();
 #endif
+}
+
+// The first, or the last, `count` lanes.
+template <class V>
+STEADYGRAD_INLINE Lanes<V> lanes_up_to(int count, bool first) {
+  static constexpr Scalar<Lanes<V>> kLanes[3 * kWidth] = {0,  0,  0,  0,  0, 0, 0, 0, -1, -1, -1, -1,
+                                                          -1, -1, -1, -1, 0, 0, 0, 0, 0,  0,  0,  0};
+  return load_bits<Lanes<V>>(kLanes + (first ? 2 * kWidth - count : count));
 }
 
 // Eight elements.
@@ -174,7 +236,7 @@ struct Last : Whole {
   STEADYGRAD_INLINE explicit Last(int64_t new_ones) : count(static_cast<int>(new_ones)) {}
   template <class V>
   STEADYGRAD_INLINE V only(V vector) const {
-    return Lanes<V>{0, 1, 2, 3, 4, 5, 6, 7} >= kWidth - count ? vector : V{};
+    return where(lanes_up_to<V>(count, false), vector);
   }
   STEADYGRAD_INLINE unsigned bits(const uint8_t* mask, int64_t i) const {
     const uint8_t* const byte = mask + i / kWidth;
@@ -204,7 +266,7 @@ struct Short : Whole {
   }
   template <class V>
   STEADYGRAD_INLINE V only(V vector) const {
-    return Lanes<V>{0, 1, 2, 3, 4, 5, 6, 7} < count ? vector : V{};
+    return where(lanes_up_to<V>(count, true), vector);
   }
 };
 
@@ -228,9 +290,17 @@ STEADYGRAD_INLINE void over_row(int64_t length, int64_t ahead, bool streams, Ste
 // Bit k of the byte tells of lane k.
 template <class Mask>
 STEADYGRAD_INLINE unsigned byte_of(Mask lanes) {
-#if defined(__AVX__)
+#if defined(__SSE2__)
   if constexpr (std::is_same_v<Mask, IntVector>) {
+#if defined(__AVX__)
     return static_cast<unsigned>(__builtin_ia32_movmskps256(bit_cast<FloatVector>(lanes)));
+#else
+    typedef float Four __attribute__((vector_size(16)));
+    Four halves[2];
+    memcpy(halves, &lanes, sizeof(lanes));
+    return static_cast<unsigned>(__builtin_ia32_movmskps(halves[0]) | __builtin_ia32_movmskps(halves[1])
+                                                                          << 4);
+#endif
   }
 #endif
   unsigned byte = 0;
@@ -241,7 +311,7 @@ STEADYGRAD_INLINE unsigned byte_of(Mask lanes) {
 template <class V>
 STEADYGRAD_INLINE Lanes<V> lanes_of(unsigned byte) {
   const Lanes<V> bits = {1, 2, 4, 8, 16, 32, 64, 128};
-  return ((Lanes<V>{} + static_cast<int>(byte)) & bits) != 0;
+  return compared((Lanes<V>{} + static_cast<int>(byte)) & bits, bits, Equal());
 }
 
 }  // namespace steadygrad::cpu::STEADYGRAD_INSTRUCTION_SET

@@ -187,14 +187,12 @@ STEADYGRAD_UNCHECKED void Block::wait() {
 }
 
 STEADYGRAD_UNCHECKED void Block::yield() {
-  if (ready_count_ == 0) {
-    // All of the block waits for other blocks: they may have failed, and may need this processor.
-    if (grid_->has_failed()) {
-      dead_ = true;
-      switch_to(nullptr);
-    }
-    std::this_thread::yield();
+  // It may wait for another block, which may have failed.
+  if (grid_->cooperative && grid_->has_failed()) {
+    dead_ = true;
+    switch_to(nullptr);
   }
+  if (ready_count_ == 0) std::this_thread::yield();
   if (grid_->order == Order::reverse) {
     // To the end whose turn comes last, or it would get every turn itself.
     current_->state = State::ready;

@@ -1,5 +1,5 @@
 // sanitize [TEXT]: runs all cases, or those whose name contains TEXT, on both backends and compares the
-// results bit for bit.
+// results: bit for bit, but for batch norm.
 #include <cstdio>
 
 #include "cpu/parallel.h"
@@ -24,6 +24,7 @@ int main(int count, char** arguments) {
   sanitize::check_clips(report);
   sanitize::check_penalties(report);
   sanitize::check_steps(report);
+  sanitize::check_batch_norms(report);
   for (const std::string& failure : report.failures()) std::fprintf(stderr, "%s\n", failure.c_str());
   std::printf("%lld cases, %zu with differences; instruction set %s; %lld teams of %d threads\n",
               static_cast<long long>(report.cases()), report.failures().size(), cpu::instruction_set(),

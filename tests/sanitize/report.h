@@ -51,5 +51,6 @@ void check_norms(Report& report);
 void check_clips(Report& report);
 void check_penalties(Report& report);
 void check_steps(Report& report);
+void check_batch_norms(Report& report);
 
 }  // namespace steadygrad::sanitize

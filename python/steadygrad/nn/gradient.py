@@ -58,13 +58,27 @@ def new_mask(input: Tensor) -> Tensor:
 
 def unpacked(mask: Tensor, input: Tensor) -> Tensor:
     """The bits of a mask as a bool tensor of the input's shape."""
-    rows, length, of_position = mask_rows(input)
-    places = torch.arange(8, dtype=torch.uint8, device=mask.device)
-    bits = (mask.view(rows, -1, 1) >> places & 1).flatten(1)[:, :length].bool()
-    if not of_position:
-        return bits.reshape(input.shape)
-    batch, channels, *spatial = input.shape
-    return bits.reshape(batch, *spatial, channels).movedim(-1, 1)
+    passed = torch.empty_like(input)
+    zeros = torch.zeros(input.shape[1], dtype=input.dtype, device=input.device)
+    # A kernel reads its own masks; of a residual's gradient nothing else decides.
+    _kernels.batch_norm_backward(
+        torch.ones_like(input),
+        input,
+        mask,
+        None,
+        None,
+        None,
+        zeros,
+        zeros,
+        1.0,
+        True,
+        None,
+        passed,
+        None,
+        None,
+        allocator(input.device),
+    )
+    return passed != 0
 
 
 def forward(
@@ -163,7 +177,7 @@ def backward(
 def differentiable_backward(
     grad_output: Tensor,
     input: Tensor,
-    mask: Tensor | None,
+    passed: Tensor | None,
     weight: Tensor | None,
     bias_dtype: torch.dtype | None,
     statistics: Tensor | None,
@@ -174,16 +188,17 @@ def differentiable_backward(
 ) -> Gradients:
     r"""The same gradients as a formula of torch operations, for derivatives of any order.
 
-    With :math:`g` the gradient that passed ReLU, :math:`\hat x = (x - \mu) / \sigma` and :math:`\langle\rangle` the
-    mean over a channel: :math:`\nabla x = w / \sigma \, (g - \langle g \rangle - \hat x \langle g \hat x \rangle)`,
-    where the last two terms are absent if the statistics are constants.
+    With :math:`g` the gradient where ``passed`` is not 0, :math:`\hat x = (x - \mu) / \sigma` and
+    :math:`\langle\rangle` the mean over a channel:
+    :math:`\nabla x = w / \sigma \, (g - \langle g \rangle - \hat x \langle g \hat x \rangle)`, where the last two
+    terms are absent if the statistics are constants.
     """
     wide = torch.float64 if input.dtype == torch.float64 else torch.float32
     reduced = [0, *range(2, input.dim())]
     shape = (1, -1) + (1,) * (input.dim() - 2)
     grad = grad_output.to(wide)
-    if mask is not None:
-        grad = grad.masked_fill(unpacked(mask, input).logical_not(), 0)
+    if passed is not None:
+        grad = grad.masked_fill(passed == 0, 0)
     if statistics is not None:
         # Constants have no gradient: the mean is subtracted once in advance, so that nothing cancels.
         channels = input.shape[1]
@@ -259,11 +274,12 @@ class BatchNorm(torch.autograd.Function):
         constants = (statistics, running_mean, running_var)
         needed = ctx.needs_input_grad
         if torch.is_grad_enabled() or not _has_memory(grad_output):
-            if relu and mask is None:
+            let_through = None
+            if relu:
                 with torch.no_grad():
-                    mask = _mask_again(input, weight, bias, *constants, eps)
+                    let_through = _let_through(input, mask, weight, bias, *constants, eps)
             grads = differentiable_backward(
-                grad_output, input, mask, weight, bias_dtype, *constants, eps, needed
+                grad_output, input, let_through, weight, bias_dtype, *constants, eps, needed
             )
         else:
             grads = backward(
@@ -286,8 +302,9 @@ def _has_memory(tensor: Tensor) -> bool:
     return True
 
 
-def _mask_again(
+def _let_through(
     input: Tensor,
+    mask: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     statistics: Tensor | None,
@@ -295,10 +312,12 @@ def _mask_again(
     running_var: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """The mask of ReLU by the kernel's own arithmetic, so that no element changes sides."""
-    mask = new_mask(input)
-    output = torch.empty_like(input)
-    _kernels.batch_norm_normalize(
-        input, None, weight, bias, statistics, running_mean, running_var, eps, True, output, mask
-    )
-    return mask
+    """Where ReLU let the gradient through, by the kernels' own arithmetic, so that no element changes sides."""
+    if mask is None:
+        mask = new_mask(input)
+        output = torch.empty_like(input)
+        constants = (statistics, running_mean, running_var)
+        _kernels.batch_norm_normalize(
+            input, None, weight, bias, *constants, eps, True, output, mask
+        )
+    return unpacked(mask, input)

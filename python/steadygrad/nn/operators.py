@@ -275,19 +275,16 @@ def _gradients(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
     needed = list(ctx.needs_input_grad[:4])
     if torch.is_grad_enabled():
         input = dense(input)
-        if relu and mask is None:
-            mean, var = running_mean, running_var
-            if statistics is not None:
-                mean, var = statistics[:-1].chunk(2)
+        passed = None
+        if relu:
+            constants = (statistics, running_mean, running_var)
             with torch.no_grad():
-                _, mask = batch_norm_inference(
-                    input, None, weight, bias, mean, var, eps, True, True
-                )
+                passed = _let_through(input, mask, weight, bias, constants, eps)
         return list(
             differentiable_backward(
                 grad_output,
                 input,
-                mask,
+                passed,
                 weight,
                 bias_dtype,
                 statistics,
@@ -315,6 +312,28 @@ def _gradients(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
     if needed[1] and not relu:
         found[1] = grad_output
     return found
+
+
+def _let_through(
+    input: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    constants: tuple[Tensor | None, Tensor | None, Tensor | None],
+    eps: float,
+) -> Tensor:
+    """What ReLU makes of a gradient of ones."""
+    statistics, mean, var = constants
+    if mask is None:
+        if statistics is not None:
+            mean, var = statistics[:-1].chunk(2)
+        assert mean is not None and var is not None
+        _, mask = batch_norm_inference(input, None, weight, bias, mean, var, eps, True, True)
+    needed = [False, True, False, False]
+    passed: Tensor = batch_norm_backward(
+        torch.ones_like(input), input, mask, weight, bias, None, *constants, eps, True, needed
+    )[1]
+    return passed
 
 
 def _save_training(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
