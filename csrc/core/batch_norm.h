@@ -18,9 +18,9 @@ struct BatchNormShape {
 
   STEADYGRAD_INLINE int64_t count() const { return outer * inner; }  // elements of a channel
 
-  // A mask has one bit an element, set where ReLU lets the gradient through: bit i % 8 of byte i / 8 of a
-  // row, lowest first. Rows are the runs of one channel, or with inner == 1 the channels of one position;
-  // each starts on a byte.
+  // A mask has one bit an element, set where ReLU lets the gradient through, in an order of the backend's
+  // own. Its size is that of rows which each start on a byte: the runs of one channel, or with inner == 1 the
+  // channels of one position.
   STEADYGRAD_INLINE int64_t mask_rows() const { return inner == 1 ? outer : outer * channels; }
   STEADYGRAD_INLINE int64_t mask_row_bytes() const { return ((inner == 1 ? channels : inner) + 7) / 8; }
 };

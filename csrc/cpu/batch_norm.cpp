@@ -2,6 +2,7 @@
 // fit a thread's cache are read from memory once.
 #include "cpu/batch_norm.h"
 
+#include <cstring>
 #include <unistd.h>
 #include <vector>
 
@@ -182,8 +183,9 @@ class BatchNormPass {
         return sum;
       }
       const double* const lanes = &sums_[(2 * channel + which) * kSumLanes];
-      return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) +
-             ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+      double sum = 0;
+      for (int k = 0; k < kSumLanes; ++k) sum += lanes[k];
+      return sum;
     }
     int64_t lanes_;
     int64_t channels_;
@@ -301,6 +303,11 @@ void differentiate_input(const BatchNorm& norm, const BatchNormGradient& grad, c
   });
 }
 
+// Folded rows leave bytes of a mask over: equal calls are to give equal masks.
+void clear_mask(const BatchNorm& norm, const BatchNormOutput& out) {
+  if (out.mask != nullptr) std::memset(out.mask, 0, norm.shape.mask_rows() * norm.shape.mask_row_bytes());
+}
+
 }  // namespace
 
 void batch_norm_forward(const BatchNorm& norm, const BatchNormOutput& out, double* statistics,
@@ -343,6 +350,7 @@ void batch_norm_normalize(const BatchNorm& norm, const BatchNormOutput& out) {
   with_compute_type(norm.dtype, [&](auto element) {
     BatchNormPass<decltype(element)> pass(norm, 1);
     for (int64_t c = 0; c < pass.channels(); ++c) pass.set_normalization(c, pass.mean(c), pass.var(c));
+    if (pass.blocks().fold() > 1) clear_mask(norm, out);
     pass.blocks().for_all_rows(pass.normalizer(out));
   });
 }

@@ -2,14 +2,14 @@
 // has internal linkage or is always inlined.
 #include "cpu/batch_norm_kernels.h"
 
-#include "cpu/eight_lanes.h"
+#include "cpu/element_vectors.h"
 
 namespace steadygrad::cpu::STEADYGRAD_INSTRUCTION_SET {
 namespace {
 
-static_assert(kWidth == kSumLanes, "a lane of the sums for each element");
+static_assert(kWidth <= kSumLanes, "a lane of the sums for each element");
 
-// Coefficients of eight neighbours: of one channel for a whole row, or of a channel each.
+// Coefficients of neighbours: of one channel for a whole row, or of a channel each.
 template <class T, bool kRowIsChannel>
 class Row {
  public:
@@ -59,7 +59,7 @@ STEADYGRAD_INLINE void normalize(const NormalizeRows<Compute<Element>>& call) {
       Vector<T> y = (kRowIsChannel ? of_row : channels(table, i))(part(input + i));
       if constexpr (kResidual) y += part(residual + i);
       const Lanes<Vector<T>> stopped = compared(y, lowest, AtMost());
-      if constexpr (kMask) part.put_bits(mask, i, ~byte_of(stopped));
+      if constexpr (kMask) part.put_bits(mask, i, ~bits_of(stopped));
       part.put(output + i, where(~stopped, y));
     });
     input += length;
@@ -103,6 +103,7 @@ STEADYGRAD_INLINE void gradient(const GradientRows<Compute<Element>>& call) {
   const int64_t length = call.rows.length;
   const int64_t ahead = call.rows.ahead;
   const bool streams = call.streams;
+  const bool constant_statistics = call.constant_statistics;
   for (int64_t row = 0; row < call.rows.rows; ++row) {
     const Row<T, kRowIsChannel> channels(row);
     const Normalization<Vector<T>> of_row = channels(table, 0);
@@ -115,8 +116,13 @@ STEADYGRAD_INLINE void gradient(const GradientRows<Compute<Element>>& call) {
         if (grad_residual != nullptr) part.put(grad_residual + i, grad);
       }
       if (grad_input == nullptr) return;
-      const auto at = kRowIsChannel ? gradient_of_row : channels(table.center, gradients, i);
-      part.put(grad_input + i, call.constant_statistics ? at.of_constants(grad) : at(grad, x));
+      if (constant_statistics) {
+        part.put(grad_input + i,
+                 (kRowIsChannel ? gradient_of_row : channels(table.center, gradients, i)).of_constants(grad));
+      } else {
+        part.put(grad_input + i,
+                 (kRowIsChannel ? gradient_of_row : channels(table.center, gradients, i))(grad, x));
+      }
     });
     input += length;
     grad_output += length;
@@ -148,7 +154,7 @@ void gradient_rows(const GradientRows<Compute<Element>>& call) {
   if (call.streams) finish_streams();
 }
 
-// What eight elements add to two sums.
+// What a vector of elements adds to two sums.
 template <class V>
 struct Terms {
   V first;
@@ -182,8 +188,8 @@ STEADYGRAD_INLINE void sum_channels(const Rows& rows, double* sums, At terms) {
   constexpr int64_t kFour = 4 * kWidth;
   constexpr int kVectors = kVectorsPerLine<Element>;
   const First first(rows.ahead, false);
-  for (int64_t row = 0; row < rows.rows; ++row, sums += 2 * kWidth) {
-    Sums channel{load(sums), load(sums + kWidth)};
+  for (int64_t row = 0; row < rows.rows; ++row, sums += 2 * kSumLanes) {
+    Sums channel{load(sums), load(sums + kSumLanes)};
     int64_t i = 0;
     for (; i + kFour <= rows.length; i += kFour) {
       channel.add(four([&](int v) __attribute__((always_inline)) {
@@ -197,7 +203,7 @@ STEADYGRAD_INLINE void sum_channels(const Rows& rows, double* sums, At terms) {
       channel.add(terms(row, rows.length - kWidth, Last(rows.length - i)));
     }
     store(sums, channel.first);
-    store(sums + kWidth, channel.second);
+    store(sums + kSumLanes, channel.second);
   }
 }
 

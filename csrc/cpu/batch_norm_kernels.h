@@ -9,7 +9,7 @@
 namespace steadygrad::cpu {
 
 // Sums of a channel's run are kept in this many lanes.
-constexpr int kSumLanes = 8;
+constexpr int kSumLanes = 16;
 
 // Channel coefficients, computed in T. Loops read whole vectors of them: each array has room for kSumLanes
 // more than it needs.

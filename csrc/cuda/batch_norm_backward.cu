@@ -75,9 +75,10 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksAtOnce<Access>)
   const int64_t group = block % tiles.groups;
   const Passage passage = passage_of(norm, grad);
   const double* const sums = arguments.sums;
+  const bool constant = sums == nullptr;
   const double count = arguments.count_there != nullptr ? *arguments.count_there : arguments.count;
   share_channels(tiles, group, shared_gradients, [&](int64_t channel) {
-    if (sums == nullptr) return channel_gradient<T>(norm, channel, 0, 0);
+    if (constant) return channel_gradient<T>(norm, channel, 0, 0);
     return channel_gradient<T>(norm, channel, sums[channel] / count,
                                sums[tiles.shape.channels + channel] / count);
   });
@@ -115,7 +116,10 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksAtOnce<Access>)
       if (grad.grad_residual != nullptr) Access::store(grad.grad_residual, tiles.dtype, places[j], values);
       if (grad.grad_input == nullptr) continue;
 #pragma unroll
-      for (int k = 0; k < kUnit; ++k) values[k] = gradients[kKept == 1 ? 0 : k](values[k], x[k]);
+      for (int k = 0; k < kUnit; ++k) {
+        const InputGradient<T>& gradient = gradients[kKept == 1 ? 0 : k];
+        values[k] = constant ? gradient.of_constants(values[k]) : gradient(values[k], x[k]);
+      }
       Access::store(grad.grad_input, tiles.dtype, places[j], values);
     }
   }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from steadygrad import _kernels
 from steadygrad.memory import allocator
+from steadygrad.nn.relu_mask import let_through, new_mask
 
 # Of input, residual, weight and bias.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -41,44 +41,12 @@ def as_dense_as(tensor: Tensor, input: Tensor) -> Tensor:
     return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-def mask_rows(input: Tensor) -> tuple[int, int, bool]:
-    """Rows of the mask of a dense input, the bits in one, and whether these are the channels of one position."""
-    batch, channels = input.shape[:2]
-    spatial = math.prod(input.shape[2:])
-    if spatial == 1 or not input.is_contiguous():
-        return batch * spatial, channels, True
-    return batch * channels, spatial, False
-
-
-def new_mask(input: Tensor) -> Tensor:
-    """Memory for one bit an element; each row starts on a byte."""
-    rows, length, _ = mask_rows(input)
-    return torch.empty(rows * ((length + 7) // 8), dtype=torch.uint8, device=input.device)
-
-
-def unpacked(mask: Tensor, input: Tensor) -> Tensor:
-    """The bits of a mask as a bool tensor of the input's shape."""
-    passed = torch.empty_like(input)
-    zeros = torch.zeros(input.shape[1], dtype=input.dtype, device=input.device)
-    # A kernel reads its own masks; of a residual's gradient nothing else decides.
-    _kernels.batch_norm_backward(
-        torch.ones_like(input),
-        input,
-        mask,
-        None,
-        None,
-        None,
-        zeros,
-        zeros,
-        1.0,
-        True,
-        None,
-        passed,
-        None,
-        None,
-        allocator(input.device),
-    )
-    return passed != 0
+def with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """The tensor itself where it has these strides, those of a dense tensor, else a copy that does."""
+    if tensor.stride() == strides:
+        return tensor
+    placed = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
+    return placed.copy_(tensor)
 
 
 def forward(
@@ -139,8 +107,7 @@ def backward(
     needed: Sequence[bool],
 ) -> Gradients:
     """The gradients that are needed, by the kernels. ``bias`` itself is read only where ReLU kept no mask."""
-    if grad_output.stride() != input.stride():
-        grad_output = torch.empty_like(input).copy_(grad_output)
+    grad_output = with_strides(grad_output, input.stride())
     device = input.device
     channels = input.shape[1]
     needs_residual = needed[1]
@@ -265,21 +232,17 @@ class BatchNorm(torch.autograd.Function):
         else:
             input, weight, passed, running_mean, running_var = ctx.saved_tensors
         mask, bias = (passed, None) if keep_mask else (None, passed)
-        if input.stride() != strides:
-            # Hooks on saved tensors may bring them back in another memory format, which the mask does not have.
-            found = input
-            input = torch.empty_strided(
-                found.shape, strides, dtype=found.dtype, device=found.device
-            ).copy_(found)
+        # Hooks on saved tensors may bring them back in another memory format, which the mask does not have.
+        input = with_strides(input, strides)
         constants = (statistics, running_mean, running_var)
         needed = ctx.needs_input_grad
         if torch.is_grad_enabled() or not _has_memory(grad_output):
-            let_through = None
+            passed = None
             if relu:
                 with torch.no_grad():
-                    let_through = _let_through(input, mask, weight, bias, *constants, eps)
+                    passed = let_through(input, mask, weight, bias, *constants, eps)
             grads = differentiable_backward(
-                grad_output, input, let_through, weight, bias_dtype, *constants, eps, needed
+                grad_output, input, passed, weight, bias_dtype, *constants, eps, needed
             )
         else:
             grads = backward(
@@ -300,24 +263,3 @@ def _has_memory(tensor: Tensor) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def _let_through(
-    input: Tensor,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    statistics: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    eps: float,
-) -> Tensor:
-    """Where ReLU let the gradient through, by the kernels' own arithmetic, so that no element changes sides."""
-    if mask is None:
-        mask = new_mask(input)
-        output = torch.empty_like(input)
-        constants = (statistics, running_mean, running_var)
-        _kernels.batch_norm_normalize(
-            input, None, weight, bias, *constants, eps, True, output, mask
-        )
-    return unpacked(mask, input)

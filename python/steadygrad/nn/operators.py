@@ -20,8 +20,8 @@ from steadygrad.nn.gradient import (
     dense,
     differentiable_backward,
     forward,
-    mask_rows,
 )
+from steadygrad.nn.relu_mask import new_mask
 
 
 def batch_norm(
@@ -168,10 +168,7 @@ def batch_norm_backward(
 
 
 def _fake_mask(input: Tensor, keep_mask: bool) -> Tensor:
-    if not keep_mask:
-        return input.new_empty(0, dtype=torch.uint8)
-    rows, length, _ = mask_rows(input)
-    return input.new_empty(rows * ((length + 7) // 8), dtype=torch.uint8)
+    return new_mask(input) if keep_mask else input.new_empty(0, dtype=torch.uint8)
 
 
 @batch_norm_training.register_fake

@@ -1,5 +1,5 @@
-// Eight elements of any dtype as a vector of what they are computed in, for files that are compiled once per
-// instruction set: each has its own copy, in the namespace of that name, and all of it is always inlined.
+// Neighbours of any dtype as a vector of what they are computed in, for files that are compiled once
+// per instruction set: each has its own copy, in the namespace of that name, and all of it is always inlined.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,12 @@
 
 namespace steadygrad::cpu::STEADYGRAD_INSTRUCTION_SET {
 
-// A byte of the mask.
+// One register of fp32, or two: one or two bytes of a mask. Vectors of fp64 take as many elements.
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#else
 constexpr int kWidth = 8;
+#endif
 
 typedef float FloatVector __attribute__((vector_size(kWidth * sizeof(float))));
 typedef double DoubleVector __attribute__((vector_size(kWidth * sizeof(double))));
@@ -112,18 +116,22 @@ STEADYGRAD_INLINE V load_bits(const E* from) {
 STEADYGRAD_INLINE FloatVector load(const float* from) { return load_bits<FloatVector>(from); }
 STEADYGRAD_INLINE DoubleVector load(const double* from) { return load_bits<DoubleVector>(from); }
 STEADYGRAD_INLINE FloatVector load(const BFloat16* from) {
-#if defined(__AVX2__)
-  typedef int16_t Halves __attribute__((vector_size(16)));
-  const auto wide = bit_cast<UintVector>(__builtin_ia32_pmovzxwd256(load_bits<Halves>(from)));
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // The compiler would take four elements at a time.
+  typedef int16_t Signed __attribute__((vector_size(16)));
+  const auto wide = bit_cast<UintVector>(__builtin_ia32_pmovzxwd256(load_bits<Signed>(from)));
 #else
   const auto wide = __builtin_convertvector(load_bits<ShortVector>(from), UintVector);
 #endif
   return bit_cast<FloatVector>(wide << 16);
 }
 STEADYGRAD_INLINE FloatVector load(const Float16* from) {
-#if defined(__F16C__)
-  typedef int16_t Halves __attribute__((vector_size(16)));
-  return bit_cast<FloatVector>(__builtin_ia32_vcvtph2ps256(load_bits<Halves>(from)));
+#if defined(__AVX512F__)
+  typedef int16_t Signed __attribute__((vector_size(32)));
+  return __builtin_ia32_vcvtph2ps512_mask(load_bits<Signed>(from), FloatVector{}, 0xffff, 4);
+#elif defined(__F16C__)
+  typedef int16_t Signed __attribute__((vector_size(16)));
+  return __builtin_ia32_vcvtph2ps256(load_bits<Signed>(from));
 #else
   FloatVector vector;
   for (int k = 0; k < kWidth; ++k) vector[k] = to_float(from[k]);
@@ -131,7 +139,7 @@ STEADYGRAD_INLINE FloatVector load(const Float16* from) {
 #endif
 }
 
-// As eight elements lie in memory.
+// As elements lie in memory.
 template <class Element, class V>
 STEADYGRAD_INLINE auto stored(V vector) {
   if constexpr (std::is_same_v<Element, BFloat16>) {
@@ -141,7 +149,10 @@ STEADYGRAD_INLINE auto stored(V vector) {
     const UintVector nan = UintVector{} + 0x7fc0u;
     return __builtin_convertvector((rounded & number) | (nan & ~number), ShortVector);
   } else if constexpr (std::is_same_v<Element, Float16>) {
-#if defined(__F16C__)
+#if defined(__AVX512F__)
+    typedef int16_t Signed __attribute__((vector_size(32)));
+    return bit_cast<ShortVector>(__builtin_ia32_vcvtps2ph512_mask(vector, 0, Signed{}, 0xffff));
+#elif defined(__F16C__)
     return bit_cast<ShortVector>(__builtin_ia32_vcvtps2ph256(vector, 0));
 #else
     ShortVector bits = {};
@@ -187,12 +198,17 @@ STEADYGRAD_INLINE void finish_streams() {
 // The first, or the last, `count` lanes.
 template <class V>
 STEADYGRAD_INLINE Lanes<V> lanes_up_to(int count, bool first) {
-  static constexpr Scalar<Lanes<V>> kLanes[3 * kWidth] = {0,  0,  0,  0,  0, 0, 0, 0, -1, -1, -1, -1,
-                                                          -1, -1, -1, -1, 0, 0, 0, 0, 0,  0,  0,  0};
-  return load_bits<Lanes<V>>(kLanes + (first ? 2 * kWidth - count : count));
+  struct Table {
+    Scalar<Lanes<V>> lanes[3 * kWidth] = {};
+    constexpr Table() {
+      for (int k = kWidth; k < 2 * kWidth; ++k) lanes[k] = -1;
+    }
+  };
+  static constexpr Table kTable;
+  return load_bits<Lanes<V>>(kTable.lanes + (first ? 2 * kWidth - count : count));
 }
 
-// Eight elements.
+// A vector of elements.
 struct Whole {
   bool streams = false;
 
@@ -210,9 +226,15 @@ struct Whole {
   STEADYGRAD_INLINE V only(V vector) const {
     return vector;
   }
-  STEADYGRAD_INLINE unsigned bits(const uint8_t* mask, int64_t i) const { return mask[i / kWidth]; }
-  STEADYGRAD_INLINE void put_bits(uint8_t* mask, int64_t i, unsigned byte) const {
-    mask[i / kWidth] = static_cast<uint8_t>(byte);
+  // Those of the mask's row, for the elements from i on.
+  STEADYGRAD_INLINE unsigned bits(const uint8_t* mask, int64_t i) const {
+    unsigned bits = mask[i / 8];
+    if constexpr (kWidth > 8) bits |= static_cast<unsigned>(mask[i / 8 + 1]) << 8;
+    return bits;
+  }
+  STEADYGRAD_INLINE void put_bits(uint8_t* mask, int64_t i, unsigned bits) const {
+    mask[i / 8] = static_cast<uint8_t>(bits);
+    if constexpr (kWidth > 8) mask[i / 8 + 1] = static_cast<uint8_t>(bits >> 8);
   }
 };
 
@@ -229,7 +251,7 @@ struct First : Whole {
   }
 };
 
-// The last eight elements of a row, of which only the last `count` are new.
+// The last vector of a row, of which only the last `count` are new.
 struct Last : Whole {
   int count;
 
@@ -239,15 +261,21 @@ struct Last : Whole {
     return where(lanes_up_to<V>(count, false), vector);
   }
   STEADYGRAD_INLINE unsigned bits(const uint8_t* mask, int64_t i) const {
-    const uint8_t* const byte = mask + i / kWidth;
-    return (byte[0] | byte[1] << kWidth) >> count & 0xffu;
+    // The row's last bits, which may begin within a byte.
+    const uint8_t* const byte = mask + i / 8;
+    unsigned bits = byte[0];
+    for (int k = 1; k < kWidth / 8 + (i % 8 != 0); ++k) bits |= static_cast<unsigned>(byte[k]) << 8 * k;
+    return bits >> i % 8;
   }
-  STEADYGRAD_INLINE void put_bits(uint8_t* mask, int64_t i, unsigned byte) const {
-    mask[i / kWidth + 1] = static_cast<uint8_t>((byte & 0xffu) >> (kWidth - count));
+  STEADYGRAD_INLINE void put_bits(uint8_t* mask, int64_t i, unsigned bits) const {
+    uint8_t* const byte = mask + (i + kWidth - count) / 8;
+    const unsigned new_bits = (bits & ((1u << kWidth) - 1)) >> (kWidth - count);
+    byte[0] = static_cast<uint8_t>(new_bits);
+    if (count > 8) byte[1] = static_cast<uint8_t>(new_bits >> 8);
   }
 };
 
-// A row of fewer than eight elements; the lanes beyond them are zero and are not stored.
+// A row of fewer elements than a vector; the lanes beyond them are zero and are not stored.
 struct Short : Whole {
   int count;
 
@@ -268,10 +296,18 @@ struct Short : Whole {
   STEADYGRAD_INLINE V only(V vector) const {
     return where(lanes_up_to<V>(count, true), vector);
   }
+  STEADYGRAD_INLINE unsigned bits(const uint8_t* mask, int64_t) const {
+    return count > 8 ? mask[0] | static_cast<unsigned>(mask[1]) << 8 : mask[0];
+  }
+  STEADYGRAD_INLINE void put_bits(uint8_t* mask, int64_t, unsigned bits) const {
+    mask[0] = static_cast<uint8_t>(bits);
+    if (count > 8) mask[1] = static_cast<uint8_t>(bits >> 8);
+  }
 };
 
 template <class Element>
-constexpr int kVectorsPerLine = 64 / (kWidth * static_cast<int>(sizeof(Element)));
+constexpr int kVectorsPerLine =
+    kWidth * sizeof(Element) >= 64 ? 1 : 64 / (kWidth * static_cast<int>(sizeof(Element)));
 
 template <class Element, class Step>
 STEADYGRAD_INLINE void over_row(int64_t length, int64_t ahead, bool streams, Step step) {
@@ -287,31 +323,35 @@ STEADYGRAD_INLINE void over_row(int64_t length, int64_t ahead, bool streams, Ste
   if (i < length) step(length - kWidth, Last(length - i));
 }
 
-// Bit k of the byte tells of lane k.
-template <class Mask>
-STEADYGRAD_INLINE unsigned byte_of(Mask lanes) {
-#if defined(__SSE2__)
-  if constexpr (std::is_same_v<Mask, IntVector>) {
-#if defined(__AVX__)
-    return static_cast<unsigned>(__builtin_ia32_movmskps256(bit_cast<FloatVector>(lanes)));
+// Bit k tells of lane k.
+STEADYGRAD_INLINE unsigned bits_of(IntVector lanes) {
+  unsigned bits = 0;
+#if defined(__AVX512DQ__)
+  bits = __builtin_ia32_cvtd2mask512(lanes);
+#elif defined(__AVX__)
+  bits = static_cast<unsigned>(__builtin_ia32_movmskps256(bit_cast<FloatVector>(lanes)));
+#elif defined(__SSE2__)
+  typedef float Four __attribute__((vector_size(16)));
+  Four halves[2];
+  memcpy(halves, &lanes, sizeof(lanes));
+  bits = static_cast<unsigned>(__builtin_ia32_movmskps(halves[0]) | __builtin_ia32_movmskps(halves[1]) << 4);
 #else
-    typedef float Four __attribute__((vector_size(16)));
-    Four halves[2];
-    memcpy(halves, &lanes, sizeof(lanes));
-    return static_cast<unsigned>(__builtin_ia32_movmskps(halves[0]) | __builtin_ia32_movmskps(halves[1])
-                                                                          << 4);
+  for (int k = 0; k < kWidth; ++k) bits |= static_cast<unsigned>(lanes[k] & 1) << k;
 #endif
-  }
-#endif
-  unsigned byte = 0;
-  for (int k = 0; k < kWidth; ++k) byte |= static_cast<unsigned>(lanes[k] & 1) << k;
-  return byte;
+  return bits;
+}
+STEADYGRAD_INLINE unsigned bits_of(LongVector lanes) {
+  return bits_of(__builtin_convertvector(lanes, IntVector));
 }
 
 template <class V>
-STEADYGRAD_INLINE Lanes<V> lanes_of(unsigned byte) {
-  const Lanes<V> bits = {1, 2, 4, 8, 16, 32, 64, 128};
-  return compared((Lanes<V>{} + static_cast<int>(byte)) & bits, bits, Equal());
+STEADYGRAD_INLINE Lanes<V> lanes_of(unsigned bits) {
+#if defined(__AVX512F__)
+  const Lanes<V> places = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+#else
+  const Lanes<V> places = {1, 2, 4, 8, 16, 32, 64, 128};
+#endif
+  return compared((Lanes<V>{} + static_cast<int>(bits)) & places, places, Equal());
 }
 
 }  // namespace steadygrad::cpu::STEADYGRAD_INSTRUCTION_SET

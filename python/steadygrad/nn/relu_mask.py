@@ -1,0 +1,75 @@
+"""The mask that backward needs of ReLU after a residual: one bit an element. Only its size is known here.
+
+Which bit belongs to which element is the business of the kernels, which write every byte of a mask and read it again.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from steadygrad import _kernels
+from steadygrad.memory import allocator
+
+
+def mask_size(input: Tensor) -> int:
+    """Bytes of the mask of a dense input."""
+    batch, channels = input.shape[:2]
+    spatial = math.prod(input.shape[2:])
+    rows, length = batch * channels, spatial
+    if spatial == 1 or not input.is_contiguous():
+        rows, length = batch * spatial, channels
+    return rows * ((length + 7) // 8)
+
+
+def new_mask(input: Tensor) -> Tensor:
+    """Memory for a mask."""
+    return torch.empty(mask_size(input), dtype=torch.uint8, device=input.device)
+
+
+def unpacked(mask: Tensor, input: Tensor) -> Tensor:
+    """A mask as a bool tensor of the input's shape, True where ReLU lets through."""
+    passed = torch.empty_like(input)
+    zeros = torch.zeros(input.shape[1], dtype=input.dtype, device=input.device)
+    # Of a residual's gradient nothing but the mask decides.
+    _kernels.batch_norm_backward(
+        torch.ones_like(input),
+        input,
+        mask,
+        None,
+        None,
+        None,
+        zeros,
+        zeros,
+        1.0,
+        True,
+        None,
+        passed,
+        None,
+        None,
+        allocator(input.device),
+    )
+    return passed != 0
+
+
+def let_through(
+    input: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Where ReLU let the gradient through, by the kernels' own arithmetic, so that no element changes sides."""
+    if mask is None:
+        mask = new_mask(input)
+        output = torch.empty_like(input)
+        constants = (statistics, running_mean, running_var)
+        _kernels.batch_norm_normalize(
+            input, None, weight, bias, *constants, eps, True, output, mask
+        )
+    return unpacked(mask, input)
