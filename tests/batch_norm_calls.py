@@ -13,6 +13,7 @@ from torch import Tensor
 
 from steadygrad import _kernels
 from steadygrad.memory import allocator
+from steadygrad.nn.relu_mask import mask_size
 from steadygrad.reference import batch_norm as reference
 from steadygrad.reference.batch_norm import Statistics
 from tolerances import assert_rounded, float64
@@ -64,27 +65,6 @@ def assert_surroundings_unwritten(*tensors: Tensor | None) -> None:
         start = tensor.storage_offset()
         around = torch.cat([flat[:start], flat[start + tensor.numel() :]])
         assert (around == UNWRITTEN).all(), "a kernel wrote outside of a tensor"
-
-
-def mask_rows_and_length(input: Tensor) -> tuple[int, int]:
-    """Rows of a mask, each of which starts on a byte, and the bits in one."""
-    count, channels = input.shape[:2]
-    pixels = math.prod(input.shape[2:])
-    if _kernels.batch_norm_layout(input) == 2 or pixels == 1:
-        return count * pixels, channels
-    return count * channels, pixels
-
-
-def unpack_mask(mask: Tensor, input: Tensor) -> NDArray[Any]:
-    """The bits of a mask as an array of the input's shape; checks that they fill it exactly."""
-    rows, length = mask_rows_and_length(input)
-    bits: NDArray[Any] = np.unpackbits(
-        mask.cpu().numpy().reshape(rows, -1), axis=1, bitorder="little"
-    )
-    bits = bits[:, :length].astype(bool)
-    if _kernels.batch_norm_layout(input) == 2 and length == input.shape[1]:
-        return np.moveaxis(bits.reshape(input.shape[0], *input.shape[2:], length), -1, 1)
-    return bits.reshape(tuple(input.shape))
 
 
 @dataclass
@@ -163,8 +143,7 @@ class Case:
         """A place for the mask, where one is needed."""
         if not (self.relu and self.added):
             return None
-        rows, length = mask_rows_and_length(self["input"])
-        return self.vector(rows * ((length + 7) // 8), torch.uint8)
+        return self.vector(mask_size(self["input"]), torch.uint8)
 
     @property
     def affine(self) -> tuple[Tensor | None, Tensor | None]:
@@ -279,6 +258,25 @@ class Case:
         assert_surroundings_unwritten(*grads.values())
         return grads
 
+    def passed(self, mask: Tensor) -> NDArray[np.bool_]:
+        """Where a mask lets through. Only the kernels know the order of its bits, so they are asked."""
+        ones = place(np.ones(self.shape), self.dtype, self.device, self.layout, self.offset)
+        grad, zeros = self.empty(), torch.zeros(self.channels, device=self.device)
+        _kernels.batch_norm_backward(
+            ones,
+            self["input"],
+            mask,
+            *(None, None, None, zeros, zeros),
+            1.0,
+            True,
+            *(None, grad, None, None),
+            self.allocate,
+        )
+        assert_surroundings_unwritten(grad)
+        values = float64(grad)
+        np.testing.assert_array_equal(values, values != 0)
+        return values != 0
+
     def backward_sums(self, mask: Tensor | None, statistics: Tensor) -> Tensor:
         """What ``batch_norm_backward_sums`` finds."""
         sums = self.vector(2 * self.channels)
@@ -347,11 +345,11 @@ class Case:
         assert_rounded(output, want, self._sizes(statistics), self.dtype)
 
     def assert_mask(self, mask: Tensor | None, output: Tensor, statistics: Statistics) -> None:
-        """A bit says which side of ReLU an element is on; where rounding decides, ``output`` says it."""
+        """It says which side of ReLU an element is on; where rounding decides, ``output`` says it."""
         if mask is not None:
             before = reference.batch_norm(*self.defined(statistics))
             clear = np.abs(before) > 1e-3
-            got = unpack_mask(mask, self["input"])
+            got = self.passed(mask)
             np.testing.assert_array_equal(got[clear], (before > 0)[clear])
             np.testing.assert_array_equal(got | (float64(output) == 0), True)
 

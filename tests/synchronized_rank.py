@@ -219,6 +219,8 @@ def data_parallel(rank: int, world: int) -> Found:
             found[f"{step}.{name}"] = parameter.grad.clone()
     if rank == 0:  # alone: what is evaluated needs no other rank
         found["evaluated"] = model.module.eval()(samples(rank, 2)).detach()
+        model.module.norm.running_mean = model.module.norm.running_var = None
+        found["untracked"] = model.module(samples(rank, 2)).detach()
     return found
 
 

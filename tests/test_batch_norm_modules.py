@@ -289,3 +289,44 @@ def test_functional_call(backend: Backend) -> None:
     weight = torch.full((5,), 3.0, device=backend.device)
     got = torch.func.functional_call(module, {"weight": weight}, (x,))
     torch.testing.assert_close(got, 3 * module(x))
+
+
+class Block(nn.Module):
+    """Batch norm with and without a residual, called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.inner = nn.Sequential(sg.nn.BatchNorm2d(4, activation="relu"))
+        self.outer = sg.nn.BatchNorm2d(4)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        made = self.conv(input)
+        output: torch.Tensor = self.outer(self.inner(made), residual=made)
+        return output
+
+
+def test_symbolic_tracing_keeps_the_modules_as_calls() -> None:
+    block = Block()
+    traced = torch.fx.symbolic_trace(block)
+    calls = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert calls == ["conv", "inner.0", "outer"]
+    assert len(traced.graph.nodes) == len(calls) + 2
+    twin = copy.deepcopy(block)
+    x = torch.randn(2, 3, 5, 5)
+    for training in (True, False):  # the traced module has both modes
+        got, want = traced.train(training)(x), twin.train(training)(x)
+        assert torch.equal(got, want)
+    for ours, theirs in zip(traced.buffers(), twin.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+    traced(x).sum().backward()
+    twin(x).sum().backward()
+    for ours, theirs in zip(traced.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_symbolic_tracing_refuses_hooks_that_would_run_twice() -> None:
+    block = Block()
+    block.outer.register_forward_hook(lambda module, inputs, output: output * 2)
+    with pytest.raises(torch.fx.proxy.TraceError, match="BatchNorm2d: expected no hooks"):
+        torch.fx.symbolic_trace(block)

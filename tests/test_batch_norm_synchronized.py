@@ -300,6 +300,15 @@ def test_gradients_of_distributed_data_parallel_are_the_mean_of_the_whole(world:
                 torch.testing.assert_close(rank[f"{step}.{name}"], parameter.grad)
 
 
+def test_evaluation_takes_the_statistics_of_its_own_batch(world: int) -> None:
+    """Without running statistics, on one rank alone: it would wait for the others."""
+    model = Network()
+    hidden = model.first(samples(0, 2))
+    affine = (model.norm.weight, model.norm.bias)
+    expected = model.last(F.batch_norm(hidden, None, None, *affine, True, eps=EPS).relu())
+    torch.testing.assert_close(found(world, "data_parallel")[0]["untracked"], expected)
+
+
 def test_compiled_code_breaks_its_graph_and_keeps_its_bits() -> None:
     for rank in found(2, "compiled"):
         for eager, compiled in zip(rank["eager"], rank["compiled"], strict=True):

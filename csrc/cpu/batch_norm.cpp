@@ -37,6 +37,24 @@ int64_t last_cache() {
 }
 
 template <class Function>
+void with_elements(DType dtype, const void* data, Function function) {
+  switch (dtype) {
+    case DType::float32:
+      return function(static_cast<const float*>(data));
+    case DType::float64:
+      return function(static_cast<const double*>(data));
+    case DType::bfloat16:
+      return function(static_cast<const BFloat16*>(data));
+    case DType::float16:
+      return function(static_cast<const Float16*>(data));
+  }
+}
+float compute_value(float value) { return value; }
+double compute_value(double value) { return value; }
+float compute_value(BFloat16 value) { return to_float(value); }
+float compute_value(Float16 value) { return to_float(value); }
+
+template <class Function>
 void with_compute_type(DType dtype, Function function) {
   if (dtype == DType::float64) return function(double{});
   function(float{});
@@ -84,15 +102,16 @@ class BatchNormPass {
   void sum_input(int64_t block, int64_t unit) {
     const int64_t first = blocks_.first_channel(block);
     const int64_t count = blocks_.channels_in(block);
-    std::vector<T> shift(count * blocks_.fold() + kSumLanes);
+    std::vector<T> shift(count * blocks_.sum_fold() + kSumLanes);
     Sums sums = new_sums(count);
     bool begun = false;
-    blocks_.for_each_rows(block, unit, [&](const Rows& rows, int64_t, int64_t element, int64_t) {
-      const void* const input = at(norm_, norm_.input, element);
-      if (!begun) take_shift(rows, input, shift);
-      begun = true;
-      kernels_.sum_rows(rows, input, shift.data(), sums.data());
-    });
+    blocks_.for_each_rows(block, unit, blocks_.sum_fold(),
+                          [&](const Rows& rows, int64_t, int64_t element, int64_t) {
+                            const void* const input = at(norm_, norm_.input, element);
+                            if (!begun) take_shift(rows, input, shift);
+                            begun = true;
+                            kernels_.sum_rows(rows, input, shift.data(), sums.data());
+                          });
     const auto elements = static_cast<double>(blocks_.count(unit));
     for (int64_t c = 0; c < count; ++c) {
       partial(unit, first + c) =
@@ -127,9 +146,11 @@ class BatchNormPass {
     const int64_t first = blocks_.first_channel(block);
     const int64_t count = blocks_.channels_in(block);
     Sums sums = new_sums(count);
-    blocks_.for_each_rows(block, unit, [&](const Rows& rows, int64_t channel, int64_t element, int64_t byte) {
-      kernels_.sum_gradient_rows(gradient_rows(grad, rows, channel, element, byte), sums.data());
-    });
+    blocks_.for_each_rows(block, unit, blocks_.sum_fold(),
+                          [&](const Rows& rows, int64_t channel, int64_t element, int64_t byte) {
+                            kernels_.sum_gradient_rows(gradient_rows(grad, rows, channel, element, byte),
+                                                       sums.data());
+                          });
     for (int64_t c = 0; c < count; ++c) {
       partial(unit, first + c) = {sums.first(c), sums.second(c), 0};
     }
@@ -194,7 +215,7 @@ class BatchNormPass {
   };
 
   Sums new_sums(int64_t channels) const {
-    return Sums(norm_.shape.inner == 1 ? 1 : kSumLanes, channels, blocks_.fold());
+    return Sums(norm_.shape.inner == 1 ? 1 : kSumLanes, channels, blocks_.sum_fold());
   }
 
   // Whether the tensors are together more than the last cache holds, and whole cache lines can be written.
@@ -219,13 +240,14 @@ class BatchNormPass {
   void take_shift(const Rows& rows, const void* input, std::vector<T>& shift) const {
     const int64_t step = rows.row_is_channel ? rows.length : 1;
     const int64_t count = rows.row_is_channel ? rows.rows : channels();
-    const ChannelVector elements{const_cast<void*>(input), norm_.dtype};
-    for (int64_t c = 0; c < count; ++c) {
-      const double first = channel_value(elements, c * step, 0);
-      for (int64_t f = 0; f < blocks_.fold(); ++f) {
-        shift[f * count + c] = static_cast<T>(is_finite(first) ? first : 0);
+    with_elements(norm_.dtype, input, [&](const auto* elements) {
+      for (int64_t c = 0; c < count; ++c) {
+        const T first = static_cast<T>(compute_value(elements[c * step]));
+        shift[c] = is_finite(first) ? first : T(0);
       }
-    }
+    });
+    for (int64_t f = 1; f < blocks_.sum_fold(); ++f)
+      std::copy_n(shift.data(), count, shift.data() + f * count);
   }
 
   NormalizationTable<T> normalization_table(int64_t channel) const {
@@ -285,7 +307,8 @@ void backward(const BatchNorm& norm, const BatchNormGradient& grad, bool constan
                                },
                                [&](int64_t block, int64_t unit) {
                                  if (grad.grad_input == nullptr && grad.grad_residual == nullptr) return;
-                                 pass.blocks().for_each_rows(block, unit, pass.input_differentiator(grad));
+                                 pass.blocks().for_each_rows(block, unit, pass.blocks().fold(),
+                                                             pass.input_differentiator(grad));
                                });
 }
 
@@ -323,21 +346,21 @@ void batch_norm_forward(const BatchNorm& norm, const BatchNormOutput& out, doubl
   with_compute_type(norm.dtype, [&](auto element) {
     BatchNormPass<decltype(element)> pass(norm, 1);
     pass.keep_partials();
-    pass.blocks().sum_then_visit([&](int64_t block, int64_t unit) { pass.sum_input(block, unit); },
-                                 [&](int64_t first, int64_t last) {
-                                   for (int64_t c = first; c < last; ++c) {
-                                     const Moments moments = pass.moments(c);
-                                     statistics[c] = moments.mean;
-                                     statistics[channels + c] = moments.squares / count;
-                                     update_running(running, c, factor, statistics[c],
-                                                    statistics[channels + c], count);
-                                     pass.set_normalization(c, statistics[c], statistics[channels + c]);
-                                   }
-                                 },
-                                 [&](int64_t block, int64_t unit) {
-                                   if (out.output != nullptr)
-                                     pass.blocks().for_each_rows(block, unit, pass.normalizer(out));
-                                 });
+    pass.blocks().sum_then_visit(
+        [&](int64_t block, int64_t unit) { pass.sum_input(block, unit); },
+        [&](int64_t first, int64_t last) {
+          for (int64_t c = first; c < last; ++c) {
+            const Moments moments = pass.moments(c);
+            statistics[c] = moments.mean;
+            statistics[channels + c] = moments.squares / count;
+            update_running(running, c, factor, statistics[c], statistics[channels + c], count);
+            pass.set_normalization(c, statistics[c], statistics[channels + c]);
+          }
+        },
+        [&](int64_t block, int64_t unit) {
+          if (out.output != nullptr)
+            pass.blocks().for_each_rows(block, unit, pass.blocks().fold(), pass.normalizer(out));
+        });
   });
 }
 
@@ -350,7 +373,7 @@ void batch_norm_normalize(const BatchNorm& norm, const BatchNormOutput& out) {
   with_compute_type(norm.dtype, [&](auto element) {
     BatchNormPass<decltype(element)> pass(norm, 1);
     for (int64_t c = 0; c < pass.channels(); ++c) pass.set_normalization(c, pass.mean(c), pass.var(c));
-    if (pass.blocks().fold() > 1) clear_mask(norm, out);
+    if (pass.blocks().sum_fold() > 1) clear_mask(norm, out);
     pass.blocks().for_all_rows(pass.normalizer(out));
   });
 }

@@ -196,7 +196,14 @@ STEADYGRAD_INLINE void sum_channels(const Rows& rows, double* sums, At terms) {
         return v % kVectors == 0 ? terms(row, i + v * kWidth, first) : terms(row, i + v * kWidth, Whole());
       }));
     }
-    for (; i + kWidth <= rows.length; i += kWidth) channel.add(terms(row, i, Whole()));
+    if (i + 2 * kWidth <= rows.length) {
+      channel.add(terms(row, i, Whole()) + terms(row, i + kWidth, Whole()));
+      i += 2 * kWidth;
+    }
+    if (i + kWidth <= rows.length) {
+      channel.add(terms(row, i, Whole()));
+      i += kWidth;
+    }
     if (rows.length < kWidth) {
       channel.add(terms(row, int64_t{0}, Short(rows.length)));
     } else if (i < rows.length) {
@@ -207,16 +214,19 @@ STEADYGRAD_INLINE void sum_channels(const Rows& rows, double* sums, At terms) {
   }
 }
 
-// Rows of many channels: a cache line of channels down a few rows at a time, so that sums stay in registers.
+// Rows of many channels: a cache line of channels down a few rows at a time, so that sums stay in registers,
+// and the rows that are fetched meanwhile in the first-level cache.
 template <class Element, class At>
 STEADYGRAD_INLINE void sum_columns(const Rows& rows, double* sums, At terms) {
-  constexpr int64_t kRows = 32;
+  constexpr int64_t kFetched = 1 << 14;
   constexpr int kVectors = kVectorsPerLine<Element>;
   const int64_t length = rows.length;
+  const int64_t bytes = length * static_cast<int64_t>(sizeof(Element));
+  const int64_t at_once = bytes > kFetched / 8 ? 8 : kFetched / bytes / 4 * 4;
   double* const seconds = sums + rows.sum_stride;
-  const First first(kRows * length * static_cast<int64_t>(sizeof(Element)), false);
-  for (int64_t begin = 0; begin < rows.rows; begin += kRows) {
-    const int64_t end = rows.rows - begin < kRows ? rows.rows : begin + kRows;
+  const First first(at_once * bytes, false);
+  for (int64_t begin = 0; begin < rows.rows; begin += at_once) {
+    const int64_t end = rows.rows - begin < at_once ? rows.rows : begin + at_once;
     const auto add_column = [&](int64_t i, auto part) __attribute__((always_inline)) {
       Sums column{part(sums + i), part(seconds + i)};
       for (int64_t row = begin; row < end; ++row) column.add(terms(row, i, part));

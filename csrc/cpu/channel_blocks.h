@@ -17,10 +17,11 @@ class ChannelBlocks {
   // `streams`: how many tensors both visits read.
   ChannelBlocks(const BatchNormShape& shape, int64_t element_size, int streams) : shape_(shape) {
     if (shape.inner == 1) {
-      // Few channels that fill no vector: several rows are one.
-      if (shape.channels % kSumLanes != 0 && shape.channels < kFolded) {
-        while (shape.channels * fold_ % kSumLanes != 0) fold_ *= 2;
-      }
+      // Rows of few channels are taken together: for sums until they fill vectors, for visits until a row is
+      // worth its start.
+      while (shape.channels * sum_fold_ % kSumLanes != 0 && shape.channels < kFolded) sum_fold_ *= 2;
+      fold_ = sum_fold_;
+      while (shape.channels * fold_ < kFolded) fold_ *= 2;
       // As many units as share out evenly, of enough rows that their sums are little beside them.
       const int64_t units = (shape.outer * shape.channels / (4 * kUnit) + 8) / 8 * 8;
       outer_ = std::max<int64_t>(kRows, (shape.outer + units - 1) / units);
@@ -47,8 +48,9 @@ class ChannelBlocks {
   int64_t last_channel(int64_t block) const { return std::min(first_channel(block + 1), shape_.channels); }
   int64_t channels_in(int64_t block) const { return last_channel(block) - first_channel(block); }
 
-  // Rows that are taken as one: each of its elements is a channel's, and channels come round so many times.
+  // How often channels come round in a row: at most, and for sums.
   int64_t fold() const { return fold_; }
+  int64_t sum_fold() const { return sum_fold_; }
 
   // Elements of one channel in a unit.
   int64_t count(int64_t unit) const {
@@ -57,22 +59,27 @@ class ChannelBlocks {
   }
 
   // Calls visit(rows, first channel, first element, first byte of the mask) for all rows of a unit of a
-  // block.
+  // block; with at most `fold` in one.
   template <class Visit>
-  void for_each_rows(int64_t block, int64_t unit, Visit visit) const {
+  void for_each_rows(int64_t block, int64_t unit, int64_t fold, Visit visit) const {
     const int64_t begin = outer_begin(unit);
     const int64_t end = outer_end(unit);
     const int64_t bytes = shape_.mask_row_bytes();
     if (shape_.inner == 1) {
-      const int64_t folded = (end - begin) / fold_;
-      const int64_t left = (end - begin) % fold_;
-      const int64_t columns = shape_.channels * fold_;
-      if (folded > 0)
-        visit(Rows{folded, columns, false, ahead_, columns}, int64_t{0}, begin * shape_.channels,
-              begin * bytes);
-      if (left > 0)
-        visit(Rows{left, shape_.channels, false, ahead_, columns}, int64_t{0}, (end - left) * shape_.channels,
-              (end - left) * bytes);
+      // Rows that fill vectors lie in the mask without gaps, also where fewer of them are taken together.
+      const int64_t dense = begin + (end - begin) / sum_fold_ * sum_fold_;
+      int64_t row = begin;
+      for (int64_t together : {fold, sum_fold_, int64_t{1}}) {
+        const int64_t last = together > 1 ? dense : end;
+        const int64_t count = (last - row) / together;
+        const int64_t columns = shape_.channels * together;
+        const int64_t byte = row < dense ? begin * bytes + (row - begin) * shape_.channels / 8 : row * bytes;
+        if (count > 0) {
+          visit(Rows{count, columns, false, ahead_, shape_.channels * sum_fold_}, int64_t{0},
+                row * shape_.channels, byte);
+        }
+        row += count * together;
+      }
       return;
     }
     const Rows rows{channels_in(block), inner_end(unit) - inner_begin(unit), true, ahead_, 0};
@@ -103,8 +110,8 @@ class ChannelBlocks {
     for_each_share(tasks, elements, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) sum(task / units_, task % units_);
     });
-    // Bringing the sums of a unit together costs about as much as a few elements.
-    for_each_share(shape_.channels, shape_.channels * units_ * 4, finish);
+    // A channel costs about as much as so many elements, and bringing in the sums of a unit as a few.
+    for_each_share(shape_.channels, shape_.channels * (256 + 8 * units_), finish);
     for_each_share(tasks, elements, [&](int64_t first, int64_t last) {
       for (int64_t task = last - 1; task >= first; --task) visit(task / units_, task % units_);
     });
@@ -116,7 +123,8 @@ class ChannelBlocks {
     const int64_t elements = shape_.count() * shape_.channels;
     if (shape_.inner == 1 || pieces_ > 1) {
       for_each_share(blocks_ * units_, elements, [&](int64_t first, int64_t last) {
-        for (int64_t task = first; task < last; ++task) for_each_rows(task / units_, task % units_, visit);
+        for (int64_t task = first; task < last; ++task)
+          for_each_rows(task / units_, task % units_, fold_, visit);
       });
       return;
     }
@@ -134,8 +142,8 @@ class ChannelBlocks {
  private:
   static constexpr int64_t kUnit = 1 << 15;   // elements of a channel, or of rows of channels
   static constexpr int64_t kAhead = 1 << 12;  // bytes
-  static constexpr int64_t kRows = 64;
-  static constexpr int64_t kFolded = 64;             // channels
+  static constexpr int64_t kRows = 128;
+  static constexpr int64_t kFolded = 512;            // channels
   static constexpr int64_t kFar = 1 << 15;           // bytes
   static constexpr int64_t kRead = 1 << 12;          // bytes
   static constexpr int64_t kCached = 3 * (1 << 17);  // bytes, of a second-level cache of 512 KB or more
@@ -146,6 +154,7 @@ class ChannelBlocks {
   int64_t inner_end(int64_t unit) const { return std::min(inner_begin(unit) + kUnit, shape_.inner); }
 
   BatchNormShape shape_;
+  int64_t sum_fold_ = 1;
   int64_t fold_ = 1;
   int64_t outer_ = 1;
   int64_t channels_ = 1;

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.fx.proxy import Proxy, TraceError
 from torch.nn.modules import batchnorm
 
 from steadygrad.nn.functional import batch_norm
@@ -49,6 +50,12 @@ class _BatchNorm(batchnorm._BatchNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalises ``input``, adds ``residual`` and applies the activation."""
+        if isinstance(input, Proxy):
+            return self._record(input, residual)
+        return self._normalize(input, residual, self.activation)
+
+    def _normalize(self, input: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+        """The forward, with an activation that the caller chooses."""
         checked: Any = self._check_input_dim
         checked(input)
         training = self.training
@@ -79,10 +86,23 @@ class _BatchNorm(batchnorm._BatchNorm):
             momentum,
             self.eps,
             residual=residual,
-            activation=self.activation,
+            activation=activation,
             num_batches_tracked=batches,
-            process_group=self.process_group,
+            # Never in evaluation, whose ranks may come alone; not even with the batch's statistics.
+            process_group=self.process_group if self.training else None,
         )
+
+    def _record(self, input: Proxy, residual: Tensor | None) -> Any:
+        """Stays one call under ``torch.fx.symbolic_trace``, which gives that to modules of ``torch.nn`` alone."""
+        forward = self._forward_pre_hooks or self._forward_hooks
+        if forward or self._backward_pre_hooks or self._backward_hooks:
+            raise TraceError(
+                f"{type(self).__name__}: expected no hooks, which have run on the traced values when forward is "
+                "reached and would run again with the call: use a torch.fx.Tracer whose is_leaf_module says True of it"
+            )
+        tracer: Any = input.tracer
+        given = (input,) if residual is None else (input, residual)
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), given, {})
 
     def extra_repr(self) -> str:
         """The arguments, as torch's modules show theirs."""

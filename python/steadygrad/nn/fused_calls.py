@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steadygrad.nn.batch_norm import _BatchNorm as BatchNorm
-from steadygrad.nn.functional import batch_norm
 
 
 def is_unhooked(module: nn.Module) -> bool:
@@ -83,41 +82,9 @@ def _fused(
         *before, norm = norm.children()
         input = _run(before, input)
     if residual is not None and not _fits(residual, input):
-        output = _added(_normalized(norm, input, None, None), residual, in_place)
+        output = _added(norm._normalize(input, None, None), residual, in_place)
         return F.relu(output) if relu else output
-    return _normalized(norm, input, residual, "relu" if relu else None)
-
-
-def _normalized(
-    norm: BatchNorm, input: Tensor, residual: Tensor | None, activation: str | None
-) -> Tensor:
-    """The forward of a batch norm, with another activation than its own."""
-    checked: Any = norm._check_input_dim
-    checked(input)
-    training, momentum = norm.training, norm.momentum
-    running_mean, running_var = norm.running_mean, norm.running_var
-    batches = norm.num_batches_tracked
-    if not training:
-        batches = None
-        training = running_mean is None and running_var is None
-    elif not norm.track_running_stats:
-        running_mean = running_var = batches = None
-    if momentum is None and batches is None:
-        momentum = 0.0
-    return batch_norm(
-        input,
-        running_mean,
-        running_var,
-        norm.weight,
-        norm.bias,
-        training,
-        momentum,
-        norm.eps,
-        residual=residual,
-        activation=activation,
-        num_batches_tracked=batches,
-        process_group=norm.process_group,
-    )
+    return norm._normalize(input, residual, "relu" if relu else None)
 
 
 def _fits(residual: Any, input: Tensor) -> bool:
