@@ -35,17 +35,8 @@ __device__ __forceinline__ ThreadMoments<typename Access::Compute, kKeptBy<kColu
   constexpr int kUnitCount = kColumns ? 1 : kUnit;  // elements that a unit adds to a channel
   constexpr int kAtOnce = kInputsAtOnce<Access, kColumns>;
   const int64_t numel = tiles.numel();
-  T first[kKept] = {};
+  ThreadMoments<T, kKept> moments;
   cursor.seek(0);
-  if (cursor.count() > 0) {
-#pragma unroll
-    for (int k = 0; k < kKept; ++k) {
-      if (cursor.channel() + k < tiles.shape.channels) {
-        first[k] = Access::element(input, tiles.dtype, cursor.offset_of_some_element() + k);
-      }
-    }
-  }
-  ThreadMoments<T, kKept> moments(first);
   for (int begin = 0; begin < cursor.count(); begin += kAtOnce) {
     unsigned lanes[kAtOnce];
     typename Access::Unit units[kAtOnce];
@@ -55,6 +46,15 @@ __device__ __forceinline__ ThreadMoments<typename Access::Compute, kKeptBy<kColu
       cursor.advance();
       lanes[j] = place.lanes;
       units[j] = Access::load(input, tiles.dtype, place, numel);
+    }
+    if (begin == 0) {
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        T values[kUnit];
+        Access::unpack(units[j], values);
+        moments.add_to_shift(values, lanes[j]);
+      }
+      moments.finish_shift();
     }
     moments.fold_before(kAtOnce * kUnitCount);
 #pragma unroll
@@ -72,7 +72,8 @@ __device__ __forceinline__ ThreadMoments<typename Access::Compute, kKeptBy<kColu
 template <class T, int kKept>
 __device__ __forceinline__ Moments channel_moments(const ThreadMoments<T, kKept>& moments, int k) {
   return {static_cast<double>(moments.base[k]) + static_cast<double>(moments.mean[k]),
-          static_cast<double>(moments.deviations[k]), static_cast<double>(moments.count)};
+          static_cast<double>(moments.variance[k]) * static_cast<double>(moments.count),
+          static_cast<double>(moments.count)};
 }
 
 // Writes output and mask of one unit; `residual` is one too, if there is any.

@@ -9,28 +9,49 @@
 
 namespace steadygrad::cuda {
 
-// Elements of a channel that are summed up before the sums are folded into mean and deviations: with one of
-// the elements as the shift, what cancels is at most a factor of this.
+// Elements of a channel that are summed up before the sums are folded into mean and variance. With the mean
+// of the first of them as the shift little cancels, also where one of them lies far from the others.
 constexpr int kMostAtOnce = 64;
 
-// Mean and squared deviations of what a thread has read. The mean is `base + mean`: `base` follows the data,
+// Adds what differs by `delta` in the mean and makes up `ratio` of both together; sums of squares would
+// overflow long before their mean does.
+template <class T>
+__device__ __forceinline__ void merge_variance(T& variance, T added, T delta, T ratio) {
+  variance += (added - variance) * ratio + delta * delta * (ratio * (1 - ratio));
+}
+
+// Mean and variance of what a thread has read. The mean is `base + mean`: `base` follows the data,
 // and `mean` keeps what rounding took from it. kKept: 8 where each lane has its own channel, else 1.
 template <class T, int kKept>
 struct ThreadMoments {
   T base[kKept];
   T mean[kKept];
-  T deviations[kKept];
+  T variance[kKept];
   T sum[kKept];
   T squares[kKept];
   int64_t count = 0;
   int pending = 0;
 
-  __device__ __forceinline__ explicit ThreadMoments(const T (&first)[kKept]) {
+  __device__ __forceinline__ ThreadMoments() {
+#pragma unroll
+    for (int k = 0; k < kKept; ++k) base[k] = mean[k] = variance[k] = sum[k] = squares[k] = 0;
+  }
+
+  // The shift, from some of the elements before any are added: sums of them, and how many, for the time
+  // being.
+  __device__ __forceinline__ void add_to_shift(const T (&values)[kUnit], unsigned lanes) {
+#pragma unroll
+    for (int k = 0; k < kUnit; ++k) base[kKept == 1 ? 0 : k] += has_lane(lanes, k) ? values[k] : T(0);
+    pending += kKept == 1 ? __popc(lanes) : lanes != 0 ? 1 : 0;
+  }
+  __device__ __forceinline__ void finish_shift() {
+    const T part = 1 / static_cast<T>(pending > 0 ? pending : 1);
 #pragma unroll
     for (int k = 0; k < kKept; ++k) {
-      base[k] = first[k];
-      mean[k] = deviations[k] = sum[k] = squares[k] = 0;
+      base[k] *= part;
+      if (!(base[k] - base[k] == 0)) base[k] = 0;  // not finite
     }
+    pending = 0;
   }
 
   __device__ __forceinline__ void add(const T (&values)[kUnit], unsigned lanes) {
@@ -79,9 +100,9 @@ struct ThreadMoments {
 #pragma unroll
     for (int k = 0; k < kKept; ++k) {
       const T new_mean = sum[k] * part;
-      const T left = squares[k] - sum[k] * new_mean;
+      const T left = (squares[k] - sum[k] * new_mean) * part;
       const T delta = new_mean - mean[k];
-      deviations[k] += (left < 0 ? T(0) : left) + delta * delta * (before * ratio);
+      merge_variance(variance[k], left < 0 ? T(0) : left, delta, ratio);
       mean[k] += delta * ratio;
       const T moved = base[k] + mean[k];
       mean[k] -= moved - base[k];
@@ -174,7 +195,7 @@ __device__ __forceinline__ void reduce_moments(ThreadMoments<T, kKept>& own, int
         for (int k = 0; k < kKept; ++k) {
           shared.first[k][to] = own.base[k];
           shared.second[k][to] = own.mean[k];
-          shared.third[k][to] = own.deviations[k];
+          shared.third[k][to] = own.variance[k];
         }
       },
       [&](int from) {
@@ -188,7 +209,7 @@ __device__ __forceinline__ void reduce_moments(ThreadMoments<T, kKept>& own, int
           const T mean = shared.second[k][from];
           if (own.count == 0) own.base[k] = base;
           const T delta = (base - own.base[k]) + (mean - own.mean[k]);
-          own.deviations[k] += shared.third[k][from] + delta * delta * (before * ratio);
+          merge_variance(own.variance[k], shared.third[k][from], delta, ratio);
           own.mean[k] += delta * ratio;
         }
         own.count += added;

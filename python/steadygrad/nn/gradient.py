@@ -108,16 +108,18 @@ def backward(
 ) -> Gradients:
     """The gradients that are needed, by the kernels. ``bias`` itself is read only where ReLU kept no mask."""
     grad_output = with_strides(grad_output, input.stride())
-    device = input.device
     channels = input.shape[1]
     needs_residual = needed[1]
     grad_input = torch.empty_like(input) if needed[0] else None
     grad_residual = torch.empty_like(input) if needs_residual and relu else None
     grad_weight = grad_bias = None
     if needed[2] and weight is not None:
-        grad_weight = torch.empty(channels, dtype=weight.dtype, device=device)
+        grad_weight = weight.new_empty(channels)
     if needed[3] and bias_dtype is not None:
-        grad_bias = torch.empty(channels, dtype=bias_dtype, device=device)
+        if grad_weight is not None and bias_dtype is grad_weight.dtype:
+            grad_bias = grad_weight.new_empty(channels)
+        else:
+            grad_bias = input.new_empty(channels, dtype=bias_dtype)
     if needed[0] or needed[2] or needed[3] or grad_residual is not None:
         _kernels.batch_norm_backward(
             grad_output,
@@ -134,7 +136,7 @@ def backward(
             grad_residual,
             grad_weight,
             grad_bias,
-            allocator(device),
+            allocator(input.device),
         )
     if needs_residual and not relu:
         grad_residual = grad_output
@@ -212,12 +214,12 @@ class BatchNorm(torch.autograd.Function):
         keep_mask = relu and residual is not None
         output, mask, statistics = forward(input, residual, weight, bias, *options, keep_mask)
         # What tells backward where ReLU let through: its mask, or else the bias, to find it again.
-        passed = mask if keep_mask else bias if relu else None
+        known = mask if keep_mask else bias if relu else None
         if training:
             # Not the running statistics: the next batch changes them, and these gradients do not depend on them.
-            ctx.save_for_backward(input, weight, passed, statistics)
+            ctx.save_for_backward(input, weight, known, statistics)
         else:
-            ctx.save_for_backward(input, weight, passed, running_mean, running_var)
+            ctx.save_for_backward(input, weight, known, running_mean, running_var)
         bias_dtype = None if bias is None else bias.dtype
         ctx.arguments = (training, eps, relu, keep_mask, bias_dtype, input.stride())
         return output
@@ -228,10 +230,10 @@ class BatchNorm(torch.autograd.Function):
         training, eps, relu, keep_mask, bias_dtype, strides = ctx.arguments
         statistics = running_mean = running_var = None
         if training:
-            input, weight, passed, statistics = ctx.saved_tensors
+            input, weight, known, statistics = ctx.saved_tensors
         else:
-            input, weight, passed, running_mean, running_var = ctx.saved_tensors
-        mask, bias = (passed, None) if keep_mask else (None, passed)
+            input, weight, known, running_mean, running_var = ctx.saved_tensors
+        mask, bias = (known, None) if keep_mask else (None, known)
         # Hooks on saved tensors may bring them back in another memory format, which the mask does not have.
         input = with_strides(input, strides)
         constants = (statistics, running_mean, running_var)
