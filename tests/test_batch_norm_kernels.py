@@ -278,9 +278,10 @@ def test_mask_has_the_bits_of_the_output(backend: Backend, layout: str, dtype: t
 
 
 @each_layout
-@pytest.mark.parametrize("shape", [(3, 5, 3, 7), (6, 3, 5, 5), (33, 3), (2, 20, 3)])
+@pytest.mark.parametrize("shape", [(3, 5, 3, 7), (6, 3, 5, 5), (2, 3, 4, 4), (33, 3), (2, 20, 3)])
+@pytest.mark.parametrize("training", [True, False])
 def test_every_byte_of_a_mask_is_written(
-    backend: Backend, shape: tuple[int, ...], layout: str
+    backend: Backend, shape: tuple[int, ...], layout: str, training: bool
 ) -> None:
     """Also where a row fills its last byte in part: equal calls give equal masks."""
     case = Case(shape, backend.device, layout=layout, fusion="add+relu")
@@ -288,9 +289,14 @@ def test_every_byte_of_a_mask_is_written(
     masks = []
     for byte in (0, 255):
         mask = torch.full((mask_size(case["input"]),), byte, dtype=torch.uint8).to(backend.device)
-        _kernels.batch_norm_normalize(
-            *(case["input"], case["residual"], *case.affine),
-            *(statistics, None, None, case.eps, True, case.empty(), mask),
-        )
+        operands = (case["input"], case["residual"], *case.affine)
+        if training:
+            tracked = (None, None, None, 0.1)
+            _kernels.batch_norm_forward(
+                *operands, *tracked, case.eps, True, case.empty(), mask, statistics, case.allocate
+            )
+        else:
+            given = (statistics, None, None)
+            _kernels.batch_norm_normalize(*operands, *given, case.eps, True, case.empty(), mask)
         masks.append(mask)
     assert torch.equal(*masks)

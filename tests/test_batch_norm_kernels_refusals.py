@@ -212,7 +212,7 @@ def test_tensors_that_must_be_there(backend: Backend, kernel: str) -> None:
                 continue
             arguments = valid_arguments(kernel, backend) | {argument: wrong}
             before = storages(arguments)
-            says = rf"^batch_norm\w*: ({argument}: expected .*, got |expected {argument}, or )"
+            says = rf"^batch_norm\w*: {argument}: expected .*, got "
             with pytest.raises((TypeError, ValueError), match=says):
                 call(kernel, arguments)
             assert storages(arguments) == before

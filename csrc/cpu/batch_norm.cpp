@@ -345,6 +345,7 @@ void batch_norm_forward(const BatchNorm& norm, const BatchNormOutput& out, doubl
   const double factor = running_factor(running, count_batch(running));
   with_compute_type(norm.dtype, [&](auto element) {
     BatchNormPass<decltype(element)> pass(norm, 1);
+    if (pass.blocks().sum_fold() > 1) clear_mask(norm, out);
     pass.keep_partials();
     pass.blocks().sum_then_visit(
         [&](int64_t block, int64_t unit) { pass.sum_input(block, unit); },

@@ -107,12 +107,6 @@ class Cursor {
     }
   }
 
-  // An element of the thread's channel, or the first of its channels.
-  __device__ __forceinline__ int64_t offset_of_some_element() const {
-    const BatchNormShape& shape = tiles_.shape;
-    return kColumns ? plane_ * shape.channels + channel_ : (plane_ * shape.channels + channel_) * shape.inner;
-  }
-
   // Wide units have a mask only where its rows are whole bytes of them.
   __device__ __forceinline__ Place place(bool exists) const {
     const BatchNormShape& shape = tiles_.shape;
