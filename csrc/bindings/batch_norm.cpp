@@ -106,7 +106,8 @@ class Call {
       norm.mean = channels(running_mean, "running_mean");
       norm.var = channels(running_var, "running_var");
       if (norm.mean.data == nullptr || norm.var.data == nullptr) {
-        throw_type_error({kName, "statistics", -1}, "a tensor, or running_mean and running_var", tensor.ptr());
+        throw_type_error({kName, "statistics", -1}, "a tensor, or running_mean and running_var",
+                         tensor.ptr());
       }
       return false;
     }
