@@ -54,8 +54,8 @@ def batch_norm(
 
     :math:`\mu` and :math:`\sigma^2` are the batch's mean and biased variance of each channel when training, else the
     running ones. They are found in float64, equally exact in every memory format. The output is dense: channels last
-    where the input is, else contiguous. With ReLU no output is kept for backward; with ReLU and a residual, one bit
-    an element is.
+    where the input is (also in 3-D, where torch makes it contiguous), else contiguous. With ReLU no output is kept for
+    backward; with ReLU and a residual, one bit an element is.
 
     What the kernels do not take goes to :func:`torch.nn.functional.batch_norm`: other devices than CPU and CUDA,
     subclasses of tensors, transforms of :mod:`torch.func`, forward-mode derivatives, empty batches. Autocast leaves
