@@ -32,6 +32,8 @@ LARGE: list[Shape] = [
     (1, 9, 40_000),
     (2, 300, 9, 5),
     (4, 2048, 3),
+    (40, 130, 7, 7),
+    (150, 517, 3, 1),
     (3, 17, 5, 6, 7),
     (2, 5, 1, 9, 2, 3),
 ]
@@ -194,7 +196,7 @@ def test_same_bits_for_every_number_of_threads(
 ) -> None:
     shapes = [(5, 7, 9, 3), (2, 1, 2003), (3, 65, 5), (33, 130)]
     if backend.name != "emulated":
-        shapes += [(5, 3, 5001), (2, 70, 11, 13), (9011, 6), (4, 256, 7, 7), (1, 5, 40_001)]
+        shapes += [(5, 3, 5001), (2, 70, 11, 13), (9011, 6), (40, 130, 7, 7), (1, 5, 40_001)]
     for shape, fusion in zip(shapes, [*FUSIONS, *FUSIONS, *FUSIONS], strict=False):
         want: dict[str, Tensor] = {}
         for count in (1, 2, 3, 5, 1):

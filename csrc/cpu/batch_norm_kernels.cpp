@@ -62,10 +62,10 @@ STEADYGRAD_INLINE void normalize(const NormalizeRows<Compute<Element>>& call) {
       if constexpr (kMask) part.put_bits(mask, i, ~bits_of(stopped));
       part.put(output + i, where(~stopped, y));
     });
-    input += length;
-    output += length;
-    if constexpr (kResidual) residual += length;
-    if constexpr (kMask) mask += (length + 7) / 8;
+    input += call.rows.pitch;
+    output += call.rows.pitch;
+    if constexpr (kResidual) residual += call.rows.pitch;
+    if constexpr (kMask) mask += call.rows.mask_pitch;
   }
 }
 
@@ -124,11 +124,11 @@ STEADYGRAD_INLINE void gradient(const GradientRows<Compute<Element>>& call) {
                  (kRowIsChannel ? gradient_of_row : channels(table.center, gradients, i))(grad, x));
       }
     });
-    input += length;
-    grad_output += length;
-    if (grad_input != nullptr) grad_input += length;
-    if (grad_residual != nullptr) grad_residual += length;
-    if constexpr (kRelu == ReluMask::stored) mask += (length + 7) / 8;
+    input += call.rows.pitch;
+    grad_output += call.rows.pitch;
+    if (grad_input != nullptr) grad_input += call.rows.pitch;
+    if (grad_residual != nullptr) grad_residual += call.rows.pitch;
+    if constexpr (kRelu == ReluMask::stored) mask += call.rows.mask_pitch;
   }
 }
 
@@ -224,7 +224,7 @@ STEADYGRAD_INLINE void sum_columns(const Rows& rows, double* sums, At terms) {
   const int64_t bytes = length * static_cast<int64_t>(sizeof(Element));
   const int64_t at_once = bytes > kFetched / 8 ? 8 : kFetched / bytes / 4 * 4;
   double* const seconds = sums + rows.sum_stride;
-  const First first(at_once * bytes, false);
+  const First first(at_once * rows.pitch * static_cast<int64_t>(sizeof(Element)), false);
   for (int64_t begin = 0; begin < rows.rows; begin += at_once) {
     const int64_t end = rows.rows - begin < at_once ? rows.rows : begin + at_once;
     const auto add_column = [&](int64_t i, auto part) __attribute__((always_inline)) {
@@ -278,10 +278,11 @@ STEADYGRAD_INLINE void add_to_sums(const Rows& rows, double* sums, At terms) {
 template <class Element>
 void sum_rows(const Rows& rows, const void* opaque, const Compute<Element>* shift, double* sums) {
   const auto* input = static_cast<const Element*>(opaque);
+  const int64_t pitch = rows.pitch;
   with_flag(rows.row_is_channel, [&](auto row_is_channel) __attribute__((always_inline)) {
     const auto terms = [&](int64_t row, int64_t i, auto part) __attribute__((always_inline)) {
       const Row<Compute<Element>, row_is_channel> channels(row);
-      const DoubleVector x = __builtin_convertvector(part(input + row * rows.length + i), DoubleVector);
+      const DoubleVector x = __builtin_convertvector(part(input + row * pitch + i), DoubleVector);
       const DoubleVector deviation = part.only(x - __builtin_convertvector(channels(shift, i), DoubleVector));
       return Terms<DoubleVector>{deviation, deviation * deviation};
     };
@@ -296,14 +297,14 @@ STEADYGRAD_INLINE void sum_gradient(const GradientRows<Compute<Element>>& call, 
   const auto* grad_output = static_cast<const Element*>(call.grad_output);
   const uint8_t* mask = call.mask;
   const NormalizationTable<T> table = call.normalization;
-  const int64_t length = call.rows.length;
-  const int64_t mask_length = kRelu == ReluMask::stored ? (length + 7) / 8 : 0;
+  const int64_t pitch = call.rows.pitch;
+  const int64_t mask_pitch = kRelu == ReluMask::stored ? call.rows.mask_pitch : 0;
   add_to_sums<Element, kRowIsChannel>(
       call.rows, sums, [&](int64_t row, int64_t i, auto part) __attribute__((always_inline)) {
         const Normalization<Vector<T>> at = Row<T, kRowIsChannel>(row)(table, i);
-        const Vector<T> x = part(input + row * length + i);
+        const Vector<T> x = part(input + row * pitch + i);
         const Vector<T> grad = part.only(
-            masked<kRelu>(part(grad_output + row * length + i), x, mask + row * mask_length, at, part, i));
+            masked<kRelu>(part(grad_output + row * pitch + i), x, mask + row * mask_pitch, at, part, i));
         return Terms<Vector<T>>{grad, part.only(grad * (x - at.center))};
       });
 }

@@ -26,14 +26,16 @@ struct InputGradientTable {
   const T* constant;
 };
 
-// `rows` rows of `length` neighbours in memory. Where `row_is_channel`, row r belongs to channel r of the
-// tables, else element i of every row to channel i.
+// `rows` rows of `length` neighbours in memory. Where `row_is_channel`, row r belongs to entry r of the
+// tables, else element i of every row to entry i.
 struct Rows {
   int64_t rows;
   int64_t length;
+  int64_t pitch;       // elements from a row to the next one
+  int64_t mask_pitch;  // the same in bytes of the mask
   bool row_is_channel;
   int64_t ahead;       // bytes from an element to one that is wanted soon
-  int64_t sum_stride;  // from a channel's first sum to its second, where an element is a channel
+  int64_t sum_stride;  // from an entry's first sum to its second, where an element has an entry
 };
 
 // What can become of ReLU's mask in backward.
@@ -66,7 +68,7 @@ struct GradientRows {
   bool streams;
 };
 
-// Two sums a channel: where a row is a channel, [channel][2][lane] with kSumLanes of each, else one of each.
+// Two sums an entry: where a row is a channel, [channel][2][lane] with kSumLanes of each, else one of each.
 template <class T>
 struct BatchNormKernels {
   // Adds x - shift and (x - shift)^2.

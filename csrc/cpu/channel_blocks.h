@@ -16,23 +16,32 @@ class ChannelBlocks {
  public:
   // `streams`: how many tensors both visits read.
   ChannelBlocks(const BatchNormShape& shape, int64_t element_size, int streams) : shape_(shape) {
-    if (shape.inner == 1) {
-      // Rows of few channels are taken together: for sums until they fill vectors, for visits until a row is
-      // worth its start.
-      while (shape.channels * sum_fold_ % kSumLanes != 0 && shape.channels < kFolded) sum_fold_ *= 2;
-      fold_ = sum_fold_;
-      while (shape.channels * fold_ < kFolded) fold_ *= 2;
-      // As many units as share out evenly, of enough rows that their sums are little beside them.
-      const int64_t units = (shape.outer * shape.channels / (4 * kUnit) + 8) / 8 * 8;
-      outer_ = std::max<int64_t>(kRows, (shape.outer + units - 1) / units);
-      outer_ = (outer_ + fold_ - 1) / fold_ * fold_;
-      channels_ = shape.channels;
+    // Neighbouring channels, for longer reads; few enough that the second visit finds them in the cache.
+    const int64_t wanted = kRead / (shape.inner * element_size);
+    const int64_t cached = kCached / (shape.count() * element_size * streams);
+    const int64_t neighbours = std::max<int64_t>(std::min(wanted, cached), 1);
+    if (shape.inner == 1 || is_short(shape)) {
+      columns_ = shape.inner;
+      // Of whole bytes of the mask.
+      channels_ = shape.inner == 1 ? shape.channels : (neighbours + 7) / 8 * 8;
+      if (channels_ < shape.channels) {
+        outer_ = std::max<int64_t>(kRows, kUnit / shape.inner);
+        ahead_ = row_size() * element_size;
+      } else {
+        channels_ = shape.channels;
+        // Rows of few columns are taken together: for sums until they fill vectors, for visits until a row
+        // is worth its start.
+        while (row_size() * sum_fold_ % kSumLanes != 0 && row_size() < kFolded) sum_fold_ *= 2;
+        fold_ = sum_fold_;
+        while (row_size() * fold_ < kFolded) fold_ *= 2;
+        // As many units as share out evenly, of enough rows that their sums are little beside them.
+        const int64_t units = (shape.outer * row_size() / (4 * kUnit) + 8) / 8 * 8;
+        outer_ = std::max<int64_t>(kRows, (shape.outer + units - 1) / units);
+        outer_ = (outer_ + fold_ - 1) / fold_ * fold_;
+      }
     } else if (shape.inner <= kUnit) {
       outer_ = kUnit / shape.inner;
-      // Neighbouring channels, for longer reads; few enough that the second visit finds them in the cache.
-      const int64_t wanted = kRead / (shape.inner * element_size);
-      const int64_t cached = kCached / (shape.count() * element_size * streams);
-      channels_ = std::clamp<int64_t>(std::min(wanted, cached), 1, shape.channels);
+      channels_ = std::min(neighbours, shape.channels);
       // The same channels of the next outer index, unless that is too far ahead for the cache.
       if (channels_ * shape.inner * element_size <= kFar)
         ahead_ = shape.channels * shape.inner * element_size;
@@ -48,7 +57,9 @@ class ChannelBlocks {
   int64_t last_channel(int64_t block) const { return std::min(first_channel(block + 1), shape_.channels); }
   int64_t channels_in(int64_t block) const { return last_channel(block) - first_channel(block); }
 
-  // How often channels come round in a row: at most, and for sums.
+  // Neighbours in a row that belong to one channel, where rows hold many channels; 0: rows are channels.
+  int64_t columns() const { return columns_; }
+  // How often channels come round in such a row: at most, and for sums.
   int64_t fold() const { return fold_; }
   int64_t sum_fold() const { return sum_fold_; }
 
@@ -64,25 +75,10 @@ class ChannelBlocks {
   void for_each_rows(int64_t block, int64_t unit, int64_t fold, Visit visit) const {
     const int64_t begin = outer_begin(unit);
     const int64_t end = outer_end(unit);
+    if (columns_ > 0) return for_each_row_of_columns(block, begin, end, fold, visit);
     const int64_t bytes = shape_.mask_row_bytes();
-    if (shape_.inner == 1) {
-      // Rows that fill vectors lie in the mask without gaps, also where fewer of them are taken together.
-      const int64_t dense = begin + (end - begin) / sum_fold_ * sum_fold_;
-      int64_t row = begin;
-      for (int64_t together : {fold, sum_fold_, int64_t{1}}) {
-        const int64_t last = together > 1 ? dense : end;
-        const int64_t count = (last - row) / together;
-        const int64_t columns = shape_.channels * together;
-        const int64_t byte = row < dense ? begin * bytes + (row - begin) * shape_.channels / 8 : row * bytes;
-        if (count > 0) {
-          visit(Rows{count, columns, false, ahead_, shape_.channels * sum_fold_}, int64_t{0},
-                row * shape_.channels, byte);
-        }
-        row += count * together;
-      }
-      return;
-    }
-    const Rows rows{channels_in(block), inner_end(unit) - inner_begin(unit), true, ahead_, 0};
+    const int64_t length = inner_end(unit) - inner_begin(unit);
+    const Rows rows{channels_in(block), length, length, bytes, true, ahead_, 0};
     for (int64_t n = begin; n < end; ++n) {
       const int64_t row = n * shape_.channels + first_channel(block);
       visit(rows, first_channel(block), row * shape_.inner + inner_begin(unit),
@@ -121,7 +117,7 @@ class ChannelBlocks {
   template <class Visit>
   void for_all_rows(Visit visit) const {
     const int64_t elements = shape_.count() * shape_.channels;
-    if (shape_.inner == 1 || pieces_ > 1) {
+    if (columns_ > 0 || pieces_ > 1) {
       for_each_share(blocks_ * units_, elements, [&](int64_t first, int64_t last) {
         for (int64_t task = first; task < last; ++task)
           for_each_rows(task / units_, task % units_, fold_, visit);
@@ -132,14 +128,17 @@ class ChannelBlocks {
       while (first < last) {
         const int64_t channel = first % shape_.channels;
         const int64_t rows = std::min(last - first, shape_.channels - channel);
-        visit(Rows{rows, shape_.inner, true, kAhead, 0}, channel, first * shape_.inner,
-              first * shape_.mask_row_bytes());
+        const int64_t bytes = shape_.mask_row_bytes();
+        visit(Rows{rows, shape_.inner, shape_.inner, bytes, true, kAhead, 0}, channel, first * shape_.inner,
+              first * bytes);
         first += rows;
       }
     });
   }
 
  private:
+  static constexpr int64_t kShort = 64;  // elements of a plane
+  static constexpr int64_t kManyRows = 16;
   static constexpr int64_t kUnit = 1 << 15;   // elements of a channel, or of rows of channels
   static constexpr int64_t kAhead = 1 << 12;  // bytes
   static constexpr int64_t kRows = 128;
@@ -148,12 +147,50 @@ class ChannelBlocks {
   static constexpr int64_t kRead = 1 << 12;          // bytes
   static constexpr int64_t kCached = 3 * (1 << 17);  // bytes, of a second-level cache of 512 KB or more
 
+  // Planes of few elements make no rows of their own, unless there are too few of them to be worth tables of
+  // every element of a row.
+  static bool is_short(const BatchNormShape& shape) {
+    return shape.inner <= kSumLanes || (shape.inner < kShort && shape.outer >= kManyRows);
+  }
+
+  // The rows [begin, end) of columns; a mask has the bits of each without gaps.
+  template <class Visit>
+  void for_each_row_of_columns(int64_t block, int64_t begin, int64_t end, int64_t fold, Visit visit) const {
+    const int64_t size = row_size();
+    const int64_t bytes = shape_.mask_row_bytes() * (columns_ == 1 ? 1 : shape_.channels);
+    if (blocks_ > 1) {
+      const int64_t column = first_channel(block) * columns_;
+      const int64_t length = channels_in(block) * columns_;
+      visit(Rows{end - begin, length, size, bytes, false, ahead_, length}, first_channel(block),
+            begin * size + column, begin * bytes + column / 8);
+      return;
+    }
+    // Rows that fill vectors lie in the mask without gaps, also where fewer of them are taken together.
+    const int64_t dense = begin + (end - begin) / sum_fold_ * sum_fold_;
+    int64_t row = begin;
+    for (int64_t together : {fold, sum_fold_, int64_t{1}}) {
+      const int64_t last = together > 1 ? dense : end;
+      const int64_t count = (last - row) / together;
+      const int64_t length = size * together;
+      const int64_t byte = row < dense ? begin * bytes + (row - begin) * size / 8 : row * bytes;
+      if (count > 0) {
+        const int64_t mask_pitch = row < dense && length % 8 == 0 ? length / 8 : bytes;
+        visit(Rows{count, length, length, mask_pitch, false, ahead_, size * sum_fold_}, int64_t{0},
+              row * size, byte);
+      }
+      row += count * together;
+    }
+  }
+
+  // Elements of a row of columns.
+  int64_t row_size() const { return shape_.channels * columns_; }
   int64_t outer_begin(int64_t unit) const { return unit / pieces_ * outer_; }
   int64_t outer_end(int64_t unit) const { return std::min(outer_begin(unit) + outer_, shape_.outer); }
   int64_t inner_begin(int64_t unit) const { return unit % pieces_ * kUnit; }
   int64_t inner_end(int64_t unit) const { return std::min(inner_begin(unit) + kUnit, shape_.inner); }
 
   BatchNormShape shape_;
+  int64_t columns_ = 0;
   int64_t sum_fold_ = 1;
   int64_t fold_ = 1;
   int64_t outer_ = 1;
