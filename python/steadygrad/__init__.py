@@ -20,6 +20,8 @@ except ImportError as error:
     ) from error
 
 from steadygrad import nn, optim
+from steadygrad.accumulation import accumulate
+from steadygrad.amp import GradScaler
 from steadygrad.clip import (
     clip_grad_norm_,
     clip_grad_value_,
@@ -34,8 +36,10 @@ from steadygrad.penalty import add_penalty_, soft_threshold_
 __version__: str = _kernels.VERSION
 
 __all__ = [
+    "GradScaler",
     "NonfiniteGradientError",
     "Stabilizer",
+    "accumulate",
     "add_penalty_",
     "clip_grad_norm_",
     "clip_grad_value_",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from steadygrad import _kernels
 from steadygrad.memory import Outcome, is_asynchronous, is_number_on
+from steadygrad.optim.accumulated import Accumulated
 from steadygrad.optim.closures import Closure, evaluated, evaluates_closure, snapshot
 from steadygrad.optim.device_steps import DeviceReport, DeviceSteps, Scaling, scaling
 from steadygrad.optim.eligibility import why_not_fused
@@ -76,6 +77,10 @@ class Stepper:
         self._structure: tuple[object, ...] = ()
         self._new_state: dict[Tensor, dict[str, Tensor]] = {}
         self._scaling = Scaling()
+        # Both set for the time of a step: what it is the mean of; "skip" where a GradScaler takes it.
+        self.accumulated = Accumulated()
+        self.nonfinite: str = options.nonfinite
+        self.report: _kernels.StepReport | DeviceReport | None = None
         self._clipped = False
         self._creates_state = False
         self.grad_norm: float | Outcome | None = None
@@ -93,7 +98,9 @@ class Stepper:
     def step(self, closure: Closure | None, grad_scale: Any, found_inf: Any) -> Any:
         """One step; returns the closure's loss."""
         self._take_over()
-        self._scaling = scaling(grad_scale, found_inf, self._asynchronous_device())
+        self.report = None
+        device, divisor = self._asynchronous_device(), self.accumulated.divisor
+        self._scaling = scaling(grad_scale, found_inf, divisor, device)
         self._group_numbers()  # refuses bad hyper-parameters before a closure or a hook runs
         if self._is_stale():
             self._prepare()
@@ -167,10 +174,11 @@ class Stepper:
     def _current_structure(self) -> tuple[object, ...]:
         device = self._asynchronous_device()
         if self._rule is None:
-            return (device,)
+            return (device, self.nonfinite)
         names = self._rule.state_names
         return (
             device,
+            self.nonfinite,
             *(
                 (names(group), group.get("differentiable"), group.get("capturable"))
                 for group in self._optimizer.param_groups
@@ -219,7 +227,7 @@ class Stepper:
             self._rule.name if fused and self._rule is not None else "none",
             [group["params"] for group in optimizer.param_groups],
             slots,
-            self._options.kernel_options(),
+            {**self._options.kernel_options(), "nonfinite": self.nonfinite},
         )
         self._plan.seal(optimizer.state if fused else {})
 
@@ -233,7 +241,7 @@ class Stepper:
         # SGD keeps the key with None as its value until there is momentum.
         first = any(state.get(name) is None for name in names)
         if first:
-            if param.grad is None:
+            if param.grad is None and param not in self.accumulated.sums:
                 return None
             # Entered into the optimizer's state only once the step has been taken.
             state = self._new_state[param] = rule.new_state(param, group)
@@ -264,6 +272,8 @@ class Stepper:
             raise _CannotFuse(loss)
         assert report is not None and self._plan is not None
         self._record(report, loss)
+        if self._options.write_grads:
+            self.accumulated.hand_over()
         if self._new_state:
             for index, param in zip(self._plan.active_indices(), self._plan.active(), strict=True):
                 if param not in self._new_state:
@@ -281,7 +291,8 @@ class Stepper:
     def _run_plan(self) -> _kernels.StepReport | DeviceReport | None:
         if self._why_in_place is not None:
             return None
-        return self._run(None, read_back=self._options.nonfinite == "raise")
+        grads = self.accumulated.gradients(self._optimizer.param_groups)
+        return self._run(grads, read_back=self.nonfinite == "raise")
 
     def _run(
         self, grads: list[Tensor | None] | None, read_back: bool
@@ -315,7 +326,7 @@ class Stepper:
     def _is_state_creation(self, numbers: list[dict[str, float]]) -> bool:
         """Whether this is torch.distributed.checkpoint's step with zero gradients and no learning rate."""
         groups = self._optimizer.param_groups
-        if self._optimizer.state:
+        if self._optimizer.state or self.accumulated.sums:
             return False  # it comes before there is any
         device = self._asynchronous_device()
         if device is not None:
@@ -375,16 +386,17 @@ class Stepper:
         ]
         # The wrapped step cannot be taken back, so whether to take it must be known.
         read_back = (
-            self._options.nonfinite in ("skip", "raise")
+            self.nonfinite in ("skip", "raise")
             or self._scaling.found_inf_tensor is not None
             or evaluates_closure(self._optimizer)
         )
         report = self._run(grads, read_back)
         assert report is not None
         self._record(report, loss)
+        self.accumulated.hand_over()
 
     def _dense_grad(self, param: Tensor, group: dict[str, Any]) -> Tensor | None:
-        grad = param.grad
+        grad = self.accumulated.sums.get(param, param.grad)
         if grad is None or not grad.is_sparse:
             return grad
         for key in ("l1", "l2"):
@@ -409,6 +421,7 @@ class Stepper:
     # -- the outcome ----------------------------------------------------------------------------
 
     def _record(self, report: _kernels.StepReport | DeviceReport, loss: Any) -> None:
+        self.report = report
         if not self._creates_state:
             self.grad_norm = report.norm
         if report.refused:
