@@ -142,6 +142,25 @@ def test_a_model_of_several_dtypes(backend: Backend) -> None:
     assert torch.equal(params[3], torch.ones_like(params[3]))
 
 
+@pytest.mark.parametrize("grad_dtype", [torch.bfloat16, None], ids=str)
+@all_kinds
+def test_parameters_whose_gradients_have_another_dtype(
+    backend: Backend, kind: str, grad_dtype: torch.dtype | None
+) -> None:
+    param = Parameter(torch.zeros(3, dtype=torch.bfloat16 if grad_dtype is None else torch.float32))
+    if kind == "in-place" and grad_dtype is not None:
+        pytest.skip("torch's NAdam does not take them")
+    if not hasattr(param, "grad_dtype"):
+        pytest.skip("in this torch gradients have the dtype of their parameters")
+    param = Parameter(param.detach().to(backend.device))
+    param.grad_dtype = grad_dtype
+    optimizer = MAKERS[kind]([param], max_norm=math.inf, write_grads=True)
+    add(optimizer, [param], [[torch.full_like(param.detach(), k)] for k in (1, 2, 6)])
+    assert param.grad is None and optimizer.accumulated.sums[param].tolist() == [9, 9, 9]
+    optimizer.step()
+    assert param.grad.dtype == torch.bfloat16 and param.grad.tolist() == [3, 3, 3]
+
+
 @all_kinds
 def test_the_clip_is_that_of_the_mean(backend: Backend, kind: str) -> None:
     # The sum's norm is beyond the limit and the mean's is not.

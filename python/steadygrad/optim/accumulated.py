@@ -114,9 +114,10 @@ class Accumulated:
 
     @torch.no_grad()
     def hand_over(self) -> None:
-        """Sums that have become the update's gradients go to ``.grad``, in the parameters' dtype."""
+        """Sums that have become the update's gradients go to ``.grad``, in the dtype that it has to have."""
         for param, total in self.sums.items():
-            param.grad = total.to(param.dtype)
+            # As of torch 2.11 it may differ from the parameter's; None allows any.
+            param.grad = total.to(getattr(param, "grad_dtype", None) or param.dtype)
         self.sums, self.divisor, self._is_empty = {}, 1.0, True
 
     def gradients(self, param_groups: list[dict[str, Any]]) -> list[Tensor | None] | None:
