@@ -10,6 +10,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from steadygrad import _kernels
 from steadygrad.memory import Outcome, is_asynchronous, is_number_on
@@ -17,32 +18,13 @@ from steadygrad.optim.accumulated import Accumulated
 from steadygrad.optim.closures import Closure, evaluated, evaluates_closure, snapshot
 from steadygrad.optim.device_steps import DeviceReport, DeviceSteps, Scaling, scaling
 from steadygrad.optim.eligibility import why_not_fused
+from steadygrad.optim.interruptions import CannotFuse, NonfiniteGradientError, StepSkipped
 from steadygrad.optim.options import COUNTERS, StabilizerOptions, checked_number
 from steadygrad.optim.rule import UpdateRule
 from steadygrad.penalty import soft_threshold_
 
 # The last one to step each optimizer, by the id of the optimizer, which the stepper keeps alive.
 _steppers: WeakValueDictionary[int, Stepper] = WeakValueDictionary()
-
-
-class NonfiniteGradientError(RuntimeError):
-    """Raised under ``nonfinite="raise"``; nothing was changed."""
-
-
-class _StepSkipped(Exception):
-    """Leaves the wrapped optimizer's ``step`` before it changes anything."""
-
-    def __init__(self, loss: Any) -> None:
-        super().__init__()
-        self.loss = loss
-
-
-class _CannotFuse(Exception):
-    """Leaves the fused path after the closure ran, when the gradients it made have no fused rule."""
-
-    def __init__(self, loss: Any) -> None:
-        super().__init__()
-        self.loss = loss
 
 
 class Stepper:
@@ -83,6 +65,8 @@ class Stepper:
         self.report: _kernels.StepReport | DeviceReport | None = None
         self._clipped = False
         self._creates_state = False
+        # The groups' numbers where neither a closure nor a hook can have changed anything since they were read.
+        self._known_numbers: list[tuple[float, ...]] | None = None
         self.grad_norm: float | Outcome | None = None
         # Only where decisions stay on the device.
         self._device_steps: DeviceSteps | None = None
@@ -101,14 +85,15 @@ class Stepper:
         self.report = None
         device, divisor = self._asynchronous_device(), self.accumulated.divisor
         self._scaling = scaling(grad_scale, found_inf, divisor, device)
-        self._group_numbers()  # refuses bad hyper-parameters before a closure or a hook runs
+        numbers = self._group_numbers()  # refuses bad ones before a closure or a hook runs
         if self._is_stale():
             self._prepare()
+        self._known_numbers = None if closure is not None or self._has_pre_hooks() else numbers
         self._clipped = False
         try:
             take = self._in_place if self._why_in_place is not None else self._fused_or_in_place
             loss = take(closure)
-        except _StepSkipped as skipped:
+        except StepSkipped as skipped:
             self._count(COUNTERS[0])
             return skipped.loss
         if self._clipped:
@@ -118,12 +103,12 @@ class Stepper:
     def _fused_or_in_place(self, closure: Closure | None) -> Any:
         try:
             return self._fused_entry(self._optimizer, closure)
-        except _CannotFuse as found:
+        except CannotFuse as found:
             # The wrapped optimizer's pre-hooks run again with its own step, this one time.
             try:
                 self._in_place(None)
-            except _StepSkipped:
-                raise _StepSkipped(found.loss) from None
+            except StepSkipped:
+                raise StepSkipped(found.loss) from None
             return found.loss
 
     def _take_over(self) -> None:
@@ -164,6 +149,10 @@ class Stepper:
                     return param.device if is_asynchronous(param.device) else None
                 first = param if first is None else first
         return first.device if first is not None and is_asynchronous(first.device) else None
+
+    def _has_pre_hooks(self) -> bool:
+        own = self._optimizer._optimizer_step_pre_hooks
+        return self._runs_hooks and bool(own or _global_optimizer_pre_hooks)
 
     def _why(self) -> str | None:
         # Only a wrapper would pass over a step that somebody put in the wrapped optimizer's place.
@@ -256,7 +245,7 @@ class Stepper:
     def _fused(self, optimizer: torch.optim.Optimizer, closure: Closure | None = None) -> Any:
         loss = evaluated(closure)
         # Hooks and the closure may have exchanged anything.
-        if self._is_stale():
+        if self._known_numbers is None and self._is_stale():
             self._prepare()
         try:
             report = self._run_plan()
@@ -269,7 +258,7 @@ class Stepper:
             if self._why_in_place is None:
                 raise
         if self._why_in_place is not None:
-            raise _CannotFuse(loss)
+            raise CannotFuse(loss)
         assert report is not None and self._plan is not None
         self._record(report, loss)
         if self._options.write_grads:
@@ -298,7 +287,9 @@ class Stepper:
         self, grads: list[Tensor | None] | None, read_back: bool
     ) -> _kernels.StepReport | DeviceReport | None:
         assert self._plan is not None
-        numbers = self._group_numbers()
+        numbers = self._known_numbers
+        if numbers is None:
+            numbers = self._group_numbers()
         if self._device_steps is None:
             return self._plan.step(numbers, self._scaling.unscale, self._scaling.found_inf, grads)
         rates = [
@@ -368,7 +359,7 @@ class Stepper:
         restore = snapshot(self._optimizer)
         try:
             loss = self._base_step(stabilized_closure)
-        except (_StepSkipped, NonfiniteGradientError):
+        except (StepSkipped, NonfiniteGradientError):
             restore()
             raise
         self._apply_proximal()
@@ -376,7 +367,7 @@ class Stepper:
 
     @torch.no_grad()
     def _stabilize_grads(self, loss: Any) -> None:
-        if self._is_stale():
+        if self._known_numbers is None and self._is_stale():
             self._prepare()
         assert self._plan is not None
         grads = [
@@ -427,7 +418,7 @@ class Stepper:
         if report.refused:
             raise NonfiniteGradientError(self._nonfinite_message(report))
         if report.skipped:
-            raise _StepSkipped(loss)
+            raise StepSkipped(loss)
         self._clipped = self._clipped or report.clipped
 
     def _nonfinite_message(self, report: _kernels.StepReport | DeviceReport) -> str:
