@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.nn import Parameter
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import steadygrad as sg
 
@@ -67,7 +68,8 @@ def test_the_loss_of_a_closure_survives_a_skip_on_the_way_in_place() -> None:
     assert optimizer.skipped_steps == 1
 
 
-def test_a_pre_hook_may_clear_state_load_state_and_add_groups() -> None:
+@pytest.mark.parametrize("everywhere", [False, True], ids=["own", "global"])
+def test_a_pre_hook_may_clear_state_load_state_and_add_groups(everywhere: bool) -> None:
     def run(wrap: bool) -> list[Tensor]:
         torch.manual_seed(1)
         params = [Parameter(torch.randn(4)) for _ in range(3)]
@@ -76,20 +78,26 @@ def test_a_pre_hook_may_clear_state_load_state_and_add_groups() -> None:
         saved: dict[str, Any] = {}
 
         def hook(hooked: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            if hooked is not plain:
+                return
             if taken == 2:
                 hooked.state.clear()
             if taken == 4:
                 hooked.load_state_dict(saved)
+            if taken == 3:
+                hooked.param_groups[0]["lr"] = 0.2
             if taken == 5:
                 hooked.add_param_group({"params": [params[2]]})
 
-        plain.register_step_pre_hook(hook)
+        register = register_optimizer_step_pre_hook if everywhere else plain.register_step_pre_hook
+        handle = register(hook)
         for taken in range(7):
             for param in params:
                 param.grad = torch.randn(4)
             if taken == 3:
                 saved = plain.state_dict()
             optimizer.step()
+        handle.remove()
         return [*params, *(plain.state[param]["step"] for param in params)]
 
     for one, other in zip(run(wrap=True), run(wrap=False), strict=True):

@@ -20,22 +20,26 @@ except ImportError as error:
     ) from error
 
 from steadygrad import nn, optim
+from steadygrad.accumulation import accumulate
+from steadygrad.amp import GradScaler
 from steadygrad.clip import (
     clip_grad_norm_,
     clip_grad_value_,
     clip_grads_with_norm_,
     get_total_norm,
 )
+from steadygrad.optim.interruptions import NonfiniteGradientError
 from steadygrad.optim.parameter_groups import param_groups
 from steadygrad.optim.stabilizer import Stabilizer
-from steadygrad.optim.stepper import NonfiniteGradientError
 from steadygrad.penalty import add_penalty_, soft_threshold_
 
 __version__: str = _kernels.VERSION
 
 __all__ = [
+    "GradScaler",
     "NonfiniteGradientError",
     "Stabilizer",
+    "accumulate",
     "add_penalty_",
     "clip_grad_norm_",
     "clip_grad_value_",

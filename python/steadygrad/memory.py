@@ -47,6 +47,11 @@ class Outcome:
         """The number of non-finite elements; waits for the device."""
         return int(self.record.view(torch.int64)[2])
 
+    def found_nonfinite(self) -> Tensor:
+        """1.0 if there were non-finite elements or the step was skipped, else 0.0, without waiting: float32, 0-d."""
+        counted = self.record.view(torch.int64)[2] > 0
+        return (counted | (self.record.view(torch.uint8)[12] > 0)).float()
+
     def flags(self) -> tuple[bool, bool, bool]:
         """Whether the step was skipped, refused, clipped; waits for the device."""
         skipped, refused, clipped = self.record.view(torch.uint8)[12:15].tolist()

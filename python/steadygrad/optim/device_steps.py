@@ -27,16 +27,23 @@ class Scaling:
 State = dict[Tensor, dict[str, Any]]
 
 
-def scaling(grad_scale: Any, found_inf: Any, device: torch.device | None) -> Scaling:
-    """The scaler's numbers, checked where the host has them."""
+def scaling(
+    grad_scale: Any, found_inf: Any, divisor: float | Tensor, device: torch.device | None
+) -> Scaling:
+    """The scaler's numbers, checked where the host has them; ``divisor`` is that of accumulated gradients."""
+    if isinstance(divisor, Tensor):
+        grad_scale, divisor = divisor if grad_scale is None else grad_scale * divisor, 1.0
     scale_there = is_number_on(grad_scale, device)
     found_there = is_number_on(found_inf, device)
+    scale = 1.0 if grad_scale is None or scale_there else _checked_grad_scale(grad_scale)
+    if scale_there:
+        grad_scale = grad_scale.float() if divisor == 1 else grad_scale.float() * divisor
     return Scaling(
-        unscale=1.0 if grad_scale is None or scale_there else 1.0 / _checked_grad_scale(grad_scale),
+        unscale=1.0 if scale_there else 1.0 / (scale * divisor),
         found_inf=found_inf is not None
         and not found_there
         and checked_number("step: found_inf", found_inf, finite=False) > 0,
-        grad_scale_tensor=grad_scale.float() if scale_there else None,
+        grad_scale_tensor=grad_scale if scale_there else None,
         found_inf_tensor=found_inf.float() if found_there else None,
     )
 

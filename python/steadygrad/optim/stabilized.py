@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from steadygrad.memory import Outcome
+from steadygrad.optim.accumulated import Accumulated
 from steadygrad.optim.closures import Closure
 from steadygrad.optim.options import COUNTERS, StabilizerOptions
 from steadygrad.optim.rule import UpdateRule
 from steadygrad.optim.stepper import Stepper
 
 # Set by torch.amp.GradScaler for the time of a step.
-_AMP_KEYS = ("grad_scale", "found_inf")
+AMP_KEYS = ("grad_scale", "found_inf")
 
 
 class StepOutcome:
@@ -27,6 +30,8 @@ class StepOutcome:
     state: Any
     # torch.amp.GradScaler then leaves unscaling and skipping to step().
     _step_supports_amp_scaling = True
+    # Whether the step is to find out for a scaler what torch's would tell it.
+    _finds_inf = False
 
     def _make_stepper(self) -> Stepper:
         raise NotImplementedError
@@ -38,9 +43,50 @@ class StepOutcome:
         return stepper
 
     def _stabilized_step(self, closure: Closure | None) -> Any:
-        return self._current_stepper().step(
-            closure, self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")
-        )
+        stepper, accumulated = self._current_stepper(), self.accumulated
+        found_inf = self.__dict__.get("found_inf")
+        # torch's scaler looks for infinities in .grad only, and would not lower its scale for those in the sums.
+        accumulated.check_ready(closure, None if self._finds_inf else found_inf)
+        stepper.accumulated = accumulated
+        stepper.nonfinite = "skip" if self._finds_inf else self._options.nonfinite
+        try:
+            loss = stepper.step(closure, self.__dict__.get("grad_scale"), found_inf)
+        finally:
+            stepper.accumulated = Accumulated()
+        self.__dict__.pop("_accumulated", None)
+        return loss
+
+    @property
+    def accumulated(self) -> Accumulated:
+        """What :func:`steadygrad.accumulate` has gathered for the next step."""
+        accumulated: Accumulated = self.__dict__.setdefault("_accumulated", Accumulated())
+        return accumulated
+
+    def _drop_accumulated(self) -> None:
+        self.accumulated.check_closed("zero_grad")
+        del self.__dict__["_accumulated"]
+
+    @contextmanager
+    def finding_inf(self) -> Iterator[None]:
+        """For :class:`steadygrad.GradScaler`: non-finite gradients skip the step whatever the policy."""
+        self._finds_inf = True
+        try:
+            yield
+        finally:
+            self._finds_inf = False
+
+    def found_nonfinite(self) -> Tensor | None:
+        """1.0 if the last step saw a non-finite gradient or was told of one, else 0.0: fp32, 0-d, on its device.
+
+        Does not wait for the device. None if the step did not come as far as that.
+        """
+        report = self._current_stepper().report
+        if report is None:
+            return None
+        if isinstance(report.norm, Outcome):
+            return report.norm.found_nonfinite()
+        found = report.skipped or report.nonfinite_count > 0
+        return torch.tensor(float(found), dtype=torch.float32, device="cpu")
 
     def _add_group_keys(self, kept: list[dict[str, Any]] | None = None) -> None:
         for i, group in enumerate(self.param_groups):
@@ -141,7 +187,7 @@ class Stabilized(StepOutcome):
 
     def _torch_step(self, torch_step: Any, *closure: Closure) -> Any:
         # torch's own step would unscale the gradients a second time.
-        amp = {key: self.__dict__.pop(key) for key in _AMP_KEYS if key in self.__dict__}
+        amp = {key: self.__dict__.pop(key) for key in AMP_KEYS if key in self.__dict__}
         try:
             return torch_step(self, *closure)
         finally:
@@ -150,6 +196,11 @@ class Stabilized(StepOutcome):
     def step(self, closure: Closure | None = None) -> Any:
         """One stabilized step; see :meth:`steadygrad.Stabilizer.step`."""
         return self._stabilized_step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Sets or zeroes gradients as torch does; drops what :func:`steadygrad.accumulate` has gathered."""
+        self._drop_accumulated()
+        super().zero_grad(set_to_none=set_to_none)  # type: ignore[misc]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group; keys it does not set get this optimizer's defaults."""

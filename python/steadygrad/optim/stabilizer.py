@@ -198,7 +198,8 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
         self.optimizer.defaults = value
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """The wrapped optimizer's ``zero_grad``."""
+        """The wrapped optimizer's ``zero_grad``; drops what :func:`steadygrad.accumulate` has gathered."""
+        self._drop_accumulated()
         self.optimizer.zero_grad(set_to_none=set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

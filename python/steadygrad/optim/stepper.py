@@ -10,38 +10,21 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from steadygrad import _kernels
 from steadygrad.memory import Outcome, is_asynchronous, is_number_on
+from steadygrad.optim.accumulated import Accumulated
 from steadygrad.optim.closures import Closure, evaluated, evaluates_closure, snapshot
 from steadygrad.optim.device_steps import DeviceReport, DeviceSteps, Scaling, scaling
 from steadygrad.optim.eligibility import why_not_fused
+from steadygrad.optim.interruptions import CannotFuse, NonfiniteGradientError, StepSkipped
 from steadygrad.optim.options import COUNTERS, StabilizerOptions, checked_number
 from steadygrad.optim.rule import UpdateRule
 from steadygrad.penalty import soft_threshold_
 
 # The last one to step each optimizer, by the id of the optimizer, which the stepper keeps alive.
 _steppers: WeakValueDictionary[int, Stepper] = WeakValueDictionary()
-
-
-class NonfiniteGradientError(RuntimeError):
-    """Raised under ``nonfinite="raise"``; nothing was changed."""
-
-
-class _StepSkipped(Exception):
-    """Leaves the wrapped optimizer's ``step`` before it changes anything."""
-
-    def __init__(self, loss: Any) -> None:
-        super().__init__()
-        self.loss = loss
-
-
-class _CannotFuse(Exception):
-    """Leaves the fused path after the closure ran, when the gradients it made have no fused rule."""
-
-    def __init__(self, loss: Any) -> None:
-        super().__init__()
-        self.loss = loss
 
 
 class Stepper:
@@ -76,8 +59,14 @@ class Stepper:
         self._structure: tuple[object, ...] = ()
         self._new_state: dict[Tensor, dict[str, Tensor]] = {}
         self._scaling = Scaling()
+        # Both set for the time of a step: what it is the mean of; "skip" where a GradScaler takes it.
+        self.accumulated = Accumulated()
+        self.nonfinite: str = options.nonfinite
+        self.report: _kernels.StepReport | DeviceReport | None = None
         self._clipped = False
         self._creates_state = False
+        # The groups' numbers where neither a closure nor a hook can have changed anything since they were read.
+        self._known_numbers: list[tuple[float, ...]] | None = None
         self.grad_norm: float | Outcome | None = None
         # Only where decisions stay on the device.
         self._device_steps: DeviceSteps | None = None
@@ -93,15 +82,18 @@ class Stepper:
     def step(self, closure: Closure | None, grad_scale: Any, found_inf: Any) -> Any:
         """One step; returns the closure's loss."""
         self._take_over()
-        self._scaling = scaling(grad_scale, found_inf, self._asynchronous_device())
-        self._group_numbers()  # refuses bad hyper-parameters before a closure or a hook runs
+        self.report = None
+        device, divisor = self._asynchronous_device(), self.accumulated.divisor
+        self._scaling = scaling(grad_scale, found_inf, divisor, device)
+        numbers = self._group_numbers()  # refuses bad ones before a closure or a hook runs
         if self._is_stale():
             self._prepare()
+        self._known_numbers = None if closure is not None or self._has_pre_hooks() else numbers
         self._clipped = False
         try:
             take = self._in_place if self._why_in_place is not None else self._fused_or_in_place
             loss = take(closure)
-        except _StepSkipped as skipped:
+        except StepSkipped as skipped:
             self._count(COUNTERS[0])
             return skipped.loss
         if self._clipped:
@@ -111,12 +103,12 @@ class Stepper:
     def _fused_or_in_place(self, closure: Closure | None) -> Any:
         try:
             return self._fused_entry(self._optimizer, closure)
-        except _CannotFuse as found:
+        except CannotFuse as found:
             # The wrapped optimizer's pre-hooks run again with its own step, this one time.
             try:
                 self._in_place(None)
-            except _StepSkipped:
-                raise _StepSkipped(found.loss) from None
+            except StepSkipped:
+                raise StepSkipped(found.loss) from None
             return found.loss
 
     def _take_over(self) -> None:
@@ -158,6 +150,10 @@ class Stepper:
                 first = param if first is None else first
         return first.device if first is not None and is_asynchronous(first.device) else None
 
+    def _has_pre_hooks(self) -> bool:
+        own = self._optimizer._optimizer_step_pre_hooks
+        return self._runs_hooks and bool(own or _global_optimizer_pre_hooks)
+
     def _why(self) -> str | None:
         # Only a wrapper would pass over a step that somebody put in the wrapped optimizer's place.
         return why_not_fused(self._optimizer, self._rule, bypasses_step=self._runs_hooks)
@@ -167,10 +163,11 @@ class Stepper:
     def _current_structure(self) -> tuple[object, ...]:
         device = self._asynchronous_device()
         if self._rule is None:
-            return (device,)
+            return (device, self.nonfinite)
         names = self._rule.state_names
         return (
             device,
+            self.nonfinite,
             *(
                 (names(group), group.get("differentiable"), group.get("capturable"))
                 for group in self._optimizer.param_groups
@@ -219,7 +216,7 @@ class Stepper:
             self._rule.name if fused and self._rule is not None else "none",
             [group["params"] for group in optimizer.param_groups],
             slots,
-            self._options.kernel_options(),
+            {**self._options.kernel_options(), "nonfinite": self.nonfinite},
         )
         self._plan.seal(optimizer.state if fused else {})
 
@@ -233,7 +230,7 @@ class Stepper:
         # SGD keeps the key with None as its value until there is momentum.
         first = any(state.get(name) is None for name in names)
         if first:
-            if param.grad is None:
+            if param.grad is None and param not in self.accumulated.sums:
                 return None
             # Entered into the optimizer's state only once the step has been taken.
             state = self._new_state[param] = rule.new_state(param, group)
@@ -248,7 +245,7 @@ class Stepper:
     def _fused(self, optimizer: torch.optim.Optimizer, closure: Closure | None = None) -> Any:
         loss = evaluated(closure)
         # Hooks and the closure may have exchanged anything.
-        if self._is_stale():
+        if self._known_numbers is None and self._is_stale():
             self._prepare()
         try:
             report = self._run_plan()
@@ -261,9 +258,11 @@ class Stepper:
             if self._why_in_place is None:
                 raise
         if self._why_in_place is not None:
-            raise _CannotFuse(loss)
+            raise CannotFuse(loss)
         assert report is not None and self._plan is not None
         self._record(report, loss)
+        if self._options.write_grads:
+            self.accumulated.hand_over()
         if self._new_state:
             for index, param in zip(self._plan.active_indices(), self._plan.active(), strict=True):
                 if param not in self._new_state:
@@ -281,13 +280,16 @@ class Stepper:
     def _run_plan(self) -> _kernels.StepReport | DeviceReport | None:
         if self._why_in_place is not None:
             return None
-        return self._run(None, read_back=self._options.nonfinite == "raise")
+        grads = self.accumulated.gradients(self._optimizer.param_groups)
+        return self._run(grads, read_back=self.nonfinite == "raise")
 
     def _run(
         self, grads: list[Tensor | None] | None, read_back: bool
     ) -> _kernels.StepReport | DeviceReport | None:
         assert self._plan is not None
-        numbers = self._group_numbers()
+        numbers = self._known_numbers
+        if numbers is None:
+            numbers = self._group_numbers()
         if self._device_steps is None:
             return self._plan.step(numbers, self._scaling.unscale, self._scaling.found_inf, grads)
         rates = [
@@ -315,7 +317,7 @@ class Stepper:
     def _is_state_creation(self, numbers: list[dict[str, float]]) -> bool:
         """Whether this is torch.distributed.checkpoint's step with zero gradients and no learning rate."""
         groups = self._optimizer.param_groups
-        if self._optimizer.state:
+        if self._optimizer.state or self.accumulated.sums:
             return False  # it comes before there is any
         device = self._asynchronous_device()
         if device is not None:
@@ -357,7 +359,7 @@ class Stepper:
         restore = snapshot(self._optimizer)
         try:
             loss = self._base_step(stabilized_closure)
-        except (_StepSkipped, NonfiniteGradientError):
+        except (StepSkipped, NonfiniteGradientError):
             restore()
             raise
         self._apply_proximal()
@@ -365,7 +367,7 @@ class Stepper:
 
     @torch.no_grad()
     def _stabilize_grads(self, loss: Any) -> None:
-        if self._is_stale():
+        if self._known_numbers is None and self._is_stale():
             self._prepare()
         assert self._plan is not None
         grads = [
@@ -375,16 +377,17 @@ class Stepper:
         ]
         # The wrapped step cannot be taken back, so whether to take it must be known.
         read_back = (
-            self._options.nonfinite in ("skip", "raise")
+            self.nonfinite in ("skip", "raise")
             or self._scaling.found_inf_tensor is not None
             or evaluates_closure(self._optimizer)
         )
         report = self._run(grads, read_back)
         assert report is not None
         self._record(report, loss)
+        self.accumulated.hand_over()
 
     def _dense_grad(self, param: Tensor, group: dict[str, Any]) -> Tensor | None:
-        grad = param.grad
+        grad = self.accumulated.sums.get(param, param.grad)
         if grad is None or not grad.is_sparse:
             return grad
         for key in ("l1", "l2"):
@@ -409,12 +412,13 @@ class Stepper:
     # -- the outcome ----------------------------------------------------------------------------
 
     def _record(self, report: _kernels.StepReport | DeviceReport, loss: Any) -> None:
+        self.report = report
         if not self._creates_state:
             self.grad_norm = report.norm
         if report.refused:
             raise NonfiniteGradientError(self._nonfinite_message(report))
         if report.skipped:
-            raise _StepSkipped(loss)
+            raise StepSkipped(loss)
         self._clipped = self._clipped or report.clipped
 
     def _nonfinite_message(self, report: _kernels.StepReport | DeviceReport) -> str:

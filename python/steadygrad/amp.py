@@ -1,0 +1,101 @@
+"""Loss scaling for mixed precision: ``torch.amp.GradScaler`` without its pass over the gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steadygrad.optim.stabilized import AMP_KEYS, StepOutcome
+
+
+class GradScaler(torch.amp.GradScaler):
+    r"""``torch.amp.GradScaler`` that learns from the stabilized step whether gradients overflowed.
+
+    A stabilized step (:class:`steadygrad.Stabilizer`, ``steadygrad.optim``) divides by the scale and counts non-finite
+    elements in the pass that takes the norm. So :meth:`step` runs no check of its own before it, and what the step saw
+    becomes the ``found_inf`` that :meth:`update` reads:
+
+    .. math:: s \leftarrow s \cdot \text{backoff} \ \text{if found\_inf, else}\ s \cdot \text{growth}
+        \ \text{after growth\_interval steps without}
+
+    >>> scaler = sg.GradScaler()
+    >>> scaler.scale(loss).backward()
+    >>> scaler.step(optimizer)      # unscale, check, norm, clip, update: two passes over memory
+    >>> scaler.update()
+
+    Arguments, methods and the state dict are torch's, and so is everything for optimizers that are not stabilized. With
+    several optimizers only those whose gradients overflowed are skipped, and the scale is shared, as in torch. On a
+    CUDA device nothing waits: ``found_inf`` is taken from the step's outcome there.
+
+    - A scaler's overflow is skipped under every ``nonfinite`` policy, as with torch's scaler: the scale backs off, and
+      the next step goes on. The policies ``"zero"``, ``"raise"`` and ``"propagate"`` hold for steps without a scaler.
+    - ``found_inf`` is set where the step saw a non-finite gradient after unscaling (and after a penalty that comes
+      before the clip), or was told of one.
+    - :meth:`unscale_` may be called before :meth:`step`, to read or change gradients; they are not unscaled twice. It
+      is a pass of its own, and clipping does not need it.
+    - A step without any gradient counts as one that found none, where torch's :meth:`update` raises: a rank
+      without gradients follows the others.
+    - Gradients in fp16 are taken; only :meth:`unscale_` refuses them, as torch does.
+
+    Source: Micikevicius et al. 2018, "Mixed precision training"; torch/amp/grad_scaler.py.
+
+    Raises:
+        RuntimeError: :meth:`step` with a closure, or twice before :meth:`update`; :meth:`unscale_` after
+            :func:`steadygrad.accumulate` has summed half-precision gradients apart from ``.grad``.
+    """
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divides the gradients in ``.grad`` by the scale, as torch does; the step then does not."""
+        if self.is_enabled() and isinstance(optimizer, StepOutcome) and optimizer.accumulated.sums:
+            raise RuntimeError(
+                "unscale_: optimizer: expected gradients in .grad, got half-precision ones that steadygrad.accumulate "
+                "sums in float32; step() unscales them"
+            )
+        super().unscale_(optimizer)
+
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
+        """One step of the optimizer, skipped if its gradients overflowed.
+
+        Returns:
+            What the optimizer's ``step`` returned; for an optimizer that is not stabilized None if it was skipped.
+        """
+        if not (self.is_enabled() and isinstance(optimizer, StepOutcome)):
+            return super().step(optimizer, *args, **kwargs)
+        if args:  # torch refuses it by name only
+            raise RuntimeError(
+                "step: closure: expected none while the GradScaler is enabled, "
+                f"got {type(args[0]).__name__}"
+            )
+        before = {key: vars(optimizer)[key] for key in AMP_KEYS if key in vars(optimizer)}
+        try:
+            with optimizer.finding_inf():
+                result = super().step(optimizer, **kwargs)
+        except BaseException:
+            # Left behind, the scale would be multiplied into the next step's.
+            for key in AMP_KEYS:
+                vars(optimizer).pop(key, None)
+            vars(optimizer).update(before)
+            raise
+        found_inf = optimizer.found_nonfinite()
+        if found_inf is not None:
+            self._record_found_inf(optimizer, found_inf)
+        return result
+
+    def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[Any, Tensor]:
+        # torch's step calls this for optimizers that unscale by themselves; a stabilized one looks by itself, too.
+        if not isinstance(optimizer, StepOutcome):
+            checked: dict[Any, Tensor] = super()._check_inf_per_device(optimizer)
+            return checked
+        scale = self._get_scale_async()
+        assert scale is not None  # step has checked it
+        return self._record_found_inf(optimizer, torch.zeros_like(scale))
+
+    def _record_found_inf(
+        self, optimizer: torch.optim.Optimizer, found_inf: Tensor
+    ) -> dict[Any, Tensor]:
+        # Where torch's update looks for it.
+        recorded = {found_inf.device: found_inf}
+        self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = recorded
+        return recorded

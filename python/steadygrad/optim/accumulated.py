@@ -1,0 +1,134 @@
+"""What micro-batches have left for the next step: sums of gradients and what to divide them by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steadygrad.memory import is_asynchronous
+from steadygrad.optim.closures import Closure
+from steadygrad.optim.options import checked_number
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+class Accumulated:
+    """The micro-batches since the last step.
+
+    Gradients of fp32 and fp64, and sparse ones, stay in ``.grad``, where backward sums them; those of half precision
+    are moved from ``.grad`` to sums in fp32 after every micro-batch.
+
+    Attributes:
+        sums: per parameter whose gradients are of half precision, their sum.
+        divisor: what the sums are divided by, 1 before the first micro-batch; on the device where a weight was.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[Tensor, Tensor] = {}
+        self.divisor: float | Tensor = 1.0
+        self._is_empty = True
+        self._is_open = False
+        self._failure: str | None = None
+
+    def check_closed(self, function: str) -> None:
+        """Refuses what would take or drop half a micro-batch."""
+        if self._is_open:
+            raise RuntimeError(
+                f"{function}: accumulate: expected a call after the micro-batch, got one inside"
+            )
+
+    def check_ready(self, closure: Closure | None, found_inf: Any) -> None:
+        """Refuses a step that would not be that of the mean; ``found_inf``: of a scaler that sees ``.grad`` only."""
+        self.check_closed("step")
+        self._check_unbroken("step")
+        if self._is_empty:
+            return
+        if closure is not None:
+            raise RuntimeError(
+                "step: closure: expected None after steadygrad.accumulate, whose gradients it would replace, "
+                f"got {type(closure).__name__}"
+            )
+        if not isinstance(self.divisor, Tensor) and self.divisor <= 0:
+            raise ValueError(
+                f"step: accumulate: expected weights whose sum is more than 0, got {self.divisor}"
+            )
+        if self.sums and found_inf is not None:
+            raise RuntimeError(
+                "step: found_inf: expected that of steadygrad.GradScaler, as steadygrad.accumulate sums half-precision "
+                f"gradients apart from .grad, got {found_inf!r}"
+            )
+        if any(param.grad is not None for param in self.sums):
+            raise RuntimeError(
+                "step: accumulate: expected every backward inside a micro-batch, got a half-precision gradient from "
+                "outside; zero_grad() drops it and all micro-batches"
+            )
+
+    def _check_unbroken(self, function: str) -> None:
+        if self._failure is not None:
+            raise RuntimeError(
+                f"{function}: accumulate: expected complete micro-batches, got one that ended with {self._failure}; "
+                "call zero_grad() and start anew"
+            )
+
+    @torch.no_grad()
+    def begin(self, params: Sequence[Tensor], decay: float) -> None:
+        """Before a micro-batch's backward: what came before counts less."""
+        if self._is_open:
+            raise RuntimeError(
+                "accumulate: optimizer: expected one micro-batch at a time, got one inside another"
+            )
+        self._check_unbroken("accumulate")
+        self._is_open = True
+        if decay == 1 or self._is_empty:
+            return
+        for param in params:
+            total = self.sums.get(param, param.grad)
+            if total is not None:
+                total.mul_(decay)
+        self.divisor = self.divisor * decay
+
+    @torch.no_grad()
+    def complete(self, params: Sequence[Tensor], weight: float | Tensor) -> None:
+        """After it: gradients of half precision go to the sums."""
+        # Not by hooks: DistributedDataParallel writes what it has reduced at the end of backward.
+        for param in params:
+            grad = param.grad
+            if grad is None or grad.dtype not in _HALF or grad.layout != torch.strided:
+                continue
+            if param in self.sums:
+                self.sums[param].add_(grad)
+            else:
+                self.sums[param] = grad.detach().to(torch.float32)
+            param.grad = None
+        self.divisor = weight if self._is_empty else self.divisor + weight
+        self._is_empty = self._is_open = False
+
+    def fail(self, error: BaseException) -> None:
+        """After half a micro-batch: nothing can be taken out of the sums again."""
+        self.sums = {}
+        self._is_open = False
+        self._failure = type(error).__name__
+
+    @torch.no_grad()
+    def hand_over(self) -> None:
+        """Sums that have become the update's gradients go to ``.grad``, in the dtype that it has to have."""
+        for param, total in self.sums.items():
+            # As of torch 2.11 it may differ from the parameter's; None allows any.
+            param.grad = total.to(getattr(param, "grad_dtype", None) or param.dtype)
+        self.sums, self.divisor, self._is_empty = {}, 1.0, True
+
+    def gradients(self, param_groups: list[dict[str, Any]]) -> list[Tensor | None] | None:
+        """One per parameter, from the sums where they are; None where ``.grad`` has them all."""
+        if not self.sums:
+            return None
+        return [self.sums.get(p, p.grad) for group in param_groups for p in group["params"]]
+
+
+def checked_weight(weight: float | Tensor) -> float | Tensor:
+    """A finite number, at least 0; one on a device that is not waited for is taken as it is."""
+    if isinstance(weight, Tensor) and weight.numel() == 1 and is_asynchronous(weight.device):
+        return weight.detach().reshape(()).to(torch.float32)
+    return checked_number("accumulate: weight", weight)
