@@ -29,8 +29,7 @@ class ParamStorage:
         """Refuses values that no optimizer can take; the rounding's name is checked with the other choices."""
         if self.state_dtype not in (None, torch.float32):
             raise ValueError(
-                "Stabilizer: state_dtype: expected None or torch.float32, "
-                f"got {self.state_dtype!r}"
+                f"Stabilizer: state_dtype: expected None or torch.float32, got {self.state_dtype!r}"
             )
         expected = "Stabilizer: rounding_seed: expected an int in [0, 2**64), got "
         if not isinstance(self.rounding_seed, int) or isinstance(self.rounding_seed, bool):

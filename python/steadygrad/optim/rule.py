@@ -44,7 +44,9 @@ class UpdateRule:
             wide = torch.get_default_dtype() == torch.float64 and not group.get("fused")
             # On the CPU, as torch has it without fused=True; where steps are decided on the device, on the device.
             there = param.device if is_asynchronous(param.device) else torch.device("cpu")
-            step_dtype = torch.float64 if wide and not is_asynchronous(param.device) else torch.float32
+            step_dtype = (
+                torch.float64 if wide and not is_asynchronous(param.device) else torch.float32
+            )
             state["step"] = torch.zeros((), dtype=step_dtype, device=there)
         for name in self.state_names(group):
             state[name] = torch.full_like(
