@@ -1,6 +1,6 @@
 """A small transformer on the text of Python's documentation, in fp32 and in bf16 with each rounding.
 
-Needs matplotlib and rich (``pip install 'steadygrad[study]'``) and takes about four minutes on two cores::
+Needs matplotlib and rich (``pip install 'steadygrad[study]'``) and takes about three minutes::
 
     python examples/half_precision.py --out out
 
@@ -159,10 +159,12 @@ def smoothed(losses: list[float], width: int = 25) -> list[float]:
 
 def table_of(runs: list[Run]) -> Table:
     """A row per arm: means over the seeds, and the range of differences to fp32 with the same seed."""
-    table = Table(title="After the last step, by seeds; bytes of parameter and state")
-    columns = ("arm", "training loss", "held-out loss", "above fp32", "bytes", "seconds")
+    table = Table(
+        title="Losses after training; bytes of a parameter and its state; seconds of a run"
+    )
+    columns = ("arm", "training", "held-out", "above fp32", "bytes", "s")
     for column in columns:
-        table.add_column(column, justify="left" if column == "arm" else "right")
+        table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
     exact = {run["seed"]: run["held_out"] for run in runs if run["arm"] == "fp32"}
     for arm in ARMS:
         own = [run for run in runs if run["arm"] == arm]

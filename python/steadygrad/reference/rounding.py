@@ -38,7 +38,8 @@ class Format:
         """Return the distance from a finite number to the next one away from zero."""
         _, exponent = np.frexp(np.abs(np.asarray(value, dtype=np.float64)))
         place = np.maximum(exponent - 1, self.min_exponent) - (self.digits - 1)
-        return np.ldexp(np.ones_like(place, dtype=np.float64), place)
+        spacing: Array = np.ldexp(1.0, place)
+        return spacing
 
 
 FORMATS = {
