@@ -168,6 +168,13 @@ void Plan::remember(size_t index, const View* views, int count, PyObject* grad) 
   for (int i = 0; i < count; ++i) add(views[i].data, {0, 64});
 }
 
+PyObject* Plan::local(const py::object& tensor) {
+  py::object local = local_tensor(tensor);
+  if (local.is(tensor)) return tensor.ptr();
+  locals_.push_back(std::move(local));
+  return locals_.back().ptr();
+}
+
 void Plan::add_tensor(size_t index, PyObject* grad, const GroupOptions& group, int32_t group_index) {
   const Slot& slot = slots_[index];
   const View grad_view = view_of(grad, argument(index, ".grad"), device_);
@@ -182,19 +189,21 @@ void Plan::add_tensor(size_t index, PyObject* grad, const GroupOptions& group, i
     View views[2 + kMaxStates];
     Operand* operands[2 + kMaxStates] = {&tensor.param, &tensor.grad};
     int count = 2;
-    views[0] = view_of(params_[index].ptr(), argument(index, ""), device_);
+    PyObject* objects[2 + kMaxStates] = {local(params_[index]), grad};
+    views[0] = view_of(objects[0], argument(index, ""), device_);
     views[1] = grad_view;
     if (updates) {
       check_writable(views[0], argument(index, ""));
       const size_t states = slot.objects.size() - (rule_->has_step ? 1 : 0);
       for (size_t s = 0; s < states; ++s) {
-        views[count] = view_of(slot.objects[s].ptr(), argument(index, " state"), device_);
+        objects[count] = local(slot.objects[s]);
+        views[count] = view_of(objects[count], argument(index, " state"), device_);
         check_writable(views[count], argument(index, " state"));
         operands[count++] = &tensor.states[s];
       }
     }
     for (int i = 0; i < count; ++i) {
-      PyObject* const object = i == 0 ? params_[index].ptr() : i == 1 ? grad : slot.objects[i - 2].ptr();
+      PyObject* const object = objects[i];
       const Argument where = argument(index, i == 0 ? "" : i == 1 ? ".grad" : " state");
       if (views[i].is_complex) throw_type_error(where, "a real tensor", object);
       if (i < 2) check_not_negated(views[i], object, where);
@@ -237,6 +246,7 @@ class Plan::Stepping {
   }
   ~Stepping() {
     plan_.grads_.clear();
+    plan_.locals_.clear();
     plan_.stepping_ = false;
   }
   Stepping(const Stepping&) = delete;
@@ -276,7 +286,7 @@ bool Plan::gather(const std::vector<GroupOptions>& groups, const std::optional<p
 }
 
 std::optional<cpu::StepReport> Plan::step(const py::list& groups, double unscale, bool found_inf,
-                                          const std::optional<py::list>& grads) {
+                                          const std::optional<py::list>& grads, const py::object& reduction) {
   const std::vector<GroupOptions> group_list = group_options_of(groups, groups_.size());
   adopt_torch_threads();
   const Stepping stepping(*this);
@@ -287,21 +297,25 @@ std::optional<cpu::StepReport> Plan::step(const py::list& groups, double unscale
   }
   options_.unscale = unscale;
   options_.found_inf = found_inf;
+  const Reduction all = reduction_of(kFunction, reduction, groups_.size(), params_.size(),
+                                     options_.clip_scope == ClipScope::tensor, device_);
+  const auto announce = [&](const cpu::StepReport& decided) {
+    const py::gil_scoped_acquire acquire;
+    if (decided.grads_written) announce_write(py::cast(grads_));
+    if (options_.rule != RuleKind::none) announce_update();
+  };
   cpu::StepReport report;
   {
     const py::gil_scoped_release release;
-    report = cpu::fused_step(tensors_, counters_, group_list, options_, [&](const cpu::StepReport& decided) {
-      const py::gil_scoped_acquire acquire;
-      if (decided.grads_written) announce_write(py::cast(grads_));
-      if (options_.rule != RuleKind::none) announce_write(active());
-    });
+    report = cpu::fused_step(tensors_, counters_, group_list, options_, announce, all, &active_);
   }
   return report;
 }
 
 bool Plan::step_on_device(const py::list& groups, double unscale, bool found_inf,
                           const std::optional<py::list>& grads, const py::dict& memory,
-                          const py::list& learning_rates, const py::object& allocate) {
+                          const py::list& learning_rates, const py::object& allocate,
+                          const py::object& reduction) {
   const std::vector<GroupOptions> group_list = group_options_of(groups, groups_.size());
   const Stepping stepping(*this);
   // Also a step without any gradient has a device and its stream.
@@ -330,9 +344,11 @@ bool Plan::step_on_device(const py::list& groups, double unscale, bool found_inf
   options_.unscale = unscale;
   options_.found_inf = found_inf;
   if (options_.rule == RuleKind::none || options_.write_grads) announce_write(py::cast(grads_));
-  if (options_.rule != RuleKind::none) announce_write(active());
+  if (options_.rule != RuleKind::none) announce_update();
   device_plan_.step(
       tensors_, counters, slots, device_groups, options_, addresses,
+      reduction_of(kFunction, reduction, groups_.size(), params_.size(),
+                   options_.clip_scope == ClipScope::tensor, device_),
       [&](int64_t bytes) {
         // What a captured graph uses must stay where it is.
         py::object memory_of_step = allocate(bytes);
@@ -348,6 +364,11 @@ py::list Plan::active() const {
   py::list params(active_.size());
   for (size_t i = 0; i < active_.size(); ++i) params[i] = params_[active_[i]];
   return params;
+}
+
+void Plan::announce_update() const {
+  announce_write(active());
+  if (!locals_.empty()) announce_write(py::cast(locals_));
 }
 
 void Plan::mark_first_steps_done() {
@@ -407,10 +428,10 @@ void define_plan(py::module_& module) {
       .def("seal", &Plan::seal, py::arg("state"))
       .def("matches", &Plan::matches, py::arg("param_groups"), py::arg("state"))
       .def("step", &Plan::step, py::arg("groups"), py::arg("unscale"), py::arg("found_inf"),
-           py::arg("grads") = py::none())
+           py::arg("grads") = py::none(), py::arg("reduction") = py::none())
       .def("step_on_device", &Plan::step_on_device, py::arg("groups"), py::arg("unscale"),
            py::arg("found_inf"), py::arg("grads"), py::arg("memory"), py::arg("learning_rates"),
-           py::arg("allocate"))
+           py::arg("allocate"), py::arg("reduction") = py::none())
       .def_property_readonly("captured", &Plan::captured)
       .def("active", &Plan::active)
       .def("active_indices", &Plan::active_indices)

@@ -55,6 +55,11 @@ class StabilizerOptions:
     clip_scope: ClipScope = "global"
     nonfinite: Nonfinite = "skip"
     write_grads: bool = False
+    reduce_norm: Any = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StabilizerOptions:
+        """Itself: nothing in it changes, and process groups cannot be copied."""
+        return self
 
     def __post_init__(self) -> None:
         """Checks every option."""

@@ -57,6 +57,13 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
             are and counts the step in :attr:`skipped_steps`; ``"zero"`` takes the elements as 0; ``"raise"`` raises
             :class:`steadygrad.NonfiniteGradientError`; ``"propagate"`` does what torch does. Default: ``"skip"``.
         write_grads: also write the gradient that the update used into ``.grad``. Default: False.
+        reduce_norm: for parameters that are not DTensors and of which every rank of a process group holds others, such
+            as pipeline stages: that group, or a device mesh of one dimension. A list has one entry per param group,
+            None for what is replicated, which counts once: ``[None, expert_group]``. All ranks then clip by one
+            norm and skip the same steps, and all have to step. Default: None. See :mod:`steadygrad.distributed`.
+
+    Parameters may be DTensors, sharded in any way and on several meshes: the norm is that of all ranks, in one
+    collective per step, and non-finite elements on one rank are non-finite for all.
 
     ``max_norm``, ``clip_value``, ``l1`` and ``l2`` are keys of every param group: set them per group, or change them
     while training. Schedulers advance on skipped steps too, since they count calls.
@@ -80,6 +87,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
         clip_scope: ClipScope = "global",
         nonfinite: Nonfinite = "skip",
         write_grads: bool = False,
+        reduce_norm: Any = None,
     ) -> None:
         # Not torch's __init__: param groups, state and defaults are the wrapped optimizer's.
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -106,6 +114,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
                     clip_scope=clip_scope,
                     nonfinite=nonfinite,
                     write_grads=write_grads,
+                    reduce_norm=reduce_norm,
                 ),
             }
         )
@@ -138,7 +147,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
             NonfiniteGradientError: under ``nonfinite="raise"``.
             TypeError: a gradient is sparse for a rule that does not take it, or not on a supported device or dtype.
             ValueError: a hyper-parameter is negative or NaN, or shapes differ.
-            RuntimeError: a tensor's storage was freed.
+            RuntimeError: a tensor's storage was freed; a process group was destroyed, or ranks hold other DTensors.
 
         A refused or skipped step changes nothing. Hooks of this object run around every step; those of the wrapped
         optimizer around its update, so its post-hooks do not run when the step is skipped.

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from steadygrad import _kernels
+from steadygrad.distributed.dtensors import has_dtensors, local_tensor
+from steadygrad.distributed.sharding import Sharding
 from steadygrad.memory import Outcome, is_asynchronous, is_number_on
 from steadygrad.optim.closures import Closure, evaluated, evaluates_closure, snapshot
 from steadygrad.optim.device_steps import DeviceReport, DeviceSteps, Scaling, scaling
@@ -72,6 +74,8 @@ class Stepper:
         if runs_hooks:
             self._fused_entry = torch.optim.Optimizer.profile_hook_step(self._fused)
         self._plan: _kernels.Plan | None = None
+        self._sharding: Sharding | None = None
+        self._captured_shardings: list[Sharding | None] = []
         self._why_in_place: str | None = None
         self._structure: tuple[object, ...] = ()
         self._new_state: dict[Tensor, dict[str, Tensor]] = {}
@@ -215,6 +219,9 @@ class Stepper:
         if self._device_steps is not None:
             first = [slot is None or slot[2] for slot in slots]
             self._device_steps.prepare(first, self._plan)
+        if self._plan is not None and self._plan.captured:
+            self._captured_shardings.append(self._sharding)
+        self._sharding = self._sharding_of(params)
         self._plan = _kernels.Plan(
             self._rule.name if fused and self._rule is not None else "none",
             [group["params"] for group in optimizer.param_groups],
@@ -222,6 +229,18 @@ class Stepper:
             self._options.kernel_options(),
         )
         self._plan.seal(optimizer.state if fused else {})
+
+    def _sharding_of(self, params: list[Tensor]) -> Sharding | None:
+        options = self._options
+        if not params or (options.reduce_norm is None and not has_dtensors(params)):
+            return None
+        return Sharding(
+            [group["params"] for group in self._optimizer.param_groups],
+            options.reduce_norm,
+            options.norm_type,
+            options.clip_scope,
+            params[0].device,
+        )
 
     def _slot(self, param: Tensor, group: dict[str, Any]) -> _kernels.Slot | None:
         rule = self._rule
@@ -288,13 +307,21 @@ class Stepper:
     ) -> _kernels.StepReport | DeviceReport | None:
         assert self._plan is not None
         numbers = self._group_numbers()
+        reduction = None
+        if self._sharding is not None:
+            reduction = self._sharding.reduction
+            grads = self._sharding.gradients() if grads is None else grads
         if self._device_steps is None:
-            return self._plan.step(numbers, self._scaling.unscale, self._scaling.found_inf, grads)
+            return self._plan.step(
+                numbers, self._scaling.unscale, self._scaling.found_inf, grads, reduction
+            )
         rates = [
             group["lr"] if is_number_on(group.get("lr"), self._device_steps.device) else None
             for group in self._optimizer.param_groups
         ]
-        return self._device_steps.run(self._plan, numbers, rates, self._scaling, grads, read_back)
+        return self._device_steps.run(
+            self._plan, numbers, rates, self._scaling, grads, read_back, reduction
+        )
 
     def _group_numbers(self) -> list[tuple[float, ...]]:
         device = self._asynchronous_device()
@@ -330,7 +357,9 @@ class Stepper:
                 return False
             if not isinstance(rate, (int, float, Tensor)) or float(rate) != 0:
                 return False
-        grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        grads = [
+            local_tensor(p.grad) for group in groups for p in group["params"] if p.grad is not None
+        ]
         return all(not grad.is_sparse and not bool(grad.any()) for grad in grads)
 
     # -- in place -------------------------------------------------------------------------------
@@ -368,11 +397,13 @@ class Stepper:
         if self._is_stale():
             self._prepare()
         assert self._plan is not None
-        grads = [
-            self._dense_grad(param, group)
-            for group in self._optimizer.param_groups
-            for param in group["params"]
-        ]
+        grads = None if self._sharding is None else self._sharding.gradients()
+        if grads is None:
+            grads = [
+                self._dense_grad(param, group)
+                for group in self._optimizer.param_groups
+                for param in group["params"]
+            ]
         # The wrapped step cannot be taken back, so whether to take it must be known.
         read_back = (
             self._options.nonfinite in ("skip", "raise")
@@ -431,6 +462,7 @@ class Stepper:
             if count
         ]
         shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+        shown = shown or "gradients of other ranks"
         return (
             f"step: gradients: expected finite elements, got {report.nonfinite_count} non-finite ones in "
             f"{shown}; parameters, state and step counters were left as they are"

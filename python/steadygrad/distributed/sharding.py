@@ -1,0 +1,101 @@
+"""What a step or a function does besides, where several processes share its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from steadygrad.distributed.dtensors import has_dtensors, local_gradients
+from steadygrad.distributed.groups import as_process_group, check_process_group
+from steadygrad.distributed.layout import Layout, layout_of
+from steadygrad.distributed.norms import NormReduction
+
+
+class Sharding:
+    """How the parameters of one optimizer are shared; made anew whenever they are exchanged.
+
+    Args:
+        groups: the parameters of each param group.
+        reduce_norm: the option of that name, see :class:`steadygrad.Stabilizer`.
+        norm_type: p.
+        scope: what a limit holds for.
+        device: where the kernels run.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Sequence[Tensor]],
+        reduce_norm: Any,
+        norm_type: float,
+        scope: str,
+        device: torch.device,
+    ) -> None:
+        self._params = [param for group in groups for param in group]
+        self._has_dtensors = has_dtensors(self._params)
+        extra = groups_to_reduce(reduce_norm, len(groups))
+        over_meshes: dist.ProcessGroup | None = None
+        counted = [True] * len(self._params)
+        if self._has_dtensors:
+            layout = layout_of("step", groups)
+            over_meshes, counted = layout.group, layout.counted
+        self._reduction: NormReduction | None = None
+        if over_meshes is not None or any(group is not None for group in extra):
+            self._reduction = NormReduction(
+                "step", over_meshes, counted, len(groups), extra, norm_type, scope, device
+            )
+
+    @property
+    def reduction(self) -> tuple[Tensor, Tensor, NormReduction] | None:
+        """For the kernels; None where there is nothing to add up."""
+        return None if self._reduction is None else self._reduction.for_kernels
+
+    def gradients(self) -> list[Tensor | None] | None:
+        """This process's part of each gradient; None where the gradients are taken as they are."""
+        return local_gradients("step", self._params) if self._has_dtensors else None
+
+
+def groups_to_reduce(reduce_norm: Any, group_count: int) -> list[dist.ProcessGroup | None]:
+    """The option, checked: per param group a process group or None.
+
+    Raises:
+        TypeError: an entry is neither a process group, a device mesh nor None.
+        ValueError: there is not one entry per param group.
+        RuntimeError: a group was destroyed, or this rank is not a member.
+    """
+    where = "step: reduce_norm"
+    if reduce_norm is None:
+        return [None] * group_count
+    if not isinstance(reduce_norm, (list, tuple)):
+        return [as_process_group(where, reduce_norm)] * group_count
+    if len(reduce_norm) != group_count:
+        raise ValueError(
+            f"{where}: expected one entry per param group, {group_count}, got {len(reduce_norm)}"
+        )
+    return [
+        None if group is None else as_process_group(f"{where}[{i}]", group)
+        for i, group in enumerate(reduce_norm)
+    ]
+
+
+def list_reduction(
+    function: str, tensors: Sequence[Tensor], taken: Sequence[bool], norm_type: float
+) -> NormReduction | None:
+    """For a function on a list of tensors, of which the kernels are given those that are ``taken``."""
+    layout = layout_of(function, [tensors])
+    if layout.group is None:
+        return None
+    counted = [counts for counts, here in zip(layout.counted, taken, strict=True) if here]
+    device = tensors[0].device
+    return NormReduction(function, layout.group, counted, 1, [None], norm_type, "global", device)
+
+
+def reduced_sum(function: str, layout: Layout, value: Tensor) -> Tensor:
+    """The sum of all ranks' values."""
+    if layout.group is not None:
+        check_process_group(f"{function}: process group", layout.group)
+        dist.all_reduce(value, group=layout.group)
+    return value
