@@ -167,7 +167,9 @@ def expected(case: Case) -> Expected:
             "group": [group["params"] for group in optimizer.param_groups],
             "tensor": [[param] for param in params],
         }[case.scope]
-        norms.append(float(nn.utils.get_total_norm([p.grad for p in params if p.grad is not None], case.p)))
+        norms.append(
+            float(nn.utils.get_total_norm([p.grad for p in params if p.grad is not None], case.p))
+        )
         for scope in limited:
             nn.utils.clip_grad_norm_(scope, MAX_NORM, case.p)
         optimizer.step()

@@ -35,6 +35,11 @@ class Meshes:
         self.flat = init_device_mesh("cpu", (world,), mesh_dim_names=("flat",))
         if world == 4:
             self.square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+            self._rows = [DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [2, 3])]
+
+    def row(self, number: int) -> DeviceMesh:
+        """Half of the four ranks."""
+        return self._rows[number]
 
 
 def shared_network(layout: str, meshes: Meshes) -> tuple[Network, int, int]:

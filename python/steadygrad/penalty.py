@@ -56,7 +56,7 @@ def _add(
 
 def _add_to_shards(params: list[Tensor], l1: float, l2: float) -> Tensor:
     """Where a part has several replicas each gets the penalty's gradient, and one of them counts its value."""
-    layout = layout_of("add_penalty_", [params])
+    layout = layout_of("add_penalty_", params)
     grads = local_gradients("add_penalty_", params)
     increment_version([p.grad for p in params if p.grad is not None])
     device = device_of(local_tensors(params[:1]))

@@ -1,7 +1,7 @@
 """Ranks that are about to sum together say first what they hold, so that a difference is an error and not a wait.
 
-Once for each set of parameters, through the store that the ranks met at: no collective, which would hang where one rank
-does not come, and the store knows whom it waits for.
+Once for each optimizer and its parameters, or list of tensors, through the store that the ranks met at: no collective,
+which would hang where one rank does not come, while the store tells who is missing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ _agreements: _Agreements | None = None
 
 
 def agreed_meshes(
-    function: str, ranks: tuple[int, ...], meshes: list[list[int]], tensors: list[str]
+    function: str,
+    ranks: tuple[int, ...],
+    meshes: list[list[int]],
+    tensors: list[str],
+    anew: bool,
 ) -> list[list[int]]:
     """The meshes as the first of ``ranks`` names them, when all have called this with the same tensors.
 
@@ -42,6 +46,7 @@ def agreed_meshes(
         ranks: those of all the meshes, ascending; this one among them.
         meshes: the ranks of each mesh, in the order in which the tensors bring them.
         tensors: a line on each tensor, the same on all ranks.
+        anew: whether to ask also where all have agreed on the same before, the same on all ranks.
 
     Raises:
         RuntimeError: another rank holds other tensors or meshes, or did not come within ``TIME_LIMIT`` seconds.
@@ -53,7 +58,7 @@ def agreed_meshes(
     known = _agreements
     text = json.dumps([len(meshes), *tensors])
     digest = hashlib.sha256(text.encode()).hexdigest()
-    if (ranks, digest) not in known.reached:
+    if anew or (ranks, digest) not in known.reached:
         known.reached[ranks, digest] = _ask(known, function, ranks, digest, meshes, tensors)
     return known.reached[ranks, digest]
 
@@ -68,13 +73,13 @@ def _ask(
 ) -> list[list[int]]:
     store, rank = known.store, dist.get_rank()
     turn = known.asked.get(ranks, 0)
-    known.asked[ranks] = turn + 1
     base = f"{_PREFIX}/{hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]}/{turn}"
     if rank == ranks[0]:
         store.set(f"{base}/first", json.dumps([meshes, tensors]))
     store.set(f"{base}/{rank}", digest)
     store.set(f"{_PREFIX}/waits/{rank}", json.dumps([list(ranks), turn]))
     _wait(known, function, ranks, base)
+    known.asked[ranks] = turn + 1  # where the others did not come, it is still their turn
     store.set(f"{_PREFIX}/waits/{rank}", "null")
     digests = {other: _read(store, f"{base}/{other}") for other in ranks}
     first_meshes, first_tensors = json.loads(_read(store, f"{base}/first"))
@@ -133,8 +138,8 @@ def _refuse_crossed_waits(
     if waits is None:
         return
     others = tuple(waits[0])
-    came = known.asked.get(others, 0) > waits[1]
-    if others != ranks and dist.get_rank() in others and not came:
+    met = known.asked.get(others, 0) > waits[1]
+    if others != ranks and dist.get_rank() in others and not met:
         raise RuntimeError(
             f"{function}: parameters: expected meshes over the same ranks on each, got ranks {list(ranks)} here and "
             f"ranks {list(others)} on rank {other}. Give every rank the same param groups: where a mesh spans "

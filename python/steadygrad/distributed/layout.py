@@ -25,7 +25,8 @@ class Layout:
         group: over all ranks of all the meshes; None where there is nothing to add up.
     """
 
-    def __init__(self, function: str, groups: Sequence[Sequence[Tensor]]) -> None:
+    def __init__(self, function: str, groups: Sequence[Sequence[Tensor]], anew: bool) -> None:
+        self._key, self._kept = _key_of(groups)
         self._meshes: list[Any] = []
         self._places: dict[tuple[int, Any], tuple[int, str, bool]] = {}
         kind = dtensor_type()
@@ -47,13 +48,17 @@ class Layout:
         # Ranks beside the meshes hold nothing of them. One alone has nothing to ask.
         if len(ranks) < 2 or dist.get_rank() not in ranks:
             return
-        first = agreed_meshes(function, ranks, [list(r) for r in mesh_ranks], lines)
+        first = agreed_meshes(function, ranks, [list(r) for r in mesh_ranks], lines, anew)
         rank = dist.get_rank()
         here = [rank in mesh for mesh in first]
         self.counted = [
             counts and (here[mesh] if mesh >= 0 else rank == ranks[0]) for mesh, counts in found
         ]
         self.group = group_over(ranks, self._meshes)
+
+    def is_of(self, groups: Sequence[Sequence[Tensor]]) -> bool:
+        """Whether it was made from DTensors of the very same layouts."""
+        return self._key == _key_of(groups)[0]
 
     def _place(self, function: str, tensor: Any) -> tuple[int, str, bool]:
         """The number of its mesh, how it lies there, and whether this rank is no replica of another one."""
@@ -78,25 +83,30 @@ class Layout:
         return place
 
 
-# By the identity of what they were made from, which is kept: nothing else can have it.
-_layouts: OrderedDict[tuple[object, ...], tuple[list[Any], Layout]] = OrderedDict()
+def _key_of(groups: Sequence[Sequence[Tensor]]) -> tuple[tuple[int, ...], list[Any]]:
+    """By the identity of the objects that say where DTensors are, which come with it to be kept."""
+    kept: list[Any] = [getattr(tensor, "_spec", None) for group in groups for tensor in group]
+    kept.append(dist.group.WORLD)
+    return (*map(len, groups), *map(id, kept)), kept
+
+
+_layouts: OrderedDict[tuple[int, ...], Layout] = OrderedDict()
 _KEPT = 16
 
 
-def layout_of(function: str, groups: Sequence[Sequence[Tensor]]) -> Layout:
-    """The layout of some lists of tensors; all ranks of their meshes have to ask for it, the first time.
+def layout_of(function: str, tensors: Sequence[Tensor]) -> Layout:
+    """The layout of a function's tensors; all ranks of their meshes have to ask for it, the first time.
 
     Raises:
         TypeError: a DTensor is a partial sum.
         RuntimeError: another rank holds other tensors, or did not come.
     """
-    specs = [getattr(tensor, "_spec", None) for group in groups for tensor in group]
-    key = (id(dist.group.WORLD), *map(len, groups), *map(id, specs))
-    if key in _layouts:
-        _layouts.move_to_end(key)
-        return _layouts[key][1]
-    layout = Layout(function, groups)
-    _layouts[key] = [*specs, dist.group.WORLD], layout
-    if len(_layouts) > _KEPT:
-        _layouts.popitem(last=False)
+    key = _key_of([tensors])[0]
+    layout = _layouts.get(key)
+    if layout is None:
+        # Gradients may come with new objects each time: what is known by its contents is not asked for again.
+        layout = _layouts[key] = Layout(function, [tensors], anew=False)
+        if len(_layouts) > _KEPT:
+            _layouts.popitem(last=False)
+    _layouts.move_to_end(key)
     return layout

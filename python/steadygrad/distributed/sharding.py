@@ -24,6 +24,7 @@ class Sharding:
         norm_type: p.
         scope: what a limit holds for.
         device: where the kernels run.
+        previous: the one before, whose ranks have agreed on the layout if that is the same.
     """
 
     def __init__(
@@ -33,14 +34,19 @@ class Sharding:
         norm_type: float,
         scope: str,
         device: torch.device,
+        previous: Sharding | None,
     ) -> None:
         self._params = [param for group in groups for param in group]
         self._has_dtensors = has_dtensors(self._params)
         extra = groups_to_reduce(reduce_norm, len(groups))
+        self._layout: Layout | None = None
         over_meshes: dist.ProcessGroup | None = None
         counted = [True] * len(self._params)
         if self._has_dtensors:
-            layout = layout_of("step", groups)
+            layout = None if previous is None else previous._layout
+            if layout is None or not layout.is_of(groups):
+                layout = Layout("step", groups, anew=True)
+            self._layout = layout
             over_meshes, counted = layout.group, layout.counted
         self._reduction: NormReduction | None = None
         if over_meshes is not None or any(group is not None for group in extra):
@@ -85,7 +91,7 @@ def list_reduction(
     function: str, tensors: Sequence[Tensor], taken: Sequence[bool], norm_type: float
 ) -> NormReduction | None:
     """For a function on a list of tensors, of which the kernels are given those that are ``taken``."""
-    layout = layout_of(function, [tensors])
+    layout = layout_of(function, tensors)
     if layout.group is None:
         return None
     counted = [counts for counts, here in zip(layout.counted, taken, strict=True) if here]

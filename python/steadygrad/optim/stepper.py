@@ -240,6 +240,7 @@ class Stepper:
             options.norm_type,
             options.clip_scope,
             params[0].device,
+            self._sharding,
         )
 
     def _slot(self, param: Tensor, group: dict[str, Any]) -> _kernels.Slot | None:
