@@ -114,6 +114,7 @@ def functions(rank: int, world: int, meshes: Meshes) -> Found:
         found[f"clipped {p:g}"] = [whole(param.grad) for param in params]
         trained.backward(1)  # one of them in parts
         found[f"norm {p:g}"] = sg.get_total_norm([param.grad for param in params], p)
+    trained.backward(0)
     with CommDebugMode() as mode:
         sg.clip_grad_norm_(params, 0.5)
         sg.get_total_norm([param.grad for param in params])
@@ -201,7 +202,7 @@ def pipeline_and_experts(rank: int, world: int, meshes: Meshes) -> Found:
                 new.grad = old.grad
             optimizer.step()
         found[f"{scope} {p:g}"] = {
-            "grads": [q.grad for q in params],
+            "grads": [q.grad.clone() for q in params],
             "moved": [a - b for a, b in zip(before, locals_of(params), strict=True)],
             "norm": float(optimizer.grad_norm),
             "collectives": mode.get_total_counts(),
@@ -271,7 +272,7 @@ def norms_of_ranks(rank: int, world: int, meshes: Meshes) -> Found:
     found["tiny"] = reduce_norm(1e-300, dist.group.WORLD, 7.0)
     found["zero"] = reduce_norm(0.0, dist.group.WORLD, 3.0)
     found["nan"] = reduce_norm(torch.nan if rank == 1 else 1.0)
-    found["inf"] = reduce_norm(torch.inf if rank == 1 else 1.0, norm_type=3.0)
+    found["infinite"] = reduce_norm(torch.inf if rank == 1 else 1.0, norm_type=3.0)
     found["refused"] = [
         message(lambda: reduce_norm(1.0, "pp")),
         message(lambda: reduce_norm(1.0, None, 0)),
@@ -290,13 +291,13 @@ def checkpoint_into_torch(rank: int, world: int, meshes: Meshes) -> Found:
     for there, here in zip(other.params, trained.params, strict=True):
         local(there.data).copy_(local(here.data))
     torchs = torch.optim.AdamW(other.groups, lr=0.1, foreach=False)
-    torchs.load_state_dict(ours.state_dict())
+    torchs.load_state_dict(copy.deepcopy(ours.state_dict()))
     for step in (2, 4):
         for training, optimizer in ((trained, ours), (other, torchs)):
             training.backward(step)
             optimizer.step()
         if step == 2:
-            ours.load_state_dict(torchs.state_dict())
+            ours.load_state_dict(copy.deepcopy(torchs.state_dict()))
     return {
         "ours": [whole(p) for p in trained.params],
         "torch": [whole(p) for p in other.params],
@@ -330,15 +331,13 @@ def data_parallel(rank: int, world: int, meshes: Meshes) -> Found:
     model = nn.parallel.DistributedDataParallel(nn.Linear(4, 2))
     optimizer = sg.optim.SGD(model.parameters(), lr=0.1, max_norm=0.01)
     generator = torch.Generator().manual_seed(rank)
+    model(torch.randn(3, 4, generator=generator)).pow(2).sum().backward()
     with CommDebugMode() as mode:
-        model(torch.randn(3, 4, generator=generator)).pow(2).sum().backward()
-        backward = mode.get_total_counts()
         optimizer.step()
-        in_step = mode.get_total_counts() - backward
     return {
         "norm": float(optimizer.grad_norm),
         "weight": model.module.weight.detach(),
-        "in step": in_step,
+        "in step": mode.get_total_counts(),
     }
 
 
