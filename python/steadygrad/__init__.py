@@ -26,9 +26,9 @@ from steadygrad.clip import (
     clip_grads_with_norm_,
     get_total_norm,
 )
+from steadygrad.optim.nonfinite import NonfiniteGradientError
 from steadygrad.optim.parameter_groups import param_groups
 from steadygrad.optim.stabilizer import Stabilizer
-from steadygrad.optim.stepper import NonfiniteGradientError
 from steadygrad.penalty import add_penalty_, soft_threshold_
 
 __version__: str = _kernels.VERSION

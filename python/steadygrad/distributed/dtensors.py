@@ -86,7 +86,10 @@ def local_gradients(function: str, params: Sequence[Tensor]) -> list[Tensor | No
                     f"is, got {type(grad).__name__}"
                 )
             if sharded:
-                if grad._spec is not param._spec:  # type: ignore[attr-defined]
+                here, there = grad._spec, param._spec  # type: ignore[attr-defined]
+                if here is not there and (
+                    here.mesh is not there.mesh or here.placements != there.placements
+                ):
                     grad = _laid_out_as(param, grad)
                 grad = grad._local_tensor
                 if type(grad) is not Tensor:

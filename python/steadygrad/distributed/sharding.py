@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -14,31 +13,28 @@ from steadygrad.distributed.groups import as_process_group, check_process_group
 from steadygrad.distributed.layout import Layout, layout_of
 from steadygrad.distributed.norms import NormReduction
 
+if TYPE_CHECKING:
+    from steadygrad.optim.options import StabilizerOptions
+
 
 class Sharding:
     """How the parameters of one optimizer are shared; made anew whenever they are exchanged.
 
     Args:
-        groups: the parameters of each param group.
-        reduce_norm: the option of that name, see :class:`steadygrad.Stabilizer`.
-        norm_type: p.
-        scope: what a limit holds for.
-        device: where the kernels run.
+        groups: the parameters of each param group, not all of them empty.
+        options: of the step.
         previous: the one before, whose ranks have agreed on the layout if that is the same.
     """
 
     def __init__(
         self,
         groups: Sequence[Sequence[Tensor]],
-        reduce_norm: Any,
-        norm_type: float,
-        scope: str,
-        device: torch.device,
+        options: StabilizerOptions,
         previous: Sharding | None,
     ) -> None:
         self._params = [param for group in groups for param in group]
         self._has_dtensors = has_dtensors(self._params)
-        extra = groups_to_reduce(reduce_norm, len(groups))
+        extra = groups_to_reduce(options.reduce_norm, len(groups))
         self._layout: Layout | None = None
         over_meshes: dist.ProcessGroup | None = None
         counted = [True] * len(self._params)
@@ -51,7 +47,14 @@ class Sharding:
         self._reduction: NormReduction | None = None
         if over_meshes is not None or any(group is not None for group in extra):
             self._reduction = NormReduction(
-                "step", over_meshes, counted, len(groups), extra, norm_type, scope, device
+                "step",
+                over_meshes,
+                counted,
+                len(groups),
+                extra,
+                options.norm_type,
+                options.clip_scope,
+                self._params[0].device,
             )
 
     @property
@@ -62,6 +65,17 @@ class Sharding:
     def gradients(self) -> list[Tensor | None] | None:
         """This process's part of each gradient; None where the gradients are taken as they are."""
         return local_gradients("step", self._params) if self._has_dtensors else None
+
+
+def sharding_of(
+    param_groups: list[dict[str, Any]], options: StabilizerOptions, previous: Sharding | None
+) -> Sharding | None:
+    """None where every parameter is this process's alone."""
+    groups = [group["params"] for group in param_groups]
+    params = [param for group in groups for param in group]
+    if not params or (options.reduce_norm is None and not has_dtensors(params)):
+        return None
+    return Sharding(groups, options, previous)
 
 
 def groups_to_reduce(reduce_norm: Any, group_count: int) -> list[dist.ProcessGroup | None]:

@@ -12,22 +12,19 @@ import torch
 from torch import Tensor
 
 from steadygrad import _kernels
-from steadygrad.distributed.dtensors import has_dtensors, local_tensor
-from steadygrad.distributed.sharding import Sharding
+from steadygrad.distributed.dtensors import local_tensor
+from steadygrad.distributed.sharding import Sharding, sharding_of
 from steadygrad.memory import Outcome, is_asynchronous, is_number_on
 from steadygrad.optim.closures import Closure, evaluated, evaluates_closure, snapshot
 from steadygrad.optim.device_steps import DeviceReport, DeviceSteps, Scaling, scaling
 from steadygrad.optim.eligibility import why_not_fused
+from steadygrad.optim.nonfinite import NonfiniteGradientError, nonfinite_message
 from steadygrad.optim.options import COUNTERS, StabilizerOptions, checked_number
 from steadygrad.optim.rule import UpdateRule
 from steadygrad.penalty import soft_threshold_
 
 # The last one to step each optimizer, by the id of the optimizer, which the stepper keeps alive.
 _steppers: WeakValueDictionary[int, Stepper] = WeakValueDictionary()
-
-
-class NonfiniteGradientError(RuntimeError):
-    """Raised under ``nonfinite="raise"``; nothing was changed."""
 
 
 class _StepSkipped(Exception):
@@ -221,7 +218,7 @@ class Stepper:
             self._device_steps.prepare(first, self._plan)
         if self._plan is not None and self._plan.captured:
             self._captured_shardings.append(self._sharding)
-        self._sharding = self._sharding_of(params)
+        self._sharding = sharding_of(optimizer.param_groups, self._options, self._sharding)
         self._plan = _kernels.Plan(
             self._rule.name if fused and self._rule is not None else "none",
             [group["params"] for group in optimizer.param_groups],
@@ -229,19 +226,6 @@ class Stepper:
             self._options.kernel_options(),
         )
         self._plan.seal(optimizer.state if fused else {})
-
-    def _sharding_of(self, params: list[Tensor]) -> Sharding | None:
-        options = self._options
-        if not params or (options.reduce_norm is None and not has_dtensors(params)):
-            return None
-        return Sharding(
-            [group["params"] for group in self._optimizer.param_groups],
-            options.reduce_norm,
-            options.norm_type,
-            options.clip_scope,
-            params[0].device,
-            self._sharding,
-        )
 
     def _slot(self, param: Tensor, group: dict[str, Any]) -> _kernels.Slot | None:
         rule = self._rule
@@ -444,27 +428,11 @@ class Stepper:
         if not self._creates_state:
             self.grad_norm = report.norm
         if report.refused:
-            raise NonfiniteGradientError(self._nonfinite_message(report))
+            assert self._plan is not None
+            indices = self._plan.active_indices()
+            raise NonfiniteGradientError(
+                nonfinite_message(self._optimizer.param_groups, indices, report)
+            )
         if report.skipped:
             raise _StepSkipped(loss)
         self._clipped = self._clipped or report.clipped
-
-    def _nonfinite_message(self, report: _kernels.StepReport | DeviceReport) -> str:
-        assert self._plan is not None
-        names = [
-            name
-            for g, group in enumerate(self._optimizer.param_groups)
-            for name in group.get("param_names")
-            or [f"param_groups[{g}]['params'][{i}]" for i in range(len(group["params"]))]
-        ]
-        found = [
-            f"{names[index]} ({count})"
-            for index, count in zip(self._plan.active_indices(), report.nonfinite, strict=False)
-            if count
-        ]
-        shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
-        shown = shown or "gradients of other ranks"
-        return (
-            f"step: gradients: expected finite elements, got {report.nonfinite_count} non-finite ones in "
-            f"{shown}; parameters, state and step counters were left as they are"
-        )
