@@ -125,6 +125,26 @@ def test_a_replayed_graph_equals_eager_steps(backend: Backend, rule: str) -> Non
     assert ours.skipped_steps == 3
 
 
+@pytest.mark.parametrize("rounding", ["stochastic", "kahan", "master"])
+def test_a_replayed_graph_rounds_as_eager_steps(backend: Backend, rounding: str) -> None:
+    for rule in ("SGD", "AdamW"):
+        mine, expected = (dense_parameters(torch.bfloat16, backend.device) for _ in range(2))
+        ours, same = (made(rule, params, rounding=rounding) for params in (mine, expected))
+        static, eager = static_gradients(mine), static_gradients(expected)
+        sequence = [[g.bfloat16() for g in gradients] for gradients in sequence_for(mine, 12)]
+        warm_up(ours, static, sequence[:3])
+        graph = capture(ours)
+        for step, gradients in enumerate(sequence):
+            put(eager, gradients)
+            same.step()
+            if step >= 3:
+                put(static, gradients)
+                graph.replay()
+        assert_same(ours, mine, same, expected)
+        for one, other in zip(ours.param_groups, same.param_groups, strict=True):
+            assert one.get("rounded_steps") == other.get("rounded_steps")
+
+
 def test_replays_and_eager_steps_take_turns(backend: Backend) -> None:
     for rule in ("AdamW", "SGD-dampened"):
         mine, expected = (dense_parameters(device=backend.device) for _ in range(2))

@@ -79,6 +79,12 @@ StepOptions step_options(const RuleEntry& rule, const py::dict& options) {
       one_of<bool>(options, "penalty_order", {{"before_clip", true}, {"after_clip", false}});
   step.proximal = one_of<bool>(options, "l1_mode", {{"subgradient", false}, {"proximal", true}});
   step.write_grads = options["write_grads"].cast<bool>();
+  step.rounding = one_of<Rounding>(options, "rounding",
+                                   {{"nearest", Rounding::nearest},
+                                    {"stochastic", Rounding::stochastic},
+                                    {"kahan", Rounding::kahan},
+                                    {"master", Rounding::master}});
+  step.rounding_seed = options["rounding_seed"].cast<uint64_t>();
   return step;
 }
 
@@ -116,6 +122,8 @@ Plan::Plan(const std::string& rule, const py::list& groups, const py::list& slot
     if (item.is_none()) continue;
     const auto parts = item.cast<py::tuple>();
     slot.objects = parts[1].cast<std::vector<py::object>>();
+    if (!parts[3].is_none()) slot.objects.push_back(parts[3]);
+    slot.has_extra = !parts[3].is_none();
     if (!parts[0].is_none()) slot.objects.push_back(parts[0]);
     slot.first = parts[2].cast<bool>();
   }
@@ -168,8 +176,10 @@ void Plan::remember(size_t index, const View* views, int count, PyObject* grad) 
   for (int i = 0; i < count; ++i) add(views[i].data, {0, 64});
 }
 
-void Plan::add_tensor(size_t index, PyObject* grad, const GroupOptions& group, int32_t group_index) {
+bool Plan::add_tensor(size_t index, PyObject* grad, const GroupOptions& group, int32_t group_index) {
   const Slot& slot = slots_[index];
+  const size_t states = state_count(options_.rule, group.hyper);
+  if (slot.objects.size() != states + (slot.has_extra ? 1 : 0) + (rule_->has_step ? 1 : 0)) return false;
   const View grad_view = view_of(grad, argument(index, ".grad"), device_);
   const bool updates = options_.rule != RuleKind::none;
   if (!updates || options_.write_grads) check_writable(grad_view, argument(index, ".grad"));
@@ -179,18 +189,19 @@ void Plan::add_tensor(size_t index, PyObject* grad, const GroupOptions& group, i
   if (!updates && !penalty) {
     tensor = operands_of(grad_view, &TensorOperands::grad);
   } else {
-    View views[2 + kMaxStates];
-    Operand* operands[2 + kMaxStates] = {&tensor.param, &tensor.grad};
+    View views[3 + kMaxStates];
+    Operand* operands[3 + kMaxStates] = {&tensor.param, &tensor.grad};
     int count = 2;
     views[0] = view_of(params_[index].ptr(), argument(index, ""), device_);
     views[1] = grad_view;
     if (updates) {
       check_writable(views[0], argument(index, ""));
-      const size_t states = slot.objects.size() - (rule_->has_step ? 1 : 0);
-      for (size_t s = 0; s < states; ++s) {
+      // A parameter whose dtype has changed has another slot.
+      if (slot.has_extra != (keeps_extra(options_.rounding) && is_half(views[0].dtype))) return false;
+      for (size_t s = 0; s < states + (slot.has_extra ? 1 : 0); ++s) {
         views[count] = view_of(slot.objects[s].ptr(), argument(index, " state"), device_);
         check_writable(views[count], argument(index, " state"));
-        operands[count++] = &tensor.states[s];
+        operands[count++] = s < states ? &tensor.states[s] : &tensor.extra;
       }
     }
     for (int i = 0; i < count; ++i) {
@@ -208,6 +219,7 @@ void Plan::add_tensor(size_t index, PyObject* grad, const GroupOptions& group, i
     remember(index, views, count, grad);
   }
   tensor.group = group_index;
+  tensor.place = static_cast<int32_t>(index);
   if (grad_view.is_complex && (tensor.grad.strides != nullptr || options_.norm_type.kind != NormKind::two)) {
     throw_type_error(argument(index, ".grad"),
                      "a real tensor, or a complex one that fills its memory and a 2-norm", grad);
@@ -223,6 +235,7 @@ void Plan::add_tensor(size_t index, PyObject* grad, const GroupOptions& group, i
     counter.data = step.data;
     counter.dtype = step.dtype;
   }
+  return true;
 }
 
 // Marks the plan as in use, and lets go of the gradients however the step ends.
@@ -265,9 +278,7 @@ bool Plan::gather(const std::vector<GroupOptions>& groups, const std::optional<p
                 : py::reinterpret_steal<py::object>(PyObject_GetAttr(params_[index].ptr(), kGrad));
       if (!grad) throw py::error_already_set();
       if (grad.is_none()) continue;
-      const size_t kept = state_count(options_.rule, groups[g].hyper) + (rule_->has_step ? 1 : 0);
-      if (slots_[index].objects.size() != kept) return false;
-      add_tensor(index, grad.ptr(), groups[g], static_cast<int32_t>(g));
+      if (!add_tensor(index, grad.ptr(), groups[g], static_cast<int32_t>(g))) return false;
       active_.push_back(static_cast<int64_t>(index));
       grads_.push_back(std::move(grad));
     }
@@ -276,7 +287,7 @@ bool Plan::gather(const std::vector<GroupOptions>& groups, const std::optional<p
 }
 
 std::optional<cpu::StepReport> Plan::step(const py::list& groups, double unscale, bool found_inf,
-                                          const std::optional<py::list>& grads) {
+                                          const std::optional<py::list>& grads, uint64_t rounded_steps) {
   const std::vector<GroupOptions> group_list = group_options_of(groups, groups_.size());
   adopt_torch_threads();
   const Stepping stepping(*this);
@@ -287,6 +298,7 @@ std::optional<cpu::StepReport> Plan::step(const py::list& groups, double unscale
   }
   options_.unscale = unscale;
   options_.found_inf = found_inf;
+  options_.rounded_steps = rounded_steps;
   cpu::StepReport report;
   {
     const py::gil_scoped_release release;
@@ -325,6 +337,7 @@ bool Plan::step_on_device(const py::list& groups, double unscale, bool found_inf
   addresses.counts = memory_of<int64_t>(memory["counts"]);
   addresses.taken = memory_of<int32_t>(memory["taken"]);
   addresses.nonfinite = memory_of<int64_t>(memory["nonfinite"]);
+  addresses.rounded_steps = memory_of<uint64_t>(memory["rounded_steps"]);
   addresses.grad_scale = memory_of<float>(memory["grad_scale"]);
   addresses.found_inf = memory_of<float>(memory["found_inf"]);
   options_.unscale = unscale;
@@ -407,7 +420,7 @@ void define_plan(py::module_& module) {
       .def("seal", &Plan::seal, py::arg("state"))
       .def("matches", &Plan::matches, py::arg("param_groups"), py::arg("state"))
       .def("step", &Plan::step, py::arg("groups"), py::arg("unscale"), py::arg("found_inf"),
-           py::arg("grads") = py::none())
+           py::arg("grads") = py::none(), py::arg("rounded_steps") = 0)
       .def("step_on_device", &Plan::step_on_device, py::arg("groups"), py::arg("unscale"),
            py::arg("found_inf"), py::arg("grads"), py::arg("memory"), py::arg("learning_rates"),
            py::arg("allocate"))

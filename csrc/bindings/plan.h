@@ -17,7 +17,8 @@ namespace steadygrad::bindings {
 class Plan {
  public:
   // `groups`: per param group the list of its parameters. `slots`: per parameter, in order, None (no state
-  // yet) or (step tensor or None, [state tensors in the rule's order], first step?).
+  // yet) or (step tensor or None, [state tensors in the rule's order], first step?, what is kept beside a
+  // half-precision parameter or None).
   Plan(const std::string& rule, const py::list& groups, const py::list& slots, const py::dict& options);
 
   // Remembers which objects `state` holds, so that a change of any of them is noticed.
@@ -28,9 +29,9 @@ class Plan {
 
   // One step on the CPU, or nothing when a parameter has a gradient and no slot yet. `groups`: per param
   // group the numbers of kGroupFields. `grads`: what to use in place of the parameters' .grad (None: no part
-  // in this step).
+  // in this step). `rounded_steps`: steps taken before this one, for stochastic rounding.
   std::optional<cpu::StepReport> step(const py::list& groups, double unscale, bool found_inf,
-                                      const std::optional<py::list>& grads);
+                                      const std::optional<py::list>& grads, uint64_t rounded_steps);
 
   // One step on the CUDA backend; false when a parameter has a gradient and no slot yet. `memory`: the
   // tensors it reads and fills. `learning_rates`: per param group None or a tensor on the device that
@@ -56,7 +57,8 @@ class Plan {
  private:
   class Stepping;
   struct Slot {
-    std::vector<py::object> objects;  // the states, then the step counter if there is one
+    std::vector<py::object> objects;  // the states, then the extra and the step counter if there are any
+    bool has_extra = false;
     bool first = false;
   };
 
@@ -64,7 +66,8 @@ class Plan {
   bool gather(const std::vector<GroupOptions>& groups, const std::optional<py::list>& grads);
   void prefetch(size_t index) const;
   void remember(size_t index, const View* views, int count, PyObject* grad);
-  void add_tensor(size_t index, PyObject* grad, const GroupOptions& group, int32_t group_index);
+  // False when the slot does not fit.
+  bool add_tensor(size_t index, PyObject* grad, const GroupOptions& group, int32_t group_index);
   Argument argument(size_t index, const char* attribute) const;
 
   const RuleEntry* rule_;

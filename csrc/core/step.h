@@ -6,7 +6,9 @@
 
 #include "core/gradient.h"
 #include "core/norm.h"
+#include "core/param_storage.h"
 #include "core/rules/hyper.h"
+#include "core/tensors.h"
 
 namespace steadygrad {
 
@@ -31,6 +33,9 @@ struct StepOptions {
   bool write_grads = false;
   double unscale = 1;  // 1 / grad_scale
   bool found_inf = false;
+  Rounding rounding = Rounding::nearest;
+  uint64_t rounding_seed = 0;
+  uint64_t rounded_steps = 0;  // steps taken before this one
 };
 
 // All of a group's transform but its clip coefficient.
@@ -62,6 +67,18 @@ STEADYGRAD_INLINE double scope_coefficient(const GroupOptions& group, const Step
   if (group.max_norm == INFINITY) return 1;
   const bool finite_only = options.nonfinite == NonfinitePolicy::zero;
   return clip_coefficient(group.max_norm, finite_only ? scope.finite_norm : scope.norm);
+}
+
+STEADYGRAD_INLINE ParamStorage param_storage(const StepOptions& options, const TensorOperands& tensor,
+                                             const Chunk& chunk) {
+  ParamStorage storage;
+  if (!is_half(tensor.param.dtype)) return storage;
+  storage.rounding = options.rounding;
+  storage.dtype = tensor.param.dtype;
+  if (options.rounding == Rounding::stochastic) {
+    storage.random = random_key(options.rounding_seed, options.rounded_steps, tensor.place, chunk.begin);
+  }
+  return storage;
 }
 
 // What the proximal step takes from every magnitude after the update; 0: no proximal step.

@@ -23,9 +23,11 @@ struct TensorOperands {
   const int64_t* sizes = nullptr;
   int32_t ndim = 0;
   int32_t group = 0;
+  int32_t place = 0;  // of the parameter, in the order of the param groups
   Operand param;
   Operand grad;
   Operand states[kMaxStates];
+  Operand extra;  // kept beside the parameter (core/param_storage.h)
 
   // fp64 is computed in fp64, everything else in fp32.
   STEADYGRAD_INLINE DType compute_dtype() const {

@@ -71,15 +71,18 @@ std::vector<StepScalars> advance(const Tensors& tensors, const std::vector<StepC
   return steps;
 }
 
-// `threshold` is taken from the parameters' magnitudes after the update; 0: none.
+// `threshold` is taken from the parameters' magnitudes after the update; 0: none. Penalties are those of the
+// parameter as it is stored, which pass 1 has seen; the rule gets the value that it stands for.
 template <class T>
 void update_chunk(const TensorOperands& tensor, const Chunk& chunk, const RuleStep& step,
-                  const TransformOptions& options, double threshold) {
+                  const TransformOptions& options, double threshold, const ParamStorage& storage) {
   const GradientTransform<T> transform = gradient_transform<T>(options);
+  const bool has_extra = keeps_extra(storage.rounding);
   const int states = state_count(step.kind, step.hyper);
   Stage<T> param_stage;
   Stage<T> grad_stage;
   Stage<T> state_stages[kMaxStates];
+  Stage<T> extra_stage;
   bool direct = Stage<T>::is_direct(tensor.param) && Stage<T>::is_direct(tensor.grad);
   for (int s = 0; s < states; ++s) direct = direct && Stage<T>::is_direct(tensor.states[s]);
   const int64_t size = direct && transform.only_scales() && threshold == 0 ? kChunk : kTile;
@@ -98,8 +101,17 @@ void update_chunk(const TensorOperands& tensor, const Chunk& chunk, const RuleSt
       tile.grad = grad_stage.buffer();
       scale = ScaleFactors<T>();
     }
+    T* extra = nullptr;
+    if (has_extra) {
+      extra = extra_stage.read(tensor, tensor.extra, begin, tile.count);
+      vector_kernels<T>().join(tile.param, extra, tile.count, storage);
+    }
     vector_kernels<T>().update(tile, step, scale);
     if (threshold != 0) vector_kernels<T>().soft_threshold(tile.param, tile.count, static_cast<T>(threshold));
+    if (storage.rounding != Rounding::nearest) {
+      vector_kernels<T>().split(tile.param, extra, done, tile.count, storage);
+    }
+    if (has_extra) extra_stage.write(tensor, tensor.extra, begin, tile.count, extra);
     param_stage.write(tensor, tensor.param, begin, tile.count, tile.param);
     for (int s = 0; s < states; ++s) {
       state_stages[s].write(tensor, tensor.states[s], begin, tile.count, tile.states[s]);
@@ -154,9 +166,10 @@ StepReport fused_step(const Tensors& tensors, const std::vector<StepCounter>& co
       const GroupOptions& group = groups[tensor.group];
       const RuleStep step{options.rule, group.hyper, steps[chunk.tensor]};
       const double threshold = proximal_threshold(group, options);
+      const ParamStorage storage = param_storage(options, tensor, chunk);
       with_compute_type(tensor, [&](auto element) {
         update_chunk<decltype(element)>(tensor, chunk, step, decision.transform(tensor, chunk.tensor),
-                                        threshold);
+                                        threshold, storage);
       });
     }
   });

@@ -211,11 +211,48 @@ void update(const Tile<T>& tile, const RuleStep& step, const ScaleFactors<T>& sc
                [&](auto rule) __attribute__((always_inline)) { update_loop<T>(tile, rule, local); });
 }
 
+// Nothing is kept beside parameters in fp64.
 template <class T>
-constexpr VectorKernels<T> kTable = {
-    load<T>,           store<T>,       accumulate_norm<T>,    count_nonfinite<T>,
-    zero_nonfinite<T>, before_clip<T>, transform_gradient<T>, soft_threshold_kernel<T>,
-    update<T>};
+void join(T* param, const T* extra, int64_t count, const ParamStorage& storage) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    with_storage(storage.rounding, storage.dtype, [&](auto rounding, auto element) {
+#pragma GCC ivdep
+      for (int64_t i = 0; i < count; ++i) {
+        param[i] = joined<decltype(rounding)::value, decltype(element)>(param[i], extra[i]);
+      }
+    });
+  }
+}
+
+template <class T>
+void split(T* value, T* extra, int64_t first, int64_t count, const ParamStorage& storage) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    const RandomKey random = storage.random;
+    with_storage(storage.rounding, storage.dtype, [&](auto rounding, auto element) {
+      constexpr Rounding kRounding = decltype(rounding)::value;
+#pragma GCC ivdep
+      for (int64_t i = 0; i < count; ++i) {
+        float kept = 0;
+        const uint32_t bits = random_bits(random, static_cast<uint32_t>(first + i));
+        value[i] = steadygrad::split<kRounding, decltype(element)>(value[i], kept, bits);
+        if constexpr (keeps_extra(kRounding)) extra[i] = kept;
+      }
+    });
+  }
+}
+
+template <class T>
+constexpr VectorKernels<T> kTable = {load<T>,
+                                     store<T>,
+                                     accumulate_norm<T>,
+                                     count_nonfinite<T>,
+                                     zero_nonfinite<T>,
+                                     before_clip<T>,
+                                     transform_gradient<T>,
+                                     soft_threshold_kernel<T>,
+                                     update<T>,
+                                     join<T>,
+                                     split<T>};
 
 }  // namespace
 

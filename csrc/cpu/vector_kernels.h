@@ -5,6 +5,7 @@
 
 #include "core/gradient.h"
 #include "core/norm.h"
+#include "core/param_storage.h"
 #include "core/rules/hyper.h"
 #include "core/tensors.h"
 
@@ -47,6 +48,10 @@ struct VectorKernels {
   void (*soft_threshold)(T* param, int64_t count, T amount);
   // The rule on scale(grad).
   void (*update)(const Tile<T>& tile, const RuleStep& rule, const ScaleFactors<T>& scale);
+  // Parameters become the values that they and `extra` stand for, and values become parameters and `extra`.
+  // `first`: the place in its chunk of the tile's first element.
+  void (*join)(T* param, const T* extra, int64_t count, const ParamStorage& storage);
+  void (*split)(T* value, T* extra, int64_t first, int64_t count, const ParamStorage& storage);
 };
 
 // The table for the instruction set in use.

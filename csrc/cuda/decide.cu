@@ -164,9 +164,14 @@ __device__ void decide(const DecideArguments& arguments, Shared& shared) {
   if (threadIdx.x != 0) return;
   Decision decision;
   decision.unscale = options.unscale;
+  decision.rounded_steps = options.rounded_steps;
   decision.proceed = !skipped && !refused;
   decision.clips = clipped;
   decision.zero_nonfinite = zeroes_nonfinite(options, total);
+  if (arguments.step.rounded_steps != nullptr) {
+    decision.rounded_steps = *arguments.step.rounded_steps;
+    *arguments.step.rounded_steps += decision.proceed ? 1 : 0;
+  }
   *arguments.memory.decision = decision;
   Outcome outcome{};
   const bool finite_only = !skipped && !refused && options.nonfinite == NonfinitePolicy::zero;

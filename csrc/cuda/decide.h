@@ -8,8 +8,9 @@ namespace steadygrad::cuda {
 // What pass 2 has to know, in device memory.
 struct Decision {
   double unscale;
-  bool proceed;  // neither skipped nor refused
-  bool clips;    // a coefficient is not 1
+  uint64_t rounded_steps;  // before this step
+  bool proceed;            // neither skipped nor refused
+  bool clips;              // a coefficient is not 1
   bool zero_nonfinite;
 };
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cuda_runtime.h>
 
+#include "core/param_storage.h"
 #include "core/tensors.h"
 
 namespace steadygrad::cuda {
@@ -90,6 +91,52 @@ __device__ __forceinline__ void store_quad(Element* to, const T (&from)[kQuad]) 
   *reinterpret_cast<Quad<Element>*>(to) = quad;
 }
 
+// Four elements of two or four bytes as they lie in memory. The loads of several operands, whose types
+// differ, are under way together when none is converted before all are issued.
+struct RawQuad {
+  uint32_t words[kQuad];
+};
+
+STEADYGRAD_INLINE bool is_quad(const Operand& operand) {
+  if (operand.strides != nullptr || operand.dtype == DType::float64) return false;
+  const uintptr_t alignment = is_half(operand.dtype) ? alignof(Quad<BFloat16>) : alignof(Quad<float>);
+  return reinterpret_cast<uintptr_t>(operand.data) % alignment == 0;
+}
+
+__device__ __forceinline__ RawQuad load_raw(const Operand& operand, int64_t index) {
+  RawQuad raw;
+  if (is_half(operand.dtype)) {
+    const uint2 words = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(operand.data) + index);
+    raw = {{words.x, words.y, 0, 0}};
+  } else {
+    const uint4 words = *reinterpret_cast<const uint4*>(static_cast<const uint32_t*>(operand.data) + index);
+    raw = {{words.x, words.y, words.z, words.w}};
+  }
+  return raw;
+}
+
+__device__ __forceinline__ void convert(const RawQuad& raw, DType dtype, float (&to)[kQuad]) {
+#pragma unroll
+  for (int k = 0; k < kQuad; ++k) {
+    const uint16_t half = static_cast<uint16_t>(raw.words[k / 2] >> (k % 2 * 16));
+    to[k] = dtype == DType::bfloat16  ? to_float(BFloat16{half})
+            : dtype == DType::float16 ? to_float(Float16{half})
+                                      : bit_cast<float>(raw.words[k]);
+  }
+}
+
+__device__ __forceinline__ void store_quad(const Operand& operand, int64_t index,
+                                           const float (&from)[kQuad]) {
+  switch (operand.dtype) {
+    case DType::bfloat16:
+      return store_quad<float>(static_cast<BFloat16*>(operand.data) + index, from);
+    case DType::float16:
+      return store_quad<float>(static_cast<Float16*>(operand.data) + index, from);
+    default:
+      return store_quad<float>(static_cast<float*>(operand.data) + index, from);
+  }
+}
+
 // What the tensors of a call hold. The usual case has a kernel of its own: code for the others takes
 // registers from it.
 enum class Contents : uint8_t { float32_direct, no_float64, any };
@@ -98,6 +145,9 @@ template <Contents kContents>
 struct Elements {
   // Times 256 threads, how many a multiprocessor is to hold at least; fp64 code takes the registers of both.
   static constexpr int kBlocks = kContents == Contents::any ? 1 : kContents == Contents::no_float64 ? 2 : 3;
+
+  // Whether anything but fp32 occurs.
+  static constexpr bool kMixed = kContents != Contents::float32_direct;
 
   // Calls function(T{}) with the type that a tensor is computed in.
   template <class Function>
@@ -122,6 +172,22 @@ struct Elements {
   template <class Element>
   __device__ __forceinline__ static bool direct(const Operand& operand) {
     return kContents == Contents::float32_direct || is_direct<Element>(operand);
+  }
+
+  // Whether four elements can be loaded at once, of whatever type.
+  template <class T>
+  __device__ __forceinline__ static bool quads(const Operand& operand) {
+    if constexpr (sizeof(T) == sizeof(double)) return direct<double>(operand);
+    return kContents == Contents::float32_direct || is_quad(operand);
+  }
+
+  template <class T>
+  __device__ __forceinline__ static void load_quad(const Operand& operand, int64_t index, T (&to)[kQuad]) {
+    if constexpr (kContents == Contents::float32_direct || sizeof(T) == sizeof(double)) {
+      cuda::load_quad<T>(static_cast<const T*>(operand.data) + index, to);
+    } else {
+      convert(load_raw(operand, index), operand.dtype, to);
+    }
   }
 
   template <class T>

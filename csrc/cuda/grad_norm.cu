@@ -34,13 +34,12 @@ static_assert(sizeof(NormArguments) <= 32764, "more than a launch can carry");
 template <class Element>
 constexpr int kRowsAtOnce = sizeof(Element) == sizeof(double) ? 2 : 8;
 
-template <class T, class Element>
+template <class Elements, class T, class Element>
 __device__ __forceinline__ void sum_squares(const TensorOperands& tensor, const Chunk& chunk,
                                             const GradientTransform<T>& transform, LaneSums<T>& sums) {
   const int lane = threadIdx.x % kWarp;
   const int64_t begin = chunk.begin + lane * kQuad;
   const Element* const grads = static_cast<const Element*>(tensor.grad.data) + begin;
-  const Element* const params = static_cast<const Element*>(tensor.param.data) + begin;
   const bool keeps = transform.keeps_gradient_before_clip();
   const bool penalised = transform.penalty_before_clip.active();
   const auto add_rows = [&](int32_t row, auto at_once) {
@@ -52,7 +51,7 @@ __device__ __forceinline__ void sum_squares(const TensorOperands& tensor, const 
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         T param[kQuad] = {};
-        if (penalised) load_quad<T>(params + (row + r) * kLanes, param);
+        if (penalised) Elements::template load_quad<T>(tensor.param, begin + (row + r) * kLanes, param);
 #pragma unroll
         for (int k = 0; k < kQuad; ++k) values[r][k] = transform.before_clip(values[r][k], param[k]);
       }
@@ -74,8 +73,7 @@ __device__ __forceinline__ void sum_squares(const TensorOperands& tensor, const 
     const int32_t i = rows * kLanes + lane * kQuad + k;
     if (i >= chunk.count) continue;
     const T grad = to_compute(static_cast<const Element*>(tensor.grad.data)[chunk.begin + i]);
-    const T param =
-        penalised ? to_compute(static_cast<const Element*>(tensor.param.data)[chunk.begin + i]) : T(0);
+    const T param = penalised ? Elements::template load<T>(tensor, tensor.param, chunk.begin + i) : T(0);
     sums.add_square(k, transform.before_clip(grad, param));
   }
 }
@@ -127,8 +125,8 @@ __device__ __forceinline__ NormPartial chunk_norm(const TensorOperands& tensor, 
     const bool summed = Elements::template with_direct<T>([&](auto element) {
       using Element = decltype(element);
       if (!Elements::template direct<Element>(tensor.grad)) return false;
-      if (penalised && !Elements::template direct<Element>(tensor.param)) return false;
-      sum_squares<T, Element>(tensor, chunk, transform, sums);
+      if (penalised && !Elements::template quads<T>(tensor.param)) return false;
+      sum_squares<Elements, T, Element>(tensor, chunk, transform, sums);
       return true;
     });
     if (summed) {

@@ -16,11 +16,10 @@ struct TransformArguments {
 constexpr int32_t kMaxBlocks = 4096;
 constexpr int kQuadsAtOnce = 4;
 
-template <class T, class Element>
+template <class Elements, class T, class Element>
 __device__ __forceinline__ int32_t transform_quads(const TensorOperands& tensor, const Chunk& chunk,
                                                    const GradientTransform<T>& transform, bool reads_param) {
   Element* const grads = static_cast<Element*>(tensor.grad.data) + chunk.begin;
-  const Element* const params = static_cast<const Element*>(tensor.param.data) + chunk.begin;
   const int32_t quads = chunk.count / kQuad;
   int32_t q = threadIdx.x;
   if (!reads_param) {
@@ -41,7 +40,7 @@ __device__ __forceinline__ int32_t transform_quads(const TensorOperands& tensor,
     T grad[kQuad];
     T param[kQuad] = {};
     load_quad<T>(grads + q * kQuad, grad);
-    if (reads_param) load_quad<T>(params + q * kQuad, param);
+    if (reads_param) Elements::template load_quad<T>(tensor.param, chunk.begin + q * kQuad, param);
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) grad[k] = transform(grad[k], param[k]);
     store_quad<T>(grads + q * kQuad, grad);
@@ -59,8 +58,8 @@ __device__ __forceinline__ void transform_chunk(const TensorOperands& tensor, co
   Elements::template with_direct<T>([&](auto element) {
     using Element = decltype(element);
     if (!Elements::template direct<Element>(tensor.grad)) return false;
-    if (reads_param && !Elements::template direct<Element>(tensor.param)) return false;
-    done = transform_quads<T, Element>(tensor, chunk, transform, reads_param);
+    if (reads_param && !Elements::template quads<T>(tensor.param)) return false;
+    done = transform_quads<Elements, T, Element>(tensor, chunk, transform, reads_param);
     return true;
   });
   for (int32_t i = done + threadIdx.x; i < chunk.count; i += kChunkThreads) {

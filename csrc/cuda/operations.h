@@ -82,9 +82,10 @@ struct StepMemory {
   const float* grad_scale = nullptr;  // null: options.unscale holds
   const float* found_inf = nullptr;   // null: options.found_inf holds
   NormOutput output;
-  int64_t* counts = nullptr;     // skipped steps, clipped steps
-  int32_t* taken = nullptr;      // per slot: whether a first step has been taken
-  int64_t* nonfinite = nullptr;  // per tensor, may be null
+  int64_t* counts = nullptr;          // skipped steps, clipped steps
+  int32_t* taken = nullptr;           // per slot: whether a first step has been taken
+  int64_t* nonfinite = nullptr;       // per tensor, may be null
+  uint64_t* rounded_steps = nullptr;  // steps taken so far; null: options.rounded_steps holds
 };
 
 // Steps one set of tensors again and again. What does not change from step to step stays in device memory;

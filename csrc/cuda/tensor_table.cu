@@ -28,6 +28,7 @@ __global__ void __launch_bounds__(kUploadThreads)
 
 const Operand& operand_of(const TensorOperands& tensor, int role) {
   if (role == kParam) return tensor.param;
+  if (role == kExtra) return tensor.extra;
   return role == kGrad ? tensor.grad : tensor.states[role - kFirstState];
 }
 

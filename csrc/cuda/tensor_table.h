@@ -11,7 +11,7 @@
 
 namespace steadygrad::cuda {
 
-enum Role { kParam, kGrad, kFirstState, kRoles = kFirstState + kMaxStates };
+enum Role { kParam, kGrad, kFirstState, kExtra = kFirstState + kMaxStates, kRoles };
 
 struct TensorHead {
   int64_t numel;
@@ -59,12 +59,14 @@ struct TensorTable {
     tensor.sizes = head.sizes;
     tensor.ndim = head.ndim;
     tensor.group = head.group;
+    tensor.place = head.slot;
     if (operands[kParam] != nullptr) tensor.param = operands[kParam][index];
     if (operands[kGrad] != nullptr) tensor.grad = operands[kGrad][index];
     if (grads != nullptr) tensor.grad.data = grads[index];
     for (int s = 0; s < kMaxStates; ++s) {
       if (operands[kFirstState + s] != nullptr) tensor.states[s] = operands[kFirstState + s][index];
     }
+    if (operands[kExtra] != nullptr) tensor.extra = operands[kExtra][index];
     return tensor;
   }
 

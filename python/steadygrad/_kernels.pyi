@@ -51,7 +51,7 @@ class StepReport:
     @property
     def clipped(self) -> bool: ...
 
-Slot = tuple[Tensor | None, list[Tensor], bool]
+Slot = tuple[Tensor | None, list[Tensor], bool, Tensor | None]
 
 class Plan:
     def __init__(
@@ -71,6 +71,7 @@ class Plan:
         unscale: float,
         found_inf: bool,
         grads: list[Tensor | None] | None = None,
+        rounded_steps: int = 0,
     ) -> StepReport | None: ...
     def step_on_device(
         self,

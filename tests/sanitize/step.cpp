@@ -86,7 +86,8 @@ class Comparison {
       : case_(step_case),
         options_(step_case.options),
         groups_(groups_of(step_case)),
-        uses_{true, true, state_count(step_case.rule.kind, step_case.rule.hyper), true},
+        uses_{true, true, state_count(step_case.rule.kind, step_case.rule.hyper), true,
+              keeps_extra(step_case.options.rounding)},
         count_(step_case.specs.tensors.size()),
         cpu_(step_case.specs, uses_, Values::ordinary),
         emulated_(step_case.specs, uses_, Values::ordinary),
@@ -94,7 +95,8 @@ class Comparison {
         emulated_counters_(count_, has_counter(step_case.rule.kind)),
         first_(count_, true),
         taken_(array_of<int32_t>(count_, 0)),
-        counts_(array_of<int64_t>(2, 0)) {
+        counts_(array_of<int64_t>(2, 0)),
+        rounded_steps_(array_of<uint64_t>(1, 0)) {
     options_.rule = step_case.rule.kind;
   }
 
@@ -130,6 +132,7 @@ class Comparison {
     if (!report.skipped && !report.refused && options_.rule != RuleKind::none) {
       for (const int32_t t : chosen) first_[t] = false;
     }
+    options_.rounded_steps += report.skipped || report.refused ? 0 : 1;
     return report;
   }
 
@@ -144,6 +147,7 @@ class Comparison {
     memory.counts = counts_.as<int64_t>();
     memory.taken = taken_.as<int32_t>();
     memory.nonfinite = nonfinite;
+    memory.rounded_steps = rounded_steps_.as<uint64_t>();
     std::vector<Single<double>> learning_rates(groups_.size());
     std::vector<cuda::DeviceGroup> groups;
     for (size_t g = 0; g < groups_.size(); ++g) {
@@ -177,6 +181,8 @@ class Comparison {
         difference_of_counts("clipped", report.clipped, outcome.clipped),
         difference_of_counts("skipped steps", skipped_, counts_.as<int64_t>()[0]),
         difference_of_counts("clipped steps", clipped_, counts_.as<int64_t>()[1]),
+        difference_of_counts("rounded steps", static_cast<int64_t>(options_.rounded_steps),
+                             static_cast<int64_t>(*rounded_steps_.as<uint64_t>())),
     };
     for (size_t t = 0; t < tensors; ++t) {
       const int64_t expected = report.nonfinite.empty() ? 0 : report.nonfinite[t];
@@ -205,6 +211,7 @@ class Comparison {
   std::vector<bool> first_;
   Block taken_;
   Block counts_;
+  Block rounded_steps_;
   cuda::StepPlan plan_;
   DeviceMemory memory_;
   int64_t skipped_ = 0;

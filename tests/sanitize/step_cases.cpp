@@ -117,6 +117,27 @@ void check_options(Report& report) {
   }
 }
 
+void check_roundings(Report& report) {
+  constexpr std::pair<const char*, Rounding> kRoundings[] = {
+      {"stochastic", Rounding::stochastic}, {"kahan", Rounding::kahan}, {"master", Rounding::master}};
+  for (const auto& [name, rounding] : kRoundings) {
+    for (const Specs& specs : {half_tensors(), double_tensors(), mixed_tensors()}) {
+      for (const char* rule : {"sgd", "adamw amsgrad", "rmsprop centered with momentum and decay"}) {
+        StepCase step_case = case_of(specs, rule);
+        step_case.options.rounding = rounding;
+        step_case.options.rounding_seed = 5;
+        step_case.tensors_come_and_go = true;
+        step_case.group.l1 = 0.01;
+        step_case.gradients = {Values::ordinary, Values::nonfinite, Values::ordinary};
+        check(report, name, step_case);
+        step_case.options.proximal = true;
+        step_case.options.nonfinite = NonfinitePolicy::propagate;
+        check(report, std::string(name) + ", proximal", step_case);
+      }
+    }
+  }
+}
+
 // More tensors than one launch brings to the device.
 void check_split(Report& report) {
   Specs specs{"3600", std::vector<TensorSpec>(3600)};
@@ -135,6 +156,7 @@ void check_steps(Report& report) {
   check_rules(report);
   check_decisions(report);
   check_options(report);
+  check_roundings(report);
   if (!kFewCases) check_split(report);
 }
 

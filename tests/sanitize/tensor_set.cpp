@@ -7,7 +7,7 @@
 namespace steadygrad::sanitize {
 namespace {
 
-constexpr const char* kRoleNames[kRoles] = {"param", "grad", "state 0", "state 1", "state 2"};
+constexpr const char* kRoleNames[kRoles] = {"param", "grad", "state 0", "state 1", "state 2", "extra"};
 constexpr int kGrad = 1;
 
 int64_t size_of(DType dtype) {
@@ -103,6 +103,7 @@ Block block_for(const Form& form, int64_t numel, const std::vector<int64_t>& siz
 
 Operand& operand_of(TensorOperands& tensor, int role) {
   if (role == 0) return tensor.param;
+  if (role == kExtra) return tensor.extra;
   return role == kGrad ? tensor.grad : tensor.states[role - 2];
 }
 
@@ -116,8 +117,12 @@ TensorSet::TensorSet(const Specs& specs, Uses uses, Values gradients, uint64_t s
     operands.sizes = tensor.sizes.data();
     operands.ndim = static_cast<int32_t>(tensor.sizes.size());
     operands.group = uses.groups ? spec.group : 0;
+    operands.place = static_cast<int32_t>(tensors_.size()) - 1;
     for (int role = 0; role < kRoles; ++role) {
-      const bool used = role == 0 ? uses.param : role == kGrad ? uses.grad : role - 2 < uses.states;
+      const bool used = role == 0        ? uses.param
+                        : role == kGrad  ? uses.grad
+                        : role == kExtra ? uses.extra && is_half(spec.forms[0].dtype)
+                                         : role - 2 < uses.states;
       if (used) fill(tensors_.size() - 1, role, role == kGrad ? gradients : Values::ordinary, seed);
     }
   }
@@ -141,7 +146,7 @@ void TensorSet::fill(size_t t, int role, Values values, uint64_t seed) {
                    : values == Values::nonfinite && t % 3 == 1 ? nonfinite_value(state)
                                                                : ordinary_value(state);
     // As moments are: squares of no other sign, and larger than the square of their mean.
-    if (role >= 2) value = std::fabs(value) * (role == 3 ? 0x1p-6 : 1);
+    if (role >= 2 && role != kExtra) value = std::fabs(value) * (role == 3 ? 0x1p-6 : 1);
     put(memory.data(), form.dtype, i, value);
   }
   Operand& operand = operand_of(operands_[t], role);

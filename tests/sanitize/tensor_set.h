@@ -7,12 +7,14 @@
 #include <string>
 #include <vector>
 
+#include "core/param_storage.h"
 #include "core/tensors.h"
 #include "sanitize/memory.h"
 
 namespace steadygrad::sanitize {
 
-constexpr int kRoles = 2 + kMaxStates;  // param, grad, states
+constexpr int kExtra = 2 + kMaxStates;
+constexpr int kRoles = kExtra + 1;  // param, grad, states, extra
 
 // `misaligned` begins one element into its block. `transposed` and `sparse` have strides and gaps between
 // their elements. `expanded` repeats one element and can only be read.
@@ -61,6 +63,7 @@ struct Uses {
   bool grad = false;
   int states = 0;
   bool groups = false;  // only a step has param groups
+  bool extra = false;   // beside parameters in half precision
 };
 
 // `extreme`: squares of it leave the range of the type. `nonfinite`: inf, -inf and NaN in some of the

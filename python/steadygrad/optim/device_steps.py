@@ -95,6 +95,9 @@ class DeviceSteps:
         self._counted = [0, 0]
         self._counting = False
         self._kept: list[tuple[_kernels.Plan, Tensor]] = []
+        # Steps taken with stochastic rounding: there, and as far as the param groups know.
+        self._rounded_steps: Tensor | None = None
+        self._known_rounded_steps = 0
 
     def settle(self, params: list[Tensor], state: State) -> None:
         """Before a new plan: state that was replaced is somebody else's, and flags go by the parameters' places."""
@@ -161,6 +164,7 @@ class DeviceSteps:
             "counts": None if read_back else self._counts,
             "taken": self.taken,
             "nonfinite": counted,
+            "rounded_steps": self._rounded_steps,
             "grad_scale": scaling.grad_scale_tensor,
             "found_inf": scaling.found_inf_tensor,
         }
@@ -186,6 +190,22 @@ class DeviceSteps:
         new = [now - before for now, before in zip(counts, self._counted, strict=True)]
         self._counted = counts
         return new
+
+    def count_rounded_steps(self, known: int) -> None:
+        """Counts them there from now on, since replays of a graph take steps too; ``known`` as the param groups say."""
+        if self._rounded_steps is None:
+            self._rounded_steps = torch.zeros(1, dtype=torch.int64, device=self.device)
+        # Another number than the last one that was brought there: a checkpoint was loaded.
+        if known != self._known_rounded_steps:
+            self._rounded_steps.fill_(known)
+            self._known_rounded_steps = known
+
+    def take_rounded_steps(self) -> int:
+        """Those that the param groups do not know of yet; waits for the device if there may be any."""
+        if self._rounded_steps is None:
+            return 0
+        before, self._known_rounded_steps = self._known_rounded_steps, int(self._rounded_steps)
+        return self._known_rounded_steps - before
 
 
 def _runs(indices: list[int]) -> Iterator[tuple[int, int]]:

@@ -7,6 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
+
+from steadygrad.optim.param_storage import ROUNDED_STEPS, ParamStorage, Rounding
+
 PenaltyOrder = Literal["before_clip", "after_clip"]
 L1Mode = Literal["subgradient", "proximal"]
 ClipScope = Literal["global", "group", "tensor"]
@@ -55,6 +59,9 @@ class StabilizerOptions:
     clip_scope: ClipScope = "global"
     nonfinite: Nonfinite = "skip"
     write_grads: bool = False
+    state_dtype: torch.dtype | None = None
+    rounding: Rounding = "nearest"
+    rounding_seed: int = 0
 
     def __post_init__(self) -> None:
         """Checks every option."""
@@ -69,6 +76,8 @@ class StabilizerOptions:
         _checked_choice("l1_mode", self.l1_mode, get_args(L1Mode))
         _checked_choice("clip_scope", self.clip_scope, get_args(ClipScope))
         _checked_choice("nonfinite", self.nonfinite, get_args(Nonfinite))
+        _checked_choice("rounding", self.rounding, get_args(Rounding))
+        self.storage.check()
 
     def group_defaults(self) -> dict[str, Any]:
         """The keys that every param group carries, so that they can differ per group and be saved."""
@@ -78,6 +87,7 @@ class StabilizerOptions:
             "l1": self.l1,
             "l2": self.l2,
             **dict.fromkeys(COUNTERS, 0),
+            **({ROUNDED_STEPS: 0} if self.storage.is_stochastic else {}),
         }
 
     def group_numbers(self, group: Mapping[str, Any], where: str) -> dict[str, float]:
@@ -101,4 +111,11 @@ class StabilizerOptions:
             "penalty_order": self.penalty_order,
             "l1_mode": self.l1_mode,
             "write_grads": bool(self.write_grads),
+            "rounding": self.rounding,
+            "rounding_seed": self.rounding_seed,
         }
+
+    @property
+    def storage(self) -> ParamStorage:
+        """How half-precision parameters and their state are stored."""
+        return ParamStorage(self.state_dtype, self.rounding, self.rounding_seed)

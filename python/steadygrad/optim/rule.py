@@ -37,18 +37,20 @@ class UpdateRule:
     takes_sparse: bool = False
     initial_value: Callable[[Group], float] = lambda group: 0.0
 
-    def new_state(self, param: Tensor, group: Group) -> dict[str, Tensor]:
-        """The state torch's class creates before a parameter's first step."""
+    def new_state(self, param: Tensor, group: Group, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The state torch's class creates before a parameter's first step, but for its dtype."""
         state: dict[str, Tensor] = {}
         if self.has_step:
             wide = torch.get_default_dtype() == torch.float64 and not group.get("fused")
             # On the CPU, as torch has it without fused=True; where steps are decided on the device, on the device.
             there = param.device if is_asynchronous(param.device) else torch.device("cpu")
-            dtype = torch.float64 if wide and not is_asynchronous(param.device) else torch.float32
-            state["step"] = torch.zeros((), dtype=dtype, device=there)
+            step_dtype = (
+                torch.float64 if wide and not is_asynchronous(param.device) else torch.float32
+            )
+            state["step"] = torch.zeros((), dtype=step_dtype, device=there)
         for name in self.state_names(group):
             state[name] = torch.full_like(
-                param, self.initial_value(group), memory_format=torch.preserve_format
+                param, self.initial_value(group), dtype=dtype, memory_format=torch.preserve_format
             ).detach()
         return state
 

@@ -20,6 +20,7 @@ from steadygrad.optim.options import (
     PenaltyOrder,
     StabilizerOptions,
 )
+from steadygrad.optim.param_storage import Rounding
 from steadygrad.optim.rmsprop import RULE as RMSPROP_RULE
 from steadygrad.optim.sgd import RULE as SGD_RULE
 from steadygrad.optim.stabilized import Stabilized, StepOutcome
@@ -57,13 +58,29 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
             are and counts the step in :attr:`skipped_steps`; ``"zero"`` takes the elements as 0; ``"raise"`` raises
             :class:`steadygrad.NonfiniteGradientError`; ``"propagate"`` does what torch does. Default: ``"skip"``.
         write_grads: also write the gradient that the update used into ``.grad``. Default: False.
+        state_dtype: dtype of the state (``exp_avg`` and the like) of bf16 and fp16 parameters: None keeps the
+            parameter's, as torch has it; ``torch.float32``. Default: None.
+        rounding: what becomes of the bits of an update that a bf16 or fp16 parameter cannot hold. ``"nearest"`` loses
+            them, as torch does. ``"stochastic"`` rounds up with the probability of the remainder, unbiased.
+            ``"kahan"`` keeps them in a state ``kahan_compensation`` of the parameter's dtype. ``"master"`` keeps a
+            state ``master_param``, a float32 copy that is updated in the parameter's place. Default: ``"nearest"``.
+        rounding_seed: of ``"stochastic"``, in [0, 2^64): the same seed gives the same bits, on every device, and after
+            resuming from a state dict. Default: 0.
 
     ``max_norm``, ``clip_value``, ``l1`` and ``l2`` are keys of every param group: set them per group, or change them
     while training. Schedulers advance on skipped steps too, since they count calls.
 
+    Under any ``rounding`` fp32 parameters are updated as ever. Penalties see half-precision parameters as they are
+    stored, since the loss did; weight decay and the proximal step act on the value that is updated. A parameter that
+    somebody else has written, by loading a model after its optimizer for instance, counts as written: where
+    ``master_param`` no longer rounds to it, or it is not the rounded sum of itself and its compensation, what was kept
+    is dropped. Sources: Micikevicius et al. 2018 (master weights), Zamirai et al. 2020, "Revisiting BFloat16 training"
+    (the other two), Kahan 1965.
+
     Raises:
         TypeError: ``optimizer`` is none.
-        ValueError: an option is negative, NaN or unknown, or ``optimizer`` is stabilized already.
+        ValueError: an option is negative, NaN or unknown, or ``optimizer`` is stabilized already. From :meth:`step`:
+            ``rounding`` or ``state_dtype`` asked of an optimizer on the in-place path, ``rounding="master"`` of fp64.
     """
 
     def __init__(
@@ -80,6 +97,9 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
         clip_scope: ClipScope = "global",
         nonfinite: Nonfinite = "skip",
         write_grads: bool = False,
+        state_dtype: torch.dtype | None = None,
+        rounding: Rounding = "nearest",
+        rounding_seed: int = 0,
     ) -> None:
         # Not torch's __init__: param groups, state and defaults are the wrapped optimizer's.
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -106,6 +126,9 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
                     clip_scope=clip_scope,
                     nonfinite=nonfinite,
                     write_grads=write_grads,
+                    state_dtype=state_dtype,
+                    rounding=rounding,
+                    rounding_seed=rounding_seed,
                 ),
             }
         )

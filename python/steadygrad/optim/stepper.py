@@ -20,7 +20,9 @@ from steadygrad.optim.device_steps import DeviceReport, DeviceSteps, Scaling, sc
 from steadygrad.optim.eligibility import why_not_fused
 from steadygrad.optim.interruptions import CannotFuse, NonfiniteGradientError, StepSkipped
 from steadygrad.optim.options import COUNTERS, StabilizerOptions, checked_number
+from steadygrad.optim.param_storage import ROUNDED_STEPS
 from steadygrad.optim.rule import UpdateRule
+from steadygrad.optim.slots import slot_of
 from steadygrad.penalty import soft_threshold_
 
 # The last one to step each optimizer, by the id of the optimizer, which the stepper keeps alive.
@@ -138,6 +140,8 @@ class Stepper:
             for counter, steps in zip(COUNTERS, self._device_steps.take_counts(), strict=True):
                 if steps:
                     self._count(counter, steps)
+            if self._options.storage.is_stochastic:
+                self._count(ROUNDED_STEPS, self._device_steps.take_rounded_steps())
             self._device_steps.take_back(self._optimizer.state)
 
     def _asynchronous_device(self) -> torch.device | None:
@@ -185,10 +189,12 @@ class Stepper:
     def _prepare(self) -> None:
         optimizer = self._optimizer
         params = [param for group in optimizer.param_groups for param in group["params"]]
+        why_in_place = self._why()
+        self._options.storage.check_fits(params, why_in_place)
         if self._device_steps is not None:
             self._device_steps.settle(params, optimizer.state)
         self._structure = self._current_structure()
-        self._why_in_place = self._why()
+        self._why_in_place = why_in_place
         self._new_state = {}
         device = self._asynchronous_device()
         if (
@@ -221,24 +227,19 @@ class Stepper:
         self._plan.seal(optimizer.state if fused else {})
 
     def _slot(self, param: Tensor, group: dict[str, Any]) -> _kernels.Slot | None:
-        rule = self._rule
-        assert rule is not None
-        names = rule.state_names(group)
-        if not names and not rule.has_step:
-            return None
-        state: dict[str, Any] = self._optimizer.state.get(param, {})
-        # SGD keeps the key with None as its value until there is momentum.
-        first = any(state.get(name) is None for name in names)
-        if first:
-            if param.grad is None and param not in self.accumulated.sums:
-                return None
-            # Entered into the optimizer's state only once the step has been taken.
-            state = self._new_state[param] = rule.new_state(param, group)
-        step = state["step"] if rule.has_step else None
-        if step is not None and self._device_steps is not None and step.device != param.device:
-            # Where the decision to step is taken, as with fused=True and capturable=True.
-            step = state["step"] = step.to(param.device, torch.float32, non_blocking=True)
-        return step, [state[name] for name in names], first
+        assert self._rule is not None
+        slot, made = slot_of(
+            self._rule,
+            self._options.storage,
+            param,
+            group,
+            self._optimizer.state.get(param, {}),
+            has_grad=param.grad is not None or param in self.accumulated.sums,
+            on_device=self._device_steps is not None,
+        )
+        if made:
+            self._new_state[param] = made
+        return slot
 
     # -- fused ----------------------------------------------------------------------------------
 
@@ -263,6 +264,8 @@ class Stepper:
         self._record(report, loss)
         if self._options.write_grads:
             self.accumulated.hand_over()
+        if self._options.storage.is_stochastic and self._device_steps is None:
+            self._count(ROUNDED_STEPS, 0 if self._creates_state else 1)
         if self._new_state:
             for index, param in zip(self._plan.active_indices(), self._plan.active(), strict=True):
                 if param not in self._new_state:
@@ -290,12 +293,18 @@ class Stepper:
         numbers = self._known_numbers
         if numbers is None:
             numbers = self._group_numbers()
+        rounded_steps = self._options.storage.rounded_steps(self._optimizer.param_groups)
         if self._device_steps is None:
-            return self._plan.step(numbers, self._scaling.unscale, self._scaling.found_inf, grads)
+            scaling = self._scaling
+            return self._plan.step(
+                numbers, scaling.unscale, scaling.found_inf, grads, rounded_steps
+            )
         rates = [
             group["lr"] if is_number_on(group.get("lr"), self._device_steps.device) else None
             for group in self._optimizer.param_groups
         ]
+        if self._options.storage.is_stochastic:
+            self._device_steps.count_rounded_steps(rounded_steps)
         return self._device_steps.run(self._plan, numbers, rates, self._scaling, grads, read_back)
 
     def _group_numbers(self) -> list[tuple[float, ...]]:

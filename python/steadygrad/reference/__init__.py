@@ -6,6 +6,6 @@ it. Nothing in this package imports torch.
 
 from __future__ import annotations
 
-from . import accumulation, batch_norm, clip, norm, penalty, rules, step
+from . import accumulation, batch_norm, clip, norm, penalty, rounding, rules, step
 
-__all__ = ["accumulation", "batch_norm", "clip", "norm", "penalty", "rules", "step"]
+__all__ = ["accumulation", "batch_norm", "clip", "norm", "penalty", "rounding", "rules", "step"]

@@ -1,0 +1,230 @@
+"""A small transformer on the text of Python's documentation, in fp32 and in bf16 with each rounding.
+
+Needs matplotlib and rich (``pip install 'steadygrad[study]'``) and takes about three minutes::
+
+    python examples/half_precision.py --out out
+
+writes ``half_precision.png`` and ``half_precision.json``, and prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pathlib
+import pydoc_data.topics
+import statistics
+import time
+from typing import Any, TypedDict
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional
+
+import steadygrad as sg
+
+CONTEXT, BATCH, WIDTH, HEADS, LAYERS = 64, 16, 96, 4, 2
+PEAK_RATE, WARM_UP = 1e-3, 25
+HELD_OUT = 32  # batches
+
+# What an arm gives the model and the Stabilizer. In fp32 nothing is rounded.
+FLOAT32_STATE = {"state_dtype": torch.float32}
+ARMS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "fp32": (torch.float32, {}),
+    "bf16 naive": (torch.bfloat16, {}),
+    "bf16, fp32 state": (torch.bfloat16, FLOAT32_STATE),
+    "bf16 + Kahan": (torch.bfloat16, {**FLOAT32_STATE, "rounding": "kahan"}),
+    "bf16 + stochastic": (torch.bfloat16, {**FLOAT32_STATE, "rounding": "stochastic"}),
+    "bf16 + master": (torch.bfloat16, {**FLOAT32_STATE, "rounding": "master"}),
+}
+
+
+class Run(TypedDict):
+    """One training run."""
+
+    arm: str
+    seed: int
+    losses: list[float]
+    held_out: float
+    state_bytes: float  # of parameter and optimizer, per parameter
+    seconds: float
+
+
+class Block(nn.Module):
+    """Attention over the characters so far, and a layer for each of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)])
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
+        self.out = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.mlp = nn.Sequential(
+            nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` and the result: ``(batch, CONTEXT, WIDTH)``."""
+        split = self.qkv(self.norms[0](x)).unflatten(-1, (3, HEADS, WIDTH // HEADS))
+        q, k, v = split.permute(2, 0, 3, 1, 4)
+        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).flatten(-2))
+        mixed: Tensor = x + self.mlp(self.norms[1](x))
+        return mixed
+
+
+class Transformer(nn.Module):
+    """Predicts each next character."""
+
+    def __init__(self, characters: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(characters, WIDTH)
+        self.position = nn.Parameter(torch.zeros(CONTEXT, WIDTH))
+        self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
+        self.head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, characters))
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.08)
+
+    def loss(self, text: Tensor) -> Tensor:
+        """The mean cross-entropy in nats of int64 characters ``(batch, CONTEXT + 1)``."""
+        x = self.embedding(text[:, :-1]) + self.position
+        logits = self.head(self.blocks(x)).float()
+        return functional.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten())
+
+
+def read_text() -> tuple[Tensor, int]:
+    """The text as numbers of its characters, and how many different ones there are."""
+    topics = pydoc_data.topics.topics
+    text = "\n".join(topics[name] for name in sorted(topics))
+    numbers = {character: i for i, character in enumerate(sorted(set(text)))}
+    return torch.tensor([numbers[character] for character in text]), len(numbers)
+
+
+def batches(text: Tensor, count: int, seed: int) -> list[Tensor]:
+    """``count`` batches of pieces from anywhere in the text."""
+    generator = torch.Generator().manual_seed(seed)
+    pieces = text.unfold(0, CONTEXT + 1, 1)
+    return [pieces[torch.randint(len(pieces), (BATCH,), generator=generator)] for _ in range(count)]
+
+
+def rate(step: int, steps: int) -> float:
+    """Share of the peak learning rate: up in a line, down to zero in half a cosine."""
+    if step < WARM_UP:
+        return (step + 1) / WARM_UP
+    return (1 + math.cos(math.pi * (step - WARM_UP) / max(steps - WARM_UP, 1))) / 2
+
+
+def train(arm: str, seed: int, steps: int) -> Run:
+    """Train one model; arms of one seed start from the same weights and see the same batches."""
+    text, characters = read_text()
+    border = len(text) * 9 // 10
+    dtype, options = ARMS[arm]
+    torch.manual_seed(seed)
+    model = Transformer(characters).to(dtype)
+    adamw = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.99))
+    optimizer = sg.Stabilizer(adamw, max_norm=1.0, rounding_seed=seed, **options)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
+    losses = []
+    began = time.perf_counter()
+    for batch in batches(text[:border], steps, seed):
+        optimizer.zero_grad()
+        loss = model.loss(batch)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    seconds = time.perf_counter() - began
+    with torch.no_grad():
+        held_out = [model.loss(batch).item() for batch in batches(text[border:], HELD_OUT, 0)]
+    kept = [*model.parameters(), *(t for state in adamw.state.values() for t in state.values())]
+    elements = sum(p.numel() for p in model.parameters())
+    state_bytes = sum(t.numel() * t.element_size() for t in kept) / elements
+    return Run(
+        arm=arm,
+        seed=seed,
+        losses=losses,
+        held_out=statistics.fmean(held_out),
+        state_bytes=state_bytes,
+        seconds=seconds,
+    )
+
+
+def smoothed(losses: list[float], width: int = 25) -> list[float]:
+    """The mean of so many losses up to each step."""
+    return [statistics.fmean(losses[max(0, i + 1 - width) : i + 1]) for i in range(len(losses))]
+
+
+def table_of(runs: list[Run]) -> Table:
+    """A row per arm: means over the seeds, and the range of differences to fp32 with the same seed."""
+    table = Table(
+        title="Losses after training; bytes of a parameter and its state; seconds of a run"
+    )
+    columns = ("arm", "training", "held-out", "above fp32", "bytes", "s")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
+    exact = {run["seed"]: run["held_out"] for run in runs if run["arm"] == "fp32"}
+    for arm in ARMS:
+        own = [run for run in runs if run["arm"] == arm]
+        above = [run["held_out"] - exact[run["seed"]] for run in own]
+        table.add_row(
+            arm,
+            f"{statistics.fmean(smoothed(run['losses'], 50)[-1] for run in own):.3f}",
+            f"{statistics.fmean(run['held_out'] for run in own):.3f}",
+            f"{min(above):+.3f} to {max(above):+.3f}",
+            f"{own[0]['state_bytes']:.1f}",
+            f"{statistics.fmean(run['seconds'] for run in own):.1f}",
+        )
+    return table
+
+
+def plot(runs: list[Run], path: pathlib.Path) -> None:
+    """The losses of the first seed, and how far each arm is above fp32, mean over the seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), dpi=140, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    by_place = {(run["arm"], run["seed"]): smoothed(run["losses"]) for run in runs}
+    seeds = sorted({run["seed"] for run in runs})
+    for number, arm in enumerate(ARMS):
+        colour = "black" if arm == "fp32" else f"C{number}"
+        left.plot(by_place[arm, seeds[0]], label=arm, color=colour, linewidth=1.2)
+        curves = [
+            [a - b for a, b in zip(by_place[arm, seed], by_place["fp32", seed], strict=True)]
+            for seed in seeds
+        ]
+        mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
+        right.plot(mean, color=colour, linewidth=1.2)
+    left.set(xlabel="step", ylabel="training loss (mean of 25 steps)", yscale="log")
+    right.set(xlabel="step", ylabel=f"above fp32, mean of {len(seeds)} seeds")
+    left.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Train all arms and leave the plot, the record and the table behind."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # layers this small do not gain from a second one
+    console = Console()
+    runs = []
+    for seed in range(arguments.seeds):
+        for arm in ARMS:
+            runs.append(train(arm, seed, arguments.steps))
+            last = runs[-1]
+            console.print(f"seed {seed}, {arm}: {last['held_out']:.3f} in {last['seconds']:.0f} s")
+    (arguments.out / "half_precision.json").write_text(json.dumps(runs))
+    plot(runs, arguments.out / "half_precision.png")
+    console.print(table_of(runs))
+
+
+if __name__ == "__main__":
+    main()

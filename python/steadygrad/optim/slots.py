@@ -1,0 +1,63 @@
+"""The state that a plan steps with each parameter: found in the optimizer's, or made for its first step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steadygrad import _kernels
+from steadygrad.optim.param_storage import ParamStorage
+from steadygrad.optim.rule import Group, UpdateRule
+
+State = dict[str, Any]
+
+
+def slot_of(
+    rule: UpdateRule,
+    storage: ParamStorage,
+    param: Tensor,
+    group: Group,
+    state: State,
+    *,
+    has_grad: bool,
+    on_device: bool,
+) -> tuple[_kernels.Slot | None, dict[str, Tensor]]:
+    """A parameter's slot, and what of it is to be entered into its state once the step has been taken.
+
+    None without a gradient, also none that was accumulated, and without state. ``on_device``: whether the decision to
+    step is taken there.
+    """
+    names = rule.state_names(group)
+    extra = storage.extra_name(param)
+    if not names and not rule.has_step and extra is None:
+        return None, {}
+    # SGD keeps the key with None as its value until there is momentum.
+    first = any(state.get(name) is None for name in names)
+    made: dict[str, Tensor] = {}
+    if first:
+        made = rule.new_state(param, group, storage.dtype_for(param))
+    else:
+        _widen(state, names, storage.dtype_for(param))
+    if extra is not None and not storage.is_extra(state.get(extra)):
+        # Of a checkpoint from elsewhere: the rest of its state stays.
+        made[extra] = storage.new_extra(param)
+    if made and not has_grad:
+        return None, {}
+    if rule.has_step and not first and on_device and state["step"].device != param.device:
+        # Where the decision to step is taken, as with fused=True and capturable=True.
+        state["step"] = state["step"].to(param.device, torch.float32, non_blocking=True)
+    # Only SGD's momentum begins otherwise than it goes on. Elsewhere the mark says what a skipped step takes back.
+    first = first or (bool(made) and (rule.has_step or not names))
+    whole = {**state, **made}
+    step = whole["step"] if rule.has_step else None
+    kept = whole[extra] if extra is not None else None
+    return (step, [whole[name] for name in names], first, kept), made
+
+
+def _widen(state: State, names: tuple[str, ...], dtype: torch.dtype) -> None:
+    """Brings state that was made in half precision to the dtype asked for: the same values."""
+    for name in names:
+        if dtype == torch.float32 and state[name].dtype in (torch.bfloat16, torch.float16):
+            state[name] = state[name].float()
