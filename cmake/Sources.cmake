@@ -10,7 +10,8 @@ set(cpu_sources
   ${csrc}/cpu/gradient.cpp
   ${csrc}/cpu/instruction_set.cpp
   ${csrc}/cpu/parallel.cpp
-  ${csrc}/cpu/penalty.cpp)
+  ${csrc}/cpu/penalty.cpp
+  ${csrc}/cpu/scope_norms.cpp)
 
 set(instruction_sets baseline)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import tempfile
-import time
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +10,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+import ranks as processes
 from backends import BACKENDS
+from ranks import Found
 from steadygrad.nn.functional import batch_norm
 from synchronized_cases import CASES, EMULATED_CASES, EPS, Case, expected, vectors, whole_batch
 from synchronized_rank import Network, new_running, samples
@@ -25,55 +20,13 @@ from synchronized_rank import Network, new_running, samples
 RANK = Path(__file__).with_name("synchronized_rank.py")
 TIME_LIMIT = 110  # seconds for all that the ranks of one world run
 
-Found = list[dict[str, Any]]  # of each rank
-
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
 )
 
 
-@cache
-def outcome(world: int) -> Found | str:
-    """What the ranks found; or how they failed, so that no test waits for it again."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        logs = [(folder / f"log{rank}").open("wb") for rank in range(world)]
-        command = [sys.executable, "-W", "error", str(RANK)]
-        ranks = [
-            subprocess.Popen(
-                [*command, str(rank), str(world), name], stderr=log, stdout=log, env=environment
-            )
-            for rank, log in enumerate(logs)
-        ]
-        try:
-            deadline = time.monotonic() + TIME_LIMIT
-            while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
-                if any(rank.returncode for rank in ranks):
-                    time.sleep(1)  # for the others to say what they lost
-                    break
-                time.sleep(0.05)
-            codes = [rank.poll() for rank in ranks]
-        finally:
-            for rank, log in zip(ranks, logs, strict=True):
-                rank.kill()
-                rank.wait()
-                log.close()
-        if codes != [0] * world:
-            ends = [(folder / f"log{rank}").read_text()[-3000:] for rank in range(world)]
-            parts = (
-                f"rank {r}, exit {c}:\n{e}"
-                for r, (c, e) in enumerate(zip(codes, ends, strict=True))
-            )
-            return "\n".join(parts)
-        return [torch.load(folder / f"found{rank}") for rank in range(world)]
-
-
 def found(world: int, name: str) -> Found:
-    results = outcome(world)
-    if isinstance(results, str):
-        pytest.fail(results, pytrace=False)
-    return [result[name] for result in results]
+    return processes.found(RANK, world, TIME_LIMIT, name)
 
 
 @pytest.fixture(params=[2, 3])

@@ -87,38 +87,47 @@ cuda::NormOutput norm_output(const py::tuple& output) {
   return {memory_of<cuda::Outcome>(output[0]), memory_of<float>(output[1]), memory_of<double>(output[2])};
 }
 
-py::tuple grad_norm(const py::list& tensors, double p, const py::object& output, const py::object& allocate) {
+// Functions have one scope, and every tensor of the list is a slot.
+Reduction reduction_for(const char* function, const py::object& reduction, GradList& list) {
+  return reduction_of(function, reduction, 1, list.tensors.size(), false, list.device);
+}
+
+// `reduction`: see reduction_of(); it runs also where this process has no tensors.
+py::tuple grad_norm(const py::list& tensors, double p, const py::object& output, const py::object& allocate,
+                    const py::object& reduction) {
   constexpr const char* kName = "get_total_norm";
   const NormType type = checked_norm_type(kName, p);
-  const GradList list = grads_of(tensors, kName, "tensors", Use::read, type.kind == NormKind::two);
+  GradList list = grads_of(tensors, kName, "tensors", Use::read, type.kind == NormKind::two);
+  const Reduction all = reduction_for(kName, reduction, list);
   Norm norm;
   if (list.device.is_cuda()) {
     Allocator allocator(allocate);
-    cuda::grad_norm(list.tensors, type, norm_output(output), std::ref(allocator),
+    cuda::grad_norm(list.tensors, type, norm_output(output), all, std::ref(allocator),
                     current_stream(list.device));
     return norm_result(norm, list);
   }
   adopt_torch_threads();
   {
     const py::gil_scoped_release release;
-    norm = cpu::grad_norm(list.tensors, type);
+    norm = cpu::grad_norm(list.tensors, cpu::ChunkTable(list.tensors), type, all);
   }
   return norm_result(norm, list);
 }
 
 // With error_if_nonfinite a non-finite norm leaves the gradients alone.
 py::tuple clip_grad_norm(const py::list& grads, double max_norm, double p, bool error_if_nonfinite,
-                         const py::object& output, const py::object& allocate) {
+                         const py::object& output, const py::object& allocate, const py::object& reduction) {
   constexpr const char* kName = "clip_grad_norm_";
   check_not_negative(kName, "max_norm", max_norm);
   const NormType type = checked_norm_type(kName, p);
-  const GradList list = grads_of(grads, kName, "parameters.grad", Use::write, type.kind == NormKind::two);
+  GradList list = grads_of(grads, kName, "parameters.grad", Use::write, type.kind == NormKind::two);
+  const Reduction all = reduction_for(kName, reduction, list);
   Norm norm;
   if (list.device.is_cuda()) {
     const cuda::NormOutput to = norm_output(output);
     if (max_norm < INFINITY) announce_write(grads);  // what may be written: the device decides
     Allocator allocator(allocate);
-    cuda::clip_grad_norm(list.tensors, max_norm, type, error_if_nonfinite, to, std::ref(allocator),
+    cuda::clip_grad_norm(list.tensors, max_norm, type, error_if_nonfinite, to, all, std::ref(allocator),
                          current_stream(list.device));
     return norm_result(norm, list);
   }
@@ -126,7 +135,7 @@ py::tuple clip_grad_norm(const py::list& grads, double max_norm, double p, bool 
   const cpu::ChunkTable table(list.tensors);
   {
     const py::gil_scoped_release release;
-    norm = cpu::GradNorms(list.tensors, table, {TransformOptions{}}, type).total();
+    norm = cpu::grad_norm(list.tensors, table, type, all);
   }
   TransformOptions options;
   options.clip_coefficient = clip_coefficient(max_norm, norm.norm);
@@ -256,9 +265,10 @@ void soft_threshold(const py::list& params, double amount, const py::object& all
 
 void define_functions(py::module_& module) {
   module.def("grad_norm", &grad_norm, py::arg("tensors"), py::arg("norm_type"), py::arg("output"),
-             py::arg("allocate"));
+             py::arg("allocate"), py::arg("reduction") = py::none());
   module.def("clip_grad_norm_", &clip_grad_norm, py::arg("grads"), py::arg("max_norm"), py::arg("norm_type"),
-             py::arg("error_if_nonfinite"), py::arg("output"), py::arg("allocate"));
+             py::arg("error_if_nonfinite"), py::arg("output"), py::arg("allocate"),
+             py::arg("reduction") = py::none());
   module.def("clip_grads_with_norm_", &clip_grads_with_norm, py::arg("grads"), py::arg("max_norm"),
              py::arg("total_norm"), py::arg("allocate"));
   module.def("clip_grad_value_", &clip_grad_value, py::arg("grads"), py::arg("clip_value"),

@@ -2,91 +2,12 @@
 
 #include <pybind11/stl.h>
 
+#include "bindings/plan_options.h"
+
 namespace steadygrad::bindings {
 namespace {
 
 constexpr const char* kFunction = "step";
-
-// The numbers of a param group, in the order in which a step takes them.
-constexpr const char* kGroupFields[] = {
-    "lr",       "weight_decay", "momentum", "dampening", "beta1",   "beta2",    "eps",
-    "alpha",    "lr_decay",     "nesterov", "maximize",  "amsgrad", "centered", "decoupled_weight_decay",
-    "max_norm", "clip_value",   "l1",       "l2"};
-
-GroupOptions group_options(const py::handle& numbers) {
-  const auto sequence = py::reinterpret_borrow<py::tuple>(numbers);
-  if (!py::isinstance<py::tuple>(numbers) || sequence.size() != std::size(kGroupFields)) {
-    throw py::value_error("step: groups: expected a tuple of " + std::to_string(std::size(kGroupFields)) +
-                          " numbers");
-  }
-  size_t next = 0;
-  const auto number = [&] {
-    const double value = PyFloat_AsDouble(PyTuple_GET_ITEM(sequence.ptr(), next++));
-    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-    return value;
-  };
-  GroupOptions group;
-  RuleHyper& hyper = group.hyper;
-  for (double* field : {&hyper.lr, &hyper.weight_decay, &hyper.momentum, &hyper.dampening, &hyper.beta1,
-                        &hyper.beta2, &hyper.eps, &hyper.alpha, &hyper.lr_decay}) {
-    *field = number();
-  }
-  for (bool* field :
-       {&hyper.nesterov, &hyper.maximize, &hyper.amsgrad, &hyper.centered, &hyper.decoupled_weight_decay}) {
-    *field = number() != 0;
-  }
-  for (double* field : {&group.max_norm, &group.clip_value, &group.l1, &group.l2}) *field = number();
-  return group;
-}
-
-std::vector<GroupOptions> group_options_of(const py::list& groups, size_t expected) {
-  if (groups.size() != expected) throw py::value_error("step: groups: expected one entry per param group");
-  std::vector<GroupOptions> list;
-  for (const py::handle group : groups) list.push_back(group_options(group));
-  return list;
-}
-
-const RuleEntry* rule_named(const std::string& name) {
-  for (const RuleEntry& entry : kRules) {
-    if (entry.name == name) return &entry;
-  }
-  throw py::value_error("Plan: rule: expected the name of an update rule, got " + name);
-}
-
-template <class Value>
-Value one_of(const py::dict& options, const char* key,
-             const std::vector<std::pair<const char*, Value>>& choices) {
-  const std::string name = py::str(options[key]);
-  for (const auto& [choice, value] : choices) {
-    if (name == choice) return value;
-  }
-  throw py::value_error("Plan: unknown " + std::string(key) + ": " + name);
-}
-
-StepOptions step_options(const RuleEntry& rule, const py::dict& options) {
-  StepOptions step;
-  step.rule = rule.kind;
-  step.norm_type = norm_type(options["norm_type"].cast<double>());
-  step.clip_scope = one_of<ClipScope>(
-      options, "clip_scope",
-      {{"global", ClipScope::global}, {"group", ClipScope::group}, {"tensor", ClipScope::tensor}});
-  step.nonfinite = one_of<NonfinitePolicy>(options, "nonfinite",
-                                           {{"skip", NonfinitePolicy::skip},
-                                            {"zero", NonfinitePolicy::zero},
-                                            {"raise", NonfinitePolicy::raise},
-                                            {"propagate", NonfinitePolicy::propagate}});
-  step.penalty_before_clip =
-      one_of<bool>(options, "penalty_order", {{"before_clip", true}, {"after_clip", false}});
-  step.proximal = one_of<bool>(options, "l1_mode", {{"subgradient", false}, {"proximal", true}});
-  step.write_grads = options["write_grads"].cast<bool>();
-  step.rounding = one_of<Rounding>(options, "rounding",
-                                   {{"nearest", Rounding::nearest},
-                                    {"stochastic", Rounding::stochastic},
-                                    {"kahan", Rounding::kahan},
-                                    {"master", Rounding::master}});
-  step.rounding_seed = options["rounding_seed"].cast<uint64_t>();
-  return step;
-}
 
 // The objects a state dict holds, in order: keys, inner dicts, values. Walking is cheaper than looking up.
 template <class Visit>
@@ -176,6 +97,13 @@ void Plan::remember(size_t index, const View* views, int count, PyObject* grad) 
   for (int i = 0; i < count; ++i) add(views[i].data, {0, 64});
 }
 
+PyObject* Plan::local(const py::object& tensor) {
+  py::object local = local_tensor(tensor);
+  if (local.is(tensor)) return tensor.ptr();
+  locals_.push_back(std::move(local));
+  return locals_.back().ptr();
+}
+
 bool Plan::add_tensor(size_t index, PyObject* grad, const GroupOptions& group, int32_t group_index) {
   const Slot& slot = slots_[index];
   const size_t states = state_count(options_.rule, group.hyper);
@@ -192,20 +120,22 @@ bool Plan::add_tensor(size_t index, PyObject* grad, const GroupOptions& group, i
     View views[3 + kMaxStates];
     Operand* operands[3 + kMaxStates] = {&tensor.param, &tensor.grad};
     int count = 2;
-    views[0] = view_of(params_[index].ptr(), argument(index, ""), device_);
+    PyObject* objects[3 + kMaxStates] = {local(params_[index]), grad};
+    views[0] = view_of(objects[0], argument(index, ""), device_);
     views[1] = grad_view;
     if (updates) {
       check_writable(views[0], argument(index, ""));
       // A parameter whose dtype has changed has another slot.
       if (slot.has_extra != (keeps_extra(options_.rounding) && is_half(views[0].dtype))) return false;
       for (size_t s = 0; s < states + (slot.has_extra ? 1 : 0); ++s) {
-        views[count] = view_of(slot.objects[s].ptr(), argument(index, " state"), device_);
+        objects[count] = local(slot.objects[s]);
+        views[count] = view_of(objects[count], argument(index, " state"), device_);
         check_writable(views[count], argument(index, " state"));
         operands[count++] = s < states ? &tensor.states[s] : &tensor.extra;
       }
     }
     for (int i = 0; i < count; ++i) {
-      PyObject* const object = i == 0 ? params_[index].ptr() : i == 1 ? grad : slot.objects[i - 2].ptr();
+      PyObject* const object = objects[i];
       const Argument where = argument(index, i == 0 ? "" : i == 1 ? ".grad" : " state");
       if (views[i].is_complex) throw_type_error(where, "a real tensor", object);
       if (i < 2) check_not_negated(views[i], object, where);
@@ -250,6 +180,7 @@ class Plan::Stepping {
   }
   ~Stepping() {
     plan_.grads_.clear();
+    plan_.locals_.clear();
     plan_.stepping_ = false;
   }
   Stepping(const Stepping&) = delete;
@@ -287,7 +218,8 @@ bool Plan::gather(const std::vector<GroupOptions>& groups, const std::optional<p
 }
 
 std::optional<cpu::StepReport> Plan::step(const py::list& groups, double unscale, bool found_inf,
-                                          const std::optional<py::list>& grads, uint64_t rounded_steps) {
+                                          const std::optional<py::list>& grads, uint64_t rounded_steps,
+                                          const py::object& reduction) {
   const std::vector<GroupOptions> group_list = group_options_of(groups, groups_.size());
   adopt_torch_threads();
   const Stepping stepping(*this);
@@ -299,21 +231,25 @@ std::optional<cpu::StepReport> Plan::step(const py::list& groups, double unscale
   options_.unscale = unscale;
   options_.found_inf = found_inf;
   options_.rounded_steps = rounded_steps;
+  const Reduction all = reduction_of(kFunction, reduction, groups_.size(), params_.size(),
+                                     options_.clip_scope == ClipScope::tensor, device_);
+  const auto announce = [&](const cpu::StepReport& decided) {
+    const py::gil_scoped_acquire acquire;
+    if (decided.grads_written) announce_write(py::cast(grads_));
+    if (options_.rule != RuleKind::none) announce_update();
+  };
   cpu::StepReport report;
   {
     const py::gil_scoped_release release;
-    report = cpu::fused_step(tensors_, counters_, group_list, options_, [&](const cpu::StepReport& decided) {
-      const py::gil_scoped_acquire acquire;
-      if (decided.grads_written) announce_write(py::cast(grads_));
-      if (options_.rule != RuleKind::none) announce_write(active());
-    });
+    report = cpu::fused_step(tensors_, counters_, group_list, options_, announce, all, &active_);
   }
   return report;
 }
 
 bool Plan::step_on_device(const py::list& groups, double unscale, bool found_inf,
                           const std::optional<py::list>& grads, const py::dict& memory,
-                          const py::list& learning_rates, const py::object& allocate) {
+                          const py::list& learning_rates, const py::object& allocate,
+                          const py::object& reduction) {
   const std::vector<GroupOptions> group_list = group_options_of(groups, groups_.size());
   const Stepping stepping(*this);
   // Also a step without any gradient has a device and its stream.
@@ -343,9 +279,11 @@ bool Plan::step_on_device(const py::list& groups, double unscale, bool found_inf
   options_.unscale = unscale;
   options_.found_inf = found_inf;
   if (options_.rule == RuleKind::none || options_.write_grads) announce_write(py::cast(grads_));
-  if (options_.rule != RuleKind::none) announce_write(active());
+  if (options_.rule != RuleKind::none) announce_update();
   device_plan_.step(
       tensors_, counters, slots, device_groups, options_, addresses,
+      reduction_of(kFunction, reduction, groups_.size(), params_.size(),
+                   options_.clip_scope == ClipScope::tensor, device_),
       [&](int64_t bytes) {
         // What a captured graph uses must stay where it is.
         py::object memory_of_step = allocate(bytes);
@@ -361,6 +299,11 @@ py::list Plan::active() const {
   py::list params(active_.size());
   for (size_t i = 0; i < active_.size(); ++i) params[i] = params_[active_[i]];
   return params;
+}
+
+void Plan::announce_update() const {
+  announce_write(active());
+  if (!locals_.empty()) announce_write(py::cast(locals_));
 }
 
 void Plan::mark_first_steps_done() {
@@ -420,10 +363,10 @@ void define_plan(py::module_& module) {
       .def("seal", &Plan::seal, py::arg("state"))
       .def("matches", &Plan::matches, py::arg("param_groups"), py::arg("state"))
       .def("step", &Plan::step, py::arg("groups"), py::arg("unscale"), py::arg("found_inf"),
-           py::arg("grads") = py::none(), py::arg("rounded_steps") = 0)
+           py::arg("grads") = py::none(), py::arg("rounded_steps") = 0, py::arg("reduction") = py::none())
       .def("step_on_device", &Plan::step_on_device, py::arg("groups"), py::arg("unscale"),
            py::arg("found_inf"), py::arg("grads"), py::arg("memory"), py::arg("learning_rates"),
-           py::arg("allocate"))
+           py::arg("allocate"), py::arg("reduction") = py::none())
       .def_property_readonly("captured", &Plan::captured)
       .def("active", &Plan::active)
       .def("active_indices", &Plan::active_indices)

@@ -29,16 +29,19 @@ class Plan {
 
   // One step on the CPU, or nothing when a parameter has a gradient and no slot yet. `groups`: per param
   // group the numbers of kGroupFields. `grads`: what to use in place of the parameters' .grad (None: no part
-  // in this step). `rounded_steps`: steps taken before this one, for stochastic rounding.
+  // in this step). `rounded_steps`: steps taken before this one, for stochastic rounding. `reduction`: see
+  // reduction_of(); what it throws leaves everything as it was.
   std::optional<cpu::StepReport> step(const py::list& groups, double unscale, bool found_inf,
-                                      const std::optional<py::list>& grads, uint64_t rounded_steps);
+                                      const std::optional<py::list>& grads, uint64_t rounded_steps,
+                                      const py::object& reduction);
 
   // One step on the CUDA backend; false when a parameter has a gradient and no slot yet. `memory`: the
   // tensors it reads and fills. `learning_rates`: per param group None or a tensor on the device that
   // replaces lr.
   bool step_on_device(const py::list& groups, double unscale, bool found_inf,
                       const std::optional<py::list>& grads, const py::dict& memory,
-                      const py::list& learning_rates, const py::object& allocate);
+                      const py::list& learning_rates, const py::object& allocate,
+                      const py::object& reduction);
   // Whether a captured graph uses this plan's device memory.
   bool captured() const { return device_plan_.captured(); }
 
@@ -68,6 +71,8 @@ class Plan {
   void remember(size_t index, const View* views, int count, PyObject* grad);
   // False when the slot does not fit.
   bool add_tensor(size_t index, PyObject* grad, const GroupOptions& group, int32_t group_index);
+  PyObject* local(const py::object& tensor);
+  void announce_update() const;
   Argument argument(size_t index, const char* attribute) const;
 
   const RuleEntry* rule_;
@@ -86,6 +91,7 @@ class Plan {
   // Filled anew by every step; members only to reuse their memory.
   std::vector<int64_t> active_;
   std::vector<py::object> grads_;
+  std::vector<py::object> locals_;  // what DTensors hold
   std::vector<TensorOperands> tensors_;
   std::vector<cpu::StepCounter> counters_;
   Device device_;

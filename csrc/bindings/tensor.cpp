@@ -192,6 +192,34 @@ void* vector_of(PyObject* object, const Argument& argument, DLDataType dtype, in
   return memory_in(tensor, object, argument);
 }
 
+py::object local_tensor(const py::object& tensor) {
+  if (Py_TYPE(tensor.ptr()) == torch.parameter || Py_TYPE(tensor.ptr()) == torch.tensor) return tensor;
+  static PyObject* const kLocal = PyUnicode_InternFromString("_local_tensor");
+  PyObject* const local = PyObject_GetAttr(tensor.ptr(), kLocal);
+  if (local != nullptr) return py::reinterpret_steal<py::object>(local);
+  PyErr_Clear();  // no DTensor: whoever looks at it says what was expected
+  return tensor;
+}
+
+Reduction reduction_of(const char* function, const py::object& tensors, size_t groups, size_t slots,
+                       bool per_tensor, Device& device) {
+  Reduction reduction;
+  if (tensors.is_none()) return reduction;
+  const auto parts = tensors.cast<py::tuple>();
+  const int64_t rows = static_cast<int64_t>(1 + groups + (per_tensor ? slots : 0));
+  reduction.rows = static_cast<ScopeSums*>(vector_of(py::object(parts[0]).ptr(), {function, "rows", -1},
+                                                     {kDLFloat, 64, 1}, rows * kScopeColumns, device));
+  reduction.counted =
+      static_cast<const int32_t*>(vector_of(py::object(parts[1]).ptr(), {function, "counted", -1},
+                                            {kDLInt, 32, 1}, static_cast<int64_t>(slots), device));
+  reduction.slots = static_cast<int32_t>(slots);
+  reduction.reduce = [reduce = py::object(parts[2])] {
+    const py::gil_scoped_acquire acquire;
+    reduce();
+  };
+  return reduction;
+}
+
 void check_writable(const View& view, const Argument& argument) {
   if (view.numel == 0) return;
   for (int d = 0; d < view.ndim; ++d) {

@@ -61,6 +61,14 @@ View view_of(PyObject* object, const Argument& argument, Device& device);
 // another.
 void* vector_of(PyObject* object, const Argument& argument, DLDataType dtype, int64_t numel, Device& device);
 
+// A DTensor's part of this process, else the tensor itself; the DTensor keeps it alive.
+py::object local_tensor(const py::object& tensor);
+
+// `tensors`: None, or (rows, counted, function without arguments that combines the rows of all processes),
+// see core/scope_sums.h. `slots`: how many tensors may take part.
+Reduction reduction_of(const char* function, const py::object& tensors, size_t groups, size_t slots,
+                       bool per_tensor, Device& device);
+
 // torch's current stream on a device of the CUDA backend.
 cuda::Stream current_stream(Device device);
 

@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "core/rules/table.h"
-#include "cpu/operations.h"
+#include "cpu/scope_norms.h"
 #include "cpu/stage.h"
 
 namespace steadygrad::cpu {
@@ -21,23 +21,17 @@ struct Decision {
 };
 
 Decision decide(const Tensors& tensors, const std::vector<GroupOptions>& groups,
-                const std::vector<TransformOptions>& group_transforms, const GradNorms& norms,
-                const Norm& total, const StepOptions& options) {
-  std::vector<Norm> group_norms(groups.size(), total);
-  if (options.clip_scope == ClipScope::group) {
-    for (size_t g = 0; g < groups.size(); ++g) {
-      group_norms[g] = norms.over([&](size_t t) { return tensors[t].group == static_cast<int32_t>(g); });
-    }
-  }
+                const std::vector<TransformOptions>& group_transforms, const ScopeNorms& norms,
+                const StepOptions& options) {
   Decision decision;
   decision.group_transforms = group_transforms;
   for (TransformOptions& transform : decision.group_transforms) {
-    transform.zero_nonfinite = zeroes_nonfinite(options, total);
+    transform.zero_nonfinite = zeroes_nonfinite(options, norms.total);
   }
   decision.clip_coefficients.resize(tensors.size(), 1.0);
   for (size_t t = 0; t < tensors.size(); ++t) {
     const int32_t g = tensors[t].group;
-    const Norm norm = options.clip_scope == ClipScope::tensor ? norms.of(t) : group_norms[g];
+    const Norm& norm = norms.of(options.clip_scope, static_cast<int32_t>(t), g);
     const double coefficient = scope_coefficient(groups[g], options, norm);
     decision.clip_coefficients[t] = coefficient;
     decision.clipped = decision.clipped || (coefficient != 1 && tensors[t].numel > 0);
@@ -122,15 +116,19 @@ void update_chunk(const TensorOperands& tensor, const Chunk& chunk, const RuleSt
 }  // namespace
 
 StepReport fused_step(const Tensors& tensors, const std::vector<StepCounter>& counters,
-                      const std::vector<GroupOptions>& groups, const StepOptions& options,
-                      const BeforeWrite& before_write) {
+                      const std::vector<GroupOptions>& groups, const StepOptions& given,
+                      const BeforeWrite& before_write, const Reduction& reduction,
+                      const std::vector<int64_t>* slots) {
   const ChunkTable table(tensors);
+  StepOptions options = given;
   std::vector<TransformOptions> group_transforms;
   for (const GroupOptions& group : groups) group_transforms.push_back(group_transform(group, options));
   const GradNorms norms(tensors, table, group_transforms, options.norm_type);
+  const ScopeNorms scopes = scope_norms(tensors, norms, groups.size(), options, reduction, slots);
+  options.found_inf = scopes.found_inf;
 
   StepReport report;
-  report.norm = norms.total();
+  report.norm = scopes.total;
   const bool nonfinite = report.norm.nonfinite > 0;
   if (nonfinite) {
     for (size_t t = 0; t < tensors.size(); ++t) report.nonfinite.push_back(norms.nonfinite(t));
@@ -139,7 +137,7 @@ StepReport fused_step(const Tensors& tensors, const std::vector<StepCounter>& co
   report.refused = is_refused(options, report.norm);
   if (report.skipped || report.refused) return report;
 
-  Decision decision = decide(tensors, groups, group_transforms, norms, report.norm, options);
+  Decision decision = decide(tensors, groups, group_transforms, scopes, options);
   report.clipped = decision.clipped;
   if (options.nonfinite == NonfinitePolicy::zero) report.norm.norm = report.norm.finite_norm;
   if (options.rule == RuleKind::none || options.write_grads) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cpu/operations.h"
+#include "cpu/scope_norms.h"
 #include "cpu/stage.h"
 
 namespace steadygrad::cpu {
@@ -114,6 +115,19 @@ std::vector<NormPartial> tensor_partials(const Tensors& tensors, const ChunkTabl
   return partials;
 }
 
+// Powers of different tensors carry different scales: their norms are combined, relative to the one that
+// counts most.
+double general_norm(NormType type, const std::vector<double>& norms) {
+  const double extreme = type.p > 0 ? *std::max_element(norms.begin(), norms.end())
+                                    : *std::min_element(norms.begin(), norms.end());
+  if (!(extreme > 0) || !is_finite(extreme)) return extreme;
+  double lanes[kLanes];
+  const double powers = combine_in_order<double>(
+      static_cast<int64_t>(norms.size()), lanes,
+      [&](int64_t i) { return std::pow(norms[i] / extreme, type.p); }, [](double& a, double b) { a += b; });
+  return extreme * std::pow(powers, 1 / type.p);
+}
+
 }  // namespace
 
 GradNorms::GradNorms(const Tensors& tensors, const ChunkTable& table,
@@ -129,36 +143,37 @@ GradNorms::GradNorms(const Tensors& tensors, const ChunkTable& table,
   partials_ = tensor_partials(tensors, table, transforms, type, scales_);
 }
 
-Norm GradNorms::combined(const std::vector<size_t>& chosen) const {
-  if (chosen.empty()) return Norm();
-  const int64_t count = static_cast<int64_t>(chosen.size());
+ScopeSums GradNorms::sums_of(const std::vector<size_t>& chosen) const {
+  if (chosen.empty()) return no_sums(type_);
   NormPartial lanes[kLanes];
   const NormPartial sum = combine_in_order<NormPartial>(
-      count, lanes, [&](int64_t i) { return partials_[chosen[i]]; },
+      static_cast<int64_t>(chosen.size()), lanes, [&](int64_t i) { return partials_[chosen[i]]; },
       [&](NormPartial& a, const NormPartial& b) { combine(type_, a, b); });
-  double finite_norm = 0;
-  if (type_.kind == NormKind::general) {
-    // Powers of different tensors carry different scales: combine the norms, relative to the one that counts
-    // most.
-    std::vector<double> norms;
-    for (size_t t : chosen) norms.push_back(finish_norm(type_, partials_[t].sums, scales_[t]));
-    const double extreme = type_.p > 0 ? *std::max_element(norms.begin(), norms.end())
-                                       : *std::min_element(norms.begin(), norms.end());
-    double lanes_of_powers[kLanes];
-    const double powers = combine_in_order<double>(
-        count, lanes_of_powers, [&](int64_t i) { return std::pow(norms[i] / extreme, type_.p); },
-        [](double& a, double b) { a += b; });
-    const bool ordinary = extreme > 0 && is_finite(extreme);
-    finite_norm = ordinary ? extreme * std::pow(powers, 1 / type_.p) : extreme;
-  } else {
-    finite_norm = finish_norm(type_, sum.sums, 1);
-  }
-  return norm_with_counts(finite_norm, sum.nonfinite, sum.nan);
+  if (type_.kind != NormKind::general) return scope_sums(sum, sum.sums.medium);
+  std::vector<double> norms;
+  for (size_t t : chosen) norms.push_back(finish_norm(type_, partials_[t].sums, scales_[t]));
+  return scope_sums(sum, general_norm(type_, norms));
 }
 
-Norm grad_norm(const Tensors& tensors, NormType type) {
-  const ChunkTable table(tensors);
-  return GradNorms(tensors, table, {TransformOptions{}}, type).total();
+ScopeSums combined_sums(NormType type, const ScopeSums* rows, size_t count) {
+  if (count == 0) return no_sums(type);
+  ScopeSums lanes[kLanes];
+  ScopeSums sums = combine_in_order<ScopeSums>(
+      static_cast<int64_t>(count), lanes, [&](int64_t i) { return rows[i]; },
+      [&](ScopeSums& a, const ScopeSums& b) { combine(type, a, b); });
+  if (type.kind == NormKind::general) {
+    std::vector<double> norms;
+    for (size_t i = 0; i < count; ++i) norms.push_back(rows[i].medium);
+    sums.medium = general_norm(type, norms);
+  }
+  return sums;
+}
+
+Norm grad_norm(const Tensors& tensors, const ChunkTable& table, NormType type, const Reduction& reduction) {
+  const GradNorms norms(tensors, table, {TransformOptions{}}, type);
+  StepOptions options;
+  options.norm_type = type;
+  return scope_norms(tensors, norms, 1, options, reduction, nullptr).total;
 }
 
 }  // namespace steadygrad::cpu

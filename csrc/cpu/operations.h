@@ -5,6 +5,7 @@
 #include <functional>
 #include <vector>
 
+#include "core/scope_sums.h"
 #include "core/step.h"
 #include "core/tensors.h"
 #include "cpu/parallel.h"
@@ -23,20 +24,25 @@ class GradNorms {
   // Of the tensors for which selected(tensor index) holds, in the order of the list.
   template <class Selected>
   Norm over(Selected selected) const {
+    return norm_of(type_, sums_over(selected));
+  }
+  template <class Selected>
+  ScopeSums sums_over(Selected selected) const {
     std::vector<size_t> chosen;
     for (size_t t = 0; t < partials_.size(); ++t) {
       if (!empty_[t] && selected(t)) chosen.push_back(t);
     }
-    return combined(chosen);
+    return sums_of(chosen);
   }
   Norm total() const {
     return over([](size_t) { return true; });
   }
-  Norm of(size_t tensor) const { return empty_[tensor] ? Norm{} : combined({tensor}); }
+  Norm of(size_t tensor) const { return norm_of(type_, sums_of_one(tensor)); }
+  ScopeSums sums_of_one(size_t tensor) const { return empty_[tensor] ? no_sums(type_) : sums_of({tensor}); }
   int64_t nonfinite(size_t tensor) const { return partials_[tensor].nonfinite; }
 
  private:
-  Norm combined(const std::vector<size_t>& chosen) const;
+  ScopeSums sums_of(const std::vector<size_t>& chosen) const;
 
   NormType type_;
   std::vector<NormPartial> partials_;
@@ -44,7 +50,14 @@ class GradNorms {
   std::vector<bool> empty_;
 };
 
-Norm grad_norm(const Tensors& tensors, NormType type);
+// The rows of several scopes as one.
+ScopeSums combined_sums(NormType type, const ScopeSums* rows, size_t count);
+
+// With a reduction: of all processes' tensors.
+Norm grad_norm(const Tensors& tensors, const ChunkTable& table, NormType type, const Reduction& reduction);
+inline Norm grad_norm(const Tensors& tensors, NormType type) {
+  return grad_norm(tensors, ChunkTable(tensors), type, Reduction());
+}
 
 // grad = transform(grad), with the options that transform_of gives for a tensor's index; where they change
 // nothing, nothing is written.
@@ -76,9 +89,11 @@ struct StepReport {
 
 // One whole step in two passes: the norm, the decision, the update. Before anything is written, and only if
 // something will be, before_write is called with what is known by then; if it throws, nothing has changed.
+// `slots`: per tensor its place in the reduction.
 using BeforeWrite = std::function<void(const StepReport&)>;
 StepReport fused_step(const Tensors& tensors, const std::vector<StepCounter>& counters,
-                      const std::vector<GroupOptions>& groups, const StepOptions& options,
-                      const BeforeWrite& before_write);
+                      const std::vector<GroupOptions>& groups, const StepOptions& given,
+                      const BeforeWrite& before_write, const Reduction& reduction = Reduction(),
+                      const std::vector<int64_t>* slots = nullptr);
 
 }  // namespace steadygrad::cpu

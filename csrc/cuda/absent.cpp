@@ -11,8 +11,11 @@ namespace {
 
 }  // namespace
 
-void grad_norm(const Tensors&, NormType, const NormOutput&, const Allocate&, Stream) { refuse(); }
-void clip_grad_norm(const Tensors&, double, NormType, bool, const NormOutput&, const Allocate&, Stream) {
+void grad_norm(const Tensors&, NormType, const NormOutput&, const Reduction&, const Allocate&, Stream) {
+  refuse();
+}
+void clip_grad_norm(const Tensors&, double, NormType, bool, const NormOutput&, const Reduction&,
+                    const Allocate&, Stream) {
   refuse();
 }
 void clip_grads_with_norm(const Tensors&, double, DeviceNumber, const Allocate&, Stream) { refuse(); }
@@ -20,8 +23,8 @@ void transform_grads(const Tensors&, const TransformOptions&, const Allocate&, S
 void add_penalty(const Tensors&, double, double, double*, const Allocate&, Stream) { refuse(); }
 void soft_threshold(const Tensors&, double, const Allocate&, Stream) { refuse(); }
 void StepPlan::step(const Tensors&, const std::vector<StepCounter>&, const std::vector<int32_t>&,
-                    const std::vector<DeviceGroup>&, const StepOptions&, const StepMemory&, const Allocate&,
-                    Stream) {
+                    const std::vector<DeviceGroup>&, const StepOptions&, const StepMemory&, const Reduction&,
+                    const Allocate&, Stream) {
   refuse();
 }
 

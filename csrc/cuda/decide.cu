@@ -1,4 +1,5 @@
-// A block per tensor adds up its chunks; the last one to finish takes the total and decides.
+// A block per tensor adds up its chunks; the last one to finish takes the total and decides. Where a total is
+// one of several processes, it leaves the scopes' sums to them, and a second launch decides.
 #include <algorithm>
 
 #include "core/rules/table.h"
@@ -15,6 +16,9 @@ struct DecideArguments {
   StepOptions options;
   const GroupOptions* groups;
   StepMemory step;
+  ScopeSums* rows;  // null: there is one process
+  const int32_t* counted;
+  int32_t slots;
 };
 
 struct Shared {
@@ -46,66 +50,114 @@ __device__ NormPartial tensor_partial(const DecideArguments& arguments, int32_t 
 
 // Powers of different tensors carry different scales: their norms are combined, relative to the one that
 // counts most.
-__device__ double general_norm(const DecideArguments& arguments, int32_t first, int32_t last,
-                               Shared& shared) {
-  const NormType type = arguments.options.norm_type;
+template <class NormAt>
+__device__ double general_norm(NormType type, int64_t count, Shared& shared, NormAt norm_at) {
   const NormType extremes = norm_type(type.p > 0 ? INFINITY : -INFINITY);
-  const auto norm_of = [&](int64_t i) {
-    const int32_t tensor = arguments.table.nonempty[first + i];
-    return finish_norm(type, arguments.norms.tensors[tensor].sums, arguments.norms.scales[tensor]);
-  };
   const double extreme =
-      block_combine_in_order(last - first, norm_identity(extremes), shared.numbers.data(), norm_of,
+      block_combine_in_order(count, norm_identity(extremes), shared.numbers.data(), norm_at,
                              [&](double& a, double b) { a = combine(extremes, a, b); });
   if (!(extreme > 0) || !is_finite(extreme)) return extreme;
   const double powers = block_combine_in_order(
-      last - first, 0.0, shared.numbers.data(),
-      [&](int64_t i) { return std::pow(norm_of(i) / extreme, type.p); }, [](double& a, double b) { a += b; });
+      count, 0.0, shared.numbers.data(), [&](int64_t i) { return std::pow(norm_at(i) / extreme, type.p); },
+      [](double& a, double b) { a += b; });
   return extreme * std::pow(powers, 1 / type.p);
 }
 
-// The norm over nonempty tensors [first, last).
-__device__ Norm scope_norm(const DecideArguments& arguments, int32_t first, int32_t last, Shared& shared) {
-  if (first == last) return Norm();
-  const NormType type = arguments.options.norm_type;
-  const NormPartial sum = block_combine_in_order<4>(
-      last - first, identity_of(type), shared.partials.data(),
-      [&](int64_t i) { return arguments.norms.tensors[arguments.table.nonempty[first + i]]; },
-      [&](NormPartial& a, const NormPartial& b) { combine(type, a, b); });
-  const double finite_norm = type.kind == NormKind::general ? general_norm(arguments, first, last, shared)
-                                                            : finish_norm(type, sum.sums, 1);
-  return norm_with_counts(finite_norm, sum.nonfinite, sum.nan);
+__device__ double own_norm(const DecideArguments& arguments, int32_t tensor) {
+  const double scale = arguments.norms.scales != nullptr ? arguments.norms.scales[tensor] : 1;
+  return finish_norm(arguments.options.norm_type, arguments.norms.tensors[tensor].sums, scale);
 }
 
-__device__ Norm tensor_norm(const DecideArguments& arguments, int32_t tensor) {
-  if (arguments.table.heads[tensor].numel == 0) return Norm();
+// Over those of nonempty tensors [first, last) for which counts(tensor) holds.
+template <class Counts>
+__device__ ScopeSums sums_over(const DecideArguments& arguments, int32_t first, int32_t last, Shared& shared,
+                               Counts counts) {
   const NormType type = arguments.options.norm_type;
-  const NormPartial partial = arguments.norms.tensors[tensor];
-  const double scale = arguments.norms.scales != nullptr ? arguments.norms.scales[tensor] : 1;
-  return norm_with_counts(finish_norm(type, partial.sums, scale), partial.nonfinite, partial.nan);
+  if (first == last) return no_sums(type);
+  const int32_t* const tensors = arguments.table.nonempty + first;
+  const NormPartial sum = block_combine_in_order<4>(
+      last - first, identity_of(type), shared.partials.data(),
+      [&](int64_t i) { return counts(tensors[i]) ? arguments.norms.tensors[tensors[i]] : identity_of(type); },
+      [&](NormPartial& a, const NormPartial& b) { combine(type, a, b); });
+  if (type.kind != NormKind::general) return scope_sums(sum, sum.sums.medium);
+  const double none = no_sums(type).medium;
+  return scope_sums(sum, general_norm(type, last - first, shared, [&](int64_t i) {
+                      return counts(tensors[i]) ? own_norm(arguments, tensors[i]) : none;
+                    }));
 }
+
+__device__ ScopeSums sums_of(const DecideArguments& arguments, int32_t tensor) {
+  const NormType type = arguments.options.norm_type;
+  if (arguments.table.heads[tensor].numel == 0) return no_sums(type);
+  const NormPartial& partial = arguments.norms.tensors[tensor];
+  const bool general = type.kind == NormKind::general;
+  return scope_sums(partial, general ? own_norm(arguments, tensor) : partial.sums.medium);
+}
+
+// The norms of this process's tensors. Methods that take `shared` are for all threads of a block.
+struct OwnNorms {
+  const DecideArguments& arguments;
+
+  __device__ Norm over(int32_t first, int32_t last, Shared& shared) const {
+    const auto all = [](int32_t) { return true; };
+    return norm_of(arguments.options.norm_type, sums_over(arguments, first, last, shared, all));
+  }
+  __device__ Norm total(Shared& shared) const { return over(0, arguments.table.nonempty_tensors, shared); }
+  __device__ Norm group(int32_t g, Shared& shared) const {
+    return over(arguments.table.group_begin[g], arguments.table.group_begin[g + 1], shared);
+  }
+  __device__ Norm tensor(int32_t t) const {
+    return norm_of(arguments.options.norm_type, sums_of(arguments, t));
+  }
+};
+
+// Those of all processes' tensors, from the rows that came back.
+struct ReducedNorms {
+  const DecideArguments& arguments;
+  ScopeSums* lanes;
+
+  __device__ Norm total(Shared& shared) const {
+    const NormType type = arguments.options.norm_type;
+    const ScopeSums* const rows = arguments.rows + 1;
+    ScopeSums sums = block_combine_in_order(
+        arguments.table.groups, no_sums(type), lanes, [&](int64_t g) { return rows[g]; },
+        [&](ScopeSums& a, const ScopeSums& b) { combine(type, a, b); });
+    if (type.kind == NormKind::general) {
+      sums.medium =
+          general_norm(type, arguments.table.groups, shared, [&](int64_t g) { return rows[g].medium; });
+    }
+    return with_flags(norm_of(type, sums), arguments.rows[0]);
+  }
+  __device__ Norm group(int32_t g, Shared&) const {
+    return norm_of(arguments.options.norm_type, arguments.rows[1 + g]);
+  }
+  __device__ Norm tensor(int32_t t) const {
+    const int32_t slot = arguments.table.heads[t].slot;
+    return norm_of(arguments.options.norm_type, arguments.rows[1 + arguments.table.groups + slot]);
+  }
+};
 
 __device__ bool has_elements(const TensorTable& table, int32_t group) {
   return table.group_begin[group] != table.group_begin[group + 1];
 }
 
 // By every thread of the block; returns whether any coefficient is not 1. Groups without elements have none.
+template <class Norms>
 __device__ bool set_coefficients(const DecideArguments& arguments, const StepOptions& options,
-                                 const Norm& total, Shared& shared) {
+                                 const Norms& norms, const Norm& total, Shared& shared) {
   const TensorTable& table = arguments.table;
   double* const coefficients = arguments.memory.coefficients;
   bool clips = false;
   if (options.clip_scope == ClipScope::tensor) {
     for (int32_t t = threadIdx.x; t < table.tensors; t += kLanes) {
       const GroupOptions& group = arguments.groups[table.heads[t].group];
-      coefficients[t] = scope_coefficient(group, options, tensor_norm(arguments, t));
+      coefficients[t] = scope_coefficient(group, options, norms.tensor(t));
       clips = clips || coefficients[t] != 1;
     }
   } else if (options.clip_scope == ClipScope::group) {
     for (int32_t g = 0; g < table.groups; ++g) {
       if (!has_elements(table, g)) continue;
-      const Norm norm = scope_norm(arguments, table.group_begin[g], table.group_begin[g + 1], shared);
-      const double coefficient = scope_coefficient(arguments.groups[g], options, norm);
+      const double coefficient = scope_coefficient(arguments.groups[g], options, norms.group(g, shared));
       if (threadIdx.x == 0) coefficients[g] = coefficient;
       clips = clips || coefficient != 1;
     }
@@ -146,15 +198,50 @@ __device__ bool has_bad_numbers(const DecideArguments& arguments) {
   return __syncthreads_or(bad ? 1 : 0) != 0;
 }
 
-__device__ void decide(const DecideArguments& arguments, Shared& shared) {
+// Whether this process must not take the step, whatever its gradients are.
+__device__ bool must_skip(const DecideArguments& arguments) {
+  const bool found =
+      arguments.step.found_inf != nullptr ? *arguments.step.found_inf > 0 : arguments.options.found_inf;
+  return has_bad_numbers(arguments) || found;
+}
+
+// What the processes combine.
+__device__ void leave_rows(const DecideArguments& arguments, Shared& shared) {
+  const TensorTable& table = arguments.table;
+  const auto counted = [&](int32_t t) { return arguments.counted[table.heads[t].slot] != 0; };
+  ScopeSums flags;
+  flags.medium = must_skip(arguments) ? 1 : 0;
+  flags.nonfinite = block_combine_in_order<4>(
+      table.tensors, 0.0, shared.numbers.data(),
+      [&](int64_t t) { return static_cast<double>(arguments.norms.tensors[t].nonfinite); },
+      [](double& a, double b) { a += b; });
+  if (threadIdx.x == 0) arguments.rows[0] = flags;
+  ScopeSums* const group_rows = arguments.rows + 1;
+  for (int32_t g = 0; g < table.groups; ++g) {
+    const ScopeSums sums =
+        sums_over(arguments, table.group_begin[g], table.group_begin[g + 1], shared, counted);
+    if (threadIdx.x == 0) group_rows[g] = sums;
+  }
+  if (arguments.options.clip_scope != ClipScope::tensor) return;
+  ScopeSums* const tensor_rows = group_rows + table.groups;
+  for (int32_t s = threadIdx.x; s < arguments.slots; s += kLanes) {
+    tensor_rows[s] = no_sums(arguments.options.norm_type);
+  }
+  __syncthreads();
+  for (int32_t t = threadIdx.x; t < table.tensors; t += kLanes) {
+    if (counted(t)) tensor_rows[table.heads[t].slot] = sums_of(arguments, t);
+  }
+}
+
+template <class Norms>
+__device__ void decide(const DecideArguments& arguments, const Norms& norms, bool found_inf, Shared& shared) {
   StepOptions options = arguments.options;
-  if (arguments.step.found_inf != nullptr) options.found_inf = *arguments.step.found_inf > 0;
+  options.found_inf = found_inf;
   if (arguments.step.grad_scale != nullptr) options.unscale = 1.0 / *arguments.step.grad_scale;
-  if (has_bad_numbers(arguments)) options.found_inf = true;
-  const Norm total = scope_norm(arguments, 0, arguments.table.nonempty_tensors, shared);
+  const Norm total = norms.total(shared);
   const bool skipped = is_skipped(options, total);
   const bool refused = is_refused(options, total);
-  const bool clips = set_coefficients(arguments, options, total, shared);
+  const bool clips = set_coefficients(arguments, options, norms, total, shared);
   const bool clipped = clips && !skipped && !refused;
   if (arguments.step.nonfinite != nullptr) {
     for (int32_t t = threadIdx.x; t < arguments.table.tensors; t += kLanes) {
@@ -200,6 +287,7 @@ __device__ void advance_empty(const DecideArguments& arguments) {
   }
 }
 
+template <bool kReduces>
 __global__ void __launch_bounds__(kLanes, 1)
     decide_kernel(const DecideArguments __grid_constant__ arguments) {
   __shared__ Shared shared;
@@ -219,7 +307,20 @@ __global__ void __launch_bounds__(kLanes, 1)
   }
   __syncthreads();
   if (!last) return;
-  decide(arguments, shared);
+  if constexpr (kReduces) {
+    leave_rows(arguments, shared);
+    return;
+  }
+  decide(arguments, OwnNorms{arguments}, must_skip(arguments), shared);
+  __syncthreads();
+  if (arguments.options.rule != RuleKind::none) advance_empty(arguments);
+}
+
+__global__ void __launch_bounds__(kLanes, 1)
+    decide_reduced_kernel(const DecideArguments __grid_constant__ arguments) {
+  __shared__ Shared shared;
+  __shared__ SharedArray<ScopeSums, kLanes> lanes;
+  decide(arguments, ReducedNorms{arguments, lanes.data()}, arguments.rows[0].medium > 0, shared);
   __syncthreads();
   if (arguments.options.rule != RuleKind::none) advance_empty(arguments);
 }
@@ -236,9 +337,17 @@ DecisionMemory take_decision_memory(const TensorTable& table, Arena& arena) {
 
 void launch_decide(const char* function, const TensorTable& table, const NormMemory& norms,
                    const DecisionMemory& memory, const StepOptions& options, const GroupOptions* groups,
-                   const StepMemory& step, Stream stream) {
-  const DecideArguments arguments{table, norms, memory, options, groups, step};
-  launch(function, stream, decide_kernel, table.tensors > 0 ? table.tensors : 1, kLanes, arguments);
+                   const StepMemory& step, const Reduction& reduction, Stream stream) {
+  const DecideArguments arguments{
+      table, norms, memory, options, groups, step, reduction.rows, reduction.counted, reduction.slots};
+  const int64_t blocks = table.tensors > 0 ? table.tensors : 1;
+  if (reduction.rows == nullptr) {
+    launch(function, stream, decide_kernel<false>, blocks, kLanes, arguments);
+    return;
+  }
+  launch(function, stream, decide_kernel<true>, blocks, kLanes, arguments);
+  reduction.reduce();
+  launch(function, stream, decide_reduced_kernel, 1, kLanes, arguments);
 }
 
 }  // namespace steadygrad::cuda

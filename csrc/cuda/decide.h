@@ -35,9 +35,10 @@ struct DecisionMemory {
 
 DecisionMemory take_decision_memory(const TensorTable& table, Arena& arena);
 
-// `groups`: device memory, one per param group.
+// `groups`: device memory, one per param group. With a reduction it is two launches, and what the reduction
+// queues lies between them.
 void launch_decide(const char* function, const TensorTable& table, const NormMemory& norms,
                    const DecisionMemory& memory, const StepOptions& options, const GroupOptions* groups,
-                   const StepMemory& step, Stream stream);
+                   const StepMemory& step, const Reduction& reduction, Stream stream);
 
 }  // namespace steadygrad::cuda

@@ -8,8 +8,8 @@ namespace {
 
 // Norm and decision in one param group without anything but a limit.
 void norm_and_clip(const char* function, const Tensors& tensors, double max_norm, NormType type,
-                   NonfinitePolicy nonfinite, const NormOutput& output, const Allocate& allocate,
-                   Stream stream) {
+                   NonfinitePolicy nonfinite, const NormOutput& output, const Reduction& reduction,
+                   const Allocate& allocate, Stream stream) {
   const DeviceGuard guard(stream.device, function);
   std::vector<uint64_t> image;
   TensorTable table;
@@ -35,7 +35,7 @@ void norm_and_clip(const char* function, const Tensors& tensors, double max_norm
   groups[0].options.max_norm = max_norm;
   upload(function, image, base, stream);
   launch_grad_norm(function, tensors, table, norms, options, nullptr, groups, broadcast, stream);
-  launch_decide(function, table, norms, decision, options, broadcast.groups, memory, stream);
+  launch_decide(function, table, norms, decision, options, broadcast.groups, memory, reduction, stream);
   if (max_norm == INFINITY) return;
   TransformSource source;
   source.decision = decision.decision;
@@ -54,16 +54,17 @@ void transform_all(const char* function, const Tensors& tensors, const Transform
 
 }  // namespace
 
-void grad_norm(const Tensors& tensors, NormType type, const NormOutput& output, const Allocate& allocate,
-               Stream stream) {
-  norm_and_clip("get_total_norm", tensors, INFINITY, type, NonfinitePolicy::propagate, output, allocate,
-                stream);
+void grad_norm(const Tensors& tensors, NormType type, const NormOutput& output, const Reduction& reduction,
+               const Allocate& allocate, Stream stream) {
+  norm_and_clip("get_total_norm", tensors, INFINITY, type, NonfinitePolicy::propagate, output, reduction,
+                allocate, stream);
 }
 
 void clip_grad_norm(const Tensors& tensors, double max_norm, NormType type, bool refuse_nonfinite,
-                    const NormOutput& output, const Allocate& allocate, Stream stream) {
+                    const NormOutput& output, const Reduction& reduction, const Allocate& allocate,
+                    Stream stream) {
   const NonfinitePolicy policy = refuse_nonfinite ? NonfinitePolicy::raise : NonfinitePolicy::propagate;
-  norm_and_clip("clip_grad_norm_", tensors, max_norm, type, policy, output, allocate, stream);
+  norm_and_clip("clip_grad_norm_", tensors, max_norm, type, policy, output, reduction, allocate, stream);
 }
 
 void clip_grads_with_norm(const Tensors& tensors, double max_norm, DeviceNumber total_norm,

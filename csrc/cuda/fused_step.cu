@@ -54,8 +54,8 @@ void launch_rule(RuleKind rule, const UpdateArguments& arguments, Stream stream)
 
 void StepPlan::step(const Tensors& tensors, const std::vector<StepCounter>& counters,
                     const std::vector<int32_t>& slots, const std::vector<DeviceGroup>& groups,
-                    const StepOptions& options, const StepMemory& memory, const Allocate& allocate,
-                    Stream stream) {
+                    const StepOptions& options, const StepMemory& memory, const Reduction& reduction,
+                    const Allocate& allocate, Stream stream) {
   const DeviceGuard guard(stream.device, kFunction);
   const bool counts_steps = !counters.empty() && counters.front().data != nullptr;
   const StepEntries entries{counts_steps ? &counters : nullptr, &slots};
@@ -79,7 +79,7 @@ void StepPlan::step(const Tensors& tensors, const std::vector<StepCounter>& coun
   launch_grad_norm(kFunction, tensors, layout.table, layout.norms, options, memory.grad_scale, groups,
                    layout.broadcast, stream);
   launch_decide(kFunction, layout.table, layout.norms, layout.decision, options, layout.broadcast.groups,
-                memory, stream);
+                memory, reduction, stream);
   TransformSource source;
   source.decision = layout.decision.decision;
   source.coefficients = layout.decision.coefficients;

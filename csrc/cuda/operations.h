@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "core/scope_sums.h"
 #include "core/step.h"
 #include "core/tensors.h"
 
@@ -40,12 +41,14 @@ struct NormOutput {
   double* float64 = nullptr;
 };
 
-void grad_norm(const Tensors& tensors, NormType type, const NormOutput& output, const Allocate& allocate,
-               Stream stream);
+// A reduction's `rows` and `counted` are device memory, and what it queues follows on the same stream.
+void grad_norm(const Tensors& tensors, NormType type, const NormOutput& output, const Reduction& reduction,
+               const Allocate& allocate, Stream stream);
 
 // With refuse_nonfinite, non-finite gradients stay as they are and the outcome says so.
 void clip_grad_norm(const Tensors& tensors, double max_norm, NormType type, bool refuse_nonfinite,
-                    const NormOutput& output, const Allocate& allocate, Stream stream);
+                    const NormOutput& output, const Reduction& reduction, const Allocate& allocate,
+                    Stream stream);
 
 // A norm in device memory.
 struct DeviceNumber {
@@ -95,7 +98,8 @@ class StepPlan {
   // `slots`: per tensor its place in memory.taken.
   void step(const Tensors& tensors, const std::vector<StepCounter>& counters,
             const std::vector<int32_t>& slots, const std::vector<DeviceGroup>& groups,
-            const StepOptions& options, const StepMemory& memory, const Allocate& allocate, Stream stream);
+            const StepOptions& options, const StepMemory& memory, const Reduction& reduction,
+            const Allocate& allocate, Stream stream);
 
   // Whether a step was captured into a graph, whose replays use this plan's device memory.
   bool captured() const { return captured_; }

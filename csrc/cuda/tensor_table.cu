@@ -111,7 +111,7 @@ TensorTable build_table(const Tensors& tensors, int32_t groups, const StepEntrie
     head.ndim = tensor.ndim;
     head.group = tensor.group;
     head.first_chunk = checked_chunks(chunks);
-    head.slot = step.slots != nullptr ? (*step.slots)[t] : 0;
+    head.slot = step.slots != nullptr ? (*step.slots)[t] : static_cast<int32_t>(t);
     head.sizes = geometry_size(tensor) > 0 ? keep_sizes(tensor) : nullptr;
     for (int role = 0; role < kRoles; ++role) {
       if (!has[role]) continue;

@@ -19,7 +19,7 @@ except ImportError as error:
         f"{error}. Reinstall it with: pip install --force-reinstall --no-deps steadygrad"
     ) from error
 
-from steadygrad import nn, optim
+from steadygrad import distributed, nn, optim
 from steadygrad.accumulation import accumulate
 from steadygrad.amp import GradScaler
 from steadygrad.clip import (
@@ -44,6 +44,7 @@ __all__ = [
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
+    "distributed",
     "get_total_norm",
     "nn",
     "optim",

@@ -6,6 +6,8 @@ from torch import Tensor
 
 Allocate = Callable[[int], Tensor]
 NormTensors = tuple[Tensor, Tensor, Tensor] | None
+# Rows of sums, which tensors this process counts, and what combines the rows of all processes.
+Reduction = tuple[Tensor, Tensor, Callable[[], None]] | None
 VERSION: str
 GROUP_FIELDS: tuple[str, ...]
 
@@ -13,7 +15,11 @@ def launch_count() -> int: ...
 def build_info() -> dict[str, object]: ...
 def is_asynchronous(device_type: str) -> bool: ...
 def grad_norm(
-    tensors: list[Tensor], norm_type: float, output: NormTensors, allocate: Allocate
+    tensors: list[Tensor],
+    norm_type: float,
+    output: NormTensors,
+    allocate: Allocate,
+    reduction: Reduction = None,
 ) -> tuple[float, int, bool]: ...
 def clip_grad_norm_(
     grads: list[Tensor],
@@ -22,6 +28,7 @@ def clip_grad_norm_(
     error_if_nonfinite: bool,
     output: NormTensors,
     allocate: Allocate,
+    reduction: Reduction = None,
 ) -> tuple[float, int, bool]: ...
 def clip_grads_with_norm_(
     grads: list[Tensor], max_norm: float, total_norm: float | Tensor, allocate: Allocate
@@ -72,6 +79,7 @@ class Plan:
         found_inf: bool,
         grads: list[Tensor | None] | None = None,
         rounded_steps: int = 0,
+        reduction: Reduction = None,
     ) -> StepReport | None: ...
     def step_on_device(
         self,
@@ -82,6 +90,7 @@ class Plan:
         memory: dict[str, Tensor | None],
         learning_rates: list[Tensor | None],
         allocate: Allocate,
+        reduction: Reduction = None,
     ) -> bool: ...
     @property
     def captured(self) -> bool: ...

@@ -6,8 +6,16 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from steadygrad import _kernels
+from steadygrad.distributed.dtensors import (
+    has_dtensors,
+    local_gradients,
+    local_tensors,
+    without_partial,
+)
+from steadygrad.distributed.sharding import list_reduction
 from steadygrad.memory import NormOutput, allocator, is_asynchronous, is_number_on
 
 
@@ -34,6 +42,21 @@ def grads_of(function: str, parameters: Iterable[Tensor] | Tensor) -> list[Tenso
         raise TypeError(
             f"{function}: parameters[{i}]: expected a torch.Tensor, got {type(wrong).__name__}"
         ) from None
+
+
+def writable_grads_of(function: str, parameters: Iterable[Tensor] | Tensor) -> list[Tensor]:
+    """:func:`grads_of`, as this process's parts where parameters are DTensors."""
+    listed = as_list(function, "parameters", parameters)
+    if not has_dtensors(listed):
+        return grads_of(function, listed)
+    grads = local_gradients(function, list(dict.fromkeys(listed)))
+    return _announced(listed, [grad for grad in grads if grad is not None])
+
+
+def _announced(params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    """Kernels bump the versions of what they write; of the DTensors around that they know nothing."""
+    increment_version([p.grad for p in params if p.grad is not None])
+    return grads
 
 
 def as_number(function: str, argument: str, value: float | Tensor) -> float:
@@ -80,30 +103,41 @@ def get_total_norm(
 
     Args:
         tensors: dense tensors of any shape, all on the CPU or all on one CUDA device; float32, float64, bfloat16,
-            float16, or complex for p = 2. A tensor that appears twice counts once. An empty list has norm 0.
+            float16, or complex for p = 2. A tensor that appears twice counts once. An empty list has norm 0. For
+            DTensors it is the norm of all ranks together, in one collective, to which all ranks of their meshes have
+            to come with as many tensors: :func:`clip_grad_norm_` is for parameters without a gradient on some ranks.
         norm_type: p. ``inf`` is the largest magnitude, ``-inf`` the smallest, 0 the number of non-zeros.
         error_if_nonfinite: wait for the device, and raise if an element is infinite or NaN. Default: False.
         foreach: accepted for compatibility with torch; there is one implementation.
 
     Returns:
         A 0-d tensor on the tensors' device, which is not waited for: float32, or float64 if any tensor is float64.
+        Plain and the same on all ranks, also for DTensors.
 
     Raises:
         TypeError: a tensor is sparse, on another device than the others, of another dtype, or no tensor.
         ValueError: ``norm_type`` is NaN.
-        RuntimeError: non-finite elements under ``error_if_nonfinite``.
+        RuntimeError: non-finite elements under ``error_if_nonfinite``, on any rank; a process group was destroyed, or
+            ranks hold different DTensors.
 
     Source: ``torch.nn.utils.get_total_norm``.
     """
     del foreach
     listed = as_list("get_total_norm", "tensors", tensors)
+    p = as_number("get_total_norm", "norm_type", norm_type)
+    reduction = None
+    if has_dtensors(listed):
+        listed = without_partial(list(dict.fromkeys(listed)))
+        reduction = list_reduction("get_total_norm", listed, [True] * len(listed), p)
+        listed = local_tensors(listed)
     device = device_of(listed)
     output = NormOutput(device)
     norm, nonfinite, is_float64 = _kernels.grad_norm(
         listed,
-        as_number("get_total_norm", "norm_type", norm_type),
+        p,
         output.tensors,
         allocator(device),
+        None if reduction is None else reduction.for_kernels,
     )
     result = output.result(norm, wide=is_float64)
     if error_if_nonfinite:
@@ -125,7 +159,9 @@ def clip_grad_norm_(
     exceeds fp32's range are clipped right. Nothing is written when the clip is not active.
 
     Args:
-        parameters: tensors whose ``.grad`` is clipped; those without one take no part.
+        parameters: tensors whose ``.grad`` is clipped; those without one take no part. Where there are DTensors among
+            them, every rank of their meshes has to come with the same parameters, also without gradients: the norm
+            is that of all ranks together, taken in one collective, in which plain tensors count once.
         max_norm: the limit, at least 0; ``inf`` only takes the norm.
         norm_type: see :func:`get_total_norm`. Default: 2.
         error_if_nonfinite: wait for the device, and raise if an element is infinite or NaN, with the gradients left
@@ -135,26 +171,40 @@ def clip_grad_norm_(
 
     Returns:
         The total norm before clipping, a 0-d tensor on the gradients' device, which is not waited for: float32,
-        or float64 if any gradient is float64.
+        or float64 if any gradient is float64. Plain and the same on all ranks, also for DTensors.
 
     Raises:
         TypeError: a gradient is sparse, on another device than the others, or of another dtype.
         ValueError: ``max_norm`` is negative or NaN, ``norm_type`` is NaN.
-        RuntimeError: non-finite elements under ``error_if_nonfinite``.
+        RuntimeError: non-finite elements under ``error_if_nonfinite``, on any rank; a process group was destroyed, or
+            ranks hold different DTensors.
 
     Source: ``torch.nn.utils.clip_grad_norm_``; Pascanu, Mikolov and Bengio 2013, algorithm 1.
     """
     del foreach
-    grads = grads_of("clip_grad_norm_", parameters)
-    device = device_of(grads)
+    listed = as_list("clip_grad_norm_", "parameters", parameters)
+    limit = as_number("clip_grad_norm_", "max_norm", max_norm)
+    p = as_number("clip_grad_norm_", "norm_type", norm_type)
+    reduction = None
+    if has_dtensors(listed):
+        listed = list(dict.fromkeys(listed))
+        parts = local_gradients("clip_grad_norm_", listed)
+        taken = [part is not None for part in parts]
+        reduction = list_reduction("clip_grad_norm_", listed, taken, p)
+        grads = _announced(listed, [part for part in parts if part is not None])
+        device = device_of(local_tensors(listed[:1]))  # also of a rank without gradients
+    else:
+        grads = grads_of("clip_grad_norm_", listed)
+        device = device_of(grads)
     output = NormOutput(device)
     norm, nonfinite, is_float64 = _kernels.clip_grad_norm_(
         grads,
-        as_number("clip_grad_norm_", "max_norm", max_norm),
-        as_number("clip_grad_norm_", "norm_type", norm_type),
+        limit,
+        p,
         error_if_nonfinite,
         output.tensors,
         allocator(device),
+        None if reduction is None else reduction.for_kernels,
     )
     result = output.result(norm, wide=is_float64)
     if error_if_nonfinite:
@@ -183,9 +233,11 @@ def clip_grads_with_norm_(
     Source: ``torch.nn.utils.clip_grads_with_norm_``.
     """
     del foreach
-    grads = grads_of("clip_grads_with_norm_", parameters)
+    grads = writable_grads_of("clip_grads_with_norm_", parameters)
     device = device_of(grads)
     norm = total_norm
+    if isinstance(norm, Tensor) and has_dtensors([norm]):
+        norm = norm.full_tensor()  # type: ignore[attr-defined]
     if not is_number_on(norm, device):
         norm = as_number("clip_grads_with_norm_", "total_norm", norm)
     _kernels.clip_grads_with_norm_(
@@ -210,6 +262,6 @@ def clip_grad_value_(
     Source: ``torch.nn.utils.clip_grad_value_``.
     """
     del foreach
-    grads = grads_of("clip_grad_value_", parameters)
+    grads = writable_grads_of("clip_grad_value_", parameters)
     number = as_number("clip_grad_value_", "clip_value", clip_value)
     _kernels.clip_grad_value_(grads, number, allocator(device_of(grads)))

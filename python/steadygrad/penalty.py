@@ -6,9 +6,13 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from steadygrad import _kernels
 from steadygrad.clip import as_list, as_number, device_of
+from steadygrad.distributed.dtensors import has_dtensors, local_gradients, local_tensors
+from steadygrad.distributed.layout import layout_of
+from steadygrad.distributed.sharding import reduced_sum
 from steadygrad.memory import allocator
 
 
@@ -24,25 +28,49 @@ def add_penalty_(params: Iterable[Tensor] | Tensor, l1: float = 0.0, l2: float =
         l2: weight of half the sum of squares, at least 0.
 
     Returns:
-        The penalty's value, a 0-d float64 tensor on the parameters' device, which is not waited for.
+        The penalty's value, a 0-d float64 tensor on the parameters' device, which is not waited for. Where there are
+        DTensors, that of all ranks together: every rank of their meshes has to come, with the same parameters.
 
     Raises:
         TypeError: a parameter or gradient is sparse, complex, on another device than the others, or of another dtype.
         ValueError: ``l1`` or ``l2`` is negative or NaN.
     """
-    listed = [p for p in as_list("add_penalty_", "params", params) if _grad(p) is not None]
-    grads = [p.grad for p in listed if p.grad is not None]
-    device = device_of(listed)
-    there = None if device is None else torch.empty((), dtype=torch.float64, device=device)
-    value = _kernels.add_penalty_(
-        listed,
-        grads,
-        as_number("add_penalty_", "l1", l1),
-        as_number("add_penalty_", "l2", l2),
-        there,
-        allocator(device),
-    )
-    return torch.tensor(value, dtype=torch.float64, device="cpu") if there is None else there
+    given = as_list("add_penalty_", "params", params)
+    weights = as_number("add_penalty_", "l1", l1), as_number("add_penalty_", "l2", l2)
+    if has_dtensors(given):
+        return _add_to_shards(list(dict.fromkeys(given)), *weights)
+    listed = [p for p in given if _grad(p) is not None]
+    return _add(listed, [p.grad for p in listed if p.grad is not None], *weights, device_of(listed))
+
+
+def _add(
+    params: list[Tensor], grads: list[Tensor], l1: float, l2: float, device: torch.device | None
+) -> Tensor:
+    if device is None or not params:
+        value = _kernels.add_penalty_(params, grads, l1, l2, None, allocator(device))
+        return torch.tensor(value, dtype=torch.float64, device=device or "cpu")
+    there = torch.empty((), dtype=torch.float64, device=device)
+    _kernels.add_penalty_(params, grads, l1, l2, there, allocator(device))
+    return there
+
+
+def _add_to_shards(params: list[Tensor], l1: float, l2: float) -> Tensor:
+    """Where a part has several replicas each gets the penalty's gradient, and one of them counts its value."""
+    layout = layout_of("add_penalty_", params)
+    grads = local_gradients("add_penalty_", params)
+    increment_version([p.grad for p in params if p.grad is not None])
+    device = device_of(local_tensors(params[:1]))
+    values = []
+    for counts in (True, False):
+        chosen = [
+            (param, grad)
+            for param, grad, counted in zip(
+                local_tensors(params), grads, layout.counted, strict=True
+            )
+            if grad is not None and counted is counts
+        ]
+        values.append(_add([p for p, _ in chosen], [g for _, g in chosen], l1, l2, device))
+    return reduced_sum("add_penalty_", layout, values[0])
 
 
 def _grad(param: Tensor) -> Tensor | None:
@@ -68,4 +96,8 @@ def soft_threshold_(params: Iterable[Tensor] | Tensor, amount: float) -> None:
     """
     listed = as_list("soft_threshold_", "params", params)
     number = as_number("soft_threshold_", "amount", amount)
+    if has_dtensors(listed):
+        if number > 0:
+            increment_version(listed)  # the kernels know only of what is within
+        listed = local_tensors(dict.fromkeys(listed))
     _kernels.soft_threshold_(listed, number, allocator(device_of(listed)))

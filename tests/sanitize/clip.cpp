@@ -35,8 +35,8 @@ std::string compare_clip(const Specs& specs, Values values, double max_norm, dou
   if (options.clip_coefficient != 1 && !refused) transform_on_cpu(cpu, options);
   const Single<cuda::Outcome> outcome;
   DeviceMemory memory;
-  cuda::clip_grad_norm(emulated.operands(), max_norm, type, refuse, {outcome.get()}, memory.allocate(),
-                       cuda::Stream());
+  cuda::clip_grad_norm(emulated.operands(), max_norm, type, refuse, {outcome.get()}, Reduction(),
+                       memory.allocate(), cuda::Stream());
   std::string problem = difference("norm", norm.norm, outcome.value().norm);
   if (problem.empty()) problem = difference_of_counts("refused", refused ? 1 : 0, outcome.value().refused);
   if (problem.empty()) problem = difference_of_counts("nonfinite", norm.nonfinite, outcome.value().nonfinite);

@@ -18,7 +18,8 @@ std::string compare(const Specs& specs, Values values, double p) {
   const Norm cpu = cpu::grad_norm(tensors.operands(), norm_type(p));
   const Single<cuda::Outcome> outcome;
   DeviceMemory memory;
-  cuda::grad_norm(tensors.operands(), norm_type(p), {outcome.get()}, memory.allocate(), cuda::Stream());
+  cuda::grad_norm(tensors.operands(), norm_type(p), {outcome.get()}, Reduction(), memory.allocate(),
+                  cuda::Stream());
   std::string problem = difference("norm", cpu.norm, outcome.value().norm);
   if (problem.empty())
     problem = difference("fp32 norm", static_cast<float>(cpu.norm), outcome.value().norm_float32);

@@ -100,6 +100,34 @@ class Comparison {
     options_.rule = step_case.rule.kind;
   }
 
+  // Rows of what a backend has, which meets its own likeness.
+  struct Rows {
+    Rows(const StepOptions& options, size_t groups, size_t slots)
+        : type(options.norm_type),
+          count(1 + groups + (options.clip_scope == ClipScope::tensor ? slots : 0)),
+          rows(static_cast<int64_t>(count * sizeof(ScopeSums))),
+          counted(array_of<int32_t>(slots, 1)) {
+      for (size_t s = 0; s < slots; s += 3) counted.as<int32_t>()[s] = 0;
+      reduction.rows = rows.as<ScopeSums>();
+      reduction.counted = counted.as<int32_t>();
+      reduction.slots = static_cast<int32_t>(slots);
+      reduction.reduce = [this] {
+        for (size_t r = 0; r < count; ++r) {
+          const ScopeSums other = reduction.rows[r];
+          combine(type, reduction.rows[r], other);
+        }
+      };
+    }
+    Rows(const Rows&) = delete;
+    Rows& operator=(const Rows&) = delete;
+
+    NormType type;
+    size_t count;
+    Block rows;
+    Block counted;
+    Reduction reduction;
+  };
+
   std::string step(size_t number) {
     const uint64_t seed = 100 + number;
     cpu_.renew_gradients(case_.gradients[number], seed);
@@ -127,8 +155,12 @@ class Comparison {
       counters.push_back(cpu_counters_.of<cpu::StepCounter>(t));
       counters.back().first = first_[t];
     }
-    const cpu::StepReport report = cpu::fused_step(chosen_of(cpu_.operands(), chosen), counters, groups_,
-                                                   options_, [](const cpu::StepReport&) {});
+    Rows rows(options_, groups_.size(), count_);
+    if (!case_.two_processes) rows.reduction = Reduction();
+    const std::vector<int64_t> slots(chosen.begin(), chosen.end());
+    const cpu::StepReport report = cpu::fused_step(
+        chosen_of(cpu_.operands(), chosen), counters, groups_, options_, [](const cpu::StepReport&) {},
+        rows.reduction, &slots);
     if (!report.skipped && !report.refused && options_.rule != RuleKind::none) {
       for (const int32_t t : chosen) first_[t] = false;
     }
@@ -164,8 +196,10 @@ class Comparison {
       options.unscale = 1;
       options.found_inf = false;
     }
+    Rows rows(options, groups_.size(), count_);
+    if (!case_.two_processes) rows.reduction = Reduction();
     plan_.step(chosen_of(emulated_.operands(), chosen), counters, chosen, groups, options, memory,
-               memory_.allocate(), cuda::Stream());
+               rows.reduction, memory_.allocate(), cuda::Stream());
   }
 
   std::string difference_in_reports(const cpu::StepReport& report, const cuda::Outcome& outcome,

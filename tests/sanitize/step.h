@@ -22,6 +22,8 @@ struct StepCase {
   bool numbers_on_device = false;
   // Every second step leaves out some of the tensors.
   bool tensors_come_and_go = false;
+  // Another process holds the same, and does not count every third tensor.
+  bool two_processes = false;
 };
 
 // How the backends differ after any of the steps, in results or in what they say about them.

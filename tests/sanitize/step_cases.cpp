@@ -64,6 +64,10 @@ void check_decisions(Report& report) {
           step_case.gradients = {Values::nonfinite, Values::ordinary};
           const std::string name = std::string(policy_name) + " by " + scope_name;
           check(report, name + (write_grads ? ", written" : ""), step_case);
+          if (write_grads) continue;
+          step_case.two_processes = true;
+          step_case.tensors_come_and_go = true;
+          check(report, name + ", two processes", step_case);
         }
       }
     }
@@ -99,6 +103,10 @@ void check_options(Report& report) {
       c.numbers_on_device = true;
     });
     check_with("inf was found", "adam", [](StepCase& c) { c.options.found_inf = true; });
+    check_with("inf was found, two processes", "adam", [](StepCase& c) {
+      c.options.found_inf = true;
+      c.two_processes = true;
+    });
     check_with("inf was found on the device", "adam", [](StepCase& c) {
       c.options.found_inf = true;
       c.numbers_on_device = true;
@@ -110,6 +118,12 @@ void check_options(Report& report) {
         c.options.norm_type = norm_type(p);
         c.options.clip_scope = ClipScope::group;
         c.gradients = {Values::ordinary, Values::nonfinite};
+      });
+      check_with((name + ", two processes").c_str(), "sgd", [&](StepCase& c) {
+        c.options.norm_type = norm_type(p);
+        c.options.clip_scope = ClipScope::tensor;
+        c.gradients = {Values::ordinary, Values::nonfinite};
+        c.two_processes = true;
       });
     }
     StepCase expanded = case_of(with_expanded_gradients(specs), "adam");

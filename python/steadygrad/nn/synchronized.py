@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from steadygrad import _kernels
+from steadygrad.distributed.groups import check_process_group
 from steadygrad.memory import allocator, is_asynchronous
 from steadygrad.nn.gradient import with_strides
 from steadygrad.nn.relu_mask import new_mask
@@ -92,7 +93,7 @@ def _synchronized(
     relu: bool,
     process_group: dist.ProcessGroup,
 ) -> Tensor:
-    check_process_group(process_group)
+    check_process_group("batch_norm: process_group", process_group)
     weight, bias = vectors[:2]
     if process_group.size() == 1 and input.numel() > 0:
         return _alone(input, residual, vectors, momentum, eps, relu)
@@ -152,38 +153,6 @@ def _alone(
         residual=residual,
         activation="relu" if relu else None,
         num_batches_tracked=num_batches_tracked,
-    )
-
-
-def check_process_group(process_group: Any) -> None:
-    """Refuses what collectives cannot run over on this rank.
-
-    Raises:
-        TypeError: it is not a ``torch.distributed.ProcessGroup``.
-        RuntimeError: it was destroyed or never initialised, or this rank is not a member.
-    """
-    if not dist.is_available():
-        raise RuntimeError(
-            "batch_norm: process_group: this torch was built without torch.distributed"
-        )
-    if process_group == dist.GroupMember.NON_GROUP_MEMBER:
-        raise RuntimeError(
-            "batch_norm: process_group: expected a group that this rank is a member of"
-        )
-    if not isinstance(process_group, dist.ProcessGroup):
-        raise TypeError(
-            "batch_norm: process_group: expected a torch.distributed.ProcessGroup, "
-            f"got {type(process_group).__name__}"
-        )
-    try:
-        if dist.is_initialized():
-            dist.get_backend(process_group)
-            return
-    except ValueError:
-        pass
-    raise RuntimeError(
-        "batch_norm: process_group: expected an initialized group, got one that was destroyed "
-        "or belongs to an earlier init_process_group"
     )
 
 

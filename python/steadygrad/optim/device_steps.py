@@ -150,6 +150,7 @@ class DeviceSteps:
         scaling: Scaling,
         grads: list[Tensor | None] | None,
         read_back: bool,
+        reduction: _kernels.Reduction = None,
     ) -> DeviceReport | None:
         """One step; None when a parameter has a gradient and no slot yet."""
         outcome = Outcome(self.device)
@@ -176,6 +177,7 @@ class DeviceSteps:
             memory,
             learning_rates,
             allocator(self.device),
+            reduction,
         )
         if not ran:
             return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from steadygrad.distributed.dtensors import local_tensor
 from steadygrad.memory import is_asynchronous
 from steadygrad.optim.rule import UpdateRule
 
@@ -40,14 +41,15 @@ def why_not_fused(
             return "capturable=True"
     seen: set[int] = set()
     for param, group in params:
-        why = _why_not_param(param, rule)
-        if why is None and param.numel() > 0 and param.data_ptr() in seen:
+        local = local_tensor(param)
+        why = _why_not_param(local, rule)
+        if why is None and local.numel() > 0 and local.data_ptr() in seen:
             why = "a parameter appears twice, or two share memory"
         if why is None:
             why = _why_not_state(optimizer, param, rule, rule.state_names(group))
         if why is not None:
             return why
-        seen.add(param.data_ptr())
+        seen.add(local.data_ptr())
     return None
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from steadygrad import _kernels
+from steadygrad.optim.device_steps import DeviceReport
+
 
 class NonfiniteGradientError(RuntimeError):
     """Raised under ``nonfinite="raise"``; nothing was changed."""
@@ -23,3 +26,27 @@ class CannotFuse(Exception):
     def __init__(self, loss: Any) -> None:
         super().__init__()
         self.loss = loss
+
+
+def nonfinite_message(
+    param_groups: list[dict[str, Any]],
+    indices: list[int],
+    report: _kernels.StepReport | DeviceReport,
+) -> str:
+    """Names the parameters whose gradients are not finite; ``indices`` are those of the report's tensors."""
+    names = [
+        name
+        for g, group in enumerate(param_groups)
+        for name in group.get("param_names")
+        or [f"param_groups[{g}]['params'][{i}]" for i in range(len(group["params"]))]
+    ]
+    found = [
+        f"{names[index]} ({count})"
+        for index, count in zip(indices, report.nonfinite, strict=False)
+        if count
+    ]
+    shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+    return (
+        f"step: gradients: expected finite elements, got {report.nonfinite_count} non-finite ones in "
+        f"{shown or 'gradients of other ranks'}; parameters, state and step counters were left as they are"
+    )

@@ -62,6 +62,11 @@ class StabilizerOptions:
     state_dtype: torch.dtype | None = None
     rounding: Rounding = "nearest"
     rounding_seed: int = 0
+    reduce_norm: Any = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StabilizerOptions:
+        """Itself: nothing in it changes, and process groups cannot be copied."""
+        return self
 
     def __post_init__(self) -> None:
         """Checks every option."""

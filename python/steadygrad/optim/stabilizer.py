@@ -66,6 +66,13 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
             state ``master_param``, a float32 copy that is updated in the parameter's place. Default: ``"nearest"``.
         rounding_seed: of ``"stochastic"``, in [0, 2^64): the same seed gives the same bits, on every device, and after
             resuming from a state dict. Default: 0.
+        reduce_norm: for parameters that are not DTensors and of which every rank of a process group holds others, such
+            as pipeline stages: that group, or a device mesh of one dimension. A list has one entry per param group,
+            None for what is replicated, which counts once: ``[None, expert_group]``. All ranks then clip by one
+            norm and skip the same steps, and all have to step. Default: None. See :mod:`steadygrad.distributed`.
+
+    Parameters may be DTensors, sharded in any way and on several meshes: the norm is that of all ranks, in one
+    collective per step, and non-finite elements on one rank are non-finite for all.
 
     ``max_norm``, ``clip_value``, ``l1`` and ``l2`` are keys of every param group: set them per group, or change them
     while training. Schedulers advance on skipped steps too, since they count calls.
@@ -100,6 +107,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
         state_dtype: torch.dtype | None = None,
         rounding: Rounding = "nearest",
         rounding_seed: int = 0,
+        reduce_norm: Any = None,
     ) -> None:
         # Not torch's __init__: param groups, state and defaults are the wrapped optimizer's.
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -129,6 +137,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
                     state_dtype=state_dtype,
                     rounding=rounding,
                     rounding_seed=rounding_seed,
+                    reduce_norm=reduce_norm,
                 ),
             }
         )
@@ -161,7 +170,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
             NonfiniteGradientError: under ``nonfinite="raise"``.
             TypeError: a gradient is sparse for a rule that does not take it, or not on a supported device or dtype.
             ValueError: a hyper-parameter is negative or NaN, or shapes differ.
-            RuntimeError: a tensor's storage was freed.
+            RuntimeError: a tensor's storage was freed; a process group was destroyed, or ranks hold other DTensors.
 
         A refused or skipped step changes nothing. Hooks of this object run around every step; those of the wrapped
         optimizer around its update, so its post-hooks do not run when the step is skipped.

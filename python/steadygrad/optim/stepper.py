@@ -13,16 +13,23 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from steadygrad import _kernels
+from steadygrad.distributed.sharding import Sharding, sharding_of
 from steadygrad.memory import Outcome, is_asynchronous, is_number_on
 from steadygrad.optim.accumulated import Accumulated
 from steadygrad.optim.closures import Closure, evaluated, evaluates_closure, snapshot
 from steadygrad.optim.device_steps import DeviceReport, DeviceSteps, Scaling, scaling
 from steadygrad.optim.eligibility import why_not_fused
-from steadygrad.optim.interruptions import CannotFuse, NonfiniteGradientError, StepSkipped
+from steadygrad.optim.interruptions import (
+    CannotFuse,
+    NonfiniteGradientError,
+    StepSkipped,
+    nonfinite_message,
+)
 from steadygrad.optim.options import COUNTERS, StabilizerOptions, checked_number
 from steadygrad.optim.param_storage import ROUNDED_STEPS
 from steadygrad.optim.rule import UpdateRule
 from steadygrad.optim.slots import slot_of
+from steadygrad.optim.state_creation import is_state_creation
 from steadygrad.penalty import soft_threshold_
 
 # The last one to step each optimizer, by the id of the optimizer, which the stepper keeps alive.
@@ -57,6 +64,8 @@ class Stepper:
         if runs_hooks:
             self._fused_entry = torch.optim.Optimizer.profile_hook_step(self._fused)
         self._plan: _kernels.Plan | None = None
+        self._sharding: Sharding | None = None
+        self._captured_shardings: list[Sharding | None] = []
         self._why_in_place: str | None = None
         self._structure: tuple[object, ...] = ()
         self._new_state: dict[Tensor, dict[str, Tensor]] = {}
@@ -218,6 +227,9 @@ class Stepper:
         if self._device_steps is not None:
             first = [slot is None or slot[2] for slot in slots]
             self._device_steps.prepare(first, self._plan)
+        if self._plan is not None and self._plan.captured:
+            self._captured_shardings.append(self._sharding)
+        self._sharding = sharding_of(optimizer.param_groups, self._options, self._sharding)
         self._plan = _kernels.Plan(
             self._rule.name if fused and self._rule is not None else "none",
             [group["params"] for group in optimizer.param_groups],
@@ -283,8 +295,14 @@ class Stepper:
     def _run_plan(self) -> _kernels.StepReport | DeviceReport | None:
         if self._why_in_place is not None:
             return None
-        grads = self.accumulated.gradients(self._optimizer.param_groups)
+        grads = self._sharded_gradients()
+        if grads is None:
+            grads = self.accumulated.gradients(self._optimizer.param_groups)
         return self._run(grads, read_back=self.nonfinite == "raise")
+
+    def _sharded_gradients(self) -> list[Tensor | None] | None:
+        sharding = self._sharding
+        return None if sharding is None else sharding.gradients(self.accumulated.sums)
 
     def _run(
         self, grads: list[Tensor | None] | None, read_back: bool
@@ -294,10 +312,11 @@ class Stepper:
         if numbers is None:
             numbers = self._group_numbers()
         rounded_steps = self._options.storage.rounded_steps(self._optimizer.param_groups)
+        reduction = None if self._sharding is None else self._sharding.reduction
         if self._device_steps is None:
             scaling = self._scaling
             return self._plan.step(
-                numbers, scaling.unscale, scaling.found_inf, grads, rounded_steps
+                numbers, scaling.unscale, scaling.found_inf, grads, rounded_steps, reduction
             )
         rates = [
             group["lr"] if is_number_on(group.get("lr"), self._device_steps.device) else None
@@ -305,7 +324,9 @@ class Stepper:
         ]
         if self._options.storage.is_stochastic:
             self._device_steps.count_rounded_steps(rounded_steps)
-        return self._device_steps.run(self._plan, numbers, rates, self._scaling, grads, read_back)
+        return self._device_steps.run(
+            self._plan, numbers, rates, self._scaling, grads, read_back, reduction
+        )
 
     def _group_numbers(self) -> list[tuple[float, ...]]:
         device = self._asynchronous_device()
@@ -316,33 +337,15 @@ class Stepper:
                 group = {**group, "lr": 0.0}  # read by the kernels
             numbers = self._rule.numbers(group, where) if self._rule is not None else {}
             listed.append({**numbers, **self._options.group_numbers(group, where)})
-        self._creates_state = self._is_state_creation(listed)
+        # It comes before there is any.
+        self._creates_state = not (
+            self._optimizer.state or self.accumulated.sums
+        ) and is_state_creation(self._optimizer.param_groups, listed, device)
         if self._creates_state:
             for numbers in listed:
                 numbers.update(l1=0.0, l2=0.0, max_norm=math.inf)
         fields = _kernels.GROUP_FIELDS
         return [tuple([numbers.get(field, 0.0) for field in fields]) for numbers in listed]
-
-    def _is_state_creation(self, numbers: list[dict[str, float]]) -> bool:
-        """Whether this is torch.distributed.checkpoint's step with zero gradients and no learning rate."""
-        groups = self._optimizer.param_groups
-        if self._optimizer.state or self.accumulated.sums:
-            return False  # it comes before there is any
-        device = self._asynchronous_device()
-        if device is not None:
-            # To look at the gradients is to wait for them: only where a penalty or a clip to nothing
-            # would leave traces.
-            leaves_traces = any(n["l1"] or n["l2"] or n["max_norm"] < 1e-6 for n in numbers)
-            if not leaves_traces:
-                return False
-        for group in groups:
-            rate = group.get("lr", 1)
-            if is_number_on(rate, device):
-                return False
-            if not isinstance(rate, (int, float, Tensor)) or float(rate) != 0:
-                return False
-        grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        return all(not grad.is_sparse and not bool(grad.any()) for grad in grads)
 
     # -- in place -------------------------------------------------------------------------------
 
@@ -379,11 +382,13 @@ class Stepper:
         if self._known_numbers is None and self._is_stale():
             self._prepare()
         assert self._plan is not None
-        grads = [
-            self._dense_grad(param, group)
-            for group in self._optimizer.param_groups
-            for param in group["params"]
-        ]
+        grads = self._sharded_gradients()
+        if grads is None:
+            grads = [
+                self._dense_grad(param, group)
+                for group in self._optimizer.param_groups
+                for param in group["params"]
+            ]
         # The wrapped step cannot be taken back, so whether to take it must be known.
         read_back = (
             self.nonfinite in ("skip", "raise")
@@ -425,26 +430,11 @@ class Stepper:
         if not self._creates_state:
             self.grad_norm = report.norm
         if report.refused:
-            raise NonfiniteGradientError(self._nonfinite_message(report))
+            assert self._plan is not None
+            indices = self._plan.active_indices()
+            raise NonfiniteGradientError(
+                nonfinite_message(self._optimizer.param_groups, indices, report)
+            )
         if report.skipped:
             raise StepSkipped(loss)
         self._clipped = self._clipped or report.clipped
-
-    def _nonfinite_message(self, report: _kernels.StepReport | DeviceReport) -> str:
-        assert self._plan is not None
-        names = [
-            name
-            for g, group in enumerate(self._optimizer.param_groups)
-            for name in group.get("param_names")
-            or [f"param_groups[{g}]['params'][{i}]" for i in range(len(group["params"]))]
-        ]
-        found = [
-            f"{names[index]} ({count})"
-            for index, count in zip(self._plan.active_indices(), report.nonfinite, strict=False)
-            if count
-        ]
-        shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
-        return (
-            f"step: gradients: expected finite elements, got {report.nonfinite_count} non-finite ones in "
-            f"{shown}; parameters, state and step counters were left as they are"
-        )

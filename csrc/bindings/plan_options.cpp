@@ -1,0 +1,87 @@
+#include "bindings/plan_options.h"
+
+#include <iterator>
+#include <string>
+#include <utility>
+
+namespace steadygrad::bindings {
+namespace {
+
+GroupOptions group_options(const py::handle& numbers) {
+  const auto sequence = py::reinterpret_borrow<py::tuple>(numbers);
+  if (!py::isinstance<py::tuple>(numbers) || sequence.size() != std::size(kGroupFields)) {
+    throw py::value_error("step: groups: expected a tuple of " + std::to_string(std::size(kGroupFields)) +
+                          " numbers");
+  }
+  size_t next = 0;
+  const auto number = [&] {
+    const double value = PyFloat_AsDouble(PyTuple_GET_ITEM(sequence.ptr(), next++));
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+  };
+  GroupOptions group;
+  RuleHyper& hyper = group.hyper;
+  for (double* field : {&hyper.lr, &hyper.weight_decay, &hyper.momentum, &hyper.dampening, &hyper.beta1,
+                        &hyper.beta2, &hyper.eps, &hyper.alpha, &hyper.lr_decay}) {
+    *field = number();
+  }
+  for (bool* field :
+       {&hyper.nesterov, &hyper.maximize, &hyper.amsgrad, &hyper.centered, &hyper.decoupled_weight_decay}) {
+    *field = number() != 0;
+  }
+  for (double* field : {&group.max_norm, &group.clip_value, &group.l1, &group.l2}) *field = number();
+  return group;
+}
+
+template <class Value>
+Value one_of(const py::dict& options, const char* key,
+             const std::vector<std::pair<const char*, Value>>& choices) {
+  const std::string name = py::str(options[key]);
+  for (const auto& [choice, value] : choices) {
+    if (name == choice) return value;
+  }
+  throw py::value_error("Plan: unknown " + std::string(key) + ": " + name);
+}
+
+}  // namespace
+
+std::vector<GroupOptions> group_options_of(const py::list& groups, size_t expected) {
+  if (groups.size() != expected) throw py::value_error("step: groups: expected one entry per param group");
+  std::vector<GroupOptions> list;
+  for (const py::handle group : groups) list.push_back(group_options(group));
+  return list;
+}
+
+const RuleEntry* rule_named(const std::string& name) {
+  for (const RuleEntry& entry : kRules) {
+    if (entry.name == name) return &entry;
+  }
+  throw py::value_error("Plan: rule: expected the name of an update rule, got " + name);
+}
+
+StepOptions step_options(const RuleEntry& rule, const py::dict& options) {
+  StepOptions step;
+  step.rule = rule.kind;
+  step.norm_type = norm_type(options["norm_type"].cast<double>());
+  step.clip_scope = one_of<ClipScope>(
+      options, "clip_scope",
+      {{"global", ClipScope::global}, {"group", ClipScope::group}, {"tensor", ClipScope::tensor}});
+  step.nonfinite = one_of<NonfinitePolicy>(options, "nonfinite",
+                                           {{"skip", NonfinitePolicy::skip},
+                                            {"zero", NonfinitePolicy::zero},
+                                            {"raise", NonfinitePolicy::raise},
+                                            {"propagate", NonfinitePolicy::propagate}});
+  step.penalty_before_clip =
+      one_of<bool>(options, "penalty_order", {{"before_clip", true}, {"after_clip", false}});
+  step.proximal = one_of<bool>(options, "l1_mode", {{"subgradient", false}, {"proximal", true}});
+  step.write_grads = options["write_grads"].cast<bool>();
+  step.rounding = one_of<Rounding>(options, "rounding",
+                                   {{"nearest", Rounding::nearest},
+                                    {"stochastic", Rounding::stochastic},
+                                    {"kahan", Rounding::kahan},
+                                    {"master", Rounding::master}});
+  step.rounding_seed = options["rounding_seed"].cast<uint64_t>();
+  return step;
+}
+
+}  // namespace steadygrad::bindings

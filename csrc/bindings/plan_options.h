@@ -1,0 +1,28 @@
+// What a plan is told in numbers and names, as the kernels take it.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include <pybind11/pybind11.h>
+
+#include "bindings/tensor.h"
+#include "core/rules/table.h"
+#include "core/step.h"
+
+namespace steadygrad::bindings {
+
+// The numbers of a param group, in the order in which a step takes them.
+inline constexpr const char* kGroupFields[] = {
+    "lr",       "weight_decay", "momentum", "dampening", "beta1",   "beta2",    "eps",
+    "alpha",    "lr_decay",     "nesterov", "maximize",  "amsgrad", "centered", "decoupled_weight_decay",
+    "max_norm", "clip_value",   "l1",       "l2"};
+
+// One per param group; refuses any number of them but `expected`.
+std::vector<GroupOptions> group_options_of(const py::list& groups, size_t expected);
+
+const RuleEntry* rule_named(const std::string& name);
+
+StepOptions step_options(const RuleEntry& rule, const py::dict& options);
+
+}  // namespace steadygrad::bindings

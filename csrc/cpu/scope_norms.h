@@ -1,0 +1,25 @@
+// Between the passes: from the tensors' norms to those of the clip's scopes, over all processes.
+#pragma once
+
+#include <vector>
+
+#include "core/scope_sums.h"
+#include "cpu/operations.h"
+
+namespace steadygrad::cpu {
+
+struct ScopeNorms {
+  Norm total;
+  std::vector<Norm> groups;   // where the clip's scope is a group
+  std::vector<Norm> tensors;  // where it is a tensor
+  bool found_inf = false;     // on any process
+
+  const Norm& of(ClipScope scope, int32_t tensor, int32_t group) const;
+};
+
+// `slots`: per tensor its place in the reduction; null: its own place.
+ScopeNorms scope_norms(const Tensors& tensors, const GradNorms& norms, size_t groups,
+                       const StepOptions& options, const Reduction& reduction,
+                       const std::vector<int64_t>* slots);
+
+}  // namespace steadygrad::cpu

@@ -1,0 +1,147 @@
+"""Ranks that are about to sum together say first what they hold, so that a difference is an error and not a wait.
+
+Once for each optimizer and its parameters, or list of tensors, through the store that the ranks met at: no collective,
+which would hang where one rank does not come, while the store tells who is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from typing import Any
+
+import torch.distributed as dist
+
+# Seconds that a rank waits for another one to come to the same first step.
+TIME_LIMIT = 300.0
+# Seconds for which two ranks must be seen to wait for each other.
+_PATIENCE = 2.0
+_PREFIX = "steadygrad/meshes"
+
+
+class _Agreements:
+    """What this process has agreed on under one ``init_process_group``."""
+
+    def __init__(self, store: Any) -> None:
+        self.store = store
+        self.reached: dict[tuple[tuple[int, ...], str], list[list[int]]] = {}
+        self.asked: dict[tuple[int, ...], int] = {}
+
+
+_agreements: _Agreements | None = None
+
+
+def agreed_meshes(
+    function: str,
+    ranks: tuple[int, ...],
+    meshes: list[list[int]],
+    tensors: list[str],
+    anew: bool,
+) -> list[list[int]]:
+    """The meshes as the first of ``ranks`` names them, when all have called this with the same tensors.
+
+    Args:
+        function: starts the messages.
+        ranks: those of all the meshes, ascending; this one among them.
+        meshes: the ranks of each mesh, in the order in which the tensors bring them.
+        tensors: a line on each tensor, the same on all ranks.
+        anew: whether to ask also where all have agreed on the same before, the same on all ranks.
+
+    Raises:
+        RuntimeError: another rank holds other tensors or meshes, or did not come within ``TIME_LIMIT`` seconds.
+    """
+    global _agreements
+    store = dist.distributed_c10d._get_default_store()
+    if _agreements is None or _agreements.store is not store:
+        _agreements = _Agreements(store)
+    known = _agreements
+    text = json.dumps([len(meshes), *tensors])
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    if anew or (ranks, digest) not in known.reached:
+        known.reached[ranks, digest] = _ask(known, function, ranks, digest, meshes, tensors)
+    return known.reached[ranks, digest]
+
+
+def _ask(
+    known: _Agreements,
+    function: str,
+    ranks: tuple[int, ...],
+    digest: str,
+    meshes: list[list[int]],
+    tensors: list[str],
+) -> list[list[int]]:
+    store, rank = known.store, dist.get_rank()
+    turn = known.asked.get(ranks, 0)
+    base = f"{_PREFIX}/{hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]}/{turn}"
+    if rank == ranks[0]:
+        store.set(f"{base}/first", json.dumps([meshes, tensors]))
+    store.set(f"{base}/{rank}", digest)
+    store.set(f"{_PREFIX}/waits/{rank}", json.dumps([list(ranks), turn]))
+    _wait(known, function, ranks, base)
+    known.asked[ranks] = turn + 1  # where the others did not come, it is still their turn
+    store.set(f"{_PREFIX}/waits/{rank}", "null")
+    digests = {other: _read(store, f"{base}/{other}") for other in ranks}
+    first_meshes, first_tensors = json.loads(_read(store, f"{base}/first"))
+    strangers = [other for other in ranks if digests[other] != digests[ranks[0]]]
+    if strangers:
+        theirs = _difference(tensors, first_tensors)
+        told = f"; here {theirs} on rank {ranks[0]}" if rank in strangers else ""
+        raise RuntimeError(
+            f"{function}: parameters: expected the same ones, in the same order and on the same meshes, on ranks "
+            f"{list(ranks)}, got others on ranks {strangers} than on rank {ranks[0]}{told}. Give every rank the "
+            "same param groups"
+        )
+    found: list[list[int]] = first_meshes
+    return found
+
+
+def _difference(own: list[str], first: list[str]) -> str:
+    for index, (mine, other) in enumerate(zip(own, first, strict=False)):
+        if mine != other:
+            return f"parameters[{index}] is {mine}, but {other}"
+    return f"there are {len(own)} parameters, but {len(first)}"
+
+
+def _read(store: Any, key: str) -> str:
+    value: Any = store.get(key)
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _wait(known: _Agreements, function: str, ranks: tuple[int, ...], base: str) -> None:
+    keys = [f"{base}/{rank}" for rank in ranks] + [f"{base}/first"]
+    begin = time.monotonic()
+    looked = begin
+    pause = 0.001
+    while not known.store.check(keys):
+        now = time.monotonic()
+        if now - looked > _PATIENCE or now - begin > TIME_LIMIT:
+            looked = now
+            absent = [rank for rank in ranks if not known.store.check([f"{base}/{rank}"])]
+            for other in absent:
+                _refuse_crossed_waits(known, function, ranks, other)
+            if now - begin > TIME_LIMIT:
+                raise RuntimeError(
+                    f"{function}: parameters: expected ranks {list(ranks)}, whose meshes they are on, to come to "
+                    f"the same first step, got none of ranks {absent} within {TIME_LIMIT:g} seconds. Every rank of "
+                    "a mesh has to take the step, also without gradients"
+                )
+        time.sleep(pause)
+        pause = min(2 * pause, 0.1)
+
+
+def _refuse_crossed_waits(
+    known: _Agreements, function: str, ranks: tuple[int, ...], other: int
+) -> None:
+    key = f"{_PREFIX}/waits/{other}"
+    waits = json.loads(_read(known.store, key)) if known.store.check([key]) else None
+    if waits is None:
+        return
+    others = tuple(waits[0])
+    met = known.asked.get(others, 0) > waits[1]
+    if others != ranks and dist.get_rank() in others and not met:
+        raise RuntimeError(
+            f"{function}: parameters: expected meshes over the same ranks on each, got ranks {list(ranks)} here and "
+            f"ranks {list(others)} on rank {other}. Give every rank the same param groups: where a mesh spans "
+            "ranks that others do not, every rank has to hold its DTensors, empty ones included"
+        )

@@ -1,0 +1,114 @@
+"""DTensors as the kernels take them: this process's part of each."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def dtensor_type() -> type[Any] | None:
+    """``torch.distributed.tensor.DTensor``, or None as long as nobody has imported it: then there is none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    found: type[Any] | None = getattr(module, "DTensor", None)
+    return found
+
+
+def has_dtensors(tensors: Iterable[object]) -> bool:
+    """Whether one of them is a DTensor."""
+    kind = dtensor_type()
+    return kind is not None and any(type(tensor) is kind for tensor in tensors)
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This process's part of a DTensor, in the memory that the DTensor itself has; any other tensor as it is."""
+    kind = dtensor_type()
+    if kind is None or type(tensor) is not kind:
+        return tensor
+    return _arrived(tensor._local_tensor)  # type: ignore[attr-defined]
+
+
+def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """:func:`local_tensor` of each."""
+    return [local_tensor(tensor) for tensor in tensors]
+
+
+def _arrived(local: Tensor) -> Tensor:
+    """What a collective is still filling, once it is queued behind it; the same memory."""
+    if type(local) is Tensor:
+        return local
+    wait = getattr(local, "trigger_wait", None)
+    arrived: Tensor = local if wait is None else wait()
+    return arrived
+
+
+def without_partial(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """DTensors that hold parts of sums get the sums; all ranks of their meshes have to come."""
+    return [_summed(tensor) for tensor in tensors]
+
+
+def _summed(tensor: Tensor) -> Tensor:
+    kind = dtensor_type()
+    if kind is None or type(tensor) is not kind:
+        return tensor
+    placements = tensor.placements  # type: ignore[attr-defined]
+    if not any(placement.is_partial() for placement in placements):
+        return tensor
+    from torch.distributed.tensor import Replicate
+
+    whole = [Replicate() if placement.is_partial() else placement for placement in placements]
+    with torch.no_grad():
+        summed: Tensor = tensor.redistribute(placements=whole)  # type: ignore[attr-defined]
+    return summed
+
+
+def local_gradients(
+    function: str, params: Sequence[Tensor], sums: dict[Tensor, Tensor] | None = None
+) -> list[Tensor | None]:
+    """Per parameter this process's part of the gradient, laid out as the parameter is; None where there is none.
+
+    ``sums``: gradients that are used in the place of ``.grad``.
+
+    A gradient whose layout differs from its parameter's, such as a sum of which every rank holds a part, is brought to
+    it first and takes the other's place: all ranks of the mesh have to come.
+
+    Raises:
+        TypeError: a DTensor has a gradient that is none, or the reverse.
+    """
+    kind = dtensor_type()
+    found: list[Tensor | None] = []
+    for index, param in enumerate(params):
+        total = sums.get(param) if sums else None
+        grad: Any = param.grad if total is None else total
+        if grad is not None:
+            sharded = type(grad) is kind
+            if sharded is not (type(param) is kind):
+                raise TypeError(
+                    f"{function}: parameters[{index}].grad: expected a {type(param).__name__}, as the parameter "
+                    f"is, got {type(grad).__name__}"
+                )
+            if sharded:
+                here, there = grad._spec, param._spec  # type: ignore[attr-defined]
+                if here is not there and (
+                    here.mesh is not there.mesh or here.placements != there.placements
+                ):
+                    grad = _laid_out_as(param, grad)
+                    if total is None or sums is None:
+                        param.grad = grad
+                    else:
+                        sums[param] = grad
+                grad = grad._local_tensor
+                if type(grad) is not Tensor:
+                    grad = _arrived(grad)
+        found.append(grad)
+    return found
+
+
+def _laid_out_as(param: Any, grad: Any) -> Any:
+    if grad.placements != param.placements or grad.device_mesh != param.device_mesh:
+        with torch.no_grad():
+            grad = grad.redistribute(param.device_mesh, param.placements)
+    return grad

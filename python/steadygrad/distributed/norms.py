@@ -1,0 +1,191 @@
+"""Norms over several processes: what happens between the two passes of a step or a clip."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from steadygrad.distributed.groups import as_process_group, check_process_group
+
+# A row holds the numbers of core/scope_sums.h: small, medium, large, nonfinite, nan.
+COLUMNS = 5
+_MEDIUM = 1
+
+
+def reduce_norm(norm: Tensor | float, group: Any = None, norm_type: float = 2.0) -> Tensor:
+    r"""The norm of what all ranks of ``group`` hold, from the norm of what each of them holds.
+
+    For parameters of which every rank has others, where no DTensor says so: pipeline stages, experts. In float64,
+    :math:`(\sum_r N_r^p)^{1/p}`, relative to the largest :math:`N_r`, so that no power leaves the range; the maximum
+    for p = inf. One collective, and the same bits on all ranks:
+
+    >>> norm = sg.get_total_norm([p.grad for p in stage.parameters() if p.grad is not None])
+    >>> norm = sg.distributed.reduce_norm(norm, mesh["pp"])
+    >>> sg.clip_grads_with_norm_(stage.parameters(), 1.0, norm)
+
+    Optimizers do the same by themselves: ``sg.optim.AdamW(stage.parameters(), max_norm=1.0, reduce_norm=mesh["pp"])``.
+
+    Args:
+        norm: this rank's, 0-d float32 or float64, or a number. A rank without gradients passes 0.
+        group: a process group, a device mesh of one dimension, or None for all ranks. All have to come.
+        norm_type: p, not 0 and not negative: a rank without elements would count. Default: 2.
+
+    Returns:
+        A 0-d tensor of the norm's dtype and device (a number: float64 on the CPU), which is not waited for. Infinite or
+        NaN where it is on one of the ranks.
+
+    Raises:
+        TypeError: ``norm`` is no number, ``group`` none of the above.
+        ValueError: ``norm_type`` is not positive, or the mesh has several dimensions.
+        RuntimeError: the group was destroyed, or this rank is not a member.
+    """
+    p = float(norm_type)
+    if not p > 0:
+        raise ValueError(f"reduce_norm: norm_type: expected a number > 0, got {norm_type!r}")
+    if group is None and dist.is_available() and dist.is_initialized():
+        group = dist.group.WORLD
+    process_group = as_process_group("reduce_norm: group", group)
+    if isinstance(norm, Tensor):
+        if norm.numel() != 1 or norm.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                "reduce_norm: norm: expected a float32 or float64 tensor of one element or a number, got one of "
+                f"shape {tuple(norm.shape)}, dtype {norm.dtype}"
+            )
+        own = norm.detach().double().reshape(1, 1)
+    else:
+        own = torch.tensor([[float(norm)]], dtype=torch.float64, device="cpu")
+    total = power_sum(_gathered(own, process_group), p)[0, 0]
+    return total.to(norm.dtype) if isinstance(norm, Tensor) else total
+
+
+def power_sum(norms: Tensor, p: float) -> Tensor:
+    r""":math:`(\sum N^p)^{1/p}` over the first dimension of float64 norms, relative to the extreme one."""
+    extreme = norms.amin(0) if p < 0 else norms.amax(0)
+    if math.isinf(p):
+        return extreme
+    ordinary = (extreme > 0) & extreme.isfinite()
+    ratio = torch.where(ordinary, norms / extreme, 1.0)
+    return torch.where(ordinary, extreme * ratio.pow(p).sum(0).pow(1 / p), extreme)
+
+
+def is_additive(p: float) -> bool:
+    """Whether ranks' rows are combined by adding them up, as a single reduction does."""
+    return p in (0.0, 1.0, 2.0)
+
+
+def combined_rows(stack: Tensor, p: float) -> Tensor:
+    """Rows of several ranks or scopes, (n, rows, COLUMNS), as one set of rows."""
+    total = stack.sum(0)
+    if not is_additive(p):
+        # The first row's are flags and counts, for any norm.
+        total[1:, _MEDIUM] = power_sum(stack[:, 1:, _MEDIUM], p)
+    return total
+
+
+def _gathered(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The tensors of all ranks, (ranks, ...)."""
+    gathered = tensor.new_empty(group.size() * tensor.shape[0], *tensor.shape[1:])
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(gathered, tensor.contiguous(), group=group)
+    return gathered.view(group.size(), *tensor.shape)
+
+
+def reduce_rows(rows: Tensor, p: float, group: dist.ProcessGroup) -> None:
+    """Combines the rows of all ranks in place, in one collective: a sum, or for other kinds of norms a gather."""
+    if is_additive(p):
+        dist.all_reduce(rows, group=group)
+    else:
+        rows.copy_(combined_rows(_gathered(rows, group), p))
+
+
+class NormReduction:
+    """Combines the rows that pass 1 leaves with those of other ranks; called between the passes.
+
+    First over all ranks of the parameters' meshes, in one collective. Then over every process group that was given, one
+    after the other: what its param groups hold differs from rank to rank of it, and everything else is replicated
+    there and taken from its first rank. Both carry non-finite counts and flags of all, so that all ranks decide alike.
+
+    Args:
+        function: starts the messages.
+        group: over the ranks of all meshes, or None.
+        counted: per tensor, whether this rank counts it.
+        group_count: of param groups.
+        extra: per param group a process group or None.
+        norm_type: p.
+        scope: what a limit holds for, ``"global"``, ``"group"`` or ``"tensor"``.
+        device: where the rows are.
+    """
+
+    def __init__(
+        self,
+        function: str,
+        group: dist.ProcessGroup | None,
+        counted: Sequence[bool],
+        group_count: int,
+        extra: Sequence[dist.ProcessGroup | None],
+        norm_type: float,
+        scope: str,
+        device: torch.device,
+    ) -> None:
+        self._function = function
+        self._group = group
+        self._p = float(norm_type)
+        self._group_rows = 1 + group_count
+        rows = self._group_rows + (len(counted) if scope == "tensor" else 0)
+        self._rows = torch.empty(rows, COLUMNS, dtype=torch.float64, device=device)
+        marks = torch.tensor(counted, dtype=torch.int32, device="cpu")
+        self._counted = marks.to(device, non_blocking=True)
+        self._extra = list(dict.fromkeys(e for e in extra if e is not None))
+        self._parts = _parts(extra, per_group=scope == "group")
+
+    @property
+    def for_kernels(self) -> tuple[Tensor, Tensor, NormReduction]:
+        """What the kernels take: the rows they fill, who counts what, and this."""
+        for group in (self._group, *self._extra):
+            if group is not None:
+                check_process_group(f"{self._function}: process group", group)
+        return self._rows, self._counted, self
+
+    def __call__(self) -> None:
+        """Combines the rows in place."""
+        if self._group is not None:
+            reduce_rows(self._rows, self._p, self._group)
+        if not self._extra:
+            return
+        rows = self._rows[: self._group_rows]
+        nothing = rows.new_zeros(COLUMNS)
+        parts = [self._combined_part(rows, members) for members, _ in self._parts]
+        payload = torch.stack([rows[0], *parts])
+        for extra in self._extra:
+            if extra.rank() != 0:
+                for row, (_, group) in enumerate(self._parts, start=1):
+                    if group is not extra:
+                        payload[row] = nothing
+            reduce_rows(payload, self._p, extra)
+        rows.zero_()
+        rows[0] = payload[0]
+        for row, (members, _) in enumerate(self._parts, start=1):
+            rows[1 + members[0]] = payload[row]
+
+    def _combined_part(self, rows: Tensor, members: list[int]) -> Tensor:
+        if len(members) == 1:
+            return rows[1 + members[0]]
+        picked = torch.stack([rows[1 + member] for member in members])
+        return combined_rows(torch.stack([torch.zeros_like(picked), picked], 1), self._p)[1]
+
+
+def _parts(
+    extra: Sequence[dist.ProcessGroup | None], per_group: bool
+) -> list[tuple[list[int], dist.ProcessGroup | None]]:
+    """The param groups whose rows travel as one, and the process group over which they differ."""
+    if per_group:
+        return [([number], group) for number, group in enumerate(extra)]
+    members: dict[dist.ProcessGroup | None, list[int]] = {}
+    for number, group in enumerate(extra):
+        members.setdefault(group, []).append(number)
+    return [(numbers, group) for group, numbers in members.items()]

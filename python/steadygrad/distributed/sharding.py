@@ -1,0 +1,121 @@
+"""What a step or a function does besides, where several processes share its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from steadygrad.distributed.dtensors import has_dtensors, local_gradients
+from steadygrad.distributed.groups import as_process_group, check_process_group
+from steadygrad.distributed.layout import Layout, layout_of
+from steadygrad.distributed.norms import NormReduction
+
+if TYPE_CHECKING:
+    from steadygrad.optim.options import StabilizerOptions
+
+
+class Sharding:
+    """How the parameters of one optimizer are shared; made anew whenever they are exchanged.
+
+    Args:
+        groups: the parameters of each param group, not all of them empty.
+        options: of the step.
+        previous: the one before, whose ranks have agreed on the layout if that is the same.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Sequence[Tensor]],
+        options: StabilizerOptions,
+        previous: Sharding | None,
+    ) -> None:
+        self._params = [param for group in groups for param in group]
+        self._has_dtensors = has_dtensors(self._params)
+        extra = groups_to_reduce(options.reduce_norm, len(groups))
+        self._layout: Layout | None = None
+        over_meshes: dist.ProcessGroup | None = None
+        counted = [True] * len(self._params)
+        if self._has_dtensors:
+            layout = None if previous is None else previous._layout
+            if layout is None or not layout.is_of(groups):
+                layout = Layout("step", groups, anew=True)
+            self._layout = layout
+            over_meshes, counted = layout.group, layout.counted
+        self._reduction: NormReduction | None = None
+        if over_meshes is not None or any(group is not None for group in extra):
+            self._reduction = NormReduction(
+                "step",
+                over_meshes,
+                counted,
+                len(groups),
+                extra,
+                options.norm_type,
+                options.clip_scope,
+                self._params[0].device,
+            )
+
+    @property
+    def reduction(self) -> tuple[Tensor, Tensor, NormReduction] | None:
+        """For the kernels; None where there is nothing to add up."""
+        return None if self._reduction is None else self._reduction.for_kernels
+
+    def gradients(self, sums: dict[Tensor, Tensor]) -> list[Tensor | None] | None:
+        """This process's part of each gradient or accumulated sum; None where they are taken as they are."""
+        return local_gradients("step", self._params, sums) if self._has_dtensors else None
+
+
+def sharding_of(
+    param_groups: list[dict[str, Any]], options: StabilizerOptions, previous: Sharding | None
+) -> Sharding | None:
+    """None where every parameter is this process's alone."""
+    groups = [group["params"] for group in param_groups]
+    params = [param for group in groups for param in group]
+    if not params or (options.reduce_norm is None and not has_dtensors(params)):
+        return None
+    return Sharding(groups, options, previous)
+
+
+def groups_to_reduce(reduce_norm: Any, group_count: int) -> list[dist.ProcessGroup | None]:
+    """The option, checked: per param group a process group or None.
+
+    Raises:
+        TypeError: an entry is neither a process group, a device mesh nor None.
+        ValueError: there is not one entry per param group.
+        RuntimeError: a group was destroyed, or this rank is not a member.
+    """
+    where = "step: reduce_norm"
+    if reduce_norm is None:
+        return [None] * group_count
+    if not isinstance(reduce_norm, (list, tuple)):
+        return [as_process_group(where, reduce_norm)] * group_count
+    if len(reduce_norm) != group_count:
+        raise ValueError(
+            f"{where}: expected one entry per param group, {group_count}, got {len(reduce_norm)}"
+        )
+    return [
+        None if group is None else as_process_group(f"{where}[{i}]", group)
+        for i, group in enumerate(reduce_norm)
+    ]
+
+
+def list_reduction(
+    function: str, tensors: Sequence[Tensor], taken: Sequence[bool], norm_type: float
+) -> NormReduction | None:
+    """For a function on a list of tensors, of which the kernels are given those that are ``taken``."""
+    layout = layout_of(function, tensors)
+    if layout.group is None:
+        return None
+    counted = [counts for counts, here in zip(layout.counted, taken, strict=True) if here]
+    device = tensors[0].device
+    return NormReduction(function, layout.group, counted, 1, [None], norm_type, "global", device)
+
+
+def reduced_sum(function: str, layout: Layout, value: Tensor) -> Tensor:
+    """The sum of all ranks' values."""
+    if layout.group is not None:
+        check_process_group(f"{function}: process group", layout.group)
+        dist.all_reduce(value, group=layout.group)
+    return value

@@ -1,0 +1,38 @@
+"""The step that ``torch.distributed.checkpoint`` takes only so that an optimizer has state to load into."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steadygrad.distributed.dtensors import local_tensor
+from steadygrad.memory import is_number_on
+
+
+def is_state_creation(
+    param_groups: list[dict[str, Any]],
+    numbers: list[dict[str, float]],
+    asynchronous_device: torch.device | None,
+) -> bool:
+    """Whether a step without state has zero gradients and no learning rate; ``numbers``: those of the groups."""
+    if asynchronous_device is not None:
+        # To look at the gradients is to wait for them: only where a penalty or a clip to nothing
+        # would leave traces.
+        leaves_traces = any(n["l1"] or n["l2"] or n["max_norm"] < 1e-6 for n in numbers)
+        if not leaves_traces:
+            return False
+    for group in param_groups:
+        rate = group.get("lr", 1)
+        if is_number_on(rate, asynchronous_device):
+            return False
+        if not isinstance(rate, (int, float, Tensor)) or float(rate) != 0:
+            return False
+    grads = [
+        local_tensor(param.grad)
+        for group in param_groups
+        for param in group["params"]
+        if param.grad is not None
+    ]
+    return all(not grad.is_sparse and not bool(grad.any()) for grad in grads)
