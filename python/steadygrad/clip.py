@@ -55,7 +55,7 @@ def writable_grads_of(function: str, parameters: Iterable[Tensor] | Tensor) -> l
 
 def _announced(params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
     """Kernels bump the versions of what they write; of the DTensors around that they know nothing."""
-    increment_version([p.grad for p in params if p.grad is not None])
+    increment_version([grad for p in params if (grad := p.grad) is not None])
     return grads
 
 
