@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from steadygrad.bench.case import Case
-from steadygrad.bench.environment import available_memory_bytes, cache_bytes
+from steadygrad.bench.device import HostDevice
 from steadygrad.bench.measure import (
     CaseResult,
     Contest,
@@ -50,20 +50,29 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @pytest.fixture(scope="session")
-def yardstick(threads: int) -> CopyYardstick:
-    return CopyYardstick(cache_bytes())
+def device(threads: int) -> HostDevice:
+    return HostDevice()
+
+
+@pytest.fixture(scope="session")
+def yardstick(device: HostDevice) -> CopyYardstick:
+    return device.yardstick()
 
 
 @pytest.fixture
 def side_by_side(
-    request: pytest.FixtureRequest, benchmark: Any, yardstick: CopyYardstick
+    request: pytest.FixtureRequest,
+    benchmark: Any,
+    device: HostDevice,
+    yardstick: CopyYardstick,
 ) -> Callable[[Case], None]:
     """Races a case; its numbers go to pytest-benchmark's `extra_info` and to the final table."""
 
     def run(case: Case) -> None:
-        if case.memory_needed() > available_memory_bytes():
-            pytest.skip(f"needs {case.memory_needed() / 2**30:.1f} GiB of memory")
-        contest = Contest(case, yardstick)
+        needed = case.memory_needed(device.ground.sets(case))
+        if needed > device.free_bytes():
+            pytest.skip(f"needs {needed / 2**30:.1f} GiB of memory")
+        contest = Contest(case, yardstick, device.ground)
         contest.warm_up()
         start = time.perf_counter()
         contest.race.warm_up(1)

@@ -18,7 +18,7 @@ from steadygrad.bench import cases, environment, measure, peers, report, shapes,
 from steadygrad.bench import device as bench_device
 from steadygrad.bench.device_timer import DeviceRace
 from steadygrad.bench.environment import Gpu
-from steadygrad.bench.timer import Candidate, Timing, rotating
+from steadygrad.bench.timer import Candidate, Race, Timing, once_over, rotating
 from steadygrad.console import PlainConsole
 
 TINY = shapes.ModelShapes("tiny", "tiny", ((5,), (3, 7), (2, 3, 4)))
@@ -113,6 +113,34 @@ def test_rotating_takes_turns_and_prepares_each() -> None:
     expected = ["prepare 0", "run 0", "prepare 1", "run 1", "prepare 0", "run 0"]
     assert log == expected
     assert rotating(several[:1]) is several[0]
+
+
+def test_once_over_calls_each_and_counts_them() -> None:
+    log: list[str] = []
+    several = [
+        Candidate(
+            "ours", lambda n=n: log.append(f"run {n}"), lambda n=n: log.append(f"prepare {n}")
+        )
+        for n in range(3)
+    ]
+    candidate = once_over(several)
+    ticks = iter([10.0, 16.0])
+    race = Race([candidate], clock=lambda: next(ticks))
+    race.lap(0)
+    assert log == [f"{what} {n}" for what in ("prepare", "run") for n in range(3)]
+    assert candidate.name == "ours"
+    assert race.timings()[0].seconds == (2.0,)
+
+
+@pytest.mark.parametrize("key", ["batch_norm/32x512x7x7_fp32_nhwc", "adam/resnet50"])
+def test_what_allocates_is_called_over_more_buffers_than_a_cache_holds(key: str) -> None:
+    device = bench_device.HostDevice()
+    (case,) = (case for case in device.cases() if case.key.startswith(key))
+    sets = device.ground.sets(case)
+    if case.allocates:
+        assert sets * case.working_set_bytes >= 4 * device.environment.cache_bytes
+    else:
+        assert sets == 1
 
 
 class FakeDevice(bench_device.CudaDevice):

@@ -163,7 +163,7 @@ class CaseResult:
         peers: one result per peer.
         bandwidth: the copy bandwidth in the same race; None for a case of host cost on the CPU.
         clock: "wall" or "device": the clock whose laps count.
-        buffer_sets: sets of buffers that every candidate took turns over.
+        buffer_sets: sets of buffers that every candidate has called over.
         unavailable: why peers are missing that this torch does not have.
     """
 
@@ -203,12 +203,14 @@ class Ground:
     Attributes:
         device: where the tensors live.
         race: makes the race from its candidates.
-        sets: how many sets of buffers a candidate takes turns over in a case.
+        sets: how many sets of buffers a candidate has in a case.
+        over: makes one candidate of those over each set.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     race: Callable[[Sequence[Candidate]], Race] = Race
     sets: Callable[[Case], int] = lambda case: 1
+    over: Callable[[Sequence[Candidate]], Candidate] = rotating
 
 
 class Contest:
@@ -245,10 +247,10 @@ class Contest:
         for candidate in sets:
             candidate.prepare()
             candidate.run()
-        taking_turns = rotating(sets)
+        over_all = self._ground.over(sets)
         if self.case.allocates:
-            return replace(taking_turns, prepare=self._yardstick.flush)
-        return taking_turns
+            return replace(over_all, prepare=self._yardstick.flush)
+        return over_all
 
     def warm_up(self) -> None:
         """Two untimed calls of every candidate, and as many as the race needs to know its lap."""

@@ -27,11 +27,13 @@ class Candidate:
         name: what the tables call it.
         run: the timed call.
         prepare: called before each timed call, outside the timed region.
+        calls: how many calls of what is measured one `run` makes; laps are seconds per call.
     """
 
     name: str
     run: Callable[[], object]
     prepare: Callable[[], object] = _nothing
+    calls: int = 1
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,24 @@ def rotating(candidates: Sequence[Candidate]) -> Candidate:
     return Candidate(candidates[0].name, run)
 
 
+def once_over(candidates: Sequence[Candidate]) -> Candidate:
+    """One candidate that calls all of them in one go: its data is cold each time, its code is not.
+
+    As in training, where layer follows layer; behind a flush of the caches the code would be as cold
+    as the data, which no training loop sees.
+    """
+
+    def run() -> None:
+        for candidate in candidates:
+            candidate.run()
+
+    def prepare() -> None:
+        for candidate in candidates:
+            candidate.prepare()
+
+    return Candidate(candidates[0].name, run, prepare, len(candidates))
+
+
 def round_ratios(peer: Timing, ours: Timing) -> list[float]:
     """Laps of the peer over ours, round by round; both laps of a round are neighbours in time."""
     return [p / o for p, o in zip(peer.seconds, ours.seconds, strict=True)]
@@ -147,7 +167,7 @@ class Race:
         candidate.prepare()
         start = self._clock()
         candidate.run()
-        self._laps[index].append(self._clock() - start)
+        self._laps[index].append((self._clock() - start) / candidate.calls)
 
     def run(
         self,
