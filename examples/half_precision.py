@@ -49,6 +49,16 @@ ARMS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "bf16 + master": (torch.bfloat16, {**FLOAT32_STATE, "rounding": "master"}),
 }
 
+# Several arms lie on each other: wide lines beneath narrow ones.
+STYLES: dict[str, dict[str, Any]] = {
+    "fp32": {"color": "black", "linewidth": 5.0, "alpha": 0.25},
+    "bf16 naive": {"color": "#d62728", "linewidth": 3.0, "alpha": 0.5},
+    "bf16, fp32 state": {"color": "#d62728", "linewidth": 1.0, "linestyle": "--"},
+    "bf16 + Kahan": {"color": "#2ca02c", "linewidth": 3.0, "alpha": 0.5},
+    "bf16 + stochastic": {"color": "#9467bd", "linewidth": 1.2},
+    "bf16 + master": {"color": "#1f77b4", "linewidth": 1.0, "linestyle": "--"},
+}
+
 
 class Run(TypedDict):
     """One training run."""
@@ -216,24 +226,23 @@ def note_of(steps: int, seeds: int) -> str:
 
 def plot(runs: list[Run], path: pathlib.Path) -> None:
     """The losses of the first seed, and how far each arm is above fp32, mean over the seeds."""
-    figure = Figure(figsize=(11, 4.5), dpi=140, layout="constrained")
+    figure = Figure(figsize=(11, 4.8), dpi=140, layout="constrained")
     left, right = figure.subplots(1, 2)
     by_place = {(run["arm"], run["seed"]): smoothed(run["losses"]) for run in runs}
     seeds = sorted({run["seed"] for run in runs})
-    for number, arm in enumerate(ARMS):
-        colour = "black" if arm == "fp32" else f"C{number}"
-        left.plot(by_place[arm, seeds[0]], label=arm, color=colour, linewidth=1.2)
+    for arm, style in STYLES.items():
+        left.plot(by_place[arm, seeds[0]], label=arm, **style)
         curves = [
             [a - b for a, b in zip(by_place[arm, seed], by_place["fp32", seed], strict=True)]
             for seed in seeds
         ]
-        mean = [statistics.fmean(values) for values in zip(*curves, strict=True)]
-        right.plot(mean, color=colour, linewidth=1.2)
-    left.set(xlabel="step", ylabel="training loss (mean of 25 steps)", yscale="log")
-    right.set(xlabel="step", ylabel=f"above fp32, mean of {len(seeds)} seeds")
-    left.legend()
+        right.plot([statistics.fmean(values) for values in zip(*curves, strict=True)], **style)
+    left.set(xlabel="step", ylabel="training loss in nats a byte (mean of 25 steps), seed 0")
+    right.set(xlabel="step", ylabel=f"loss above fp32's, mean of {len(seeds)} seed(s)")
+    figure.legend(loc="outside lower center", ncols=len(STYLES), frameon=False)
     for axes in (left, right):
         axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
 
 
