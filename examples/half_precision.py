@@ -237,8 +237,8 @@ def plot(runs: list[Run], path: pathlib.Path) -> None:
             for seed in seeds
         ]
         right.plot([statistics.fmean(values) for values in zip(*curves, strict=True)], **style)
-    left.set(xlabel="step", ylabel="training loss in nats a byte (mean of 25 steps), seed 0")
-    right.set(xlabel="step", ylabel=f"loss above fp32's, mean of {len(seeds)} seed(s)")
+    left.set(xlabel="step", ylabel="training loss, nats a byte (mean of 25 steps)")
+    right.set(xlabel="step", ylabel=f"above fp32, mean of {len(seeds)} seed(s)")
     figure.legend(loc="outside lower center", ncols=len(STYLES), frameon=False)
     for axes in (left, right):
         axes.grid(alpha=0.3)
