@@ -320,6 +320,7 @@ def main() -> None:
         norms, params = train(name, given.steps, device)
         if given.check:
             check(name, norms, params, given.steps, device)
+    dist.barrier()  # a rank that leaves early would cut others short
     dist.destroy_process_group()
 
 
