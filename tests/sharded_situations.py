@@ -241,6 +241,40 @@ def stages_of_shards(rank: int, world: int, meshes: Meshes) -> Found:
     return {**found, "skipped": optimizer.skipped_steps}
 
 
+def experts_of_stages(rank: int, world: int, meshes: Meshes) -> Found:
+    """Of a stage, which two ranks have alike, each has experts of its own: one group inside the other."""
+    if world != 4:
+        return {}
+    mesh = meshes.square  # dp is the pipeline here
+    found: Found = {}
+    for scope, p in (("global", 2.0), ("group", 2.0), ("global", 3.0), ("group", torch.inf)):
+        for reverse in (False, True):
+            params = []
+            for seed in (50 + mesh.get_local_rank("dp"), 60 + rank):
+                generator = torch.Generator().manual_seed(seed)
+                param = nn.Parameter(torch.zeros(5))
+                param.grad = torch.randn(5, generator=generator)
+                params.append(param)
+            groups = [({"params": params[:1]}, mesh["dp"]), ({"params": params[1:]}, meshes.flat)]
+            if reverse:
+                groups.reverse()
+            optimizer = sg.optim.SGD(
+                [group for group, _ in groups],
+                lr=1.0,
+                max_norm=0.5,
+                norm_type=p,
+                clip_scope=scope,
+                reduce_norm=[over for _, over in groups],
+            )
+            optimizer.step()
+            found[f"{scope} {p:g} {reverse}"] = {
+                "grads": [param.grad for param in params],
+                "moved": [-param.detach() for param in params],
+                "norm": float(optimizer.grad_norm),
+            }
+    return found
+
+
 def meshes_beside_each_other(rank: int, world: int, meshes: Meshes) -> Found:
     """Two meshes without a common rank in one model: every rank holds all DTensors, some of them without elements."""
     if world != 4:
@@ -349,6 +383,7 @@ SITUATIONS = (
     options_of_a_step,
     pipeline_and_experts,
     stages_of_shards,
+    experts_of_stages,
     meshes_beside_each_other,
     norms_of_ranks,
     checkpoint_into_torch,

@@ -253,6 +253,25 @@ def test_a_sharded_pipeline() -> None:
             assert rank["skipped"] == 1
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("scope", "p"), [("global", 2.0), ("group", 2.0), ("global", 3.0), ("group", torch.inf)]
+)
+def test_groups_inside_each_other(scope: str, p: float, reverse: bool) -> None:
+    for ran_on in BACKENDS[:2]:
+        if ran_on.why_not() is not None:
+            continue
+        ranks = [r[f"{scope} {p:g} {reverse}"] for r in found(4, ran_on, "experts_of_stages")]
+        stages, experts = [ranks[r]["grads"][0] for r in (0, 2)], [r["grads"][1] for r in ranks]
+        whole = nn.utils.get_total_norm(stages + experts, p)
+        norms = [nn.utils.get_total_norm(part, p) for part in (stages, experts)]
+        for rank in ranks:
+            assert_close(rank["norm"], float(whole))
+            for moved, grad, own in zip(rank["moved"], rank["grads"], norms, strict=True):
+                limited = whole if scope == "global" else own
+                assert_close([moved], [0.5 / (float(limited) + 1e-6) * grad])
+
+
 def test_meshes_without_a_common_rank() -> None:
     for ran_on in BACKENDS[:2]:
         if ran_on.why_not() is not None:

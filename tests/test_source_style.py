@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = (".ci", "benchmarks", "cmake", "csrc", "docs", "python", "tests")
+FOLDERS = (".ci", "benchmarks", "cmake", "csrc", "docs", "examples", "python", "tests")
 SOURCE_SUFFIXES = {".cpp", ".cu", ".cuh", ".h", ".py", ".pyi"}
 TEXT_SUFFIXES = SOURCE_SUFFIXES | {"", ".cmake", ".json", ".md", ".toml", ".txt"}
 

@@ -107,8 +107,9 @@ class NormReduction:
     """Combines the rows that pass 1 leaves with those of other ranks; called between the passes.
 
     First over all ranks of the parameters' meshes, in one collective. Then over every process group that was given, one
-    after the other: what its param groups hold differs from rank to rank of it, and everything else is replicated
-    there and taken from its first rank. Both carry non-finite counts and flags of all, so that all ranks decide alike.
+    after the other, small ones first: what its param groups hold differs from rank to rank of it. What belongs to a
+    group around it differs too, and waits for that one's turn; everything else is replicated there and taken from its
+    first rank. Both carry non-finite counts and flags of all, so that all ranks decide alike.
 
     Args:
         function: starts the messages.
@@ -140,7 +141,10 @@ class NormReduction:
         self._rows = torch.empty(rows, COLUMNS, dtype=torch.float64, device=device)
         marks = torch.tensor(counted, dtype=torch.int32, device="cpu")
         self._counted = marks.to(device, non_blocking=True)
-        self._extra = list(dict.fromkeys(e for e in extra if e is not None))
+        # Of groups inside each other the inner one's rows have to be whole before the outer one takes them as such.
+        distinct = dict.fromkeys(e for e in extra if e is not None)
+        self._extra = sorted(distinct, key=dist.ProcessGroup.size)
+        self._ranks = {e: set(dist.get_process_group_ranks(e)) for e in self._extra}
         self._parts = _parts(extra, per_group=scope == "group")
 
     @property
@@ -162,11 +166,15 @@ class NormReduction:
         parts = [self._combined_part(rows, members) for members, _ in self._parts]
         payload = torch.stack([rows[0], *parts])
         for extra in self._extra:
-            if extra.rank() != 0:
-                for row, (_, group) in enumerate(self._parts, start=1):
-                    if group is not extra:
-                        payload[row] = nothing
+            waiting = {}
+            for row, (_, group) in enumerate(self._parts, start=1):
+                if group is not None and self._ranks[group] > self._ranks[extra]:
+                    waiting[row] = payload[row].clone()
+                elif group is not extra and extra.rank() != 0:
+                    payload[row] = nothing
             reduce_rows(payload, self._p, extra)
+            for row, own in waiting.items():
+                payload[row] = own
         rows.zero_()
         rows[0] = payload[0]
         for row, (members, _) in enumerate(self._parts, start=1):
