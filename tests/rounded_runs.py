@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from optimizer_runs import make_ours
-from snapshots import bits
+from snapshots import assert_same_tree, bits
 from steadygrad.reference import rounding
 from tolerances import float64
 
@@ -139,3 +139,37 @@ def resumed(optimizer: Any, rule: str, params: Sequence[Tensor], wrap: bool, **o
     made = make_ours(rule, copies, HYPER[rule], wrap, **ours)
     made.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     return made
+
+
+def make(rule: str, params: Sequence[Parameter], wrap: bool = True, **ours: Any) -> Any:
+    if rule == "plain":
+        return make_ours("SGD", params, {"lr": 0.05}, wrap, **ours)
+    return make_ours(rule, params, HYPER[rule], wrap, **ours)
+
+
+def give(params: Sequence[Parameter], seed: int, bad: float | None = None) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator).to(param)
+    if bad is not None:
+        grad = params[-1].grad
+        assert grad is not None
+        grad.view(-1)[-1] = bad
+
+
+def step(optimizer: Any, params: Sequence[Parameter], *seeds: int) -> None:
+    for seed in seeds:
+        give(params, seed)
+        optimizer.step()
+        assert optimizer.path == "fused"
+
+
+def assert_same_run(a: Any, b: Any) -> None:
+    """Compare parameters, state and counters of two optimizers, bit for bit."""
+    for one, other in zip(params_of(a), params_of(b), strict=True):
+        assert torch.equal(bits(one), bits(other))
+    assert_same_tree(a.state_dict(), b.state_dict())
+
+
+def params_of(optimizer: Any) -> list[Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]

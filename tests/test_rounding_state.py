@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -16,9 +15,9 @@ from torch.nn import Parameter
 import steadygrad as sg
 from backends import Backend
 from device_twins import no_waiting
-from optimizer_runs import make_ours, make_torch
+from optimizer_runs import make_torch
 from parameter_sets import dense_parameters
-from rounded_runs import EXTRAS, HYPER, resumed
+from rounded_runs import EXTRAS, HYPER, assert_same_run, give, make, params_of, resumed, step
 from snapshots import Snapshot, assert_refused, assert_same_tree, bits
 from steadygrad.optim.options import StabilizerOptions
 
@@ -28,40 +27,6 @@ both_ways = pytest.mark.parametrize("wrap", [True, False], ids=["wrapped", "subc
 every_rounding = pytest.mark.parametrize("how", ROUNDINGS)
 # Without state, with state, and with a counter besides.
 rules = pytest.mark.parametrize("rule", ["plain", "SGD", "AdamW"])
-
-
-def make(rule: str, params: Sequence[Parameter], wrap: bool = True, **ours: Any) -> Any:
-    if rule == "plain":
-        return make_ours("SGD", params, {"lr": 0.05}, wrap, **ours)
-    return make_ours(rule, params, HYPER[rule], wrap, **ours)
-
-
-def give(params: Sequence[Parameter], seed: int, bad: float | None = None) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for param in params:
-        param.grad = torch.randn(param.shape, generator=generator).to(param)
-    if bad is not None:
-        grad = params[-1].grad
-        assert grad is not None
-        grad.view(-1)[-1] = bad
-
-
-def step(optimizer: Any, params: Sequence[Parameter], *seeds: int) -> None:
-    for seed in seeds:
-        give(params, seed)
-        optimizer.step()
-        assert optimizer.path == "fused"
-
-
-def assert_same_run(a: Any, b: Any) -> None:
-    """Compare parameters, state and counters of two optimizers, bit for bit."""
-    for one, other in zip(params_of(a), params_of(b), strict=True):
-        assert torch.equal(bits(one), bits(other))
-    assert_same_tree(a.state_dict(), b.state_dict())
-
-
-def params_of(optimizer: Any) -> list[Parameter]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 # -- refusals -------------------------------------------------------------------------------------
