@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -298,6 +299,21 @@ def meshes_beside_each_other(rank: int, world: int, meshes: Meshes) -> Found:
     return {"grads": grads, "norm": norm, "skipped": optimizer.skipped_steps}
 
 
+def meshes_that_overlap(rank: int, world: int, meshes: Meshes) -> Found:
+    """On three ranks of four; the one that is on both is a member of more groups than the others."""
+    if world < 4:
+        return {}
+    both = [DeviceMesh("cpu", torch.tensor(ranks)) for ranks in ([0, 1], [1, 2])]
+    if rank == 3:
+        return {}
+    params = [nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)])) for mesh in both]
+    for param, mesh in zip(params, both, strict=True):
+        param.grad = distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)])
+    optimizer = sg.optim.SGD(params, lr=1.0, max_norm=2.0)
+    optimizer.step()
+    return {"norm": float(optimizer.grad_norm), "weights": locals_of(params)}
+
+
 def norms_of_ranks(rank: int, world: int, meshes: Meshes) -> Found:
     reduce_norm = sg.distributed.reduce_norm
     found: Found = {f"{p:g}": reduce_norm(float(rank), None, p) for p in (1.0, 2.0, 3.0, torch.inf)}
@@ -385,6 +401,7 @@ SITUATIONS = (
     stages_of_shards,
     experts_of_stages,
     meshes_beside_each_other,
+    meshes_that_overlap,
     norms_of_ranks,
     checkpoint_into_torch,
     exchanged_shards,

@@ -298,6 +298,13 @@ def test_reduce_norm(world: int, ran_on: Backend) -> None:
         assert [kind for kind, _ in rank["refused"]] == ["TypeError", "ValueError", "TypeError"]
 
 
+def test_meshes_may_overlap_on_part_of_the_ranks(ran_on: Backend) -> None:
+    for rank in found(4, ran_on, "meshes_that_overlap")[:3]:
+        assert_close(rank["norm"], 4.0)
+        for weight in rank["weights"]:
+            assert_close(weight, torch.full_like(weight, 0.5))
+
+
 def test_state_goes_to_torch_and_back(world: int, ran_on: Backend) -> None:
     for rank in found(world, ran_on, "checkpoint_into_torch"):
         assert rank["path"] == "fused"

@@ -47,7 +47,8 @@ def accumulate(
             Default: 1.
 
     A non-finite micro-batch makes the whole step non-finite, which the optimizer's policy then skips. A step that was
-    taken or skipped ends the accumulation; one that raises leaves it as it is. ``optimizer.zero_grad()`` drops it
+    taken or skipped ends the accumulation; one that raises leaves it as it is. Copies and state dicts of the optimizer
+    do not have it. ``optimizer.zero_grad()`` drops it
     (``model.zero_grad()`` does not know of it). After an exception inside the block only ``zero_grad()`` goes on, since
     gradients that were added cannot be taken out again.
 

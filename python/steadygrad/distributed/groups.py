@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
+# Seconds that the members of a new group wait for each other, after they have agreed to make it.
+_TIME_LIMIT = 300.0
 # Groups over the ranks of a mesh of several dimensions, for which torch makes none.
 _made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+# How often they have been made under a store.
+_turns: dict[tuple[int, ...], tuple[Any, int]] = {}
 
 
 def check_process_group(where: str, process_group: Any) -> None:
@@ -29,6 +34,21 @@ def check_process_group(where: str, process_group: Any) -> None:
         raise RuntimeError(
             f"{where}: expected an initialized group, got one that was destroyed "
             "or belongs to an earlier init_process_group"
+        )
+
+
+def check_initialized(where: str) -> None:
+    """Refuses where there are no other ranks to speak to.
+
+    Raises:
+        RuntimeError: torch has no distributed package, or ``init_process_group`` was not called or was undone.
+    """
+    if not dist.is_available():
+        raise RuntimeError(f"{where}: this torch was built without torch.distributed")
+    if not dist.is_initialized():
+        raise RuntimeError(
+            f"{where}: expected an initialized group, got none: call init_process_group() first, and make meshes "
+            "anew after it was destroyed"
         )
 
 
@@ -79,8 +99,27 @@ def group_over(ranks: tuple[int, ...], meshes: list[Any]) -> dist.ProcessGroup |
         return dist.group.WORLD
     made = _made.get(ranks)
     if made is None or not is_alive(made):
+        _even_out_groups(ranks)
         made = _made[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
     return made
+
+
+def _even_out_groups(ranks: tuple[int, ...]) -> None:
+    """Brings ranks that are members of fewer groups to the number of the others, by groups of one rank.
+
+    torch names a group that only its members make by that number, too: they would wait under different names.
+    """
+    store: Any = dist.distributed_c10d._get_default_store()
+    known_store, turn = _turns.get(ranks, (None, 0))
+    turn = turn + 1 if known_store is store else 0
+    _turns[ranks] = store, turn
+    own = dist.get_rank()
+    count = len(getattr(dist.distributed_c10d._world, "pg_names", ()))
+    keys = [f"steadygrad/groups/{ranks}/{turn}/{rank}" for rank in ranks]
+    store.set(keys[ranks.index(own)], str(count))
+    store.wait(keys, timedelta(seconds=_TIME_LIMIT))
+    for _ in range(max(int(store.get(key)) for key in keys) - count):
+        dist.new_group([own], use_local_synchronization=True)
 
 
 def ranks_of(mesh: Any) -> tuple[int, ...]:

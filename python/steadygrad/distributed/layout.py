@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steadygrad.distributed.agreement import agreed_meshes
 from steadygrad.distributed.dtensors import dtensor_type
-from steadygrad.distributed.groups import group_over, ranks_of
+from steadygrad.distributed.groups import check_initialized, group_over, ranks_of
 
 
 class Layout:
@@ -45,8 +45,11 @@ class Layout:
         self.group: dist.ProcessGroup | None = None
         mesh_ranks = [ranks_of(mesh) for mesh in self._meshes]
         ranks = tuple(sorted(set().union(*mesh_ranks)))
-        # Ranks beside the meshes hold nothing of them. One alone has nothing to ask.
-        if len(ranks) < 2 or dist.get_rank() not in ranks:
+        # One rank alone has nothing to ask. Ranks beside the meshes hold nothing of them.
+        if len(ranks) < 2:
+            return
+        check_initialized(f"{function}: parameters")
+        if dist.get_rank() not in ranks:
             return
         first = agreed_meshes(function, ranks, [list(r) for r in mesh_ranks], lines, anew)
         rank = dist.get_rank()

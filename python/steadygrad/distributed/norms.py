@@ -10,7 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from steadygrad.distributed.groups import as_process_group, check_process_group
+from steadygrad.distributed.groups import (
+    as_process_group,
+    check_initialized,
+    check_process_group,
+)
 
 # A row holds the numbers of core/scope_sums.h: small, medium, large, nonfinite, nan.
 COLUMNS = 5
@@ -47,7 +51,8 @@ def reduce_norm(norm: Tensor | float, group: Any = None, norm_type: float = 2.0)
     p = float(norm_type)
     if not p > 0:
         raise ValueError(f"reduce_norm: norm_type: expected a number > 0, got {norm_type!r}")
-    if group is None and dist.is_available() and dist.is_initialized():
+    if group is None:
+        check_initialized("reduce_norm: group")
         group = dist.group.WORLD
     process_group = as_process_group("reduce_norm: group", group)
     if isinstance(norm, Tensor):

@@ -62,8 +62,8 @@ class Accumulated:
             )
         if any(param.grad is not None for param in self.sums):
             raise RuntimeError(
-                "step: accumulate: expected every backward inside a micro-batch, got a half-precision gradient from "
-                "outside; zero_grad() drops it and all micro-batches"
+                "step: accumulate: expected every backward inside a micro-batch, got a gradient from outside, or "
+                "of a parameter whose dtype has changed since; zero_grad() drops it and all micro-batches"
             )
 
     def _check_unbroken(self, function: str) -> None:

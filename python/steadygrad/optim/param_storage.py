@@ -56,11 +56,10 @@ class ParamStorage:
             return param.detach().to(torch.float32, copy=True)
         return torch.zeros_like(param).detach()
 
-    def is_extra(self, value: Any) -> bool:
+    def is_extra(self, value: Any, param: Tensor) -> bool:
         """Whether a state's entry is one. Loading a master copy, torch rounds it to the parameter."""
-        return isinstance(value, Tensor) and (
-            self.rounding != "master" or value.dtype == torch.float32
-        )
+        dtype = torch.float32 if self.rounding == "master" else param.dtype
+        return isinstance(value, Tensor) and value.dtype == dtype
 
     def dtype_for(self, param: Tensor) -> torch.dtype:
         """The dtype of a parameter's state."""

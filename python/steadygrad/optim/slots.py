@@ -40,7 +40,7 @@ def slot_of(
         made = rule.new_state(param, group, storage.dtype_for(param))
     else:
         _widen(state, names, storage.dtype_for(param))
-    if extra is not None and not storage.is_extra(state.get(extra)):
+    if extra is not None and not storage.is_extra(state.get(extra), param):
         # Of a checkpoint from elsewhere: the rest of its state stays.
         made[extra] = storage.new_extra(param)
     if made and not has_grad:

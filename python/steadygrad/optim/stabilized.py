@@ -144,7 +144,7 @@ class StepOutcome:
 
     @property
     def clipped_steps(self) -> int:
-        """Steps in which a clip was active; saved with the state dict."""
+        """Steps in which the clip by the norm was active; saved with the state dict."""
         return self._counter(COUNTERS[1])
 
     def _flush(self) -> None:

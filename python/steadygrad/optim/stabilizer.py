@@ -57,7 +57,8 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
         nonfinite: on infinite or NaN elements, anywhere: ``"skip"`` leaves parameters, state and step counters as they
             are and counts the step in :attr:`skipped_steps`; ``"zero"`` takes the elements as 0; ``"raise"`` raises
             :class:`steadygrad.NonfiniteGradientError`; ``"propagate"`` does what torch does. Default: ``"skip"``.
-        write_grads: also write the gradient that the update used into ``.grad``. Default: False.
+        write_grads: also write the gradient that the update uses into ``.grad``, before the update and in the dtype of
+            ``.grad``: in half precision the update sees it rounded. Default: False.
         state_dtype: dtype of the state (``exp_avg`` and the like) of bf16 and fp16 parameters: None keeps the
             parameter's, as torch has it; ``torch.float32``. Default: None.
         rounding: what becomes of the bits of an update that a bf16 or fp16 parameter cannot hold. ``"nearest"`` loses
@@ -81,8 +82,9 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
     stored, since the loss did; weight decay and the proximal step act on the value that is updated. A parameter that
     somebody else has written, by loading a model after its optimizer for instance, counts as written: where
     ``master_param`` no longer rounds to it, or it is not the rounded sum of itself and its compensation, what was kept
-    is dropped. Sources: Micikevicius et al. 2018 (master weights), Zamirai et al. 2020, "Revisiting BFloat16 training"
-    (the other two), Kahan 1965.
+    is dropped. (A compensation may stay with a number of like size, as it is at most half of its last bit. In fp16 it
+    keeps little of parameters below 0.01, since fp16 ends at 6e-8: take ``"master"`` there.) Sources: Micikevicius et
+    al. 2018 (master weights), Zamirai et al. 2020, "Revisiting BFloat16 training" (the other two), Kahan 1965.
 
     Raises:
         TypeError: ``optimizer`` is none.
