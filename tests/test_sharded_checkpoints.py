@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def found_by(world: int, folder: Path) -> Found:
     if world == 1:
         found_by(2, folder)  # saves
-        return checkpoint_rank.resume(folder, None)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            return checkpoint_rank.resume(folder, None)
     if world == 4:
         found_by(2, folder)
     results = processes.outcome(RANK, world, TIME_LIMIT, str(folder))
@@ -76,13 +79,27 @@ def before(case: Case) -> Found:
 
 
 @cache
-def after(saved: Case, case: Case, old: bool = False) -> Found:
-    """What one process has that goes on from torch's plain state dict."""
-    net, optimizer = begun(saved)
-    if (saved, old) != (case, False):
-        whole = copy.deepcopy(optimizer.state_dict())
-        optimizer = case.optimizer(net, lr=3.0)
-        optimizer.load_state_dict(checkpoint_rank.without_new_keys(whole) if old else whole)
+def after(case: Case) -> Found:
+    """What one process has that was not interrupted."""
+    net, optimizer = begun(case)
+    train(net, optimizer, range(BEFORE, BEFORE + AFTER))
+    return contents(net, optimizer)
+
+
+def continued(saved: Found, case: Case) -> Found:
+    """What one process has that goes on from torch's plain state dicts."""
+    net = network(case, seed=2)
+    net.load_state_dict(saved["weights"])
+    optimizer = case.optimizer(net, lr=3.0)
+    whole = optimizer.state_dict()
+    names = [n for n in saved["state"] if not n.startswith("down")]
+    names += [n for n in saved["state"] if n.startswith("down")]
+    whole["state"] = {i: saved["state"][name] for i, name in enumerate(names)}
+    for group, values in zip(whole["param_groups"], saved["groups"], strict=True):
+        own = {"params": group["params"]}
+        group.clear()
+        group.update(values | own)
+    optimizer.load_state_dict(copy.deepcopy(whole))
     train(net, optimizer, range(BEFORE, BEFORE + AFTER))
     return contents(net, optimizer)
 
@@ -110,7 +127,7 @@ def test_two_ranks_save_what_one_process_has(case: Case, folder: Path) -> None:
         assert ranks["saved"][str(case)]["groups"][0]["rounded_steps"] == BEFORE - 1
     else:
         assert_same_bits(ranks["saved"][str(case)], before(case))
-    assert_gone_on(ranks["uninterrupted"][str(case)], after(case, case), case, 2, False)
+    assert_gone_on(ranks["uninterrupted"][str(case)], after(case), case, 2, False)
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -133,7 +150,7 @@ def test_whole_state_dicts_are_shared_out(way: str, case: Case, world: int, fold
     two = found_by(2, folder)
     if way == "one process":
         assert_same_bits(resumed["loaded"], before(case))
-        assert_gone_on(resumed["after"], after(case, case), case, world, same_draws=False)
+        assert_gone_on(resumed["after"], after(case), case, world, same_draws=False)
         return
     assert_same_bits(resumed["loaded"], two["saved"][str(case)])
     want = two["uninterrupted"][str(case)]
@@ -152,7 +169,7 @@ def test_checkpoints_of_torch_go_on_in_ours(
     assert group["lr"] == 0.1  # the saved one
     assert group["max_norm"] == 1.5  # which it lacks
     assert group["skipped_steps"] == 0
-    torch.testing.assert_close(resumed["after"], after(saved, case), rtol=1e-6, atol=1e-6)
+    assert_same_bits(resumed["after"], continued(found_by(2, folder)["saved"][str(saved)], case))
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -171,11 +188,12 @@ def test_checkpoints_of_ours_go_on_in_torchs(
             if key in state:
                 loaded = resumed["loaded"]["state"][name][key]
                 assert_same_bits(loaded, state[key].to(loaded.dtype))
-    if saved.rounding != "stochastic":
-        want = after(saved, checkpoint_rank.into_torch(saved))
-        torch.testing.assert_close(
-            resumed["after"]["weights"], want["weights"], rtol=1e-6, atol=1e-6
-        )
+    want = continued(two, checkpoint_rank.into_torch(saved))
+    # torch rounds half precision differently at the end of a vector.
+    error = 1e-6 if saved.dtype == torch.float32 else 0.02
+    torch.testing.assert_close(
+        resumed["after"]["weights"], want["weights"], rtol=error, atol=error
+    )
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -189,5 +207,5 @@ def test_checkpoints_from_before_the_options_load(case: Case, world: int, folder
     for key in set(OLD_KEYS) & set(group):  # what the fresh optimizer had
         assert not group[key]
     assert_same_bits(resumed["loaded"]["weights"], two["weights"])
-    want = after(case, case, old=True)
+    want = continued(checkpoint_rank.without_new_keys(two), case)
     assert_gone_on(resumed["after"], want, case, world, same_draws=False)
