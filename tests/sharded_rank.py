@@ -16,6 +16,7 @@ import steadygrad as sg
 from backends import BACKENDS
 from sharded_cases import CASES, EMULATED_CASES, MAX_NORM, Case
 from sharded_layouts import Meshes, local, training, whole
+from sharded_precision import PRECISION
 from sharded_refusals import REFUSALS
 from sharded_situations import SITUATIONS
 
@@ -78,7 +79,7 @@ def main(rank: int, world: int, folder: Path) -> None:
                 if case.world == world:
                     sys.stderr.write(f"{case}\n")
                     found[str(case)] = run_case(case, meshes)
-            for situation in SITUATIONS:
+            for situation in (*SITUATIONS, *PRECISION):
                 sys.stderr.write(f"{backend} {situation.__name__}\n")
                 found[f"{backend} {situation.__name__}"] = situation(rank, world, meshes)
     for refusal in REFUSALS:
