@@ -85,6 +85,7 @@ def main(rank: int, world: int, folder: Path) -> None:
     for refusal in REFUSALS:
         sys.stderr.write(f"{refusal.__name__}\n")
         found[refusal.__name__] = refusal(rank, world, meshes)
+        dist.barrier()  # as a rank that asks again at once may be heard by one that still waits
     torch.save(found, folder / f"found{rank}")
     dist.destroy_process_group()
 
