@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import steadygrad as sg
-from steadygrad.optim.stabilized import StepOutcome
 from sharded_cases import Network, groups_of
+from steadygrad.optim.stabilized import StepOutcome
 
 Found = dict[str, Any]
 

@@ -153,6 +153,17 @@ def stages_scaled(rank: int, world: int, meshes: Meshes) -> Found:
     return {"scales": scales, "skipped": optimizer.skipped_steps}
 
 
+def warm_up_from_nothing(rank: int, world: int, meshes: Meshes) -> Found:
+    """A first learning rate of 0, where one rank has a gradient: not a step that only creates state."""
+    ones = torch.ones(8, 2, dtype=torch.bfloat16)
+    param = nn.Parameter(distribute_tensor(ones, meshes.flat, [Shard(0)], src_data_rank=None))
+    param.grad = like(param, torch.cat([ones[:1], 0 * ones[1:]]))
+    optimizer = sg.optim.SGD([param], lr=0.0, momentum=0.9, rounding="stochastic")
+    optimizer.step()
+    norm, rounded = optimizer.grad_norm, optimizer.state_dict()["param_groups"][0]["rounded_steps"]
+    return {"norm": None if norm is None else float(norm), "rounded": rounded}
+
+
 def mixed_precision(rank: int, world: int, meshes: Meshes) -> Found:
     """fully_shard's own: parameters in float32, everything else in bf16."""
     layer = product(torch.float32)
@@ -169,7 +180,7 @@ def mixed_precision(rank: int, world: int, meshes: Meshes) -> Found:
 
 
 def data_parallel_accumulation(rank: int, world: int, meshes: Meshes) -> Found:
-    """Micro-batches under DistributedDataParallel, all but the last in no_sync; then a scaler's overflow on one rank."""
+    """Micro-batches under DistributedDataParallel, all but the last in no_sync; an overflow on one rank."""
     model = nn.parallel.DistributedDataParallel(product(torch.float32))
     optimizer = sg.optim.SGD(model.parameters(), lr=0.5, momentum=0.9, max_norm=0.25)
     scaler = sg.GradScaler("cpu", init_scale=2.0**10)
@@ -207,6 +218,7 @@ PRECISION = (
     accumulated,
     scaled,
     stages_scaled,
+    warm_up_from_nothing,
     mixed_precision,
     data_parallel_accumulation,
 )

@@ -191,9 +191,7 @@ def test_checkpoints_of_ours_go_on_in_torchs(
     want = continued(two, checkpoint_rank.into_torch(saved))
     # torch rounds half precision differently at the end of a vector.
     error = 1e-6 if saved.dtype == torch.float32 else 0.02
-    torch.testing.assert_close(
-        resumed["after"]["weights"], want["weights"], rtol=error, atol=error
-    )
+    torch.testing.assert_close(resumed["after"]["weights"], want["weights"], rtol=error, atol=error)
 
 
 @pytest.mark.parametrize("world", WORLDS)

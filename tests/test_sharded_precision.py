@@ -26,9 +26,7 @@ from test_sharded_situations import found
 from test_sharded_situations import ran_on as ran_on
 from test_sharded_situations import world as world
 
-SCALERS = [
-    f"{kind} {unscaled}" for kind in ("ours", "torch") for unscaled in (False, True)
-]
+SCALERS = [f"{kind} {unscaled}" for kind in ("ours", "torch") for unscaled in (False, True)]
 
 
 def assert_same_bits(got: Any, want: Any) -> None:
@@ -119,7 +117,9 @@ def test_an_overflow_on_one_rank_lowers_the_scale_of_all(
     result = joined(ranks)
     skips = sum(map(spoilt, range(SCALED_STEPS)))
     assert result["groups"][0]["skipped_steps"] == skips
-    assert_same_bits({key: result[key] for key in result if key != "scales"}, contents(net, optimizer))
+    assert_same_bits(
+        {key: result[key] for key in result if key != "scales"}, contents(net, optimizer)
+    )
 
 
 def test_an_overflow_in_one_stage_lowers_the_scale_of_all(world: int, ran_on: Backend) -> None:
@@ -128,6 +128,11 @@ def test_an_overflow_in_one_stage_lowers_the_scale_of_all(world: int, ran_on: Ba
         assert rank["scales"] == ranks[0]["scales"]
         assert rank["scales"][0] == 2.0**15
         assert rank["skipped"] == sum(map(spoilt, range(SCALED_STEPS)))
+
+
+def test_a_warm_up_from_nothing_is_a_step_on_all(world: int, ran_on: Backend) -> None:
+    for rank in found(world, ran_on, "warm_up_from_nothing"):
+        assert rank == {"norm": pytest.approx(2**0.5), "rounded": 1}
 
 
 def test_mixed_precision_of_fully_shard(world: int, ran_on: Backend) -> None:
