@@ -18,10 +18,11 @@ Found = list[dict[str, Any]]  # of each rank
 
 
 @cache
-def outcome(script: Path, world: int, time_limit: float) -> Found | str:
+def outcome(script: Path, world: int, time_limit: float, *arguments: str) -> Found | str:
     """What the ranks found; or how they failed, so that no test waits for it again.
 
-    The script gets its rank, the number of ranks and a folder, where it leaves ``found<rank>`` by ``torch.save``.
+    The script gets its rank, the number of ranks and a folder, where it leaves ``found<rank>`` by ``torch.save``; then
+    the arguments.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     with tempfile.TemporaryDirectory() as name:
@@ -30,7 +31,10 @@ def outcome(script: Path, world: int, time_limit: float) -> Found | str:
         command = [sys.executable, "-W", "error", str(script)]
         ranks = [
             subprocess.Popen(
-                [*command, str(rank), str(world), name], stderr=log, stdout=log, env=environment
+                [*command, str(rank), str(world), name, *arguments],
+                stderr=log,
+                stdout=log,
+                env=environment,
             )
             for rank, log in enumerate(logs)
         ]
@@ -57,9 +61,9 @@ def outcome(script: Path, world: int, time_limit: float) -> Found | str:
         return [torch.load(folder / f"found{rank}") for rank in range(world)]
 
 
-def found(script: Path, world: int, time_limit: float, name: str) -> Found:
+def found(script: Path, world: int, time_limit: float, name: str, *arguments: str) -> Found:
     """What each rank found under this name; fails where the ranks did."""
-    results = outcome(script, world, time_limit)
+    results = outcome(script, world, time_limit, *arguments)
     if isinstance(results, str):
         pytest.fail(results, pytrace=False)
     return [result[name] for result in results]

@@ -16,6 +16,7 @@ import steadygrad as sg
 from backends import BACKENDS
 from sharded_cases import CASES, EMULATED_CASES, MAX_NORM, Case
 from sharded_layouts import Meshes, local, training, whole
+from sharded_precision import PRECISION
 from sharded_refusals import REFUSALS
 from sharded_situations import SITUATIONS
 
@@ -78,12 +79,13 @@ def main(rank: int, world: int, folder: Path) -> None:
                 if case.world == world:
                     sys.stderr.write(f"{case}\n")
                     found[str(case)] = run_case(case, meshes)
-            for situation in SITUATIONS:
+            for situation in (*SITUATIONS, *PRECISION):
                 sys.stderr.write(f"{backend} {situation.__name__}\n")
                 found[f"{backend} {situation.__name__}"] = situation(rank, world, meshes)
     for refusal in REFUSALS:
         sys.stderr.write(f"{refusal.__name__}\n")
         found[refusal.__name__] = refusal(rank, world, meshes)
+        dist.barrier()  # as a rank that asks again at once may be heard by one that still waits
     torch.save(found, folder / f"found{rank}")
     dist.destroy_process_group()
 

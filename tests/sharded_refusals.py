@@ -24,13 +24,14 @@ def sharded(mesh: DeviceMesh, rows: int = 4) -> nn.Parameter:
     here = mesh.get_coordinate()
     part = torch.ones(0 if here is None else rows // mesh.size(), 2)
     shape = {"shape": torch.Size((rows, 2)), "stride": (2, 1)}
-    param = nn.Parameter(DTensor.from_local(part, mesh, [Shard(0)], run_check=False, **shape))
-    param.grad = DTensor.from_local(part.clone(), mesh, [Shard(0)], run_check=False, **shape)
+    lies = [Shard(0)] * mesh.ndim
+    param = nn.Parameter(DTensor.from_local(part, mesh, lies, run_check=False, **shape))
+    param.grad = DTensor.from_local(part.clone(), mesh, lies, run_check=False, **shape)
     return param
 
 
-def refused_step(params: list[torch.Tensor], **options: Any) -> Found:
-    optimizer = sg.optim.AdamW(params, lr=0.1, **options)
+def refused_step(params: list[torch.Tensor], groups: Any = None, **options: Any) -> Found:
+    optimizer = sg.optim.AdamW(groups or params, lr=0.1, **options)
     before = locals_of(params)
     began = time.monotonic()
     raised = message(optimizer.step)
@@ -100,6 +101,72 @@ def other_meshes(rank: int, world: int, meshes: Meshes) -> Found:
     return refused_step([sharded(DeviceMesh("cpu", reaches, _init_backend=False))])
 
 
+def other_groups(rank: int, world: int, meshes: Meshes) -> Found:
+    """The same parameters, but the last rank has them in one param group."""
+    params = [sharded(meshes.flat), sharded(meshes.flat, 8)]
+    groups = [{"params": params}]
+    if rank != world - 1:
+        groups = [{"params": params[:1]}, {"params": params[1:]}]
+    found = {"split": refused_step(params, groups=groups)}
+    if world == 4:
+        flat = DeviceMesh("cpu", [0, 1, 2, 3], _init_backend=False)
+        square = DeviceMesh("cpu", [[0, 1], [2, 3]], _init_backend=False)
+        found["mesh"] = refused_step([sharded(square if rank == 3 else flat)])
+    return found
+
+
+# Each with what the other ranks have, and what the last one has.
+OTHER_OPTIONS = {
+    "norm_type": (2.0, torch.inf),
+    "clip_scope": ("global", "tensor"),
+    "nonfinite": ("raise", "skip"),
+    "max_norm": (1.0, 2.0),
+    "l1": (0.0, 0.5),
+    "l1_mode": ("subgradient", "proximal"),
+    "penalty_order": ("before_clip", "after_clip"),
+    "rounding": ("nearest", "kahan"),
+    "reduce_norm": (None, "everyone"),
+}
+
+
+def other_options(rank: int, world: int, meshes: Meshes) -> Found:
+    """Something else asked for on the last rank; for parameters that are no DTensors what matters to collectives."""
+    last = rank == world - 1
+    found = {}
+    for name, values in OTHER_OPTIONS.items():
+        value = dist.group.WORLD if values[last] == "everyone" else values[last]
+        found[name] = refused_step([sharded(meshes.flat)], **{name: value})
+    plain = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    for param in plain:
+        param.grad = torch.ones(2)
+    everyone = dist.group.WORLD
+    shared: Found = {"norm_type": 5.0}  # which has not been agreed upon before
+    found["stages: clip_scope"] = refused_step(
+        plain, reduce_norm=everyone, clip_scope="tensor" if last else "global", **shared
+    )
+    groups = [{"params": plain[:1]}, {"params": plain[1:]}]
+    found["stages: reduce_norm"] = refused_step(
+        plain, groups=groups, reduce_norm=[everyone if last else None, everyone], norm_type=7.0
+    )
+    return found
+
+
+def master_of_double(rank: int, world: int, meshes: Meshes) -> Found:
+    param = sharded(meshes.flat)
+    wide = nn.Parameter(param.detach().double())
+    wide.grad = param.grad.double()
+    plain = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    plain.grad = torch.ones(2, dtype=torch.float64)
+    found = {
+        "sharded": refused_step([param, wide], rounding="master"),
+        "plain": refused_step([param, plain], rounding="master"),
+    }
+    # The next step of all ranks meets as if nothing had been.
+    optimizer = sg.optim.AdamW([param], lr=0.1, rounding="master")
+    optimizer.step()
+    return {**found, "norm": float(optimizer.grad_norm)}
+
+
 def a_rank_that_does_not_come(rank: int, world: int, meshes: Meshes) -> Found:
     """The last one has no DTensor at all, and steps on its own."""
     limit, agreement.TIME_LIMIT = agreement.TIME_LIMIT, 2.0
@@ -117,5 +184,8 @@ REFUSALS = (
     wrong_arguments,
     other_tensors,
     other_meshes,
+    other_groups,
+    other_options,
+    master_of_double,
     a_rank_that_does_not_come,
 )

@@ -18,6 +18,7 @@ TIME_LIMIT = 300.0
 # Seconds for which two ranks must be seen to wait for each other.
 _PATIENCE = 2.0
 _PREFIX = "steadygrad/meshes"
+_WITHDRAWN = "withdrawn"
 
 
 class _Agreements:
@@ -27,6 +28,9 @@ class _Agreements:
         self.store = store
         self.reached: dict[tuple[tuple[int, ...], str], list[list[int]]] = {}
         self.asked: dict[tuple[int, ...], int] = {}
+        self.questions = 0
+        # What other ranks waited for when this one refused to wait on: said once, it is not news later.
+        self.refused: set[tuple[int, int]] = set()
 
 
 _agreements: _Agreements | None = None
@@ -37,30 +41,38 @@ def agreed_meshes(
     ranks: tuple[int, ...],
     meshes: list[list[int]],
     tensors: list[str],
+    settings: list[str],
     anew: bool,
 ) -> list[list[int]]:
-    """The meshes as the first of ``ranks`` names them, when all have called this with the same tensors.
+    """The meshes as the first of ``ranks`` names them, when all have called this with the same tensors and settings.
 
     Args:
         function: starts the messages.
         ranks: those of all the meshes, ascending; this one among them.
         meshes: the ranks of each mesh, in the order in which the tensors bring them.
         tensors: a line on each tensor, the same on all ranks.
+        settings: a line on each option that has to be the same on all ranks.
         anew: whether to ask also where all have agreed on the same before, the same on all ranks.
 
     Raises:
-        RuntimeError: another rank holds other tensors or meshes, or did not come within ``TIME_LIMIT`` seconds.
+        RuntimeError: another rank holds other tensors or meshes or has other settings, or did not come within
+            ``TIME_LIMIT`` seconds.
     """
     global _agreements
     store = dist.distributed_c10d._get_default_store()
     if _agreements is None or _agreements.store is not store:
         _agreements = _Agreements(store)
     known = _agreements
-    text = json.dumps([len(meshes), *tensors])
-    digest = hashlib.sha256(text.encode()).hexdigest()
+    digest = f"{_digest([len(meshes), *tensors])} {_digest(settings)}"
     if anew or (ranks, digest) not in known.reached:
-        known.reached[ranks, digest] = _ask(known, function, ranks, digest, meshes, tensors)
+        known.reached[ranks, digest] = _ask(
+            known, function, ranks, digest, meshes, tensors, settings
+        )
     return known.reached[ranks, digest]
+
+
+def _digest(lines: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
 
 
 def _ask(
@@ -70,20 +82,26 @@ def _ask(
     digest: str,
     meshes: list[list[int]],
     tensors: list[str],
+    settings: list[str],
 ) -> list[list[int]]:
     store, rank = known.store, dist.get_rank()
     turn = known.asked.get(ranks, 0)
     base = f"{_PREFIX}/{hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]}/{turn}"
     if rank == ranks[0]:
-        store.set(f"{base}/first", json.dumps([meshes, tensors]))
+        store.set(f"{base}/first", json.dumps([meshes, tensors, settings]))
     store.set(f"{base}/{rank}", digest)
-    store.set(f"{_PREFIX}/waits/{rank}", json.dumps([list(ranks), turn]))
-    _wait(known, function, ranks, base)
+    store.set(f"{_PREFIX}/waits/{rank}", json.dumps([list(ranks), turn, known.questions]))
+    known.questions += 1
+    try:
+        _wait(known, function, ranks, base)
+    except RuntimeError:
+        store.set(f"{base}/{rank}", _WITHDRAWN)  # or it would answer the next question of this turn
+        raise
     known.asked[ranks] = turn + 1  # where the others did not come, it is still their turn
     store.set(f"{_PREFIX}/waits/{rank}", "null")
-    digests = {other: _read(store, f"{base}/{other}") for other in ranks}
-    first_meshes, first_tensors = json.loads(_read(store, f"{base}/first"))
-    strangers = [other for other in ranks if digests[other] != digests[ranks[0]]]
+    digests = {other: _read(store, f"{base}/{other}").split() for other in ranks}
+    first_meshes, first_tensors, first_settings = json.loads(_read(store, f"{base}/first"))
+    strangers = _others(digests, ranks, part=0)
     if strangers:
         theirs = _difference(tensors, first_tensors)
         told = f"; here {theirs} on rank {ranks[0]}" if rank in strangers else ""
@@ -92,8 +110,22 @@ def _ask(
             f"{list(ranks)}, got others on ranks {strangers} than on rank {ranks[0]}{told}. Give every rank the "
             "same param groups"
         )
+    strangers = _others(digests, ranks, part=1)
+    if strangers:
+        pairs = zip(settings, first_settings, strict=False)
+        theirs = next((f"{a}, but {b}" for a, b in pairs if a != b), "there are more or fewer")
+        told = f"; here {theirs} on rank {ranks[0]}" if rank in strangers else ""
+        raise RuntimeError(
+            f"{function}: options: expected the same ones on ranks {list(ranks)}, which step together, got others on "
+            f"ranks {strangers} than on rank {ranks[0]}{told}"
+        )
     found: list[list[int]] = first_meshes
     return found
+
+
+def _others(digests: dict[int, list[str]], ranks: tuple[int, ...], part: int) -> list[int]:
+    first = digests[ranks[0]][part]
+    return [rank for rank in ranks if digests[rank][part] != first]
 
 
 def _difference(own: list[str], first: list[str]) -> str:
@@ -109,15 +141,13 @@ def _read(store: Any, key: str) -> str:
 
 
 def _wait(known: _Agreements, function: str, ranks: tuple[int, ...], base: str) -> None:
-    keys = [f"{base}/{rank}" for rank in ranks] + [f"{base}/first"]
     begin = time.monotonic()
     looked = begin
     pause = 0.001
-    while not known.store.check(keys):
+    while absent := _absent(known.store, ranks, base):
         now = time.monotonic()
         if now - looked > _PATIENCE or now - begin > TIME_LIMIT:
             looked = now
-            absent = [rank for rank in ranks if not known.store.check([f"{base}/{rank}"])]
             for other in absent:
                 _refuse_crossed_waits(known, function, ranks, other)
             if now - begin > TIME_LIMIT:
@@ -130,6 +160,13 @@ def _wait(known: _Agreements, function: str, ranks: tuple[int, ...], base: str) 
         pause = min(2 * pause, 0.1)
 
 
+def _absent(store: Any, ranks: tuple[int, ...], base: str) -> list[int]:
+    keys = [f"{base}/{rank}" for rank in ranks]
+    if store.check([*keys, f"{base}/first"]):
+        return [r for r, key in zip(ranks, keys, strict=True) if _read(store, key) == _WITHDRAWN]
+    return [r for r, key in zip(ranks, keys, strict=True) if not store.check([key])] or [ranks[0]]
+
+
 def _refuse_crossed_waits(
     known: _Agreements, function: str, ranks: tuple[int, ...], other: int
 ) -> None:
@@ -138,8 +175,9 @@ def _refuse_crossed_waits(
     if waits is None:
         return
     others = tuple(waits[0])
-    met = known.asked.get(others, 0) > waits[1]
+    met = known.asked.get(others, 0) > waits[1] or (other, waits[2]) in known.refused
     if others != ranks and dist.get_rank() in others and not met:
+        known.refused.add((other, waits[2]))
         raise RuntimeError(
             f"{function}: parameters: expected meshes over the same ranks on each, got ranks {list(ranks)} here and "
             f"ranks {list(others)} on rank {other}. Give every rank the same param groups: where a mesh spans "

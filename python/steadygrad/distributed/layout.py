@@ -25,7 +25,13 @@ class Layout:
         group: over all ranks of all the meshes; None where there is nothing to add up.
     """
 
-    def __init__(self, function: str, groups: Sequence[Sequence[Tensor]], anew: bool) -> None:
+    def __init__(
+        self,
+        function: str,
+        groups: Sequence[Sequence[Tensor]],
+        anew: bool,
+        settings: Sequence[str] = (),
+    ) -> None:
         self._key, self._kept = _key_of(groups)
         self._meshes: list[Any] = []
         self._places: dict[tuple[int, Any], tuple[int, str, bool]] = {}
@@ -51,7 +57,8 @@ class Layout:
         check_initialized(f"{function}: parameters")
         if dist.get_rank() not in ranks:
             return
-        first = agreed_meshes(function, ranks, [list(r) for r in mesh_ranks], lines, anew)
+        own = [list(r) for r in mesh_ranks]
+        first = agreed_meshes(function, ranks, own, lines, list(settings), anew)
         rank = dist.get_rank()
         here = [rank in mesh for mesh in first]
         self.counted = [

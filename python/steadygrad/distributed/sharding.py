@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import Tensor
 
+from steadygrad.distributed.agreement import agreed_meshes
 from steadygrad.distributed.dtensors import has_dtensors, local_gradients
 from steadygrad.distributed.groups import as_process_group, check_process_group
 from steadygrad.distributed.layout import Layout, layout_of
@@ -21,17 +22,18 @@ class Sharding:
     """How the parameters of one optimizer are shared; made anew whenever they are exchanged.
 
     Args:
-        groups: the parameters of each param group, not all of them empty.
+        param_groups: of the optimizer, not all of them without parameters.
         options: of the step.
         previous: the one before, whose ranks have agreed on the layout if that is the same.
     """
 
     def __init__(
         self,
-        groups: Sequence[Sequence[Tensor]],
+        param_groups: Sequence[dict[str, Any]],
         options: StabilizerOptions,
         previous: Sharding | None,
     ) -> None:
+        groups = [group["params"] for group in param_groups]
         self._params = [param for group in groups for param in group]
         self._has_dtensors = has_dtensors(self._params)
         extra = groups_to_reduce(options.reduce_norm, len(groups))
@@ -41,9 +43,12 @@ class Sharding:
         if self._has_dtensors:
             layout = None if previous is None else previous._layout
             if layout is None or not layout.is_of(groups):
-                layout = Layout("step", groups, anew=True)
+                settings = _settings(param_groups, options, extra)
+                layout = Layout("step", groups, anew=True, settings=settings)
             self._layout = layout
             over_meshes, counted = layout.group, layout.counted
+        for group in dict.fromkeys(each for each in extra if each is not None):
+            _agree_on_options(group, options, extra)
         self._reduction: NormReduction | None = None
         if over_meshes is not None or any(group is not None for group in extra):
             self._reduction = NormReduction(
@@ -75,7 +80,50 @@ def sharding_of(
     params = [param for group in groups for param in group]
     if not params or (options.reduce_norm is None and not has_dtensors(params)):
         return None
-    return Sharding(groups, options, previous)
+    return Sharding(param_groups, options, previous)
+
+
+# What all ranks have to have alike: else they would wait for another collective, or part ways.
+_SHARED_OPTIONS = ("clip_scope", "nonfinite", "penalty_order", "l1_mode", "rounding", "state_dtype")
+_SHARED_NUMBERS = ("max_norm", "clip_value", "l1", "l2")
+
+
+def _settings(
+    param_groups: Sequence[dict[str, Any]],
+    options: StabilizerOptions,
+    extra: list[dist.ProcessGroup | None],
+) -> list[str]:
+    """A line on each option, for ranks that share DTensors."""
+    lines = [f"norm_type is {float(options.norm_type)}"]
+    lines += [f"{name} is {getattr(options, name)!r}" for name in _SHARED_OPTIONS]
+    sizes = [None if group is None else group.size() for group in extra]
+    lines.append(f"reduce_norm has groups of {sizes} ranks")
+    for i, group in enumerate(param_groups):
+        for key in _SHARED_NUMBERS:
+            value = group.get(key, getattr(options, key))
+            number = None if value is None else float(value)
+            lines.append(f"{key} of param_groups[{i}] is {number}")
+    return lines
+
+
+def _agree_on_options(
+    group: dist.ProcessGroup, options: StabilizerOptions, extra: list[dist.ProcessGroup | None]
+) -> None:
+    """Of ranks that hold different parameters only what their collectives depend on."""
+    if group.size() < 2:
+        return
+    names = {None: "replicated", group: "this group"}
+    travel = [names.get(each, "another group") for each in extra]
+    if options.clip_scope != "group":
+        travel = sorted(set(travel))
+    settings = [
+        f"norm_type is {float(options.norm_type)}",
+        f"clip_scope is {options.clip_scope!r}",
+        f"nonfinite is {options.nonfinite!r}",
+        f"reduce_norm has {', '.join(travel)}",
+    ]
+    ranks = tuple(sorted(dist.get_process_group_ranks(group)))
+    agreed_meshes("step", ranks, [], [], settings, anew=False)
 
 
 def groups_to_reduce(reduce_norm: Any, group_count: int) -> list[dist.ProcessGroup | None]:

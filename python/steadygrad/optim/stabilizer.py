@@ -172,7 +172,8 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
             NonfiniteGradientError: under ``nonfinite="raise"``.
             TypeError: a gradient is sparse for a rule that does not take it, or not on a supported device or dtype.
             ValueError: a hyper-parameter is negative or NaN, or shapes differ.
-            RuntimeError: a tensor's storage was freed; a process group was destroyed, or ranks hold other DTensors.
+            RuntimeError: a tensor's storage was freed; a process group was destroyed, or ranks that step together hold
+                other DTensors or have other options.
 
         A refused or skipped step changes nothing. Hooks of this object run around every step; those of the wrapped
         optimizer around its update, so its post-hooks do not run when the step is skipped.

@@ -427,6 +427,10 @@ class Stepper:
 
     def _record(self, report: _kernels.StepReport | DeviceReport, loss: Any) -> None:
         self.report = report
+        if self._sharding is not None and self._creates_state and isinstance(report.norm, float):
+            self._creates_state = (
+                report.norm == 0
+            )  # only this rank's gradients are known to be zero
         if not self._creates_state:
             self.grad_norm = report.norm
         if report.refused:
