@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from steadygrad.arguments import checked_number as checked_number
 from steadygrad.optim.param_storage import ROUNDED_STEPS, ParamStorage, Rounding
 
 PenaltyOrder = Literal["before_clip", "after_clip"]
@@ -17,26 +18,6 @@ ClipScope = Literal["global", "group", "tensor"]
 Nonfinite = Literal["skip", "zero", "raise", "propagate"]
 
 COUNTERS = ("skipped_steps", "clipped_steps")
-
-
-def checked_number(
-    where: str, value: Any, *, low: float = 0.0, below: float = math.inf, finite: bool = True
-) -> float:
-    """``value`` as a float in [low, below), or an error that says where and what was expected."""
-    expected = "a finite number" if finite else "a number"
-    if low != -math.inf:
-        expected += f" >= {low:g}"
-    if below != math.inf:
-        expected += f" and < {below:g}"
-    try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError):  # RuntimeError: tensors that hold no number
-        raise TypeError(f"{where}: expected {expected}, got {value!r}") from None
-    if not (number >= low and (number < below or below == math.inf)) or (
-        finite and math.isinf(number)
-    ):
-        raise ValueError(f"{where}: expected {expected}, got {value!r}")
-    return number
 
 
 def _checked_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
