@@ -53,7 +53,7 @@ class Sharding:
                 len(groups),
                 extra,
                 options.norm_type,
-                options.clip_scope,
+                options.scope,
                 self._params[0].device,
             )
 

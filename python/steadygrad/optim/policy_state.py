@@ -43,13 +43,13 @@ class PolicyState:
                 self._fill(rows, saved)
             return rows
         made = torch.zeros(scopes, self._policy.row_size, dtype=torch.float64, device=device)
+        if rows is not None:
+            self._replaced.append(rows)
         if rows is None or saved is not self._known:
             self._fill(made, saved)
-        else:
-            self._replaced.append(rows)
+        elif rows.shape[0] <= scopes:
             # Scopes go by their places: new ones come last, and where some are gone none is known again.
-            if rows.shape[0] <= scopes:
-                made[: rows.shape[0]].copy_(rows)
+            made[: rows.shape[0]].copy_(rows)
         self._rows = made
         return made
 

@@ -34,8 +34,8 @@ class Damp(Policy):
     r"""Shrinks large norms instead of cutting them: :math:`c = (\text{max\_norm} / N)^\text{power}` for N > max_norm.
 
     The clipped norm is :math:`\text{max\_norm}^\text{power} N^{1 - \text{power}}`, so that larger gradients still make
-    larger steps; with ``power=1`` it is the constant limit. Source: the power-law shrinkage of You et al. 2017 ("Large
-    batch training of convolutional networks") and SPAMP (2025) in its simplest form, over one norm.
+    larger steps; with ``power=1`` it is the constant limit. The simplest form of power-law shaping; compare SPAMP,
+    arXiv 2510.01578, which does it layer by layer with thresholds that it estimates.
 
     Args:
         max_norm: from which norm on, at least 0.

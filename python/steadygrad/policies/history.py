@@ -87,8 +87,8 @@ class ClipPercentile(Policy):
 class SkipSpikes(Policy):
     r"""Skips a step whose norm is a spike: :math:`N > \mu + \text{sigma} \cdot s` over the last ``window`` norms.
 
-    :math:`\mu` and :math:`s` are their mean and standard deviation (with n - 1), this step's norm not included. The norm
-    is the global one, after unscaling and before clipping. The first window / 2 steps (at least 2) are never skipped.
+    :math:`\mu` and :math:`s` are their mean and standard deviation (n - 1), without this step's norm. The norm is the
+    global one, after unscaling and before clipping. The first window / 2 steps (at least 2) are never skipped.
     Skipped steps count in ``skipped_steps``; ``sg.GradScaler`` does not take them for an overflow.
 
     A spike's norm is remembered, too: after a lasting rise of the norm steps are taken again as soon as the window has

@@ -25,7 +25,7 @@ class ClipZScore(Policy):
 
     .. math:: \text{limit} = \Bigl(\mu + z_t \sigma \frac{z_t}{z}\Bigr) \cdot \text{clip\_factor}
 
-    and else none; in both cases at most ``max_norm``. Then, with :math:`N'` the limit of such a norm or the norm itself,
+    and else none; in both cases at most ``max_norm``. Then, with :math:`N'` such a norm's limit, else the norm itself,
     :math:`\mu \leftarrow \alpha\mu + (1-\alpha)N'` and
     :math:`\sigma^2 \leftarrow \alpha\sigma^2 + (1-\alpha)(N' - \mu)^2` with the new mean. During the warm-up only
     ``max_norm`` holds; mean and variance start as those of its norms.
