@@ -122,8 +122,8 @@ STEADYGRAD_INLINE double damping(const ClipPolicy& policy, double norm) {
 
 // Of all kinds but percentile, whose state takes many threads. Leaves the coefficient in the row.
 STEADYGRAD_INLINE void apply_policy(const ClipPolicy& policy, double* row, double norm, double total,
-                                    bool proceeds) {
-  const bool enters = proceeds && is_entered(norm);
+                                    bool learns) {
+  const bool enters = learns && is_entered(norm);
   double coefficient = 1;
   if (policy.kind == PolicyKind::zscore) {
     coefficient = clip_coefficient(zscore_limit(policy, row, norm, enters), norm);

@@ -45,11 +45,12 @@ void apply_policies(const Policies& policies, const StepOptions& options, const 
   if (policies.clip_rows == nullptr) return;
   const ClipPolicy& policy = policies.clip;
   const double total = seen_norm(options, norms.total);
+  const bool learns = is_finite(total);
   const auto apply = [&](size_t scope, const Norm& of_scope) {
     double* const row = policies.clip_rows + scope * row_size(policy);
     const double norm = seen_norm(options, of_scope);
-    if (policy.kind != PolicyKind::percentile) return apply_policy(policy, row, norm, total, true);
-    if (is_entered(norm)) enter_sorted(row, policy.window, norm);
+    if (policy.kind != PolicyKind::percentile) return apply_policy(policy, row, norm, total, learns);
+    if (learns && is_entered(norm)) enter_sorted(row, policy.window, norm);
     row[0] = norm == 0 ? 1 : clip_coefficient(percentile_of(row, policy.window, policy.level), norm);
   };
   if (options.clip_scope == ClipScope::global) {

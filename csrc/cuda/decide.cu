@@ -161,12 +161,13 @@ __device__ void apply_policies(const DecideArguments& arguments, const StepOptio
   const int64_t size = row_size(policy);
   const bool by_block = policy.kind == PolicyKind::percentile;
   const double total_norm = seen_norm(options, total);
+  const bool learns = proceeds && is_finite(total_norm);
   const auto apply = [&](int64_t scope, double norm, bool by_one) {
     double* const row = rows + scope * size;
     if (by_block) {
-      apply_percentile(policy, row, norm, proceeds);
+      apply_percentile(policy, row, norm, learns);
     } else if (by_one) {
-      apply_policy(policy, row, norm, total_norm, proceeds);
+      apply_policy(policy, row, norm, total_norm, learns);
     }
   };
   if (options.clip_scope == ClipScope::tensor) {

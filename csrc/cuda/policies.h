@@ -34,8 +34,8 @@ __device__ __forceinline__ void shift_by_one(double* values, int64_t begin, int6
 }
 
 __device__ __forceinline__ void apply_percentile(const ClipPolicy& policy, double* row, double norm,
-                                                 bool proceeds) {
-  if (proceeds && is_entered(norm)) {
+                                                 bool learns) {
+  if (learns && is_entered(norm)) {
     double* const sorted = row + kNorms + policy.window;
     const Insertion at = insertion_of(row, policy.window, norm);
     __syncthreads();
