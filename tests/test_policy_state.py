@@ -221,5 +221,17 @@ def test_reading_a_counter_does_not_save(backend: Backend) -> None:
     _, optimizer = half_way("SGD", backend.device, **policies("percentile"))
     assert optimizer.skipped_steps > 0
     assert optimizer.param_groups[0]["clip_state"] is None
-    optimizer.state_dict()
-    assert optimizer.param_groups[0]["clip_state"] is not None
+
+
+def test_printing_an_optimizer_shows_no_history(backend: Backend) -> None:
+    model, optimizer = half_way("SGD", backend.device, **policies("percentile-window"))
+    saved = [optimizer.state_dict() for _ in range(2)]
+    assert saved[0]["param_groups"] == saved[1]["param_groups"]
+    assert len(saved[0]["param_groups"][0]["clip_state"]) > 50
+    assert "clip_state: None" in repr(optimizer)
+    run(model, optimizer, NORMS[HALF:])
+    optimizer.load_state_dict(saved[0])
+    assert optimizer.state_dict()["param_groups"] == saved[0]["param_groups"]
+    fresh = MAKERS["SGD"](list(model.parameters()), **policies("percentile-window"))
+    optimizer.load_state_dict(fresh.state_dict())
+    assert optimizer.state_dict()["param_groups"][0]["clip_state"] in (None, ["ClipPercentile", 0])

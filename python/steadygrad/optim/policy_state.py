@@ -69,6 +69,14 @@ class PolicyState:
         for group in groups:
             group[self._key] = saved
 
+    def take_back(self, groups: Groups) -> None:
+        """What :meth:`save` has brought is theirs no longer: a history would fill what an optimizer prints."""
+        if self._known is None or groups[0].get(self._key) is not self._known:
+            return
+        self._known = None
+        for group in groups:
+            group[self._key] = None
+
     def _fill(self, rows: Tensor, saved: Any) -> None:
         self._known = saved
         listed = _rows_of(self._policy, saved)
@@ -130,3 +138,9 @@ class PolicyStates:
         for state in (self._clip, self._skip):
             if state is not None:
                 state.save(groups)
+
+    def take_back(self, groups: Groups) -> None:
+        """After a state dict was made of the param groups."""
+        for state in (self._clip, self._skip):
+            if state is not None and groups:
+                state.take_back(groups)

@@ -152,6 +152,15 @@ class StepOutcome:
         """Steps in which a clip was active; saved with the state dict."""
         return self._counter(COUNTERS[1])
 
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        """While a state dict is made, the param groups know all that there is to know."""
+        stepper = self.__dict__.get("_stepper")
+        last = None if stepper is None else stepper.flush_last()
+        yield
+        if last is not None:
+            last.policies.take_back(self.param_groups)
+
     def _flush(self, policies: bool = True) -> None:
         stepper = self.__dict__.get("_stepper")
         if stepper is not None:
@@ -222,8 +231,8 @@ class Stabilized(StepOutcome):
 
     def state_dict(self) -> dict[str, Any]:
         """Torch's state dict, with this class's keys in its param groups; torch can load it."""
-        self._flush()
-        state_dict: dict[str, Any] = super().state_dict()  # type: ignore[misc]
+        with self._saving():
+            state_dict: dict[str, Any] = super().state_dict()  # type: ignore[misc]
         return state_dict
 
     def __getstate__(self) -> dict[str, Any]:

@@ -253,8 +253,8 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state dict, with this wrapper's keys in its param groups; torch can load it."""
-        self._flush()
-        state_dict: dict[str, Any] = self.optimizer.state_dict()
+        with self._saving():
+            state_dict: dict[str, Any] = self.optimizer.state_dict()
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -81,7 +81,7 @@ class Stepper:
         self.grad_norm: float | Outcome | None = None
         # Only where decisions stay on the device.
         self._device_steps: DeviceSteps | None = None
-        self._policies = options.policy_states()
+        self.policies = options.policy_states()
         self._flushing = RLock()
         self._take_over()
 
@@ -135,9 +135,11 @@ class Stepper:
         for group in self._optimizer.param_groups:
             group[counter] = group.get(counter, 0) + steps
 
-    def flush_last(self, policies: bool = True) -> None:
+    def flush_last(self, policies: bool = True) -> Stepper:
         """:meth:`flush` of whichever stepper stepped the optimizer last; the ones before it have said all they know."""
-        _steppers.get(id(self._optimizer), self).flush(policies)
+        last = _steppers.get(id(self._optimizer), self)
+        last.flush(policies)
+        return last
 
     def flush(self, policies: bool = True) -> None:
         """Brings what the device has counted to the param groups, and takes back state that no step has used.
@@ -146,7 +148,7 @@ class Stepper:
         """
         with self._flushing:
             if policies:
-                self._policies.save(self._optimizer.param_groups)
+                self.policies.save(self._optimizer.param_groups)
             if self._device_steps is None:
                 return
             for counter, steps in zip(COUNTERS, self._device_steps.take_counts(), strict=True):
@@ -317,9 +319,8 @@ class Stepper:
         rounded_steps = self._options.storage.rounded_steps(self._optimizer.param_groups)
         reduction = None if self._sharding is None else self._sharding.reduction
         device = None if self._device_steps is None else self._device_steps.device
-        rows = None
-        if not self._creates_state:
-            rows = self._policies.rows(self._optimizer.param_groups, device)
+        groups = self._optimizer.param_groups
+        rows = None if self._creates_state else self.policies.rows(groups, device)
         if self._device_steps is None:
             return self._plan.step(
                 numbers, *self._scaling.numbers, grads, rounded_steps, reduction, rows
