@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -37,6 +38,24 @@ def test_a_clip_follows_its_reference(backend: Backend, name: str) -> None:
     assert driven.optimizer.path == "fused"
     assert driven.optimizer.skipped_steps == STEPS - len(finite(recorded_norms(STEPS)))
     assert 0 < driven.optimizer.clipped_steps < STEPS
+
+
+def test_a_long_history_is_kept_sorted(backend: Backend) -> None:
+    # Longer than what a block of threads moves at a time.
+    window, oldest = 2500, 700
+    rng = np.random.default_rng(3)
+    history = [float(norm) for norm in np.exp(rng.normal(0, 1, window))]
+    driven = Driven(1, backend.device, clip=sg.ClipPercentile(60, window=window))
+    saved = driven.optimizer.state_dict()
+    ring = history[-oldest:] + history[:-oldest]
+    saved["param_groups"][0]["clip_state"] = ["ClipPercentile", 1 + window, float(oldest), *ring]
+    driven.optimizer.load_state_dict(saved)
+    expected = reference.ClipPercentile(60, window)
+    expected.norms = history
+    for norm in [1e-9, 1e9, *np.exp(rng.normal(0, 2, 60)), *history[:3], 1e9, 1e-9]:
+        (taken,) = driven.step(float(norm))
+        assert_follows(taken, norm, expected.coefficient(float(norm)))
+    assert sorted(driven.learnt()[0][3:]) == sorted(expected.norms)
 
 
 @pytest.mark.parametrize("clip", [None, "zscore", "percentile-window"])
