@@ -12,6 +12,7 @@ from torch.nn import Parameter
 
 import steadygrad as sg
 from backends import Backend
+from steadygrad.policies import Policy
 from steadygrad.reference import policies as reference
 
 PERCENTILE, ZSCORE, RELATIVE = sg.ClipPercentile, sg.ClipZScore, sg.ClipRelative
@@ -56,7 +57,7 @@ def made(**ours: Any) -> Any:
 
 
 def test_no_policy_where_one_is_expected() -> None:
-    for clip in (1.0, "ClipNorm", sg.ClipNorm, sg.SkipSpikes()):
+    for clip in (1.0, "ClipNorm", sg.ClipNorm, sg.SkipSpikes(), Policy()):
         with pytest.raises(TypeError, match=r"Stabilizer: clip: expected a clip policy such as"):
             made(clip=clip)
     for skip in (6, True, sg.SkipSpikes, sg.ClipZScore()):

@@ -12,7 +12,15 @@ import torch
 from steadygrad.arguments import checked_number as checked_number
 from steadygrad.optim.param_storage import ROUNDED_STEPS, ParamStorage, Rounding
 from steadygrad.optim.policy_state import CLIP_STATE, SKIP_STATE, PolicyStates
-from steadygrad.policies import ClipNorm, Policy, SkipSpikes
+from steadygrad.policies import (
+    ClipNorm,
+    ClipPercentile,
+    ClipRelative,
+    ClipZScore,
+    Damp,
+    Policy,
+    SkipSpikes,
+)
 
 PenaltyOrder = Literal["before_clip", "after_clip"]
 L1Mode = Literal["subgradient", "proximal"]
@@ -74,7 +82,7 @@ class StabilizerOptions:
         self.storage.check()
 
     def _check_clip(self) -> None:
-        if not isinstance(self.clip, Policy) or isinstance(self.clip, SkipSpikes):
+        if not isinstance(self.clip, (ClipNorm, ClipPercentile, ClipZScore, ClipRelative, Damp)):
             raise TypeError(
                 f"Stabilizer: clip: expected a clip policy such as ClipPercentile(), got {self.clip!r}"
             )
