@@ -11,6 +11,7 @@ set(cpu_sources
   ${csrc}/cpu/instruction_set.cpp
   ${csrc}/cpu/parallel.cpp
   ${csrc}/cpu/penalty.cpp
+  ${csrc}/cpu/policies.cpp
   ${csrc}/cpu/scope_norms.cpp)
 
 set(instruction_sets baseline)

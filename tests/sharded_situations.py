@@ -314,6 +314,27 @@ def meshes_that_overlap(rank: int, world: int, meshes: Meshes) -> Found:
     return {"norm": float(optimizer.grad_norm), "weights": locals_of(params)}
 
 
+def clips_of_empty_parts(rank: int, world: int, meshes: Meshes) -> Found:
+    """One row that the first rank holds, clipped; a second group on the same rank only, which is not."""
+    found: Found = {}
+    for scope in ("global", "group", "tensor"):
+        params = [
+            nn.Parameter(distribute_tensor(torch.ones(1, 2), meshes.flat, [Shard(0)]))
+            for _ in range(2)
+        ]
+        for param in params:
+            param.grad = distribute_tensor(torch.ones(1, 2), meshes.flat, [Shard(0)])
+        groups = [{"params": params[:1]}, {"params": params[1:], "max_norm": None}]
+        optimizer = sg.optim.SGD(groups, lr=1.0, max_norm=0.1, clip_scope=scope)
+        optimizer.step()
+        clipped = optimizer.clipped_steps
+        if rank > 0 and scope != "tensor":  # also where this rank takes no part at all
+            params[0].grad = None
+        optimizer.step()
+        found[scope] = [clipped, optimizer.clipped_steps]
+    return found
+
+
 def norms_of_ranks(rank: int, world: int, meshes: Meshes) -> Found:
     reduce_norm = sg.distributed.reduce_norm
     found: Found = {f"{p:g}": reduce_norm(float(rank), None, p) for p in (1.0, 2.0, 3.0, torch.inf)}
@@ -402,6 +423,7 @@ SITUATIONS = (
     experts_of_stages,
     meshes_beside_each_other,
     meshes_that_overlap,
+    clips_of_empty_parts,
     norms_of_ranks,
     checkpoint_into_torch,
     exchanged_shards,

@@ -305,6 +305,11 @@ def test_meshes_may_overlap_on_part_of_the_ranks(ran_on: Backend) -> None:
             assert_close(weight, torch.full_like(weight, 0.5))
 
 
+def test_all_ranks_count_a_clip(world: int, ran_on: Backend) -> None:
+    for rank in found(world, ran_on, "clips_of_empty_parts"):
+        assert rank == {scope: [1, 2] for scope in ("global", "group", "tensor")}
+
+
 def test_state_goes_to_torch_and_back(world: int, ran_on: Backend) -> None:
     for rank in found(world, ran_on, "checkpoint_into_torch"):
         assert rank["path"] == "fused"

@@ -28,7 +28,7 @@ bool walk_state(const py::dict& state, Visit visit) {
 }  // namespace
 
 Plan::Plan(const std::string& rule, const py::list& groups, const py::list& slots, const py::dict& options)
-    : rule_(rule_named(rule)), options_(step_options(*rule_, options)) {
+    : rule_(rule_named(rule)), options_(step_options(*rule_, options)), policies_(policies_of(options)) {
   for (const py::handle group : groups) {
     std::vector<py::object>& params = groups_.emplace_back();
     for (const py::handle param : group) {
@@ -95,6 +95,12 @@ void Plan::remember(size_t index, const View* views, int count, PyObject* grad) 
   // Sizes lie within the tensor's own object, about in its middle.
   for (int i = 0; i < count; ++i) add(views[i].sizes, {-64, 0, 64, 128});
   for (int i = 0; i < count; ++i) add(views[i].data, {0, 64});
+}
+
+int64_t Plan::scopes() const {
+  return scope_of(options_.clip_scope, static_cast<int32_t>(groups_.size()) - 1,
+                  static_cast<int32_t>(params_.size()) - 1) +
+         1;
 }
 
 PyObject* Plan::local(const py::object& tensor) {
@@ -219,7 +225,7 @@ bool Plan::gather(const std::vector<GroupOptions>& groups, const std::optional<p
 
 std::optional<cpu::StepReport> Plan::step(const py::list& groups, double unscale, bool found_inf,
                                           const std::optional<py::list>& grads, uint64_t rounded_steps,
-                                          const py::object& reduction) {
+                                          const py::object& reduction, const py::object& policy_rows) {
   const std::vector<GroupOptions> group_list = group_options_of(groups, groups_.size());
   adopt_torch_threads();
   const Stepping stepping(*this);
@@ -233,6 +239,7 @@ std::optional<cpu::StepReport> Plan::step(const py::list& groups, double unscale
   options_.rounded_steps = rounded_steps;
   const Reduction all = reduction_of(kFunction, reduction, groups_.size(), params_.size(),
                                      options_.clip_scope == ClipScope::tensor, device_);
+  const Policies policies = with_rows(policies_, policy_rows, scopes(), device_);
   const auto announce = [&](const cpu::StepReport& decided) {
     const py::gil_scoped_acquire acquire;
     if (decided.grads_written) announce_write(py::cast(grads_));
@@ -241,7 +248,7 @@ std::optional<cpu::StepReport> Plan::step(const py::list& groups, double unscale
   cpu::StepReport report;
   {
     const py::gil_scoped_release release;
-    report = cpu::fused_step(tensors_, counters_, group_list, options_, announce, all, &active_);
+    report = cpu::fused_step(tensors_, counters_, group_list, options_, announce, all, &active_, policies);
   }
   return report;
 }
@@ -249,7 +256,7 @@ std::optional<cpu::StepReport> Plan::step(const py::list& groups, double unscale
 bool Plan::step_on_device(const py::list& groups, double unscale, bool found_inf,
                           const std::optional<py::list>& grads, const py::dict& memory,
                           const py::list& learning_rates, const py::object& allocate,
-                          const py::object& reduction) {
+                          const py::object& reduction, const py::object& policy_rows) {
   const std::vector<GroupOptions> group_list = group_options_of(groups, groups_.size());
   const Stepping stepping(*this);
   // Also a step without any gradient has a device and its stream.
@@ -274,6 +281,7 @@ bool Plan::step_on_device(const py::list& groups, double unscale, bool found_inf
   addresses.taken = memory_of<int32_t>(memory["taken"]);
   addresses.nonfinite = memory_of<int64_t>(memory["nonfinite"]);
   addresses.rounded_steps = memory_of<uint64_t>(memory["rounded_steps"]);
+  addresses.policies = with_rows(policies_, policy_rows, scopes(), device_);
   addresses.grad_scale = memory_of<float>(memory["grad_scale"]);
   addresses.found_inf = memory_of<float>(memory["found_inf"]);
   options_.unscale = unscale;
@@ -356,6 +364,7 @@ void define_plan(py::module_& module) {
       .def_readonly("nonfinite", &cpu::StepReport::nonfinite)
       .def_readonly("refused", &cpu::StepReport::refused)
       .def_readonly("skipped", &cpu::StepReport::skipped)
+      .def_readonly("spiked", &cpu::StepReport::spiked)
       .def_readonly("clipped", &cpu::StepReport::clipped);
   py::class_<Plan>(module, "Plan", py::module_local(), py::custom_type_setup(collect_garbage))
       .def(py::init<const std::string&, const py::list&, const py::list&, const py::dict&>(), py::arg("rule"),
@@ -363,10 +372,11 @@ void define_plan(py::module_& module) {
       .def("seal", &Plan::seal, py::arg("state"))
       .def("matches", &Plan::matches, py::arg("param_groups"), py::arg("state"))
       .def("step", &Plan::step, py::arg("groups"), py::arg("unscale"), py::arg("found_inf"),
-           py::arg("grads") = py::none(), py::arg("rounded_steps") = 0, py::arg("reduction") = py::none())
+           py::arg("grads") = py::none(), py::arg("rounded_steps") = 0, py::arg("reduction") = py::none(),
+           py::arg("policy_rows") = py::none())
       .def("step_on_device", &Plan::step_on_device, py::arg("groups"), py::arg("unscale"),
            py::arg("found_inf"), py::arg("grads"), py::arg("memory"), py::arg("learning_rates"),
-           py::arg("allocate"), py::arg("reduction") = py::none())
+           py::arg("allocate"), py::arg("reduction") = py::none(), py::arg("policy_rows") = py::none())
       .def_property_readonly("captured", &Plan::captured)
       .def("active", &Plan::active)
       .def("active_indices", &Plan::active_indices)

@@ -30,18 +30,18 @@ class Plan {
   // One step on the CPU, or nothing when a parameter has a gradient and no slot yet. `groups`: per param
   // group the numbers of kGroupFields. `grads`: what to use in place of the parameters' .grad (None: no part
   // in this step). `rounded_steps`: steps taken before this one, for stochastic rounding. `reduction`: see
-  // reduction_of(); what it throws leaves everything as it was.
+  // reduction_of(); what it throws leaves everything as it was. `policy_rows`: see with_rows().
   std::optional<cpu::StepReport> step(const py::list& groups, double unscale, bool found_inf,
                                       const std::optional<py::list>& grads, uint64_t rounded_steps,
-                                      const py::object& reduction);
+                                      const py::object& reduction, const py::object& policy_rows);
 
   // One step on the CUDA backend; false when a parameter has a gradient and no slot yet. `memory`: the
   // tensors it reads and fills. `learning_rates`: per param group None or a tensor on the device that
   // replaces lr.
   bool step_on_device(const py::list& groups, double unscale, bool found_inf,
                       const std::optional<py::list>& grads, const py::dict& memory,
-                      const py::list& learning_rates, const py::object& allocate,
-                      const py::object& reduction);
+                      const py::list& learning_rates, const py::object& allocate, const py::object& reduction,
+                      const py::object& policy_rows);
   // Whether a captured graph uses this plan's device memory.
   bool captured() const { return device_plan_.captured(); }
 
@@ -72,11 +72,14 @@ class Plan {
   // False when the slot does not fit.
   bool add_tensor(size_t index, PyObject* grad, const GroupOptions& group, int32_t group_index);
   PyObject* local(const py::object& tensor);
+  // How many scopes the clip has.
+  int64_t scopes() const;
   void announce_update() const;
   Argument argument(size_t index, const char* attribute) const;
 
   const RuleEntry* rule_;
   StepOptions options_;
+  Policies policies_;  // without their rows
   std::vector<std::vector<py::object>> groups_;
   std::vector<py::object> params_;
   std::vector<Slot> slots_;

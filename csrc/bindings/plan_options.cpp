@@ -84,4 +84,45 @@ StepOptions step_options(const RuleEntry& rule, const py::dict& options) {
   return step;
 }
 
+Policies policies_of(const py::dict& options) {
+  Policies policies;
+  if (options.contains("clip_policy") && !options["clip_policy"].is_none()) {
+    const auto numbers = options["clip_policy"].cast<py::tuple>();
+    ClipPolicy& clip = policies.clip;
+    clip.kind = one_of<PolicyKind>(py::dict(py::arg("clip_policy") = numbers[0]), "clip_policy",
+                                   {{"percentile", PolicyKind::percentile},
+                                    {"zscore", PolicyKind::zscore},
+                                    {"relative", PolicyKind::relative},
+                                    {"damp", PolicyKind::damp}});
+    size_t next = 1;
+    for (double* field : {&clip.max_norm, &clip.level, &clip.decay, &clip.factor}) {
+      *field = numbers[next++].cast<double>();
+    }
+    clip.warmup = numbers[next++].cast<int64_t>();
+    clip.window = numbers[next++].cast<int64_t>();
+  }
+  if (options.contains("skip_policy") && !options["skip_policy"].is_none()) {
+    const auto numbers = options["skip_policy"].cast<py::tuple>();
+    policies.skip.sigma = numbers[0].cast<double>();
+    policies.skip.window = numbers[1].cast<int64_t>();
+  }
+  return policies;
+}
+
+Policies with_rows(Policies policies, const py::object& rows, int64_t scopes, Device& device) {
+  if (rows.is_none()) return policies;
+  const auto pair = rows.cast<py::tuple>();
+  const auto memory = [&](size_t i, const char* name, int64_t numel) {
+    const py::object tensor = pair[i];
+    if (tensor.is_none()) return static_cast<double*>(nullptr);
+    return static_cast<double*>(
+        vector_of(tensor.ptr(), {"step", name, -1}, {kDLFloat, 64, 1}, numel, device));
+  };
+  if (policies.clip.kind != PolicyKind::none) {
+    policies.clip_rows = memory(0, "clip state", scopes * row_size(policies.clip));
+  }
+  if (policies.skip.window > 0) policies.skip_row = memory(1, "skip state", row_size(policies.skip));
+  return policies;
+}
+
 }  // namespace steadygrad::bindings

@@ -7,6 +7,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bindings/tensor.h"
+#include "core/policy.h"
 #include "core/rules/table.h"
 #include "core/step.h"
 
@@ -24,5 +25,12 @@ std::vector<GroupOptions> group_options_of(const py::list& groups, size_t expect
 const RuleEntry* rule_named(const std::string& name);
 
 StepOptions step_options(const RuleEntry& rule, const py::dict& options);
+
+// Their numbers: options["clip_policy"], None or (name, max_norm, level, decay, factor, warmup, window), and
+// options["skip_policy"], None or (sigma, window).
+Policies policies_of(const py::dict& options);
+
+// Their state: None, or (rows of the clip policy or None, row of the skip policy or None), float64.
+Policies with_rows(Policies policies, const py::object& rows, int64_t scopes, Device& device);
 
 }  // namespace steadygrad::bindings

@@ -61,12 +61,20 @@ STEADYGRAD_INLINE bool zeroes_nonfinite(const StepOptions& options, const Norm& 
   return total.nonfinite > 0 && options.nonfinite == NonfinitePolicy::zero;
 }
 
-// The coefficient of a scope with this norm; the "zero" policy takes non-finite elements out of it.
+// What clips look at; the "zero" policy takes non-finite elements out of it.
+STEADYGRAD_INLINE double seen_norm(const StepOptions& options, const Norm& scope) {
+  return options.nonfinite == NonfinitePolicy::zero ? scope.finite_norm : scope.norm;
+}
+
 STEADYGRAD_INLINE double scope_coefficient(const GroupOptions& group, const StepOptions& options,
                                            const Norm& scope) {
   if (group.max_norm == INFINITY) return 1;
-  const bool finite_only = options.nonfinite == NonfinitePolicy::zero;
-  return clip_coefficient(group.max_norm, finite_only ? scope.finite_norm : scope.norm);
+  return clip_coefficient(group.max_norm, seen_norm(options, scope));
+}
+
+// The number of a tensor's scope among all of them.
+STEADYGRAD_INLINE int64_t scope_of(ClipScope scope, int32_t group, int32_t place) {
+  return scope == ClipScope::global ? 0 : scope == ClipScope::group ? group : place;
 }
 
 STEADYGRAD_INLINE ParamStorage param_storage(const StepOptions& options, const TensorOperands& tensor,

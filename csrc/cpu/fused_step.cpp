@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "core/rules/table.h"
+#include "cpu/policies.h"
 #include "cpu/scope_norms.h"
 #include "cpu/stage.h"
 
@@ -22,19 +23,31 @@ struct Decision {
 
 Decision decide(const Tensors& tensors, const std::vector<GroupOptions>& groups,
                 const std::vector<TransformOptions>& group_transforms, const ScopeNorms& norms,
-                const StepOptions& options) {
+                const StepOptions& options, const Policies& policies) {
+  apply_policies(policies, options, tensors, norms);
   Decision decision;
   decision.group_transforms = group_transforms;
   for (TransformOptions& transform : decision.group_transforms) {
     transform.zero_nonfinite = zeroes_nonfinite(options, norms.total);
   }
   decision.clip_coefficients.resize(tensors.size(), 1.0);
+  const auto coefficient = [&](int32_t group, int32_t place, const Norm& norm) {
+    // A param group's own limit is a cap on the policy's.
+    return std::min(scope_coefficient(groups[group], options, norm),
+                    policy_coefficient(policies, options, group, place));
+  };
   for (size_t t = 0; t < tensors.size(); ++t) {
-    const int32_t g = tensors[t].group;
-    const Norm& norm = norms.of(options.clip_scope, static_cast<int32_t>(t), g);
-    const double coefficient = scope_coefficient(groups[g], options, norm);
-    decision.clip_coefficients[t] = coefficient;
-    decision.clipped = decision.clipped || (coefficient != 1 && tensors[t].numel > 0);
+    const TensorOperands& tensor = tensors[t];
+    const Norm& norm = norms.of(options.clip_scope, static_cast<int32_t>(t), tensor.group);
+    decision.clip_coefficients[t] = coefficient(tensor.group, tensor.place, norm);
+    // What is empty here may not be so on other processes, and all count alike.
+    const bool has_elements = tensor.numel > 0 || norm.norm > 0;
+    decision.clipped = decision.clipped || (decision.clip_coefficients[t] != 1 && has_elements);
+  }
+  if (options.clip_scope == ClipScope::tensor) return decision;
+  for (size_t g = 0; g < norms.groups.size() && !decision.clipped; ++g) {
+    const Norm& norm = options.clip_scope == ClipScope::global ? norms.total : norms.groups[g];
+    decision.clipped = norms.groups[g].norm > 0 && coefficient(static_cast<int32_t>(g), 0, norm) != 1;
   }
   return decision;
 }
@@ -118,7 +131,7 @@ void update_chunk(const TensorOperands& tensor, const Chunk& chunk, const RuleSt
 StepReport fused_step(const Tensors& tensors, const std::vector<StepCounter>& counters,
                       const std::vector<GroupOptions>& groups, const StepOptions& given,
                       const BeforeWrite& before_write, const Reduction& reduction,
-                      const std::vector<int64_t>* slots) {
+                      const std::vector<int64_t>* slots, const Policies& policies) {
   const ChunkTable table(tensors);
   StepOptions options = given;
   std::vector<TransformOptions> group_transforms;
@@ -135,9 +148,12 @@ StepReport fused_step(const Tensors& tensors, const std::vector<StepCounter>& co
   }
   report.skipped = is_skipped(options, report.norm);
   report.refused = is_refused(options, report.norm);
+  if (!report.skipped && !report.refused) {
+    report.spiked = report.skipped = enter_and_judge(policies, options, report.norm);
+  }
   if (report.skipped || report.refused) return report;
 
-  Decision decision = decide(tensors, groups, group_transforms, scopes, options);
+  Decision decision = decide(tensors, groups, group_transforms, scopes, options, policies);
   report.clipped = decision.clipped;
   if (options.nonfinite == NonfinitePolicy::zero) report.norm.norm = report.norm.finite_norm;
   if (options.rule == RuleKind::none || options.write_grads) {

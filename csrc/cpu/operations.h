@@ -5,6 +5,7 @@
 #include <functional>
 #include <vector>
 
+#include "core/policy.h"
 #include "core/scope_sums.h"
 #include "core/step.h"
 #include "core/tensors.h"
@@ -82,6 +83,7 @@ struct StepReport {
   Norm norm;             // over all tensors
   bool refused = false;  // non-finite under NonfinitePolicy::raise: nothing was written
   bool skipped = false;
+  bool spiked = false;  // skipped for its norm
   bool clipped = false;
   bool grads_written = false;
   std::vector<int64_t> nonfinite;  // per tensor; empty when all elements are finite
@@ -89,11 +91,11 @@ struct StepReport {
 
 // One whole step in two passes: the norm, the decision, the update. Before anything is written, and only if
 // something will be, before_write is called with what is known by then; if it throws, nothing has changed.
-// `slots`: per tensor its place in the reduction.
+// `slots`: per tensor its place in the reduction. Policies learn from the norm before that call.
 using BeforeWrite = std::function<void(const StepReport&)>;
 StepReport fused_step(const Tensors& tensors, const std::vector<StepCounter>& counters,
                       const std::vector<GroupOptions>& groups, const StepOptions& given,
                       const BeforeWrite& before_write, const Reduction& reduction = Reduction(),
-                      const std::vector<int64_t>* slots = nullptr);
+                      const std::vector<int64_t>* slots = nullptr, const Policies& policies = Policies());
 
 }  // namespace steadygrad::cpu

@@ -34,12 +34,12 @@ ScopeNorms reduced_norms(const Tensors& tensors, size_t groups, const StepOption
   ScopeNorms scopes;
   scopes.found_inf = flags.medium > 0;
   scopes.total = with_flags(norm_of(type, combined_sums(type, group_rows, groups)), flags);
-  if (options.clip_scope == ClipScope::group) {
-    for (size_t g = 0; g < groups; ++g) scopes.groups.push_back(norm_of(type, group_rows[g]));
-  } else if (options.clip_scope == ClipScope::tensor) {
+  for (size_t g = 0; g < groups; ++g) scopes.groups.push_back(norm_of(type, group_rows[g]));
+  if (options.clip_scope == ClipScope::tensor) {
+    for (int32_t s = 0; s < reduction.slots; ++s)
+      scopes.slots.push_back(norm_of(type, group_rows[groups + s]));
     for (size_t t = 0; t < tensors.size(); ++t) {
-      const size_t slot = slots != nullptr ? static_cast<size_t>((*slots)[t]) : t;
-      scopes.tensors.push_back(norm_of(type, group_rows[groups + slot]));
+      scopes.tensors.push_back(scopes.slots[slots != nullptr ? static_cast<size_t>((*slots)[t]) : t]);
     }
   }
   return scopes;

@@ -5,6 +5,7 @@
 #include "core/rules/table.h"
 #include "cuda/decide.h"
 #include "cuda/launch.h"
+#include "cuda/policies.h"
 
 namespace steadygrad::cuda {
 namespace {
@@ -94,6 +95,10 @@ __device__ ScopeSums sums_of(const DecideArguments& arguments, int32_t tensor) {
   return scope_sums(partial, general ? own_norm(arguments, tensor) : partial.sums.medium);
 }
 
+__device__ bool has_elements(const TensorTable& table, int32_t group) {
+  return table.group_begin[group] != table.group_begin[group + 1];
+}
+
 // The norms of this process's tensors. Methods that take `shared` are for all threads of a block.
 struct OwnNorms {
   const DecideArguments& arguments;
@@ -109,6 +114,10 @@ struct OwnNorms {
   __device__ Norm tensor(int32_t t) const {
     return norm_of(arguments.options.norm_type, sums_of(arguments, t));
   }
+  __device__ bool has_group(int32_t g) const { return has_elements(arguments.table, g); }
+  __device__ int32_t count() const { return arguments.table.tensors; }
+  __device__ int32_t slot(int32_t i) const { return arguments.table.heads[i].slot; }
+  __device__ Norm one_of_all(int32_t i) const { return tensor(i); }
 };
 
 // Those of all processes' tensors, from the rows that came back.
@@ -131,40 +140,94 @@ struct ReducedNorms {
   __device__ Norm group(int32_t g, Shared&) const {
     return norm_of(arguments.options.norm_type, arguments.rows[1 + g]);
   }
+  // Also where only other processes have elements: all count the clip alike.
+  __device__ bool has_group(int32_t g) const {
+    return has_elements(arguments.table, g) ||
+           norm_of(arguments.options.norm_type, arguments.rows[1 + g]).norm > 0;
+  }
   __device__ Norm tensor(int32_t t) const {
     const int32_t slot = arguments.table.heads[t].slot;
-    return norm_of(arguments.options.norm_type, arguments.rows[1 + arguments.table.groups + slot]);
+    return one_of_all(slot);
+  }
+  // Also tensors that only other processes have a gradient of: all processes keep the same state.
+  __device__ int32_t count() const { return arguments.slots; }
+  __device__ int32_t slot(int32_t i) const { return i; }
+  __device__ Norm one_of_all(int32_t i) const {
+    return norm_of(arguments.options.norm_type, arguments.rows[1 + arguments.table.groups + i]);
   }
 };
 
-__device__ bool has_elements(const TensorTable& table, int32_t group) {
-  return table.group_begin[group] != table.group_begin[group + 1];
+// By every thread of the block. Leaves each scope's coefficient in its row.
+template <class Norms>
+__device__ void apply_policies(const DecideArguments& arguments, const StepOptions& options,
+                               const Norms& norms, const Norm& total, bool proceeds, Shared& shared) {
+  const ClipPolicy& policy = arguments.step.policies.clip;
+  double* const rows = arguments.step.policies.clip_rows;
+  if (rows == nullptr) return;
+  const int64_t size = row_size(policy);
+  const bool by_block = policy.kind == PolicyKind::percentile;
+  const double total_norm = seen_norm(options, total);
+  const bool learns = proceeds && is_finite(total_norm);
+  const auto apply = [&](int64_t scope, double norm, bool by_one) {
+    double* const row = rows + scope * size;
+    if (by_block) {
+      apply_percentile(policy, row, norm, learns);
+    } else if (by_one) {
+      apply_policy(policy, row, norm, total_norm, learns);
+    }
+  };
+  if (options.clip_scope == ClipScope::tensor) {
+    const int32_t stride = by_block ? 1 : kLanes;
+    for (int32_t i = by_block ? 0 : threadIdx.x; i < norms.count(); i += stride) {
+      apply(norms.slot(i), seen_norm(options, norms.one_of_all(i)), true);
+    }
+  } else if (options.clip_scope == ClipScope::group) {
+    for (int32_t g = 0; g < arguments.table.groups; ++g) {
+      apply(g, seen_norm(options, norms.group(g, shared)), threadIdx.x == 0);
+    }
+  } else {
+    apply(0, total_norm, threadIdx.x == 0);
+  }
+  __syncthreads();
 }
 
 // By every thread of the block; returns whether any coefficient is not 1. Groups without elements have none.
-template <class Norms>
+template <bool kPolicies, class Norms>
 __device__ bool set_coefficients(const DecideArguments& arguments, const StepOptions& options,
                                  const Norms& norms, const Norm& total, Shared& shared) {
   const TensorTable& table = arguments.table;
+  // A param group's own limit is a cap on the policy's.
+  const auto capped = [&](double limited, int32_t group, int32_t slot) {
+    if constexpr (kPolicies) {
+      const Policies& policies = arguments.step.policies;
+      if (policies.clip_rows == nullptr) return limited;
+      const double chosen =
+          policies.clip_rows[scope_of(options.clip_scope, group, slot) * row_size(policies.clip)];
+      return chosen < limited ? chosen : limited;
+    }
+    return limited;
+  };
   double* const coefficients = arguments.memory.coefficients;
   bool clips = false;
   if (options.clip_scope == ClipScope::tensor) {
     for (int32_t t = threadIdx.x; t < table.tensors; t += kLanes) {
       const GroupOptions& group = arguments.groups[table.heads[t].group];
-      coefficients[t] = scope_coefficient(group, options, norms.tensor(t));
+      const double limited = scope_coefficient(group, options, norms.tensor(t));
+      coefficients[t] = capped(limited, 0, table.heads[t].slot);
       clips = clips || coefficients[t] != 1;
     }
   } else if (options.clip_scope == ClipScope::group) {
     for (int32_t g = 0; g < table.groups; ++g) {
-      if (!has_elements(table, g)) continue;
-      const double coefficient = scope_coefficient(arguments.groups[g], options, norms.group(g, shared));
+      if (!norms.has_group(g)) continue;
+      const double limited = scope_coefficient(arguments.groups[g], options, norms.group(g, shared));
+      const double coefficient = capped(limited, g, 0);
       if (threadIdx.x == 0) coefficients[g] = coefficient;
       clips = clips || coefficient != 1;
     }
   } else {
     for (int32_t g = threadIdx.x; g < table.groups; g += kLanes) {
-      if (!has_elements(table, g)) continue;
-      coefficients[g] = scope_coefficient(arguments.groups[g], options, total);
+      if (!norms.has_group(g)) continue;
+      coefficients[g] = capped(scope_coefficient(arguments.groups[g], options, total), g, 0);
       clips = clips || coefficients[g] != 1;
     }
   }
@@ -233,15 +296,23 @@ __device__ void leave_rows(const DecideArguments& arguments, Shared& shared) {
   }
 }
 
-template <class Norms>
+template <bool kPolicies, class Norms>
 __device__ void decide(const DecideArguments& arguments, const Norms& norms, bool found_inf, Shared& shared) {
   StepOptions options = arguments.options;
   options.found_inf = found_inf;
   if (arguments.step.grad_scale != nullptr) options.unscale = 1.0 / *arguments.step.grad_scale;
   const Norm total = norms.total(shared);
-  const bool skipped = is_skipped(options, total);
+  bool skipped = is_skipped(options, total);
   const bool refused = is_refused(options, total);
-  const bool clips = set_coefficients(arguments, options, norms, total, shared);
+  bool spiked = false;
+  if constexpr (kPolicies) {
+    if (!skipped && !refused) {
+      const double norm = seen_norm(options, total);
+      spiked = skipped = enter_and_judge(arguments.step.policies, norm, shared.numbers.data());
+    }
+    apply_policies(arguments, options, norms, total, !skipped && !refused, shared);
+  }
+  const bool clips = set_coefficients<kPolicies>(arguments, options, norms, total, shared);
   const bool clipped = clips && !skipped && !refused;
   if (arguments.step.nonfinite != nullptr) {
     for (int32_t t = threadIdx.x; t < arguments.table.tensors; t += kLanes) {
@@ -267,6 +338,7 @@ __device__ void decide(const DecideArguments& arguments, const Norms& norms, boo
   outcome.skipped = skipped ? 1 : 0;
   outcome.refused = refused ? 1 : 0;
   outcome.clipped = clipped ? 1 : 0;
+  outcome.spiked = spiked ? 1 : 0;
   outcome.nonfinite = total.nonfinite;
   const NormOutput& output = arguments.step.output;
   *output.outcome = outcome;
@@ -287,7 +359,7 @@ __device__ void advance_empty(const DecideArguments& arguments) {
   }
 }
 
-template <bool kReduces>
+template <bool kReduces, bool kPolicies>
 __global__ void __launch_bounds__(kLanes, 1)
     decide_kernel(const DecideArguments __grid_constant__ arguments) {
   __shared__ Shared shared;
@@ -311,16 +383,17 @@ __global__ void __launch_bounds__(kLanes, 1)
     leave_rows(arguments, shared);
     return;
   }
-  decide(arguments, OwnNorms{arguments}, must_skip(arguments), shared);
+  decide<kPolicies>(arguments, OwnNorms{arguments}, must_skip(arguments), shared);
   __syncthreads();
   if (arguments.options.rule != RuleKind::none) advance_empty(arguments);
 }
 
+template <bool kPolicies>
 __global__ void __launch_bounds__(kLanes, 1)
     decide_reduced_kernel(const DecideArguments __grid_constant__ arguments) {
   __shared__ Shared shared;
   __shared__ SharedArray<ScopeSums, kLanes> lanes;
-  decide(arguments, ReducedNorms{arguments, lanes.data()}, arguments.rows[0].medium > 0, shared);
+  decide<kPolicies>(arguments, ReducedNorms{arguments, lanes.data()}, arguments.rows[0].medium > 0, shared);
   __syncthreads();
   if (arguments.options.rule != RuleKind::none) advance_empty(arguments);
 }
@@ -341,13 +414,16 @@ void launch_decide(const char* function, const TensorTable& table, const NormMem
   const DecideArguments arguments{
       table, norms, memory, options, groups, step, reduction.rows, reduction.counted, reduction.slots};
   const int64_t blocks = table.tensors > 0 ? table.tensors : 1;
+  const bool policies = step.policies.clip_rows != nullptr || step.policies.skip_row != nullptr;
   if (reduction.rows == nullptr) {
-    launch(function, stream, decide_kernel<false>, blocks, kLanes, arguments);
+    launch(function, stream, policies ? decide_kernel<false, true> : decide_kernel<false, false>, blocks,
+           kLanes, arguments);
     return;
   }
-  launch(function, stream, decide_kernel<true>, blocks, kLanes, arguments);
+  launch(function, stream, decide_kernel<true, false>, blocks, kLanes, arguments);
   reduction.reduce();
-  launch(function, stream, decide_reduced_kernel, 1, kLanes, arguments);
+  launch(function, stream, policies ? decide_reduced_kernel<true> : decide_reduced_kernel<false>, 1, kLanes,
+         arguments);
 }
 
 }  // namespace steadygrad::cuda

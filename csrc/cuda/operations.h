@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "core/policy.h"
 #include "core/scope_sums.h"
 #include "core/step.h"
 #include "core/tensors.h"
@@ -30,7 +31,7 @@ struct Outcome {
   uint8_t skipped;
   uint8_t refused;
   uint8_t clipped;
-  uint8_t unused;
+  uint8_t spiked;  // skipped for its norm
   int64_t nonfinite;
 };
 
@@ -89,6 +90,7 @@ struct StepMemory {
   int32_t* taken = nullptr;           // per slot: whether a first step has been taken
   int64_t* nonfinite = nullptr;       // per tensor, may be null
   uint64_t* rounded_steps = nullptr;  // steps taken so far; null: options.rounded_steps holds
+  Policies policies;                  // their rows are device memory too
 };
 
 // Steps one set of tensors again and again. What does not change from step to step stays in device memory;

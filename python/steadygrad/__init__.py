@@ -28,16 +28,32 @@ from steadygrad.clip import (
     clip_grads_with_norm_,
     get_total_norm,
 )
+from steadygrad.lr_backoff import LRBackoff
 from steadygrad.optim.interruptions import NonfiniteGradientError
 from steadygrad.optim.parameter_groups import param_groups
 from steadygrad.optim.stabilizer import Stabilizer
 from steadygrad.penalty import add_penalty_, soft_threshold_
+from steadygrad.policies import (
+    ClipNorm,
+    ClipPercentile,
+    ClipRelative,
+    ClipZScore,
+    Damp,
+    SkipSpikes,
+)
 
 __version__: str = _kernels.VERSION
 
 __all__ = [
+    "ClipNorm",
+    "ClipPercentile",
+    "ClipRelative",
+    "ClipZScore",
+    "Damp",
     "GradScaler",
+    "LRBackoff",
     "NonfiniteGradientError",
+    "SkipSpikes",
     "Stabilizer",
     "accumulate",
     "add_penalty_",

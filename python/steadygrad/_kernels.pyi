@@ -8,6 +8,7 @@ Allocate = Callable[[int], Tensor]
 NormTensors = tuple[Tensor, Tensor, Tensor] | None
 # Rows of sums, which tensors this process counts, and what combines the rows of all processes.
 Reduction = tuple[Tensor, Tensor, Callable[[], None]] | None
+PolicyRows = tuple[Tensor | None, Tensor | None] | None
 VERSION: str
 GROUP_FIELDS: tuple[str, ...]
 
@@ -56,6 +57,8 @@ class StepReport:
     @property
     def skipped(self) -> bool: ...
     @property
+    def spiked(self) -> bool: ...
+    @property
     def clipped(self) -> bool: ...
 
 Slot = tuple[Tensor | None, list[Tensor], bool, Tensor | None]
@@ -80,6 +83,7 @@ class Plan:
         grads: list[Tensor | None] | None = None,
         rounded_steps: int = 0,
         reduction: Reduction = None,
+        policy_rows: PolicyRows = None,
     ) -> StepReport | None: ...
     def step_on_device(
         self,
@@ -91,6 +95,7 @@ class Plan:
         learning_rates: list[Tensor | None],
         allocate: Allocate,
         reduction: Reduction = None,
+        policy_rows: PolicyRows = None,
     ) -> bool: ...
     @property
     def captured(self) -> bool: ...

@@ -48,9 +48,11 @@ class Outcome:
         return int(self.record.view(torch.int64)[2])
 
     def found_nonfinite(self) -> Tensor:
-        """1.0 if there were non-finite elements or the step was skipped, else 0.0, without waiting: float32, 0-d."""
+        """1.0 if there were non-finite elements or the step was skipped for such, else 0.0, without waiting."""
         counted = self.record.view(torch.int64)[2] > 0
-        return (counted | (self.record.view(torch.uint8)[12] > 0)).float()
+        flags = self.record.view(torch.uint8)
+        # The last flag says that it was skipped for its norm.
+        return (counted | (flags[12] > flags[15])).float()
 
     def flags(self) -> tuple[bool, bool, bool]:
         """Whether the step was skipped, refused, clipped; waits for the device."""

@@ -58,7 +58,7 @@ class Sharding:
                 len(groups),
                 extra,
                 options.norm_type,
-                options.clip_scope,
+                options.scope,
                 self._params[0].device,
             )
 
@@ -84,7 +84,16 @@ def sharding_of(
 
 
 # What all ranks have to have alike: else they would wait for another collective, or part ways.
-_SHARED_OPTIONS = ("clip_scope", "nonfinite", "penalty_order", "l1_mode", "rounding", "state_dtype")
+_SHARED_OPTIONS = (
+    "clip",
+    "skip",
+    "scope",
+    "nonfinite",
+    "penalty_order",
+    "l1_mode",
+    "rounding",
+    "state_dtype",
+)
 _SHARED_NUMBERS = ("max_norm", "clip_value", "l1", "l2")
 
 
@@ -95,7 +104,9 @@ def _settings(
 ) -> list[str]:
     """A line on each option, for ranks that share DTensors."""
     lines = [f"norm_type is {float(options.norm_type)}"]
-    lines += [f"{name} is {getattr(options, name)!r}" for name in _SHARED_OPTIONS]
+    for name in _SHARED_OPTIONS:
+        shown = "clip_scope" if name == "scope" else name
+        lines.append(f"{shown} is {getattr(options, name)!r}")
     sizes = [None if group is None else group.size() for group in extra]
     lines.append(f"reduce_norm has groups of {sizes} ranks")
     for i, group in enumerate(param_groups):
@@ -114,11 +125,13 @@ def _agree_on_options(
         return
     names = {None: "replicated", group: "this group"}
     travel = [names.get(each, "another group") for each in extra]
-    if options.clip_scope != "group":
+    if options.scope != "group":
         travel = sorted(set(travel))
     settings = [
         f"norm_type is {float(options.norm_type)}",
-        f"clip_scope is {options.clip_scope!r}",
+        f"clip_scope is {options.scope!r}",
+        f"clip is {options.clip!r}",
+        f"skip is {options.skip!r}",
         f"nonfinite is {options.nonfinite!r}",
         f"reduce_norm has {', '.join(travel)}",
     ]

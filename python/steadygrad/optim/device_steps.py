@@ -23,6 +23,11 @@ class Scaling:
     grad_scale_tensor: Tensor | None = None
     found_inf_tensor: Tensor | None = None
 
+    @property
+    def numbers(self) -> tuple[float, bool]:
+        """What the host knows of them."""
+        return self.unscale, self.found_inf
+
 
 State = dict[Tensor, dict[str, Any]]
 
@@ -57,6 +62,8 @@ def _checked_grad_scale(grad_scale: Any) -> float:
 
 class DeviceReport:
     """A step's report. One that is not read back says that nothing happened: the device keeps the counts."""
+
+    spiked = False  # asked of the outcome
 
     def __init__(self, outcome: Outcome, counted: Tensor | None, read_back: bool) -> None:
         self.norm = outcome
@@ -151,6 +158,7 @@ class DeviceSteps:
         grads: list[Tensor | None] | None,
         read_back: bool,
         reduction: _kernels.Reduction = None,
+        policy_rows: _kernels.PolicyRows = None,
     ) -> DeviceReport | None:
         """One step; None when a parameter has a gradient and no slot yet."""
         outcome = Outcome(self.device)
@@ -171,13 +179,13 @@ class DeviceSteps:
         }
         ran = plan.step_on_device(
             numbers,
-            scaling.unscale,
-            scaling.found_inf,
+            *scaling.numbers,
             grads,
             memory,
             learning_rates,
             allocator(self.device),
             reduction,
+            policy_rows,
         )
         if not ran:
             return None

@@ -9,7 +9,18 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from steadygrad.arguments import checked_number as checked_number
 from steadygrad.optim.param_storage import ROUNDED_STEPS, ParamStorage, Rounding
+from steadygrad.optim.policy_state import CLIP_STATE, SKIP_STATE, PolicyStates
+from steadygrad.policies import (
+    ClipNorm,
+    ClipPercentile,
+    ClipRelative,
+    ClipZScore,
+    Damp,
+    Policy,
+    SkipSpikes,
+)
 
 PenaltyOrder = Literal["before_clip", "after_clip"]
 L1Mode = Literal["subgradient", "proximal"]
@@ -17,26 +28,6 @@ ClipScope = Literal["global", "group", "tensor"]
 Nonfinite = Literal["skip", "zero", "raise", "propagate"]
 
 COUNTERS = ("skipped_steps", "clipped_steps")
-
-
-def checked_number(
-    where: str, value: Any, *, low: float = 0.0, below: float = math.inf, finite: bool = True
-) -> float:
-    """``value`` as a float in [low, below), or an error that says where and what was expected."""
-    expected = "a finite number" if finite else "a number"
-    if low != -math.inf:
-        expected += f" >= {low:g}"
-    if below != math.inf:
-        expected += f" and < {below:g}"
-    try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError):  # RuntimeError: tensors that hold no number
-        raise TypeError(f"{where}: expected {expected}, got {value!r}") from None
-    if not (number >= low and (number < below or below == math.inf)) or (
-        finite and math.isinf(number)
-    ):
-        raise ValueError(f"{where}: expected {expected}, got {value!r}")
-    return number
 
 
 def _checked_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -50,13 +41,15 @@ class StabilizerOptions:
     """The keyword arguments of :class:`steadygrad.Stabilizer`, which documents them."""
 
     max_norm: float | None = None
+    clip: Policy | None = None
+    skip: SkipSpikes | None = None
     norm_type: float = 2.0
     clip_value: float | None = None
     l1: float = 0.0
     l2: float = 0.0
     penalty_order: PenaltyOrder = "before_clip"
     l1_mode: L1Mode = "subgradient"
-    clip_scope: ClipScope = "global"
+    clip_scope: ClipScope | None = None
     nonfinite: Nonfinite = "skip"
     write_grads: bool = False
     state_dtype: torch.dtype | None = None
@@ -70,6 +63,10 @@ class StabilizerOptions:
 
     def __post_init__(self) -> None:
         """Checks every option."""
+        if self.clip is not None:
+            self._check_clip()
+        if not isinstance(self.skip, (SkipSpikes, type(None))):
+            raise TypeError(f"Stabilizer: skip: expected a SkipSpikes or None, got {self.skip!r}")
         self.group_numbers({}, "Stabilizer: ")
         norm_type = checked_number("Stabilizer: norm_type", self.norm_type, finite=False)
         if norm_type == 0:
@@ -79,27 +76,63 @@ class StabilizerOptions:
             )
         _checked_choice("penalty_order", self.penalty_order, get_args(PenaltyOrder))
         _checked_choice("l1_mode", self.l1_mode, get_args(L1Mode))
-        _checked_choice("clip_scope", self.clip_scope, get_args(ClipScope))
+        _checked_choice("clip_scope", self.scope, get_args(ClipScope))
         _checked_choice("nonfinite", self.nonfinite, get_args(Nonfinite))
         _checked_choice("rounding", self.rounding, get_args(Rounding))
         self.storage.check()
 
+    def _check_clip(self) -> None:
+        if not isinstance(self.clip, (ClipNorm, ClipPercentile, ClipZScore, ClipRelative, Damp)):
+            raise TypeError(
+                f"Stabilizer: clip: expected a clip policy such as ClipPercentile(), got {self.clip!r}"
+            )
+        if self.max_norm is not None:
+            raise ValueError(
+                f"Stabilizer: clip: expected None where max_norm is given, got {self.clip!r} and "
+                f"max_norm={self.max_norm!r}"
+            )
+
+    @property
+    def scope(self) -> ClipScope:
+        """What a limit holds for; the clip policy's own choice where none was made."""
+        if self.clip_scope is not None:
+            return self.clip_scope
+        return "global" if self.clip is None else self.clip.default_scope
+
+    @property
+    def constant_limit(self) -> float | None:
+        """``max_norm``, in either spelling; None where a policy decides or nothing is clipped."""
+        return self.clip.max_norm if isinstance(self.clip, ClipNorm) else self.max_norm
+
+    def policy_states(self) -> PolicyStates:
+        """What the policies learn, with nothing in it yet."""
+        return PolicyStates(self.clip, self.skip, self.scope)
+
     def group_defaults(self) -> dict[str, Any]:
         """The keys that every param group carries, so that they can differ per group and be saved."""
         return {
-            "max_norm": self.max_norm,
+            "max_norm": self.constant_limit,
             "clip_value": self.clip_value,
             "l1": self.l1,
             "l2": self.l2,
             **dict.fromkeys(COUNTERS, 0),
             **({ROUNDED_STEPS: 0} if self.storage.is_stochastic else {}),
+            **self.learnt_defaults(),
+        }
+
+    def learnt_defaults(self) -> dict[str, None]:
+        """The keys for what policies have learnt."""
+        learns = self.clip is not None and self.clip.kernel_numbers is not None
+        return {
+            **({CLIP_STATE: None} if learns else {}),
+            **({SKIP_STATE: None} if self.skip is not None else {}),
         }
 
     def group_numbers(self, group: Mapping[str, Any], where: str) -> dict[str, float]:
         """The group's limits and penalties as the kernels take them: no limit is infinity."""
         numbers = {}
-        for key in ("max_norm", "clip_value"):
-            value = group.get(key, getattr(self, key))
+        for key, default in (("max_norm", self.constant_limit), ("clip_value", self.clip_value)):
+            value = group.get(key, default)
             numbers[key] = (
                 math.inf if value is None else checked_number(where + key, value, finite=False)
             )
@@ -111,13 +144,15 @@ class StabilizerOptions:
         """What stays the same from step to step, for a plan."""
         return {
             "norm_type": float(self.norm_type),
-            "clip_scope": self.clip_scope,
+            "clip_scope": self.scope,
             "nonfinite": self.nonfinite,
             "penalty_order": self.penalty_order,
             "l1_mode": self.l1_mode,
             "write_grads": bool(self.write_grads),
             "rounding": self.rounding,
             "rounding_seed": self.rounding_seed,
+            "clip_policy": None if self.clip is None else self.clip.kernel_numbers,
+            "skip_policy": None if self.skip is None else self.skip.kernel_numbers,
         }
 
     @property

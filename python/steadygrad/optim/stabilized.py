@@ -85,7 +85,7 @@ class StepOutcome:
             return None
         if isinstance(report.norm, Outcome):
             return report.norm.found_nonfinite()
-        found = report.skipped or report.nonfinite_count > 0
+        found = (report.skipped and not report.spiked) or report.nonfinite_count > 0
         return torch.tensor(float(found), dtype=torch.float32, device="cpu")
 
     def _add_group_keys(self, kept: list[dict[str, Any]] | None = None) -> None:
@@ -96,7 +96,12 @@ class StepOutcome:
 
     def _kept_group_keys(self) -> list[dict[str, Any]]:
         keys = self._options.group_defaults()
-        return [{key: group.get(key, keys[key]) for key in keys} for group in self.param_groups]
+        # A checkpoint without what policies have learnt is one of before they had learnt anything.
+        learnt = self._options.learnt_defaults()
+        return [
+            {**{key: group.get(key, keys[key]) for key in keys}, **learnt}
+            for group in self.param_groups
+        ]
 
     def _after_load(self, state_dict: dict[str, Any], kept: list[dict[str, Any]]) -> None:
         self._add_group_keys(kept)
@@ -136,7 +141,7 @@ class StepOutcome:
 
     @property
     def skipped_steps(self) -> int:
-        """Steps that changed nothing, because of non-finite gradients; saved with the state dict.
+        """Steps that changed nothing, because of non-finite gradients or a spike; saved with the state dict.
 
         On a CUDA device steps are counted there: reading waits for it, and so does :meth:`state_dict`.
         """
@@ -147,13 +152,22 @@ class StepOutcome:
         """Steps in which the clip by the norm was active; saved with the state dict."""
         return self._counter(COUNTERS[1])
 
-    def _flush(self) -> None:
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        """While a state dict is made, the param groups know all that there is to know."""
+        stepper = self.__dict__.get("_stepper")
+        last = None if stepper is None else stepper.flush_last()
+        yield
+        if last is not None:
+            last.policies.take_back(self.param_groups)
+
+    def _flush(self, policies: bool = True) -> None:
         stepper = self.__dict__.get("_stepper")
         if stepper is not None:
-            stepper.flush_last()
+            stepper.flush_last(policies)
 
     def _counter(self, name: str) -> int:
-        self._flush()
+        self._flush(policies=False)
         return int(self.param_groups[0].get(name, 0)) if self.param_groups else 0
 
 
@@ -217,8 +231,8 @@ class Stabilized(StepOutcome):
 
     def state_dict(self) -> dict[str, Any]:
         """Torch's state dict, with this class's keys in its param groups; torch can load it."""
-        self._flush()
-        state_dict: dict[str, Any] = super().state_dict()  # type: ignore[misc]
+        with self._saving():
+            state_dict: dict[str, Any] = super().state_dict()  # type: ignore[misc]
         return state_dict
 
     def __getstate__(self) -> dict[str, Any]:

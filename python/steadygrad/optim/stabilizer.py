@@ -25,6 +25,7 @@ from steadygrad.optim.rmsprop import RULE as RMSPROP_RULE
 from steadygrad.optim.sgd import RULE as SGD_RULE
 from steadygrad.optim.stabilized import Stabilized, StepOutcome
 from steadygrad.optim.stepper import Stepper
+from steadygrad.policies import Policy, SkipSpikes
 
 # A subclass may override anything, so the type must be torch's own.
 _RULES = {
@@ -44,6 +45,10 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
     Args:
         optimizer: any torch optimizer. Schedulers, ``GradScaler`` and checkpoints take this object in its place.
         max_norm: limit of the gradient norm, at least 0; None: no clipping, the norm is still taken. Default: None.
+        clip: in the place of ``max_norm`` a policy that finds the limit: :class:`steadygrad.ClipPercentile`,
+            ``ClipZScore``, ``ClipRelative``, ``Damp``, or ``ClipNorm``, which is the same as ``max_norm``. The key
+            ``max_norm`` of a param group is then a cap: the smaller of both coefficients holds. Default: None.
+        skip: :class:`steadygrad.SkipSpikes` skips steps whose norm is too large. Default: None.
         norm_type: p of the norm, more than 0; ``inf`` allowed. Default: 2.
         clip_value: limit of every element after the norm's clip, at least 0. Default: None.
         l1: weight of the penalty :math:`l_1 \sum |p|`. Default: 0.
@@ -53,7 +58,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
         l1_mode: ``"subgradient"`` adds :math:`l_1 \operatorname{sign}(p)`; ``"proximal"`` shrinks parameters by
             :math:`\text{lr} \cdot l_1` after the update, which gives exact zeros. Default: ``"subgradient"``.
         clip_scope: ``"global"`` limits the norm of all gradients, ``"group"`` that of each param group, ``"tensor"``
-            that of each parameter. Default: ``"global"``.
+            that of each parameter. Default: ``"global"``, or what the clip policy suggests.
         nonfinite: on infinite or NaN elements, anywhere: ``"skip"`` leaves parameters, state and step counters as they
             are and counts the step in :attr:`skipped_steps`; ``"zero"`` takes the elements as 0; ``"raise"`` raises
             :class:`steadygrad.NonfiniteGradientError`; ``"propagate"`` does what torch does. Default: ``"skip"``.
@@ -88,8 +93,9 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
 
     Raises:
         TypeError: ``optimizer`` is none.
-        ValueError: an option is negative, NaN or unknown, or ``optimizer`` is stabilized already. From :meth:`step`:
-            ``rounding`` or ``state_dtype`` asked of an optimizer on the in-place path, ``rounding="master"`` of fp64.
+        ValueError: an option is negative, NaN or unknown, ``max_norm`` and ``clip`` are both given, or ``optimizer``
+            is stabilized already. From :meth:`step`: ``rounding`` or ``state_dtype`` asked of an optimizer on the
+            in-place path, ``rounding="master"`` of fp64.
     """
 
     def __init__(
@@ -97,13 +103,15 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
         optimizer: torch.optim.Optimizer,
         *,
         max_norm: float | None = None,
+        clip: Policy | None = None,
+        skip: SkipSpikes | None = None,
         norm_type: float = 2.0,
         clip_value: float | None = None,
         l1: float = 0.0,
         l2: float = 0.0,
         penalty_order: PenaltyOrder = "before_clip",
         l1_mode: L1Mode = "subgradient",
-        clip_scope: ClipScope = "global",
+        clip_scope: ClipScope | None = None,
         nonfinite: Nonfinite = "skip",
         write_grads: bool = False,
         state_dtype: torch.dtype | None = None,
@@ -127,6 +135,8 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
                 "optimizer": optimizer,
                 "_options": StabilizerOptions(
                     max_norm=max_norm,
+                    clip=clip,
+                    skip=skip,
                     norm_type=norm_type,
                     clip_value=clip_value,
                     l1=l1,
@@ -147,7 +157,8 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
         # A wrapper made anew, or around a loaded checkpoint, follows its own options; the counters go on.
         for group in self.param_groups:
             if COUNTERS[0] in group:
-                group.update(max_norm=max_norm, clip_value=clip_value, l1=l1, l2=l2)
+                limit = self._options.constant_limit
+                group.update(max_norm=limit, clip_value=clip_value, l1=l1, l2=l2)
         self._add_group_keys()
 
     def _make_stepper(self) -> Stepper:
@@ -245,8 +256,8 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state dict, with this wrapper's keys in its param groups; torch can load it."""
-        self._flush()
-        state_dict: dict[str, Any] = self.optimizer.state_dict()
+        with self._saving():
+            state_dict: dict[str, Any] = self.optimizer.state_dict()
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

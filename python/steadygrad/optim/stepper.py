@@ -81,6 +81,7 @@ class Stepper:
         self.grad_norm: float | Outcome | None = None
         # Only where decisions stay on the device.
         self._device_steps: DeviceSteps | None = None
+        self.policies = options.policy_states()
         self._flushing = RLock()
         self._take_over()
 
@@ -134,16 +135,20 @@ class Stepper:
         for group in self._optimizer.param_groups:
             group[counter] = group.get(counter, 0) + steps
 
-    def flush_last(self) -> None:
+    def flush_last(self, policies: bool = True) -> Stepper:
         """:meth:`flush` of whichever stepper stepped the optimizer last; the ones before it have said all they know."""
-        _steppers.get(id(self._optimizer), self).flush()
+        last = _steppers.get(id(self._optimizer), self)
+        last.flush(policies)
+        return last
 
-    def flush(self) -> None:
+    def flush(self, policies: bool = True) -> None:
         """Brings what the device has counted to the param groups, and takes back state that no step has used.
 
-        Waits for the device, once steps have been taken there.
+        And what policies have learnt, unless told not to. Waits for the device, once steps have been taken there.
         """
         with self._flushing:
+            if policies:
+                self.policies.save(self._optimizer.param_groups)
             if self._device_steps is None:
                 return
             for counter, steps in zip(COUNTERS, self._device_steps.take_counts(), strict=True):
@@ -311,21 +316,20 @@ class Stepper:
         numbers = self._known_numbers
         if numbers is None:
             numbers = self._group_numbers()
-        rounded_steps = self._options.storage.rounded_steps(self._optimizer.param_groups)
+        groups = self._optimizer.param_groups
+        rounded_steps = self._options.storage.rounded_steps(groups)
         reduction = None if self._sharding is None else self._sharding.reduction
+        device = None if self._device_steps is None else self._device_steps.device
+        rows = None if self._creates_state else self.policies.rows(groups, device)
         if self._device_steps is None:
-            scaling = self._scaling
             return self._plan.step(
-                numbers, scaling.unscale, scaling.found_inf, grads, rounded_steps, reduction
+                numbers, *self._scaling.numbers, grads, rounded_steps, reduction, rows
             )
-        rates = [
-            group["lr"] if is_number_on(group.get("lr"), self._device_steps.device) else None
-            for group in self._optimizer.param_groups
-        ]
+        rates = [g["lr"] if is_number_on(g.get("lr"), device) else None for g in groups]
         if self._options.storage.is_stochastic:
             self._device_steps.count_rounded_steps(rounded_steps)
         return self._device_steps.run(
-            self._plan, numbers, rates, self._scaling, grads, read_back, reduction
+            self._plan, numbers, rates, self._scaling, grads, read_back, reduction, rows
         )
 
     def _group_numbers(self) -> list[tuple[float, ...]]:
@@ -392,6 +396,7 @@ class Stepper:
         # The wrapped step cannot be taken back, so whether to take it must be known.
         read_back = (
             self.nonfinite in ("skip", "raise")
+            or self._options.skip is not None
             or self._scaling.found_inf_tensor is not None
             or evaluates_closure(self._optimizer)
         )

@@ -6,6 +6,16 @@ it. Nothing in this package imports torch.
 
 from __future__ import annotations
 
-from . import accumulation, batch_norm, clip, norm, penalty, rounding, rules, step
+from . import accumulation, batch_norm, clip, norm, penalty, policies, rounding, rules, step
 
-__all__ = ["accumulation", "batch_norm", "clip", "norm", "penalty", "rounding", "rules", "step"]
+__all__ = [
+    "accumulation",
+    "batch_norm",
+    "clip",
+    "norm",
+    "penalty",
+    "policies",
+    "rounding",
+    "rules",
+    "step",
+]

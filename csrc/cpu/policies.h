@@ -1,0 +1,24 @@
+// Clip policies on the CPU: the coefficients of a step's scopes, and whether its norm is a spike.
+#pragma once
+
+#include "core/policy.h"
+#include "cpu/scope_norms.h"
+
+namespace steadygrad::cpu {
+
+// Whether the step is skipped for its norm, which is entered either way: a lasting rise must not be skipped
+// for ever.
+bool enter_and_judge(const Policies& policies, const StepOptions& options, const Norm& total);
+
+// Leaves each scope's coefficient in its row, for a step that proceeds.
+void apply_policies(const Policies& policies, const StepOptions& options, const Tensors& tensors,
+                    const ScopeNorms& norms);
+
+// Of the scope that a tensor of this group and place is in.
+inline double policy_coefficient(const Policies& policies, const StepOptions& options, int32_t group,
+                                 int32_t place) {
+  if (policies.clip_rows == nullptr) return 1;
+  return policies.clip_rows[scope_of(options.clip_scope, group, place) * row_size(policies.clip)];
+}
+
+}  // namespace steadygrad::cpu

@@ -1,0 +1,36 @@
+"""Checks of numbers that users give, with messages that say where and what was expected."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def checked_number(
+    where: str, value: Any, *, low: float = 0.0, below: float = math.inf, finite: bool = True
+) -> float:
+    """``value`` as a float in [low, below), or an error that says where and what was expected."""
+    expected = "a finite number" if finite else "a number"
+    if low != -math.inf:
+        expected += f" >= {low:g}"
+    if below != math.inf:
+        expected += f" and < {below:g}"
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: tensors that hold no number
+        raise TypeError(f"{where}: expected {expected}, got {value!r}") from None
+    if not (number >= low and (number < below or below == math.inf)) or (
+        finite and math.isinf(number)
+    ):
+        raise ValueError(f"{where}: expected {expected}, got {value!r}")
+    return number
+
+
+def checked_count(where: str, value: Any, *, low: int = 0) -> int:
+    """``value`` as an int of at least ``low``, or an error that says where and what was expected."""
+    expected = f"{where}: expected an int >= {low}, got {value!r}"
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(expected)
+    if value < low:
+        raise ValueError(expected)
+    return value

@@ -1,0 +1,146 @@
+"""What policies have learnt: on the parameters' device between steps, in the param groups when it is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steadygrad.policies.policy import Policy
+
+Groups = list[dict[str, Any]]
+
+# Keys of every param group of an optimizer with such a policy; None before its first step.
+CLIP_STATE, SKIP_STATE = "clip_state", "skip_state"
+
+
+class PolicyState:
+    """One policy's rows, (scopes, numbers per scope) in float64, updated in place by the kernels.
+
+    The param groups hold them as lists, which equal each other and can be saved by anything:
+    ``[name, n, n numbers of the first scope, n, ...]``.
+
+    Args:
+        key: of the param groups.
+        policy: whose rows they are.
+    """
+
+    def __init__(self, key: str, policy: Policy) -> None:
+        self._key = key
+        self._policy = policy
+        self._rows: Tensor | None = None
+        self._known: Any = None  # what the param groups held when both were the same
+        self._replaced: list[Tensor] = []  # captured graphs may go on with them
+
+    def rows(self, groups: Groups, scopes: int, device: torch.device) -> Tensor:
+        """For a step. A list that was loaded since the last one takes the place of what was learnt."""
+        saved = groups[0].get(self._key) if groups else None
+        rows = self._rows
+        if rows is not None and rows.shape[0] == scopes and rows.device == device:
+            if saved is not self._known:
+                self._fill(rows, saved)
+            return rows
+        made = torch.zeros(scopes, self._policy.row_size, dtype=torch.float64, device=device)
+        if rows is not None:
+            self._replaced.append(rows)
+        if rows is None or saved is not self._known:
+            self._fill(made, saved)
+        elif rows.shape[0] <= scopes:
+            # Scopes go by their places: new ones come last, and where some are gone none is known again.
+            made[: rows.shape[0]].copy_(rows)
+        self._rows = made
+        return made
+
+    def save(self, groups: Groups) -> None:
+        """Brings them to the param groups; waits for the device if there was a step."""
+        if self._rows is None or not groups:
+            return
+        loaded = groups[0].get(self._key)
+        if loaded is not self._known:  # since the last step
+            self._fill(self._rows, loaded)
+            return
+        saved: list[Any] = [type(self._policy).__name__]
+        for row in self._rows.tolist():
+            numbers = self._policy.saved(row)
+            saved += [len(numbers), *numbers]
+        self._known = saved
+        for group in groups:
+            group[self._key] = saved
+
+    def take_back(self, groups: Groups) -> None:
+        """What :meth:`save` has brought is theirs no longer: a history would fill what an optimizer prints."""
+        if self._known is None or groups[0].get(self._key) is not self._known:
+            return
+        self._known = None
+        for group in groups:
+            group[self._key] = None
+
+    def _fill(self, rows: Tensor, saved: Any) -> None:
+        self._known = saved
+        listed = _rows_of(self._policy, saved)
+        rows.zero_()
+        if listed:
+            listed = listed[: rows.shape[0]]
+            values = torch.tensor(listed, dtype=torch.float64, device="cpu")
+            rows[: len(listed)].copy_(values, non_blocking=True)
+
+
+def _rows_of(policy: Policy, saved: Any) -> list[list[float]]:
+    """The rows of a list; none where it is another policy's."""
+    if not isinstance(saved, Sequence) or not saved or saved[0] != type(policy).__name__:
+        return []
+    rows, at = [], 1
+    while at < len(saved):
+        count = int(saved[at])
+        row = policy.restored(saved[at + 1 : at + 1 + count])
+        if row is None:
+            return []
+        rows.append(row)
+        at += 1 + count
+    return rows
+
+
+class PolicyStates:
+    """Those of an optimizer's policies, each of which may be absent.
+
+    Args:
+        clip: its clip policy, one that learns or not.
+        skip: its skip policy.
+        scope: the clip's scope.
+    """
+
+    def __init__(self, clip: Policy | None, skip: Policy | None, scope: str) -> None:
+        self._clip = None
+        if clip is not None and clip.kernel_numbers is not None:
+            self._clip = PolicyState(CLIP_STATE, clip)
+        self._skip = None if skip is None else PolicyState(SKIP_STATE, skip)
+        self._scope = scope
+
+    def rows(
+        self, groups: Groups, device: torch.device | None
+    ) -> tuple[Tensor | None, Tensor | None] | None:
+        """For a step: the rows of both; ``device``: where decisions are taken, None for the CPU."""
+        if self._clip is None and self._skip is None:
+            return None
+        device = torch.device("cpu") if device is None else device
+        scopes = {"global": 1, "group": len(groups)}.get(self._scope)
+        if scopes is None:
+            scopes = sum(len(group["params"]) for group in groups)
+        return (
+            None if self._clip is None else self._clip.rows(groups, scopes, device),
+            None if self._skip is None else self._skip.rows(groups, 1, device),
+        )
+
+    def save(self, groups: Groups) -> None:
+        """Brings what was learnt to the param groups; waits for the device if there was a step."""
+        for state in (self._clip, self._skip):
+            if state is not None:
+                state.save(groups)
+
+    def take_back(self, groups: Groups) -> None:
+        """After a state dict was made of the param groups."""
+        for state in (self._clip, self._skip):
+            if state is not None and groups:
+                state.take_back(groups)

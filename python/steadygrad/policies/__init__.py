@@ -1,0 +1,18 @@
+"""Clip policies: where a step's limit comes from, other than a constant."""
+
+from __future__ import annotations
+
+from steadygrad.policies.constant import ClipNorm, Damp
+from steadygrad.policies.history import ClipPercentile, SkipSpikes
+from steadygrad.policies.moving_average import ClipRelative, ClipZScore
+from steadygrad.policies.policy import Policy
+
+__all__ = [
+    "ClipNorm",
+    "ClipPercentile",
+    "ClipRelative",
+    "ClipZScore",
+    "Damp",
+    "Policy",
+    "SkipSpikes",
+]

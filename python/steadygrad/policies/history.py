@@ -1,0 +1,132 @@
+"""Policies that look at the last norms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from steadygrad.arguments import checked_count
+from steadygrad.policies.policy import Numbers, Policy
+
+_BEFORE_NORMS = 3  # the coefficient, how many norms there are, and the place of the oldest
+
+
+def _restored_norms(saved: Sequence[float], window: int) -> list[float] | None:
+    if not saved:
+        return [0.0] * (_BEFORE_NORMS + window)
+    oldest, *norms = saved
+    count = len(norms)
+    # As a full ring the oldest may be anywhere; before, the next place is the first free one.
+    fits = oldest == int(oldest) and 0 <= oldest < window and count <= window
+    if not fits or (count < window and oldest != count):
+        return None
+    return [0.0, float(count), float(oldest), *norms, *[0.0] * (window - count)]
+
+
+def _saved_norms(row: list[float]) -> list[float]:
+    count = int(row[1])
+    return [row[2], *row[_BEFORE_NORMS : _BEFORE_NORMS + count]] if count else []
+
+
+@dataclass(frozen=True)
+class ClipPercentile(Policy):
+    """AutoClip: the limit is a percentile of the norms so far, that of this step included.
+
+    The percentile lies between its two neighbours as in ``numpy.percentile``. At the default only a tenth of the steps
+    is not clipped at all, and what the update sees follows the smaller norms.
+
+    Source: Seetharaman et al. 2020, "AutoClip: Adaptive gradient clipping for source separation networks" and
+    github.com/pseeth/autoclip, which keeps all norms; here the oldest are forgotten. There is no warm-up: the first
+    step's limit is its own norm. Steps that are skipped leave no norm, nor do norms of 0 and those that are not finite.
+
+    Args:
+        percentile: in [0, 100]. Default: 10.
+        window: how many norms are kept, at least 1: 16 bytes each, per scope. Default: 10000.
+
+    Raises:
+        TypeError: an argument is no number, or ``window`` no int.
+        ValueError: an argument is out of range.
+    """
+
+    percentile: float = 10.0
+    window: int = 10000
+
+    def __post_init__(self) -> None:
+        """Checks the numbers."""
+        if self._number("percentile") > 100:
+            raise ValueError(
+                f"ClipPercentile: percentile: expected a number in [0, 100], got {self.percentile!r}"
+            )
+        checked_count("ClipPercentile: window", self.window, low=1)
+
+    @property
+    def kernel_numbers(self) -> Numbers:
+        """Its name, fraction and window."""
+        return ("percentile", math.inf, float(self.percentile) / 100, 0.0, 1.0, 0, self.window)
+
+    @property
+    def row_size(self) -> int:
+        """The norms in the order of steps, and sorted."""
+        return _BEFORE_NORMS + 2 * self.window
+
+    def saved(self, row: list[float]) -> list[float]:
+        """The place of the oldest norm, and the norms in the order of steps."""
+        return _saved_norms(row)
+
+    def restored(self, saved: Sequence[float]) -> list[float] | None:
+        """With the norms sorted again."""
+        row = _restored_norms(saved, self.window)
+        if row is None:
+            return None
+        norms = sorted(saved[1:])
+        return [*row, *norms, *[0.0] * (self.window - len(norms))]
+
+
+@dataclass(frozen=True)
+class SkipSpikes(Policy):
+    r"""Skips a step whose norm is a spike: :math:`N > \mu + \text{sigma} \cdot s` over the last ``window`` norms.
+
+    :math:`\mu` and :math:`s` are their mean and standard deviation (n - 1), without this step's norm. The norm is the
+    global one, after unscaling and before clipping. The first window / 2 steps (at least 2) are never skipped.
+    Skipped steps count in ``skipped_steps``; ``sg.GradScaler`` does not take them for an overflow.
+
+    A spike's norm is remembered, too: after a lasting rise of the norm steps are taken again as soon as the window has
+    seen it, and after a lone spike the bar is higher until it has left the window. Nothing else of a skipped step is.
+
+    Source: the rule of OLMo-core's ``SkipStepOptimizer`` ("2 OLMo 2 Furious", 2025), there for the loss as well.
+
+    Args:
+        sigma: standard deviations above the mean, more than 0. Default: 6.
+        window: how many norms are kept, at least 2. Default: 128.
+
+    Raises:
+        TypeError: ``sigma`` is no number, or ``window`` no int.
+        ValueError: an argument is out of range.
+    """
+
+    sigma: float = 6.0
+    window: int = 128
+
+    def __post_init__(self) -> None:
+        """Checks the numbers."""
+        self._positive("sigma")
+        checked_count("SkipSpikes: window", self.window, low=2)
+
+    @property
+    def kernel_numbers(self) -> Numbers:
+        """Its two numbers."""
+        return (float(self.sigma), self.window)
+
+    @property
+    def row_size(self) -> int:
+        """The norms in the order of steps."""
+        return _BEFORE_NORMS + self.window
+
+    def saved(self, row: list[float]) -> list[float]:
+        """The place of the oldest norm, and the norms in the order of steps."""
+        return _saved_norms(row)
+
+    def restored(self, saved: Sequence[float]) -> list[float] | None:
+        """The same row."""
+        return _restored_norms(saved, self.window)

@@ -1,0 +1,65 @@
+"""What every policy tells the step: its numbers for the kernels, and how its state is kept and saved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from steadygrad.arguments import checked_number
+
+Scope = Literal["global", "group", "tensor"]
+Numbers = tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A policy's parameters; its state belongs to the optimizer, one row of float64 numbers per clip scope.
+
+    The rows are those of ``csrc/core/policy.h``: the last coefficient, then counts and what was learnt.
+
+    Attributes:
+        default_scope: the ``clip_scope`` of an optimizer that is given none.
+    """
+
+    default_scope: ClassVar[Scope] = "global"
+
+    @property
+    def kernel_numbers(self) -> Numbers | None:
+        """What a plan takes; None where a constant limit says it all."""
+        return None
+
+    @property
+    def row_size(self) -> int:
+        """Numbers of state per scope."""
+        return 1
+
+    def saved(self, row: list[float]) -> list[float]:
+        """What of a row a state dict keeps."""
+        return []
+
+    def restored(self, saved: Sequence[float]) -> list[float] | None:
+        """The row again; None where the numbers cannot be those of such a policy."""
+        return None if saved else [0.0] * self.row_size
+
+    def _number(self, name: str, **limits: Any) -> float:
+        where = f"{type(self).__name__}: {name}"
+        return checked_number(where, getattr(self, name), **limits)
+
+    def _fraction(self, name: str) -> float:
+        return self._number(name, below=1.0)
+
+    def _positive(self, name: str) -> float:
+        number = self._number(name)
+        if number == 0:
+            raise ValueError(
+                f"{type(self).__name__}: {name}: expected a finite number > 0, got {number!r}"
+            )
+        return number
+
+    def _cap(self, name: str) -> float:
+        """A limit, or None for no limit."""
+        if getattr(self, name) is None:
+            return math.inf
+        return self._number(name, finite=False)

@@ -1,0 +1,61 @@
+"""One rank of a gloo group: policies over parameters of which every rank has others."""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import steadygrad as sg
+from backends import BACKENDS
+from policy_runs import CLIPS, Driven, recorded_norms
+
+NAMES = ("percentile-window", "zscore-uncapped", "relative-short", "damp")
+BACKENDS_RUN = [backend for backend in BACKENDS[:2] if backend.why_not() is None]
+STEPS = 80
+
+
+def norms_of(rank: int) -> list[tuple[float | None, float | None]]:
+    """Of both parameters of a rank; the second one has gradients on the first rank alone."""
+    first, second = recorded_norms(STEPS, seed=rank), recorded_norms(STEPS, seed=7)
+    return [(a, b if rank == 0 else None) for a, b in zip(first, second, strict=True)]
+
+
+def run(name: str, scope: Any, rank: int) -> dict[str, Any]:
+    driven = Driven(
+        2,
+        torch.device("cpu"),
+        clip=CLIPS[name].policy(),
+        skip=sg.SkipSpikes(5.0, window=16),
+        clip_scope=scope,
+        reduce_norm=dist.group.WORLD,
+    )
+    taken = [driven.step(*norms) for norms in norms_of(rank)]
+    counts = (driven.optimizer.skipped_steps, driven.optimizer.clipped_steps)
+    return {"taken": taken, "learnt": driven.learnt(), "counts": counts}
+
+
+def main(rank: int, world: int, folder: Path) -> None:
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'rendezvous'}",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=60),
+    )
+    found = {}
+    for backend in BACKENDS_RUN:
+        with backend.active():
+            for name in NAMES:
+                for scope in ("global", "group"):
+                    found[f"{backend}-{name}-{scope}"] = run(name, scope, rank)
+    torch.save(found, folder / f"found{rank}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

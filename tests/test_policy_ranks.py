@@ -1,0 +1,51 @@
+"""Two ranks that reduce their norms learn the same, which is what one process with all parameters learns."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import steadygrad as sg
+from policy_rank import BACKENDS_RUN, NAMES, norms_of
+from policy_runs import CLIPS, Driven
+from ranks import found
+
+SCRIPT = Path(__file__).with_name("policy_rank.py")
+TIME_LIMIT = 90.0
+
+
+@pytest.mark.parametrize("scope", ["global", "group"])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("backend_name", [backend.name for backend in BACKENDS_RUN])
+def test_ranks_learn_what_one_process_learns(backend_name: str, name: str, scope: Any) -> None:
+    first, second = found(SCRIPT, 2, TIME_LIMIT, f"{backend_name}-{name}-{scope}")
+    assert first["learnt"] == second["learnt"]
+    # Each rank counts the clips of what it has gradients of.
+    same = slice(1) if scope == "group" else slice(2)
+    assert first["counts"][same] == second["counts"][same]
+    # Two groups again, the first one with a parameter of each rank.
+    one = Driven(
+        3,
+        torch.device("cpu"),
+        lambda groups, **options: in_two(groups, **options),
+        **{
+            "clip": CLIPS[name].policy(),
+            "skip": sg.SkipSpikes(5.0, window=16),
+            "clip_scope": scope,
+        },
+    )
+    for step, ((a, b), (c, _)) in enumerate(zip(norms_of(0), norms_of(1), strict=True)):
+        whole = one.step(a, b, c)
+        got = [*first["taken"][step], second["taken"][step][0]]
+        assert all(math.isclose(g, w, rel_tol=1e-9) for g, w in zip(got, whole, strict=True))
+    assert one.optimizer.skipped_steps == first["counts"][0] > 3
+
+
+def in_two(groups: Any, **options: Any) -> Any:
+    """The third parameter belongs to the first group."""
+    first, second, third = (group["params"] for group in groups)
+    return sg.optim.SGD([{"params": [*first, *third]}, {"params": second}], **options)

@@ -1,0 +1,138 @@
+"""Impossible parameters of policies, and policies where none can be: the message names what is wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+import steadygrad as sg
+from backends import Backend
+from steadygrad.policies import Policy
+from steadygrad.reference import policies as reference
+
+PERCENTILE, ZSCORE, RELATIVE = sg.ClipPercentile, sg.ClipZScore, sg.ClipRelative
+VALUES: list[tuple[Callable[..., Any], str, list[Any]]] = [
+    (sg.ClipNorm, "max_norm", [-1, math.nan]),
+    (sg.Damp, "max_norm", [-1.0, math.nan, math.inf]),
+    (lambda **given: sg.Damp(1.0, **given), "power", [0, -0.5, 1.01, math.nan]),
+    (PERCENTILE, "percentile", [-1, 100.5, math.nan, math.inf]),
+    (PERCENTILE, "window", [0, -3]),
+    (ZSCORE, "z_threshold", [0, -2.5, math.nan, math.inf]),
+    (ZSCORE, "alpha", [-0.1, 1.0, 1.5, math.nan]),
+    (ZSCORE, "warmup", [0, -1]),
+    (ZSCORE, "max_norm", [-1, math.nan]),
+    (ZSCORE, "clip_factor", [0, -1, math.inf]),
+    (RELATIVE, "relative", [0, -1, math.nan]),
+    (RELATIVE, "beta", [-0.1, 1, math.nan]),
+    (RELATIVE, "warmup", [0]),
+    (RELATIVE, "max_norm", [-1]),
+    (sg.SkipSpikes, "sigma", [0, -6, math.nan, math.inf]),
+    (sg.SkipSpikes, "window", [1, 0, -128]),
+]
+ids = [f"{index}-{name}" for index, (_, name, _) in enumerate(VALUES)]
+COUNTS = {"window", "warmup"}
+
+
+@pytest.mark.parametrize(("make", "name", "values"), VALUES, ids=ids)
+def test_values_out_of_range(make: Callable[..., Any], name: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match=rf"\w+: {name}: expected .*got {value!r}"):
+            make(**{name: value})
+
+
+@pytest.mark.parametrize(("make", "name", "values"), VALUES, ids=ids)
+def test_values_of_another_type(make: Callable[..., Any], name: str, values: list[Any]) -> None:
+    for value in ["much", [1.0], *([2.5, True, None] if name in COUNTS else [])]:
+        with pytest.raises(TypeError, match=rf"\w+: {name}: expected "):
+            make(**{name: value})
+
+
+def made(**ours: Any) -> Any:
+    return sg.optim.SGD([Parameter(torch.zeros(1))], lr=0.1, **ours)
+
+
+def test_no_policy_where_one_is_expected() -> None:
+    for clip in (1.0, "ClipNorm", sg.ClipNorm, sg.SkipSpikes(), Policy()):
+        with pytest.raises(TypeError, match=r"Stabilizer: clip: expected a clip policy such as"):
+            made(clip=clip)
+    for skip in (6, True, sg.SkipSpikes, sg.ClipZScore()):
+        with pytest.raises(TypeError, match=r"Stabilizer: skip: expected a SkipSpikes or None"):
+            made(skip=skip)
+
+
+@pytest.mark.parametrize("clip", [sg.ClipNorm(1.0), sg.ClipZScore()], ids=str)
+def test_two_limits_at_once(clip: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"Stabilizer: clip: expected None where max_norm is given"
+    ):
+        made(max_norm=1.0, clip=clip)
+    with pytest.raises(ValueError, match=r"max_norm=1\.0"):
+        sg.Stabilizer(torch.optim.SGD([Parameter(torch.zeros(1))]), max_norm=1.0, clip=clip)
+
+
+def test_the_scope_is_the_policys_where_none_is_given() -> None:
+    assert made()._options.scope == made(clip=sg.ClipZScore())._options.scope == "global"
+    assert made(clip=sg.ClipRelative())._options.scope == "tensor"
+    assert made(clip=sg.ClipRelative(), clip_scope="global")._options.scope == "global"
+    with pytest.raises(ValueError, match=r"clip_scope: expected one of"):
+        made(clip=sg.ClipRelative(), clip_scope="layer")
+
+
+def test_policies_cannot_be_changed() -> None:
+    with pytest.raises(AttributeError):
+        sg.ClipNorm(1.0).max_norm = 2.0  # type: ignore[misc]
+    assert sg.ClipZScore() == sg.ClipZScore() != sg.ClipZScore(alpha=0.5)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        "ClipPercentile",
+        ["ClipPercentile", 2, 0.0],
+        ["ClipPercentile", 3, 7.0, 1.0, 1.0],
+        ["ClipPercentile", 9, 0.0, *[1.0] * 8],
+        ["ClipZScore", 3, 1.0, 1.0, 0.0],
+        [],
+    ],
+    ids=str,
+)
+def test_state_that_does_not_fit_is_no_state(backend: Backend, state: Any) -> None:
+    optimizer = sg.optim.SGD(
+        [Parameter(torch.zeros(1, device=backend.device))], lr=1.0, clip=sg.ClipPercentile(window=4)
+    )
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["clip_state"] = state
+    optimizer.load_state_dict(saved)
+    param = optimizer.param_groups[0]["params"][0]
+    param.grad = torch.full_like(param, 3.0)
+    optimizer.step()
+    assert optimizer.state_dict()["param_groups"][0]["clip_state"] == [
+        "ClipPercentile",
+        2,
+        1.0,
+        3.0,
+    ]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: reference.ClipPercentile(101),
+        lambda: reference.ClipPercentile(window=0),
+        lambda: reference.ClipZScore(z_threshold=0),
+        lambda: reference.ClipZScore(alpha=1),
+        lambda: reference.ClipRelative(relative=0),
+        lambda: reference.ClipRelative(warmup=0),
+        lambda: reference.Damp(1.0, 0.0),
+        lambda: reference.SkipSpikes(sigma=0),
+        lambda: reference.SkipSpikes(window=1),
+    ],
+)
+def test_the_references_refuse_too(make: Callable[[], Any]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        make()
