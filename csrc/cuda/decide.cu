@@ -157,17 +157,17 @@ struct ReducedNorms {
   }
 };
 
-// By every thread of the block. Leaves each scope's coefficient in its row.
+// By every thread of the block, for a step that proceeds. Leaves each scope's coefficient in its row.
 template <class Norms>
 __device__ void apply_policies(const DecideArguments& arguments, const StepOptions& options,
-                               const Norms& norms, const Norm& total, bool proceeds, Shared& shared) {
+                               const Norms& norms, const Norm& total, Shared& shared) {
   const ClipPolicy& policy = arguments.step.policies.clip;
   double* const rows = arguments.step.policies.clip_rows;
   if (rows == nullptr) return;
   const int64_t size = row_size(policy);
   const bool by_block = policy.kind == PolicyKind::percentile;
   const double total_norm = seen_norm(options, total);
-  const bool learns = proceeds && is_finite(total_norm);
+  const bool learns = is_finite(total_norm);
   const auto apply = [&](int64_t scope, double norm, bool by_one) {
     double* const row = rows + scope * size;
     if (by_block) {
@@ -310,7 +310,7 @@ __device__ void decide(const DecideArguments& arguments, const Norms& norms, boo
       const double norm = seen_norm(options, total);
       spiked = skipped = enter_and_judge(arguments.step.policies, norm, shared.numbers.data());
     }
-    apply_policies(arguments, options, norms, total, !skipped && !refused, shared);
+    if (!skipped && !refused) apply_policies(arguments, options, norms, total, shared);
   }
   const bool clips = set_coefficients<kPolicies>(arguments, options, norms, total, shared);
   const bool clipped = clips && !skipped && !refused;

@@ -80,6 +80,42 @@ std::vector<T> chosen_of(const std::vector<T>& all, const std::vector<int32_t>& 
   return part;
 }
 
+// A backend's policies, each with rows of its own.
+struct Learnt {
+  Learnt(const Policies& given, int64_t scopes)
+      : policies(given),
+        clip(array_of<double>(scopes * row_size(given.clip), 0.0)),
+        skip(array_of<double>(row_size(given.skip), 0.0)) {
+    if (given.clip.kind != PolicyKind::none) policies.clip_rows = clip.as<double>();
+    if (given.skip.window > 0) policies.skip_row = skip.as<double>();
+    if (given.clip.kind != PolicyKind::percentile) return;
+    const int64_t window = given.clip.window;
+    for (int64_t scope = 0; scope < scopes; ++scope) {
+      double* const row = clip.as<double>() + scope * row_size(given.clip);
+      row[kCount] = static_cast<double>(window);
+      for (int64_t i = 0; i < window; ++i) {
+        row[kNorms + i] = static_cast<double>(window - i) / 16;
+        row[kNorms + window + i] = static_cast<double>(i + 1) / 16;
+      }
+    }
+  }
+  Learnt(const Learnt&) = delete;
+  Learnt& operator=(const Learnt&) = delete;
+
+  Policies policies;
+  Block clip;
+  Block skip;
+};
+
+std::string difference_in_learnt(const Block& cpu, const Block& emulated) {
+  for (int64_t i = 0; i < cpu.bytes() / static_cast<int64_t>(sizeof(double)); ++i) {
+    const std::string problem =
+        difference("state " + std::to_string(i), cpu.as<double>()[i], emulated.as<double>()[i]);
+    if (!problem.empty()) return problem;
+  }
+  return "";
+}
+
 class Comparison {
  public:
   explicit Comparison(const StepCase& step_case)
@@ -96,7 +132,9 @@ class Comparison {
         first_(count_, true),
         taken_(array_of<int32_t>(count_, 0)),
         counts_(array_of<int64_t>(2, 0)),
-        rounded_steps_(array_of<uint64_t>(1, 0)) {
+        rounded_steps_(array_of<uint64_t>(1, 0)),
+        cpu_learnt_(step_case.policies, scopes()),
+        emulated_learnt_(step_case.policies, scopes()) {
     options_.rule = step_case.rule.kind;
   }
 
@@ -145,10 +183,18 @@ class Comparison {
         difference_in_reports(report, outcome.value(), nonfinite.as<int64_t>(), chosen.size());
     if (problem.empty()) problem = cpu_.difference_from(emulated_);
     if (problem.empty()) problem = cpu_counters_.difference_from(emulated_counters_);
+    if (problem.empty()) problem = difference_in_learnt(cpu_learnt_.clip, emulated_learnt_.clip);
+    if (problem.empty()) problem = difference_in_learnt(cpu_learnt_.skip, emulated_learnt_.skip);
     return problem.empty() ? "" : "step " + std::to_string(number + 1) + ", " + problem;
   }
 
  private:
+  int64_t scopes() const {
+    return scope_of(options_.clip_scope, static_cast<int32_t>(groups_.size()) - 1,
+                    static_cast<int32_t>(count_) - 1) +
+           1;
+  }
+
   cpu::StepReport step_on_cpu(const std::vector<int32_t>& chosen) {
     std::vector<cpu::StepCounter> counters;
     for (const int32_t t : chosen) {
@@ -158,9 +204,11 @@ class Comparison {
     Rows rows(options_, groups_.size(), count_);
     if (!case_.two_processes) rows.reduction = Reduction();
     const std::vector<int64_t> slots(chosen.begin(), chosen.end());
+    cpu::Tensors tensors = chosen_of(cpu_.operands(), chosen);
+    for (size_t t = 0; t < chosen.size(); ++t) tensors[t].place = chosen[t];
     const cpu::StepReport report = cpu::fused_step(
-        chosen_of(cpu_.operands(), chosen), counters, groups_, options_, [](const cpu::StepReport&) {},
-        rows.reduction, &slots);
+        tensors, counters, groups_, options_, [](const cpu::StepReport&) {}, rows.reduction, &slots,
+        cpu_learnt_.policies);
     if (!report.skipped && !report.refused && options_.rule != RuleKind::none) {
       for (const int32_t t : chosen) first_[t] = false;
     }
@@ -180,6 +228,7 @@ class Comparison {
     memory.taken = taken_.as<int32_t>();
     memory.nonfinite = nonfinite;
     memory.rounded_steps = rounded_steps_.as<uint64_t>();
+    memory.policies = emulated_learnt_.policies;
     std::vector<Single<double>> learning_rates(groups_.size());
     std::vector<cuda::DeviceGroup> groups;
     for (size_t g = 0; g < groups_.size(); ++g) {
@@ -211,6 +260,7 @@ class Comparison {
         difference("fp32 norm", static_cast<float>(report.norm.norm), outcome.norm_float32),
         difference_of_counts("nonfinite", report.norm.nonfinite, outcome.nonfinite),
         difference_of_counts("skipped", report.skipped, outcome.skipped),
+        difference_of_counts("spiked", report.spiked, outcome.spiked),
         difference_of_counts("refused", report.refused, outcome.refused),
         difference_of_counts("clipped", report.clipped, outcome.clipped),
         difference_of_counts("skipped steps", skipped_, counts_.as<int64_t>()[0]),
@@ -246,6 +296,8 @@ class Comparison {
   Block taken_;
   Block counts_;
   Block rounded_steps_;
+  Learnt cpu_learnt_;
+  Learnt emulated_learnt_;
   cuda::StepPlan plan_;
   DeviceMemory memory_;
   int64_t skipped_ = 0;

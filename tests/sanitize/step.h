@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "core/policy.h"
 #include "core/step.h"
 #include "sanitize/rules.h"
 #include "sanitize/tensor_set.h"
@@ -22,6 +23,8 @@ struct StepCase {
   bool numbers_on_device = false;
   // Every second step leaves out some of the tensors.
   bool tensors_come_and_go = false;
+  // Whose rows each backend has for itself. A percentile's is full from the beginning.
+  Policies policies;
   // Another process holds the same, and does not count every third tensor.
   bool two_processes = false;
 };

@@ -152,6 +152,33 @@ void check_roundings(Report& report) {
   }
 }
 
+void check_policies(Report& report) {
+  // max_norm, level, decay, factor, warm-up, window
+  const std::pair<const char*, ClipPolicy> policies[] = {
+      {"percentile", {PolicyKind::percentile, INFINITY, 0.4, 0, 1, 0, 1100}},
+      {"z-score", {PolicyKind::zscore, 50, 1.5, 0.8, 0.9, 2, 0}},
+      {"relative", {PolicyKind::relative, 2, 1.05, 0.9, 1, 2, 0}},
+      {"damp", {PolicyKind::damp, 0.5, 0.5, 0, 1, 0, 0}}};
+  for (const auto& [policy_name, policy] : policies) {
+    for (const auto& [scope_name, scope] : kScopes) {
+      for (const bool two_processes : {false, true}) {
+        StepCase step_case = case_of(mixed_tensors(), "sgd with momentum");
+        step_case.policies.clip = policy;
+        step_case.policies.skip = {0.5, 3};
+        step_case.group.max_norm = 40;
+        step_case.options.clip_scope = scope;
+        step_case.tensors_come_and_go = true;
+        step_case.two_processes = two_processes;
+        step_case.gradients.assign(7, Values::ordinary);
+        step_case.gradients[3] = Values::nonfinite;
+        check(report,
+              std::string(policy_name) + " by " + scope_name + (two_processes ? ", two processes" : ""),
+              step_case);
+      }
+    }
+  }
+}
+
 // More tensors than one launch brings to the device.
 void check_split(Report& report) {
   Specs specs{"3600", std::vector<TensorSpec>(3600)};
@@ -171,6 +198,7 @@ void check_steps(Report& report) {
   check_decisions(report);
   check_options(report);
   check_roundings(report);
+  check_policies(report);
   if (!kFewCases) check_split(report);
 }
 
