@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+import hashlib
 from typing import Any
 
 import torch.distributed as dist
 
-# Seconds that the members of a new group wait for each other, after they have agreed to make it.
-_TIME_LIMIT = 300.0
 # Groups over the ranks of a mesh of several dimensions, for which torch makes none.
 _made: dict[tuple[int, ...], dist.ProcessGroup] = {}
 # How often they have been made under a store.
@@ -99,27 +97,30 @@ def group_over(ranks: tuple[int, ...], meshes: list[Any]) -> dist.ProcessGroup |
         return dist.group.WORLD
     made = _made.get(ranks)
     if made is None or not is_alive(made):
-        _even_out_groups(ranks)
-        made = _made[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+        made = _made[ranks] = _new_group(ranks)
     return made
 
 
-def _even_out_groups(ranks: tuple[int, ...]) -> None:
-    """Brings ranks that are members of fewer groups to the number of the others, by groups of one rank.
+def _new_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    """Among its members alone, under a name that all of them know.
 
-    torch names a group that only its members make by that number, too: they would wait under different names.
+    torch would name it by how many groups a rank has made or is in. Where these numbers differ, members wait for each
+    other under different names; and a count that only some have raised parts the names of groups made later.
     """
-    store: Any = dist.distributed_c10d._get_default_store()
+    module: Any = dist.distributed_c10d
+    store = module._get_default_store()
     known_store, turn = _turns.get(ranks, (None, 0))
     turn = turn + 1 if known_store is store else 0
     _turns[ranks] = store, turn
-    own = dist.get_rank()
-    count = len(getattr(dist.distributed_c10d._world, "pg_names", ()))
-    keys = [f"steadygrad/groups/{ranks}/{turn}/{rank}" for rank in ranks]
-    store.set(keys[ranks.index(own)], str(count))
-    store.wait(keys, timedelta(seconds=_TIME_LIMIT))
-    for _ in range(max(int(store.get(key)) for key in keys) - count):
-        dist.new_group([own], use_local_synchronization=True)
+    name = hashlib.sha256(f"steadygrad {ranks} {turn}".encode()).hexdigest()
+    named_by_torch, groups_made = module._hash_ranks_to_str, module._world.group_count
+    module._hash_ranks_to_str = lambda ranks: name
+    try:
+        made: dist.ProcessGroup = dist.new_group(list(ranks), use_local_synchronization=True)
+    finally:
+        module._hash_ranks_to_str = named_by_torch
+        module._world.group_count = groups_made
+    return made
 
 
 def ranks_of(mesh: Any) -> tuple[int, ...]:
