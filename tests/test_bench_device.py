@@ -97,14 +97,18 @@ def test_a_lap_is_long_enough_to_time_and_no_longer() -> None:
     assert max(queue.head_starts) < 1e-3
 
 
-def test_rotating_takes_turns_and_prepares_each() -> None:
-    log: list[str] = []
-    several = [
+def logging_candidates(log: list[str], count: int) -> list[Candidate]:
+    return [
         Candidate(
             "ours", lambda n=n: log.append(f"run {n}"), lambda n=n: log.append(f"prepare {n}")
         )
-        for n in range(2)
+        for n in range(count)
     ]
+
+
+def test_rotating_takes_turns_and_prepares_each() -> None:
+    log: list[str] = []
+    several = logging_candidates(log, 2)
     candidate = rotating(several)
     for _ in range(3):
         candidate.prepare()
@@ -117,12 +121,7 @@ def test_rotating_takes_turns_and_prepares_each() -> None:
 
 def test_once_over_calls_each_and_counts_them() -> None:
     log: list[str] = []
-    several = [
-        Candidate(
-            "ours", lambda n=n: log.append(f"run {n}"), lambda n=n: log.append(f"prepare {n}")
-        )
-        for n in range(3)
-    ]
+    several = logging_candidates(log, 3)
     candidate = once_over(several)
     ticks = iter([10.0, 16.0])
     race = Race([candidate], clock=lambda: next(ticks))
