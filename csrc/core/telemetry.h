@@ -60,8 +60,8 @@ STEADYGRAD_INLINE void record_totals(double* row, const StepOptions& options, co
   row[kTelemetryNonfinite] = static_cast<double>(step.total.nonfinite);
 }
 
-STEADYGRAD_INLINE void record_parameter(const Telemetry& telemetry, double* row, int64_t place,
-                                        double norm, double nonfinite) {
+STEADYGRAD_INLINE void record_parameter(const Telemetry& telemetry, double* row, int64_t place, double norm,
+                                        double nonfinite) {
   row[kTelemetryTotals + place] = norm;
   row[kTelemetryTotals + telemetry.parameters + place] = nonfinite;
 }
