@@ -91,11 +91,12 @@ class History:
         columns = [getattr(self, name).tolist() for name in TOTAL_NAMES]
         norms, counts = self.tensor_norms, self.tensor_nonfinite
         for i, totals in enumerate(zip(*columns, strict=True)):
+            values: dict[str, Any] = dict(zip(TOTAL_NAMES, totals, strict=True))
             yield StepRecord(
-                *totals,
-                self.names,
-                None if norms is None else norms[i],
-                None if counts is None else counts[i],
+                **values,
+                names=self.names,
+                tensor_norms=None if norms is None else norms[i],
+                tensor_nonfinite=None if counts is None else counts[i],
             )
 
     def since(self, step: int) -> History:

@@ -93,7 +93,14 @@ def _totals(axis: Axes, report: Report) -> None:
         fontsize=11,
         color=_INK,
     )
-    axis.legend(loc="upper right", frameon=False, fontsize=8.5, ncols=5)
+    axis.legend(
+        loc="lower right",
+        bbox_to_anchor=(1.0, 0.99),
+        borderaxespad=0,
+        frameon=False,
+        fontsize=8.5,
+        ncols=5,
+    )
     if history.tensor_norms is None:
         axis.set_xlabel("step", color=_INK)
     _plain(axis)
@@ -134,7 +141,7 @@ def _tensors(figure: Figure, axis: Axes, report: Report, norms: Floats) -> None:
         rasterized=True,
     )
     for row, column in np.argwhere(np.isinf(shown) & (shown > 0)).tolist()[:500]:
-        axis.plot(history.step[column], row, "^", color=_SKIPPED, markersize=4)
+        axis.plot(history.step[column], row, "^", color="white", markersize=5)
     names = [history.names[place] for place in chosen]
     axis.set_yticks(range(len(names)), [_shortened(name) for name in names])
     axis.invert_yaxis()
