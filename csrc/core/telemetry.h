@@ -101,4 +101,18 @@ STEADYGRAD_INLINE double relative_root(NormType type, double sum) {
   }
 }
 
+// The norm of a few norms, one after the other; 0 is that of what is not there.
+template <class NormAt>
+STEADYGRAD_INLINE double norm_in_turn(NormType type, int64_t count, NormAt norm_at) {
+  double extreme = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const double norm = norm_at(i);
+    extreme = norm > extreme || norm != norm ? norm : extreme;
+  }
+  if (type.kind == NormKind::infinity || !(extreme > 0) || !is_finite(extreme)) return extreme;
+  double powers = 0;
+  for (int64_t i = 0; i < count; ++i) powers += relative_power(type, norm_at(i) / extreme);
+  return extreme * relative_root(type, powers);
+}
+
 }  // namespace steadygrad
