@@ -34,6 +34,7 @@ endforeach()
 # csrc/cuda: the operations as CUDA kernels and their launchers. The same sources are compiled by nvcc, or by the C++ compiler
 # against csrc/emulation, which stands in for the CUDA runtime.
 set(cuda_sources
+  ${csrc}/cuda/ask_policy.cu
   ${csrc}/cuda/batch_norm_backward.cu
   ${csrc}/cuda/batch_norm_finish.cu
   ${csrc}/cuda/batch_norm_forward.cu

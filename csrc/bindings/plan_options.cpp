@@ -93,7 +93,8 @@ Policies policies_of(const py::dict& options) {
                                    {{"percentile", PolicyKind::percentile},
                                     {"zscore", PolicyKind::zscore},
                                     {"relative", PolicyKind::relative},
-                                    {"damp", PolicyKind::damp}});
+                                    {"damp", PolicyKind::damp},
+                                    {"given", PolicyKind::given}});
     size_t next = 1;
     for (double* field : {&clip.max_norm, &clip.level, &clip.decay, &clip.factor}) {
       *field = numbers[next++].cast<double>();

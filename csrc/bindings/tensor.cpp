@@ -115,6 +115,15 @@ Operand operand_of(const View& view, bool linear) {
   return {view.data, linear ? nullptr : view.strides, view.dtype};
 }
 
+// From C++ that has let go of the interpreter's lock.
+std::function<void()> called_without_arguments(py::object function) {
+  if (function.is_none()) return [] {};
+  return [function = std::move(function)] {
+    const py::gil_scoped_acquire acquire;
+    function();
+  };
+}
+
 }  // namespace
 
 std::string Argument::text() const {
@@ -213,10 +222,8 @@ Reduction reduction_of(const char* function, const py::object& tensors, size_t g
       static_cast<const int32_t*>(vector_of(py::object(parts[1]).ptr(), {function, "counted", -1},
                                             {kDLInt, 32, 1}, static_cast<int64_t>(slots), device));
   reduction.slots = static_cast<int32_t>(slots);
-  reduction.reduce = [reduce = py::object(parts[2])] {
-    const py::gil_scoped_acquire acquire;
-    reduce();
-  };
+  reduction.reduce = called_without_arguments(parts[2]);
+  if (parts.size() > 3) reduction.ask_policy = called_without_arguments(parts[3]);
   return reduction;
 }
 

@@ -64,8 +64,9 @@ void* vector_of(PyObject* object, const Argument& argument, DLDataType dtype, in
 // A DTensor's part of this process, else the tensor itself; the DTensor keeps it alive.
 py::object local_tensor(const py::object& tensor);
 
-// `tensors`: None, or (rows, counted, function without arguments that combines the rows of all processes),
-// see core/scope_sums.h. `slots`: how many tensors may take part.
+// `tensors`: None, or (rows, counted, function without arguments that combines the rows of all processes or
+// None) and perhaps another one that asks a policy, see core/scope_sums.h. `slots`: how many tensors may take
+// part.
 Reduction reduction_of(const char* function, const py::object& tensors, size_t groups, size_t slots,
                        bool per_tensor, Device& device);
 

@@ -10,7 +10,8 @@
 
 namespace steadygrad {
 
-enum class PolicyKind : uint8_t { none, percentile, zscore, relative, damp };
+// given: by whoever is asked between the passes (Reduction::ask_policy).
+enum class PolicyKind : uint8_t { none, percentile, zscore, relative, damp, given };
 
 struct ClipPolicy {
   PolicyKind kind = PolicyKind::none;
@@ -46,9 +47,14 @@ constexpr int64_t kVariance = 3;
 constexpr int64_t kOldest = 2;
 constexpr int64_t kNorms = 3;
 constexpr double kZScoreEps = 1e-6;
+// In the row of a scope whose limit is given: that, and the norm it is asked for.
+constexpr int64_t kGivenLimit = 1;
+constexpr int64_t kGivenNorm = 2;
 
 STEADYGRAD_INLINE int64_t row_size(const ClipPolicy& policy) {
   switch (policy.kind) {
+    case PolicyKind::given:
+      return kGivenNorm + 1;
     case PolicyKind::percentile:
       return kNorms + 2 * policy.window;
     case PolicyKind::zscore:
@@ -120,9 +126,16 @@ STEADYGRAD_INLINE double damping(const ClipPolicy& policy, double norm) {
   return norm > policy.max_norm ? std::pow(policy.max_norm / norm, policy.level) : 1.0;
 }
 
+// What is no limit, NaN or negative, was given where no host could see it: it limits nothing.
+STEADYGRAD_INLINE void apply_given(double* row, double norm) {
+  const double limit = row[kGivenLimit];
+  row[0] = norm == 0 || !(limit >= 0) ? 1 : clip_coefficient(limit, norm);
+}
+
 // Of all kinds but percentile, whose state takes many threads. Leaves the coefficient in the row.
 STEADYGRAD_INLINE void apply_policy(const ClipPolicy& policy, double* row, double norm, double total,
                                     bool learns) {
+  if (policy.kind == PolicyKind::given) return apply_given(row, norm);
   const bool enters = learns && is_entered(norm);
   double coefficient = 1;
   if (policy.kind == PolicyKind::zscore) {

@@ -149,7 +149,9 @@ StepReport fused_step(const Tensors& tensors, const std::vector<StepCounter>& co
   report.skipped = is_skipped(options, report.norm);
   report.refused = is_refused(options, report.norm);
   if (!report.skipped && !report.refused) {
-    report.spiked = report.skipped = enter_and_judge(policies, options, report.norm);
+    report.spiked = report.skipped = is_spiked(policies, options, report.norm);
+    if (!report.spiked) ask_policy(policies, options, reduction, scopes);
+    enter_spike(policies, options, report.norm);
   }
   if (report.skipped || report.refused) return report;
 

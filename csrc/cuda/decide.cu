@@ -6,6 +6,7 @@
 #include "cuda/decide.h"
 #include "cuda/launch.h"
 #include "cuda/policies.h"
+#include "cuda/reduced_norms.h"
 
 namespace steadygrad::cuda {
 namespace {
@@ -49,21 +50,6 @@ __device__ NormPartial tensor_partial(const DecideArguments& arguments, int32_t 
       [&](int64_t i) { return chunks.load<false>(static_cast<int32_t>(head.first_chunk + i)); }, sum);
 }
 
-// Powers of different tensors carry different scales: their norms are combined, relative to the one that
-// counts most.
-template <class NormAt>
-__device__ double general_norm(NormType type, int64_t count, Shared& shared, NormAt norm_at) {
-  const NormType extremes = norm_type(type.p > 0 ? INFINITY : -INFINITY);
-  const double extreme =
-      block_combine_in_order(count, norm_identity(extremes), shared.numbers.data(), norm_at,
-                             [&](double& a, double b) { a = combine(extremes, a, b); });
-  if (!(extreme > 0) || !is_finite(extreme)) return extreme;
-  const double powers = block_combine_in_order(
-      count, 0.0, shared.numbers.data(), [&](int64_t i) { return std::pow(norm_at(i) / extreme, type.p); },
-      [](double& a, double b) { a += b; });
-  return extreme * std::pow(powers, 1 / type.p);
-}
-
 __device__ double own_norm(const DecideArguments& arguments, int32_t tensor) {
   const double scale = arguments.norms.scales != nullptr ? arguments.norms.scales[tensor] : 1;
   return finish_norm(arguments.options.norm_type, arguments.norms.tensors[tensor].sums, scale);
@@ -82,7 +68,7 @@ __device__ ScopeSums sums_over(const DecideArguments& arguments, int32_t first, 
       [&](NormPartial& a, const NormPartial& b) { combine(type, a, b); });
   if (type.kind != NormKind::general) return scope_sums(sum, sum.sums.medium);
   const double none = no_sums(type).medium;
-  return scope_sums(sum, general_norm(type, last - first, shared, [&](int64_t i) {
+  return scope_sums(sum, general_norm(type, last - first, shared.numbers.data(), [&](int64_t i) {
                       return counts(tensors[i]) ? own_norm(arguments, tensors[i]) : none;
                     }));
 }
@@ -126,16 +112,8 @@ struct ReducedNorms {
   ScopeSums* lanes;
 
   __device__ Norm total(Shared& shared) const {
-    const NormType type = arguments.options.norm_type;
-    const ScopeSums* const rows = arguments.rows + 1;
-    ScopeSums sums = block_combine_in_order(
-        arguments.table.groups, no_sums(type), lanes, [&](int64_t g) { return rows[g]; },
-        [&](ScopeSums& a, const ScopeSums& b) { combine(type, a, b); });
-    if (type.kind == NormKind::general) {
-      sums.medium =
-          general_norm(type, arguments.table.groups, shared, [&](int64_t g) { return rows[g].medium; });
-    }
-    return with_flags(norm_of(type, sums), arguments.rows[0]);
+    return reduced_total(arguments.options.norm_type, arguments.rows, arguments.table.groups, lanes,
+                         shared.numbers.data());
   }
   __device__ Norm group(int32_t g, Shared&) const {
     return norm_of(arguments.options.norm_type, arguments.rows[1 + g]);
@@ -422,6 +400,7 @@ void launch_decide(const char* function, const TensorTable& table, const NormMem
   }
   launch(function, stream, decide_kernel<true, false>, blocks, kLanes, arguments);
   reduction.reduce();
+  if (reduction.ask_policy) ask_policy(function, table.groups, options, step.policies, reduction, stream);
   launch(function, stream, policies ? decide_reduced_kernel<true> : decide_reduced_kernel<false>, 1, kLanes,
          arguments);
 }

@@ -36,6 +36,7 @@ from steadygrad.penalty import add_penalty_, soft_threshold_
 from steadygrad.policies import (
     ClipNorm,
     ClipPercentile,
+    ClipPolicy,
     ClipRelative,
     ClipZScore,
     Damp,
@@ -47,6 +48,7 @@ __version__: str = _kernels.VERSION
 __all__ = [
     "ClipNorm",
     "ClipPercentile",
+    "ClipPolicy",
     "ClipRelative",
     "ClipZScore",
     "Damp",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from steadygrad.optim.policy_state import CLIP_STATE, SKIP_STATE, PolicyStates
 from steadygrad.policies import (
     ClipNorm,
     ClipPercentile,
+    ClipPolicy,
     ClipRelative,
     ClipZScore,
     Damp,
@@ -26,6 +29,8 @@ PenaltyOrder = Literal["before_clip", "after_clip"]
 L1Mode = Literal["subgradient", "proximal"]
 ClipScope = Literal["global", "group", "tensor"]
 Nonfinite = Literal["skip", "zero", "raise", "propagate"]
+
+_CLIP_POLICIES = (ClipNorm, ClipPercentile, ClipZScore, ClipRelative, Damp, ClipPolicy)
 
 COUNTERS = ("skipped_steps", "clipped_steps")
 
@@ -41,7 +46,7 @@ class StabilizerOptions:
     """The keyword arguments of :class:`steadygrad.Stabilizer`, which documents them."""
 
     max_norm: float | None = None
-    clip: Policy | None = None
+    clip: Policy | ClipPolicy | None = None
     skip: SkipSpikes | None = None
     norm_type: float = 2.0
     clip_value: float | None = None
@@ -58,7 +63,9 @@ class StabilizerOptions:
     reduce_norm: Any = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StabilizerOptions:
-        """Itself: nothing in it changes, and process groups cannot be copied."""
+        """Itself, since process groups cannot be copied; a policy in Python has a state that is its own."""
+        if isinstance(self.clip, ClipPolicy):
+            return dataclasses.replace(self, clip=copy.deepcopy(self.clip, memo))
         return self
 
     def __post_init__(self) -> None:
@@ -82,7 +89,7 @@ class StabilizerOptions:
         self.storage.check()
 
     def _check_clip(self) -> None:
-        if not isinstance(self.clip, (ClipNorm, ClipPercentile, ClipZScore, ClipRelative, Damp)):
+        if not isinstance(self.clip, _CLIP_POLICIES):
             raise TypeError(
                 f"Stabilizer: clip: expected a clip policy such as ClipPercentile(), got {self.clip!r}"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from steadygrad.policies.clip_policy import ClipPolicy
 from steadygrad.policies.constant import ClipNorm, Damp
 from steadygrad.policies.history import ClipPercentile, SkipSpikes
 from steadygrad.policies.moving_average import ClipRelative, ClipZScore
@@ -10,6 +11,7 @@ from steadygrad.policies.policy import Policy
 __all__ = [
     "ClipNorm",
     "ClipPercentile",
+    "ClipPolicy",
     "ClipRelative",
     "ClipZScore",
     "Damp",
