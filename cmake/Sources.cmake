@@ -12,7 +12,8 @@ set(cpu_sources
   ${csrc}/cpu/parallel.cpp
   ${csrc}/cpu/penalty.cpp
   ${csrc}/cpu/policies.cpp
-  ${csrc}/cpu/scope_norms.cpp)
+  ${csrc}/cpu/scope_norms.cpp
+  ${csrc}/cpu/unit_clip.cpp)
 
 set(instruction_sets baseline)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
@@ -50,6 +51,7 @@ set(cuda_sources
   ${csrc}/cuda/gradient.cu
   ${csrc}/cuda/penalty.cu
   ${csrc}/cuda/tensor_table.cu
+  ${csrc}/cuda/unit_clip.cu
   ${csrc}/cuda/update_adagrad.cu
   ${csrc}/cuda/update_adam.cu
   ${csrc}/cuda/update_rmsprop.cu

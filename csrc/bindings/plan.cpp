@@ -120,7 +120,8 @@ bool Plan::add_tensor(size_t index, PyObject* grad, const GroupOptions& group, i
 
   TensorOperands& tensor = tensors_.emplace_back();
   const bool penalty = group.l2 != 0 || (group.l1 != 0 && !options_.proximal);
-  if (!updates && !penalty) {
+  const bool by_unit = policies_.clip.kind == PolicyKind::adaptive;
+  if (!updates && !penalty && !by_unit) {
     tensor = operands_of(grad_view, &TensorOperands::grad);
   } else {
     View views[3 + kMaxStates];
@@ -151,7 +152,7 @@ bool Plan::add_tensor(size_t index, PyObject* grad, const GroupOptions& group, i
                               std::string(py::str(py::handle(object).attr("shape"))));
       }
     }
-    set_operands(tensor, views, operands, count);
+    set_operands(tensor, views, operands, count, by_unit);
     remember(index, views, count, grad);
   }
   tensor.group = group_index;

@@ -315,11 +315,15 @@ TensorOperands operands_of(const View& view, Operand TensorOperands::* operand) 
   return tensor;
 }
 
-void set_operands(TensorOperands& tensor, const View* views, Operand* const* operands, int count) {
+void set_operands(TensorOperands& tensor, const View* views, Operand* const* operands, int count,
+                  bool by_unit) {
   tensor.numel = views[0].numel;
   tensor.ndim = views[0].ndim;
   tensor.sizes = views[0].sizes;
-  bool together = is_contiguous(views[0]) || is_dense(views[0]);
+  const View& first = views[0];
+  const bool units_lie_together =
+      first.ndim < 2 || first.sizes[0] < 2 || first.strides[0] * first.sizes[0] == first.numel;
+  bool together = is_contiguous(first) || (is_dense(first) && (units_lie_together || !by_unit));
   for (int i = 1; i < count; ++i) together = together && same_strides(views[0], views[i]);
   for (int i = 0; i < count; ++i) *operands[i] = operand_of(views[i], together || is_contiguous(views[i]));
 }

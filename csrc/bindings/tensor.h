@@ -120,8 +120,10 @@ bool is_contiguous(const View& view);
 // A single operand: elements are visited in memory order where they fill their memory, else by index.
 TensorOperands operands_of(const View& view, Operand TensorOperands::* operand);
 
-// Several operands of equal sizes, visited together. `operands` and `views` correspond.
-void set_operands(TensorOperands& tensor, const View* views, Operand* const* operands, int count);
+// Several operands of equal sizes, visited together. `operands` and `views` correspond. `by_unit`: all
+// elements of one index of the first dimension one after the other.
+void set_operands(TensorOperands& tensor, const View* views, Operand* const* operands, int count,
+                  bool by_unit = false);
 
 std::string describe(PyObject* object);
 

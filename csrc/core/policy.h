@@ -10,8 +10,9 @@
 
 namespace steadygrad {
 
-// given: by whoever is asked between the passes (Reduction::ask_policy).
-enum class PolicyKind : uint8_t { none, percentile, zscore, relative, damp, given };
+// given: by whoever is asked between the passes (Reduction::ask_policy). adaptive: by output unit
+// (core/unit_clip.h); `level` is its eps, and a scope as such has no limit.
+enum class PolicyKind : uint8_t { none, percentile, zscore, relative, damp, given, adaptive };
 
 struct ClipPolicy {
   PolicyKind kind = PolicyKind::none;
@@ -41,6 +42,10 @@ struct Policies {
   double* skip_row = nullptr;   // null: it skips no spikes
 };
 
+STEADYGRAD_INLINE bool clips_units(const Policies& policies) {
+  return policies.clip.kind == PolicyKind::adaptive && policies.clip_rows != nullptr;
+}
+
 constexpr int64_t kCount = 1;
 constexpr int64_t kMean = 2;
 constexpr int64_t kVariance = 3;
@@ -55,6 +60,8 @@ STEADYGRAD_INLINE int64_t row_size(const ClipPolicy& policy) {
   switch (policy.kind) {
     case PolicyKind::given:
       return kGivenNorm + 1;
+    case PolicyKind::adaptive:
+      return kGivenLimit + 1;
     case PolicyKind::percentile:
       return kNorms + 2 * policy.window;
     case PolicyKind::zscore:
@@ -135,7 +142,8 @@ STEADYGRAD_INLINE void apply_given(double* row, double norm) {
 // Of all kinds but percentile, whose state takes many threads. Leaves the coefficient in the row.
 STEADYGRAD_INLINE void apply_policy(const ClipPolicy& policy, double* row, double norm, double total,
                                     bool learns) {
-  if (policy.kind == PolicyKind::given) return apply_given(row, norm);
+  if (policy.kind == PolicyKind::adaptive) row[kGivenLimit] = NAN;
+  if (policy.kind == PolicyKind::given || policy.kind == PolicyKind::adaptive) return apply_given(row, norm);
   const bool enters = learns && is_entered(norm);
   double coefficient = 1;
   if (policy.kind == PolicyKind::zscore) {

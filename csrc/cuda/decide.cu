@@ -212,6 +212,15 @@ __device__ bool set_coefficients(const DecideArguments& arguments, const StepOpt
   return __syncthreads_or(clips ? 1 : 0) != 0;
 }
 
+// Whether a unit is clipped; by every thread, and the next step begins anew.
+__device__ bool take_units_clip(const DecideArguments& arguments) {
+  if (!clips_units(arguments.step.policies)) return false;
+  const bool clips = arguments.table.arrived[1] != 0;
+  __syncthreads();
+  if (threadIdx.x == 0) arguments.table.arrived[1] = 0;
+  return clips;
+}
+
 // Bias corrections for the step that may be taken: a power or two per tensor, computed by its own block.
 __device__ void prepare_step(const DecideArguments& arguments, int32_t tensor) {
   const TensorHead head = arguments.table.heads[tensor];
@@ -291,7 +300,8 @@ __device__ void decide(const DecideArguments& arguments, const Norms& norms, boo
     if (!skipped && !refused) apply_policies(arguments, options, norms, total, shared);
   }
   const bool clips = set_coefficients<kPolicies>(arguments, options, norms, total, shared);
-  const bool clipped = clips && !skipped && !refused;
+  bool clipped = clips && !skipped && !refused;
+  if constexpr (kPolicies) clipped = (take_units_clip(arguments) || clips) && !skipped && !refused;
   if (arguments.step.nonfinite != nullptr) {
     for (int32_t t = threadIdx.x; t < arguments.table.tensors; t += kLanes) {
       arguments.step.nonfinite[t] = arguments.norms.tensors[t].nonfinite;

@@ -34,6 +34,7 @@ from steadygrad.optim.parameter_groups import param_groups
 from steadygrad.optim.stabilizer import Stabilizer
 from steadygrad.penalty import add_penalty_, soft_threshold_
 from steadygrad.policies import (
+    ClipAdaptive,
     ClipNorm,
     ClipPercentile,
     ClipPolicy,
@@ -46,6 +47,7 @@ from steadygrad.policies import (
 __version__: str = _kernels.VERSION
 
 __all__ = [
+    "ClipAdaptive",
     "ClipNorm",
     "ClipPercentile",
     "ClipPolicy",

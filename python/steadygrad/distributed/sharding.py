@@ -13,6 +13,8 @@ from steadygrad.distributed.dtensors import has_dtensors, local_gradients
 from steadygrad.distributed.groups import as_process_group, check_process_group
 from steadygrad.distributed.layout import Layout, layout_of
 from steadygrad.distributed.norms import NormReduction
+from steadygrad.distributed.units import check_whole_units
+from steadygrad.policies.adaptive import CLIPPING, ClipAdaptive
 from steadygrad.policies.clip_policy import ClipPolicy
 
 if TYPE_CHECKING:
@@ -81,6 +83,8 @@ def sharding_of(
     params = [param for group in groups for param in group]
     if not params or (options.reduce_norm is None and not has_dtensors(params)):
         return None
+    if isinstance(options.clip, ClipAdaptive):
+        check_whole_units(param_groups)
     return Sharding(param_groups, options, previous)
 
 
@@ -115,6 +119,9 @@ def _settings(
             value = group.get(key, getattr(options, key))
             number = None if value is None else float(value)
             lines.append(f"{key} of param_groups[{i}] is {number}")
+        if isinstance(options.clip, ClipAdaptive):
+            clipping = group.get(CLIPPING, options.clip.clipping)
+            lines.append(f"{CLIPPING} of param_groups[{i}] is {clipping}")
     return lines
 
 

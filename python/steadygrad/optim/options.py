@@ -15,6 +15,7 @@ from steadygrad.arguments import checked_number as checked_number
 from steadygrad.optim.param_storage import ROUNDED_STEPS, ParamStorage, Rounding
 from steadygrad.optim.policy_state import CLIP_STATE, SKIP_STATE, PolicyStates
 from steadygrad.policies import (
+    ClipAdaptive,
     ClipNorm,
     ClipPercentile,
     ClipPolicy,
@@ -24,13 +25,22 @@ from steadygrad.policies import (
     Policy,
     SkipSpikes,
 )
+from steadygrad.policies.adaptive import CLIPPING
 
 PenaltyOrder = Literal["before_clip", "after_clip"]
 L1Mode = Literal["subgradient", "proximal"]
 ClipScope = Literal["global", "group", "tensor"]
 Nonfinite = Literal["skip", "zero", "raise", "propagate"]
 
-_CLIP_POLICIES = (ClipNorm, ClipPercentile, ClipZScore, ClipRelative, Damp, ClipPolicy)
+_CLIP_POLICIES = (
+    ClipNorm,
+    ClipPercentile,
+    ClipZScore,
+    ClipRelative,
+    ClipAdaptive,
+    Damp,
+    ClipPolicy,
+)
 
 COUNTERS = ("skipped_steps", "clipped_steps")
 
@@ -122,6 +132,7 @@ class StabilizerOptions:
             "clip_value": self.clip_value,
             "l1": self.l1,
             "l2": self.l2,
+            **({CLIPPING: self.clip.clipping} if isinstance(self.clip, ClipAdaptive) else {}),
             **dict.fromkeys(COUNTERS, 0),
             **({ROUNDED_STEPS: 0} if self.storage.is_stochastic else {}),
             **self.learnt_defaults(),
@@ -137,8 +148,11 @@ class StabilizerOptions:
 
     def group_numbers(self, group: Mapping[str, Any], where: str) -> dict[str, float]:
         """The group's limits and penalties as the kernels take them: no limit is infinity."""
-        numbers = {}
-        for key, default in (("max_norm", self.constant_limit), ("clip_value", self.clip_value)):
+        numbers = {CLIPPING: math.inf}
+        limits = [("max_norm", self.constant_limit), ("clip_value", self.clip_value)]
+        if isinstance(self.clip, ClipAdaptive):
+            limits.append((CLIPPING, self.clip.clipping))
+        for key, default in limits:
             value = group.get(key, default)
             numbers[key] = (
                 math.inf if value is None else checked_number(where + key, value, finite=False)
