@@ -80,7 +80,8 @@ void record(const Telemetry& telemetry, const Tensors& tensors, const GradNorms&
   step.total = scopes.total;
   step.flags = (report.clipped ? kRecordedClipped : 0) | (report.skipped ? kRecordedSkipped : 0) |
                (report.refused ? kRecordedRefused : 0) | (report.spiked ? kRecordedSpiked : 0);
-  if (is_taken(step)) step.clipped_norm = clipped_norm(tensors, norms, scopes, groups, options, policies);
+  if (has_clipped_norm(step, policies))
+    step.clipped_norm = clipped_norm(tensors, norms, scopes, groups, options, policies);
   step.limit =
       total_limit(policies, groups.data(), static_cast<int64_t>(groups.size()), options, is_taken(step));
   double* const row = next_row(telemetry);

@@ -74,7 +74,7 @@ template <class Norms, class Shared>
 __device__ void record(const Telemetry& telemetry, const TensorTable& table, const double* coefficients,
                        const GroupOptions* groups, const StepOptions& options, const Policies& policies,
                        const Norms& norms, RecordedStep step, Shared& shared) {
-  if (is_taken(step))
+  if (has_clipped_norm(step, policies))
     step.clipped_norm = clipped_norm(table, coefficients, options, norms, step.total, shared);
   double* const row = next_row(telemetry);
   for (int64_t p = threadIdx.x; p < telemetry.parameters; p += kLanes) {
