@@ -20,6 +20,7 @@ from torch.optim import lr_scheduler
 
 import steadygrad as sg
 from backends import Backend
+from lr_schedules import SCHEDULERS, advance
 from optimizer_kinds import MAKERS, WITH_STATE, give, make_twin
 from optimizer_runs import assert_same_params, assert_same_state
 from parameter_sets import dense_parameters
@@ -28,20 +29,6 @@ from tolerances import assert_close
 
 all_kinds = pytest.mark.parametrize("kind", MAKERS)
 WRAPPED = [kind for kind in MAKERS if kind != "subclass"]
-
-SCHEDULERS: dict[str, Any] = {
-    "StepLR": lambda o: lr_scheduler.StepLR(o, 2),
-    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
-    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
-    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=12),
-    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.LinearLR(o, 0.1, total_iters=3), lr_scheduler.StepLR(o, 2)], [3]
-    ),
-    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
-        [lr_scheduler.ConstantLR(o, 0.3), lr_scheduler.ExponentialLR(o, 0.8)]
-    ),
-    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1),
-}
 
 
 def step_both(mine: Any, theirs: Any, ours: Any, torchs: Any, seed: int) -> None:
@@ -62,10 +49,7 @@ def test_point_1_schedulers_drive_it(backend: Backend, kind: str, name: str) -> 
     for seed in range(10):
         step_both(mine, theirs, ours, torchs, seed)
         for schedule in schedules:
-            if name == "ReduceLROnPlateau":
-                schedule.step(1.0)
-            else:
-                schedule.step()
+            advance(name, schedule)
         group, other = ours.param_groups[0], torchs.param_groups[0]
         assert group["lr"] == other["lr"] and group["betas"] == other["betas"]
     assert_same_params(mine, theirs, torch.float32)
@@ -92,6 +76,43 @@ def test_point_1_it_is_an_optimizer_with_a_bound_step(backend: Backend, kind: st
     optimizer.step()
     assert len(calls) == 1
     assert any(not torch.equal(bits(p), b) for p, b in zip(params, before, strict=True))
+
+
+class Imitation:
+    """Takes the class of the optimizer that it wraps, as those of Lightning and its Fabric do."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+        self.__class__ = type("Imitation", (Imitation, type(optimizer)), {})
+
+    def step(self, closure: Any = None) -> Any:
+        return self.optimizer.step(closure)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.optimizer, name)
+
+
+@all_kinds
+def test_point_1_a_wrapper_that_imitates_its_class(backend: Backend, kind: str) -> None:
+    params = dense_parameters(device=backend.device)
+    optimizer = MAKERS[kind](params, clip=sg.ClipZScore(warmup=2))
+    imitation: Any = Imitation(optimizer)
+    assert isinstance(imitation, type(optimizer))
+    for seed in range(3):
+        give(params, seed)
+        imitation.step()
+    assert imitation.grad_norm is not None and imitation.grad_norm == optimizer.grad_norm
+    assert imitation.path == optimizer.path
+    assert imitation.accumulated is optimizer.accumulated
+    saved = imitation.state_dict()
+    assert saved["param_groups"][0]["clip_state"] is not None
+    assert_same_tree(saved, optimizer.state_dict())
+    optimizer.load_state_dict(saved)
+    give(params, 3, element=float("nan"))
+    imitation.step()
+    assert imitation.skipped_steps == optimizer.skipped_steps == 1
+    imitation.zero_grad()
+    assert all(param.grad is None for param in params)
 
 
 @pytest.mark.parametrize("kind", WRAPPED)
