@@ -12,7 +12,8 @@ set(cpu_sources
   ${csrc}/cpu/parallel.cpp
   ${csrc}/cpu/penalty.cpp
   ${csrc}/cpu/policies.cpp
-  ${csrc}/cpu/scope_norms.cpp)
+  ${csrc}/cpu/scope_norms.cpp
+  ${csrc}/cpu/telemetry.cpp)
 
 set(instruction_sets baseline)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")

@@ -103,6 +103,11 @@ int64_t Plan::scopes() const {
          1;
 }
 
+Reduction Plan::reduction_for(const py::object& reduction, const Telemetry& telemetry) {
+  const bool per_tensor = options_.clip_scope == ClipScope::tensor || telemetry.parameters > 0;
+  return reduction_of(kFunction, reduction, groups_.size(), params_.size(), per_tensor, device_);
+}
+
 PyObject* Plan::local(const py::object& tensor) {
   py::object local = local_tensor(tensor);
   if (local.is(tensor)) return tensor.ptr();
@@ -225,7 +230,8 @@ bool Plan::gather(const std::vector<GroupOptions>& groups, const std::optional<p
 
 std::optional<cpu::StepReport> Plan::step(const py::list& groups, double unscale, bool found_inf,
                                           const std::optional<py::list>& grads, uint64_t rounded_steps,
-                                          const py::object& reduction, const py::object& policy_rows) {
+                                          const py::object& reduction, const py::object& policy_rows,
+                                          const py::object& telemetry) {
   const std::vector<GroupOptions> group_list = group_options_of(groups, groups_.size());
   adopt_torch_threads();
   const Stepping stepping(*this);
@@ -237,8 +243,8 @@ std::optional<cpu::StepReport> Plan::step(const py::list& groups, double unscale
   options_.unscale = unscale;
   options_.found_inf = found_inf;
   options_.rounded_steps = rounded_steps;
-  const Reduction all = reduction_of(kFunction, reduction, groups_.size(), params_.size(),
-                                     options_.clip_scope == ClipScope::tensor, device_);
+  const Telemetry record = telemetry_of(telemetry, params_.size(), device_);
+  const Reduction all = reduction_for(reduction, record);
   const Policies policies = with_rows(policies_, policy_rows, scopes(), device_);
   const auto announce = [&](const cpu::StepReport& decided) {
     const py::gil_scoped_acquire acquire;
@@ -248,7 +254,8 @@ std::optional<cpu::StepReport> Plan::step(const py::list& groups, double unscale
   cpu::StepReport report;
   {
     const py::gil_scoped_release release;
-    report = cpu::fused_step(tensors_, counters_, group_list, options_, announce, all, &active_, policies);
+    report =
+        cpu::fused_step(tensors_, counters_, group_list, options_, announce, all, &active_, policies, record);
   }
   return report;
 }
@@ -256,7 +263,8 @@ std::optional<cpu::StepReport> Plan::step(const py::list& groups, double unscale
 bool Plan::step_on_device(const py::list& groups, double unscale, bool found_inf,
                           const std::optional<py::list>& grads, const py::dict& memory,
                           const py::list& learning_rates, const py::object& allocate,
-                          const py::object& reduction, const py::object& policy_rows) {
+                          const py::object& reduction, const py::object& policy_rows,
+                          const py::object& telemetry) {
   const std::vector<GroupOptions> group_list = group_options_of(groups, groups_.size());
   const Stepping stepping(*this);
   // Also a step without any gradient has a device and its stream.
@@ -282,6 +290,7 @@ bool Plan::step_on_device(const py::list& groups, double unscale, bool found_inf
   addresses.nonfinite = memory_of<int64_t>(memory["nonfinite"]);
   addresses.rounded_steps = memory_of<uint64_t>(memory["rounded_steps"]);
   addresses.policies = with_rows(policies_, policy_rows, scopes(), device_);
+  addresses.telemetry = telemetry_of(telemetry, params_.size(), device_);
   addresses.grad_scale = memory_of<float>(memory["grad_scale"]);
   addresses.found_inf = memory_of<float>(memory["found_inf"]);
   options_.unscale = unscale;
@@ -290,8 +299,7 @@ bool Plan::step_on_device(const py::list& groups, double unscale, bool found_inf
   if (options_.rule != RuleKind::none) announce_update();
   device_plan_.step(
       tensors_, counters, slots, device_groups, options_, addresses,
-      reduction_of(kFunction, reduction, groups_.size(), params_.size(),
-                   options_.clip_scope == ClipScope::tensor, device_),
+      reduction_for(reduction, addresses.telemetry),
       [&](int64_t bytes) {
         // What a captured graph uses must stay where it is.
         py::object memory_of_step = allocate(bytes);
@@ -373,10 +381,11 @@ void define_plan(py::module_& module) {
       .def("matches", &Plan::matches, py::arg("param_groups"), py::arg("state"))
       .def("step", &Plan::step, py::arg("groups"), py::arg("unscale"), py::arg("found_inf"),
            py::arg("grads") = py::none(), py::arg("rounded_steps") = 0, py::arg("reduction") = py::none(),
-           py::arg("policy_rows") = py::none())
+           py::arg("policy_rows") = py::none(), py::arg("telemetry") = py::none())
       .def("step_on_device", &Plan::step_on_device, py::arg("groups"), py::arg("unscale"),
            py::arg("found_inf"), py::arg("grads"), py::arg("memory"), py::arg("learning_rates"),
-           py::arg("allocate"), py::arg("reduction") = py::none(), py::arg("policy_rows") = py::none())
+           py::arg("allocate"), py::arg("reduction") = py::none(), py::arg("policy_rows") = py::none(),
+           py::arg("telemetry") = py::none())
       .def_property_readonly("captured", &Plan::captured)
       .def("active", &Plan::active)
       .def("active_indices", &Plan::active_indices)

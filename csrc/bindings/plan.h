@@ -30,10 +30,12 @@ class Plan {
   // One step on the CPU, or nothing when a parameter has a gradient and no slot yet. `groups`: per param
   // group the numbers of kGroupFields. `grads`: what to use in place of the parameters' .grad (None: no part
   // in this step). `rounded_steps`: steps taken before this one, for stochastic rounding. `reduction`: see
-  // reduction_of(); what it throws leaves everything as it was. `policy_rows`: see with_rows().
+  // reduction_of(); what it throws leaves everything as it was. `policy_rows`: see with_rows(). `telemetry`:
+  // see telemetry_of().
   std::optional<cpu::StepReport> step(const py::list& groups, double unscale, bool found_inf,
                                       const std::optional<py::list>& grads, uint64_t rounded_steps,
-                                      const py::object& reduction, const py::object& policy_rows);
+                                      const py::object& reduction, const py::object& policy_rows,
+                                      const py::object& telemetry);
 
   // One step on the CUDA backend; false when a parameter has a gradient and no slot yet. `memory`: the
   // tensors it reads and fills. `learning_rates`: per param group None or a tensor on the device that
@@ -41,7 +43,7 @@ class Plan {
   bool step_on_device(const py::list& groups, double unscale, bool found_inf,
                       const std::optional<py::list>& grads, const py::dict& memory,
                       const py::list& learning_rates, const py::object& allocate, const py::object& reduction,
-                      const py::object& policy_rows);
+                      const py::object& policy_rows, const py::object& telemetry);
   // Whether a captured graph uses this plan's device memory.
   bool captured() const { return device_plan_.captured(); }
 
@@ -74,6 +76,7 @@ class Plan {
   PyObject* local(const py::object& tensor);
   // How many scopes the clip has.
   int64_t scopes() const;
+  Reduction reduction_for(const py::object& reduction, const Telemetry& telemetry);
   void announce_update() const;
   Argument argument(size_t index, const char* attribute) const;
 

@@ -125,4 +125,21 @@ Policies with_rows(Policies policies, const py::object& rows, int64_t scopes, De
   return policies;
 }
 
+Telemetry telemetry_of(const py::object& telemetry, size_t parameters, Device& device) {
+  Telemetry memory;
+  if (telemetry.is_none()) return memory;
+  const auto parts = telemetry.cast<py::tuple>();
+  memory.history = parts[2].cast<int64_t>();
+  memory.parameters = parts[3].cast<bool>() ? static_cast<int64_t>(parameters) : 0;
+  if (memory.history < 1) throw py::value_error("step: telemetry: expected at least one row");
+  const auto vector = [&](size_t i, DLDataTypeCode code, int64_t numel) {
+    const py::object tensor = parts[i];
+    return vector_of(tensor.ptr(), {"step", "telemetry", -1}, {static_cast<uint8_t>(code), 64, 1}, numel,
+                     device);
+  };
+  memory.rows = static_cast<double*>(vector(0, kDLFloat, memory.history * row_size(memory)));
+  memory.recorded = static_cast<int64_t*>(vector(1, kDLInt, 1));
+  return memory;
+}
+
 }  // namespace steadygrad::bindings

@@ -10,6 +10,7 @@
 #include "core/policy.h"
 #include "core/rules/table.h"
 #include "core/step.h"
+#include "core/telemetry.h"
 
 namespace steadygrad::bindings {
 
@@ -32,5 +33,9 @@ Policies policies_of(const py::dict& options);
 
 // Their state: None, or (rows of the clip policy or None, row of the skip policy or None), float64.
 Policies with_rows(Policies policies, const py::object& rows, int64_t scopes, Device& device);
+
+// Where to record a step: None, or (rows in float64, steps so far in int64, how many rows, whether they have
+// columns for each of the parameters).
+Telemetry telemetry_of(const py::object& telemetry, size_t parameters, Device& device);
 
 }  // namespace steadygrad::bindings

@@ -213,6 +213,7 @@ Reduction reduction_of(const char* function, const py::object& tensors, size_t g
       static_cast<const int32_t*>(vector_of(py::object(parts[1]).ptr(), {function, "counted", -1},
                                             {kDLInt, 32, 1}, static_cast<int64_t>(slots), device));
   reduction.slots = static_cast<int32_t>(slots);
+  reduction.per_tensor = per_tensor;
   reduction.reduce = [reduce = py::object(parts[2])] {
     const py::gil_scoped_acquire acquire;
     reduce();

@@ -28,7 +28,7 @@ struct SpikePolicy {
   int64_t window = 0;
 };
 
-// The state of a scope is a row of numbers. First the coefficient of the last step, then
+// The state of a scope is a row of numbers. First coefficient and limit of the last step, then
 //   zscore:     count, mean, variance (during the warm-up: sum of squared deviations)
 //   relative:   count, average
 //   percentile: count, place of the oldest, norms in the order of steps[window], sorted[window]
@@ -40,11 +40,13 @@ struct Policies {
   double* skip_row = nullptr;   // null: it skips no spikes
 };
 
-constexpr int64_t kCount = 1;
-constexpr int64_t kMean = 2;
-constexpr int64_t kVariance = 3;
-constexpr int64_t kOldest = 2;
-constexpr int64_t kNorms = 3;
+constexpr int64_t kCoefficient = 0;
+constexpr int64_t kLimit = 1;
+constexpr int64_t kCount = 2;
+constexpr int64_t kMean = 3;
+constexpr int64_t kVariance = 4;
+constexpr int64_t kOldest = 3;
+constexpr int64_t kNorms = 4;
 constexpr double kZScoreEps = 1e-6;
 
 STEADYGRAD_INLINE int64_t row_size(const ClipPolicy& policy) {
@@ -56,7 +58,7 @@ STEADYGRAD_INLINE int64_t row_size(const ClipPolicy& policy) {
     case PolicyKind::relative:
       return kMean + 1;
     default:
-      return 1;
+      return kLimit + 1;
   }
 }
 STEADYGRAD_INLINE int64_t row_size(const SpikePolicy& policy) { return kNorms + policy.window; }
@@ -101,8 +103,9 @@ STEADYGRAD_INLINE double relative_coefficient(const ClipPolicy& policy, double* 
   const double count = row[kCount];
   const double average = row[kMean];
   const bool warms_up = count < static_cast<double>(policy.warmup);
-  const double coefficient = warms_up || count == 0 ? clip_coefficient(policy.max_norm, total)
-                                                    : clip_coefficient(policy.level * average, norm);
+  const bool by_total = warms_up || count == 0;
+  row[kLimit] = by_total ? policy.max_norm : policy.level * average;
+  const double coefficient = clip_coefficient(row[kLimit], by_total ? total : norm);
   const double clipped = coefficient * norm;
   if (!enters || !(clipped > 0)) return coefficient;
   row[kCount] = count + 1;
@@ -120,19 +123,21 @@ STEADYGRAD_INLINE double damping(const ClipPolicy& policy, double norm) {
   return norm > policy.max_norm ? std::pow(policy.max_norm / norm, policy.level) : 1.0;
 }
 
-// Of all kinds but percentile, whose state takes many threads. Leaves the coefficient in the row.
+// Of all kinds but percentile, whose state takes many threads. Leaves coefficient and limit in the row.
 STEADYGRAD_INLINE void apply_policy(const ClipPolicy& policy, double* row, double norm, double total,
                                     bool learns) {
   const bool enters = learns && is_entered(norm);
   double coefficient = 1;
   if (policy.kind == PolicyKind::zscore) {
-    coefficient = clip_coefficient(zscore_limit(policy, row, norm, enters), norm);
+    row[kLimit] = zscore_limit(policy, row, norm, enters);
+    coefficient = clip_coefficient(row[kLimit], norm);
   } else if (policy.kind == PolicyKind::relative) {
     coefficient = relative_coefficient(policy, row, norm, total, enters);
   } else if (policy.kind == PolicyKind::damp) {
+    row[kLimit] = policy.max_norm;
     coefficient = damping(policy, norm);
   }
-  row[0] = norm == 0 ? 1 : coefficient;
+  row[kCoefficient] = norm == 0 ? 1 : coefficient;
 }
 
 // Where a norm goes among the sorted ones, and which of them move by one place for it.
@@ -187,6 +192,11 @@ STEADYGRAD_INLINE double percentile_of(const double* row, int64_t window, double
   const double weight = index - static_cast<double>(lower);
   const double difference = sorted[lower + 1] - sorted[lower];
   return weight < 0.5 ? sorted[lower] + difference * weight : sorted[lower + 1] - difference * (1 - weight);
+}
+
+STEADYGRAD_INLINE void limit_to_percentile(const ClipPolicy& policy, double* row, double norm) {
+  row[kLimit] = percentile_of(row, policy.window, policy.level);
+  row[kCoefficient] = norm == 0 ? 1 : clip_coefficient(row[kLimit], norm);
 }
 
 STEADYGRAD_INLINE bool judges_spikes(const SpikePolicy& policy, const double* row) {

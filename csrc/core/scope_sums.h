@@ -59,13 +59,14 @@ STEADYGRAD_INLINE Norm with_flags(Norm total, const ScopeSums& flags) {
   return norm_with_counts(total.finite_norm, static_cast<int64_t>(flags.nonfinite), 0);
 }
 
-// A sum over processes between the passes. `rows`: flags, one row per param group, and where the clip's scope
-// is a tensor one per slot. A tensor's slot is its place among all that may take part.
+// A sum over processes between the passes. `rows`: flags, one row per param group, and with `per_tensor` one
+// per slot. A tensor's slot is its place among all that may take part.
 struct Reduction {
   ScopeSums* rows = nullptr;  // null: there is one process
   const int32_t* counted =
       nullptr;  // per slot: whether this process counts the tensor, as one of its replicas
   int32_t slots = 0;
+  bool per_tensor = false;
   std::function<void()>
       reduce;  // combines the rows of all processes; may throw, and then nothing has changed
 };

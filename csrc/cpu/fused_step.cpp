@@ -5,6 +5,7 @@
 #include "cpu/policies.h"
 #include "cpu/scope_norms.h"
 #include "cpu/stage.h"
+#include "cpu/telemetry.h"
 
 namespace steadygrad::cpu {
 namespace {
@@ -32,9 +33,7 @@ Decision decide(const Tensors& tensors, const std::vector<GroupOptions>& groups,
   }
   decision.clip_coefficients.resize(tensors.size(), 1.0);
   const auto coefficient = [&](int32_t group, int32_t place, const Norm& norm) {
-    // A param group's own limit is a cap on the policy's.
-    return std::min(scope_coefficient(groups[group], options, norm),
-                    policy_coefficient(policies, options, group, place));
+    return step_coefficient(groups, policies, options, group, place, norm);
   };
   for (size_t t = 0; t < tensors.size(); ++t) {
     const TensorOperands& tensor = tensors[t];
@@ -131,7 +130,8 @@ void update_chunk(const TensorOperands& tensor, const Chunk& chunk, const RuleSt
 StepReport fused_step(const Tensors& tensors, const std::vector<StepCounter>& counters,
                       const std::vector<GroupOptions>& groups, const StepOptions& given,
                       const BeforeWrite& before_write, const Reduction& reduction,
-                      const std::vector<int64_t>* slots, const Policies& policies) {
+                      const std::vector<int64_t>* slots, const Policies& policies,
+                      const Telemetry& telemetry) {
   const ChunkTable table(tensors);
   StepOptions options = given;
   std::vector<TransformOptions> group_transforms;
@@ -151,7 +151,14 @@ StepReport fused_step(const Tensors& tensors, const std::vector<StepCounter>& co
   if (!report.skipped && !report.refused) {
     report.spiked = report.skipped = enter_and_judge(policies, options, report.norm);
   }
-  if (report.skipped || report.refused) return report;
+  const auto record_step = [&] {
+    if (telemetry.rows == nullptr) return;
+    record(telemetry, tensors, norms, scopes, groups, options, policies, report);
+  };
+  if (report.skipped || report.refused) {
+    record_step();
+    return report;
+  }
 
   Decision decision = decide(tensors, groups, group_transforms, scopes, options, policies);
   report.clipped = decision.clipped;
@@ -163,6 +170,7 @@ StepReport fused_step(const Tensors& tensors, const std::vector<StepCounter>& co
     }
   }
   if (report.grads_written || options.rule != RuleKind::none) before_write(report);
+  record_step();
   if (report.grads_written) {
     transform_grads(tensors, table, [&](int32_t t) { return decision.transform(tensors[t], t); });
     // The update takes what was written.

@@ -155,6 +155,14 @@ ScopeSums GradNorms::sums_of(const std::vector<size_t>& chosen) const {
   return scope_sums(sum, general_norm(type_, norms));
 }
 
+ScopeSums GradNorms::sums_of_one(size_t tensor) const {
+  if (empty_[tensor]) return no_sums(type_);
+  const NormPartial& partial = partials_[tensor];
+  const bool general = type_.kind == NormKind::general;
+  return scope_sums(partial,
+                    general ? finish_norm(type_, partial.sums, scales_[tensor]) : partial.sums.medium);
+}
+
 ScopeSums combined_sums(NormType type, const ScopeSums* rows, size_t count) {
   if (count == 0) return no_sums(type);
   ScopeSums lanes[kLanes];

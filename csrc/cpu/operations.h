@@ -8,6 +8,7 @@
 #include "core/policy.h"
 #include "core/scope_sums.h"
 #include "core/step.h"
+#include "core/telemetry.h"
 #include "core/tensors.h"
 #include "cpu/parallel.h"
 
@@ -39,7 +40,7 @@ class GradNorms {
     return over([](size_t) { return true; });
   }
   Norm of(size_t tensor) const { return norm_of(type_, sums_of_one(tensor)); }
-  ScopeSums sums_of_one(size_t tensor) const { return empty_[tensor] ? no_sums(type_) : sums_of({tensor}); }
+  ScopeSums sums_of_one(size_t tensor) const;
   int64_t nonfinite(size_t tensor) const { return partials_[tensor].nonfinite; }
 
  private:
@@ -91,11 +92,13 @@ struct StepReport {
 
 // One whole step in two passes: the norm, the decision, the update. Before anything is written, and only if
 // something will be, before_write is called with what is known by then; if it throws, nothing has changed.
-// `slots`: per tensor its place in the reduction. Policies learn from the norm before that call.
+// `slots`: per tensor its place in the reduction. Policies learn from the norm before that call; what it
+// stops is not recorded.
 using BeforeWrite = std::function<void(const StepReport&)>;
 StepReport fused_step(const Tensors& tensors, const std::vector<StepCounter>& counters,
                       const std::vector<GroupOptions>& groups, const StepOptions& given,
                       const BeforeWrite& before_write, const Reduction& reduction = Reduction(),
-                      const std::vector<int64_t>* slots = nullptr, const Policies& policies = Policies());
+                      const std::vector<int64_t>* slots = nullptr, const Policies& policies = Policies(),
+                      const Telemetry& telemetry = Telemetry());
 
 }  // namespace steadygrad::cpu

@@ -51,7 +51,7 @@ void apply_policies(const Policies& policies, const StepOptions& options, const 
     const double norm = seen_norm(options, of_scope);
     if (policy.kind != PolicyKind::percentile) return apply_policy(policy, row, norm, total, learns);
     if (learns && is_entered(norm)) enter_sorted(row, policy.window, norm);
-    row[0] = norm == 0 ? 1 : clip_coefficient(percentile_of(row, policy.window, policy.level), norm);
+    limit_to_percentile(policy, row, norm);
   };
   if (options.clip_scope == ClipScope::global) {
     apply(0, norms.total);

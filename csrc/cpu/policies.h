@@ -1,6 +1,9 @@
 // Clip policies on the CPU: the coefficients of a step's scopes, and whether its norm is a spike.
 #pragma once
 
+#include <algorithm>
+#include <vector>
+
 #include "core/policy.h"
 #include "cpu/scope_norms.h"
 
@@ -19,6 +22,13 @@ inline double policy_coefficient(const Policies& policies, const StepOptions& op
                                  int32_t place) {
   if (policies.clip_rows == nullptr) return 1;
   return policies.clip_rows[scope_of(options.clip_scope, group, place) * row_size(policies.clip)];
+}
+
+// The smaller of both: a param group's own limit is a cap on the policy's.
+inline double step_coefficient(const std::vector<GroupOptions>& groups, const Policies& policies,
+                               const StepOptions& options, int32_t group, int32_t place, const Norm& norm) {
+  return std::min(scope_coefficient(groups[group], options, norm),
+                  policy_coefficient(policies, options, group, place));
 }
 
 }  // namespace steadygrad::cpu

@@ -18,7 +18,7 @@ void fill_rows(const Tensors& tensors, const GradNorms& norms, size_t groups, co
     group_rows[g] =
         norms.sums_over([&](size_t t) { return counted(t) && tensors[t].group == static_cast<int32_t>(g); });
   }
-  if (options.clip_scope != ClipScope::tensor) return;
+  if (!reduction.per_tensor) return;
   ScopeSums* const tensor_rows = group_rows + groups;
   std::fill_n(tensor_rows, reduction.slots, no_sums(options.norm_type));
   for (size_t t = 0; t < tensors.size(); ++t) {
@@ -35,9 +35,11 @@ ScopeNorms reduced_norms(const Tensors& tensors, size_t groups, const StepOption
   scopes.found_inf = flags.medium > 0;
   scopes.total = with_flags(norm_of(type, combined_sums(type, group_rows, groups)), flags);
   for (size_t g = 0; g < groups; ++g) scopes.groups.push_back(norm_of(type, group_rows[g]));
-  if (options.clip_scope == ClipScope::tensor) {
+  if (reduction.per_tensor) {
     for (int32_t s = 0; s < reduction.slots; ++s)
       scopes.slots.push_back(norm_of(type, group_rows[groups + s]));
+  }
+  if (options.clip_scope == ClipScope::tensor) {
     for (size_t t = 0; t < tensors.size(); ++t) {
       scopes.tensors.push_back(scopes.slots[slots != nullptr ? static_cast<size_t>((*slots)[t]) : t]);
     }

@@ -12,7 +12,7 @@ struct ScopeNorms {
   Norm total;
   std::vector<Norm> groups;   // where the clip's scope is a group, and with a reduction
   std::vector<Norm> tensors;  // where it is a tensor
-  std::vector<Norm> slots;    // there, with a reduction: of all tensors that may take part
+  std::vector<Norm> slots;    // with a reduction per tensor: of all that may take part
   bool found_inf = false;     // on any process
 
   const Norm& of(ClipScope scope, int32_t tensor, int32_t group) const;

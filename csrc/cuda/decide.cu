@@ -6,6 +6,7 @@
 #include "cuda/decide.h"
 #include "cuda/launch.h"
 #include "cuda/policies.h"
+#include "cuda/telemetry.h"
 
 namespace steadygrad::cuda {
 namespace {
@@ -20,6 +21,7 @@ struct DecideArguments {
   ScopeSums* rows;  // null: there is one process
   const int32_t* counted;
   int32_t slots;
+  bool per_tensor;
 };
 
 struct Shared {
@@ -285,7 +287,7 @@ __device__ void leave_rows(const DecideArguments& arguments, Shared& shared) {
         sums_over(arguments, table.group_begin[g], table.group_begin[g + 1], shared, counted);
     if (threadIdx.x == 0) group_rows[g] = sums;
   }
-  if (arguments.options.clip_scope != ClipScope::tensor) return;
+  if (!arguments.per_tensor) return;
   ScopeSums* const tensor_rows = group_rows + table.groups;
   for (int32_t s = threadIdx.x; s < arguments.slots; s += kLanes) {
     tensor_rows[s] = no_sums(arguments.options.norm_type);
@@ -314,6 +316,14 @@ __device__ void decide(const DecideArguments& arguments, const Norms& norms, boo
   }
   const bool clips = set_coefficients<kPolicies>(arguments, options, norms, total, shared);
   const bool clipped = clips && !skipped && !refused;
+  if (arguments.step.telemetry.rows != nullptr) {
+    RecordedStep step;
+    step.total = total;
+    step.flags = (clipped ? kRecordedClipped : 0) | (skipped ? kRecordedSkipped : 0) |
+                 (refused ? kRecordedRefused : 0) | (spiked ? kRecordedSpiked : 0);
+    record(arguments.step.telemetry, arguments.table, arguments.memory.coefficients, arguments.groups,
+           options, arguments.step.policies, norms, step, shared);
+  }
   if (arguments.step.nonfinite != nullptr) {
     for (int32_t t = threadIdx.x; t < arguments.table.tensors; t += kLanes) {
       arguments.step.nonfinite[t] = arguments.norms.tensors[t].nonfinite;
@@ -411,8 +421,11 @@ DecisionMemory take_decision_memory(const TensorTable& table, Arena& arena) {
 void launch_decide(const char* function, const TensorTable& table, const NormMemory& norms,
                    const DecisionMemory& memory, const StepOptions& options, const GroupOptions* groups,
                    const StepMemory& step, const Reduction& reduction, Stream stream) {
-  const DecideArguments arguments{
-      table, norms, memory, options, groups, step, reduction.rows, reduction.counted, reduction.slots};
+  const DecideArguments arguments{table,           norms,
+                                  memory,          options,
+                                  groups,          step,
+                                  reduction.rows,  reduction.counted,
+                                  reduction.slots, reduction.per_tensor};
   const int64_t blocks = table.tensors > 0 ? table.tensors : 1;
   const bool policies = step.policies.clip_rows != nullptr || step.policies.skip_row != nullptr;
   if (reduction.rows == nullptr) {

@@ -10,6 +10,7 @@
 #include "core/policy.h"
 #include "core/scope_sums.h"
 #include "core/step.h"
+#include "core/telemetry.h"
 #include "core/tensors.h"
 
 namespace steadygrad::cuda {
@@ -91,6 +92,7 @@ struct StepMemory {
   int64_t* nonfinite = nullptr;       // per tensor, may be null
   uint64_t* rounded_steps = nullptr;  // steps taken so far; null: options.rounded_steps holds
   Policies policies;                  // their rows are device memory too
+  Telemetry telemetry;                // and its
 };
 
 // Steps one set of tensors again and again. What does not change from step to step stays in device memory;

@@ -47,9 +47,7 @@ __device__ __forceinline__ void apply_percentile(const ClipPolicy& policy, doubl
     }
     __syncthreads();
   }
-  if (threadIdx.x == 0) {
-    row[0] = norm == 0 ? 1 : clip_coefficient(percentile_of(row, policy.window, policy.level), norm);
-  }
+  if (threadIdx.x == 0) limit_to_percentile(policy, row, norm);
 }
 
 // Whether the step is skipped for its norm, which is entered either way: a lasting rise must not be skipped

@@ -19,7 +19,7 @@ except ImportError as error:
         f"{error}. Reinstall it with: pip install --force-reinstall --no-deps steadygrad"
     ) from error
 
-from steadygrad import distributed, nn, optim
+from steadygrad import distributed, nn, optim, telemetry
 from steadygrad.accumulation import accumulate
 from steadygrad.amp import GradScaler
 from steadygrad.clip import (
@@ -41,6 +41,7 @@ from steadygrad.policies import (
     Damp,
     SkipSpikes,
 )
+from steadygrad.telemetry import History, Report, StepRecord, Telemetry, TooManySkippedSteps
 
 __version__: str = _kernels.VERSION
 
@@ -51,10 +52,15 @@ __all__ = [
     "ClipZScore",
     "Damp",
     "GradScaler",
+    "History",
     "LRBackoff",
     "NonfiniteGradientError",
+    "Report",
     "SkipSpikes",
     "Stabilizer",
+    "StepRecord",
+    "Telemetry",
+    "TooManySkippedSteps",
     "accumulate",
     "add_penalty_",
     "clip_grad_norm_",
@@ -66,4 +72,5 @@ __all__ = [
     "optim",
     "param_groups",
     "soft_threshold_",
+    "telemetry",
 ]

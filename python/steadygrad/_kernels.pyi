@@ -9,6 +9,7 @@ NormTensors = tuple[Tensor, Tensor, Tensor] | None
 # Rows of sums, which tensors this process counts, and what combines the rows of all processes.
 Reduction = tuple[Tensor, Tensor, Callable[[], None]] | None
 PolicyRows = tuple[Tensor | None, Tensor | None] | None
+TelemetryMemory = tuple[Tensor, Tensor, int, bool]
 VERSION: str
 GROUP_FIELDS: tuple[str, ...]
 
@@ -84,6 +85,7 @@ class Plan:
         rounded_steps: int = 0,
         reduction: Reduction = None,
         policy_rows: PolicyRows = None,
+        telemetry: TelemetryMemory | None = None,
     ) -> StepReport | None: ...
     def step_on_device(
         self,
@@ -96,6 +98,7 @@ class Plan:
         allocate: Allocate,
         reduction: Reduction = None,
         policy_rows: PolicyRows = None,
+        telemetry: TelemetryMemory | None = None,
     ) -> bool: ...
     @property
     def captured(self) -> bool: ...

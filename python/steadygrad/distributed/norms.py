@@ -124,6 +124,7 @@ class NormReduction:
         extra: per param group a process group or None.
         norm_type: p.
         scope: what a limit holds for, ``"global"``, ``"group"`` or ``"tensor"``.
+        per_tensor: whether there is a row for each tensor.
         device: where the rows are.
     """
 
@@ -136,13 +137,14 @@ class NormReduction:
         extra: Sequence[dist.ProcessGroup | None],
         norm_type: float,
         scope: str,
+        per_tensor: bool,
         device: torch.device,
     ) -> None:
         self._function = function
         self._group = group
         self._p = float(norm_type)
         self._group_rows = 1 + group_count
-        rows = self._group_rows + (len(counted) if scope == "tensor" else 0)
+        rows = self._group_rows + (len(counted) if per_tensor else 0)
         self._rows = torch.empty(rows, COLUMNS, dtype=torch.float64, device=device)
         marks = torch.tensor(counted, dtype=torch.int32, device="cpu")
         self._counted = marks.to(device, non_blocking=True)

@@ -59,6 +59,7 @@ class Sharding:
                 extra,
                 options.norm_type,
                 options.scope,
+                options.per_tensor,
                 self._params[0].device,
             )
 
@@ -107,6 +108,7 @@ def _settings(
     for name in _SHARED_OPTIONS:
         shown = "clip_scope" if name == "scope" else name
         lines.append(f"{shown} is {getattr(options, name)!r}")
+    lines.append(f"telemetry is {options.telemetry_level!r}")
     sizes = [None if group is None else group.size() for group in extra]
     lines.append(f"reduce_norm has groups of {sizes} ranks")
     for i, group in enumerate(param_groups):
@@ -171,7 +173,9 @@ def list_reduction(
         return None
     counted = [counts for counts, here in zip(layout.counted, taken, strict=True) if here]
     device = tensors[0].device
-    return NormReduction(function, layout.group, counted, 1, [None], norm_type, "global", device)
+    return NormReduction(
+        function, layout.group, counted, 1, [None], norm_type, "global", False, device
+    )
 
 
 def reduced_sum(function: str, layout: Layout, value: Tensor) -> Tensor:

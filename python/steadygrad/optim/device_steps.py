@@ -159,6 +159,7 @@ class DeviceSteps:
         read_back: bool,
         reduction: _kernels.Reduction = None,
         policy_rows: _kernels.PolicyRows = None,
+        telemetry: _kernels.TelemetryMemory | None = None,
     ) -> DeviceReport | None:
         """One step; None when a parameter has a gradient and no slot yet."""
         outcome = Outcome(self.device)
@@ -186,6 +187,7 @@ class DeviceSteps:
             allocator(self.device),
             reduction,
             policy_rows,
+            telemetry,
         )
         if not ran:
             return None

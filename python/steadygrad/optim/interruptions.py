@@ -6,6 +6,7 @@ from typing import Any
 
 from steadygrad import _kernels
 from steadygrad.optim.device_steps import DeviceReport
+from steadygrad.optim.parameter_groups import parameter_names
 
 
 class NonfiniteGradientError(RuntimeError):
@@ -34,12 +35,7 @@ def nonfinite_message(
     report: _kernels.StepReport | DeviceReport,
 ) -> str:
     """Names the parameters whose gradients are not finite; ``indices`` are those of the report's tensors."""
-    names = [
-        name
-        for g, group in enumerate(param_groups)
-        for name in group.get("param_names")
-        or [f"param_groups[{g}]['params'][{i}]" for i in range(len(group["params"]))]
-    ]
+    names = parameter_names(param_groups)
     found = [
         f"{names[index]} ({count})"
         for index, count in zip(indices, report.nonfinite, strict=False)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -21,6 +22,8 @@ from steadygrad.policies import (
     Policy,
     SkipSpikes,
 )
+from steadygrad.telemetry.recorder import RECORDED_STEPS
+from steadygrad.telemetry.settings import Level, Telemetry, telemetry_settings
 
 PenaltyOrder = Literal["before_clip", "after_clip"]
 L1Mode = Literal["subgradient", "proximal"]
@@ -56,10 +59,11 @@ class StabilizerOptions:
     rounding: Rounding = "nearest"
     rounding_seed: int = 0
     reduce_norm: Any = None
+    telemetry: Telemetry | Level | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StabilizerOptions:
-        """Itself: nothing in it changes, and process groups cannot be copied."""
-        return self
+        """Itself, but for writers: nothing in it changes, and process groups cannot be copied."""
+        return self if self.telemetry is None else replace(self, telemetry=copy(self.telemetry))
 
     def __post_init__(self) -> None:
         """Checks every option."""
@@ -80,6 +84,7 @@ class StabilizerOptions:
         _checked_choice("nonfinite", self.nonfinite, get_args(Nonfinite))
         _checked_choice("rounding", self.rounding, get_args(Rounding))
         self.storage.check()
+        object.__setattr__(self, "telemetry", telemetry_settings(self.telemetry))
 
     def _check_clip(self) -> None:
         if not isinstance(self.clip, (ClipNorm, ClipPercentile, ClipZScore, ClipRelative, Damp)):
@@ -100,6 +105,16 @@ class StabilizerOptions:
         return "global" if self.clip is None else self.clip.default_scope
 
     @property
+    def telemetry_level(self) -> Level | None:
+        """What is recorded of each step."""
+        return self.telemetry.level if isinstance(self.telemetry, Telemetry) else None
+
+    @property
+    def per_tensor(self) -> bool:
+        """Whether the norm of every tensor, over all ranks, is asked for."""
+        return self.scope == "tensor" or self.telemetry_level == "tensor"
+
+    @property
     def constant_limit(self) -> float | None:
         """``max_norm``, in either spelling; None where a policy decides or nothing is clipped."""
         return self.clip.max_norm if isinstance(self.clip, ClipNorm) else self.max_norm
@@ -117,6 +132,7 @@ class StabilizerOptions:
             "l2": self.l2,
             **dict.fromkeys(COUNTERS, 0),
             **({ROUNDED_STEPS: 0} if self.storage.is_stochastic else {}),
+            **({RECORDED_STEPS: 0} if self.telemetry is not None else {}),
             **self.learnt_defaults(),
         }
 

@@ -1,10 +1,11 @@
-"""The usual two param groups: weights that are penalised, and those that should not be."""
+"""Param groups: the usual two, weights that are penalised and those that should not be; and the names in them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _NORM_LAYERS = (
     nn.modules.batchnorm._NormBase,
@@ -59,3 +60,40 @@ def param_groups(
         }
         for named, values in ((penalised, options), (rest, dict.fromkeys(options, 0.0)))
     ]
+
+
+def parameter_names(param_groups: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Of all parameters, in order: torch's ``param_names`` of each group, or their places."""
+    return tuple(
+        name
+        for g, group in enumerate(param_groups)
+        for name in group.get("param_names")
+        or [f"param_groups[{g}]['params'][{i}]" for i in range(len(group["params"]))]
+    )
+
+
+def set_parameter_names(
+    param_groups: list[dict[str, Any]], named: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Sets every group's ``param_names``, as torch does where an optimizer is made from named parameters.
+
+    Raises:
+        ValueError: a parameter has no name; then nothing is set.
+    """
+    names = {id(param): name for name, param in named}
+    nameless = [
+        f"param_groups[{g}]['params'][{i}] of shape {tuple(param.shape)}"
+        for g, group in enumerate(param_groups)
+        for i, param in enumerate(group["params"])
+        if id(param) not in names
+    ]
+    if nameless:
+        count = sum(len(group["params"]) for group in param_groups)
+        shown = ", ".join(nameless[:3]) + (", ..." if len(nameless) > 3 else "")
+        raise ValueError(
+            f"name_parameters: named_parameters: expected a name for each of the optimizer's {count} parameters, got "
+            f"none for {len(nameless)}: {shown}. Pass those of the model whose parameters are optimized, after it was "
+            "moved, wrapped or sharded"
+        )
+    for group in param_groups:
+        group["param_names"] = [names[id(param)] for param in group["params"]]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -14,8 +15,12 @@ from steadygrad.memory import Outcome
 from steadygrad.optim.accumulated import Accumulated
 from steadygrad.optim.closures import Closure
 from steadygrad.optim.options import COUNTERS, StabilizerOptions
+from steadygrad.optim.parameter_groups import set_parameter_names
 from steadygrad.optim.rule import UpdateRule
 from steadygrad.optim.stepper import Stepper
+from steadygrad.telemetry.history import History
+from steadygrad.telemetry.recorder import Recorder
+from steadygrad.telemetry.report import Report
 
 # Set by torch.amp.GradScaler for the time of a step.
 AMP_KEYS = ("grad_scale", "found_inf")
@@ -160,6 +165,74 @@ class StepOutcome:
     def clipped_steps(self) -> int:
         """Steps in which the clip by the norm was active; saved with the state dict."""
         return self._counter(COUNTERS[1])
+
+    # -- telemetry ------------------------------------------------------------------------------
+
+    def name_parameters(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Names the parameters for reports and error messages: ``opt.name_parameters(model.named_parameters())``.
+
+        Sets the key ``param_names`` of every param group, as torch does for ``AdamW(model.named_parameters())``.
+
+        Args:
+            named_parameters: pairs of name and parameter; those of parameters that are not optimized are left out.
+
+        Raises:
+            ValueError: a parameter of the optimizer has no name; then nothing is set.
+        """
+        set_parameter_names(self.param_groups, named_parameters)
+
+    def _recorder(self, function: str) -> Recorder:
+        recorder = self._current_stepper().last.recorder
+        if recorder is None:
+            raise RuntimeError(
+                f"{function}: expected an optimizer with telemetry, got telemetry=None; make it with "
+                "telemetry='global' or telemetry='tensor'"
+            )
+        return recorder
+
+    @property
+    def telemetry(self) -> History | None:
+        """The last steps as arrays; None without the option ``telemetry``.
+
+        On a CUDA device nothing is waited for: what is there at the last look that has arrived, and each access is a
+        look. :meth:`report` waits.
+        """
+        if self._options.telemetry is None:
+            return None
+        return self._recorder("telemetry").read(self.param_groups, wait=False)
+
+    def report(self) -> Report:
+        """What happened in the recorded steps; waits for the device, and hands writers what they have not seen.
+
+        Raises:
+            RuntimeError: there is no telemetry.
+        """
+        recorder = self._recorder("report")
+        recorder.hand_over(self.param_groups, wait=True)
+        return Report(recorder.read(self.param_groups, wait=True))
+
+    def flush_telemetry(self) -> None:
+        """Hands the writers what they have not seen; done by itself at the end of the process.
+
+        Raises:
+            RuntimeError: there is no telemetry.
+        """
+        self._recorder("flush_telemetry").hand_over(self.param_groups, wait=True)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draws the recorded steps: norms, limit, skipped steps, and at level ``"tensor"`` each parameter's norms.
+
+        Args:
+            path: of the file; the suffix says the format (``.png``, ``.svg``, ``.pdf``).
+
+        Raises:
+            RuntimeError: there is no telemetry.
+            ValueError: no step was recorded yet.
+            ImportError: matplotlib is not installed.
+        """
+        from steadygrad.telemetry.plot import plot_history
+
+        plot_history(self._recorder("plot").read(self.param_groups, wait=True), path)
 
     @contextmanager
     def _saving(self) -> Iterator[None]:

@@ -26,6 +26,7 @@ from steadygrad.optim.sgd import RULE as SGD_RULE
 from steadygrad.optim.stabilized import Stabilized, StepOutcome
 from steadygrad.optim.stepper import Stepper
 from steadygrad.policies import Policy, SkipSpikes
+from steadygrad.telemetry.settings import Level, Telemetry
 
 # A subclass may override anything, so the type must be torch's own.
 _RULES = {
@@ -76,6 +77,9 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
             as pipeline stages: that group, or a device mesh of one dimension. A list has one entry per param group,
             None for what is replicated, which counts once: ``[None, expert_group]``. All ranks then clip by one
             norm and skip the same steps, and all have to step. Default: None. See :mod:`steadygrad.distributed`.
+        telemetry: ``"global"`` records norm, limit and outcome of each step, ``"tensor"`` also every parameter's norm;
+            :class:`steadygrad.Telemetry` has more choices. See :meth:`report`, :attr:`telemetry` and :meth:`plot`.
+            Default: None.
 
     Parameters may be DTensors, sharded in any way and on several meshes: the norm is that of all ranks, in one
     collective per step, and non-finite elements on one rank are non-finite for all.
@@ -118,6 +122,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
         rounding: Rounding = "nearest",
         rounding_seed: int = 0,
         reduce_norm: Any = None,
+        telemetry: Telemetry | Level | None = None,
     ) -> None:
         # Not torch's __init__: param groups, state and defaults are the wrapped optimizer's.
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -150,6 +155,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
                     rounding=rounding,
                     rounding_seed=rounding_seed,
                     reduce_norm=reduce_norm,
+                    telemetry=telemetry,
                 ),
             }
         )

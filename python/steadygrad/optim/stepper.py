@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from threading import RLock
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, finalize
 
 import torch
 from torch import Tensor
@@ -19,18 +19,20 @@ from steadygrad.optim.accumulated import Accumulated
 from steadygrad.optim.closures import Closure, evaluated, evaluates_closure, snapshot
 from steadygrad.optim.device_steps import DeviceReport, DeviceSteps, Scaling, scaling
 from steadygrad.optim.eligibility import why_not_fused
+from steadygrad.optim.in_place import apply_proximal, dense_grad
 from steadygrad.optim.interruptions import (
     CannotFuse,
     NonfiniteGradientError,
     StepSkipped,
     nonfinite_message,
 )
-from steadygrad.optim.options import COUNTERS, StabilizerOptions, checked_number
+from steadygrad.optim.options import COUNTERS, StabilizerOptions
 from steadygrad.optim.param_storage import ROUNDED_STEPS
 from steadygrad.optim.rule import UpdateRule
 from steadygrad.optim.slots import slot_of
 from steadygrad.optim.state_creation import is_state_creation
-from steadygrad.penalty import soft_threshold_
+from steadygrad.telemetry.recorder import Recorder
+from steadygrad.telemetry.settings import Telemetry
 
 # The last one to step each optimizer, by the id of the optimizer, which the stepper keeps alive.
 _steppers: WeakValueDictionary[int, Stepper] = WeakValueDictionary()
@@ -82,6 +84,10 @@ class Stepper:
         # Only where decisions stay on the device.
         self._device_steps: DeviceSteps | None = None
         self.policies = options.policy_states()
+        self.recorder: Recorder | None = None
+        if isinstance(options.telemetry, Telemetry):
+            self.recorder = Recorder(options.telemetry)
+            finalize(optimizer, self.recorder.close)
         self._flushing = RLock()
         self._take_over()
 
@@ -102,14 +108,18 @@ class Stepper:
             self._prepare()
         self._known_numbers = None if closure is not None or self._has_pre_hooks() else numbers
         self._clipped = False
+        skips = False
         try:
             take = self._in_place if self._why_in_place is not None else self._fused_or_in_place
             loss = take(closure)
         except StepSkipped as skipped:
             self._count(COUNTERS[0])
-            return skipped.loss
+            skips, loss = True, skipped.loss
         if self._clipped:
             self._count(COUNTERS[1])
+        if self.recorder is not None:
+            known = skips if self._device_steps is None else None
+            self.recorder.after_step(self._optimizer.param_groups, known)
         return loss
 
     def _fused_or_in_place(self, closure: Closure | None) -> Any:
@@ -135,9 +145,14 @@ class Stepper:
         for group in self._optimizer.param_groups:
             group[counter] = group.get(counter, 0) + steps
 
+    @property
+    def last(self) -> Stepper:
+        """Whichever stepper stepped the optimizer last; the ones before it have said all they know."""
+        return _steppers.get(id(self._optimizer), self)
+
     def flush_last(self, policies: bool = True) -> Stepper:
-        """:meth:`flush` of whichever stepper stepped the optimizer last; the ones before it have said all they know."""
-        last = _steppers.get(id(self._optimizer), self)
+        """:meth:`flush` of the last one."""
+        last = self.last
         last.flush(policies)
         return last
 
@@ -149,6 +164,8 @@ class Stepper:
         with self._flushing:
             if policies:
                 self.policies.save(self._optimizer.param_groups)
+                if self.recorder is not None:
+                    self.recorder.save(self._optimizer.param_groups)
             if self._device_steps is None:
                 return
             for counter, steps in zip(COUNTERS, self._device_steps.take_counts(), strict=True):
@@ -321,15 +338,18 @@ class Stepper:
         reduction = None if self._sharding is None else self._sharding.reduction
         device = None if self._device_steps is None else self._device_steps.device
         rows = None if self._creates_state else self.policies.rows(groups, device)
+        record = None
+        if self.recorder is not None and not self._creates_state:
+            record = self.recorder.memory(groups, device)
         if self._device_steps is None:
             return self._plan.step(
-                numbers, *self._scaling.numbers, grads, rounded_steps, reduction, rows
+                numbers, *self._scaling.numbers, grads, rounded_steps, reduction, rows, record
             )
         rates = [g["lr"] if is_number_on(g.get("lr"), device) else None for g in groups]
         if self._options.storage.is_stochastic:
             self._device_steps.count_rounded_steps(rounded_steps)
         return self._device_steps.run(
-            self._plan, numbers, rates, self._scaling, grads, read_back, reduction, rows
+            self._plan, numbers, rates, self._scaling, grads, read_back, reduction, rows, record
         )
 
     def _group_numbers(self) -> list[tuple[float, ...]]:
@@ -358,7 +378,7 @@ class Stepper:
             loss = evaluated(closure)
             self._stabilize_grads(loss)
             self._base_step()
-            self._apply_proximal()
+            apply_proximal(self._optimizer.param_groups, self._options)
             return loss
         if closure is None:
             name = type(self._optimizer).__name__
@@ -378,7 +398,7 @@ class Stepper:
         except (StepSkipped, NonfiniteGradientError):
             restore()
             raise
-        self._apply_proximal()
+        apply_proximal(self._optimizer.param_groups, self._options)
         return loss
 
     @torch.no_grad()
@@ -389,7 +409,7 @@ class Stepper:
         grads = self._sharded_gradients()
         if grads is None:
             grads = [
-                self._dense_grad(param, group)
+                dense_grad(param, group, self._options, self.accumulated.sums)
                 for group in self._optimizer.param_groups
                 for param in group["params"]
             ]
@@ -404,29 +424,6 @@ class Stepper:
         assert report is not None
         self._record(report, loss)
         self.accumulated.hand_over()
-
-    def _dense_grad(self, param: Tensor, group: dict[str, Any]) -> Tensor | None:
-        grad = self.accumulated.sums.get(param, param.grad)
-        if grad is None or not grad.is_sparse:
-            return grad
-        for key in ("l1", "l2"):
-            if group.get(key, getattr(self._options, key)) != 0:
-                raise ValueError(
-                    f"step: {key}: expected 0 where gradients are sparse (a penalty is dense), "
-                    f"got {group.get(key)}"
-                )
-        # Repeated indices must be summed before a norm can be taken.
-        param.grad = grad.coalesce()
-        return param.grad.values()
-
-    def _apply_proximal(self) -> None:
-        if self._options.l1_mode != "proximal":
-            return
-        for i, group in enumerate(self._optimizer.param_groups):
-            l1 = group.get("l1", self._options.l1)
-            if l1 != 0:
-                lr = checked_number(f"step: param_groups[{i}]: lr", group["lr"])
-                soft_threshold_([p for p in group["params"] if p.grad is not None], lr * l1)
 
     # -- the outcome ----------------------------------------------------------------------------
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from steadygrad.arguments import checked_count
-from steadygrad.policies.policy import Numbers, Policy
+from steadygrad.policies.policy import LEARNT, Numbers, Policy
 
-_BEFORE_NORMS = 3  # the coefficient, how many norms there are, and the place of the oldest
+_BEFORE_NORMS = LEARNT + 2  # how many norms there are, and the place of the oldest
 
 
 def _restored_norms(saved: Sequence[float], window: int) -> list[float] | None:
@@ -21,12 +21,12 @@ def _restored_norms(saved: Sequence[float], window: int) -> list[float] | None:
     fits = oldest == int(oldest) and 0 <= oldest < window and count <= window
     if not fits or (count < window and oldest != count):
         return None
-    return [0.0, float(count), float(oldest), *norms, *[0.0] * (window - count)]
+    return [*[0.0] * LEARNT, float(count), float(oldest), *norms, *[0.0] * (window - count)]
 
 
 def _saved_norms(row: list[float]) -> list[float]:
-    count = int(row[1])
-    return [row[2], *row[_BEFORE_NORMS : _BEFORE_NORMS + count]] if count else []
+    count = int(row[LEARNT])
+    return [row[LEARNT + 1], *row[_BEFORE_NORMS : _BEFORE_NORMS + count]] if count else []
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from steadygrad.arguments import checked_count
-from steadygrad.policies.policy import Numbers, Policy, Scope
+from steadygrad.policies.policy import LEARNT, Numbers, Policy, Scope
 
 
 def _restored(saved: Sequence[float], size: int) -> list[float] | None:
     if not saved:
         return [0.0] * size
-    return [0.0, *saved] if len(saved) == size - 1 else None
+    return [*[0.0] * LEARNT, *saved] if len(saved) == size - LEARNT else None
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,11 @@ class ClipZScore(Policy):
     @property
     def row_size(self) -> int:
         """Count, mean and variance."""
-        return 4
+        return LEARNT + 3
 
     def saved(self, row: list[float]) -> list[float]:
         """Count, mean and variance."""
-        return row[1:] if row[1] else []
+        return row[LEARNT:] if row[LEARNT] else []
 
     def restored(self, saved: Sequence[float]) -> list[float] | None:
         """The same row."""
@@ -131,11 +131,11 @@ class ClipRelative(Policy):
     @property
     def row_size(self) -> int:
         """Count and average."""
-        return 3
+        return LEARNT + 2
 
     def saved(self, row: list[float]) -> list[float]:
         """Count and average."""
-        return row[1:] if row[1] else []
+        return row[LEARNT:] if row[LEARNT] else []
 
     def restored(self, saved: Sequence[float]) -> list[float] | None:
         """The same row."""

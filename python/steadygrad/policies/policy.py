@@ -12,12 +12,15 @@ from steadygrad.arguments import checked_number
 Scope = Literal["global", "group", "tensor"]
 Numbers = tuple[object, ...]
 
+# Where in a row begins what was learnt: after the last step's coefficient and limit.
+LEARNT = 2
+
 
 @dataclass(frozen=True)
 class Policy:
     """A policy's parameters; its state belongs to the optimizer, one row of float64 numbers per clip scope.
 
-    The rows are those of ``csrc/core/policy.h``: the last coefficient, then counts and what was learnt.
+    The rows are those of ``csrc/core/policy.h``: the last coefficient and limit, then counts and what was learnt.
 
     Attributes:
         default_scope: the ``clip_scope`` of an optimizer that is given none.
@@ -33,7 +36,7 @@ class Policy:
     @property
     def row_size(self) -> int:
         """Numbers of state per scope."""
-        return 1
+        return LEARNT
 
     def saved(self, row: list[float]) -> list[float]:
         """What of a row a state dict keeps."""

@@ -1,0 +1,104 @@
+// What a step leaves behind for whoever watches: a row of numbers in a ring, the oldest one overwritten.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "core/host_device.h"
+#include "core/policy.h"
+#include "core/step.h"
+
+namespace steadygrad {
+
+// A row: norm before and after the clip, limit, flags, non-finite elements; then per parameter its norm and,
+// after those of all, its non-finite elements. NaN: a step without update has no norm after the clip, a
+// parameter without gradient no norm, and a limit that is not one number is none.
+struct Telemetry {
+  double* rows = nullptr;       // null: nothing is recorded
+  int64_t* recorded = nullptr;  // one: steps so far
+  int64_t history = 0;          // rows
+  int64_t parameters = 0;       // 0: totals only
+};
+
+constexpr int64_t kTelemetryNorm = 0;
+constexpr int64_t kTelemetryClippedNorm = 1;
+constexpr int64_t kTelemetryLimit = 2;
+constexpr int64_t kTelemetryFlags = 3;
+constexpr int64_t kTelemetryNonfinite = 4;
+constexpr int64_t kTelemetryTotals = 5;
+
+constexpr int kRecordedClipped = 1;
+constexpr int kRecordedSkipped = 2;
+constexpr int kRecordedRefused = 4;
+constexpr int kRecordedSpiked = 8;
+
+STEADYGRAD_INLINE int64_t row_size(const Telemetry& telemetry) {
+  return kTelemetryTotals + 2 * telemetry.parameters;
+}
+
+STEADYGRAD_INLINE double* next_row(const Telemetry& telemetry) {
+  return telemetry.rows + *telemetry.recorded % telemetry.history * row_size(telemetry);
+}
+
+// A step's outcome, in short.
+struct RecordedStep {
+  Norm total;
+  double clipped_norm = NAN;
+  double limit = NAN;
+  int flags = 0;
+};
+
+STEADYGRAD_INLINE bool is_taken(const RecordedStep& step) {
+  return (step.flags & (kRecordedSkipped | kRecordedRefused)) == 0;
+}
+
+STEADYGRAD_INLINE void record_totals(double* row, const StepOptions& options, const RecordedStep& step) {
+  row[kTelemetryNorm] = is_taken(step) ? seen_norm(options, step.total) : step.total.norm;
+  row[kTelemetryClippedNorm] = step.clipped_norm;
+  row[kTelemetryLimit] = step.limit;
+  row[kTelemetryFlags] = step.flags;
+  row[kTelemetryNonfinite] = static_cast<double>(step.total.nonfinite);
+}
+
+STEADYGRAD_INLINE void record_parameter(const Telemetry& telemetry, double* row, int64_t place, double norm,
+                                        double nonfinite) {
+  row[kTelemetryTotals + place] = norm;
+  row[kTelemetryTotals + telemetry.parameters + place] = nonfinite;
+}
+
+// The one number that limits the total norm. Policies have none where the step is not taken.
+STEADYGRAD_INLINE double total_limit(const Policies& policies, const GroupOptions* groups, int64_t count,
+                                     const StepOptions& options, bool taken) {
+  if (options.clip_scope != ClipScope::global || count == 0) return NAN;
+  double limit = groups[0].max_norm;
+  for (int64_t g = 1; g < count; ++g) {
+    if (groups[g].max_norm != limit) return NAN;
+  }
+  if (policies.clip_rows == nullptr) return limit;
+  if (!taken) return NAN;
+  return policies.clip_rows[kLimit] < limit ? policies.clip_rows[kLimit] : limit;
+}
+
+// A term of the norm of norms, relative to the extreme one.
+STEADYGRAD_INLINE double relative_power(NormType type, double ratio) {
+  switch (type.kind) {
+    case NormKind::two:
+      return ratio * ratio;
+    case NormKind::one:
+      return ratio;
+    default:
+      return std::pow(ratio, type.p);
+  }
+}
+STEADYGRAD_INLINE double relative_root(NormType type, double sum) {
+  switch (type.kind) {
+    case NormKind::two:
+      return std::sqrt(sum);
+    case NormKind::one:
+      return sum;
+    default:
+      return std::pow(sum, 1 / type.p);
+  }
+}
+
+}  // namespace steadygrad

@@ -1,0 +1,84 @@
+#include "cpu/telemetry.h"
+
+#include "cpu/policies.h"
+
+namespace steadygrad::cpu {
+namespace {
+
+double norm_of_norms(NormType type, const std::vector<double>& norms) {
+  double extreme = 0;
+  for (const double norm : norms) extreme = norm > extreme || norm != norm ? norm : extreme;
+  if (type.kind == NormKind::infinity || !(extreme > 0) || !is_finite(extreme)) return extreme;
+  double lanes[kLanes];
+  const double powers = combine_in_order<double>(
+      static_cast<int64_t>(norms.size()), lanes,
+      [&](int64_t i) { return relative_power(type, norms[i] / extreme); },
+      [](double& a, double b) { a += b; });
+  return extreme * relative_root(type, powers);
+}
+
+// Of all gradients, each scaled by its scope's coefficient.
+double clipped_norm(const Tensors& tensors, const GradNorms& norms, const ScopeNorms& scopes,
+                    const std::vector<GroupOptions>& groups, const StepOptions& options,
+                    const Policies& policies) {
+  const auto coefficient = [&](size_t group, int32_t place, const Norm& norm) {
+    return step_coefficient(groups, policies, options, static_cast<int32_t>(group), place, norm);
+  };
+  std::vector<double> clipped;
+  if (options.clip_scope == ClipScope::tensor) {
+    std::vector<double> coefficients(scopes.slots.size(), 1.0);  // of what only other processes have
+    for (size_t t = 0; t < tensors.size(); ++t) {
+      const Norm& norm = scopes.tensors[t];
+      const double chosen = coefficient(tensors[t].group, tensors[t].place, norm);
+      if (scopes.slots.empty()) {
+        clipped.push_back(chosen * seen_norm(options, norm));
+      } else {
+        coefficients[tensors[t].place] = chosen;
+      }
+    }
+    for (size_t s = 0; s < scopes.slots.size(); ++s) {
+      clipped.push_back(coefficients[s] * seen_norm(options, scopes.slots[s]));
+    }
+    return norm_of_norms(options.norm_type, clipped);
+  }
+  const bool global = options.clip_scope == ClipScope::global;
+  const double first = groups.empty() ? 1 : coefficient(0, 0, scopes.total);
+  bool alike = global;
+  for (size_t g = 0; g < groups.size() && alike; ++g) alike = coefficient(g, 0, scopes.total) == first;
+  if (alike) return first * seen_norm(options, scopes.total);
+  for (size_t g = 0; g < groups.size(); ++g) {
+    const Norm norm = scopes.groups.empty()
+                          ? norms.over([&](size_t t) { return tensors[t].group == static_cast<int32_t>(g); })
+                          : scopes.groups[g];
+    clipped.push_back(coefficient(g, 0, global ? scopes.total : norm) * seen_norm(options, norm));
+  }
+  return norm_of_norms(options.norm_type, clipped);
+}
+
+}  // namespace
+
+void record(const Telemetry& telemetry, const Tensors& tensors, const GradNorms& norms,
+            const ScopeNorms& scopes, const std::vector<GroupOptions>& groups, const StepOptions& options,
+            const Policies& policies, const StepReport& report) {
+  RecordedStep step;
+  step.total = scopes.total;
+  step.flags = (report.clipped ? kRecordedClipped : 0) | (report.skipped ? kRecordedSkipped : 0) |
+               (report.refused ? kRecordedRefused : 0) | (report.spiked ? kRecordedSpiked : 0);
+  if (is_taken(step)) step.clipped_norm = clipped_norm(tensors, norms, scopes, groups, options, policies);
+  step.limit =
+      total_limit(policies, groups.data(), static_cast<int64_t>(groups.size()), options, is_taken(step));
+  double* const row = next_row(telemetry);
+  record_totals(row, options, step);
+  const auto record_norm = [&](int64_t place, const Norm& norm) {
+    record_parameter(telemetry, row, place, norm.norm, static_cast<double>(norm.nonfinite));
+  };
+  if (telemetry.parameters > 0 && !scopes.slots.empty()) {
+    for (size_t s = 0; s < scopes.slots.size(); ++s) record_norm(static_cast<int64_t>(s), scopes.slots[s]);
+  } else if (telemetry.parameters > 0) {
+    for (int64_t p = 0; p < telemetry.parameters; ++p) record_parameter(telemetry, row, p, NAN, 0);
+    for (size_t t = 0; t < tensors.size(); ++t) record_norm(tensors[t].place, norms.of(t));
+  }
+  *telemetry.recorded += 1;
+}
+
+}  // namespace steadygrad::cpu

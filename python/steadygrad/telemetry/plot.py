@@ -1,0 +1,171 @@
+"""A history as a picture."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from steadygrad.telemetry.history import Floats, History
+from steadygrad.telemetry.report import EXPLODED_TIMES, Explosion, Report, usual_norms
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_INK, _FAINT = "#333333", "#8a8a8a"
+_NORM, _CLIPPED, _SKIPPED = "#9a9a9a", "#0072b2", "#d55e00"  # Okabe and Ito
+# Rows of the lower panel: those that went furthest from their usual norm.
+_SHOWN = 24
+
+
+def plot_history(history: History, path: str | os.PathLike[str]) -> None:
+    """Draws norms and limit over the steps, and at level ``"tensor"`` each parameter's norm relative to its usual one.
+
+    Args:
+        history: at least one step.
+        path: of the file; its suffix says the format, as in ``matplotlib``.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: nothing was recorded yet.
+    """
+    if not len(history):
+        raise ValueError("plot: expected at least one recorded step, got none; step first")
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "plot: matplotlib is not installed: pip install 'steadygrad[plot]'"
+        ) from error
+    norms = history.tensor_norms
+    shown = 0 if norms is None else min(norms.shape[1], _SHOWN)
+    figure = Figure(figsize=(10, 3.4 + (0.9 + 0.23 * shown if shown else 0)), layout="constrained")
+    FigureCanvasAgg(figure)
+    report = Report(history)
+    if norms is None or not shown:
+        _totals(figure.subplots(), report)
+    else:
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 0.6 + 0.23 * shown])
+        _totals(upper, report)
+        _tensors(figure, lower, report, norms)
+    figure.savefig(os.fspath(path), dpi=150)
+
+
+def _totals(axis: Axes, report: Report) -> None:
+    history = report.history
+    step = history.step
+    finite = np.where(np.isfinite(history.norm), history.norm, np.nan)
+    axis.plot(step, finite, color=_NORM, linewidth=1.1, label="norm")
+    axis.plot(step, history.clipped_norm, color=_CLIPPED, linewidth=1.3, label="after the clip")
+    limit = np.where(np.isfinite(history.limit), history.limit, np.nan)
+    if np.isfinite(limit).any():
+        axis.plot(step, limit, color=_INK, linewidth=1, linestyle=(0, (4, 3)), label="limit")
+    positive = [v[np.isfinite(v) & (v > 0)] for v in (finite, history.clipped_norm, limit)]
+    if sum(len(values) for values in positive):
+        axis.set_yscale("log")
+    for mask, marker, name in (
+        (history.skipped, "x", "skipped"),
+        (history.nonfinite > 0, "^", "not finite"),
+    ):
+        if mask.any():
+            # At the upper edge: most of these have no finite norm.
+            axis.plot(
+                step[mask],
+                np.full(int(mask.sum()), 0.97 if marker == "x" else 0.91),
+                marker,
+                color=_SKIPPED,
+                markersize=6,
+                linestyle="none",
+                transform=axis.get_xaxis_transform(),
+                label=name,
+            )
+    if report.explosions:
+        _name_first(axis, report.explosions[0])
+    axis.set_ylabel("gradient norm", color=_INK)
+    rate = report.clip_rate
+    clipped = "" if np.isnan(rate) else f", clipped in {100 * rate:.3g} %"
+    axis.set_title(
+        f"{report.steps} steps{clipped}, skipped {len(report.skipped_steps)}",
+        loc="left",
+        fontsize=11,
+        color=_INK,
+    )
+    axis.legend(
+        loc="lower right",
+        bbox_to_anchor=(1.0, 0.99),
+        borderaxespad=0,
+        frameon=False,
+        fontsize=8.5,
+        ncols=5,
+    )
+    if history.tensor_norms is None:
+        axis.set_xlabel("step", color=_INK)
+    _plain(axis)
+
+
+def _name_first(axis: Axes, explosion: Explosion) -> None:
+    axis.axvline(explosion.step, color=_SKIPPED, linewidth=1, linestyle=":", zorder=0)
+    axis.annotate(
+        f"step {explosion.step}: {explosion.name}",
+        (explosion.step, 0.04),
+        (4, 0),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        fontsize=8.5,
+        color=_SKIPPED,
+    )
+
+
+def _tensors(figure: Figure, axis: Axes, report: Report, norms: Floats) -> None:
+    from matplotlib.colors import TwoSlopeNorm
+
+    history = report.history
+    with np.errstate(all="ignore"):
+        times = np.log10(norms / usual_norms(norms))
+    counts = history.tensor_nonfinite
+    assert counts is not None
+    times = np.where(counts > 0, np.inf, times)
+    furthest = np.where(np.isnan(times), -np.inf, times).max(axis=0)
+    chosen = np.sort(np.argsort(-furthest, kind="stable")[:_SHOWN])
+    shown = times[:, chosen].T
+    top = max(np.log10(EXPLODED_TIMES), np.max(shown[np.isfinite(shown)], initial=0.0))
+    image = axis.pcolormesh(
+        np.append(history.step, history.step[-1] + 1) - 0.5,
+        np.arange(len(chosen) + 1) - 0.5,
+        np.ma.masked_invalid(np.where(np.isinf(shown), top, shown)),
+        cmap="PuOr_r",
+        norm=TwoSlopeNorm(0.0, -top, top),
+        rasterized=True,
+    )
+    for row, column in np.argwhere(np.isinf(shown) & (shown > 0)).tolist()[:500]:
+        axis.plot(history.step[column], row, "^", color="white", markersize=5)
+    names = [history.names[place] for place in chosen]
+    axis.set_yticks(range(len(names)), [_shortened(name) for name in names])
+    axis.invert_yaxis()
+    axis.set_xlabel("step", color=_INK)
+    left_out = norms.shape[1] - len(chosen)
+    axis.set_title(
+        "norm of each parameter's gradient, relative to its usual one"
+        + (f" ({left_out} calmer ones left out)" if left_out else ""),
+        loc="left",
+        fontsize=10,
+        color=_INK,
+    )
+    bar = figure.colorbar(image, ax=axis, pad=0.01, aspect=18)
+    bar.set_label("times the usual", fontsize=8.5, color=_INK)
+    ticks = [t for t in range(int(-top), int(top) + 1) if top <= 4 or t % 2 == 0]
+    bar.set_ticks(ticks, labels=[f"$10^{{{t}}}$" if t else "1" for t in ticks])
+    _plain(axis)
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= 36 else f"{name[:12]}...{name[-21:]}"
+
+
+def _plain(axis: Axes) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color(_FAINT)
+    axis.tick_params(colors=_INK, labelsize=8.5)

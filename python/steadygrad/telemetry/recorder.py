@@ -1,0 +1,220 @@
+"""The ring that steps are recorded in, and what is read from it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steadygrad import _kernels
+from steadygrad.memory import is_asynchronous
+from steadygrad.optim.parameter_groups import parameter_names
+from steadygrad.telemetry.history import TOTALS, History
+from steadygrad.telemetry.report import Report
+from steadygrad.telemetry.settings import Telemetry, Writer
+
+# Key of every param group of an optimizer with telemetry: steps recorded so far.
+RECORDED_STEPS = "recorded_steps"
+
+Groups = list[dict[str, Any]]
+
+
+class TooManySkippedSteps(RuntimeError):
+    """Raised after ``Telemetry(stop_after_skips=...)`` skipped steps in a row, none of which changed anything.
+
+    Attributes:
+        report: on the steps recorded until then; the message has it too.
+    """
+
+    def __init__(self, report: Report) -> None:
+        super().__init__(
+            f"step: too many steps in a row were skipped; what was recorded:\n{report}"
+        )
+        self.report = report
+
+
+class _Snapshot:
+    """A copy of the ring on its way to the host."""
+
+    def __init__(self, first: int, recorded: Tensor, rows: Tensor) -> None:
+        self._first = first
+        on_cuda = rows.device.type == "cuda"
+        self._recorded, self._rows = (
+            torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=on_cuda)
+            for t in (recorded, rows)
+        )
+        self._recorded.copy_(recorded, non_blocking=True)
+        self._rows.copy_(rows, non_blocking=True)
+        self._event = torch.cuda.Event() if on_cuda else None
+        if self._event is not None:
+            self._event.record()
+
+    def is_there(self) -> bool:
+        return self._event is None or self._event.query()
+
+    def history(self, names: tuple[str, ...]) -> History:
+        """Waits for it."""
+        if self._event is not None:
+            self._event.synchronize()
+        return _history(self._first, self._recorded, self._rows, names)
+
+
+def _history(first: int, recorded: Tensor, rows: Tensor, names: tuple[str, ...]) -> History:
+    end, size = int(recorded), rows.shape[0]
+    begin = max(first, end - size)
+    return History(begin, rows.numpy()[np.arange(begin, end) % size], names)
+
+
+class Recorder:
+    """The telemetry of one optimizer, from one load of its state to the next.
+
+    Args:
+        settings: what is kept and who is told.
+    """
+
+    def __init__(self, settings: Telemetry) -> None:
+        self.settings = settings
+        self._rows: Tensor | None = None
+        self._recorded: Tensor | None = None
+        self._replaced: list[tuple[Tensor, Tensor]] = []  # captured graphs may go on with them
+        self._first = 0  # number of the oldest step that may be in the ring
+        self._saved: Any = 0  # what the param groups say of the number of steps
+        self._names: tuple[str, ...] = ()
+        self._writers: list[Writer] = list(settings.writers)
+        self._next = 0  # the first step that no writer has seen
+        self._unseen = 0  # steps since the last look
+        self._skipped_in_a_row = 0
+        self._snapshot: _Snapshot | None = None
+        self._last: History | None = None  # what was read last from a device
+
+    # -- for a step -----------------------------------------------------------------------------
+
+    def memory(self, groups: Groups, device: torch.device | None) -> _kernels.TelemetryMemory:
+        """Where to record; ``device``: where decisions are taken, None for the CPU."""
+        device = torch.device("cpu") if device is None else device
+        per_tensor = self.settings.level == "tensor"
+        parameters = sum(len(group["params"]) for group in groups) if per_tensor else 0
+        columns = TOTALS + 2 * parameters
+        saved = groups[0].get(RECORDED_STEPS, 0) if groups else 0
+        rows, recorded = self._rows, self._recorded
+        if rows is None or recorded is None or rows.shape[1] != columns or rows.device != device:
+            rows, recorded = self._begin(columns, device, saved)
+        elif saved != self._saved:
+            self._begin_at(saved, recorded)
+        return rows, recorded, self.settings.history, per_tensor
+
+    def _begin(self, columns: int, device: torch.device, saved: Any) -> tuple[Tensor, Tensor]:
+        steps = int(saved)
+        if self._rows is not None and self._recorded is not None:
+            self._replaced.append((self._rows, self._recorded))
+            if saved == self._saved:
+                steps = int(self._recorded)
+        self._rows = torch.zeros(self.settings.history, columns, dtype=torch.float64, device=device)
+        self._recorded = torch.zeros(1, dtype=torch.int64, device=device)
+        self._begin_at(steps, self._recorded)
+        self._saved = saved
+        return self._rows, self._recorded
+
+    def _begin_at(self, steps: int, recorded: Tensor) -> None:
+        recorded.fill_(int(steps))
+        self._first = self._next = self._saved = int(steps)
+        self._snapshot = self._last = None
+        self._unseen = self._skipped_in_a_row = 0
+
+    def after_step(self, groups: Groups, skipped: bool | None) -> None:
+        """Tells the writers where it is time to; ``skipped``: None where only the device knows.
+
+        Raises:
+            TooManySkippedSteps: as the settings say.
+        """
+        limit = self.settings.stop_after_skips
+        if skipped is not None:
+            self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        self._unseen += 1
+        looks = bool(self._writers) or (limit is not None and skipped is None)
+        if looks and self._unseen >= self.settings.interval and not _is_capturing(self._rows):
+            self.hand_over(groups, wait=False, counts_skips=skipped is None)
+        if limit is not None and skipped is not False and self._skipped_in_a_row >= limit:
+            self.hand_over(groups, wait=True)
+            raise TooManySkippedSteps(Report(self.read(groups, wait=True)))
+
+    # -- reading --------------------------------------------------------------------------------
+
+    def read(self, groups: Groups, wait: bool) -> History:
+        """What is in the ring; without waiting, on a CUDA device, what was there at the last look that has arrived."""
+        self._names = parameter_names(groups) if groups else self._names
+        rows, recorded = self._rows, self._recorded
+        if rows is None or recorded is None:
+            return History(0, np.zeros((0, TOTALS)), self._names)
+        if not is_asynchronous(rows.device):
+            return _history(self._first, recorded, rows, self._names)
+        if self._snapshot is not None and self._snapshot.is_there():
+            self._last, self._snapshot = self._snapshot.history(self._names), None
+        if wait:
+            self._last, self._snapshot = (
+                _Snapshot(self._first, recorded, rows).history(self._names),
+                None,
+            )
+        elif self._snapshot is None:
+            self._snapshot = _Snapshot(self._first, recorded, rows)
+            if self._last is None and self._snapshot.is_there():
+                self._last, self._snapshot = self._snapshot.history(self._names), None
+        if self._last is None:
+            return History(self._first, np.zeros((0, rows.shape[1])), self._names)
+        return self._last
+
+    def hand_over(self, groups: Groups, wait: bool, counts_skips: bool = False) -> None:
+        """Gives the writers what they have not seen; what one raises is a warning."""
+        self._unseen = 0
+        new = self.read(groups, wait).since(self._next)
+        if not len(new):
+            return
+        self._next = int(new.step[-1]) + 1
+        if counts_skips:
+            self._count_skips(new)
+        for writer in list(self._writers):
+            try:
+                for record in new:
+                    writer(record)
+                flush = getattr(writer, "flush", None)
+                if flush is not None:
+                    flush()
+            except Exception as error:
+                self._writers.remove(writer)
+                warnings.warn(
+                    f"Telemetry: writers: {writer!r} failed at one of steps {new.step[0]} to {new.step[-1]} and is not "
+                    f"called again; training goes on: {type(error).__name__}: {error}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+
+    def _count_skips(self, new: History) -> None:
+        limit = self.settings.stop_after_skips
+        for skipped in new.skipped.tolist():
+            self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+            if limit is not None and self._skipped_in_a_row >= limit:
+                return
+
+    def save(self, groups: Groups) -> None:
+        """Brings the number of steps to the param groups; waits for the device if there was a step."""
+        if self._recorded is None or not groups:
+            return
+        if groups[0].get(RECORDED_STEPS, 0) != self._saved:  # loaded since the last step
+            self._begin_at(groups[0].get(RECORDED_STEPS, 0), self._recorded)
+            return
+        self._saved = int(self._recorded)
+        for group in groups:
+            group[RECORDED_STEPS] = self._saved
+
+    def close(self) -> None:
+        """At the end of the optimizer or the process: hands over what is left."""
+        if self._writers and self._unseen:
+            self.hand_over([], wait=True)
+
+
+def _is_capturing(rows: Tensor | None) -> bool:
+    on_cuda = rows is not None and rows.device.type == "cuda"
+    return on_cuda and torch.cuda.is_current_stream_capturing()
