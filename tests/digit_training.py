@@ -66,7 +66,7 @@ HALF: dict[str, Any] = {"max_norm": 1.0, "state_dtype": torch.float32}
 LEARNING: dict[str, Any] = {"clip": sg.ClipZScore(), "skip": sg.SkipSpikes()}
 OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "max_norm": lambda p: sg.Stabilizer(torch.optim.AdamW(p, lr=0.01), max_norm=0.5),
-    "policies": lambda p: sg.Stabilizer(torch.optim.SGD(p, lr=0.1, momentum=0.9), **LEARNING),
+    "policies": lambda p: sg.Stabilizer(torch.optim.SGD(p, lr=0.3, momentum=0.9), **LEARNING),
     "subclass": lambda p: sg.optim.AdamW(p, lr=0.01, **LEARNING),
     "in-place": lambda p: sg.Stabilizer(torch.optim.NAdam(p, lr=0.01), clip=sg.ClipPercentile()),
 }
