@@ -15,12 +15,20 @@ def is_state_creation(
     param_groups: list[dict[str, Any]],
     numbers: list[dict[str, float]],
     asynchronous_device: torch.device | None,
+    records: bool,
 ) -> bool:
-    """Whether a step without state has zero gradients and no learning rate; ``numbers``: those of the groups."""
+    """Whether a step without state has zero gradients and no learning rate.
+
+    Args:
+        param_groups: of the optimizer.
+        numbers: those of the groups.
+        asynchronous_device: where decisions are taken, or None.
+        records: whether steps are recorded.
+    """
     if asynchronous_device is not None:
-        # To look at the gradients is to wait for them: only where a penalty or a clip to nothing
-        # would leave traces.
-        leaves_traces = any(n["l1"] or n["l2"] or n["max_norm"] < 1e-6 for n in numbers)
+        # To look at the gradients is to wait for them: only where a penalty, a clip to nothing or a
+        # record would leave traces.
+        leaves_traces = records or any(n["l1"] or n["l2"] or n["max_norm"] < 1e-6 for n in numbers)
         if not leaves_traces:
             return False
     for group in param_groups:

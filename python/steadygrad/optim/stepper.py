@@ -364,7 +364,9 @@ class Stepper:
         # It comes before there is any.
         self._creates_state = not (
             self._optimizer.state or self.accumulated.sums
-        ) and is_state_creation(self._optimizer.param_groups, listed, device)
+        ) and is_state_creation(
+            self._optimizer.param_groups, listed, device, self.recorder is not None
+        )
         if self._creates_state:
             for numbers in listed:
                 numbers.update(l1=0.0, l2=0.0, max_norm=math.inf)

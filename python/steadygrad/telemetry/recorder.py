@@ -151,17 +151,10 @@ class Recorder:
             return History(0, np.zeros((0, TOTALS)), self._names)
         if not is_asynchronous(rows.device):
             return _history(self._first, recorded, rows, self._names)
-        if self._snapshot is not None and self._snapshot.is_there():
-            self._last, self._snapshot = self._snapshot.history(self._names), None
-        if wait:
-            self._last, self._snapshot = (
-                _Snapshot(self._first, recorded, rows).history(self._names),
-                None,
-            )
-        elif self._snapshot is None:
+        if wait or self._snapshot is None:
             self._snapshot = _Snapshot(self._first, recorded, rows)
-            if self._last is None and self._snapshot.is_there():
-                self._last, self._snapshot = self._snapshot.history(self._names), None
+        if wait or self._snapshot.is_there():
+            self._last, self._snapshot = self._snapshot.history(self._names), None
         if self._last is None:
             return History(self._first, np.zeros((0, rows.shape[1])), self._names)
         return self._last

@@ -1,0 +1,141 @@
+"""The report and the plot: which parameter exploded, when, and how often was clipped and skipped."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import steadygrad as sg
+from backends import Backend
+from steadygrad.telemetry import History, Report
+from steadygrad.telemetry.history import TOTALS
+from steadygrad.telemetry.report import usual_norms
+
+PLANTED = 37
+
+
+def trained(backend: Backend | None, steps: int = 60, **options: Any) -> Any:
+    """A network in one layer of which the gradient explodes."""
+    device = torch.device("cpu") if backend is None else backend.device
+    model = nn.Sequential(
+        nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 2)
+    ).to(device)
+    opt = sg.Stabilizer(torch.optim.SGD(model.named_parameters(), lr=0.05), **options)
+    for step in range(steps):
+        inputs = torch.randn(32, 6, device=device)
+        # Gradients flow back: what lies before the layer that explodes explodes with it, less.
+        times = 1e4 if step == PLANTED else 1.0
+        handle = model[2].weight.register_hook(lambda grad, times=times: grad * times)
+        opt.zero_grad()
+        (model(inputs) - inputs[:, :2]).pow(2).mean().backward()
+        handle.remove()
+        opt.step()
+    return opt
+
+
+def test_the_report_names_parameter_and_step(backend: Backend) -> None:
+    report = trained(backend, max_norm=1.0, telemetry="tensor").report()
+    (explosion,) = report.explosions
+    assert (explosion.step, explosion.name) == (PLANTED, "2.weight")
+    assert 1e3 < explosion.times < 1e5
+    assert f"step {PLANTED}: 2.weight (norm " in str(report)
+    assert report.steps == 60 and report.skipped_steps == []
+    assert report.clip_rate == report.history.clipped.mean() > 0
+    assert report.norm_quantiles[1.0] == report.history.norm[PLANTED]
+
+
+def test_the_total_alone_names_the_step() -> None:
+    report = trained(None, max_norm=1.0, telemetry="global").report()
+    assert [(e.step, e.name) for e in report.explosions] == [(PLANTED, "all gradients")]
+
+
+def test_a_plot_is_drawn(tmp_path: Path) -> None:
+    for level in ("global", "tensor"):
+        opt = trained(None, max_norm=1.0, telemetry=level)
+        for suffix in ("png", "svg"):
+            opt.plot(tmp_path / f"{level}.{suffix}")
+        assert (tmp_path / f"{level}.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+        assert "<svg" in (tmp_path / f"{level}.svg").read_text()
+
+
+def test_a_plot_of_little_or_bad_steps_is_drawn(tmp_path: Path) -> None:
+    param = nn.Parameter(torch.zeros(3))
+    opt = sg.optim.SGD([param], lr=0.1, telemetry="tensor")
+    with pytest.raises(ValueError, match="plot: expected at least one recorded step, got none"):
+        opt.plot(tmp_path / "none.png")
+    for value in (0.0, math.nan, math.inf, 1e-30, 1e30):
+        param.grad = torch.full_like(param, value)
+        opt.step()
+        opt.plot(tmp_path / "few.png")
+    assert "not finite" in str(opt.report())
+
+
+def rows(norms: list[list[float]]) -> History:
+    """A history with these norms of parameters."""
+    values = np.zeros((len(norms), TOTALS + 2 * len(norms[0])))
+    values[:, TOTALS : TOTALS + len(norms[0])] = norms
+    values[:, TOTALS + len(norms[0]) :] = ~np.isfinite(norms)
+    return History(100, values, tuple("abcdefgh"[: len(norms[0])]))
+
+
+def test_what_counts_as_an_explosion() -> None:
+    steady, spike, rise = [1.0] * 30, [1.0] * 30, [1.0] * 10 + [30.0] * 20
+    spike[20] = 11.0
+    nan_at_first = [math.nan, *[1.0] * 29]
+    history = rows([list(row) for row in zip(steady, spike, rise, nan_at_first, strict=True)])
+    found = [(e.step, e.name) for e in Report(history).explosions]
+    assert (100, "d") in found and (120, "b") in found
+    assert {name for _, name in found} == {"b", "c", "d"}
+    # A lasting rise becomes the usual.
+    assert [step for step, name in found if name == "c"] == list(range(110, 115))
+
+
+def test_usual_norms_are_a_geometric_moving_average() -> None:
+    norms = np.exp(np.random.default_rng(0).normal(0, 1, (40, 2)))
+    norms[7, 0], norms[9, 1] = np.nan, 0.0
+    found = usual_norms(norms)
+    for column in range(2):
+        average, known = 0.0, 0
+        for step in range(40):
+            if known < 5:
+                assert np.isnan(found[step, column])
+            else:
+                assert math.isclose(found[step, column], math.exp(average), rel_tol=1e-12)
+            value = norms[step, column]
+            if not value > 0:
+                continue
+            fed = math.log(value)
+            if known >= 5:
+                fed = min(fed, average + math.log(10))
+            average += max(0.1, 1 / (known + 1)) * (fed - average)
+            known += 1
+
+
+def test_a_report_says_what_was_skipped_and_why() -> None:
+    param = nn.Parameter(torch.zeros(2))
+    opt = sg.optim.SGD(
+        [param], lr=0.1, max_norm=1.0, skip=sg.SkipSpikes(window=6), telemetry="global"
+    )
+    assert str(opt.report()) == "no steps recorded yet"
+    for step in range(12):
+        param.grad = torch.full_like(param, {4: math.nan, 9: 1e5}.get(step, 0.5 + 0.01 * step))
+        opt.step()
+    report = opt.report()
+    assert report.skipped_steps == [4, 9]
+    assert "skipped   2 steps: 4, 9 (1 not finite, 1 spikes)" in str(report)
+    assert "limit 1" in str(report)
+    assert repr(report) == str(report)
+
+
+def test_without_telemetry_there_is_nothing_to_report(tmp_path: Path) -> None:
+    opt = sg.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1)
+    assert opt.telemetry is None
+    for call in (opt.report, opt.flush_telemetry, lambda: opt.plot(tmp_path / "plot.png")):
+        with pytest.raises(RuntimeError, match="expected an optimizer with telemetry"):
+            call()
