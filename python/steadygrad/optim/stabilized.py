@@ -41,10 +41,18 @@ class StepOutcome:
     def _make_stepper(self) -> Stepper:
         raise NotImplementedError
 
+    def _genuine(self) -> StepOutcome:
+        """This object; where a wrapper only imitates the class, as Lightning's optimizers do, the one it wraps."""
+        if "_options" in self.__dict__:
+            return self
+        wrapped = getattr(self, "optimizer", None)
+        return wrapped if isinstance(wrapped, StepOutcome) else self
+
     def _current_stepper(self) -> Stepper:
-        stepper = self.__dict__.get("_stepper")
+        genuine = self._genuine()
+        stepper = genuine.__dict__.get("_stepper")
         if stepper is None:
-            stepper = self.__dict__["_stepper"] = self._make_stepper()
+            stepper = genuine.__dict__["_stepper"] = genuine._make_stepper()
         return stepper
 
     def _stabilized_step(self, closure: Closure | None) -> Any:
@@ -64,12 +72,13 @@ class StepOutcome:
     @property
     def accumulated(self) -> Accumulated:
         """What :func:`steadygrad.accumulate` has gathered for the next step."""
-        accumulated: Accumulated = self.__dict__.setdefault("_accumulated", Accumulated())
+        own = self._genuine().__dict__
+        accumulated: Accumulated = own.setdefault("_accumulated", Accumulated())
         return accumulated
 
     def _drop_accumulated(self) -> None:
         self.accumulated.check_closed("zero_grad")
-        del self.__dict__["_accumulated"]
+        del self._genuine().__dict__["_accumulated"]
 
     @contextmanager
     def finding_inf(self) -> Iterator[None]:
@@ -228,14 +237,14 @@ class StepOutcome:
     @contextmanager
     def _saving(self) -> Iterator[None]:
         """While a state dict is made, the param groups know all that there is to know."""
-        stepper = self.__dict__.get("_stepper")
+        stepper = self._genuine().__dict__.get("_stepper")
         last = None if stepper is None else stepper.flush_last()
         yield
         if last is not None:
             last.policies.take_back(self.param_groups)
 
     def _flush(self, policies: bool = True) -> None:
-        stepper = self.__dict__.get("_stepper")
+        stepper = self._genuine().__dict__.get("_stepper")
         if stepper is not None:
             stepper.flush_last(policies)
 

@@ -1,0 +1,95 @@
+"""What the callbacks have in common: the optimizer behind a library's wrapper, its numbers, and a second clipper."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from steadygrad.optim.stabilized import StepOutcome
+
+
+def stabilized(optimizer: Any) -> StepOutcome | None:
+    """The stabilized optimizer that this is, or that it wraps as its ``optimizer``; None if there is none.
+
+    Args:
+        optimizer: for instance accelerate's ``AcceleratedOptimizer`` or Lightning's ``LightningOptimizer``.
+    """
+    while optimizer is not None:
+        inner = getattr(optimizer, "optimizer", None)
+        if isinstance(optimizer, StepOutcome) and not isinstance(inner, StepOutcome):
+            return optimizer
+        optimizer = inner
+    return None
+
+
+def readings(optimizer: StepOutcome) -> dict[str, float]:
+    """Numbers of the last step, by name; empty before the first.
+
+    ``grad_norm`` before the clip, ``skipped_steps`` and ``clipped_steps`` so far; with telemetry also ``clipped_norm``
+    and ``limit``, where they are numbers. On a CUDA device this waits for the step.
+    """
+    if optimizer.grad_norm is None:
+        return {}
+    found = {
+        "grad_norm": float(optimizer.grad_norm),
+        "skipped_steps": float(optimizer.skipped_steps),
+        "clipped_steps": float(optimizer.clipped_steps),
+    }
+    history = optimizer.telemetry
+    if history is not None and len(history):
+        last = {"clipped_norm": history.clipped_norm[-1], "limit": history.limit[-1]}
+        found.update(
+            {key: float(value) for key, value in last.items() if abs(value) < float("inf")}
+        )
+    return found
+
+
+def name_parameters(optimizer: StepOutcome, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+    """Names the parameters, if they have no names yet; where one cannot be named, that is a warning."""
+    groups = optimizer.param_groups
+    if all("param_names" in group for group in groups):
+        return
+    try:
+        optimizer.name_parameters(named_parameters)
+    except ValueError as error:
+        warnings.warn(f"{error}; reports number the parameters instead", stacklevel=3)
+
+
+def clips(optimizer: StepOutcome) -> bool:
+    """Whether the optimizer limits gradients itself."""
+    return optimizer._options.clip is not None or any(
+        group.get(key) is not None
+        for group in optimizer.param_groups
+        for key in ("max_norm", "clip_value")
+    )
+
+
+def warn_of_second_clipper(optimizer: StepOutcome, other: str, without: str, limit: float) -> None:
+    """Warns that gradients are clipped before the optimizer's own step sees them.
+
+    Args:
+        optimizer: ours.
+        other: what clips, for instance ``"Trainer(gradient_clip_val=1.0)"``.
+        without: what to do to drop it.
+        limit: of the other one.
+    """
+    if clips(optimizer):
+        what = f"two clippers: {other} clips the gradients before {_name(optimizer)} does"
+        advice = f"Keep the optimizer's own and {without}"
+    else:
+        what = f"{other} clips the gradients before {_name(optimizer)} sees them"
+        advice = f"Give the optimizer max_norm={limit!r} and {without}"
+    warnings.warn(
+        f"steadygrad: {what}, so that its grad_norm, policies and telemetry see what is left, in three more passes "
+        f"over the gradients. {advice}.",
+        stacklevel=3,
+    )
+
+
+def _name(optimizer: StepOutcome) -> str:
+    inner = getattr(optimizer, "optimizer", None)
+    outer = type(optimizer).__name__
+    return outer if inner is None else f"{outer}({type(inner).__name__})"
