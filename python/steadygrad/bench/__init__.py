@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -166,6 +167,7 @@ def measure_all(
         tuple(results),
         tuple(skipped),
         device.rehearsal,
+        tuple(sys.orig_argv),
     )
 
 
