@@ -80,7 +80,7 @@ def targets_table(targets: Sequence[Result]) -> Table:
                 verdicts[target["met"]],
             )
         )
-    return Table(("case", "against", "at least", "measured", ""), rows, "ttttt")
+    return Table(("case", "against", "at least", "measured", "verdict"), rows, "ttttt")
 
 
 def targets_sentence(targets: Sequence[Result]) -> str:

@@ -45,7 +45,8 @@ def anchor(text: str) -> str:
 
 def decimal(value: float) -> str:
     """Write a coordinate: at most one decimal, which is a tenth of a pixel."""
-    return f"{value:.1f}".removesuffix(".0").replace("-0", "0") if value > -0.05 else f"{value:.1f}"
+    text = f"{value:.1f}".removesuffix(".0")
+    return "0" if text == "-0" else text
 
 
 def _attribute(value: str | float) -> str:
