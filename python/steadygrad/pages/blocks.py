@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from .markup import Markup, anchor, element, joined
+from .markup import Markup, element, joined
 
 
 class Block(Protocol):
@@ -233,14 +233,13 @@ class Section:
     title: str
     blocks: Sequence[Block]
 
-    def html(self, level: int = 2) -> Markup:
-        """Write it as HTML."""
+    def html(self, level: int = 2, name: str | None = None) -> Markup:
+        """Write it as HTML, with a name to link to if one is given."""
         heading = element(f"h{level}", self.title)
         inner = (
             block.html(level + 1) if isinstance(block, Section) else block.html()
             for block in self.blocks
         )
-        name = anchor(self.title) if level == 2 else None
         return element("section", heading, *inner, id=name)
 
     def markdown(self, level: int = 2) -> str:

@@ -41,7 +41,10 @@ class Document:
     def html(self) -> str:
         """Write it as one HTML file that needs nothing else."""
         sections = [*self.sections, self._about]
-        links = (element("a", s.title, href=f"#{anchor(s.title)}") for s in sections)
+        # The place in the page makes names unique, whatever the titles are.
+        names = [f"{place}-{anchor(s.title)}" for place, s in enumerate(sections, 1)]
+        pairs = list(zip(sections, names, strict=True))
+        links = (element("a", s.title, href=f"#{name}") for s, name in pairs)
         head = element(
             "head",
             element("meta", charset="utf-8"),
@@ -54,7 +57,11 @@ class Document:
             _HATCH,
             element("header", element("h1", self.title), element("p", self.lead, class_="lead")),
             element("nav", *links),
-            element("main", *(b.html() for b in self.summary), *(s.html() for s in sections)),
+            element(
+                "main",
+                *(block.html() for block in self.summary),
+                *(section.html(name=name) for section, name in pairs),
+            ),
         )
         return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
 

@@ -86,7 +86,7 @@ def report_document(documents: Sequence[Json]) -> Document:
     experiments = [experiment for document in documents for experiment in document["experiments"]]
     experiments = [experiment for experiment in experiments if experiment["rows"]]
     runs = sum(len(experiment["runs"]) for experiment in experiments)
-    hours = sum(document["wall_s"] for document in documents) / 60
+    minutes = sum(document["wall_s"] for document in documents) / 60
     summary: list[Block] = [Paragraph(warning) for warning in _warnings(documents)]
     sections = []
     if experiments:
@@ -96,7 +96,7 @@ def report_document(documents: Sequence[Json]) -> Document:
         sections += [section(experiment) for experiment in experiments]
     return Document(
         title="What keeps training steady: remedies compared",
-        lead=f"{len(experiments)} experiments, {runs:,} runs, {hours:,.0f} minutes of training, "
+        lead=f"{len(experiments)} experiments, {runs:,} runs, {minutes:,.0f} minutes of training, "
         f"{documents[0]['started'][:10]}.",
         summary=summary,
         sections=[*sections, _definitions(documents)],
@@ -163,7 +163,7 @@ def _facts(document: Json) -> list[tuple[str, str]]:
         (
             "Machine",
             f"{machine['processor']}, {machine['cores']} cores; {machine['system']}; "
-            f"{machine['jobs']} processes side by side, {machine['threads']} torch threads in each",
+            f"processes side by side: {machine['jobs']}, torch threads in each: {machine['threads']}",
         ),
         ("Versions", ", ".join(f"{name} {v}" for name, v in document["versions"].items())),
     ]
