@@ -15,7 +15,6 @@ from steadygrad.pages import (
     Bullets,
     Charts,
     Document,
-    Markup,
     Paragraph,
     Scale,
     Section,
@@ -28,8 +27,8 @@ _MEANING = (
     "Ours and torch's run side by side in one process, in turns; times are medians. The floor is "
     "what our path has to move per element with no help from caches. GB/s are floor bytes over "
     "time, the share is that of the bandwidth which a plain copy reached in the same rounds (on a "
-    "CPU the faster of a copy and an in-place multiplication). A ratio says how many times faster "
-    "ours is than the peer: below 1 the peer is faster."
+    "CPU the faster of a copy and an in-place multiplication). A ratio says how many times as fast "
+    "as the peer ours is: below 1 the peer is faster."
 )
 _PER_CALL = (
     "Cases without GB/s fit in cache and show the cost of a call, not of memory. All others start "
@@ -137,61 +136,83 @@ def _span(low: float, high: float) -> str:
 def _ratio_charts(result: Result, operations: dict[str, list[Result]]) -> Charts:
     ratios = [peer["ratio"] for case in result["cases"] for peer in case["peers"]]
     scale = Scale.around([1.0, *ratios], log=True, default=(0.5, 2.0))
+    bars = {name: _ratio_bars(cases) for name, cases in operations.items()}
+    everything = [bar for own in bars.values() for bar in own]
+    charts = []
+    for name, cases in operations.items():
+        peers = _peers(cases)
+        axis = f"times as fast as {peers[0]}" if len(peers) == 1 else "times as fast"
+        chart = bar_chart(
+            name,
+            bars[name],
+            scale,
+            origin=1.0,
+            axis=axis,
+            marks=[(1.0, "solid")],
+            beside=everything,
+        )
+        charts.append(chart)
     return Charts(
-        "How many times faster ours is than each peer, on one logarithmic scale. The line is at 1; "
-        "hatched bars, at its left, are cases in which the peer is faster. Whiskers go from the lower "
-        "to the upper quartile over the rounds.",
-        [_ratio_chart(name, cases, scale) for name, cases in operations.items()],
+        "How many times as fast as each peer ours is, on one logarithmic scale. The line is at 1; "
+        "hatched bars, at its left, are cases in which the peer is faster. Whiskers go from the "
+        "lower to the upper quartile over the rounds.",
+        charts,
         layout="ragged",
     )
 
 
-def _ratio_chart(operation: str, cases: Sequence[Result], scale: Scale) -> Markup:
-    names = list(dict.fromkeys(peer["name"] for case in cases for peer in case["peers"]))
+def _peers(cases: Sequence[Result]) -> list[str]:
+    return list(dict.fromkeys(peer["name"] for case in cases for peer in case["peers"]))
+
+
+def _ratio_bars(cases: Sequence[Result]) -> list[Bar]:
+    """A bar for each case and peer; below a heading for each case where there are several peers."""
+    several = len(_peers(cases)) > 1
     bars = []
     for case in cases:
-        if len(names) > 1:
+        if several:
             bars.append(Bar(case["shapes"]))
         for peer in case["peers"]:
-            ratio = peer["ratio"]
-            label = peer["name"] if len(names) > 1 else case["shapes"]
+            label, ratio = peer["name"] if several else case["shapes"], peer["ratio"]
             low, high = peer["round_ratio_quartiles"]
             style = "solid" if ratio >= 1.0 else "hatched"
             bars.append(Bar(label, ratio, f"{ratio:.2f}", low, high, style=style))
-    axis = "times faster" if len(names) > 1 else f"times faster than {''.join(names)}"
-    return bar_chart(operation, bars, scale, origin=1.0, axis=axis, marks=[(1.0, "solid")])
+    return bars
 
 
 def _share_charts(operations: dict[str, list[Result]]) -> Charts | None:
-    shares = {
-        name: [
-            (case["shapes"], 100 * case["share_of_copy"])
-            for case in cases
-            if case["cold_buffers"] and case["share_of_copy"] is not None
-        ]
-        for name, cases in operations.items()
-    }
-    most = max((share for found in shares.values() for _, share in found), default=0.0)
-    if not most:
+    bars = {name: _share_bars(cases) for name, cases in operations.items()}
+    everything = [bar for own in bars.values() for bar in own]
+    if not everything:
         return None
-    scale = Scale(0.0, max(100.0, most))
+    scale = Scale(0.0, max(100.0, *(bar.value or 0.0 for bar in everything)))
     return Charts(
         "Floor bytes over time, in percent of the copy bandwidth that was measured in the same "
         "rounds. The dashed line is at 100 %; a second pass that finds data in cache can go beyond.",
         [
             bar_chart(
                 name,
-                [Bar(shapes, share, f"{share:.0f} %") for shapes, share in found],
+                own,
                 scale,
                 origin=0.0,
                 axis="% of copy bandwidth",
                 marks=[(100.0, "dashed")],
+                beside=everything,
             )
-            for name, found in shares.items()
-            if found
+            for name, own in bars.items()
+            if own
         ],
         layout="ragged",
     )
+
+
+def _share_bars(cases: Sequence[Result]) -> list[Bar]:
+    shares = (
+        (case["shapes"], 100 * case["share_of_copy"])
+        for case in cases
+        if case["cold_buffers"] and case["share_of_copy"] is not None
+    )
+    return [Bar(shapes, share, f"{share:.0f} %") for shapes, share in shares]
 
 
 def _times(operation: str, cases: Sequence[Result], result: Result) -> Section:

@@ -61,6 +61,7 @@ def operation_table(cases: Sequence[Result], megabytes: bool) -> Table:
         ("shapes", "ours ms", *moved_heading, "GB/s", "of copy", "against", "ms", "ratio"),
         rows,
         "tnnn" + "n" * megabytes + "tnn",
+        style="numbers",
     )
 
 

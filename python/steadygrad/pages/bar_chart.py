@@ -12,6 +12,7 @@ from .scale import Scale
 _WIDTH = 360.0
 _ROW, _TITLE, _AXIS = 17.0, 24.0, 30.0
 _MOST_FOR_LABELS = 150.0
+_STRONG = 1.12  # how much wider strong type is
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def bar_chart(
     origin: float,
     axis: str,
     marks: Sequence[tuple[float, str]] = (),
+    beside: Sequence[Bar] = (),
 ) -> Markup:
     """Draw bars from ``origin`` to their values.
 
@@ -55,10 +57,11 @@ def bar_chart(
         origin: where bars begin.
         axis: what the scale shows, below it.
         marks: value and style, ``"solid"``, ``"dashed"`` or ``"dotted"``, of vertical lines.
+        beside: bars of the charts beside it: with the same ones, all leave the same room to labels.
     """
-    shown = [bar for bar in bars if bar.value is not None or bar.text]
+    shown = [bar for bar in (*bars, *beside) if bar.value is not None or bar.text]
     left = 8 + min(_MOST_FOR_LABELS, max((text_width(bar.label) for bar in shown), default=0.0))
-    right = _WIDTH - 10 - max((text_width(bar.text) for bar in shown), default=0.0)
+    right = _WIDTH - 8 - max((_STRONG * text_width(bar.text) for bar in shown), default=0.0)
     bottom = _TITLE + _ROW * len(bars)
 
     def x(value: float) -> float:
@@ -75,7 +78,7 @@ def bar_chart(
     centre = (left + right) / 2
     parts.append(element("text", axis, x=centre, y=bottom + 26, class_="label middle quiet"))
     for row, bar in enumerate(bars):
-        parts += _row(bar, _TITLE + _ROW * row, x, origin, left, right)
+        parts += _row(bar, _TITLE + _ROW * row, x, origin, left)
     for value, style in marks:
         place = x(value)
         line = element("line", x1=place, x2=place, y1=_TITLE, y2=bottom, class_=f"mark {style}")
@@ -84,7 +87,7 @@ def bar_chart(
 
 
 def _row(
-    bar: Bar, top: float, x: Callable[[float], float], origin: float, left: float, right: float
+    bar: Bar, top: float, x: Callable[[float], float], origin: float, left: float
 ) -> list[str]:
     baseline, middle = top + 12.5, top + _ROW / 2
     if bar.value is None and not bar.text:
@@ -104,5 +107,5 @@ def _row(
         low, high = x(bar.low), x(bar.high)
         whisker = f"M{low:.1f} {middle - 3:.1f}v6M{low:.1f} {middle:.1f}H{high:.1f}m0 -3v6"
         parts.append(element("path", d=whisker, class_="whisker"))
-    parts.append(element("text", bar.text, x=right + 8, y=baseline, class_="label strong"))
+    parts.append(element("text", bar.text, x=_WIDTH, y=baseline, class_="label strong end"))
     return parts

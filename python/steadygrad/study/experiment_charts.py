@@ -45,27 +45,40 @@ def metric_charts(experiment: Json) -> Charts:
         + ", with its 95 % interval and the single runs. Pale bars: not every run learned; hatched "
         "bars: not even half of them. Dotted line: guessing; dashed line: threshold of learning."
     )
-    charts = [
-        _metric_chart(experiment, setting, metrics[setting[0]])
-        for setting in outcome.settings(experiment)
-    ]
+    bars = {setting: _metric_bars(experiment, setting) for setting in outcome.settings(experiment)}
+    everything = [bar for own in bars.values() for bar in own]
+    charts = []
+    for setting, own in bars.items():
+        metric = metrics[setting[0]]
+        marks = [(metric["guessing"], "dotted"), (metric["learned"], "dashed")]
+        chart = bar_chart(
+            setting_name(experiment, setting),
+            own,
+            _metric_scale(metric, own),
+            origin=0.0,
+            axis=metric["name"],
+            marks=marks,
+            beside=everything,
+        )
+        charts.append(chart)
     return Charts(caption, charts)
 
 
-def _metric_chart(experiment: Json, setting: Setting, metric: Json) -> Markup:
-    bars = []
-    for arm in outcome.remedies(experiment):
-        row = outcome.row_of(experiment, arm["name"], setting)
-        if row is not None:
-            bars.append(_metric_bar(arm["name"], row))
+def _metric_bars(experiment: Json, setting: Setting) -> list[Bar]:
+    rows = (
+        (arm["name"], outcome.row_of(experiment, arm["name"], setting))
+        for arm in outcome.remedies(experiment)
+    )
+    return [_metric_bar(name, row) for name, row in rows if row is not None]
+
+
+def _metric_scale(metric: Json, bars: Sequence[Bar]) -> Scale:
     values = [bar.value for bar in bars if bar.value is not None]
-    marks = [(metric["guessing"], "dotted"), (metric["learned"], "dashed")]
-    # A lower metric has no upper end: far beyond guessing, bars end at the edge.
-    most = max([*values, *(value for value, _ in marks)], default=1.0)
-    high = min(most, 1.5 * metric["guessing"]) if metric["better"] == "lower" else max(most, 1.0)
-    title = setting_name(experiment, setting)
-    scale = Scale(0.0, high or 1.0)
-    return bar_chart(title, bars, scale, origin=0.0, axis=metric["name"], marks=marks)
+    most = max([*values, metric["guessing"], metric["learned"]])
+    if metric["better"] == "higher":
+        return Scale(0.0, max(most, 1.0))
+    # What has no upper end: far beyond guessing, bars end at the edge.
+    return Scale(0.0, min(most, 1.5 * metric["guessing"]) or 1.0)
 
 
 def _metric_bar(name: str, row: Json) -> Bar:
