@@ -222,7 +222,7 @@ def document() -> Document:
         lead="lead_ of *it*",
         summary=[Paragraph(EVIL), Bullets([("lead", EVIL), ("", "no lead")])],
         sections=[
-            Section("First", [TABLE, Charts(EVIL, [chart], [(swatch(1), EVIL)])]),
+            Section("First", [TABLE, Charts(EVIL, [chart], [(swatch("curve rank1"), EVIL)])]),
             Section("Second", [Section("inner", [Paragraph("quiet", quiet=True)])]),
             Section("Drawings alone", [Charts("c", [chart])]),
         ],

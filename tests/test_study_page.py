@@ -121,7 +121,8 @@ def test_charts(study: dict[str, Any]) -> None:
     assert classes.count("curve rank0") == classes.count("curve rank4") == 2
     assert classes.count("cross rank4") == 2 and "cross rank0" not in classes
     limited = svgs["clip 1: 10 of 10 survived, 8 of 10 learned"]
-    assert "limit" in [text_of(text) for text in limited.iter("text")]
+    assert [e.attrib["class"] for e in limited.iter("line")].count("mark dashed") == 1
+    assert "mark dashed" not in [e.attrib["class"] for e in lines.iter("line")]
 
 
 def test_several_problems_and_learning_rates() -> None:
@@ -156,7 +157,7 @@ def test_several_problems_with_one_learning_rate() -> None:
         "depth 20",
     ]
     keys = [text_of(e) for e in page.iter("span") if e.attrib["class"] == "key"]
-    assert keys == ["depth 5", "depth 10", "depth 20"]
+    assert keys == ["depth 5", "depth 10", "depth 20", "limit of the norm"]
 
 
 def test_facts_definitions_and_findings(study: dict[str, Any]) -> None:

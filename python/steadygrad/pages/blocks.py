@@ -119,7 +119,7 @@ class Table:
         caption: above the table; not in Markdown.
         above: headings above the headings, each over ``span`` columns; not in Markdown.
         below: what the headings are below those; ``headings`` themselves where it is empty.
-        legend: what styles of cells mean, style and text, below the caption; not in Markdown.
+        legend: what styles of cells mean, style and text, above the table; not in Markdown.
         style: a class of the page's style.
     """
 
@@ -134,11 +134,7 @@ class Table:
 
     def html(self) -> Markup:
         """Write it as HTML: in a frame that scrolls sideways where it is too wide."""
-        keys = [element("span", text, class_=f"sample {style}") for style, text in self.legend]
-        parts = []
-        if self.caption or keys:
-            legend = element("div", *keys, class_="legend") if keys else ""
-            parts.append(element("caption", self.caption, legend))
+        parts = [element("caption", self.caption)] if self.caption else []
         head = [
             self._heading(text, index) for index, text in enumerate(self.below or self.headings)
         ]
@@ -152,7 +148,11 @@ class Table:
         parts.append(element("thead", *rows))
         parts.append(element("tbody", *map(self._row, self.rows)))
         table = element("table", *parts, class_=self.style or None)
-        return element("div", table, class_="scroll", tabindex="0")
+        frame = element("div", table, class_="scroll", tabindex="0")
+        if not self.legend:
+            return frame
+        keys = (element("span", text, class_=f"sample {style}") for style, text in self.legend)
+        return joined(element("div", *keys, class_="legend"), frame)
 
     def markdown(self) -> str:
         """Write it as Markdown."""

@@ -84,9 +84,9 @@ def line_chart(
     return svg(f"{title}: {subtitle}", _WIDTH, bottom + _AXIS, parts)
 
 
-def swatch(rank: int) -> Markup:
-    """Draw a piece of a curve, for a legend."""
-    line = element("path", d="M1 6H29", class_=f"curve rank{rank}")
+def swatch(classes: str) -> Markup:
+    """Draw a piece of a line of the given classes, such as ``"curve rank0"``, for a legend."""
+    line = element("path", d="M1 6H29", class_=classes)
     return svg("", 30, 12, [line])
 
 
@@ -100,9 +100,9 @@ def _plot(plot: Plot, x_scale: Scale, top: float) -> list[str]:
     def y(value: float) -> float:
         return bottom - plot.scale.place(value) * _HEIGHT
 
-    def points(x: Sequence[float], values: Sequence[float]) -> list[str]:
+    def points(x: Sequence[float], values: Sequence[float], decimals: int = 1) -> list[str]:
         pairs = zip(x, values, strict=True)
-        return [f"{_x(x_scale, a):.1f} {y(b):.1f}" for a, b in pairs]
+        return [f"{_x(x_scale, a):.{decimals}f} {y(b):.{decimals}f}" for a, b in pairs]
 
     parts: list[str] = [element("text", plot.name, x=0, y=top - 5, class_="label")]
     for value in plot.scale.ticks(4):
@@ -116,7 +116,7 @@ def _plot(plot: Plot, x_scale: Scale, top: float) -> list[str]:
     ]
     for line in plot.lines:
         if line.low:
-            edge = points(line.x, line.low) + points(line.x, line.high)[::-1]
+            edge = points(line.x, line.low, 0) + points(line.x, line.high, 0)[::-1]
             parts.append(element("path", d=f"M{'L'.join(edge)}z", class_=f"band rank{line.rank}"))
     for line in plot.lines:
         if path := _path(line, points(line.x, line.y)):
@@ -131,10 +131,9 @@ def _plot(plot: Plot, x_scale: Scale, top: float) -> list[str]:
             parts.append(element("path", d=crosses, class_=f"cross rank{line.rank}"))
     if plot.limit is not None:
         height = y(plot.limit)
-        parts += [
-            element("line", x1=_LEFT, x2=_RIGHT, y1=height, y2=height, class_="mark dashed"),
-            element("text", "limit", x=_LEFT + 3, y=height - 3, class_="label"),
-        ]
+        parts.append(
+            element("line", x1=_LEFT, x2=_RIGHT, y1=height, y2=height, class_="mark dashed")
+        )
     return parts
 
 

@@ -99,7 +99,8 @@ def generalisation(experiments: Sequence[Json], arm: str) -> tuple[str, str]:
     total = above + below + neither
     if not total:
         return UNTESTED, ""
-    numbers = f"better in {above}, worse in {below}, no clear difference in {neither} of {total}"
+    where = "1 setting" if total == 1 else f"{total} settings"
+    numbers = f"of {where} better in {above}, worse in {below}"
     if not above:
         return (NOT if below else UNCLEAR), numbers
     return (HELD if above == total else IN_PART), numbers
@@ -210,7 +211,7 @@ def _for_held_out_data(experiments: Sequence[Json], names: Sequence[str]) -> lis
         return []
     where = "Where every run learns without a remedy"
     return [
-        (f"{where}, held-out data are clearly better with", f"{listed(better or ['none'])}."),
+        (f"{where}, held-out results are clearly better with", f"{listed(better or ['none'])}."),
         (f"{where}, they are clearly worse with", f"{listed(worse or ['none'])}."),
     ]
 

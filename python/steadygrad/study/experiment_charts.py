@@ -12,7 +12,6 @@ from steadygrad.pages import Bar, Charts, Line, Markup, Plot, Scale, bar_chart, 
 from . import outcome
 from .outcome import Json, Setting
 
-_MOST_POINTS = 32
 _RANKS = 5
 _ROOM_ABOVE = 1e4  # how far above the highest start an exploding line is followed
 
@@ -116,7 +115,11 @@ def curve_charts(experiment: Json) -> Charts | None:
     names = [setting_name(experiment, setting) for setting in groups[0]]
     if len(groups) > 1:
         names = [f"learning rate {rate:g}" for rate in experiment["learning_rates"]]
-    legend = [(swatch(_rank(place, len(names))), name) for place, name in enumerate(names)]
+    legend = [
+        (swatch(f"curve rank{_rank(place, len(names))}"), name) for place, name in enumerate(names)
+    ]
+    if any(arm["limit"] is not None for arm in outcome.remedies(experiment)):
+        legend.append((swatch("mark dashed"), "limit of the norm"))
     return Charts(
         "Training loss and gradient norm before the clip, on logarithmic scales. Lines are medians "
         "over the seeds, bands go from the smallest to the largest run, crosses mark the first "
@@ -194,8 +197,6 @@ def _lines(runs: Sequence[Json], settings: Sequence[Setting], key: str) -> tuple
 def _line(runs: Sequence[Json], key: str, rank: int) -> Line:
     """The median of some runs and the band that holds them all."""
     steps = max((run["curve"]["step"] for run in runs), key=lambda steps: steps[-1])
-    stride = math.ceil(len(steps) / _MOST_POINTS)
-    steps = [*steps[:-1:stride], steps[-1]]
     columns = [[_at(run["curve"], key, step) for run in runs] for step in steps]
     medians = [statistics.median(column) for column in columns]
     return Line(

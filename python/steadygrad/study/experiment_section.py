@@ -211,8 +211,11 @@ def _mebibytes(count: int | None) -> str:
 
 
 def _parameters(found: Json) -> str:
-    most = sorted(found.items(), key=lambda item: -item[1])[:2]
-    return ", ".join(f"{name} ({runs})" for name, runs in most) or _NOTHING
+    """The parameter in which most of the runs exploded first."""
+    if not found:
+        return _NOTHING
+    name, runs = max(found.items(), key=lambda item: item[1])
+    return f"{name} ({runs})"
 
 
 def _first_difference(value: float | None) -> str:

@@ -96,12 +96,17 @@ def report_document(documents: Sequence[Json]) -> Document:
         sections += [section(experiment) for experiment in experiments]
     return Document(
         title="What keeps training steady: remedies compared",
-        lead=f"{len(experiments)} experiments, {runs:,} runs, {minutes:,.0f} minutes of training, "
+        lead=f"{_count(len(experiments), 'experiment')}, {_count(runs, 'run')}, "
+        f"{minutes:,.0f} minutes of training, "
         f"{documents[0]['started'][:10]}.",
         summary=summary,
         sections=[*sections, _definitions(documents)],
         facts=[fact for document in documents for fact in _facts(document)],
     )
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def _warnings(documents: Sequence[Json]) -> list[str]:
