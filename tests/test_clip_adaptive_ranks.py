@@ -15,8 +15,8 @@ from ranks import found
 SCRIPT = Path(__file__).with_name("adaptive_rank.py")
 TIME_LIMIT = 90.0
 REFUSED = (
-    r"step: clip: ClipAdaptive: parameters[0] ('body.weight'): expected every rank to hold whole units, Shard(0) of two "
-    r"or more dimensions, or replicas, got a DTensor of shape "
+    "step: clip: ClipAdaptive: parameters[0] ('body.weight'): expected every rank to hold whole units, "
+    "Shard(0) of two or more dimensions, or replicas, got a DTensor of shape "
 )
 
 
