@@ -56,8 +56,8 @@ bench: $(INSTALLED)
 gpu:
 	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) benchmarks/gpu.py --out "$(OUT)" $(ARGS)
 
-performance:
-	$(PYTHON) benchmarks/performance.py
+performance: $(INSTALLED)
+	$(BIN)/python benchmarks/performance.py
 
 clean:
 	rm -rf $(VENV) build dist out .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 from result_files import RESULTS, Result, newest_results
+from steadygrad.bench import result_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "performance.md"
@@ -98,18 +98,12 @@ def _machine(name: str, result: Result, csrc_tree: str | None) -> str:
     ]
     if gpu:
         lines += [
-            "Times are GPU time; *wall* marks those of a step in a loop that waits for the GPU at its end, "
+            "Times are GPU time; wall marks those of a step in a loop that waits for the GPU at its end, "
             "where the host's work counts.",
             "",
         ]
-    operations: dict[str, list[Result]] = {}
-    for case in result["cases"]:
-        operations.setdefault(case["operation"], []).append(case)
-    means: dict[str, list[Result]] = {}
-    for summary in result.get("summaries", ()):
-        means.setdefault(summary["title"], []).append(summary)
-    for operation, cases in operations.items():
-        lines += _operation(operation, cases, means.get(operation, []))
+    for operation, cases in result_tables.operations(result).items():
+        lines += _operation(operation, cases, result_tables.means(result, operation))
     if result["skipped"]:
         left_out = "; ".join(f"{entry['case']} ({entry['reason']})" for entry in result["skipped"])
         lines += [f"Not measured: {left_out}.", ""]
@@ -129,74 +123,19 @@ def _age(environment: Result, csrc_tree: str | None) -> list[str]:
     ]
 
 
-def _floors(targets: Iterable[Result]) -> list[str]:
-    rows = [
-        "| case | against | at least | measured | |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    verdicts = {True: "met", False: "**missed**", None: "not run"}
-    met = total = 0
-    for target in targets:
-        share = target["peer"] == "copy bandwidth"
-        measured = target["measured"]
-        rows.append(
-            f"| {target['case']} | {target['peer']} | {_amount(target['at_least'], share)} | "
-            f"{'-' if measured is None else _amount(measured, share)} | {verdicts[target['met']]} |"
-        )
-        met += target["met"] is True
-        total += 1
-    return [f"Floors: {met} of {total} met.", "", *rows, ""] if total else []
-
-
-def _amount(value: float, share: bool) -> str:
-    return f"{100 * value:.0f} %" if share else f"{value:.3g} x"
+def _floors(targets: list[Result]) -> list[str]:
+    if not targets:
+        return []
+    table = result_tables.targets_table(targets)
+    return [result_tables.targets_sentence(targets), "", table.markdown(), ""]
 
 
 def _operation(title: str, cases: list[Result], means: list[Result]) -> list[str]:
-    # Where dtypes are mixed, so are the bytes an element has to move, and a column tells the sum.
-    floors = sorted({case["bytes_per_element"] for case in cases})
-    column, rule = (" MB |", " ---: |") if means else ("", "")
-    lines = [
-        f"### {title}",
-        "",
-        f"Floor: {' or '.join(f'{floor:g}' for floor in floors)} B an element.",
-        "",
-        f"| shapes | ours ms |{column} GB/s | of copy | against | ms | ratio |",
-        f"| --- | ---: |{rule} ---: | ---: | --- | ---: | ---: |",
-    ]
-    for case in cases:
-        share = case["share_of_copy"]
-        per_call = not case["cold_buffers"]
-        speed = "-" if per_call else f"{case['gigabytes_per_second']:,.0f}"
-        part = "-" if per_call or share is None else f"{100 * share:.0f} %"
-        wall = (
-            ", *wall*" if "wall_median_seconds" in case["ours"] and case["clock"] == "wall" else ""
-        )
-        moved = (_megabytes(case["floor_bytes"]),) if means else ()
-        shown = (f"{case['shapes']}{wall}", _milliseconds(case["ours"]), *moved, speed, part)
-        for peer in case["peers"]:
-            cells = (*shown, peer["name"], _milliseconds(peer), f"{peer['ratio']:.2f}")
-            lines.append(f"| {' | '.join(cells)} |")
-            shown = ("",) * len(shown)
+    table = result_tables.operation_table(cases, bool(means))
+    lines = [f"### {title}", "", result_tables.floor(cases), "", table.markdown(), ""]
     if means:
-        lines += ["", f"Geometric means: {'; '.join(map(_mean, means))}."]
-    return [*lines, ""]
-
-
-def _mean(summary: Result) -> str:
-    return (
-        f"{summary['mean']:.2f} against {summary['peer']} over {summary['cases']} cases, "
-        f"at least {summary['least']:.2f} ({summary['least_case']})"
-    )
-
-
-def _megabytes(count: int) -> str:
-    megabytes = count / 1e6
-    return f"{megabytes:,.{0 if megabytes >= 10 else 2}f}"
-
-
-def _milliseconds(timing: Result) -> str:
-    return f"{timing['median_seconds'] * 1e3:.3g}"
+        lines += [result_tables.means_sentence(means), ""]
+    return lines
 
 
 def main() -> int:

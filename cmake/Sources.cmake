@@ -13,7 +13,8 @@ set(cpu_sources
   ${csrc}/cpu/penalty.cpp
   ${csrc}/cpu/policies.cpp
   ${csrc}/cpu/scope_norms.cpp
-  ${csrc}/cpu/telemetry.cpp)
+  ${csrc}/cpu/telemetry.cpp
+  ${csrc}/cpu/unit_clip.cpp)
 
 set(instruction_sets baseline)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
@@ -35,6 +36,7 @@ endforeach()
 # csrc/cuda: the operations as CUDA kernels and their launchers. The same sources are compiled by nvcc, or by the C++ compiler
 # against csrc/emulation, which stands in for the CUDA runtime.
 set(cuda_sources
+  ${csrc}/cuda/ask_policy.cu
   ${csrc}/cuda/batch_norm_backward.cu
   ${csrc}/cuda/batch_norm_finish.cu
   ${csrc}/cuda/batch_norm_forward.cu
@@ -50,6 +52,7 @@ set(cuda_sources
   ${csrc}/cuda/gradient.cu
   ${csrc}/cuda/penalty.cu
   ${csrc}/cuda/tensor_table.cu
+  ${csrc}/cuda/unit_clip.cu
   ${csrc}/cuda/update_adagrad.cu
   ${csrc}/cuda/update_adam.cu
   ${csrc}/cuda/update_rmsprop.cu

@@ -1,17 +1,18 @@
-"""The Python of docs/distributed.md, by its headings."""
+"""The Python of a page of docs, by its headings."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "distributed.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
-def snippets() -> dict[str, str]:
+def snippets(page: str = "distributed.md") -> dict[str, str]:
     """Of one heading's, the second and later ones have a number."""
     found: dict[str, str] = {}
-    for section in re.split(r"^##+ ", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE):
+    text = (DOCS / page).read_text(encoding="utf-8")
+    for section in re.split(r"^#+ ", text, flags=re.MULTILINE):
         title = section.partition("\n")[0]
         for number, code in enumerate(re.findall(r"```python\n(.*?)```", section, re.DOTALL)):
             found[f"{title} {number + 1}" if number else title] = code

@@ -13,8 +13,10 @@ import torch.distributed as dist
 import steadygrad as sg
 from backends import BACKENDS
 from policy_runs import CLIPS, Driven, recorded_norms
+from python_policies import PYTHON
 
-NAMES = ("percentile-window", "zscore-uncapped", "relative-short", "damp")
+CASES = {**CLIPS, **PYTHON}
+NAMES = ("percentile-window", "zscore-uncapped", "relative-short", "damp", "python-zscore")
 BACKENDS_RUN = [backend for backend in BACKENDS[:2] if backend.why_not() is None]
 STEPS = 80
 
@@ -29,7 +31,7 @@ def run(name: str, scope: Any, rank: int) -> dict[str, Any]:
     driven = Driven(
         2,
         torch.device("cpu"),
-        clip=CLIPS[name].policy(),
+        clip=CASES[name].policy(),
         skip=sg.SkipSpikes(5.0, window=16),
         clip_scope=scope,
         reduce_norm=dist.group.WORLD,

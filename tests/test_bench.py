@@ -7,12 +7,14 @@ import gc
 import io
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
+from pages_read_back import parsed, text_of
 from steadygrad import bench
 from steadygrad.bench import cases as bench_cases
 from steadygrad.bench import device as bench_device
@@ -222,7 +224,8 @@ def test_run_reports_and_writes_json(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     threads = torch.get_num_threads()
     console = Console(file=io.StringIO(), width=100)
     out = tmp_path / "results" / "bench.json"
-    assert bench.run(console, quick=True, out=out, threads=1) == 0
+    page = tmp_path / "pages" / "bench.html"
+    assert bench.run(console, quick=True, out=out, page=page, threads=1) == 0
     assert torch.get_num_threads() == threads
 
     assert isinstance(console.file, io.StringIO)
@@ -230,6 +233,9 @@ def test_run_reports_and_writes_json(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     for expected in ("clip_grad_norm_, active", "torch foreach", "of copy", "not run", "GB/s"):
         assert expected in text
     assert f"skipped {hungry.key}: needs" in text
+    shown = parsed(page.read_text(encoding="utf-8"))
+    for expected in ("clip + AdamW", f"{hungry.key}: needs", "those of the quick table"):
+        assert expected in text_of(shown)
 
     found = json.loads(out.read_text())
     assert found["schema"] == report.SCHEMA
@@ -239,6 +245,7 @@ def test_run_reports_and_writes_json(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?|unknown", found["environment"]["revision"])
     assert re.fullmatch(r"[0-9a-f]{40}|unknown", found["environment"]["csrc_tree"])
     assert found["rehearsal"] is False
+    assert found["command_line"] == sys.orig_argv
     assert found["copy_bandwidth"]["yardstick_gigabytes_per_second"] > 0
     assert [case["key"] for case in found["cases"]] == [case.key for case in chosen]
     assert [entry["case"] for entry in found["skipped"]] == [hungry.key]

@@ -79,6 +79,11 @@ def test_version(exits: Any) -> None:
         (["bench", "--device", "tpu"], "invalid choice: 'tpu'"),
         (["bench", "--limit", "0"], "expected a number of seconds above 0, got '0'"),
         (["bench", "--limit", "soon"], "expected a number of seconds above 0, got 'soon'"),
+        (["bench", "--from", "a.json"], "--from makes a page of a result: add --page FILE"),
+        (
+            ["bench", "--from", "a.json", "--page", "a.html", "--quick", "--threads", "1"],
+            "--from measures nothing: leave out --quick, --threads",
+        ),
         (["study", "--quick", "--out"], "expected one argument"),
     ],
 )
@@ -96,10 +101,12 @@ def test_out_that_cannot_be_written_is_refused_first(exits: Any, tmp_path: Path)
         ["study", "--quick", "--out", str(file)],
         ["study", "--quick", "--out", str(file / "below")],
         ["bench", "--out", str(tmp_path)],
+        ["bench", "--page", str(tmp_path)],
+        ["bench", "--page", str(file / "below.html")],
     ):
         code, text = exits(*argv)
         assert code == 2
-        assert "--out" in text and "name " in text
+        assert f"{argv[-2]} {argv[-1]}: " in text and "name " in text
 
 
 def test_module_runs_as_a_program() -> None:
@@ -120,14 +127,14 @@ def test_bench_is_wired(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: i
         return code
 
     monkeypatch.setattr(steadygrad.bench, "run", run)
-    out = tmp_path / "new" / "bench.json"
+    out, page = tmp_path / "new" / "bench.json", tmp_path / "newer" / "bench.html"
     assert main(["bench", "--quick", "--out", str(out), "--threads", "1"]) == code
-    assert main(["bench", "--device", "cuda", "--limit", "90"]) == code
+    assert main(["bench", "--device", "cuda", "--limit", "90", "--page", str(page)]) == code
     assert calls == [
-        {"quick": True, "out": out, "threads": 1, "device": "cpu", "limit": None},
-        {"quick": False, "out": None, "threads": None, "device": "cuda", "limit": 90.0},
+        {"quick": True, "out": out, "page": None, "threads": 1, "device": "cpu", "limit": None},
+        {"quick": False, "out": None, "page": page, "threads": None, "device": "cuda", "limit": 90},
     ]
-    assert out.parent.is_dir()
+    assert out.parent.is_dir() and page.parent.is_dir()
 
 
 @pytest.mark.parametrize("code", [0, 1])

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import steadygrad as sg
-from policy_rank import BACKENDS_RUN, NAMES, norms_of
-from policy_runs import CLIPS, Driven
+from policy_rank import BACKENDS_RUN, CASES, NAMES, norms_of
+from policy_runs import Driven
 from ranks import found
 
 SCRIPT = Path(__file__).with_name("policy_rank.py")
@@ -33,7 +33,7 @@ def test_ranks_learn_what_one_process_learns(backend_name: str, name: str, scope
         torch.device("cpu"),
         lambda groups, **options: in_two(groups, **options),
         **{
-            "clip": CLIPS[name].policy(),
+            "clip": CASES[name].policy(),
             "skip": sg.SkipSpikes(5.0, window=16),
             "clip_scope": scope,
         },

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from torch import nn
 
 import steadygrad as sg
 from backends import Backend
+from documented_snippets import snippets
 from steadygrad.telemetry import History, Report
 from steadygrad.telemetry.history import TOTALS
 from steadygrad.telemetry.report import usual_norms
@@ -137,6 +140,31 @@ def test_a_report_says_what_was_skipped_and_why() -> None:
     assert "skipped   2 steps: 4, 9 (1 not finite, 1 spikes)" in str(report)
     assert "limit 1" in str(report)
     assert repr(report) == str(report)
+
+
+def test_the_page_on_telemetry_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = nn.Linear(3, 1)
+    records: list[sg.StepRecord] = []
+    names = {
+        "sg": sg,
+        "torch": torch,
+        "model": model,
+        "loss_function": nn.functional.mse_loss,
+        "batches": [(torch.randn(4, 3), torch.randn(4, 1)) for _ in range(3)],
+        "on_step": records.append,
+    }
+    code = snippets("telemetry.md")
+    assert list(code) == ["Seeing what happened", "Writers"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(code["Seeing what happened"], names)
+    assert "steps 0 to 2, 2 parameters" in printed.getvalue()
+    exec(code["Writers"], names)
+    opt: Any = names["opt"]
+    opt.step()
+    opt.flush_telemetry()
+    assert len(records) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"steps.png", "steps.csv", "steps.jsonl"}
 
 
 def test_without_telemetry_there_is_nothing_to_report(tmp_path: Path) -> None:

@@ -28,7 +28,10 @@ bool walk_state(const py::dict& state, Visit visit) {
 }  // namespace
 
 Plan::Plan(const std::string& rule, const py::list& groups, const py::list& slots, const py::dict& options)
-    : rule_(rule_named(rule)), options_(step_options(*rule_, options)), policies_(policies_of(options)) {
+    : rule_(rule_named(rule)),
+      options_(step_options(*rule_, options)),
+      policies_(policies_of(options)),
+      per_tensor_(options["per_tensor"].cast<bool>()) {
   for (const py::handle group : groups) {
     std::vector<py::object>& params = groups_.emplace_back();
     for (const py::handle param : group) {
@@ -103,9 +106,8 @@ int64_t Plan::scopes() const {
          1;
 }
 
-Reduction Plan::reduction_for(const py::object& reduction, const Telemetry& telemetry) {
-  const bool per_tensor = options_.clip_scope == ClipScope::tensor || telemetry.parameters > 0;
-  return reduction_of(kFunction, reduction, groups_.size(), params_.size(), per_tensor, device_);
+Reduction Plan::reduction_for(const py::object& reduction) {
+  return reduction_of(kFunction, reduction, groups_.size(), params_.size(), per_tensor_, device_);
 }
 
 PyObject* Plan::local(const py::object& tensor) {
@@ -125,7 +127,8 @@ bool Plan::add_tensor(size_t index, PyObject* grad, const GroupOptions& group, i
 
   TensorOperands& tensor = tensors_.emplace_back();
   const bool penalty = group.l2 != 0 || (group.l1 != 0 && !options_.proximal);
-  if (!updates && !penalty) {
+  const bool by_unit = policies_.clip.kind == PolicyKind::adaptive;
+  if (!updates && !penalty && !by_unit) {
     tensor = operands_of(grad_view, &TensorOperands::grad);
   } else {
     View views[3 + kMaxStates];
@@ -156,7 +159,7 @@ bool Plan::add_tensor(size_t index, PyObject* grad, const GroupOptions& group, i
                               std::string(py::str(py::handle(object).attr("shape"))));
       }
     }
-    set_operands(tensor, views, operands, count);
+    set_operands(tensor, views, operands, count, by_unit);
     remember(index, views, count, grad);
   }
   tensor.group = group_index;
@@ -244,7 +247,7 @@ std::optional<cpu::StepReport> Plan::step(const py::list& groups, double unscale
   options_.found_inf = found_inf;
   options_.rounded_steps = rounded_steps;
   const Telemetry record = telemetry_of(telemetry, params_.size(), device_);
-  const Reduction all = reduction_for(reduction, record);
+  const Reduction all = reduction_for(reduction);
   const Policies policies = with_rows(policies_, policy_rows, scopes(), device_);
   const auto announce = [&](const cpu::StepReport& decided) {
     const py::gil_scoped_acquire acquire;
@@ -298,8 +301,7 @@ bool Plan::step_on_device(const py::list& groups, double unscale, bool found_inf
   if (options_.rule == RuleKind::none || options_.write_grads) announce_write(py::cast(grads_));
   if (options_.rule != RuleKind::none) announce_update();
   device_plan_.step(
-      tensors_, counters, slots, device_groups, options_, addresses,
-      reduction_for(reduction, addresses.telemetry),
+      tensors_, counters, slots, device_groups, options_, addresses, reduction_for(reduction),
       [&](int64_t bytes) {
         // What a captured graph uses must stay where it is.
         py::object memory_of_step = allocate(bytes);

@@ -76,13 +76,14 @@ class Plan {
   PyObject* local(const py::object& tensor);
   // How many scopes the clip has.
   int64_t scopes() const;
-  Reduction reduction_for(const py::object& reduction, const Telemetry& telemetry);
+  Reduction reduction_for(const py::object& reduction);
   void announce_update() const;
   Argument argument(size_t index, const char* attribute) const;
 
   const RuleEntry* rule_;
   StepOptions options_;
   Policies policies_;  // without their rows
+  bool per_tensor_;    // whether reductions have a row for each parameter
   std::vector<std::vector<py::object>> groups_;
   std::vector<py::object> params_;
   std::vector<Slot> slots_;

@@ -29,7 +29,8 @@ GroupOptions group_options(const py::handle& numbers) {
        {&hyper.nesterov, &hyper.maximize, &hyper.amsgrad, &hyper.centered, &hyper.decoupled_weight_decay}) {
     *field = number() != 0;
   }
-  for (double* field : {&group.max_norm, &group.clip_value, &group.l1, &group.l2}) *field = number();
+  for (double* field : {&group.max_norm, &group.clip_value, &group.l1, &group.l2, &group.clipping})
+    *field = number();
   return group;
 }
 
@@ -93,7 +94,9 @@ Policies policies_of(const py::dict& options) {
                                    {{"percentile", PolicyKind::percentile},
                                     {"zscore", PolicyKind::zscore},
                                     {"relative", PolicyKind::relative},
-                                    {"damp", PolicyKind::damp}});
+                                    {"damp", PolicyKind::damp},
+                                    {"given", PolicyKind::given},
+                                    {"adaptive", PolicyKind::adaptive}});
     size_t next = 1;
     for (double* field : {&clip.max_norm, &clip.level, &clip.decay, &clip.factor}) {
       *field = numbers[next++].cast<double>();

@@ -18,7 +18,7 @@ namespace steadygrad::bindings {
 inline constexpr const char* kGroupFields[] = {
     "lr",       "weight_decay", "momentum", "dampening", "beta1",   "beta2",    "eps",
     "alpha",    "lr_decay",     "nesterov", "maximize",  "amsgrad", "centered", "decoupled_weight_decay",
-    "max_norm", "clip_value",   "l1",       "l2"};
+    "max_norm", "clip_value",   "l1",       "l2",        "clipping"};
 
 // One per param group; refuses any number of them but `expected`.
 std::vector<GroupOptions> group_options_of(const py::list& groups, size_t expected);

@@ -115,6 +115,15 @@ Operand operand_of(const View& view, bool linear) {
   return {view.data, linear ? nullptr : view.strides, view.dtype};
 }
 
+// From C++ that has let go of the interpreter's lock.
+std::function<void()> called_without_arguments(py::object function) {
+  if (function.is_none()) return [] {};
+  return [function = std::move(function)] {
+    const py::gil_scoped_acquire acquire;
+    function();
+  };
+}
+
 }  // namespace
 
 std::string Argument::text() const {
@@ -214,10 +223,8 @@ Reduction reduction_of(const char* function, const py::object& tensors, size_t g
                                             {kDLInt, 32, 1}, static_cast<int64_t>(slots), device));
   reduction.slots = static_cast<int32_t>(slots);
   reduction.per_tensor = per_tensor;
-  reduction.reduce = [reduce = py::object(parts[2])] {
-    const py::gil_scoped_acquire acquire;
-    reduce();
-  };
+  reduction.reduce = called_without_arguments(parts[2]);
+  if (parts.size() > 3) reduction.ask_policy = called_without_arguments(parts[3]);
   return reduction;
 }
 
@@ -309,11 +316,15 @@ TensorOperands operands_of(const View& view, Operand TensorOperands::* operand) 
   return tensor;
 }
 
-void set_operands(TensorOperands& tensor, const View* views, Operand* const* operands, int count) {
+void set_operands(TensorOperands& tensor, const View* views, Operand* const* operands, int count,
+                  bool by_unit) {
   tensor.numel = views[0].numel;
   tensor.ndim = views[0].ndim;
   tensor.sizes = views[0].sizes;
-  bool together = is_contiguous(views[0]) || is_dense(views[0]);
+  const View& first = views[0];
+  const bool units_lie_together =
+      first.ndim < 2 || first.sizes[0] < 2 || first.strides[0] * first.sizes[0] == first.numel;
+  bool together = is_contiguous(first) || (is_dense(first) && (units_lie_together || !by_unit));
   for (int i = 1; i < count; ++i) together = together && same_strides(views[0], views[i]);
   for (int i = 0; i < count; ++i) *operands[i] = operand_of(views[i], together || is_contiguous(views[i]));
 }

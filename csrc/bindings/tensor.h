@@ -64,8 +64,9 @@ void* vector_of(PyObject* object, const Argument& argument, DLDataType dtype, in
 // A DTensor's part of this process, else the tensor itself; the DTensor keeps it alive.
 py::object local_tensor(const py::object& tensor);
 
-// `tensors`: None, or (rows, counted, function without arguments that combines the rows of all processes),
-// see core/scope_sums.h. `slots`: how many tensors may take part.
+// `tensors`: None, or (rows, counted, function without arguments that combines the rows of all processes or
+// None) and perhaps another one that asks a policy, see core/scope_sums.h. `slots`: how many tensors may take
+// part.
 Reduction reduction_of(const char* function, const py::object& tensors, size_t groups, size_t slots,
                        bool per_tensor, Device& device);
 
@@ -119,8 +120,10 @@ bool is_contiguous(const View& view);
 // A single operand: elements are visited in memory order where they fill their memory, else by index.
 TensorOperands operands_of(const View& view, Operand TensorOperands::* operand);
 
-// Several operands of equal sizes, visited together. `operands` and `views` correspond.
-void set_operands(TensorOperands& tensor, const View* views, Operand* const* operands, int count);
+// Several operands of equal sizes, visited together. `operands` and `views` correspond. `by_unit`: all
+// elements of one index of the first dimension one after the other.
+void set_operands(TensorOperands& tensor, const View* views, Operand* const* operands, int count,
+                  bool by_unit = false);
 
 std::string describe(PyObject* object);
 

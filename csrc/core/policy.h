@@ -10,7 +10,9 @@
 
 namespace steadygrad {
 
-enum class PolicyKind : uint8_t { none, percentile, zscore, relative, damp };
+// given: by whoever is asked between the passes (Reduction::ask_policy). adaptive: by output unit
+// (core/unit_clip.h); `level` is its eps, and a scope as such has no limit.
+enum class PolicyKind : uint8_t { none, percentile, zscore, relative, damp, given, adaptive };
 
 struct ClipPolicy {
   PolicyKind kind = PolicyKind::none;
@@ -40,6 +42,10 @@ struct Policies {
   double* skip_row = nullptr;   // null: it skips no spikes
 };
 
+STEADYGRAD_INLINE bool clips_units(const Policies& policies) {
+  return policies.clip.kind == PolicyKind::adaptive && policies.clip_rows != nullptr;
+}
+
 constexpr int64_t kCoefficient = 0;
 constexpr int64_t kLimit = 1;
 constexpr int64_t kCount = 2;
@@ -48,9 +54,13 @@ constexpr int64_t kVariance = 4;
 constexpr int64_t kOldest = 3;
 constexpr int64_t kNorms = 4;
 constexpr double kZScoreEps = 1e-6;
+// In the row of a scope whose limit is given: the norm it is asked for.
+constexpr int64_t kGivenNorm = 2;
 
 STEADYGRAD_INLINE int64_t row_size(const ClipPolicy& policy) {
   switch (policy.kind) {
+    case PolicyKind::given:
+      return kGivenNorm + 1;
     case PolicyKind::percentile:
       return kNorms + 2 * policy.window;
     case PolicyKind::zscore:
@@ -123,9 +133,17 @@ STEADYGRAD_INLINE double damping(const ClipPolicy& policy, double norm) {
   return norm > policy.max_norm ? std::pow(policy.max_norm / norm, policy.level) : 1.0;
 }
 
+// What is no limit, NaN or negative, was given where no host could see it: it limits nothing.
+STEADYGRAD_INLINE void apply_given(double* row, double norm) {
+  const double limit = row[kLimit];
+  row[kCoefficient] = norm == 0 || !(limit >= 0) ? 1 : clip_coefficient(limit, norm);
+}
+
 // Of all kinds but percentile, whose state takes many threads. Leaves coefficient and limit in the row.
 STEADYGRAD_INLINE void apply_policy(const ClipPolicy& policy, double* row, double norm, double total,
                                     bool learns) {
+  if (policy.kind == PolicyKind::adaptive) row[kLimit] = NAN;
+  if (policy.kind == PolicyKind::given || policy.kind == PolicyKind::adaptive) return apply_given(row, norm);
   const bool enters = learns && is_entered(norm);
   double coefficient = 1;
   if (policy.kind == PolicyKind::zscore) {

@@ -69,6 +69,11 @@ struct Reduction {
   bool per_tensor = false;
   std::function<void()>
       reduce;  // combines the rows of all processes; may throw, and then nothing has changed
+
+  // Where a clip policy lives outside: it finds each scope's norm in its rows and leaves the limits there. It
+  // may throw as well. What is queued on a device asks in any case: there the norms of a step that is not
+  // taken are NaN.
+  std::function<void()> ask_policy;
 };
 
 }  // namespace steadygrad

@@ -21,6 +21,7 @@ struct GroupOptions {
   double clip_value = INFINITY;
   double l1 = 0;
   double l2 = 0;
+  double clipping = INFINITY;  // of its tensors' units, relative to their norms
 };
 
 struct StepOptions {

@@ -52,6 +52,11 @@ STEADYGRAD_INLINE bool is_taken(const RecordedStep& step) {
   return (step.flags & (kRecordedSkipped | kRecordedRefused)) == 0;
 }
 
+// A clip by output unit leaves no norm behind that anybody has taken.
+STEADYGRAD_INLINE bool has_clipped_norm(const RecordedStep& step, const Policies& policies) {
+  return is_taken(step) && !(clips_units(policies) && (step.flags & kRecordedClipped) != 0);
+}
+
 STEADYGRAD_INLINE void record_totals(double* row, const StepOptions& options, const RecordedStep& step) {
   row[kTelemetryNorm] = is_taken(step) ? seen_norm(options, step.total) : step.total.norm;
   row[kTelemetryClippedNorm] = step.clipped_norm;
@@ -75,7 +80,7 @@ STEADYGRAD_INLINE double total_limit(const Policies& policies, const GroupOption
     if (groups[g].max_norm != limit) return NAN;
   }
   if (policies.clip_rows == nullptr) return limit;
-  if (!taken) return NAN;
+  if (!taken || clips_units(policies)) return NAN;
   return policies.clip_rows[kLimit] < limit ? policies.clip_rows[kLimit] : limit;
 }
 
@@ -99,6 +104,20 @@ STEADYGRAD_INLINE double relative_root(NormType type, double sum) {
     default:
       return std::pow(sum, 1 / type.p);
   }
+}
+
+// The norm of a few norms, one after the other; 0 is that of what is not there.
+template <class NormAt>
+STEADYGRAD_INLINE double norm_in_turn(NormType type, int64_t count, NormAt norm_at) {
+  double extreme = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const double norm = norm_at(i);
+    extreme = norm > extreme || norm != norm ? norm : extreme;
+  }
+  if (type.kind == NormKind::infinity || !(extreme > 0) || !is_finite(extreme)) return extreme;
+  double powers = 0;
+  for (int64_t i = 0; i < count; ++i) powers += relative_power(type, norm_at(i) / extreme);
+  return extreme * relative_root(type, powers);
 }
 
 }  // namespace steadygrad

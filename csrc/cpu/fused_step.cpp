@@ -6,6 +6,7 @@
 #include "cpu/scope_norms.h"
 #include "cpu/stage.h"
 #include "cpu/telemetry.h"
+#include "cpu/unit_clip.h"
 
 namespace steadygrad::cpu {
 namespace {
@@ -81,7 +82,8 @@ std::vector<StepScalars> advance(const Tensors& tensors, const std::vector<StepC
 // parameter as it is stored, which pass 1 has seen; the rule gets the value that it stands for.
 template <class T>
 void update_chunk(const TensorOperands& tensor, const Chunk& chunk, const RuleStep& step,
-                  const TransformOptions& options, double threshold, const ParamStorage& storage) {
+                  const TransformOptions& options, double threshold, const ParamStorage& storage,
+                  const TensorUnits& units) {
   const GradientTransform<T> transform = gradient_transform<T>(options);
   const bool has_extra = keeps_extra(storage.rounding);
   const int states = state_count(step.kind, step.hyper);
@@ -91,7 +93,9 @@ void update_chunk(const TensorOperands& tensor, const Chunk& chunk, const RuleSt
   Stage<T> extra_stage;
   bool direct = Stage<T>::is_direct(tensor.param) && Stage<T>::is_direct(tensor.grad);
   for (int s = 0; s < states; ++s) direct = direct && Stage<T>::is_direct(tensor.states[s]);
-  const int64_t size = direct && transform.only_scales() && threshold == 0 ? kChunk : kTile;
+  const bool by_unit = units.coefficients != nullptr;
+  const bool scales = transform.only_scales() && !by_unit;
+  const int64_t size = direct && scales && threshold == 0 ? kChunk : kTile;
   for (int64_t done = 0; done < chunk.count; done += size) {
     const int64_t begin = chunk.begin + done;
     Tile<T> tile{};
@@ -102,8 +106,12 @@ void update_chunk(const TensorOperands& tensor, const Chunk& chunk, const RuleSt
       tile.states[s] = state_stages[s].read(tensor, tensor.states[s], begin, tile.count);
     }
     ScaleFactors<T> scale = transform.clip;
-    if (!transform.only_scales()) {
-      vector_kernels<T>().transform(grad_stage.buffer(), tile.grad, tile.param, tile.count, transform);
+    if (!scales) {
+      if (by_unit) {
+        transform_units<T>(grad_stage.buffer(), tile.grad, tile.param, begin, tile.count, options, units);
+      } else {
+        vector_kernels<T>().transform(grad_stage.buffer(), tile.grad, tile.param, tile.count, transform);
+      }
       tile.grad = grad_stage.buffer();
       scale = ScaleFactors<T>();
     }
@@ -149,7 +157,9 @@ StepReport fused_step(const Tensors& tensors, const std::vector<StepCounter>& co
   report.skipped = is_skipped(options, report.norm);
   report.refused = is_refused(options, report.norm);
   if (!report.skipped && !report.refused) {
-    report.spiked = report.skipped = enter_and_judge(policies, options, report.norm);
+    report.spiked = report.skipped = is_spiked(policies, options, report.norm);
+    if (!report.spiked) ask_policy(policies, options, reduction, scopes);
+    enter_spike(policies, options, report.norm);
   }
   const auto record_step = [&] {
     if (telemetry.rows == nullptr) return;
@@ -161,9 +171,14 @@ StepReport fused_step(const Tensors& tensors, const std::vector<StepCounter>& co
   }
 
   Decision decision = decide(tensors, groups, group_transforms, scopes, options, policies);
-  report.clipped = decision.clipped;
+  UnitClips units;
+  if (clips_units(policies)) {
+    units = UnitClips(tensors, groups, decision.group_transforms, policies.clip.level);
+  }
+  report.clipped = decision.clipped || units.clip();
   if (options.nonfinite == NonfinitePolicy::zero) report.norm.norm = report.norm.finite_norm;
   if (options.rule == RuleKind::none || options.write_grads) {
+    report.grads_written = units.clip();
     for (size_t t = 0; t < tensors.size() && !report.grads_written; ++t) {
       const TransformOptions transform = decision.transform(tensors[t], static_cast<int32_t>(t));
       report.grads_written = !gradient_transform<double>(transform).is_identity();
@@ -172,10 +187,13 @@ StepReport fused_step(const Tensors& tensors, const std::vector<StepCounter>& co
   if (report.grads_written || options.rule != RuleKind::none) before_write(report);
   record_step();
   if (report.grads_written) {
-    transform_grads(tensors, table, [&](int32_t t) { return decision.transform(tensors[t], t); });
+    transform_grads(
+        tensors, table, [&](int32_t t) { return decision.transform(tensors[t], t); },
+        [&](int32_t t) { return units.of(t); });
     // The update takes what was written.
     std::fill(decision.group_transforms.begin(), decision.group_transforms.end(), TransformOptions());
     std::fill(decision.clip_coefficients.begin(), decision.clip_coefficients.end(), 1.0);
+    units = UnitClips();
   }
   if (options.rule == RuleKind::none) return report;
 
@@ -191,7 +209,7 @@ StepReport fused_step(const Tensors& tensors, const std::vector<StepCounter>& co
       const ParamStorage storage = param_storage(options, tensor, chunk);
       with_compute_type(tensor, [&](auto element) {
         update_chunk<decltype(element)>(tensor, chunk, step, decision.transform(tensor, chunk.tensor),
-                                        threshold, storage);
+                                        threshold, storage, units.of(chunk.tensor));
       });
     }
   });

@@ -10,6 +10,7 @@
 #include "core/step.h"
 #include "core/telemetry.h"
 #include "core/tensors.h"
+#include "core/unit_clip.h"
 #include "cpu/parallel.h"
 
 namespace steadygrad::cpu {
@@ -64,7 +65,9 @@ inline Norm grad_norm(const Tensors& tensors, NormType type) {
 // grad = transform(grad), with the options that transform_of gives for a tensor's index; where they change
 // nothing, nothing is written.
 using TransformOf = std::function<TransformOptions(int32_t tensor)>;
-void transform_grads(const Tensors& tensors, const ChunkTable& table, const TransformOf& transform_of);
+using UnitsOf = std::function<TensorUnits(int32_t tensor)>;
+void transform_grads(const Tensors& tensors, const ChunkTable& table, const TransformOf& transform_of,
+                     const UnitsOf& units_of = nullptr);
 
 // Adds l1 * sign(param) + l2 * param to the gradients; returns l1 * sum|param| + l2 / 2 * sum param^2.
 double add_penalty(const Tensors& tensors, double l1, double l2);

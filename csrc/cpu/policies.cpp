@@ -19,25 +19,40 @@ void enter_sorted(double* row, int64_t window, double norm) {
 
 }  // namespace
 
-bool enter_and_judge(const Policies& policies, const StepOptions& options, const Norm& total) {
+bool is_spiked(const Policies& policies, const StepOptions& options, const Norm& total) {
   const double norm = seen_norm(options, total);
-  if (policies.skip_row == nullptr || !is_entered(norm)) return false;
-  double* const row = policies.skip_row;
-  bool spike = false;
-  if (judges_spikes(policies.skip, row)) {
-    const double count = row[kCount];
-    double lanes[kLanes];
-    const auto sum = [&](auto term) {
-      return combine_in_order(
-          static_cast<int64_t>(count), lanes, [&](int64_t i) { return term(row[kNorms + i]); },
-          [](double& a, double b) { a += b; });
-    };
-    const double mean = sum([](double x) { return x; }) / count;
-    const double squares = sum([&](double x) { return (x - mean) * (x - mean); });
-    spike = is_spike(policies.skip, norm, mean, squares, count);
+  const double* const row = policies.skip_row;
+  if (row == nullptr || !is_entered(norm) || !judges_spikes(policies.skip, row)) return false;
+  const double count = row[kCount];
+  double lanes[kLanes];
+  const auto sum = [&](auto term) {
+    return combine_in_order(
+        static_cast<int64_t>(count), lanes, [&](int64_t i) { return term(row[kNorms + i]); },
+        [](double& a, double b) { a += b; });
+  };
+  const double mean = sum([](double x) { return x; }) / count;
+  const double squares = sum([&](double x) { return (x - mean) * (x - mean); });
+  return is_spike(policies.skip, norm, mean, squares, count);
+}
+
+void enter_spike(const Policies& policies, const StepOptions& options, const Norm& total) {
+  const double norm = seen_norm(options, total);
+  if (policies.skip_row != nullptr && is_entered(norm)) enter(policies.skip_row, policies.skip.window, norm);
+}
+
+void ask_policy(const Policies& policies, const StepOptions& options, const Reduction& reduction,
+                const ScopeNorms& norms) {
+  if (!reduction.ask_policy || policies.clip_rows == nullptr) return;
+  const auto leave = [&](size_t scope, const Norm& norm) {
+    policies.clip_rows[scope * row_size(policies.clip) + kGivenNorm] = seen_norm(options, norm);
+  };
+  if (options.clip_scope == ClipScope::global) {
+    leave(0, norms.total);
+  } else {
+    const std::vector<Norm>& all = options.clip_scope == ClipScope::group ? norms.groups : norms.slots;
+    for (size_t scope = 0; scope < all.size(); ++scope) leave(scope, all[scope]);
   }
-  enter(row, policies.skip.window, norm);
-  return spike;
+  reduction.ask_policy();
 }
 
 void apply_policies(const Policies& policies, const StepOptions& options, const Tensors& tensors,

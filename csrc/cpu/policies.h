@@ -9,9 +9,15 @@
 
 namespace steadygrad::cpu {
 
-// Whether the step is skipped for its norm, which is entered either way: a lasting rise must not be skipped
-// for ever.
-bool enter_and_judge(const Policies& policies, const StepOptions& options, const Norm& total);
+// Whether the step is skipped for its norm.
+bool is_spiked(const Policies& policies, const StepOptions& options, const Norm& total);
+
+// Enters that norm, also of a skipped step: a lasting rise must not be skipped for ever.
+void enter_spike(const Policies& policies, const StepOptions& options, const Norm& total);
+
+// Has the limits of a step that proceeds given, where the policy lives outside.
+void ask_policy(const Policies& policies, const StepOptions& options, const Reduction& reduction,
+                const ScopeNorms& norms);
 
 // Leaves each scope's coefficient in its row, for a step that proceeds.
 void apply_policies(const Policies& policies, const StepOptions& options, const Tensors& tensors,

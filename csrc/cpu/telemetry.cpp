@@ -41,18 +41,34 @@ double clipped_norm(const Tensors& tensors, const GradNorms& norms, const ScopeN
     }
     return norm_of_norms(options.norm_type, clipped);
   }
-  const bool global = options.clip_scope == ClipScope::global;
-  const double first = groups.empty() ? 1 : coefficient(0, 0, scopes.total);
-  bool alike = global;
-  for (size_t g = 0; g < groups.size() && alike; ++g) alike = coefficient(g, 0, scopes.total) == first;
-  if (alike) return first * seen_norm(options, scopes.total);
-  for (size_t g = 0; g < groups.size(); ++g) {
-    const Norm norm = scopes.groups.empty()
-                          ? norms.over([&](size_t t) { return tensors[t].group == static_cast<int32_t>(g); })
-                          : scopes.groups[g];
-    clipped.push_back(coefficient(g, 0, global ? scopes.total : norm) * seen_norm(options, norm));
+  std::vector<bool> has_elements(groups.size());
+  for (const TensorOperands& tensor : tensors) {
+    if (tensor.numel > 0) has_elements[tensor.group] = true;
   }
-  return norm_of_norms(options.norm_type, clipped);
+  const bool global = options.clip_scope == ClipScope::global;
+  const auto has_group = [&](size_t g) {
+    return has_elements[g] || (!scopes.groups.empty() && scopes.groups[g].norm > 0);
+  };
+  double first = 1;
+  bool found = false;
+  bool alike = global;
+  for (size_t g = 0; g < groups.size() && alike; ++g) {
+    if (!has_group(g)) continue;
+    const double chosen = coefficient(g, 0, scopes.total);
+    alike = !found || chosen == first;
+    first = chosen;
+    found = true;
+  }
+  if (alike) return first * seen_norm(options, scopes.total);
+  const auto group_norm = [&](int64_t g) {
+    if (!scopes.groups.empty()) return scopes.groups[g];
+    return norms.over([&](size_t t) { return tensors[t].group == static_cast<int32_t>(g); });
+  };
+  return norm_in_turn(options.norm_type, static_cast<int64_t>(groups.size()), [&](int64_t g) {
+    if (!has_group(g)) return 0.0;
+    const Norm norm = group_norm(g);
+    return coefficient(g, 0, global ? scopes.total : norm) * seen_norm(options, norm);
+  });
 }
 
 }  // namespace
@@ -64,7 +80,8 @@ void record(const Telemetry& telemetry, const Tensors& tensors, const GradNorms&
   step.total = scopes.total;
   step.flags = (report.clipped ? kRecordedClipped : 0) | (report.skipped ? kRecordedSkipped : 0) |
                (report.refused ? kRecordedRefused : 0) | (report.spiked ? kRecordedSpiked : 0);
-  if (is_taken(step)) step.clipped_norm = clipped_norm(tensors, norms, scopes, groups, options, policies);
+  if (has_clipped_norm(step, policies))
+    step.clipped_norm = clipped_norm(tensors, norms, scopes, groups, options, policies);
   step.limit =
       total_limit(policies, groups.data(), static_cast<int64_t>(groups.size()), options, is_taken(step));
   double* const row = next_row(telemetry);

@@ -6,6 +6,7 @@
 #include "cuda/decide.h"
 #include "cuda/launch.h"
 #include "cuda/policies.h"
+#include "cuda/reduced_norms.h"
 #include "cuda/telemetry.h"
 
 namespace steadygrad::cuda {
@@ -51,21 +52,6 @@ __device__ NormPartial tensor_partial(const DecideArguments& arguments, int32_t 
       [&](int64_t i) { return chunks.load<false>(static_cast<int32_t>(head.first_chunk + i)); }, sum);
 }
 
-// Powers of different tensors carry different scales: their norms are combined, relative to the one that
-// counts most.
-template <class NormAt>
-__device__ double general_norm(NormType type, int64_t count, Shared& shared, NormAt norm_at) {
-  const NormType extremes = norm_type(type.p > 0 ? INFINITY : -INFINITY);
-  const double extreme =
-      block_combine_in_order(count, norm_identity(extremes), shared.numbers.data(), norm_at,
-                             [&](double& a, double b) { a = combine(extremes, a, b); });
-  if (!(extreme > 0) || !is_finite(extreme)) return extreme;
-  const double powers = block_combine_in_order(
-      count, 0.0, shared.numbers.data(), [&](int64_t i) { return std::pow(norm_at(i) / extreme, type.p); },
-      [](double& a, double b) { a += b; });
-  return extreme * std::pow(powers, 1 / type.p);
-}
-
 __device__ double own_norm(const DecideArguments& arguments, int32_t tensor) {
   const double scale = arguments.norms.scales != nullptr ? arguments.norms.scales[tensor] : 1;
   return finish_norm(arguments.options.norm_type, arguments.norms.tensors[tensor].sums, scale);
@@ -84,7 +70,7 @@ __device__ ScopeSums sums_over(const DecideArguments& arguments, int32_t first, 
       [&](NormPartial& a, const NormPartial& b) { combine(type, a, b); });
   if (type.kind != NormKind::general) return scope_sums(sum, sum.sums.medium);
   const double none = no_sums(type).medium;
-  return scope_sums(sum, general_norm(type, last - first, shared, [&](int64_t i) {
+  return scope_sums(sum, general_norm(type, last - first, shared.numbers.data(), [&](int64_t i) {
                       return counts(tensors[i]) ? own_norm(arguments, tensors[i]) : none;
                     }));
 }
@@ -128,16 +114,8 @@ struct ReducedNorms {
   ScopeSums* lanes;
 
   __device__ Norm total(Shared& shared) const {
-    const NormType type = arguments.options.norm_type;
-    const ScopeSums* const rows = arguments.rows + 1;
-    ScopeSums sums = block_combine_in_order(
-        arguments.table.groups, no_sums(type), lanes, [&](int64_t g) { return rows[g]; },
-        [&](ScopeSums& a, const ScopeSums& b) { combine(type, a, b); });
-    if (type.kind == NormKind::general) {
-      sums.medium =
-          general_norm(type, arguments.table.groups, shared, [&](int64_t g) { return rows[g].medium; });
-    }
-    return with_flags(norm_of(type, sums), arguments.rows[0]);
+    return reduced_total(arguments.options.norm_type, arguments.rows, arguments.table.groups, lanes,
+                         shared.numbers.data());
   }
   __device__ Norm group(int32_t g, Shared&) const {
     return norm_of(arguments.options.norm_type, arguments.rows[1 + g]);
@@ -236,6 +214,15 @@ __device__ bool set_coefficients(const DecideArguments& arguments, const StepOpt
   return __syncthreads_or(clips ? 1 : 0) != 0;
 }
 
+// Whether a unit is clipped; by every thread, and the next step begins anew.
+__device__ bool take_units_clip(const DecideArguments& arguments) {
+  if (!clips_units(arguments.step.policies)) return false;
+  const bool clips = arguments.table.arrived[1] != 0;
+  __syncthreads();
+  if (threadIdx.x == 0) arguments.table.arrived[1] = 0;
+  return clips;
+}
+
 // Bias corrections for the step that may be taken: a power or two per tensor, computed by its own block.
 __device__ void prepare_step(const DecideArguments& arguments, int32_t tensor) {
   const TensorHead head = arguments.table.heads[tensor];
@@ -315,7 +302,8 @@ __device__ void decide(const DecideArguments& arguments, const Norms& norms, boo
     if (!skipped && !refused) apply_policies(arguments, options, norms, total, shared);
   }
   const bool clips = set_coefficients<kPolicies>(arguments, options, norms, total, shared);
-  const bool clipped = clips && !skipped && !refused;
+  bool clipped = clips && !skipped && !refused;
+  if constexpr (kPolicies) clipped = (take_units_clip(arguments) || clips) && !skipped && !refused;
   if (arguments.step.telemetry.rows != nullptr) {
     RecordedStep step;
     step.total = total;
@@ -435,6 +423,7 @@ void launch_decide(const char* function, const TensorTable& table, const NormMem
   }
   launch(function, stream, decide_kernel<true, false>, blocks, kLanes, arguments);
   reduction.reduce();
+  if (reduction.ask_policy) ask_policy(function, table.groups, options, step.policies, reduction, stream);
   launch(function, stream, policies ? decide_reduced_kernel<true> : decide_reduced_kernel<false>, 1, kLanes,
          arguments);
 }

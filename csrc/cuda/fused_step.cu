@@ -1,5 +1,6 @@
 // The whole optimizer step: pass 1 reads the gradients, a decision is taken on the device, pass 2 updates.
 #include "cuda/launch.h"
+#include "cuda/unit_clip.h"
 #include "cuda/update.h"
 
 namespace steadygrad::cuda {
@@ -13,17 +14,20 @@ struct Layout {
   NormMemory norms;
   DecisionMemory decision;
   StepBroadcast broadcast;
+  UnitMemory units;
   int64_t size;
 };
 
-Layout lay_out(const Tensors& tensors, const StepEntries& entries, int32_t groups, NormType type, void* base,
-               std::vector<uint64_t>& image) {
+Layout lay_out(const Tensors& tensors, const StepEntries& entries, const std::vector<DeviceGroup>& groups,
+               NormType type, bool by_unit, void* base, std::vector<uint64_t>& image) {
   Arena arena(base);
   Layout layout;
-  layout.table = build_table(tensors, groups, entries, arena, image);
+  const int32_t group_count = static_cast<int32_t>(groups.size());
+  layout.table = build_table(tensors, group_count, entries, arena, image);
+  if (by_unit) layout.units = take_unit_memory(tensors, groups, arena, image);
   layout.norms = take_norm_memory(layout.table, type, arena);
   layout.decision = take_decision_memory(layout.table, arena);
-  layout.broadcast.groups = arena.take<GroupOptions>(groups);
+  layout.broadcast.groups = arena.take<GroupOptions>(group_count);
   layout.broadcast.grads = arena.take<void*>(layout.table.tensors);
   layout.size = arena.used();
   return layout;
@@ -59,13 +63,13 @@ void StepPlan::step(const Tensors& tensors, const std::vector<StepCounter>& coun
   const DeviceGuard guard(stream.device, kFunction);
   const bool counts_steps = !counters.empty() && counters.front().data != nullptr;
   const StepEntries entries{counts_steps ? &counters : nullptr, &slots};
-  const int32_t group_count = static_cast<int32_t>(groups.size());
+  const bool by_unit = clips_units(memory.policies);
   std::vector<uint64_t> image;
-  Layout layout = lay_out(tensors, entries, group_count, options.norm_type, base_, image);
+  Layout layout = lay_out(tensors, entries, groups, options.norm_type, by_unit, base_, image);
   if (layout.size > capacity_) {
     base_ = allocate(layout.size);
     capacity_ = layout.size;
-    layout = lay_out(tensors, entries, group_count, options.norm_type, base_, image);
+    layout = lay_out(tensors, entries, groups, options.norm_type, by_unit, base_, image);
     image_.clear();
   }
   // A replay puts back the table it was captured with, at any time: from then on each step brings its own.
@@ -78,6 +82,10 @@ void StepPlan::step(const Tensors& tensors, const std::vector<StepCounter>& coun
 
   launch_grad_norm(kFunction, tensors, layout.table, layout.norms, options, memory.grad_scale, groups,
                    layout.broadcast, stream);
+  if (by_unit) {
+    launch_unit_clip(kFunction, layout.table, layout.units, layout.broadcast, options, memory.grad_scale,
+                     memory.policies.clip.level, stream);
+  }
   launch_decide(kFunction, layout.table, layout.norms, layout.decision, options, layout.broadcast.groups,
                 memory, reduction, stream);
   TransformSource source;
@@ -85,6 +93,7 @@ void StepPlan::step(const Tensors& tensors, const std::vector<StepCounter>& coun
   source.coefficients = layout.decision.coefficients;
   source.groups = layout.broadcast.groups;
   source.options = options;
+  source.units = layout.units.tensors;
   const bool writes_grads = options.rule == RuleKind::none || options.write_grads;
   if (writes_grads) launch_transform(kFunction, layout.table, layout.broadcast.grads, source, false, stream);
   launch_rule(

@@ -1,6 +1,7 @@
 // Writing transformed gradients: what clipping in place and the in-place step have in common.
 #include "cuda/gradient.h"
 #include "cuda/launch.h"
+#include "cuda/unit_clip.h"
 
 namespace steadygrad::cuda {
 namespace {
@@ -70,7 +71,18 @@ __device__ __forceinline__ void transform_chunk(const TensorOperands& tensor, co
   }
 }
 
-template <class Elements>
+template <class Elements, class T>
+__device__ __forceinline__ void transform_chunk_by_unit(const TensorOperands& tensor, const Chunk& chunk,
+                                                        const UnitTransform<T>& transform, bool reads_param) {
+  for (int32_t i = threadIdx.x; i < chunk.count; i += kChunkThreads) {
+    const int64_t index = chunk.begin + i;
+    const T grad = Elements::template load<T>(tensor, tensor.grad, index);
+    const T param = reads_param ? Elements::template load<T>(tensor, tensor.param, index) : T(0);
+    Elements::template store<T>(tensor, tensor.grad, index, transform(grad, param, index));
+  }
+}
+
+template <class Elements, bool kUnits>
 __global__ void __launch_bounds__(kChunkThreads, 2 * Elements::kBlocks)
     transform_kernel(const TransformArguments __grid_constant__ arguments) {
   if (!arguments.source.proceeds()) return;
@@ -79,8 +91,15 @@ __global__ void __launch_bounds__(kChunkThreads, 2 * Elements::kBlocks)
     const Chunk chunk = backward_chunk(arguments.table, index);
     const TensorOperands tensor = arguments.table.tensor(chunk.tensor, arguments.grads);
     const TransformOptions options = arguments.source.of(chunk, tensor.group);
-    Elements::with_compute_type(
-        tensor, [&](auto element) { transform_chunk<Elements, decltype(element)>(tensor, chunk, options); });
+    Elements::with_compute_type(tensor, [&](auto element) {
+      using T = decltype(element);
+      if constexpr (kUnits) {
+        const UnitTransform<T> transform = arguments.source.template by_unit<T>(chunk, tensor.group);
+        transform_chunk_by_unit<Elements>(tensor, chunk, transform, options.reads_param());
+      } else {
+        transform_chunk<Elements, T>(tensor, chunk, options);
+      }
+    });
   }
 }
 
@@ -88,9 +107,15 @@ __global__ void __launch_bounds__(kChunkThreads, 2 * Elements::kBlocks)
 
 void launch_transform(const char* function, const TensorTable& table, void* const* grads,
                       const TransformSource& source, bool only_clips, Stream stream) {
+  const TransformArguments arguments{table, grads, source, only_clips};
+  const int32_t blocks = std::min(table.chunks, kMaxBlocks);
+  if (source.units != nullptr) {
+    return with_unit_contents(table.contents, [&](auto elements) {
+      launch(function, stream, transform_kernel<decltype(elements), true>, blocks, kChunkThreads, arguments);
+    });
+  }
   with_contents(table.contents, [&](auto elements) {
-    launch(function, stream, transform_kernel<decltype(elements)>, std::min(table.chunks, kMaxBlocks),
-           kChunkThreads, TransformArguments{table, grads, source, only_clips});
+    launch(function, stream, transform_kernel<decltype(elements), false>, blocks, kChunkThreads, arguments);
   });
 }
 

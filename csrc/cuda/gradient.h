@@ -1,6 +1,7 @@
 // Gradients transformed in place, and what pass 2 applies to each tensor.
 #pragma once
 
+#include "core/unit_clip.h"
 #include "cuda/decide.h"
 
 namespace steadygrad::cuda {
@@ -21,6 +22,7 @@ struct TransformSource {
   TransformOptions fixed;
   DeviceNumber total_norm;  // with max_norm: the clip coefficient, if there is no decision
   double max_norm = INFINITY;
+  const TensorUnits* units = nullptr;  // per tensor, where a step clips by unit
 
   __device__ __forceinline__ bool proceeds() const { return decision == nullptr || decision->proceed; }
 
@@ -39,6 +41,11 @@ struct TransformSource {
       transform.clip_coefficient = clip_coefficient(max_norm, norm);
     }
     return transform;
+  }
+
+  template <class T>
+  __device__ __forceinline__ UnitTransform<T> by_unit(const Chunk& chunk, int32_t group) const {
+    return unit_transform<T>(of(chunk, group), units[chunk.tensor]);
   }
 };
 

@@ -50,26 +50,28 @@ __device__ __forceinline__ void apply_percentile(const ClipPolicy& policy, doubl
   if (threadIdx.x == 0) limit_to_percentile(policy, row, norm);
 }
 
-// Whether the step is skipped for its norm, which is entered either way: a lasting rise must not be skipped
-// for ever. `lanes` is shared memory for kLanes numbers.
+// Whether the step is skipped for its norm. `lanes` is shared memory for kLanes numbers.
+__device__ __forceinline__ bool is_spiked(const Policies& policies, double norm, double* lanes) {
+  const double* const row = policies.skip_row;
+  if (row == nullptr || !is_entered(norm) || !judges_spikes(policies.skip, row)) return false;
+  const double count = row[kCount];
+  const auto add = [](double& a, double b) { a += b; };
+  const double mean =
+      block_combine_in_order(
+          static_cast<int64_t>(count), 0.0, lanes, [&](int64_t i) { return row[kNorms + i]; }, add) /
+      count;
+  const double squares = block_combine_in_order(
+      static_cast<int64_t>(count), 0.0, lanes,
+      [&](int64_t i) { return (row[kNorms + i] - mean) * (row[kNorms + i] - mean); }, add);
+  return is_spike(policies.skip, norm, mean, squares, count);
+}
+
+// The same, and the norm is entered either way: a lasting rise must not be skipped for ever.
 __device__ __forceinline__ bool enter_and_judge(const Policies& policies, double norm, double* lanes) {
-  double* const row = policies.skip_row;
-  if (row == nullptr || !is_entered(norm)) return false;
-  bool spike = false;
-  if (judges_spikes(policies.skip, row)) {
-    const double count = row[kCount];
-    const auto add = [](double& a, double b) { a += b; };
-    const double mean =
-        block_combine_in_order(
-            static_cast<int64_t>(count), 0.0, lanes, [&](int64_t i) { return row[kNorms + i]; }, add) /
-        count;
-    const double squares = block_combine_in_order(
-        static_cast<int64_t>(count), 0.0, lanes,
-        [&](int64_t i) { return (row[kNorms + i] - mean) * (row[kNorms + i] - mean); }, add);
-    spike = is_spike(policies.skip, norm, mean, squares, count);
-  }
+  const bool spike = is_spiked(policies, norm, lanes);
+  if (policies.skip_row == nullptr || !is_entered(norm)) return false;
   __syncthreads();
-  if (threadIdx.x == 0) enter(row, policies.skip.window, norm);
+  if (threadIdx.x == 0) enter(policies.skip_row, policies.skip.window, norm);
   return spike;
 }
 

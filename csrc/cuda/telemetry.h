@@ -61,21 +61,12 @@ __device__ double clipped_norm(const TensorTable& table, const double* coefficie
     found = true;
   }
   if (alike) return first * seen_norm(options, total);
-  // Few: one after the other, as each takes the whole block.
-  double extreme = 0;
-  for (int32_t g = 0; g < table.groups; ++g) {
-    if (!norms.has_group(g)) continue;
-    const double norm = coefficients[g] * seen_norm(options, norms.group(g, shared));
-    extreme = norm > extreme || norm != norm ? norm : extreme;
-  }
-  if (type.kind == NormKind::infinity || !(extreme > 0) || !is_finite(extreme)) return extreme;
-  double powers = 0;
-  for (int32_t g = 0; g < table.groups; ++g) {
-    if (!norms.has_group(g)) continue;
-    const double norm = coefficients[g] * seen_norm(options, norms.group(g, shared));
-    powers += relative_power(type, norm / extreme);
-  }
-  return extreme * relative_root(type, powers);
+  return norm_in_turn(type, table.groups, [&](int64_t i) {
+    const int32_t g = static_cast<int32_t>(i);
+    if (!norms.has_group(g)) return 0.0;
+    const Norm norm = norms.group(g, shared);
+    return coefficients[g] * seen_norm(options, norm);
+  });
 }
 
 // `coefficients`: as the decision has left them.
@@ -83,7 +74,7 @@ template <class Norms, class Shared>
 __device__ void record(const Telemetry& telemetry, const TensorTable& table, const double* coefficients,
                        const GroupOptions* groups, const StepOptions& options, const Policies& policies,
                        const Norms& norms, RecordedStep step, Shared& shared) {
-  if (is_taken(step))
+  if (has_clipped_norm(step, policies))
     step.clipped_norm = clipped_norm(table, coefficients, options, norms, step.total, shared);
   double* const row = next_row(telemetry);
   for (int64_t p = threadIdx.x; p < telemetry.parameters; p += kLanes) {

@@ -67,7 +67,7 @@ TensorTable build_table(const Tensors& tensors, int32_t groups, const StepEntrie
     for (int role = 0; role < kRoles; ++role) has[role] = has[role] || is_used(operand_of(tensor, role));
   }
   const char* const begin = arena.take<char>(0);
-  uint32_t* const arrived = arena.take<uint32_t>(1);
+  uint32_t* const arrived = arena.take<uint32_t>(2);
   TensorHead* const heads = arena.take<TensorHead>(count);
   Operand* operands[kRoles] = {};
   for (int role = 0; role < kRoles; ++role) {

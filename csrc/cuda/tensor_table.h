@@ -34,7 +34,8 @@ struct TensorTable {
   const int32_t* nonempty = nullptr;     // the tensors that have elements
   const int32_t* group_begin = nullptr;  // per group and one more: where it begins in `nonempty`
   const StepCounter* counters = nullptr;
-  uint32_t* arrived = nullptr;  // one: blocks of a reduction that are done; 0 between launches
+  // Two, both 0 between steps: blocks of a reduction that are done, and whether a unit is clipped.
+  uint32_t* arrived = nullptr;
 
   // The tensor that a chunk belongs to: the last one that begins no later.
   STEADYGRAD_INLINE int32_t tensor_of(int32_t chunk) const {

@@ -5,6 +5,7 @@
 #include "core/rules/table.h"
 #include "cuda/gradient.h"
 #include "cuda/launch.h"
+#include "cuda/unit_clip.h"
 
 namespace steadygrad::cuda {
 
@@ -23,22 +24,32 @@ void update_adagrad(const char* function, const UpdateArguments& arguments, Stre
 void update_rmsprop(const char* function, const UpdateArguments& arguments, Stream stream);
 
 // One element after another, with what the rule, the clip and the proximal step are. Penalties are those of
-// the parameter as it is stored; `value` is what it stands for.
-template <class T, class Rule>
+// the parameter as it is stored; `value` is what it stands for. `index`: of the element in its tensor.
+template <class T, class UpdateRule, class Transform>
 struct ElementUpdate {
+  using Rule = UpdateRule;
+
   Rule rule;
-  GradientTransform<T> transform;
+  Transform transform;
   T threshold;
 
-  __device__ __forceinline__ void operator()(T& value, T param, T grad, T (&states)[kMaxStates]) const {
-    rule(value, transform(grad, param), states[0], states[1], states[2]);
+  __device__ __forceinline__ void operator()(T& value, T param, T grad, T (&states)[kMaxStates],
+                                             int64_t index) const {
+    T transformed;
+    if constexpr (std::is_same_v<Transform, UnitTransform<T>>) {
+      transformed = transform(grad, param, index);
+    } else {
+      transformed = transform(grad, param);
+    }
+    rule(value, transformed, states[0], states[1], states[2]);
     if (threshold != T(0)) value = steadygrad::soft_threshold(value, threshold);
   }
 };
 
-template <class T, class Rule>
+template <class T, class Update>
 __device__ __forceinline__ int32_t update_quads(const TensorOperands& tensor, const Chunk& chunk,
-                                                const ElementUpdate<T, Rule>& update) {
+                                                const Update& update) {
+  using Rule = typename Update::Rule;
   T* const params = static_cast<T*>(tensor.param.data) + chunk.begin;
   const T* const grads = static_cast<const T*>(tensor.grad.data) + chunk.begin;
   const int32_t quads = chunk.count / kQuad;
@@ -55,7 +66,7 @@ __device__ __forceinline__ int32_t update_quads(const TensorOperands& tensor, co
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) {
       T element_states[kMaxStates] = {states[0][k], states[1][k], states[2][k]};
-      update(param[k], param[k], grad[k], element_states);
+      update(param[k], param[k], grad[k], element_states, chunk.begin + q * kQuad + k);
 #pragma unroll
       for (int s = 0; s < Rule::kStateCount; ++s) states[s][k] = element_states[s];
     }
@@ -69,10 +80,10 @@ __device__ __forceinline__ int32_t update_quads(const TensorOperands& tensor, co
 }
 
 // The same where the operands' types differ or parameters are in half precision.
-template <class Rule>
+template <class Update>
 __device__ __forceinline__ int32_t update_mixed_quads(const TensorOperands& tensor, const Chunk& chunk,
-                                                      const ParamStorage& storage,
-                                                      const ElementUpdate<float, Rule>& update) {
+                                                      const ParamStorage& storage, const Update& update) {
+  using Rule = typename Update::Rule;
   const bool has_extra = keeps_extra(storage.rounding);
   const int32_t quads = chunk.count / kQuad;
   for (int32_t q = threadIdx.x; q < quads; q += kChunkThreads) {
@@ -98,7 +109,7 @@ __device__ __forceinline__ int32_t update_mixed_quads(const TensorOperands& tens
     for (int k = 0; k < kQuad; ++k) {
       float value = join(storage, param[k], extra[k]);
       float element_states[kMaxStates] = {states[0][k], states[1][k], states[2][k]};
-      update(value, param[k], grad[k], element_states);
+      update(value, param[k], grad[k], element_states, index + k);
 #pragma unroll
       for (int s = 0; s < Rule::kStateCount; ++s) states[s][k] = element_states[s];
       param[k] = split(storage, value, extra[k], static_cast<uint32_t>(q * kQuad + k));
@@ -121,10 +132,10 @@ __device__ __forceinline__ bool all_operands(const TensorOperands& tensor, const
   return all && (!keeps_extra(storage.rounding) || is_vector(tensor.extra));
 }
 
-template <class Elements, class T, class Rule>
+template <class Elements, class T, class Update>
 __device__ __forceinline__ void update_chunk(const TensorOperands& tensor, const Chunk& chunk,
-                                             const ParamStorage& storage,
-                                             const ElementUpdate<T, Rule>& update) {
+                                             const ParamStorage& storage, const Update& update) {
+  using Rule = typename Update::Rule;
   // Whether the kernel meets half-precision parameters: no others have anything beside them.
   constexpr bool kHalf = Elements::kMixed && sizeof(T) == sizeof(float);
   int32_t done = 0;
@@ -158,7 +169,7 @@ __device__ __forceinline__ void update_chunk(const TensorOperands& tensor, const
       if (keeps_extra(storage.rounding)) extra = Elements::template load<T>(tensor, tensor.extra, index);
       value = join(storage, param, extra);
     }
-    update(value, param, grad, states);
+    update(value, param, grad, states, index);
     if constexpr (kHalf) value = split(storage, value, extra, static_cast<uint32_t>(i));
     Elements::template store<T>(tensor, tensor.param, index, value);
 #pragma unroll
@@ -171,13 +182,18 @@ __device__ __forceinline__ void update_chunk(const TensorOperands& tensor, const
   }
 }
 
-template <class Elements, class T, RuleKind kKind>
+template <class Elements, class T, RuleKind kKind, bool kUnits>
 __device__ __forceinline__ void update_tensor(const UpdateArguments& arguments, const TensorOperands& tensor,
                                               const Chunk& chunk) {
   const GroupOptions& group = arguments.source.groups[tensor.group];
-  const GradientTransform<T> transform =
-      arguments.gradients_are_final ? GradientTransform<T>()
-                                    : gradient_transform<T>(arguments.source.of(chunk, tensor.group));
+  const auto transform = [&] {
+    if constexpr (kUnits) {
+      return arguments.source.template by_unit<T>(chunk, tensor.group);
+    } else {
+      return arguments.gradients_are_final ? GradientTransform<T>()
+                                           : gradient_transform<T>(arguments.source.of(chunk, tensor.group));
+    }
+  }();
   const T threshold = static_cast<T>(proximal_threshold(group, arguments.source.options));
   const StepScalars scalars = arguments.scalars[chunk.tensor];
   ParamStorage storage;
@@ -187,28 +203,35 @@ __device__ __forceinline__ void update_tensor(const UpdateArguments& arguments, 
     storage = param_storage(options, tensor, chunk);
   }
   with_rule<T>(kKind, group.hyper, scalars, [&](const auto& rule) __attribute__((always_inline)) {
-    update_chunk<Elements>(tensor, chunk, storage,
-                           ElementUpdate<T, std::decay_t<decltype(rule)>>{rule, transform, threshold});
+    using Update = ElementUpdate<T, std::decay_t<decltype(rule)>, std::decay_t<decltype(transform)>>;
+    update_chunk<Elements, T>(tensor, chunk, storage, Update{rule, transform, threshold});
   });
 }
 
-template <RuleKind kKind, class Elements>
-__global__ void __launch_bounds__(kChunkThreads, 2 * Elements::kBlocks)
+// kUnits: clipped by unit, in a kernel of its own, since that takes registers.
+template <RuleKind kKind, class Elements, bool kUnits>
+__global__ void __launch_bounds__(kChunkThreads, (kUnits ? 1 : 2) * Elements::kBlocks)
     update_kernel(const UpdateArguments __grid_constant__ arguments) {
   if (!arguments.source.proceeds()) return;
   const Chunk chunk = backward_chunk(arguments.table, static_cast<int32_t>(blockIdx.x));
   const TensorOperands tensor = arguments.table.tensor(chunk.tensor, arguments.grads);
   if (chunk.begin == 0 && threadIdx.x == 0) advance(arguments.table, chunk.tensor, arguments.taken);
   Elements::with_compute_type(tensor, [&](auto element) __attribute__((always_inline)) {
-    update_tensor<Elements, decltype(element), kKind>(arguments, tensor, chunk);
+    update_tensor<Elements, decltype(element), kKind, kUnits>(arguments, tensor, chunk);
   });
 }
 
 template <RuleKind kKind>
 void launch_update(const char* function, const UpdateArguments& arguments, Stream stream) {
+  if (arguments.source.units != nullptr && !arguments.gradients_are_final) {
+    return with_unit_contents(arguments.table.contents, [&](auto elements) {
+      launch(function, stream, update_kernel<kKind, decltype(elements), true>, arguments.table.chunks,
+             kChunkThreads, arguments);
+    });
+  }
   with_contents(arguments.table.contents, [&](auto elements) {
-    launch(function, stream, update_kernel<kKind, decltype(elements)>, arguments.table.chunks, kChunkThreads,
-           arguments);
+    launch(function, stream, update_kernel<kKind, decltype(elements), false>, arguments.table.chunks,
+           kChunkThreads, arguments);
   });
 }
 

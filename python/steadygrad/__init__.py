@@ -34,8 +34,10 @@ from steadygrad.optim.parameter_groups import param_groups
 from steadygrad.optim.stabilizer import Stabilizer
 from steadygrad.penalty import add_penalty_, soft_threshold_
 from steadygrad.policies import (
+    ClipAdaptive,
     ClipNorm,
     ClipPercentile,
+    ClipPolicy,
     ClipRelative,
     ClipZScore,
     Damp,
@@ -46,8 +48,10 @@ from steadygrad.telemetry import History, Report, StepRecord, Telemetry, TooMany
 __version__: str = _kernels.VERSION
 
 __all__ = [
+    "ClipAdaptive",
     "ClipNorm",
     "ClipPercentile",
+    "ClipPolicy",
     "ClipRelative",
     "ClipZScore",
     "Damp",

@@ -6,8 +6,12 @@ from torch import Tensor
 
 Allocate = Callable[[int], Tensor]
 NormTensors = tuple[Tensor, Tensor, Tensor] | None
-# Rows of sums, which tensors this process counts, and what combines the rows of all processes.
-Reduction = tuple[Tensor, Tensor, Callable[[], None]] | None
+# Rows of sums, which tensors this process counts, what combines the rows of all processes, and what asks a policy.
+Reduction = (
+    tuple[Tensor, Tensor, Callable[[], None] | None]
+    | tuple[Tensor, Tensor, Callable[[], None] | None, Callable[[], None]]
+    | None
+)
 PolicyRows = tuple[Tensor | None, Tensor | None] | None
 TelemetryMemory = tuple[Tensor, Tensor, int, bool]
 VERSION: str

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.command == "study" and not args.quick:
         parser.error("study: add --quick; it is the one comparison that this version has")
-    if problem := _prepare_out(args):
+    if problem := _bench_conflict(args) or _prepare_out(args):
         parser.error(f"{args.command}: {problem}")
     try:
         return _COMMANDS[args.command](args, open_console())
@@ -51,6 +51,8 @@ def _doctor(args: argparse.Namespace, console: Any) -> int:
 
 
 def _bench(args: argparse.Namespace, console: Console) -> int:
+    if args.result is not None:
+        return _bench_page(args.result, args.page, console)
     from .bench import DeviceUnusable, run
 
     try:
@@ -58,13 +60,26 @@ def _bench(args: argparse.Namespace, console: Console) -> int:
             console,
             quick=args.quick,
             out=args.out,
+            page=args.page,
             threads=args.threads,
-            device=args.device,
+            device=args.device or "cpu",
             limit=args.limit,
         )
     except DeviceUnusable as error:
         open_console(stderr=True).print(str(error))
         return 1
+
+
+def _bench_page(result: Path, page: Path, console: Console) -> int:
+    from .bench.page import read_result, write_page
+
+    try:
+        write_page(read_result(result), page)
+    except ValueError as error:
+        open_console(stderr=True).print(str(error))
+        return 1
+    console.print(f"Page written to {page}")
+    return 0
 
 
 def _study(args: argparse.Namespace, console: Any) -> int:
@@ -73,19 +88,40 @@ def _study(args: argparse.Namespace, console: Any) -> int:
     return run_quick(args.out, console, args.threads)
 
 
-def _prepare_out(args: argparse.Namespace) -> str:
-    """Make the folder that results go to; return what is wrong with it, before minutes of work."""
-    if args.command == "doctor" or args.out is None:
+def _bench_conflict(args: argparse.Namespace) -> str:
+    """Say what is wrong with the options of a page from an existing result."""
+    if args.command != "bench" or args.result is None:
         return ""
-    folder = args.out if args.command == "study" else args.out.parent
+    if args.page is None:
+        return "--from makes a page of a result: add --page FILE"
+    measuring = {"--quick": args.quick, "--out": args.out, "--limit": args.limit}
+    measuring |= {"--threads": args.threads, "--device": args.device}
+    given = [name for name, value in measuring.items() if value]
+    return f"--from measures nothing: leave out {', '.join(given)}" if given else ""
+
+
+def _prepare_out(args: argparse.Namespace) -> str:
+    """Make the folders that results go to; return what is wrong with them, before minutes of work."""
+    if args.command == "doctor":
+        return ""
+    if args.command == "study":
+        return _prepare_folder("--out", args.out, args.out)
+    for option, file in (("--out", args.out), ("--page", args.page)):
+        if file is not None:
+            if file.is_dir():
+                return f"{option} {file}: is a folder; name a file"
+            if problem := _prepare_folder(option, file, file.parent):
+                return problem
+    return ""
+
+
+def _prepare_folder(option: str, value: Path, folder: Path) -> str:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        return f"--out {args.out}: {error.strerror}; name another place"
-    if args.command == "bench" and args.out.is_dir():
-        return f"--out {args.out}: is a folder; name a file"
+        return f"{option} {value}: {error.strerror}; name another place"
     if not os.access(folder, os.W_OK):
-        return f"--out {args.out}: {folder} cannot be written; name another place"
+        return f"{option} {value}: {folder} cannot be written; name another place"
     return ""
 
 
@@ -115,13 +151,21 @@ def _parser() -> argparse.ArgumentParser:
         description="Time the kernels side by side with torch, in one process, interleaved.",
     )
     bench.add_argument("--quick", action="store_true", help="fewer cases and repetitions")
-    bench.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)"
-    )
+    bench.add_argument("--device", choices=("cpu", "cuda"), help="where to run (default: cpu)")
     bench.add_argument(
         "--limit", type=_seconds, metavar="SECONDS", help="begin no further case after this time"
     )
     bench.add_argument("--out", type=Path, metavar="FILE", help="also write the numbers as JSON")
+    bench.add_argument(
+        "--page", type=Path, metavar="FILE", help="also write a page of charts and tables (HTML)"
+    )
+    bench.add_argument(
+        "--from",
+        dest="result",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing: make the page of numbers that --out wrote before",
+    )
     _add_threads(bench, default=2)
 
     study = commands.add_parser(

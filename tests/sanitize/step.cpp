@@ -107,6 +107,32 @@ struct Learnt {
   Block skip;
 };
 
+// Where a backend records its steps; short, so that it comes round.
+struct Ring {
+  explicit Ring(size_t parameters) : recorded(array_of<int64_t>(1, 0)) {
+    telemetry.history = 3;
+    telemetry.parameters = static_cast<int64_t>(parameters);
+    rows = array_of<double>(telemetry.history * row_size(telemetry), 0.0);
+    telemetry.rows = rows.as<double>();
+    telemetry.recorded = recorded.as<int64_t>();
+  }
+  Ring(const Ring&) = delete;
+  Ring& operator=(const Ring&) = delete;
+
+  std::string difference_from(const Ring& emulated) const {
+    std::string problem =
+        difference_of_counts("recorded steps", *telemetry.recorded, *emulated.telemetry.recorded);
+    for (int64_t i = 0; i < telemetry.history * row_size(telemetry) && problem.empty(); ++i) {
+      problem = difference("record " + std::to_string(i), telemetry.rows[i], emulated.telemetry.rows[i]);
+    }
+    return problem;
+  }
+
+  Telemetry telemetry;
+  Block rows{0};
+  Block recorded;
+};
+
 std::string difference_in_learnt(const Block& cpu, const Block& emulated) {
   for (int64_t i = 0; i < cpu.bytes() / static_cast<int64_t>(sizeof(double)); ++i) {
     const std::string problem =
@@ -134,21 +160,24 @@ class Comparison {
         counts_(array_of<int64_t>(2, 0)),
         rounded_steps_(array_of<uint64_t>(1, 0)),
         cpu_learnt_(step_case.policies, scopes()),
-        emulated_learnt_(step_case.policies, scopes()) {
+        emulated_learnt_(step_case.policies, scopes()),
+        cpu_ring_(count_),
+        emulated_ring_(count_) {
     options_.rule = step_case.rule.kind;
   }
 
   // Rows of what a backend has, which meets its own likeness.
   struct Rows {
-    Rows(const StepOptions& options, size_t groups, size_t slots)
+    Rows(const StepOptions& options, size_t groups, size_t slots, bool per_tensor)
         : type(options.norm_type),
-          count(1 + groups + (options.clip_scope == ClipScope::tensor ? slots : 0)),
+          count(1 + groups + (per_tensor ? slots : 0)),
           rows(static_cast<int64_t>(count * sizeof(ScopeSums))),
           counted(array_of<int32_t>(slots, 1)) {
       for (size_t s = 0; s < slots; s += 3) counted.as<int32_t>()[s] = 0;
       reduction.rows = rows.as<ScopeSums>();
       reduction.counted = counted.as<int32_t>();
       reduction.slots = static_cast<int32_t>(slots);
+      reduction.per_tensor = per_tensor;
       reduction.reduce = [this] {
         for (size_t r = 0; r < count; ++r) {
           const ScopeSums other = reduction.rows[r];
@@ -175,6 +204,7 @@ class Comparison {
       const bool absent = case_.tensors_come_and_go && number % 2 == 1 && t % 4 == 2;
       if (!absent) chosen.push_back(static_cast<int32_t>(t));
     }
+    records_ = number % 2 == 0;
     const cpu::StepReport report = step_on_cpu(chosen);
     const Single<cuda::Outcome> outcome;
     const Block nonfinite(static_cast<int64_t>(chosen.size() * sizeof(int64_t)));
@@ -185,6 +215,7 @@ class Comparison {
     if (problem.empty()) problem = cpu_counters_.difference_from(emulated_counters_);
     if (problem.empty()) problem = difference_in_learnt(cpu_learnt_.clip, emulated_learnt_.clip);
     if (problem.empty()) problem = difference_in_learnt(cpu_learnt_.skip, emulated_learnt_.skip);
+    if (problem.empty()) problem = cpu_ring_.difference_from(emulated_ring_);
     return problem.empty() ? "" : "step " + std::to_string(number + 1) + ", " + problem;
   }
 
@@ -195,20 +226,22 @@ class Comparison {
            1;
   }
 
+  bool per_tensor() const { return options_.clip_scope == ClipScope::tensor || records_; }
+
   cpu::StepReport step_on_cpu(const std::vector<int32_t>& chosen) {
     std::vector<cpu::StepCounter> counters;
     for (const int32_t t : chosen) {
       counters.push_back(cpu_counters_.of<cpu::StepCounter>(t));
       counters.back().first = first_[t];
     }
-    Rows rows(options_, groups_.size(), count_);
+    Rows rows(options_, groups_.size(), count_, per_tensor());
     if (!case_.two_processes) rows.reduction = Reduction();
     const std::vector<int64_t> slots(chosen.begin(), chosen.end());
     cpu::Tensors tensors = chosen_of(cpu_.operands(), chosen);
     for (size_t t = 0; t < chosen.size(); ++t) tensors[t].place = chosen[t];
     const cpu::StepReport report = cpu::fused_step(
         tensors, counters, groups_, options_, [](const cpu::StepReport&) {}, rows.reduction, &slots,
-        cpu_learnt_.policies);
+        cpu_learnt_.policies, records_ ? cpu_ring_.telemetry : Telemetry());
     if (!report.skipped && !report.refused && options_.rule != RuleKind::none) {
       for (const int32_t t : chosen) first_[t] = false;
     }
@@ -229,6 +262,7 @@ class Comparison {
     memory.nonfinite = nonfinite;
     memory.rounded_steps = rounded_steps_.as<uint64_t>();
     memory.policies = emulated_learnt_.policies;
+    if (records_) memory.telemetry = emulated_ring_.telemetry;
     std::vector<Single<double>> learning_rates(groups_.size());
     std::vector<cuda::DeviceGroup> groups;
     for (size_t g = 0; g < groups_.size(); ++g) {
@@ -245,7 +279,7 @@ class Comparison {
       options.unscale = 1;
       options.found_inf = false;
     }
-    Rows rows(options, groups_.size(), count_);
+    Rows rows(options, groups_.size(), count_, per_tensor());
     if (!case_.two_processes) rows.reduction = Reduction();
     plan_.step(chosen_of(emulated_.operands(), chosen), counters, chosen, groups, options, memory,
                rows.reduction, memory_.allocate(), cuda::Stream());
@@ -298,6 +332,9 @@ class Comparison {
   Block rounded_steps_;
   Learnt cpu_learnt_;
   Learnt emulated_learnt_;
+  Ring cpu_ring_;
+  Ring emulated_ring_;
+  bool records_ = false;
   cuda::StepPlan plan_;
   DeviceMemory memory_;
   int64_t skipped_ = 0;

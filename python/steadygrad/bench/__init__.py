@@ -4,13 +4,14 @@ One module per role: `shapes` (what models look like), `workload` (buffers), `ou
 candidates), `case` and `cases` (what is measured), `batch_norm` and `batch_norm_candidates` (the
 same for layers), `timer` and `device_timer` (interleaved laps), `measure` (derived numbers, copy
 bandwidth), `device` (CPU or GPU), `summary` and `targets` (means, floors), `source` and
-`environment`, `report` and `table`.
+`environment`, `report` and `table`; `result_tables` and `page` (what a result file says).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ import torch
 from steadygrad.bench.case import Case
 from steadygrad.bench.device import DeviceUnusable, HostDevice, device_named
 from steadygrad.bench.measure import QUICK, measure_case, settle_allocator
+from steadygrad.bench.page import write_page
 from steadygrad.bench.report import Run, render, to_json
 from steadygrad.console import Console
 
@@ -166,6 +168,7 @@ def measure_all(
         tuple(results),
         tuple(skipped),
         device.rehearsal,
+        tuple(sys.orig_argv),
     )
 
 
@@ -174,6 +177,7 @@ def run(
     *,
     quick: bool,
     out: Path | None,
+    page: Path | None = None,
     threads: int | None,
     device: str = "cpu",
     limit: float | None = None,
@@ -185,6 +189,7 @@ def run(
         quick: only the cases of the short table, about a minute; otherwise all, about ten minutes
             on the CPU.
         out: file for the numbers as JSON; its folder is created. None writes nothing.
+        page: file for a page of charts and tables, in the same way.
         threads: threads for torch and steadygrad alike; None takes two, or one on a single core.
         device: "cpu" or "cuda".
         limit: seconds after which no further case is begun; None has no limit.
@@ -201,15 +206,19 @@ def run(
         raise ValueError(f"bench: threads must be at least 1, got {threads}")
     with _threads(count):
         found = measure_all(console, device_named(device), quick=quick, limit=limit)
-    show(console, found, out)
+    show(console, found, out, page)
     return int(any(reason.startswith(FAILED) for _, reason in found.skipped))
 
 
-def show(console: Console, found: Run, out: Path | None) -> None:
-    """Print the tables of a run, and write its numbers to `out` if that is not None."""
+def show(console: Console, found: Run, out: Path | None, page: Path | None = None) -> None:
+    """Print the tables of a run, and write its numbers to `out` and a page of them to `page`."""
     for part in render(found):
         console.print(part)
+    result = to_json(found)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(to_json(found), indent=2) + "\n", encoding="utf-8")
+        out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         console.print(f"Numbers written to {out}")
+    if page is not None:
+        write_page(result, page)
+        console.print(f"Page written to {page}")

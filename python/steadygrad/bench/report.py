@@ -18,7 +18,7 @@ from steadygrad.bench.timer import Timing, ratio
 SCHEMA = 3
 
 # One-minute load average above which a machine is called busy.
-_QUIET_LOAD = 0.7
+QUIET_LOAD = 0.7
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Run:
         skipped: (case key, reason) of cases that did not run.
         rehearsal: whether emulated kernels ran, so that no time means anything and no floor is
             judged.
+        command_line: how the process was started.
     """
 
     environment: Environment
@@ -43,6 +44,7 @@ class Run:
     results: tuple[CaseResult, ...]
     skipped: tuple[tuple[str, str], ...] = ()
     rehearsal: bool = False
+    command_line: tuple[str, ...] = ()
 
     @property
     def verdicts(self) -> list[Verdict]:
@@ -161,7 +163,7 @@ def _notes(run: Run) -> list[str]:
             f"Cases in ns, per tensor, fit in cache (up to {largest:.1f} MiB) and show the cost of "
             "a call, not of memory. All others start with cold buffers in every round."
         )
-    if machine.load > _QUIET_LOAD:
+    if machine.load > QUIET_LOAD:
         lines.append(
             f"The machine was busy when this run began (load {machine.load:.1f}): neither times "
             "nor ratios count, measure again on a quiet one."
@@ -265,6 +267,7 @@ def to_json(run: Run) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command_line": list(run.command_line),
         "quick": run.quick,
         "rehearsal": run.rehearsal,
         "environment": dataclasses.asdict(run.environment),

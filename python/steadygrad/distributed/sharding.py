@@ -13,6 +13,9 @@ from steadygrad.distributed.dtensors import has_dtensors, local_gradients
 from steadygrad.distributed.groups import as_process_group, check_process_group
 from steadygrad.distributed.layout import Layout, layout_of
 from steadygrad.distributed.norms import NormReduction
+from steadygrad.distributed.units import check_whole_units
+from steadygrad.policies.adaptive import CLIPPING, ClipAdaptive
+from steadygrad.policies.clip_policy import ClipPolicy
 
 if TYPE_CHECKING:
     from steadygrad.optim.options import StabilizerOptions
@@ -81,6 +84,8 @@ def sharding_of(
     params = [param for group in groups for param in group]
     if not params or (options.reduce_norm is None and not has_dtensors(params)):
         return None
+    if isinstance(options.clip, ClipAdaptive):
+        check_whole_units(param_groups)
     return Sharding(param_groups, options, previous)
 
 
@@ -107,7 +112,7 @@ def _settings(
     lines = [f"norm_type is {float(options.norm_type)}"]
     for name in _SHARED_OPTIONS:
         shown = "clip_scope" if name == "scope" else name
-        lines.append(f"{shown} is {getattr(options, name)!r}")
+        lines.append(f"{shown} is {_shown(getattr(options, name))}")
     lines.append(f"telemetry is {options.telemetry_level!r}")
     sizes = [None if group is None else group.size() for group in extra]
     lines.append(f"reduce_norm has groups of {sizes} ranks")
@@ -116,7 +121,15 @@ def _settings(
             value = group.get(key, getattr(options, key))
             number = None if value is None else float(value)
             lines.append(f"{key} of param_groups[{i}] is {number}")
+        if isinstance(options.clip, ClipAdaptive):
+            clipping = group.get(CLIPPING, options.clip.clipping)
+            lines.append(f"{CLIPPING} of param_groups[{i}] is {clipping}")
     return lines
+
+
+def _shown(option: object) -> str:
+    """As it is written; of a policy in Python its name alone, since nobody knows what else of it is the same."""
+    return type(option).__name__ if isinstance(option, ClipPolicy) else repr(option)
 
 
 def _agree_on_options(
@@ -132,7 +145,7 @@ def _agree_on_options(
     settings = [
         f"norm_type is {float(options.norm_type)}",
         f"clip_scope is {options.scope!r}",
-        f"clip is {options.clip!r}",
+        f"clip is {_shown(options.clip)}",
         f"skip is {options.skip!r}",
         f"nonfinite is {options.nonfinite!r}",
         f"reduce_norm has {', '.join(travel)}",

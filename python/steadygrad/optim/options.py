@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 from collections.abc import Mapping
-from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,14 +15,17 @@ from steadygrad.arguments import checked_number as checked_number
 from steadygrad.optim.param_storage import ROUNDED_STEPS, ParamStorage, Rounding
 from steadygrad.optim.policy_state import CLIP_STATE, SKIP_STATE, PolicyStates
 from steadygrad.policies import (
+    ClipAdaptive,
     ClipNorm,
     ClipPercentile,
+    ClipPolicy,
     ClipRelative,
     ClipZScore,
     Damp,
     Policy,
     SkipSpikes,
 )
+from steadygrad.policies.adaptive import CLIPPING
 from steadygrad.telemetry.recorder import RECORDED_STEPS
 from steadygrad.telemetry.settings import Level, Telemetry, telemetry_settings
 
@@ -29,6 +33,16 @@ PenaltyOrder = Literal["before_clip", "after_clip"]
 L1Mode = Literal["subgradient", "proximal"]
 ClipScope = Literal["global", "group", "tensor"]
 Nonfinite = Literal["skip", "zero", "raise", "propagate"]
+
+_CLIP_POLICIES = (
+    ClipNorm,
+    ClipPercentile,
+    ClipZScore,
+    ClipRelative,
+    ClipAdaptive,
+    Damp,
+    ClipPolicy,
+)
 
 COUNTERS = ("skipped_steps", "clipped_steps")
 
@@ -44,7 +58,7 @@ class StabilizerOptions:
     """The keyword arguments of :class:`steadygrad.Stabilizer`, which documents them."""
 
     max_norm: float | None = None
-    clip: Policy | None = None
+    clip: Policy | ClipPolicy | None = None
     skip: SkipSpikes | None = None
     norm_type: float = 2.0
     clip_value: float | None = None
@@ -62,8 +76,13 @@ class StabilizerOptions:
     telemetry: Telemetry | Level | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StabilizerOptions:
-        """Itself, but for writers: nothing in it changes, and process groups cannot be copied."""
-        return self if self.telemetry is None else replace(self, telemetry=copy(self.telemetry))
+        """Itself, since process groups cannot be copied; but policies in Python have a state, and writers a file."""
+        own: dict[str, Any] = {}
+        if isinstance(self.clip, ClipPolicy):
+            own["clip"] = copy.deepcopy(self.clip, memo)
+        if self.telemetry is not None:
+            own["telemetry"] = copy.copy(self.telemetry)
+        return dataclasses.replace(self, **own) if own else self
 
     def __post_init__(self) -> None:
         """Checks every option."""
@@ -87,7 +106,7 @@ class StabilizerOptions:
         object.__setattr__(self, "telemetry", telemetry_settings(self.telemetry))
 
     def _check_clip(self) -> None:
-        if not isinstance(self.clip, (ClipNorm, ClipPercentile, ClipZScore, ClipRelative, Damp)):
+        if not isinstance(self.clip, _CLIP_POLICIES):
             raise TypeError(
                 f"Stabilizer: clip: expected a clip policy such as ClipPercentile(), got {self.clip!r}"
             )
@@ -121,7 +140,7 @@ class StabilizerOptions:
 
     def policy_states(self) -> PolicyStates:
         """What the policies learn, with nothing in it yet."""
-        return PolicyStates(self.clip, self.skip, self.scope)
+        return PolicyStates(self.clip, self.skip, self.scope, self.per_tensor)
 
     def group_defaults(self) -> dict[str, Any]:
         """The keys that every param group carries, so that they can differ per group and be saved."""
@@ -130,6 +149,7 @@ class StabilizerOptions:
             "clip_value": self.clip_value,
             "l1": self.l1,
             "l2": self.l2,
+            **({CLIPPING: self.clip.clipping} if isinstance(self.clip, ClipAdaptive) else {}),
             **dict.fromkeys(COUNTERS, 0),
             **({ROUNDED_STEPS: 0} if self.storage.is_stochastic else {}),
             **({RECORDED_STEPS: 0} if self.telemetry is not None else {}),
@@ -146,8 +166,11 @@ class StabilizerOptions:
 
     def group_numbers(self, group: Mapping[str, Any], where: str) -> dict[str, float]:
         """The group's limits and penalties as the kernels take them: no limit is infinity."""
-        numbers = {}
-        for key, default in (("max_norm", self.constant_limit), ("clip_value", self.clip_value)):
+        numbers = {CLIPPING: math.inf}
+        limits = [("max_norm", self.constant_limit), ("clip_value", self.clip_value)]
+        if isinstance(self.clip, ClipAdaptive):
+            limits.append((CLIPPING, self.clip.clipping))
+        for key, default in limits:
             value = group.get(key, default)
             numbers[key] = (
                 math.inf if value is None else checked_number(where + key, value, finite=False)
@@ -167,6 +190,7 @@ class StabilizerOptions:
             "write_grads": bool(self.write_grads),
             "rounding": self.rounding,
             "rounding_seed": self.rounding_seed,
+            "per_tensor": self.per_tensor,
             "clip_policy": None if self.clip is None else self.clip.kernel_numbers,
             "skip_policy": None if self.skip is None else self.skip.kernel_numbers,
         }

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steadygrad.optim.asked_policy import AskedPolicy
+from steadygrad.policies.clip_policy import ClipPolicy
 from steadygrad.policies.policy import Policy
 
 Groups = list[dict[str, Any]]
@@ -109,14 +111,24 @@ class PolicyStates:
         clip: its clip policy, one that learns or not.
         skip: its skip policy.
         scope: the clip's scope.
+        per_tensor: whether the norm of every tensor is asked for.
     """
 
-    def __init__(self, clip: Policy | None, skip: Policy | None, scope: str) -> None:
-        self._clip = None
-        if clip is not None and clip.kernel_numbers is not None:
+    def __init__(
+        self,
+        clip: Policy | ClipPolicy | None,
+        skip: Policy | None,
+        scope: str,
+        per_tensor: bool,
+    ) -> None:
+        self._clip: PolicyState | AskedPolicy | None = None
+        if isinstance(clip, ClipPolicy):
+            self._clip = AskedPolicy(CLIP_STATE, clip)
+        elif clip is not None and clip.kernel_numbers is not None:
             self._clip = PolicyState(CLIP_STATE, clip)
         self._skip = None if skip is None else PolicyState(SKIP_STATE, skip)
         self._scope = scope
+        self._per_tensor = per_tensor
 
     def rows(
         self, groups: Groups, device: torch.device | None
@@ -132,6 +144,14 @@ class PolicyStates:
             None if self._clip is None else self._clip.rows(groups, scopes, device),
             None if self._skip is None else self._skip.rows(groups, 1, device),
         )
+
+    def reduction(self, of_processes: Any, rows: Any, groups: Groups) -> Any:
+        """What happens between the passes: that of several processes, and the question to a policy in Python."""
+        if rows is None or not isinstance(self._clip, AskedPolicy):
+            return of_processes
+        slots = sum(len(group["params"]) for group in groups)
+        sums = 1 + len(groups) + (slots if self._per_tensor else 0)
+        return self._clip.reduction(of_processes, sums, slots)
 
     def save(self, groups: Groups) -> None:
         """Brings what was learnt to the param groups; waits for the device if there was a step."""

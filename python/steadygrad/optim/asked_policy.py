@@ -1,0 +1,126 @@
+"""A clip policy in Python within a step: it is asked between the passes, and its state goes with the optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steadygrad.arguments import checked_number
+from steadygrad.distributed.norms import COLUMNS
+from steadygrad.memory import is_asynchronous
+from steadygrad.policies.clip_policy import ClipPolicy
+from steadygrad.policies.state_text import state_of, text_of
+
+Groups = list[dict[str, Any]]
+
+# A row per scope, as in csrc/core/policy.h: coefficient, limit, norm.
+_LIMIT, _NORM, _COLUMNS = 1, 2, 3
+
+
+class AskedPolicy:
+    """One policy's place in an optimizer. In the param groups its state is ``[name, text]``.
+
+    Args:
+        key: of the param groups.
+        policy: the user's.
+    """
+
+    def __init__(self, key: str, policy: ClipPolicy) -> None:
+        self._key = key
+        self._policy = policy
+        self._name = type(policy).__name__
+        self._fresh = self._text()  # refuses a state that cannot be saved before it is too late
+        self._known: Any = None  # what the param groups held when both were the same
+        self._rows: Tensor | None = None
+        self._lone: tuple[Tensor, Tensor, None] | None = None
+        self._replaced: list[Tensor] = []  # captured graphs may go on with them
+
+    def rows(self, groups: Groups, scopes: int, device: torch.device) -> Tensor:
+        """For a step. A state that was loaded since the last one takes the place of the policy's."""
+        rows = self._rows
+        if rows is None or rows.shape[0] != scopes or rows.device != device:
+            self._rows = rows = self._kept(
+                rows, torch.zeros(scopes, _COLUMNS, dtype=torch.float64, device=device)
+            )
+        saved = groups[0].get(self._key) if groups else None
+        if saved is not self._known:
+            text = self._fresh
+            if isinstance(saved, (list, tuple)) and len(saved) == 2 and saved[0] == self._name:
+                text = saved[1]
+            self._policy.load_state_dict(state_of(text, device))
+            self._known = saved
+        return rows
+
+    def reduction(self, of_processes: Any, sums: int, slots: int) -> tuple[Any, ...]:
+        """What the kernels take: how processes combine their sums, if there are several, and this policy's question.
+
+        Args:
+            of_processes: rows of sums, which tensors this process counts, and what combines the rows; or None.
+            sums: rows of sums that one process alone needs.
+            slots: parameters.
+        """
+        if of_processes is None:
+            assert self._rows is not None
+            device, lone = self._rows.device, self._lone
+            fits = lone is not None and (len(lone[0]), len(lone[1])) == (sums, slots)
+            if lone is None or not fits or lone[0].device != device:
+                made = torch.empty(sums, COLUMNS, dtype=torch.float64, device=device)
+                counted = torch.ones(slots, dtype=torch.int32, device=device)
+                if lone is not None:
+                    self._replaced += lone[:2]
+                self._lone = (made, counted, None)
+            of_processes = self._lone
+        return (*of_processes, self._ask)
+
+    def save(self, groups: Groups) -> None:
+        """Brings the state to the param groups, unless one was loaded there; waits for the device."""
+        if self._rows is None or not groups or groups[0].get(self._key) is not self._known:
+            return
+        self._known = [self._name, self._text()]
+        for group in groups:
+            group[self._key] = self._known
+
+    def take_back(self, groups: Groups) -> None:
+        """What :meth:`save` has brought is theirs no longer."""
+        if self._known is None or groups[0].get(self._key) is not self._known:
+            return
+        self._known = None
+        for group in groups:
+            group[self._key] = None
+
+    def _kept(self, before: Tensor | None, made: Tensor) -> Tensor:
+        if before is not None:
+            self._replaced.append(before)
+        return made
+
+    def _text(self) -> str:
+        return text_of(f"{self._name}.state_dict", self._policy.state_dict())
+
+    @torch.no_grad()
+    def _ask(self) -> None:
+        assert self._rows is not None
+        norms, limits = self._rows[:, _NORM], self._rows[:, _LIMIT]
+        _put(f"step: clip: {self._name}.limits", self._policy.limits(norms.clone()), limits)
+
+
+def _put(where: str, given: Any, limits: Tensor) -> None:
+    """Leaves what a policy has given in the place for limits."""
+    if not isinstance(given, Tensor) or (given.ndim == 0 and not is_asynchronous(given.device)):
+        limits.fill_(checked_number(where, given, finite=False))
+        return
+    shape = tuple(limits.shape)
+    got = f"a {given.dtype} tensor of shape {tuple(given.shape)} on {given.device}"
+    if given.is_complex():
+        raise TypeError(f"{where}: expected real numbers, got {got}")
+    if tuple(given.shape) not in ((), shape) or given.device != limits.device:
+        raise ValueError(
+            f"{where}: expected a number, or a tensor of shape {shape} or () on {limits.device}, got {got}"
+        )
+    if not is_asynchronous(limits.device) and not bool((given >= 0).all()):
+        bad = given[~(given >= 0)][0].item()
+        raise ValueError(
+            f"{where}: expected numbers >= 0, infinity for no limit, got {bad!r} among them"
+        )
+    limits.copy_(given)

@@ -1,0 +1,110 @@
+"""A whole page: its head, its facts, its sections, as one file."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from .blocks import Block, Facts, Section, escaped
+from .markup import Markup, anchor, element
+
+# A filling that stays when a page is printed without its colours, shared by all drawings.
+_HATCH = Markup(
+    '<svg width="0" height="0" class="hidden" aria-hidden="true"><defs><pattern id="hatch" '
+    'width="5" height="5" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
+    '<path d="M2.5 0V5" class="hatch"/></pattern></defs></svg>'
+)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A page.
+
+    Attributes:
+        title: at its head.
+        lead: a sentence or two below the title.
+        summary: blocks before the first section.
+        sections: the content; those of the HTML are linked to from its head.
+        facts: machine, versions, command line, date and the like, at its end.
+    """
+
+    title: str
+    lead: str
+    summary: Sequence[Block]
+    sections: Sequence[Section]
+    facts: Sequence[tuple[str, str]]
+
+    def html(self) -> str:
+        """Write it as one HTML file that needs nothing else."""
+        sections = [*self.sections, self._about]
+        # The place in the page makes names unique, whatever the titles are.
+        names = [f"{place}-{anchor(s.title)}" for place, s in enumerate(sections, 1)]
+        pairs = list(zip(sections, names, strict=True))
+        links = (element("a", s.title, href=f"#{name}") for s, name in pairs)
+        head = element(
+            "head",
+            element("meta", charset="utf-8"),
+            element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+            element("title", self.title),
+            element("style", Markup(_style())),
+        )
+        body = element(
+            "body",
+            _HATCH,
+            element("header", element("h1", self.title), element("p", self.lead, class_="lead")),
+            element("nav", *links),
+            element(
+                "main",
+                *(block.html() for block in self.summary),
+                *(section.html(name=name) for section, name in pairs),
+            ),
+        )
+        return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
+
+    def markdown(self) -> str:
+        """Write it as Markdown."""
+        blocks = [*self.summary, *self.sections, self._about]
+        parts = [f"# {escaped(self.title)}", escaped(self.lead), *(b.markdown() for b in blocks)]
+        return "\n\n".join(filter(None, parts)) + "\n"
+
+    @property
+    def _about(self) -> Section:
+        return Section("How this was measured", [Facts(self.facts)])
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a file whole or not at all; its folder is created.
+
+    Args:
+        text: of the file.
+        path: where to; an existing file is replaced.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def command_text(arguments: Sequence[str]) -> str:
+    """Return a command line as one would type it: programs by their names, without their folders.
+
+    Args:
+        arguments: those of ``sys.orig_argv``; none where nothing is known.
+    """
+    if not arguments:
+        return "not recorded"
+    # An installed command is the interpreter and a script.
+    programs = 1 + (len(arguments) > 1 and not arguments[1].startswith("-"))
+    names = [Path(argument).name for argument in arguments[:programs]]
+    return shlex.join([*names, *arguments[programs:]])
+
+
+def _style() -> str:
+    return (resources.files(__package__) / "style.css").read_text(encoding="utf-8")

@@ -1,0 +1,56 @@
+"""A policy's state as text: one value, which equals itself and which everything that saves param groups can save."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# The key that marks a tensor among the dicts.
+_TENSOR = "__tensor__"
+
+
+def text_of(where: str, state: object) -> str:
+    """The state as JSON, with infinities and NaN; tensors with dtype, shape and values, which are waited for.
+
+    Raises:
+        TypeError: a value that is neither a number, string, boolean, None or real tensor, nor a list or dict of them.
+    """
+    if not isinstance(state, dict):
+        raise TypeError(f"{where}: expected a dict, got {state!r}")
+    return json.dumps(_plain(where, "state", state))
+
+
+def state_of(text: str, device: torch.device) -> dict[str, Any]:
+    """The state again, with its tensors on ``device``."""
+    state: dict[str, Any] = json.loads(text, object_hook=lambda entry: _with_tensor(entry, device))
+    return state
+
+
+def _plain(where: str, name: str, value: object) -> object:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Tensor) and not value.is_complex():
+        dtype = str(value.dtype).removeprefix("torch.")
+        return {_TENSOR: [dtype, list(value.shape), value.detach().reshape(-1).tolist()]}
+    if isinstance(value, (list, tuple)):
+        return [_plain(where, f"{name}[{i}]", entry) for i, entry in enumerate(value)]
+    if (
+        isinstance(value, dict)
+        and all(isinstance(key, str) for key in value)
+        and _TENSOR not in value
+    ):
+        return {key: _plain(where, f"{name}[{key!r}]", entry) for key, entry in value.items()}
+    raise TypeError(
+        f"{where}: {name}: expected a number, a string, a boolean, None, a real tensor, or a list or dict (with "
+        f"strings as keys) of them, got {type(value).__name__}; leave it out of state_dict()"
+    )
+
+
+def _with_tensor(entry: dict[str, Any], device: torch.device) -> Any:
+    if _TENSOR not in entry:
+        return entry
+    dtype, shape, values = entry[_TENSOR]
+    return torch.tensor(values, dtype=getattr(torch, dtype), device=device).reshape(shape)

@@ -1,0 +1,183 @@
+"""The report of a study: one HTML page, or Markdown, from its records.
+
+A record is the JSON document ``study.json``; several are joined into one report. Every sentence
+and number is computed from them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from steadygrad.pages import (
+    Block,
+    Bullets,
+    Cell,
+    Document,
+    Paragraph,
+    Section,
+    Table,
+    command_text,
+    write_text,
+)
+
+from . import claims, outcome
+from .experiment_section import HEAT_LEGEND, arm_cell, heat, section
+from .outcome import Json
+
+SCHEMA = 2
+_NUMBERS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+# Where a string is a name, even if it should read like a number.
+_NAMES = frozenset(
+    {"name", "arm", "problem", "ours", "torch", "twin", "exploded_parameter", "text"}
+)
+
+
+def read_documents(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Read records of studies.
+
+    Args:
+        paths: of JSON files, as the study writes them.
+
+    Raises:
+        ValueError: a file cannot be read, or is no record of this schema; the message names it.
+    """
+    documents = []
+    for path in paths:
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: expected JSON, got: {error}") from error
+        schema = document.get("schema") if isinstance(document, dict) else None
+        if schema != SCHEMA or "experiments" not in document:
+            raise ValueError(f"{path}: expected a study of schema {SCHEMA}, got {schema!r}")
+        documents.append(document)
+    return documents
+
+
+def write_page(documents: Sequence[Json], path: Path) -> None:
+    """Write the report as one self-contained HTML file.
+
+    Args:
+        documents: records, as JSON has them; at least one.
+        path: where to; an existing file is replaced.
+    """
+    write_text(report_document(documents).html(), path)
+
+
+def write_markdown(documents: Sequence[Json], path: Path) -> None:
+    """Write the report as Markdown: its text and tables, without the charts.
+
+    Args:
+        documents: records, as JSON has them; at least one.
+        path: where to; an existing file is replaced.
+    """
+    write_text(report_document(documents).markdown(), path)
+
+
+def report_document(documents: Sequence[Json]) -> Document:
+    """Lay records out as a report."""
+    documents = [decoded(document) for document in documents]
+    experiments = [experiment for document in documents for experiment in document["experiments"]]
+    experiments = [experiment for experiment in experiments if experiment["rows"]]
+    runs = sum(len(experiment["runs"]) for experiment in experiments)
+    minutes = sum(document["wall_s"] for document in documents) / 60
+    summary: list[Block] = [Paragraph(warning) for warning in _warnings(documents)]
+    sections = []
+    if experiments:
+        summary.append(Bullets(claims.advice(experiments)))
+        sections.append(Section("Remedies and experiments", _overview(experiments)))
+        sections.append(claims.section(experiments))
+        sections += [section(experiment) for experiment in experiments]
+    return Document(
+        title="What keeps training steady: remedies compared",
+        lead=f"{_count(len(experiments), 'experiment')}, {_count(runs, 'run')}, "
+        f"{minutes:,.0f} minutes of training, "
+        f"{documents[0]['started'][:10]}.",
+        summary=summary,
+        sections=[*sections, _definitions(documents)],
+        facts=[fact for document in documents for fact in _facts(document)],
+    )
+
+
+def _count(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def _warnings(documents: Sequence[Json]) -> list[str]:
+    states = {"interrupted": "was interrupted", "time limit": "ended at its time limit"}
+    return [
+        f"The study of {document['started'][:10]} {states[document['status']]}: its results are "
+        "partial."
+        for document in documents
+        if document["status"] in states
+    ]
+
+
+def _overview(experiments: Sequence[Json]) -> list[Block]:
+    """A row for each remedy, a column for each experiment, over the hard settings."""
+    rows: list[Sequence[str | Cell]] = [
+        ("none", *(_overview_cell(e, outcome.baseline(e)) for e in experiments))
+    ]
+    rows += [
+        (arm_cell(name, remedy), *(_overview_cell(experiment, name) for experiment in experiments))
+        for name, remedy in claims.arms(experiments).items()
+    ]
+    table = Table(
+        ("remedy", *(experiment["name"] for experiment in experiments)),
+        rows,
+        legend=[(style, text.replace("survived", "kept")) for style, text in HEAT_LEGEND],
+        style="heat",
+    )
+    meaning = "Runs kept in the hard settings of each experiment, and how many learned."
+    return [Paragraph(meaning), Paragraph(outcome.MEANING, quiet=True), table]
+
+
+def _overview_cell(experiment: Json, arm: str) -> Cell:
+    found = outcome.tally(experiment, arm, outcome.hard_settings(experiment))
+    if not found.runs:
+        return Cell("-", style="heat-none")
+    style = heat(found.kept, found.learned, found.runs)
+    return Cell(f"{found.kept}/{found.runs}", f"learned {found.learned}", style, strong=True)
+
+
+def _definitions(documents: Sequence[Json]) -> Section:
+    terms: dict[str, str] = {}
+    for document in documents:
+        terms.update(document["definitions"])
+    return Section("What the words mean", [Bullets(list(terms.items()))])
+
+
+def _facts(document: Json) -> list[tuple[str, str]]:
+    machine = document["machine"]
+    sessions = document["sessions"]
+    return [
+        ("Started", document["started"]),
+        (
+            "Wall time",
+            f"{document['wall_s']:,.0f} s"
+            + (f" over {sessions} sessions" if sessions > 1 else "")
+            + ("" if document["status"] == "complete" else f" ({document['status']})"),
+        ),
+        ("Command", command_text(document["command_line"])),
+        (
+            "Machine",
+            f"{machine['processor']}, {machine['cores']} cores; {machine['system']}; "
+            f"processes side by side: {machine['jobs']}, torch threads in each: {machine['threads']}",
+        ),
+        ("Versions", ", ".join(f"{name} {v}" for name, v in document["versions"].items())),
+    ]
+
+
+def decoded(value: Any) -> Any:
+    """Return a JSON value with its non-finite numbers, which JSON holds as strings."""
+    if isinstance(value, Mapping):
+        return {key: item if key in _NAMES else decoded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [decoded(item) for item in value]
+    return _NUMBERS.get(value, value) if isinstance(value, str) else value

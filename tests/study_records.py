@@ -1,0 +1,216 @@
+"""Records of studies as JSON has them, with outcomes that a test chooses."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+# What a run did: "learned", "idle" (survived), "lost" (not finite), "flat" (finite, no lower loss),
+# or "spiked" (exploded on the way and learned).
+Outcome = str
+ACCURACY = {
+    "name": "test accuracy",
+    "better": "higher",
+    "guessing": 0.1,
+    "learned": 0.3,
+    "target": 0.8,
+}
+BITS = {
+    "name": "bits per character",
+    "better": "lower",
+    "guessing": 4.3,
+    "learned": 3.5,
+    "target": 2.8,
+}
+
+
+def an_arm(name: str, remedy: str = "", **changes: Any) -> dict[str, Any]:
+    arm = {"name": name, "remedy": remedy or name, "about": f"about {name}", "by": "steadygrad"}
+    return {**arm, "twin": None, "limit": None, **changes}
+
+
+def a_problem(name: str, metric: Mapping[str, Any] = ACCURACY) -> dict[str, Any]:
+    return {
+        "name": name,
+        "title": f"title of {name}",
+        "data": "5,000 digits",
+        "model": "Mlp(layers=20)",
+        "parameters": 260310,
+        "steps": 40,
+        "batch_size": 32,
+        "optimizer": "SGD, momentum 0.9",
+        "metric": dict(metric),
+    }
+
+
+def a_run(
+    problem: str, arm: str, rate: float, seed: int, outcome: Outcome, metric: float
+) -> dict[str, Any]:
+    finite = outcome != "lost"
+    good = outcome in ("learned", "spiked")
+    steps = 40 if finite else 7
+    last = 0.5 if good else 2.2 if outcome == "idle" else 3.0
+    losses = [2.3 + (last - 2.3) * k / steps for k in range(1, steps + 1)]
+    norms: list[Any] = [4.0 + 0.1 * seed] * steps
+    if not finite:
+        losses[-1], norms[-1] = math.inf, math.nan
+    exploded = steps if outcome in ("lost", "flat", "spiked") else None
+    return {
+        "problem": problem,
+        "arm": arm,
+        "learning_rate": rate,
+        "seed": seed,
+        "steps": steps,
+        "start_loss": 2.3,
+        "final_loss": last if finite else "nan",
+        "peak_loss": 2.4 if finite else "inf",
+        "metric": metric if finite else None,
+        "survived": good or outcome == "idle",
+        "learned": good,
+        "nonfinite_step": None if finite else steps,
+        "exploded_step": exploded,
+        "exploded_parameter": "2.weight" if exploded else None,
+        "max_grad_norm": 5.0 if finite else "inf",
+        "median_grad_norm": 4.0,
+        "clipped_steps": 0,
+        "skipped_steps": 0,
+        "steps_to_target": 20 if good else None,
+        "seconds_per_step": 0.001 if arm == "none" else 0.002,
+        "memory_bytes": 2**21,
+        "curve": {
+            "step": list(range(1, steps + 1)),
+            "loss": [_stored(v) for v in losses],
+            "grad_norm": [_stored(v) for v in norms],
+        },
+        "evaluations": {"step": [], "metric": []},
+    }
+
+
+def an_experiment(
+    name: str,
+    arms: Sequence[dict[str, Any]],
+    outcomes: Callable[[str, str, float, int], tuple[Outcome, float] | None],
+    *,
+    problems: Sequence[dict[str, Any]] | None = None,
+    rates: Sequence[float] = (0.01, 0.1),
+    seeds: Sequence[int] = (0, 1, 2, 3, 4),
+) -> dict[str, Any]:
+    """Make the record of an experiment.
+
+    Args:
+        name: of the experiment.
+        arms: as :func:`an_arm` makes them, the baseline first.
+        outcomes: of problem, arm, learning rate and seed: what the run did and its metric, None
+            where there was none.
+        problems: as :func:`a_problem` makes them; one called ``"p"`` by default.
+        rates: learning rates.
+        seeds: of the runs.
+    """
+    problems = problems or [a_problem("p")]
+    runs, rows = [], []
+    for problem in problems:
+        for arm in arms:
+            for rate in rates:
+                found = [(s, outcomes(problem["name"], arm["name"], rate, s)) for s in seeds]
+                own = [
+                    a_run(problem["name"], arm["name"], rate, s, *made) for s, made in found if made
+                ]
+                if own:
+                    rows.append(a_row(own))
+                runs += own
+    return {
+        "name": name,
+        "title": f"title of {name}",
+        "about": f"about {name}",
+        "learning_rates": list(rates),
+        "seeds": list(seeds),
+        "problems": list(problems),
+        "arms": list(arms),
+        "runs": runs,
+        "rows": rows,
+        "twins": [],
+        "conclusions": [
+            {"problem": problem["name"], "arm": arm["name"], "text": f"what {arm['name']} did."}
+            for problem in problems
+            for arm in arms
+        ],
+        "findings": [f"finding of {name}"],
+    }
+
+
+def a_row(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    first = runs[0]
+    exploded = [run["exploded_step"] for run in runs if run["exploded_step"] is not None]
+    reached = [run["steps_to_target"] for run in runs if run["steps_to_target"] is not None]
+    return {
+        **{key: first[key] for key in ("problem", "arm", "learning_rate")},
+        "runs": len(runs),
+        "survived": a_rate([run["survived"] for run in runs]),
+        "learned": a_rate([run["learned"] for run in runs]),
+        "exploded": a_rate([run["exploded_step"] is not None for run in runs]),
+        "metric": a_mean([run["metric"] for run in runs]),
+        "final_loss": a_mean([run["final_loss"] for run in runs]),
+        "clip_rate": a_mean([0.25 if "clip" in first["arm"] else 0.0] * len(runs)),
+        "skip_rate": a_mean([0.0] * len(runs)),
+        "max_grad_norm": {"median": 5.0, "largest": runs[-1]["max_grad_norm"]},
+        "median_grad_norm": a_mean([run["median_grad_norm"] for run in runs]),
+        "steps_to_target": {
+            "reached": len(reached),
+            "of": len(runs),
+            "median": statistics.median(reached) if reached else None,
+        },
+        "seconds_per_step": a_mean([run["seconds_per_step"] for run in runs]),
+        "memory_bytes": first["memory_bytes"],
+        "nonfinite_steps": [r["nonfinite_step"] for r in runs if r["nonfinite_step"] is not None],
+        "exploded_steps": exploded,
+        "exploded_parameters": {"2.weight": len(exploded)} if exploded else {},
+    }
+
+
+def a_rate(outcomes: Sequence[bool]) -> dict[str, Any]:
+    count, total = sum(outcomes), len(outcomes)
+    return {"count": count, "of": total, "share": count / total, "low": 0.0, "high": 1.0}
+
+
+def a_mean(values: Sequence[Any]) -> dict[str, Any] | None:
+    kept = [value for value in values if isinstance(value, float | int)]
+    if not kept:
+        return None
+    centre = statistics.fmean(kept)
+    half = 2 * statistics.stdev(kept) if len(kept) > 1 else 0.0
+    single = len(kept) < 2
+    return {
+        "mean": centre,
+        "low": None if single else centre - half,
+        "high": None if single else centre + half,
+        "values": kept,
+    }
+
+
+def a_study(*experiments: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {
+        "schema": 2,
+        "status": "complete",
+        "mode": "default",
+        "started": "2026-01-02T03:04:05+00:00",
+        "wall_s": 120.0,
+        "sessions": 1,
+        "command_line": ["/a/bin/python", "-m", "steadygrad", "study"],
+        "machine": {
+            "system": "Linux-6",
+            "processor": "Test CPU",
+            "cores": 2,
+            "jobs": 2,
+            "threads": 1,
+        },
+        "versions": {"python": "3.12.3", "torch": "2.13.0"},
+        "definitions": {"survived": "the final loss is finite and below the one at the start."},
+        "experiments": list(experiments),
+        **changes,
+    }
+
+
+def _stored(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
