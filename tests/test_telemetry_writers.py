@@ -185,3 +185,33 @@ def test_bad_settings_are_refused(options: Any, error: Any, message: str) -> Non
 def test_another_option_is_refused(value: Any, error: Any) -> None:
     with pytest.raises(error, match="expected"):
         sg.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1, telemetry=value)
+
+
+def test_a_loaded_state_leaves_no_step_unwritten(backend: Backend) -> None:
+    model = model_of(backend)
+    records: list[sg.StepRecord] = []
+    opt = stepped(model, sg.Telemetry(level="tensor", writers=[records.append]), 3)
+    saved = opt.state_dict()
+    go_on(model, opt, 2)
+    opt.load_state_dict(saved)
+    go_on(model, opt, 1)
+    late = nn.Parameter(torch.ones(2, device=backend.device))
+    opt.add_param_group({"params": [late], "param_names": ["late"]})
+    opt.flush_telemetry()  # the new one has no column yet
+    late.grad = torch.ones_like(late)
+    go_on(model, opt, 1)
+    opt.flush_telemetry()
+    assert [record.step for record in records] == [0, 1, 2, 3, 4, 3, 4]
+    assert [len(record.names) for record in records] == [4] * 6 + [5]
+
+
+def test_a_ring_that_comes_round_is_written_whole(backend: Backend) -> None:
+    model = model_of(backend)
+    records: list[sg.StepRecord] = []
+    telemetry = sg.Telemetry(history=7, every=3, writers=[records.append])
+    opt = stepped(model, telemetry, 23)
+    assert len(opt.telemetry) == 7
+    opt.flush_telemetry()
+    assert [record.step for record in records] == list(range(23))
+    expected = [record.norm for record in records[-7:]]
+    assert opt.report().history.norm.tolist() == expected

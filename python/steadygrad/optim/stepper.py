@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from threading import RLock
 from typing import Any
-from weakref import WeakValueDictionary, finalize
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from steadygrad.optim.param_storage import ROUNDED_STEPS
 from steadygrad.optim.rule import UpdateRule
 from steadygrad.optim.slots import slot_of
 from steadygrad.optim.state_creation import is_state_creation
-from steadygrad.telemetry.recorder import Recorder
+from steadygrad.telemetry.recorder import Recorder, recorder_of
 from steadygrad.telemetry.settings import Telemetry
 
 # The last one to step each optimizer, by the id of the optimizer, which the stepper keeps alive.
@@ -86,8 +86,7 @@ class Stepper:
         self.policies = options.policy_states()
         self.recorder: Recorder | None = None
         if isinstance(options.telemetry, Telemetry):
-            self.recorder = Recorder(options.telemetry)
-            finalize(optimizer, self.recorder.close)
+            self.recorder = recorder_of(optimizer, options.telemetry)
         self._flushing = RLock()
         self._take_over()
 

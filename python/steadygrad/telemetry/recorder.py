@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from typing import Any
+from weakref import WeakKeyDictionary, finalize
 
 import numpy as np
 import torch
@@ -37,10 +38,16 @@ class TooManySkippedSteps(RuntimeError):
 
 
 class _Snapshot:
-    """A copy of the ring on its way to the host."""
+    """A copy of the ring's newest rows on its way to the host."""
 
-    def __init__(self, first: int, recorded: Tensor, rows: Tensor) -> None:
+    def __init__(self, first: int, recorded: Tensor, rows: Tensor, newest: int) -> None:
         self._first = first
+        if newest < rows.shape[0]:
+            places = recorded + torch.arange(-newest, 0, device=rows.device)
+            rows = rows.index_select(0, places.remainder(rows.shape[0]))
+            self._is_ordered = True
+        else:
+            self._is_ordered = False
         on_cuda = rows.device.type == "cuda"
         self._recorded, self._rows = (
             torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=on_cuda)
@@ -59,7 +66,11 @@ class _Snapshot:
         """Waits for it."""
         if self._event is not None:
             self._event.synchronize()
-        return _history(self._first, self._recorded, self._rows, names)
+        if not self._is_ordered:
+            return _history(self._first, self._recorded, self._rows, names)
+        end = int(self._recorded)
+        begin = max(self._first, end - len(self._rows))
+        return History(begin, self._rows.numpy()[len(self._rows) - (end - begin) :], names)
 
 
 def _history(first: int, recorded: Tensor, rows: Tensor, names: tuple[str, ...]) -> History:
@@ -68,8 +79,23 @@ def _history(first: int, recorded: Tensor, rows: Tensor, names: tuple[str, ...])
     return History(begin, rows.numpy()[np.arange(begin, end) % size], names)
 
 
+# Of each optimizer: wrappers make a new stepper whenever a state is loaded.
+_recorders: WeakKeyDictionary[torch.optim.Optimizer, Recorder] = WeakKeyDictionary()
+
+
+def recorder_of(optimizer: torch.optim.Optimizer, settings: Telemetry) -> Recorder:
+    """The one that it has with these settings, or a new one, which hands over what is left when the optimizer ends."""
+    recorder = _recorders.get(optimizer)
+    if recorder is None or recorder.settings is not settings:
+        if recorder is not None:
+            recorder.close()
+        recorder = _recorders[optimizer] = Recorder(settings)
+        finalize(optimizer, recorder.close)
+    return recorder
+
+
 class Recorder:
-    """The telemetry of one optimizer, from one load of its state to the next.
+    """The telemetry of one optimizer; what was recorded is forgotten where a state with another step number is loaded.
 
     Args:
         settings: what is kept and who is told.
@@ -87,8 +113,9 @@ class Recorder:
         self._next = 0  # the first step that no writer has seen
         self._unseen = 0  # steps since the last look
         self._skipped_in_a_row = 0
-        self._snapshot: _Snapshot | None = None
-        self._last: History | None = None  # what was read last from a device
+        # On their way from a device, and the last ones that have arrived, by the number of rows asked for.
+        self._snapshots: dict[int, _Snapshot] = {}
+        self._arrived: dict[int, History] = {}
 
     # -- for a step -----------------------------------------------------------------------------
 
@@ -101,28 +128,33 @@ class Recorder:
         saved = groups[0].get(RECORDED_STEPS, 0) if groups else 0
         rows, recorded = self._rows, self._recorded
         if rows is None or recorded is None or rows.shape[1] != columns or rows.device != device:
-            rows, recorded = self._begin(columns, device, saved)
+            rows, recorded = self._begin(groups, columns, device, saved)
         elif saved != self._saved:
             self._begin_at(saved, recorded)
         return rows, recorded, self.settings.history, per_tensor
 
-    def _begin(self, columns: int, device: torch.device, saved: Any) -> tuple[Tensor, Tensor]:
-        steps = int(saved)
+    def _begin(
+        self, groups: Groups, columns: int, device: torch.device, saved: Any
+    ) -> tuple[Tensor, Tensor]:
+        steps = saved
         if self._rows is not None and self._recorded is not None:
+            self.close()
             self._replaced.append((self._rows, self._recorded))
             if saved == self._saved:
                 steps = int(self._recorded)
+        self._names = parameter_names(groups)
         self._rows = torch.zeros(self.settings.history, columns, dtype=torch.float64, device=device)
         self._recorded = torch.zeros(1, dtype=torch.int64, device=device)
         self._begin_at(steps, self._recorded)
         self._saved = saved
         return self._rows, self._recorded
 
-    def _begin_at(self, steps: int, recorded: Tensor) -> None:
+    def _begin_at(self, steps: Any, recorded: Tensor) -> None:
+        self.close()
         recorded.fill_(int(steps))
         self._first = self._next = self._saved = int(steps)
-        self._snapshot = self._last = None
-        self._unseen = self._skipped_in_a_row = 0
+        self._snapshots, self._arrived = {}, {}
+        self._skipped_in_a_row = 0
 
     def after_step(self, groups: Groups, skipped: bool | None) -> None:
         """Tells the writers where it is time to; ``skipped``: None where only the device knows.
@@ -143,26 +175,37 @@ class Recorder:
 
     # -- reading --------------------------------------------------------------------------------
 
-    def read(self, groups: Groups, wait: bool) -> History:
-        """What is in the ring; without waiting, on a CUDA device, what was there at the last look that has arrived."""
-        self._names = parameter_names(groups) if groups else self._names
+    def read(self, groups: Groups, wait: bool, unseen: bool = False) -> History:
+        """What is in the ring; without waiting, on a CUDA device, what was there at the last look that has arrived.
+
+        Args:
+            groups: for names, if there are any.
+            wait: whether to wait for a device.
+            unseen: whether only what no writer has seen is asked for.
+        """
         rows, recorded = self._rows, self._recorded
+        names = parameter_names(groups)
+        # Parameters that were added since have no columns yet.
+        if rows is None or rows.shape[1] in (TOTALS, TOTALS + 2 * len(names)):
+            self._names = names or self._names
+        first = self._next if unseen else self._first
         if rows is None or recorded is None:
-            return History(0, np.zeros((0, TOTALS)), self._names)
+            return History(first, np.zeros((0, TOTALS)), self._names)
         if not is_asynchronous(rows.device):
-            return _history(self._first, recorded, rows, self._names)
-        if wait or self._snapshot is None:
-            self._snapshot = _Snapshot(self._first, recorded, rows)
-        if wait or self._snapshot.is_there():
-            self._last, self._snapshot = self._snapshot.history(self._names), None
-        if self._last is None:
-            return History(self._first, np.zeros((0, rows.shape[1])), self._names)
-        return self._last
+            return _history(first, recorded, rows, self._names)
+        # What was not there at the last look of the writers comes with the next one.
+        newest = 2 * self.settings.interval if unseen and not wait else len(rows)
+        if wait or newest not in self._snapshots:
+            self._snapshots[newest] = _Snapshot(self._first, recorded, rows, newest)
+        if wait or self._snapshots[newest].is_there():
+            self._arrived[newest] = self._snapshots.pop(newest).history(self._names)
+        nothing = History(first, np.zeros((0, rows.shape[1])), self._names)
+        return self._arrived.get(newest, nothing).since(first)
 
     def hand_over(self, groups: Groups, wait: bool, counts_skips: bool = False) -> None:
         """Gives the writers what they have not seen; what one raises is a warning."""
         self._unseen = 0
-        new = self.read(groups, wait).since(self._next)
+        new = self.read(groups, wait, unseen=True)
         if not len(new):
             return
         self._next = int(new.step[-1]) + 1
@@ -206,6 +249,7 @@ class Recorder:
         """At the end of the optimizer or the process: hands over what is left."""
         if self._writers and self._unseen:
             self.hand_over([], wait=True)
+        self._unseen = 0
 
 
 def _is_capturing(rows: Tensor | None) -> bool:
