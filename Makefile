@@ -80,7 +80,7 @@ $(EMULATED): $(INSTALLED) $(shell find tests/emulated -name __pycache__ -prune -
 
 # For the tests of timm alone. Beside the environment: where the default torchvision, which is built for CUDA, does not
 # go with the torch that is there, whatever finds it fails.
-$(VISION)/.installed: $(INSTALLED)
+$(VISION)/.installed: $(ENVIRONMENT) constraints.txt
 	rm -rf $(VISION)
 	$(BIN)/python -m pip install --no-deps --target $(VISION) -c constraints.txt timm torchvision
 	touch $@

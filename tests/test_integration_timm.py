@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,44 +15,17 @@ from torch.nn import functional
 import steadygrad as sg
 from digit_training import ROUNDED, batches, loss_of, network
 from snapshots import assert_same_tree
+from vision_libraries import vision
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-# Beside the environment, not in it: other libraries look for torchvision, and the registry's is built for CUDA.
-BESIDE = Path(sys.prefix) / "vision"
 EPOCHS, UPDATES = 4, 8
-
-
-def _forget(*packages: str) -> None:
-    for name in list(sys.modules):
-        if name.partition(".")[0] in packages:
-            del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
 def timm() -> Iterator[Any]:
     """timm with all that a training script imports of it, for the time of this file."""
-    with pytest.MonkeyPatch.context() as patch:
-        if BESIDE.is_dir():
-            patch.syspath_prepend(str(BESIDE))
-        if importlib.util.find_spec("timm") is None:
-            pytest.skip("timm is not installed")
-        operators = None
-        try:
-            importlib.import_module("torchvision")
-        except RuntimeError:
-            # Its compiled part wants CUDA. Its Python, which is all that timm uses, wants these two names to exist.
-            _forget("torchvision")
-            operators = torch.library.Library("torchvision", "DEF")
-            for name in ("nms", "qnms"):
-                operators.define(
-                    f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-                )
-        found = importlib.import_module("timm")
-        for part in ("models", "optim", "scheduler", "utils"):
-            importlib.import_module(f"timm.{part}")
-        yield found
-        _forget("timm", "torchvision")
-        del operators
+    with vision("timm", "timm.models", "timm.optim", "timm.scheduler", "timm.utils") as found:
+        yield found[0]
 
 
 def plan(timm: Any, optimizer: Any, name: str = "cosine") -> Any:

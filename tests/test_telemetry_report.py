@@ -99,6 +99,12 @@ def test_what_counts_as_an_explosion() -> None:
     assert [step for step, name in found if name == "c"] == list(range(110, 115))
 
 
+def test_a_step_of_almost_no_gradient_makes_no_others_explode() -> None:
+    norms = [1.0] * 30
+    norms[10] = 1e-30
+    assert Report(rows([[norm] for norm in norms])).explosions == []
+
+
 def test_usual_norms_are_a_geometric_moving_average() -> None:
     norms = np.exp(np.random.default_rng(0).normal(0, 1, (40, 2)))
     norms[7, 0], norms[9, 1] = np.nan, 0.0
@@ -115,7 +121,7 @@ def test_usual_norms_are_a_geometric_moving_average() -> None:
                 continue
             fed = math.log(value)
             if known >= 5:
-                fed = min(fed, average + math.log(10))
+                fed = min(max(fed, average - math.log(10)), average + math.log(10))
             average += max(0.1, 1 / (known + 1)) * (fed - average)
             known += 1
 

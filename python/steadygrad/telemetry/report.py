@@ -54,7 +54,8 @@ class Report:
 
     A gradient has *exploded* where it has non-finite elements, or a norm of more than ten times the geometric moving
     average (decay 0.9) of its own norms before, once there are five of them. What enters the average is at most ten
-    times the average, so that a lasting rise becomes the usual.
+    times the average and at least a tenth of it, so that a lasting change becomes the usual, and one step without a
+    gradient to speak of does not make those after it look large.
 
     Attributes:
         history: the steps.
@@ -157,7 +158,8 @@ def usual_norms(norms: Floats) -> Floats:
         usual[i, before] = np.exp(logarithm[before])
         enters = np.isfinite(row) & (row > 0)
         fed = np.log(row, where=enters, out=logarithm.copy())
-        fed = np.where(before, np.minimum(fed, logarithm + math.log(EXPLODED_TIMES)), fed)
+        far = math.log(EXPLODED_TIMES)
+        fed = np.where(before, np.clip(fed, logarithm - far, logarithm + far), fed)
         # A mean of what there is, until there is enough for a moving one.
         weight = np.maximum(1 - _DECAY, 1 / (known + 1))
         logarithm = np.where(enters, logarithm + weight * (fed - logarithm), logarithm)
