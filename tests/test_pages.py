@@ -321,6 +321,13 @@ def test_command_text() -> None:
     assert command_text([]) == "not recorded"
 
 
+def test_pages_import_nothing_else_of_the_package() -> None:
+    import steadygrad.pages
+
+    for path in Path(steadygrad.pages.__file__).parent.glob("*.py"):
+        assert not re.search(r"^\s*(from|import) (steadygrad|\.\.)", path.read_text(), re.MULTILINE)
+
+
 # --- colours ---
 
 

@@ -153,7 +153,10 @@ class Table:
         parts.append(element("thead", *rows))
         parts.append(element("tbody", *map(self._row, self.rows)))
         table = element("table", *parts, class_=self.style or None)
-        frame = element("div", table, class_="scroll", tabindex="0")
+        # What scrolls has to be reached without a mouse, and then needs a role and a name.
+        frame = element(
+            "div", table, class_="scroll", tabindex="0", role="region", aria_label="table"
+        )
         if not self.legend:
             return frame
         keys = (element("span", text, class_=f"sample {style}") for style, text in self.legend)
