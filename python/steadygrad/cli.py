@@ -102,7 +102,7 @@ def _contradiction(args: argparse.Namespace) -> str:
 
 def _prepare_out(args: argparse.Namespace) -> str:
     """Make the folder that results go to; return what is wrong with it, before minutes of work."""
-    if args.command == "doctor" or args.out is None:
+    if args.command == "doctor" or args.out is None or getattr(args, "list", False):
         return ""
     folder = args.out if args.command == "study" else args.out.parent
     try:

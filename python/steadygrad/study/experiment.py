@@ -33,6 +33,8 @@ class Problem:
         steps: length of a run, in optimizer steps.
         batch_size: examples per step.
         momentum: of SGD.
+        evaluations: how often the metric is looked at in a run of full length.
+        until_target: whether a run ends once the metric has reached the task's target.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Problem:
     steps: int
     batch_size: int
     momentum: float = 0.0
+    evaluations: int = 12
+    until_target: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import time
 from typing import Any
 
 from .encoding import decode_run, encode
@@ -28,12 +29,18 @@ class Journal:
     Args:
         path: the file; made by :meth:`open`.
         plan: what decides the numbers: a study goes on only where this is the same.
+
+    Attributes:
+        runs: the finished ones, by experiment and key.
+        sessions: seconds from the start of each session to its last finished run.
+        started: when the first session began.
     """
 
     def __init__(self, path: pathlib.Path, plan: dict[str, Any]) -> None:
         self.path = path
         self._plan = encode(plan)
         self.sessions: list[float] = []
+        self._began = 0.0
         self.started: str | None = None
         self.runs: dict[tuple[str, RunKey], Run] = {}
 
@@ -60,16 +67,16 @@ class Journal:
         if not lines:
             self.started = started
             self._append({"plan": self._plan, "started": started})
+        self._append({"session": started})
+        self.sessions.append(0.0)
+        self._began = time.perf_counter()
 
     def add(self, experiment: str, run: Run) -> None:
         """Write a finished run; it is on disk when this returns."""
-        self._append({"experiment": experiment, "run": encode(run)})
+        seconds = time.perf_counter() - self._began
+        self._append({"experiment": experiment, "run": encode(run), "session_s": seconds})
         self.runs[experiment, run.key] = run
-
-    def end_session(self, seconds: float) -> None:
-        """Write how long a session took."""
-        self._append({"session_s": seconds})
-        self.sessions.append(seconds)
+        self.sessions[-1] = seconds
 
     def remove(self) -> None:
         """Remove the file, once everything is written elsewhere."""
@@ -83,9 +90,10 @@ class Journal:
                 if "run" in entry:
                     run = decode_run(entry["run"])
                     self.runs[entry["experiment"], run.key] = run
+                    self.sessions[-1] = entry["session_s"]
                 else:
-                    self.sessions.append(float(entry["session_s"]))
-        except (ValueError, KeyError, TypeError) as error:
+                    self.sessions.append(0.0)
+        except (ValueError, KeyError, TypeError, IndexError) as error:
             raise JournalError(
                 f"{self.path} is not the journal of a study ({error}); name another --out, or add "
                 "--restart to replace it"

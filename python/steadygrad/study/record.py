@@ -36,7 +36,7 @@ DEFINITIONS = {
     "clip rate": "share of the steps at which the clip changed the gradient",
     "gradient norm": "of all parameters together, before the clip, with penalties that are part of "
     "the step",
-    "steps to target": "the first of about twelve evaluations in a run that finds the metric at its "
+    "steps to target": "the first of about a dozen evaluations in a run that finds the metric at its "
     "target",
     "time": "median over the steps of a run, of forward, backward and optimizer step, with several "
     "runs side by side",

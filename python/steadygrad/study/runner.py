@@ -144,7 +144,6 @@ def _carry_out(
 ) -> int:
     if journal.runs:
         console.print(f"Going on after {len(journal.runs)} finished runs.", style="bold")
-    began = time.perf_counter()
     plan = _plan(experiments)
     status = "complete"
     try:
@@ -153,7 +152,6 @@ def _carry_out(
             status = "time limit"
     except KeyboardInterrupt:
         status = "interrupted"
-    journal.end_session(time.perf_counter() - began)
     document = _document(selection, experiments, tasks, settings, journal, status)
     files = _write(document, settings.out)
     if journal.runs:

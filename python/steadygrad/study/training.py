@@ -25,7 +25,6 @@ from .models import ActivationTerm
 from .tasks import Batch, Task
 
 _CURVE_POINTS = 64
-_EVALUATIONS = 12
 _DIGITS = 5
 
 
@@ -173,7 +172,7 @@ class _Training:
 
     def run(self, on_step: OnStep | None) -> Run:
         start_loss = self._evaluating(self.task.training_loss)
-        every = max(1, self.problem.steps // _EVALUATIONS)
+        every = max(1, self.problem.steps // self.problem.evaluations)
         while (step := len(self.losses)) < self.problem.steps:
             if step and step % every == 0 and self._look(step):
                 break
@@ -238,6 +237,9 @@ class _Training:
         self.evaluated.append((step, math.nan if metric is None else metric))
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(statistics.fmean(self.losses[-step // len(self.evaluated) :]))
+        target = self.task.metric.target
+        if self.problem.until_target and self.task.metric.reached(metric, target):
+            return True
         if self.validation is None:
             return False
         loss = self._evaluating(self.validation.training_loss)
@@ -261,7 +263,8 @@ class _Training:
             self.model.load_state_dict(self.best[2])
         final_loss = self._evaluating(self.task.training_loss)
         metric = self._evaluating(self.task.measure)
-        self.evaluated.append((len(self.losses), math.nan if metric is None else metric))
+        if not self.evaluated or self.evaluated[-1][0] < len(self.losses):
+            self.evaluated.append((len(self.losses), math.nan if metric is None else metric))
         survived = math.isfinite(final_loss) and not final_loss >= start_loss
         bound = self.task.metric
         explosion = first_explosion(
