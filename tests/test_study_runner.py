@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import dataclasses
 from study_runs import tiny
-problem = dataclasses.replace(tiny().problems[0], steps=400)
+problem = dataclasses.replace(tiny().problems[0], steps=200)
 EXPERIMENT = tiny(problems=(problem,))
 """
 
@@ -181,7 +182,7 @@ def test_a_process_that_dies_is_named(own_file: Path, console: Console, tmp_path
     settings = Settings(tmp_path / "out", jobs=2)
     assert study.run_study(Selection((str(own_file),)), settings, console) == 1
     text = " ".join(printed(console).split())
-    assert "tiny, blobs, none, learning rate 0.001, seed 0: its process ended with exit" in text
+    assert re.search(r"tiny, blobs, .*, seed 0: its process ended with exit code 7;", text), text
 
 
 def test_a_run_that_raises_is_named(own_file: Path, console: Console, tmp_path: Path) -> None:
@@ -222,7 +223,6 @@ def test_what_is_not_there_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(runner, "_carry_out", pytest.fail)
-    monkeypatch.setattr("steadygrad.study.data_files.datasets_in", lambda _: {}, raising=False)
     assert main(["study", *argv, "--out", str(tmp_path / "out")]) == 1
     assert message in " ".join(capsys.readouterr().out.split())
 

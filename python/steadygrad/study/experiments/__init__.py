@@ -30,17 +30,18 @@ def on_data(experiments: Sequence[Experiment], folder: pathlib.Path) -> list[Exp
         DataFileError: the folder holds neither.
         ValueError: an experiment is not about images.
     """
-    from ..data_files import datasets_in
-
-    loaders = datasets_in(folder)
     images = (DIGITS.name, MNIST.name, MLP_DEPTH.name)
-    changed = []
     for experiment in experiments:
         if experiment.name not in images:
             raise ValueError(
                 f"study: --data: expected experiments on images ({', '.join(images)}), "
                 f"got {experiment.name}"
             )
+    from ..data_files import datasets_in
+
+    loaders = datasets_in(folder)
+    changed = []
+    for experiment in experiments:
         problems = tuple(
             dataclasses.replace(problem, name=f"{problem.name}, {name}", task=_task(load))
             for name, load in loaders.items()
