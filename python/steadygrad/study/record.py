@@ -150,7 +150,7 @@ def document(study: Study) -> dict[str, Any]:
         "started": study.started,
         "wall_s": study.wall_s,
         "sessions": study.sessions,
-        "command_line": list(sys.orig_argv),
+        "command_line": [_without_folder(word) for word in sys.orig_argv],
         "machine": {
             "system": platform.platform(),
             "processor": _processor(),
@@ -162,6 +162,11 @@ def document(study: Study) -> dict[str, Any]:
         "definitions": DEFINITIONS,
         "experiments": list(study.experiments),
     }
+
+
+def _without_folder(word: str) -> str:
+    """An absolute path says nothing to others."""
+    return pathlib.Path(word).name if pathlib.Path(word).is_absolute() else word
 
 
 def write(document: Mapping[str, Any], path: pathlib.Path) -> None:

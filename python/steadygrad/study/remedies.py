@@ -96,7 +96,7 @@ BACKOFF = Arm(
     schedule=backoff,
 )
 ACCUMULATE = Arm("accumulate 4", "accumulation", "4 micro-batches a step", accumulate=4)
-RAW = Arm("raw pixels", "data", "0 to 255, not normalised", task=raw_pixels)
+RAW = Arm("raw pixels", "raw data", "0 to 255, not normalised", task=raw_pixels)
 AUGMENT = Arm("shifted images", "data", "by up to 2 pixels", task=shifted_images)
 EARLY = Arm("early stopping", "early stopping", "3 looks without progress", early_stopping=3)
 CLIP_L2 = Arm("clip 1 + L2", "combination", "both", max_norm=1.0, l2=1e-2)
