@@ -318,10 +318,10 @@ def test_the_default_study_has_five_seeds_and_the_full_one_ten() -> None:
 
 
 def test_the_example_is_short_and_runs(tmp_path: Path, console: Console) -> None:
-    path = Path(__file__).parent.parent / "examples" / "own_experiment.py"
+    path = Path(__file__).parent.parent / "examples" / "study" / "spirals.py"
     text = path.read_text()
     assert len(text.splitlines()) < 40
-    assert text in (path.parent.parent / "docs" / "experiments.md").read_text()
+    assert text in (path.parents[2] / "docs" / "experiments.md").read_text()
     selection = Selection((str(path),), seeds=1)
     assert study.run_study(selection, Settings(tmp_path, jobs=1), console) == 0
     assert stored(tmp_path)["mode"] == "file"

@@ -24,8 +24,6 @@ from .training import Run
 
 SCHEMA = 2
 _PACKAGES = ("steadygrad", "torch", "numpy", "mlxtend")
-# Curves of all seeds would make the file large, and a plot unreadable.
-_SEEDS_WITH_CURVES = 3
 
 DEFINITIONS = {
     "survived": "the final training loss is finite and below the loss at the start",
@@ -75,7 +73,7 @@ class Study:
 
 
 def describe(
-    experiment: Experiment, tasks: Mapping[str, Task], runs: Sequence[Run]
+    experiment: Experiment, tasks: Mapping[str, Task], runs: Sequence[Run], curves: int = 3
 ) -> dict[str, Any]:
     """Return an experiment and all that follows from its runs, as JSON values.
 
@@ -83,6 +81,7 @@ def describe(
         experiment: the declaration.
         tasks: the task of each problem, by its name.
         runs: in any order.
+        curves: how many seeds keep theirs: those of all would make the file large.
     """
     order = {key: place for place, key in enumerate(experiment.plan())}
     runs = sorted(runs, key=lambda run: order[run.key])
@@ -94,7 +93,7 @@ def describe(
         stored["data"] = task.name
         stored["metric"] = dataclasses.asdict(task.metric)
         stored["parameters"] = _parameter_count(problem, task)
-    seeds = experiment.seeds[:_SEEDS_WITH_CURVES]
+    seeds = experiment.seeds[:curves]
     value: dict[str, Any] = encode(
         {
             **described,

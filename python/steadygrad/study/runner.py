@@ -266,6 +266,7 @@ def _document(
                     experiment,
                     tasks[experiment.name],
                     [run for (name, _), run in journal.runs.items() if name == experiment.name],
+                    curves=3 if len(experiments) == 1 else 1,
                 )
                 for experiment in experiments
             ),

@@ -1,4 +1,4 @@
-"""An experiment of one's own; run it with python -m steadygrad study examples/own_experiment.py."""
+"""An experiment of one's own; run it with python -m steadygrad study examples/study/spirals.py."""
 
 import math
 
