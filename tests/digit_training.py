@@ -28,9 +28,7 @@ def one_thread() -> Iterator[None]:
 @cache
 def digits() -> tuple[Tensor, Tensor]:
     """Pixels in [0, 1], float32 ``(1797, 64)``, and labels, int64."""
-    from sklearn.datasets import load_digits  # a second, which tests without digits need not wait
-
-    found = load_digits()
+    found = pytest.importorskip("sklearn.datasets").load_digits()
     return torch.tensor(found.data, dtype=torch.float32) / 16, torch.tensor(found.target)
 
 
