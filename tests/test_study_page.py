@@ -200,6 +200,12 @@ def test_an_experiment_without_curves(study: dict[str, Any]) -> None:
     assert "Loss and gradient norm" not in text.partition("All numbers")[0]
 
 
+def test_an_experiment_that_says_nothing_of_itself(study: dict[str, Any]) -> None:
+    study["experiments"][0] |= {"about": "", "findings": []}
+    page = page_of(study)
+    assert all(text_of(e) for name in ("p", "ul") for e in page.iter(name))
+
+
 def test_a_single_seed_has_no_intervals() -> None:
     experiment = an_experiment("digits", ARMS, mixed, seeds=(1,))
     svg = drawings(page_of(a_study(experiment)))[0]
