@@ -97,7 +97,7 @@ def report_document(documents: Sequence[Json]) -> Document:
     return Document(
         title="What keeps training steady: remedies compared",
         lead=f"{_count(len(experiments), 'experiment')}, {_count(runs, 'run')}, "
-        f"{minutes:,.0f} minutes of training, "
+        f"{_count(round(minutes), 'minute')} of training, "
         f"{documents[0]['started'][:10]}.",
         summary=summary,
         sections=[*sections, _definitions(documents)],
@@ -132,6 +132,8 @@ def _warnings(documents: Sequence[Json]) -> list[str]:
 
 def _overview(experiments: Sequence[Json]) -> list[Block]:
     """A row for each remedy, a column for each experiment, over the hard settings."""
+    if not any(outcome.hard_settings(experiment) for experiment in experiments):
+        return [Paragraph("No setting was hard."), Paragraph(outcome.MEANING, quiet=True)]
     rows: list[Sequence[str | Cell]] = [
         ("none", *(_overview_cell(e, outcome.baseline(e)) for e in experiments))
     ]
