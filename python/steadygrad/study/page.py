@@ -6,7 +6,6 @@ and number is computed from them.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from steadygrad.pages import (
     Section,
     Table,
     command_text,
+    read_record,
     write_text,
 )
 
@@ -45,19 +45,9 @@ def read_documents(paths: Sequence[Path]) -> list[dict[str, Any]]:
     Raises:
         ValueError: a file cannot be read, or is no record of this schema; the message names it.
     """
-    documents = []
-    for path in paths:
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-        except ValueError as error:
-            raise ValueError(f"{path}: expected JSON, got: {error}") from error
-        schema = document.get("schema") if isinstance(document, dict) else None
-        if schema != SCHEMA or "experiments" not in document:
-            raise ValueError(f"{path}: expected a study of schema {SCHEMA}, got {schema!r}")
-        documents.append(document)
-    return documents
+    return [
+        read_record(path, f"a study of schema {SCHEMA}", (SCHEMA,), "experiments") for path in paths
+    ]
 
 
 def write_page(documents: Sequence[Json], path: Path) -> None:
