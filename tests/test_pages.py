@@ -207,8 +207,7 @@ def test_lines_are_lifted_at_what_is_no_number_and_follow_the_edge_beyond() -> N
 
 TABLE = Table(
     ("remedy", "a", "b"),
-    [("group",), ("clip | 1", Cell("5/5", "learned 5", "heat4", strong=True), "2")],
-    caption="what it shows",
+    [("clip | 1", Cell("5/5", "learned 5", "heat4", strong=True), "2")],
     legend=[("heat4", "all")],
     above=[Cell(""), Cell("both", span=2)],
     below=("remedy", "1", "2"),
@@ -239,7 +238,7 @@ def test_document_as_html(document: Document) -> None:
         *("First", "Second", "Drawings alone", "How this was measured")
     ]
     assert tables(page) == [
-        [["", "both"], ["remedy", "1", "2"], ["group"], ["clip | 1", "5/5 learned 5", "2"]]
+        [["", "both"], ["remedy", "1", "2"], ["clip | 1", "5/5 learned 5", "2"]]
     ]
     assert len(drawings(page)) == 2
     assert [text_of(e) for e in page.iter("h3")] == ["inner"]
@@ -255,7 +254,6 @@ def test_document_as_markdown(document: Document) -> None:
     assert f"- **lead:** {escaped}\n- no lead" in text
     table = r"""| remedy | a | b |
 | --- | ---: | ---: |
-| **group** |  |  |
 | clip \| 1 | **5/5** (learned 5) | 2 |"""
     assert f"## First\n\n{table}\n\n## Second\n\n### inner\n\nquiet\n\n## How" in text
     assert "Drawings alone" not in text and "<svg" not in text

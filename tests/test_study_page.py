@@ -200,6 +200,19 @@ def test_an_experiment_without_curves(study: dict[str, Any]) -> None:
     assert "Loss and gradient norm" not in text.partition("All numbers")[0]
 
 
+def test_an_experiment_that_says_nothing_of_itself(study: dict[str, Any]) -> None:
+    study["experiments"][0] |= {"about": "", "findings": []}
+    page = page_of(study)
+    assert all(text_of(e) for name in ("p", "ul") for e in page.iter(name))
+
+
+def test_where_no_setting_was_hard_there_is_no_map_of_them() -> None:
+    page = page_of(a_study(an_experiment("easy", ARMS[:2], lambda *_: ("learned", 0.9)), wall_s=61))
+    (section,) = [e for e in page.iter("section") if text_of(e[0]) == "Remedies and experiments"]
+    assert not tables(section) and "No setting was hard." in text_of(section)
+    assert "1 experiment, 20 runs, 1 minute of training" in text_of(page)
+
+
 def test_a_single_seed_has_no_intervals() -> None:
     experiment = an_experiment("digits", ARMS, mixed, seeds=(1,))
     svg = drawings(page_of(a_study(experiment)))[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from steadygrad.pages import (
     Section,
     bar_chart,
     command_text,
+    read_record,
     write_text,
 )
 
@@ -45,18 +45,8 @@ def read_result(path: Path) -> Result:
     Raises:
         ValueError: the file cannot be read, or is no result of the benchmark.
     """
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got: {error}") from error
-    schema = result.get("schema") if isinstance(result, dict) else None
-    if schema not in range(1, SCHEMA + 1) or "cases" not in result:
-        raise ValueError(
-            f"{path}: expected a result of the benchmark with schema 1 to {SCHEMA}, got {schema!r}"
-        )
-    return dict(result)
+    kind = f"a result of the benchmark with schema 1 to {SCHEMA}"
+    return read_record(path, kind, range(1, SCHEMA + 1), "cases")
 
 
 def write_page(result: Result, path: Path) -> None:

@@ -13,6 +13,7 @@ from .document import Document, command_text, write_text
 from .drawing import number
 from .line_chart import Line, Plot, line_chart, swatch
 from .markup import Markup
+from .record_file import read_record
 from .scale import Scale
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "command_text",
     "line_chart",
     "number",
+    "read_record",
     "swatch",
     "write_text",
 ]

@@ -118,10 +118,9 @@ class Table:
 
     Attributes:
         headings: one for each column.
-        rows: cells; a row of one cell is a heading among the rows.
+        rows: cells.
         columns: a letter for each, ``t`` for text, which starts at the left, and ``n`` for numbers;
             empty for one of text and the rest numbers.
-        caption: above the table; not in Markdown.
         above: headings above the headings, each over ``span`` columns; not in Markdown.
         below: what the headings are below those; ``headings`` themselves where it is empty.
         legend: what styles of cells mean, style and text, above the table; not in Markdown.
@@ -131,7 +130,6 @@ class Table:
     headings: Sequence[str]
     rows: Sequence[Sequence[str | Cell]]
     columns: str = ""
-    caption: str = ""
     above: Sequence[Cell] = ()
     below: Sequence[str] = ()
     legend: Sequence[tuple[str, str]] = ()
@@ -139,7 +137,6 @@ class Table:
 
     def html(self) -> Markup:
         """Write it as HTML: in a frame that scrolls sideways where it is too wide."""
-        parts = [element("caption", self.caption)] if self.caption else []
         head = [
             self._heading(text, index) for index, text in enumerate(self.below or self.headings)
         ]
@@ -150,9 +147,12 @@ class Table:
                 for c in self.above
             )
             rows.insert(0, element("tr", *cells))
-        parts.append(element("thead", *rows))
-        parts.append(element("tbody", *map(self._row, self.rows)))
-        table = element("table", *parts, class_=self.style or None)
+        body = (
+            element("tr", *(self._cell(cell, index) for index, cell in enumerate(row)))
+            for row in self.rows
+        )
+        inner = (element("thead", *rows), element("tbody", *body))
+        table = element("table", *inner, class_=self.style or None)
         # What scrolls has to be reached without a mouse, and then needs a role and a name.
         frame = element(
             "div", table, class_="scroll", tabindex="0", role="region", aria_label="table"
@@ -166,11 +166,7 @@ class Table:
         """Write it as Markdown."""
         rules = ["---:" if self._is_number(index) else "---" for index in range(len(self.headings))]
         lines = [[escaped(text) for text in self.headings], rules]
-        for row in self.rows:
-            cells = [_markdown_cell(cell) for cell in row]
-            if len(cells) == 1:
-                cells = [f"**{cells[0]}**"]
-            lines.append(cells + [""] * (len(self.headings) - len(cells)))
+        lines += [[_markdown_cell(cell) for cell in row] for row in self.rows]
         return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
     def _is_number(self, index: int) -> bool:
@@ -178,14 +174,6 @@ class Table:
 
     def _heading(self, text: str, index: int) -> Markup:
         return element("th", text, scope="col", class_="number" if self._is_number(index) else None)
-
-    def _row(self, row: Sequence[str | Cell]) -> Markup:
-        if len(row) == 1:
-            (cell,) = row
-            text = cell.text if isinstance(cell, Cell) else cell
-            heading = element("th", text, colspan=len(self.headings), scope="rowgroup")
-            return element("tr", heading, class_="group")
-        return element("tr", *(self._cell(cell, index) for index, cell in enumerate(row)))
 
     def _cell(self, cell: str | Cell, index: int) -> Markup:
         if isinstance(cell, str):

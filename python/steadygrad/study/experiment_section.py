@@ -22,9 +22,10 @@ _NOTHING = "-"
 
 def section(experiment: Json) -> Section:
     """Lay an experiment out: what it is, what was found, its maps, charts and tables."""
-    blocks: list[Block] = [
-        Paragraph(experiment["about"]),
-        Bullets([("", finding) for finding in experiment["findings"]]),
+    blocks: list[Block] = [Paragraph(experiment["about"])] if experiment["about"] else []
+    if experiment["findings"]:
+        blocks.append(Bullets([("", finding) for finding in experiment["findings"]]))
+    blocks += [
         Facts([(problem["title"], _describe(problem)) for problem in experiment["problems"]]),
         Section("Survived and learned", [Paragraph(_MAP), survival_map(experiment)]),
         Section("On held-out data", [metric_charts(experiment)]),

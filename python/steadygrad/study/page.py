@@ -6,7 +6,6 @@ and number is computed from them.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from steadygrad.pages import (
     Section,
     Table,
     command_text,
+    read_record,
     write_text,
 )
 
@@ -45,19 +45,9 @@ def read_documents(paths: Sequence[Path]) -> list[dict[str, Any]]:
     Raises:
         ValueError: a file cannot be read, or is no record of this schema; the message names it.
     """
-    documents = []
-    for path in paths:
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-        except ValueError as error:
-            raise ValueError(f"{path}: expected JSON, got: {error}") from error
-        schema = document.get("schema") if isinstance(document, dict) else None
-        if schema != SCHEMA or "experiments" not in document:
-            raise ValueError(f"{path}: expected a study of schema {SCHEMA}, got {schema!r}")
-        documents.append(document)
-    return documents
+    return [
+        read_record(path, f"a study of schema {SCHEMA}", (SCHEMA,), "experiments") for path in paths
+    ]
 
 
 def write_page(documents: Sequence[Json], path: Path) -> None:
@@ -97,7 +87,7 @@ def report_document(documents: Sequence[Json]) -> Document:
     return Document(
         title="What keeps training steady: remedies compared",
         lead=f"{_count(len(experiments), 'experiment')}, {_count(runs, 'run')}, "
-        f"{minutes:,.0f} minutes of training, "
+        f"{_count(round(minutes), 'minute')} of training, "
         f"{documents[0]['started'][:10]}.",
         summary=summary,
         sections=[*sections, _definitions(documents)],
@@ -132,6 +122,8 @@ def _warnings(documents: Sequence[Json]) -> list[str]:
 
 def _overview(experiments: Sequence[Json]) -> list[Block]:
     """A row for each remedy, a column for each experiment, over the hard settings."""
+    if not any(outcome.hard_settings(experiment) for experiment in experiments):
+        return [Paragraph("No setting was hard."), Paragraph(outcome.MEANING, quiet=True)]
     rows: list[Sequence[str | Cell]] = [
         ("none", *(_overview_cell(e, outcome.baseline(e)) for e in experiments))
     ]
