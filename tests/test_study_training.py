@@ -168,23 +168,24 @@ def test_a_saturating_network_explodes_without_nan() -> None:
 
 
 @pytest.mark.parametrize(
-    ("losses", "norms", "survived", "step"),
+    ("losses", "norms", "final_loss", "step"),
     [
-        ([1.0] * 20, [1.0] * 20, True, None),
-        ([1.0] * 19 + [math.nan], [1.0] * 20, False, 20),
-        ([1.0] * 20, [1.0] * 9 + [math.inf] + [1.0] * 10, True, 10),
-        ([1.0] * 20, [1.0] * 9 + [101.0] + [1.0] * 10, True, 10),
-        ([1.0] * 20, [1.0] * 9 + [99.0] + [1.0] * 10, True, None),
-        ([1.0] * 12 + [9.0] * 8, [1.0] * 20, False, 13),
-        ([1.0] * 20, [1.0] * 9 + [40.0] + [1.0] * 10, False, 10),  # saturated at its start
-        ([1.0] * 20, [200.0, *[1.0] * 19], True, None),  # the first step has no typical norm
+        ([1.0] * 20, [1.0] * 20, 1.0, None),
+        ([1.0] * 19 + [math.nan], [1.0] * 20, math.nan, 20),
+        ([1.0] * 20, [1.0] * 9 + [math.inf] + [1.0] * 10, 1.0, 10),
+        ([1.0] * 20, [1.0] * 9 + [101.0] + [1.0] * 10, 1.0, 10),
+        ([1.0] * 20, [1.0] * 9 + [99.0] + [1.0] * 10, 1.0, None),
+        ([1.0] * 12 + [9.0] * 8, [1.0] * 20, 9.0, 13),
+        ([1.0] * 20, [1.0] * 9 + [40.0] + [1.0] * 10, 3.0, 10),  # saturated
+        ([2.0] * 20, [1.0] * 20, 2.1, None),  # never learnt anything
+        ([1.0] * 20, [200.0, *[1.0] * 19], 1.0, None),  # the first step has no typical norm
     ],
 )
 def test_definition_of_an_explosion(
-    losses: list[float], norms: list[float], survived: bool, step: int | None
+    losses: list[float], norms: list[float], final_loss: float, step: int | None
 ) -> None:
     parameters = np.stack([np.ones(20), np.asarray(norms)], axis=1)
-    found = first_explosion(losses, norms, parameters, ["quiet", "loud"], 2.0, survived)
+    found = first_explosion(losses, norms, parameters, ["quiet", "loud"], 2.0, final_loss)
     assert (found and found.step) == step
     if found is not None and norms[found.step - 1] > 1.0:
         assert found.parameter == "loud"
@@ -194,10 +195,14 @@ def test_where_all_is_nan_the_step_before_tells_the_parameter() -> None:
     parameters = np.ones((10, 3))
     parameters[8, 1] = 50.0
     parameters[9] = math.nan
-    found = first_explosion([1.0] * 9 + [math.nan], [1.0] * 10, parameters, list("abc"), 2.0, False)
+    found = first_explosion(
+        [1.0] * 9 + [math.nan], [1.0] * 10, parameters, list("abc"), 2.0, math.nan
+    )
     assert found is not None and (found.step, found.parameter) == (10, "b")
     parameters[9, 0] = 1.0
-    found = first_explosion([1.0] * 9 + [math.nan], [1.0] * 10, parameters, list("abc"), 2.0, False)
+    found = first_explosion(
+        [1.0] * 9 + [math.nan], [1.0] * 10, parameters, list("abc"), 2.0, math.nan
+    )
     assert found is not None and found.parameter == "c"  # backward comes to the last one first
 
 

@@ -18,15 +18,17 @@ from numpy.typing import NDArray
 FACTOR = 100.0
 _WINDOW = 100
 _FEWEST = 5
-# How many times its start, or the best so far, a loss has to be to count as one.
+# How many times the one at the start a loss has to be to count as one: in a step, and in the end,
+# where a network that never learnt anything is a little above its start as often as below.
 _LOSS_FACTOR = 2.0
+_END_FACTOR = 1.1
 
 DEFINITION = (
     "at some step the batch loss or the gradient norm was not finite, or the gradient norm was more "
     f"than {FACTOR:g} times its median over the last {_WINDOW} steps (at least {_FEWEST}), or the "
-    f"batch loss was more than {_LOSS_FACTOR:g} times the loss at the start; or the run ended finite "
-    "with a loss no lower than at the start, and then its step is that of the largest norm. The "
-    "parameter is the one whose gradient had grown most, relative to its own median until then; "
+    f"batch loss was more than {_LOSS_FACTOR:g} times the loss at the start; or the run ended with a "
+    f"loss more than {_END_FACTOR:g} times that at the start, and then its step is that of the "
+    "largest norm. The parameter is the one whose gradient had grown most, relative to its own median until then; "
     "where all were not finite at once, a step earlier"
 )
 
@@ -50,7 +52,7 @@ def first_explosion(
     parameter_norms: NDArray[np.float64],
     names: Sequence[str],
     start_loss: float,
-    survived: bool,
+    final_loss: float,
 ) -> Explosion | None:
     """Find the first explosion of a run, None where there was none.
 
@@ -60,11 +62,11 @@ def first_explosion(
         parameter_norms: gradient norm of each parameter, ``(steps, parameters)``.
         names: of the parameters.
         start_loss: before the first step.
-        survived: whether the run ended with a finite loss below that.
+        final_loss: after the last step.
     """
     step = _first_step(np.asarray(losses), np.asarray(norms), start_loss)
     if step is None:
-        if survived or not len(norms):
+        if not final_loss > _END_FACTOR * start_loss:
             return None
         step = int(np.argmax(norms))
     return Explosion(step + 1, _parameter(parameter_norms[: step + 1], names))

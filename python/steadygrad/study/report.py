@@ -65,9 +65,9 @@ def print_report(document: Mapping[str, Any], console: Console) -> None:
     definitions = document["definitions"]
     for term in ("survived", "learned", "exploded"):
         console.print(f"{term}: {definitions[term]}.", style="dim", highlight=False)
+    several = sum(len(experiment["problems"]) for experiment in document["experiments"]) > 1
     for experiment in document["experiments"]:
         console.print()
-        several = len(experiment["problems"]) > 1
         for finding in experiment["findings"]:
             console.print(finding, markup=False)
         for entry in experiment["conclusions"]:

@@ -227,16 +227,19 @@ class _Training:
 
     def _gradient_norms(self) -> list[float]:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        # In float64: a norm beyond fp32's range is not an infinite gradient.
-        norms = torch._foreach_norm(gradients, 2, dtype=torch.float64)
-        return torch.stack(norms).tolist()
+        norms: list[float] = torch.stack(torch._foreach_norm(gradients, 2)).tolist()
+        if not all(map(math.isfinite, norms)):
+            # A norm beyond fp32's range is not an infinite gradient.
+            norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)).tolist()
+        return norms
 
     def _look(self, step: int) -> bool:
         """Measure on held-out data; say whether it is time to stop."""
         metric = self._evaluating(self.task.measure)
         self.evaluated.append((step, math.nan if metric is None else metric))
         if isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step(statistics.fmean(self.losses[-step // len(self.evaluated) :]))
+            since = self.evaluated[-2][0] if len(self.evaluated) > 1 else 0
+            self.scheduler.step(statistics.fmean(self.losses[since:]))
         target = self.task.metric.target
         if self.problem.until_target and self.task.metric.reached(metric, target):
             return True
@@ -273,7 +276,7 @@ class _Training:
             np.asarray(self.parameter_norms),
             self.names,
             start_loss,
-            survived,
+            final_loss,
         )
         broken = (
             step

@@ -7,6 +7,7 @@ the worker's pipe breaks and it ends.
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
@@ -146,6 +147,7 @@ def in_processes(
 
 def _work(pipe: Any, selection: Selection, threads: int) -> None:
     """Make the runs that come through the pipe, until it is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other process's to answer
     trainer: Trainer | None = None
 
     def send(*message: Any) -> None:
@@ -171,7 +173,7 @@ def _work(pipe: Any, selection: Selection, threads: int) -> None:
                 send("failed", traceback.format_exc(limit=-3))
             else:
                 send("run", run)
-    except (EOFError, OSError, _NobodyListensError, KeyboardInterrupt):
+    except (EOFError, OSError, _NobodyListensError):
         return
 
 
