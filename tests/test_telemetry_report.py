@@ -17,7 +17,7 @@ import steadygrad as sg
 from backends import Backend
 from documented_snippets import snippets
 from steadygrad.telemetry import History, Report
-from steadygrad.telemetry.history import TOTALS
+from steadygrad.telemetry.history import NORM, TOTALS
 from steadygrad.telemetry.report import usual_norms
 
 PLANTED = 37
@@ -84,16 +84,17 @@ def rows(norms: list[list[float]]) -> History:
     values = np.zeros((len(norms), TOTALS + 2 * len(norms[0])))
     values[:, TOTALS : TOTALS + len(norms[0])] = norms
     values[:, TOTALS + len(norms[0]) :] = ~np.isfinite(norms)
+    values[:, NORM] = np.linalg.norm(np.nan_to_num(norms), axis=1)
     return History(100, values, tuple("abcdefgh"[: len(norms[0])]))
 
 
 def test_what_counts_as_an_explosion() -> None:
     steady, spike, rise = [1.0] * 30, [1.0] * 30, [1.0] * 10 + [30.0] * 20
-    spike[20] = 11.0
+    spike[8] = 11.0
     nan_at_first = [math.nan, *[1.0] * 29]
     history = rows([list(row) for row in zip(steady, spike, rise, nan_at_first, strict=True)])
     found = [(e.step, e.name) for e in Report(history).explosions]
-    assert (100, "d") in found and (120, "b") in found
+    assert (100, "d") in found and (108, "b") in found
     assert {name for _, name in found} == {"b", "c", "d"}
     # A lasting rise becomes the usual.
     assert [step for step, name in found if name == "c"] == list(range(110, 115))
@@ -103,6 +104,13 @@ def test_a_step_of_almost_no_gradient_makes_no_others_explode() -> None:
     norms = [1.0] * 30
     norms[10] = 1e-30
     assert Report(rows([[norm] for norm in norms])).explosions == []
+
+
+def test_a_gradient_that_comes_back_has_not_exploded() -> None:
+    vanished = [1e-6] * 20 + [1e-3] * 20
+    assert Report(rows([[norm, 1.0] for norm in vanished])).explosions == []
+    back = [1e-6] * 20 + [2.0] * 20
+    assert Report(rows([[norm, 1.0] for norm in back])).explosions[0].name == "a"
 
 
 def test_usual_norms_are_a_geometric_moving_average() -> None:

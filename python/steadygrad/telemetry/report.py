@@ -52,10 +52,10 @@ class Explosion:
 class Report:
     """What happened in the recorded steps; ``print(opt.report())``.
 
-    A gradient has *exploded* where it has non-finite elements, or a norm of more than ten times the geometric moving
-    average (decay 0.9) of its own norms before, once there are five of them. What enters the average is at most ten
-    times the average and at least a tenth of it, so that a lasting change becomes the usual, and one step without a
-    gradient to speak of does not make those after it look large.
+    A gradient has *exploded* where it has non-finite elements, or where its norm is more than ten times the geometric
+    moving average (decay 0.9) of its own norms before, and more than that of the total norm: a step that it alone would
+    change. Nothing is known before five norms. What enters an average is within ten times of it, so that a lasting rise
+    becomes the usual and a single step changes it little.
 
     Attributes:
         history: the steps.
@@ -129,7 +129,11 @@ class Report:
         for explosion in self.explosions:
             by_step.setdefault(explosion.step, []).append(explosion)
         lines = []
-        for step, found in list(by_step.items())[:_SHOWN]:
+        # The first is where it began; of the others the furthest.
+        first, *others = by_step or [0]
+        others.sort(key=lambda step: -by_step[step][0].times)
+        for step in sorted([first, *others[: _SHOWN - 1]] if by_step else []):
+            found = by_step[step]
             more = f", and {len(found) - 1} more parameters" if len(found) > 1 else ""
             lines.append(f"exploded  step {step}: {found[0]}{more}")
         if len(by_step) > _SHOWN:
@@ -176,7 +180,9 @@ def explosions(history: History) -> list[Explosion]:
         names = (_ALL,)
     usual = usual_norms(norms)
     with np.errstate(invalid="ignore"):
-        places = np.argwhere((counts > 0) | (norms > EXPLODED_TIMES * usual))
+        # A layer whose gradient had vanished and comes back changes the step by little.
+        bar = np.fmax(EXPLODED_TIMES * usual, usual_norms(history.norm[:, None]))
+        places = np.argwhere((counts > 0) | (norms > bar))
     found = [
         Explosion(
             int(history.step[i]),
