@@ -7,11 +7,17 @@ import doctest
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 import steadygrad as sg
 from backends import Backend
@@ -259,6 +265,24 @@ def test_it_goes_on_as_if_nothing_had_happened(
     assert saved[0]["clip_state"][0] == make.__name__
     assert json.loads(json.dumps(saved[0]["clip_state"])) == saved[0]["clip_state"]
     assert_same_tree(dict(model.state_dict()), dict(expected_model.state_dict()))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_through_files_of_a_distributed_checkpoint(backend: Backend, tmp_path: Path) -> None:
+    model = model_on(backend.device)
+    optimizer = MAKERS["AdamW"](list(model.parameters()), clip=ZScore())
+    run(model, optimizer, NORMS[:HALF])
+    optimizer.zero_grad()
+    saved = get_optimizer_state_dict(model, optimizer)
+    dcp.save({"optimizer": saved}, checkpoint_id=tmp_path, no_dist=True)
+    policy = ZScore()
+    fresh = MAKERS["AdamW"](list(model.parameters()), clip=policy)
+    template = {"optimizer": get_optimizer_state_dict(model, fresh)}
+    dcp.load(template, checkpoint_id=tmp_path, no_dist=True)
+    set_optimizer_state_dict(model, fresh, optim_state_dict=template["optimizer"])
+    assert fresh.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+    run(model, fresh, NORMS[HALF : HALF + 1])
+    assert policy.mean is not None and policy.count.item() > HALF - 5
 
 
 def test_a_copy_does_not_share_the_state(backend: Backend) -> None:
