@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from steadygrad import SkipSpikes, Stabilizer
+from steadygrad import ClipAdaptive, SkipSpikes, Stabilizer
 from steadygrad.policies import Policy
 
 from .tasks import Task
@@ -85,8 +85,12 @@ class Arm:
         Non-finite gradients are applied as torch applies them (``nonfinite="propagate"``) in every
         arm: an explosion is seen and not skipped over, and what an arm gains is due to its remedy.
         """
+        groups: Any = parameters
+        if isinstance(self.clip, ClipAdaptive):
+            # The last layer, weight and bias, is not clipped, as in the paper.
+            groups = [{"params": parameters[:-2]}, {"params": parameters[-2:], "clipping": None}]
         sgd = torch.optim.SGD(
-            parameters, lr=learning_rate, momentum=momentum, weight_decay=self.weight_decay
+            groups, lr=learning_rate, momentum=momentum, weight_decay=self.weight_decay
         )
         if self.by == "torch":
             return TorchStepper(sgd, parameters, self)

@@ -172,7 +172,7 @@ class PlainCnn(_Layers):
         channels: of each convolution.
     """
 
-    layers: int = 14
+    layers: int = 9
     channels: int = 16
 
     def build(self, inputs: int, outputs: int, generator: torch.Generator) -> nn.Sequential:

@@ -49,6 +49,7 @@ PERCENTILE = Arm(
 )
 Z_SCORE = Arm("ClipZScore", "adaptive clipping", "ZClip at its defaults", clip=sg.ClipZScore())
 RELATIVE = Arm("ClipRelative", "adaptive clipping", "AdaGC at its defaults", clip=sg.ClipRelative())
+ADAPTIVE = Arm("ClipAdaptive", "adaptive clipping", "AGC at its defaults", clip=sg.ClipAdaptive())
 CLIP_SKIP = Arm(
     "clip 1 + SkipSpikes",
     "adaptive clipping",

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import datetime
-import importlib
 import os
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from . import record
+from . import page, record
 from .data import MissingDependencyError
 from .experiment import Experiment
 from .journal import NAME, Journal, JournalError
@@ -278,25 +277,20 @@ def _write(document: dict[str, Any], out: pathlib.Path) -> list[pathlib.Path]:
     """Write the record, and the pages made of it."""
     files = [out / "study.json"]
     record.write(document, files[0])
-    try:
-        page = importlib.import_module(f"{__package__}.page")
-    except ModuleNotFoundError:
-        return files
-    return [*files, *_write_pages(page, [document], out)]
+    return [*files, *_write_pages([document], out)]
 
 
 def report_again(files: Sequence[pathlib.Path], out: pathlib.Path, console: Console) -> int:
     """Make the pages from results that are there; return the exit status."""
-    page = importlib.import_module(f"{__package__}.page")
     try:
-        _write_pages(page, page.read_documents(files), out)
+        _write_pages(page.read_documents(files), out)
     except (OSError, ValueError) as error:
         _complain(console, str(error))
         return 1
     return 0
 
 
-def _write_pages(page: Any, documents: Any, out: pathlib.Path) -> list[pathlib.Path]:
+def _write_pages(documents: Sequence[Mapping[str, Any]], out: pathlib.Path) -> list[pathlib.Path]:
     files = [out / "study.html", out / "study.md"]
     page.write_page(documents, files[0])
     page.write_markdown(documents, files[1])

@@ -39,6 +39,7 @@ CHAR = Experiment(
         r.PERCENTILE,
         r.Z_SCORE,
         r.RELATIVE,
+        r.ADAPTIVE,
         r.CLIP_SKIP,
         r.SKIP,
         r.BACKOFF,

@@ -45,6 +45,7 @@ DIGITS = Experiment(
         r.PERCENTILE,
         r.Z_SCORE,
         r.RELATIVE,
+        r.ADAPTIVE,
         r.SKIP,
         r.L1,
         r.L1_TORCH,

@@ -29,6 +29,7 @@ MLP_DEPTH = Experiment(
         r.CLIP,
         r.PERCENTILE,
         r.Z_SCORE,
+        r.ADAPTIVE,
         r.L2,
         r.BATCH_NORM,
         r.HE,

@@ -9,15 +9,15 @@ from .digits import five_thousand_digits
 
 MNIST = Experiment(
     name="mnist",
-    title="A 14-layer plain CNN and a 10-layer MLP on digits",
+    title="A 9-layer plain CNN and a 10-layer MLP on digits",
     about="Networks as one would build them, initialised by He's rule or by torch's, at learning "
     "rates up to one that is too large: what keeps them training, and what it costs.",
     problems=(
         Problem(
             name="CNN",
-            title="14-layer plain CNN of 16 channels, He init, SGD with momentum .9",
+            title="9-layer plain CNN of 16 channels, He init, SGD with momentum .9",
             task=five_thousand_digits,
-            model=PlainCnn(layers=14, channels=16),
+            model=PlainCnn(layers=9, channels=16),
             steps=250,
             batch_size=32,
             momentum=0.9,
@@ -39,6 +39,7 @@ MNIST = Experiment(
         r.PERCENTILE,
         r.Z_SCORE,
         r.RELATIVE,
+        r.ADAPTIVE,
         r.L2,
         r.BATCH_NORM,
         r.BATCH_NORM_TORCH,
@@ -49,6 +50,6 @@ MNIST = Experiment(
         r.EARLY,
         r.CLIP_NORM,
     ),
-    learning_rates=(1e-2, 1e-1, 5e-1),
+    learning_rates=(1e-2, 1e-1, 3e-1),
     twin_rates=(1e-2,),
 )
