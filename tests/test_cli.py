@@ -18,6 +18,7 @@ import steadygrad.bench
 import steadygrad.study
 from steadygrad import doctor
 from steadygrad.cli import main
+from steadygrad.study import Selection, Settings
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +74,9 @@ def test_version(exits: Any) -> None:
         ([], "required: command"),
         (["repair"], "invalid choice: 'repair'"),
         (["doctor", "--quick"], "unrecognized arguments: --quick"),
-        (["study"], "add --quick"),
+        (["study", "--quick", "--full"], "expected one of them"),
+        (["study", "--quick", "digits"], "is an experiment of its own"),
+        (["study", "--jobs", "0"], "expected a whole number of at least 1, got '0'"),
         (["bench", "--threads", "0"], "expected a whole number of at least 1, got '0'"),
         (["bench", "--threads", "many"], "expected a whole number of at least 1, got 'many'"),
         (["bench", "--device", "tpu"], "invalid choice: 'tpu'"),
@@ -141,15 +144,27 @@ def test_bench_is_wired(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: i
 def test_study_is_wired(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int) -> None:
     calls = []
 
-    def run_quick(out: Path, console: Any, threads: int | None) -> int:
-        calls.append((out, threads))
+    def run_study(selection: Any, settings: Any, console: Any) -> int:
+        calls.append((selection, settings))
         return code
 
-    monkeypatch.setattr(steadygrad.study, "run_quick", run_quick)
+    monkeypatch.setattr(steadygrad.study, "run_study", run_study)
     monkeypatch.chdir(tmp_path)
     assert main(["study", "--quick", "--out", "a/b", "--threads", "2"]) == code
-    assert main(["study", "--quick"]) == code
-    assert calls == [(Path("a/b"), 2), (Path("out"), None)]
+    options = ["--jobs", "3", "--limit", "9", "--seeds", "2", "--arms", "x, y", "--data", "d"]
+    assert main(["study", "digits", "mine.py", "--full", "--restart", *options]) == code
+    assert main(["study"]) == code
+    selections, settings = zip(*calls, strict=True)
+    assert selections == (
+        Selection(mode="quick"),
+        Selection(("digits", "mine.py"), "full", 2, ("x", "y"), "d"),
+        Selection(),
+    )
+    assert settings == (
+        Settings(Path("a/b"), threads=2),
+        Settings(Path("out"), jobs=3, limit_s=9.0, restart=True),
+        Settings(Path("out")),
+    )
     assert (tmp_path / "a" / "b").is_dir() and (tmp_path / "out").is_dir()
 
 

@@ -232,7 +232,8 @@ def test_a_step_that_only_makes_state_asks_nothing(backend: Backend) -> None:
     for param in params:
         param.grad = torch.zeros_like(param)
     optimizer.step()
-    assert policy.asked == []
+    # That gradients are zero is known to a device alone.
+    assert policy.asked == ([[0.0]] if backend.asynchronous else [])
 
 
 @pytest.mark.parametrize("way", WAYS)

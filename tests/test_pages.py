@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from pathlib import Path
@@ -262,6 +263,34 @@ def test_document_as_markdown(document: Document) -> None:
     assert not re.search(r"\n\n\n|[ \t]\n", text)
 
 
+def test_markdown_with_drawings(document: Document, tmp_path: Path) -> None:
+    charts = document.sections[2].blocks[0]
+    assert isinstance(charts, Charts)
+    wide = dataclasses.replace(charts, charts=charts.charts * 5, name="My Bars")
+    sections = [*document.sections[:2], Section("inner", [Section("most", [wide])])]
+    dataclasses.replace(document, sections=sections).write_markdown(tmp_path / "report.md")
+    assert "### most\n\n![c](report/my-bars.svg)\n\nc\n" in (tmp_path / "report.md").read_text()
+    assert [path.name for path in (tmp_path / "report").iterdir()] == ["my-bars.svg"]
+    root = ElementTree.parse(tmp_path / "report" / "my-bars.svg").getroot()
+    width, height = (float(root.attrib[side]) for side in ("width", "height"))
+    placed = [svg.attrib for svg in root if svg.tag.endswith("}svg")]
+    assert len(placed) == 5
+    assert len({(svg["x"], svg["y"]) for svg in placed}) == 5
+    for svg in placed:
+        assert float(svg["x"]) + float(svg["width"]) <= width
+        assert float(svg["y"]) + float(svg["height"]) <= height
+
+
+def test_a_legend_that_is_long_takes_more_lines() -> None:
+    chart = bar_chart("t", [Bar("a", 1.0, "1")], Scale(0.0, 1.0), origin=0.0, axis="x")
+    legend = [(swatch("curve rank0"), f"a rather long name, number {k}") for k in range(5)]
+    root = ElementTree.fromstring(Charts("c", [chart], legend).drawing(""))
+    names = [e for e in root if e.tag.endswith("}text")]
+    assert len({e.attrib["y"] for e in names}) > 1
+    below = [float(e.attrib["y"]) for e in root if e.tag.endswith("}svg")][-1]
+    assert below > max(float(e.attrib["y"]) for e in names)
+
+
 def test_columns_say_what_is_text() -> None:
     table = Table(("a", "b", "c"), [("x", "1", "y")], "tnt")
     assert table.markdown().splitlines()[1] == "| --- | ---: | --- |"
@@ -290,6 +319,13 @@ def test_command_text() -> None:
     )
     assert command_text(["/a/python3", "/b/bin/steadygrad", "/c"]) == "python3 steadygrad /c"
     assert command_text([]) == "not recorded"
+
+
+def test_pages_import_nothing_else_of_the_package() -> None:
+    import steadygrad.pages
+
+    for path in Path(steadygrad.pages.__file__).parent.glob("*.py"):
+        assert not re.search(r"^\s*(from|import) (steadygrad|\.\.)", path.read_text(), re.MULTILINE)
 
 
 # --- colours ---

@@ -11,17 +11,19 @@ from torch.nn import Parameter
 import steadygrad as sg
 from backends import BACKENDS, Backend
 from policy_runs import CLIPS, recorded_norms
+from python_policies import PYTHON
 from snapshots import bits
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS[2:], ids=str, indirect=True)
 
 NORMS = recorded_norms(60)
+CASES = {**CLIPS, **PYTHON}
 
 
 def made(name: str, backend: Backend) -> tuple[Parameter, Any]:
     param = Parameter(torch.zeros(4, dtype=torch.float64, device=backend.device))
     param.grad = torch.zeros_like(param)
-    ours = {"clip": CLIPS[name].policy(), "skip": sg.SkipSpikes(5.0, window=16)}
+    ours = {"clip": CASES[name].policy(), "skip": sg.SkipSpikes(5.0, window=16)}
     return param, sg.optim.SGD([param], lr=1.0, **ours)
 
 
@@ -44,7 +46,7 @@ def captured(param: Parameter, optimizer: Any, norms: list[float]) -> torch.cuda
     return graph
 
 
-@pytest.mark.parametrize("name", CLIPS)
+@pytest.mark.parametrize("name", CASES)
 def test_a_replayed_graph_learns_as_eager_steps_do(backend: Backend, name: str) -> None:
     (mine, ours), (expected, same) = made(name, backend), made(name, backend)
     graph = captured(mine, ours, NORMS[:3])

@@ -9,6 +9,7 @@ import pytest
 
 from policy_runs import finite, recorded_norms
 from steadygrad.reference.policies import (
+    ClipAdaptive,
     ClipPercentile,
     ClipRelative,
     ClipZScore,
@@ -78,6 +79,22 @@ def test_relative_limits_follow_algorithm_1() -> None:
     assert policy.coefficient(3.0, total=100.0) == 1.5 / (3 + 1e-6)
     assert policy.average == pytest.approx(0.5 * 1.0 + 0.5 * 1.5, rel=1e-6)
     assert policy.coefficient(0.0) == 1 and policy.steps == 3
+
+
+def test_units_are_limited_relative_to_their_parameters() -> None:
+    policy = ClipAdaptive(0.1, eps=0.5)
+    weight = np.array([[3.0, 4.0], [0.0, 0.1], [6.0, 8.0]])
+    grad = np.array([[3.0, 4.0], [0.0, 0.2], [0.0, 0.5]])
+    coefficients = policy.coefficients(weight, grad)
+    assert np.allclose(coefficients, [[0.5 / 5], [0.05 / 0.2], [1.0]])
+    filters = policy.coefficients(weight.reshape(3, 1, 2), grad.reshape(3, 1, 2))
+    assert filters.shape == (3, 1, 1) and np.array_equal(filters[:, 0], coefficients)
+    vector = policy.coefficients(weight[0], grad[0])
+    assert vector.shape == () and vector == 0.5 / 5
+    assert policy.coefficients(np.array(7.0), np.array(-0.7)) == 1
+    assert policy.coefficients(np.zeros(3), np.array([0.0, 0.0, 1.0])) == 0.05
+    bad = policy.coefficients(weight, np.array([[1.0, np.inf], [np.nan, 0.0], [0.0, 0.0]]))
+    assert np.array_equal(bad, [[0.0], [np.nan], [1.0]], equal_nan=True)
 
 
 def test_damping_shrinks_and_keeps_the_order() -> None:

@@ -164,11 +164,32 @@ def test_advice_where_nothing_learns_everywhere() -> None:
     assert kept == "clip 1 (0 of 10 learned)."
 
 
+def test_advice_on_remedies_that_were_tried_less_often() -> None:
+    both = an_experiment("e", [NONE, CLIP, L1], outcomes_of("none: lost, clip 1: idle, L1: spiked"))
+    one = an_experiment("f", [NONE, CLIP], outcomes_of("none: lost, clip 1: idle"))
+    assert claims.advice([both, one])[1:] == [
+        (
+            "In the fewer hard settings in which they were tried, every run learned with",
+            "L1 (10 of 10 learned).",
+        ),
+        ("No run was lost, but not every one learned, with", "clip 1 (0 of 20 learned)."),
+    ]
+
+
 def test_advice_on_held_out_data() -> None:
-    made = experiment({"none": "learned", "clip 1": ("learned", 0.95), "L1": ("learned", 0.8)})
-    (_, better), (_, worse) = claims.advice([made])[-2:]
-    assert better == "clip 1 (in 2 of 2 settings)."
-    assert worse == "L1 (in 2 of 2)."
+    mixed = an_arm("mixed", "data")
+    what: dict[Any, Any] = {"none": "learned", "clip 1": ("learned", 0.95), "L1": ("learned", 0.8)}
+    made = experiment(what)
+    better, worse = claims.advice([made])[-2:]
+    assert better[1] == "clip 1 (in 2 of 2 settings)."
+    assert worse[1] == "L1 (in 2 of 2 settings)."
+    what |= {("mixed", 0.01): ("learned", 0.95), ("mixed", 0.1): ("learned", 0.8)}
+    made = experiment(what, [NONE, mixed, CLIP])
+    assert [text for _, text in claims.advice([made])[-3:]] == [
+        "clip 1 (in 2 of 2 settings).",
+        "no remedy.",
+        "mixed (better in 1, worse in 1 of 2 settings).",
+    ]
 
 
 def test_section_says_each_claim_once_with_its_arms() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -204,13 +206,24 @@ def test_a_single_seed_has_no_intervals() -> None:
     assert not [e for e in svg.iter("path") if e.attrib["class"] == "whisker"]
 
 
-def test_markdown_has_the_tables_and_no_drawings(study: dict[str, Any], tmp_path: Path) -> None:
-    write_markdown([study], tmp_path / "docs" / "study.md")
+def test_markdown_has_the_tables_and_links_to_drawings(
+    study: dict[str, Any], tmp_path: Path
+) -> None:
+    write_markdown([study, study], tmp_path / "docs" / "study.md")
     text = (tmp_path / "docs" / "study.md").read_text(encoding="utf-8")
     assert text.startswith("# What keeps training steady: remedies compared\n")
     assert "| clip 1 (clipping) | **5/5** (learned 4) | **5/5** (learned 4) |" in text
+    assert "| remedy | digits | digits 2 |" in text
     assert r"L1 \<b>" in text and "<svg" not in text
-    assert "# Loss and gradient norm" not in text and "# On held-out data" not in text
+    links = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
+    names = [f"study/digits-{name}.svg" for name in ("results", "curves", "2-results", "2-curves")]
+    assert links == names
+    for link in links:
+        drawing = (tmp_path / "docs" / link).read_text(encoding="utf-8")
+        root = ElementTree.fromstring(drawing)
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        assert not re.search(r"https?:(?!//www.w3.org/2000/svg)|@import|<script", drawing)
+    assert len(list((tmp_path / "docs" / "study").iterdir())) == 4
 
 
 def test_page_is_written_and_read_back(study: dict[str, Any], tmp_path: Path) -> None:

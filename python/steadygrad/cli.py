@@ -27,9 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     args = parser.parse_args(argv)
-    if args.command == "study" and not args.quick:
-        parser.error("study: add --quick; it is the one comparison that this version has")
-    if problem := _bench_conflict(args) or _prepare_out(args):
+    if problem := _contradiction(args) or _prepare_out(args):
         parser.error(f"{args.command}: {problem}")
     try:
         return _COMMANDS[args.command](args, open_console())
@@ -83,21 +81,44 @@ def _bench_page(result: Path, page: Path, console: Console) -> int:
 
 
 def _study(args: argparse.Namespace, console: Any) -> int:
-    from .study import run_quick
+    from .study import EXPERIMENTS, Selection, Settings, run_study
+    from .study.selection import Mode
 
-    return run_quick(args.out, console, args.threads)
+    if args.list:
+        for experiment in EXPERIMENTS:
+            console.print(f"{experiment.name}: {experiment.title}")
+            console.print("  arms: " + ", ".join(arm.name for arm in experiment.arms))
+        return 0
+    if args.report:
+        return _study_report(args)
+    mode: Mode = "quick" if args.quick else "full" if args.full else "default"
+    selection = Selection(tuple(args.names), mode, args.seeds or 0, args.arms, args.data)
+    settings = Settings(args.out, args.jobs, args.threads, args.limit, args.restart)
+    return run_study(selection, settings, console)
 
 
-def _bench_conflict(args: argparse.Namespace) -> str:
-    """Say what is wrong with the options of a page from an existing result."""
-    if args.command != "bench" or args.result is None:
-        return ""
-    if args.page is None:
-        return "--from makes a page of a result: add --page FILE"
-    measuring = {"--quick": args.quick, "--out": args.out, "--limit": args.limit}
-    measuring |= {"--threads": args.threads, "--device": args.device}
-    given = [name for name, value in measuring.items() if value]
-    return f"--from measures nothing: leave out {', '.join(given)}" if given else ""
+def _study_report(args: argparse.Namespace) -> int:
+    from .study.runner import report_again
+
+    console: Any = open_console(stderr=True)
+    return report_again(args.report, args.out, console)
+
+
+def _contradiction(args: argparse.Namespace) -> str:
+    """What cannot be asked for at once."""
+    if args.command == "study":
+        if args.quick and args.full:
+            return "--quick and --full: expected one of them"
+        if args.quick and (args.names or args.data):
+            return "--quick: is an experiment of its own; leave out the others and --data"
+    if args.command == "bench" and args.result is not None:
+        if args.page is None:
+            return "--from makes a page of a result: add --page FILE"
+        measuring = {"--quick": args.quick, "--out": args.out, "--limit": args.limit}
+        measuring |= {"--threads": args.threads, "--device": args.device}
+        given = [name for name, value in measuring.items() if value]
+        return f"--from measures nothing: leave out {', '.join(given)}" if given else ""
+    return ""
 
 
 def _prepare_out(args: argparse.Namespace) -> str:
@@ -105,7 +126,7 @@ def _prepare_out(args: argparse.Namespace) -> str:
     if args.command == "doctor":
         return ""
     if args.command == "study":
-        return _prepare_folder("--out", args.out, args.out)
+        return "" if args.list else _prepare_folder("--out", args.out, args.out)
     for option, file in (("--out", args.out), ("--page", args.page)):
         if file is not None:
             if file.is_dir():
@@ -170,13 +191,47 @@ def _parser() -> argparse.ArgumentParser:
 
     study = commands.add_parser(
         "study",
-        help="train a network that explodes, with and without remedies",
-        description="Train a badly initialised network on handwritten digits, with and without "
-        "remedies, and compare them. Writes a plot and the numbers.",
+        help="train networks that explode, with and without remedies",
+        description="Train networks that explode, with and without remedies, on real data, and "
+        "compare the remedies. Writes the numbers (study.json) and pages made of them. A study that "
+        "was killed, interrupted or out of time goes on where it was with the same command.",
     )
-    study.add_argument("--quick", action="store_true", help="one network, a few minutes")
+    study.add_argument(
+        "names",
+        nargs="*",
+        metavar="EXPERIMENT",
+        help="name of an experiment, or a Python file with one of your own (default: all)",
+    )
+    study.add_argument("--list", action="store_true", help="show experiments and arms, and stop")
+    study.add_argument("--quick", action="store_true", help="one network, two minutes")
+    study.add_argument("--full", action="store_true", help="ten seeds")
+    study.add_argument("--seeds", type=_count, metavar="N", help="number of seeds (default: 5)")
+    study.add_argument(
+        "--arms",
+        type=lambda text: tuple(part.strip() for part in text.split(",")),
+        default=(),
+        metavar="ARM,...",
+        help="these remedies alone, and none",
+    )
+    study.add_argument("--data", metavar="DIR", help="folder with MNIST or CIFAR-10 files")
     study.add_argument(
         "--out", type=Path, default=Path("out"), metavar="DIR", help="folder (default: out)"
+    )
+    study.add_argument(
+        "--jobs", type=_count, metavar="N", help="processes side by side (default: one per core)"
+    )
+    study.add_argument(
+        "--limit", type=_seconds, metavar="SECONDS", help="begin no further run after this time"
+    )
+    study.add_argument(
+        "--restart", action="store_true", help="drop what an unfinished study has left"
+    )
+    study.add_argument(
+        "--report",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="make the pages from results that are there, and stop",
     )
     _add_threads(study, default=1)
     return parser
@@ -184,11 +239,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_threads(parser: argparse.ArgumentParser, default: int) -> None:
     parser.add_argument(
-        "--threads", type=_thread_count, metavar="N", help=f"CPU threads (default: {default})"
+        "--threads", type=_count, metavar="N", help=f"CPU threads (default: {default})"
     )
 
 
-def _thread_count(text: str) -> int:
+def _count(text: str) -> int:
     try:
         count = int(text)
     except ValueError:

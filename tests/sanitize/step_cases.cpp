@@ -158,7 +158,8 @@ void check_policies(Report& report) {
       {"percentile", {PolicyKind::percentile, INFINITY, 0.4, 0, 1, 0, 1100}},
       {"z-score", {PolicyKind::zscore, 50, 1.5, 0.8, 0.9, 2, 0}},
       {"relative", {PolicyKind::relative, 2, 1.05, 0.9, 1, 2, 0}},
-      {"damp", {PolicyKind::damp, 0.5, 0.5, 0, 1, 0, 0}}};
+      {"damp", {PolicyKind::damp, 0.5, 0.5, 0, 1, 0, 0}},
+      {"adaptive", {PolicyKind::adaptive, INFINITY, 1e-3, 0, 1, 0, 0}}};
   for (const auto& [policy_name, policy] : policies) {
     for (const auto& [scope_name, scope] : kScopes) {
       for (const bool two_processes : {false, true}) {
@@ -166,6 +167,7 @@ void check_policies(Report& report) {
         step_case.policies.clip = policy;
         step_case.policies.skip = {0.5, 3};
         step_case.group.max_norm = 40;
+        step_case.group.clipping = 0.3;  // of the adaptive one
         step_case.options.clip_scope = scope;
         step_case.tensors_come_and_go = true;
         step_case.two_processes = two_processes;

@@ -85,7 +85,7 @@ def sharding_of(
     if not params or (options.reduce_norm is None and not has_dtensors(params)):
         return None
     if isinstance(options.clip, ClipAdaptive):
-        check_whole_units(param_groups)
+        check_whole_units(param_groups, options.clip.clipping)
     return Sharding(param_groups, options, previous)
 
 

@@ -11,8 +11,12 @@ from steadygrad.distributed.dtensors import dtensor_type
 from steadygrad.policies.adaptive import CLIPPING
 
 
-def check_whole_units(param_groups: Sequence[dict[str, Any]]) -> None:
+def check_whole_units(param_groups: Sequence[dict[str, Any]], default: float) -> None:
     """For :class:`steadygrad.ClipAdaptive`: refuses DTensors that cut through units which it is to clip.
+
+    Args:
+        param_groups: of the optimizer.
+        default: ``clipping`` of param groups without the key.
 
     Raises:
         ValueError: the first such parameter, by its name where the param group has names, and by its place.
@@ -20,12 +24,12 @@ def check_whole_units(param_groups: Sequence[dict[str, Any]]) -> None:
     place = 0
     for number, group in enumerate(param_groups):
         for i, param in enumerate(group["params"]):
-            if group.get(CLIPPING) is not None and not _holds_whole_units(param):
+            if group.get(CLIPPING, default) is not None and not _holds_whole_units(param):
                 names = group.get("param_names")
                 name = "" if names is None else f" ({names[i]!r})"
                 raise ValueError(
                     f"step: clip: ClipAdaptive: parameters[{place}]{name}: expected every rank to hold whole units, "
-                    "Shard(0) of two or more dimensions or replicas, got a DTensor of shape "
+                    "Shard(0) of two or more dimensions, or replicas, got a DTensor of shape "
                     f"{tuple(param.shape)} with placements {param.placements}. Put it into a param group with "
                     f"{CLIPPING}=None (it is in param_groups[{number}]), which leaves it out"
                 )

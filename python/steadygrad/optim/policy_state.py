@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steadygrad.distributed.units import check_whole_units
 from steadygrad.optim.asked_policy import AskedPolicy
+from steadygrad.policies.adaptive import CLIPPING, ClipAdaptive
 from steadygrad.policies.clip_policy import ClipPolicy
 from steadygrad.policies.policy import Policy
 
@@ -129,6 +131,8 @@ class PolicyStates:
         self._skip = None if skip is None else PolicyState(SKIP_STATE, skip)
         self._scope = scope
         self._per_tensor = per_tensor
+        self._adaptive = clip if isinstance(clip, ClipAdaptive) else None
+        self._left_out: list[bool] = []
 
     def rows(
         self, groups: Groups, device: torch.device | None
@@ -136,6 +140,11 @@ class PolicyStates:
         """For a step: the rows of both; ``device``: where decisions are taken, None for the CPU."""
         if self._clip is None and self._skip is None:
             return None
+        if self._adaptive is not None:
+            left_out = [group.get(CLIPPING, 0.0) is None for group in groups]
+            if left_out != self._left_out:
+                check_whole_units(groups, self._adaptive.clipping)
+                self._left_out = left_out
         device = torch.device("cpu") if device is None else device
         scopes = {"global": 1, "group": len(groups)}.get(self._scope)
         if scopes is None:

@@ -47,9 +47,9 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
         optimizer: any torch optimizer. Schedulers, ``GradScaler`` and checkpoints take this object in its place.
         max_norm: limit of the gradient norm, at least 0; None: no clipping, the norm is still taken. Default: None.
         clip: in the place of ``max_norm`` a policy that finds the limit: :class:`steadygrad.ClipPercentile`,
-            ``ClipZScore``, ``ClipRelative``, ``ClipAdaptive``, ``Damp``, a :class:`steadygrad.ClipPolicy` of your own, or
-            ``ClipNorm``, which is the same as ``max_norm``. The key ``max_norm`` of a param group is then a cap: the smaller of both
-            coefficients holds. Default: None.
+            ``ClipZScore``, ``ClipRelative``, ``ClipAdaptive``, ``Damp``, a :class:`steadygrad.ClipPolicy` of your own,
+            or ``ClipNorm``, which is the same as ``max_norm``. The key ``max_norm`` of a param group is then a cap: the
+            smaller of both coefficients holds. Default: None.
         skip: :class:`steadygrad.SkipSpikes` skips steps whose norm is too large. Default: None.
         norm_type: p of the norm, more than 0; ``inf`` allowed. Default: 2.
         clip_value: limit of every element after the norm's clip, at least 0. Default: None.

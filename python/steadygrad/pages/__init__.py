@@ -2,7 +2,7 @@
 
 A :class:`Document` is made of blocks of text, tables and charts. Its HTML carries its style and its
 drawings (SVG) with it, runs no script and loads nothing; colours never stand alone. Its Markdown
-has the same text and tables, without the charts.
+has the same text and tables, and the charts as SVG files.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from .markup import Markup, element, joined
+from .figure_file import figure_file
+from .markup import Markup, anchor, element, joined
 
 
 class Block(Protocol):
@@ -16,8 +17,12 @@ class Block(Protocol):
     def html(self) -> Markup:
         """Write it as HTML."""
 
-    def markdown(self) -> str:
-        """Write it as Markdown, empty where it is nothing in Markdown."""
+    def markdown(self, figures: str = "") -> str:
+        """Write it as Markdown, empty where it is nothing in Markdown.
+
+        Args:
+            figures: the folder of the drawings as the file sees it; empty leaves drawings out.
+        """
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Paragraph:
         """Write it as HTML."""
         return element("p", self.text, class_="quiet" if self.quiet else None)
 
-    def markdown(self) -> str:
+    def markdown(self, figures: str = "") -> str:
         """Write it as Markdown."""
         return escaped(self.text)
 
@@ -59,7 +64,7 @@ class Bullets:
         )
         return element("ul", *items)
 
-    def markdown(self) -> str:
+    def markdown(self, figures: str = "") -> str:
         """Write it as Markdown."""
         return "\n".join(
             f"- **{escaped(lead)}:** {escaped(text)}" if lead else f"- {escaped(text)}"
@@ -82,7 +87,7 @@ class Facts:
         pairs = (joined(element("dt", name), element("dd", text)) for name, text in self.pairs)
         return element("dl", *pairs)
 
-    def markdown(self) -> str:
+    def markdown(self, figures: str = "") -> str:
         """Write it as Markdown."""
         return "\n".join(f"- {escaped(name)}: {escaped(text)}" for name, text in self.pairs)
 
@@ -148,13 +153,16 @@ class Table:
         parts.append(element("thead", *rows))
         parts.append(element("tbody", *map(self._row, self.rows)))
         table = element("table", *parts, class_=self.style or None)
-        frame = element("div", table, class_="scroll", tabindex="0")
+        # What scrolls has to be reached without a mouse, and then needs a role and a name.
+        frame = element(
+            "div", table, class_="scroll", tabindex="0", role="region", aria_label="table"
+        )
         if not self.legend:
             return frame
         keys = (element("span", text, class_=f"sample {style}") for style, text in self.legend)
         return joined(element("div", *keys, class_="legend"), frame)
 
-    def markdown(self) -> str:
+    def markdown(self, figures: str = "") -> str:
         """Write it as Markdown."""
         rules = ["---:" if self._is_number(index) else "---" for index in range(len(self.headings))]
         lines = [[escaped(text) for text in self.headings], rules]
@@ -193,7 +201,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Charts:
-    """Charts beside each other, as many as there is room for. Not in Markdown.
+    """Charts beside each other, as many as there is room for.
 
     Attributes:
         caption: what they show.
@@ -201,12 +209,14 @@ class Charts:
         legend: drawing and name of what is drawn alike in all of them.
         layout: ``"wide"``; ``"narrow"`` for small ones, more of which stand side by side; or
             ``"ragged"`` for ones of different heights, in columns that are read downwards.
+        name: of its file in Markdown, unique in its document; empty keeps it out of Markdown.
     """
 
     caption: str
     charts: Sequence[Markup]
     legend: Sequence[tuple[Markup, str]] = field(default=())
     layout: str = "wide"
+    name: str = ""
 
     def html(self) -> Markup:
         """Write it as HTML."""
@@ -216,9 +226,20 @@ class Charts:
         caption = element("figcaption", self.caption, legend)
         return element("figure", caption, grid)
 
-    def markdown(self) -> str:
-        """Write nothing."""
-        return ""
+    def markdown(self, figures: str = "") -> str:
+        """Write a link to the file of its drawing, or nothing if it has no name."""
+        if not figures or not self.name:
+            return ""
+        return f"![{escaped(self.caption)}]({figures}/{self.file})\n\n{escaped(self.caption)}"
+
+    def drawing(self, style: str) -> str:
+        """Draw its charts as one SVG file, in the style of the page."""
+        return figure_file(self.caption, self.charts, self.legend, self.layout, style)
+
+    @property
+    def file(self) -> str:
+        """The name of the file of its drawing."""
+        return f"{anchor(self.name)}.svg"
 
 
 @dataclass(frozen=True)
@@ -242,10 +263,12 @@ class Section:
         )
         return element("section", heading, *inner, id=name)
 
-    def markdown(self, level: int = 2) -> str:
+    def markdown(self, figures: str = "", level: int = 2) -> str:
         """Write it as Markdown, empty where all its content is."""
         inner = (
-            block.markdown(level + 1) if isinstance(block, Section) else block.markdown()
+            block.markdown(figures, level + 1)
+            if isinstance(block, Section)
+            else block.markdown(figures)
             for block in self.blocks
         )
         text = "\n\n".join(filter(None, inner))

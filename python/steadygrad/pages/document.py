@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from .blocks import Block, Facts, Section, escaped
+from .blocks import Block, Charts, Facts, Section, escaped
+from .figure_file import HATCH
 from .markup import Markup, anchor, element
 
-# A filling that stays when a page is printed without its colours, shared by all drawings.
-_HATCH = Markup(
-    '<svg width="0" height="0" class="hidden" aria-hidden="true"><defs><pattern id="hatch" '
-    'width="5" height="5" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
-    '<path d="M2.5 0V5" class="hatch"/></pattern></defs></svg>'
-)
+_HATCH = Markup(f'<svg width="0" height="0" class="hidden" aria-hidden="true">{HATCH}</svg>')
 
 
 @dataclass(frozen=True)
@@ -65,11 +61,34 @@ class Document:
         )
         return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
 
-    def markdown(self) -> str:
-        """Write it as Markdown."""
+    def markdown(self, figures: str = "") -> str:
+        """Write it as Markdown.
+
+        Args:
+            figures: the folder of the drawings as the file sees it; empty leaves drawings out.
+        """
         blocks = [*self.summary, *self.sections, self._about]
-        parts = [f"# {escaped(self.title)}", escaped(self.lead), *(b.markdown() for b in blocks)]
+        inner = (block.markdown(figures) for block in blocks)
+        parts = [f"# {escaped(self.title)}", escaped(self.lead), *inner]
         return "\n\n".join(filter(None, parts)) + "\n"
+
+    def write_markdown(self, path: Path) -> None:
+        """Write it as Markdown, and its drawings as SVG files in a folder beside it.
+
+        Args:
+            path: of the file; the folder has its name without the ending. Existing files are
+                replaced.
+        """
+        for figure in self._figures([*self.summary, *self.sections]):
+            write_text(figure.drawing(_style()), path.parent / path.stem / figure.file)
+        write_text(self.markdown(path.stem), path)
+
+    def _figures(self, blocks: Sequence[Block]) -> Iterator[Charts]:
+        for block in blocks:
+            if isinstance(block, Section):
+                yield from self._figures(block.blocks)
+            elif isinstance(block, Charts) and block.name:
+                yield block
 
     @property
     def _about(self) -> Section:

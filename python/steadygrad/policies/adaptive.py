@@ -20,12 +20,12 @@ class ClipAdaptive(Policy):
 
     .. math:: g \leftarrow \text{clipping} \cdot \max(\lVert w \rVert, \text{eps}) \, \frac{g}{\lVert g \rVert}
 
-    Source: Brock et al. 2021, "High-performance large-scale image recognition without normalization", section 4.1, whose
-    :math:`\lambda` is ``clipping``, as in its code; ``clip_factor`` of timm's ``adaptive_clip_grad``. The paper takes
-    0.01 to 0.16, the less the larger the batch.
+    Source: Brock et al. 2021, "High-performance large-scale image recognition without normalization", section 4.1,
+    whose lambda is ``clipping``, as in optax; ``clip_factor`` of timm's ``adaptive_clip_grad``. The default is that of
+    large batches; small ones bear more.
 
-    **The final layer is not clipped** in the paper. Every param group has a key ``clipping``: its own number, or None to
-    leave it out:
+    **The final layer is not clipped** in the paper. Every param group has a key ``clipping``: its own number, or None
+    to leave it out:
 
     >>> opt = sg.optim.SGD(
     ...     [{"params": model.body.parameters()}, {"params": model.head.parameters(), "clipping": None}],
@@ -35,14 +35,15 @@ class ClipAdaptive(Policy):
 
     The gradient is the one that ``max_norm`` would see: unscaled, with a penalty that comes before the clip. The key
     ``max_norm`` of a param group still limits the norm of the step's scope; the smaller coefficient of both holds.
-    ``grad_norm`` is the total norm as ever, and a step counts in ``clipped_steps`` if any unit was clipped. It takes one
-    more read of gradients and parameters. It learns nothing.
+    ``grad_norm`` is the total norm as ever, and a step counts in ``clipped_steps`` if any unit was clipped. It takes
+    one more read of gradients and parameters, and learns nothing.
 
     Of a DTensor every rank has to hold whole units: replicas, or for two and more dimensions ``Shard(0)``.
 
     Args:
         clipping: lambda, more than 0. Default: 0.01.
-        eps: the least norm that a unit's parameters count with, at least 0: units that are zero can grow. Default: 1e-3.
+        eps: the least norm that a unit's parameters count with, at least 0, so that units of zeros can grow. Default:
+            1e-3.
 
     Raises:
         TypeError: an argument is no number.

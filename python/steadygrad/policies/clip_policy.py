@@ -26,15 +26,16 @@ class ClipPolicy(ABC):
     ...         self.norms = self.norms.to(norms.device)
     ...         limit = (self.factor * self.norms.nanmedian()).nan_to_num(nan=torch.inf)
     ...         moved = torch.cat([self.norms[1:], norms])
-    ...         self.norms.copy_(torch.where(norms.isfinite(), moved, self.norms))
+    ...         self.norms.copy_(torch.where(norms.isfinite() & (norms > 0), moved, self.norms))
     ...         return limit
     ...
     >>> opt = sg.optim.AdamW(model.parameters(), clip=ClipMedian())
 
     **Steps that are not taken.** On the CPU ``limits`` is not called for steps that are skipped or refused. On a device
     only the device knows: ``limits`` is called for every step, and where the step is not taken, for whatever reason,
-    all norms are NaN. Limits do not matter then; state has to stay as it is. Learn from finite norms only, as above,
-    and both are right; under ``nonfinite="propagate"`` norms that are not finite come on the CPU too.
+    all norms are NaN. Limits do not matter then; state has to stay as it is. Learn from finite norms above 0 only, as
+    above, and both are right. Under ``nonfinite="propagate"`` norms that are not finite come on the CPU too; a norm of
+    0 says nothing, and is all that the step has by which ``torch.distributed.checkpoint`` makes state on a device.
 
     **Without waiting.** Work on tensors: ``norms.item()``, ``if`` on a tensor or a result on the CPU would wait for the
     device. Gradients are off. An exception refuses the step: nothing has changed but what ``limits`` itself has.

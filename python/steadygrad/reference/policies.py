@@ -1,8 +1,8 @@
 """Clip policies: a limit, or a coefficient, from the norms that a scope has had so far.
 
-Each but ``ClipAdaptive`` is a small object that sees the norms one after the other: ``coefficient(norm)`` returns the factor of the step's
-gradients and learns from it. A norm of 0 or one that is not finite teaches nothing; a step that is skipped is one whose
-norm an object does not see.
+Each but ``ClipAdaptive`` is a small object that sees the norms one after the other: ``coefficient(norm)`` returns the
+factor of the step's gradients and learns from it. A norm of 0 or one that is not finite teaches nothing; a step that is
+skipped is one whose norm an object does not see.
 """
 
 from __future__ import annotations
@@ -154,8 +154,8 @@ class ClipRelative:
 class ClipAdaptive:
     """Limits each output unit's gradient to ``clipping`` times the norm of the unit's parameters, ``eps`` at least.
 
-    A unit is an index of the first dimension of an array of two or more, else the whole array; norms are 2-norms. Unlike
-    the others it sees parameters and gradients: ``coefficients(param, grad)`` are the factors, which broadcast.
+    A unit is an index of the first dimension of an array of two or more, else the whole array; norms are 2-norms.
+    Unlike the others it sees parameters and gradients: ``coefficients(param, grad)`` are the factors, which broadcast.
 
     Source: Brock et al. 2021, "High-performance large-scale image recognition without normalization", equation 3.
 

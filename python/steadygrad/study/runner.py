@@ -1,150 +1,310 @@
-"""Carries an experiment out and leaves its report, plot and record behind."""
+"""Carries experiments out, in processes side by side, and leaves report and record behind."""
 
 from __future__ import annotations
 
-import contextlib
 import datetime
+import importlib
+import os
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 
 from . import record
-from .data import Dataset, MissingDependencyError, require
-from .experiments import QUICK, Experiment
-from .plot import plot
+from .data import MissingDependencyError
+from .experiment import Experiment
+from .journal import NAME, Journal, JournalError
 from .report import print_report
-from .training import Run, train
+from .selection import Selection, SelectionError
+from .tasks import Task
+from .workers import Item, WorkerError, in_processes, in_this_process
 
-# One thread: matrices of 100 x 100 gain 5 % from a second one, and lose a factor when it is busy.
+# One thread each: matrices of 100 x 100 gain 5 % from a second one, and lose a factor when it is busy.
 _DEFAULT_THREADS = 1
-_STEPS_PER_REFRESH = 10
+_QUICK_LIMIT_S = 200.0
 
 
-def run_quick(out: pathlib.Path, console: Console, threads: int | None) -> int:
-    """Carry out the quick study and write ``study.json`` and ``study.png``.
+@dataclass(frozen=True)
+class Settings:
+    """How a study is carried out; none of it changes a number but times, and ``threads`` last digits.
 
-    Takes about two minutes. After Ctrl-C, what was finished until then is still written.
+    Attributes:
+        out: folder of the files, made if need be.
+        jobs: processes side by side; None: one for each core that this process may use.
+        threads: of torch in each process; None: 1.
+        limit_s: no run is begun once this many seconds have gone by; None: no limit, 200 s for the
+            quick study.
+        restart: drops what an unfinished study has left in ``out``, which is otherwise gone on with.
+    """
+
+    out: pathlib.Path
+    jobs: int | None = None
+    threads: int | None = None
+    limit_s: float | None = None
+    restart: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks the numbers.
+
+        Raises:
+            ValueError: one is less than 1, or not above 0.
+        """
+        for name in ("jobs", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"study: {name}: expected at least 1, got {value}")
+
+
+def run_study(selection: Selection, settings: Settings, console: Console) -> int:
+    """Carry the selected experiments out.
+
+    Writes ``study.json`` and the pages made of it. What is finished is also in ``journal.jsonl``
+    until all is done: the same call goes on after a kill, Ctrl-C or the time limit.
 
     Args:
-        out: folder of the files, made if need be.
-        console: where progress, table and conclusions go.
-        threads: threads torch may use, 1 by default; the numbers depend on it in the last digits.
+        selection: which experiments.
+        settings: where to, and how.
+        console: where progress, tables and conclusions go.
 
     Returns:
-        Exit status: 0, or 1 if a package is missing, or 130 after Ctrl-C.
-
-    Raises:
-        ValueError: ``threads`` is less than 1.
+        Exit status: 0; 1 if there is nothing to run or a run could not be made; 130 after Ctrl-C.
     """
-    if threads is not None and threads < 1:
-        raise ValueError(f"run_quick: threads must be at least 1, got {threads}")
-    return carry_out(QUICK, out, console, threads or _DEFAULT_THREADS)
-
-
-def carry_out(experiment: Experiment, out: pathlib.Path, console: Console, threads: int) -> int:
-    """Carry out ``experiment``; the arguments and the result are those of :func:`run_quick`."""
     try:
-        require("matplotlib")  # before minutes of training, not after
-        data = experiment.data()
-    except MissingDependencyError as error:
-        console.print(str(error), style="bold red", markup=False, highlight=False)
-        return 1
-    out.mkdir(parents=True, exist_ok=True)
-    with _threads(threads):
-        study = run_study(experiment, data, console)
-    files = [out / "study.json"]
-    record.write(study, files[0])
-    if study.runs:
+        experiments = selection.experiments()
+        tasks = _load(experiments)
+        settings.out.mkdir(parents=True, exist_ok=True)
+        journal = _journal(selection, experiments, settings)
+        return _carry_out(selection, experiments, tasks, settings, journal, console)
+    except (MissingDependencyError, ValueError, WorkerError) as error:
+        _complain(console, str(error))
+    except OSError as error:
+        _complain(console, f"study: {error.filename or settings.out}: {error.strerror or error}")
+    return 1
+
+
+def _load(experiments: Sequence[Experiment]) -> dict[str, dict[str, Task]]:
+    """Load the task of every problem, which also says what is missing before anything is trained."""
+    tasks: dict[str, dict[str, Task]] = {}
+    for experiment in experiments:
+        own = tasks[experiment.name] = {}
+        for problem in experiment.problems:
+            own[problem.name] = problem.task()
+        for arm in experiment.arms:
+            for task in own.values():
+                _fits(experiment, arm, task)
+    return tasks
+
+
+def _fits(experiment: Experiment, arm: Any, task: Task) -> None:
+    try:
+        changed = task if arm.task is None else arm.task(task)
+        if arm.early_stopping:
+            changed.hold_out(0)
+    except ValueError as error:
+        raise SelectionError(f"study: {experiment.name}: arm {arm.name!r}: {error}") from error
+
+
+def _journal(
+    selection: Selection, experiments: Sequence[Experiment], settings: Settings
+) -> Journal:
+    """Open the journal in the folder of the results."""
+    plan = {
+        "experiments": [experiment.describe() for experiment in experiments],
+        "data": selection.data,
+        "versions": record.versions(),
+        "threads": settings.threads or _DEFAULT_THREADS,
+    }
+    journal = Journal(settings.out / NAME, plan)
+    if settings.restart:
+        journal.remove()
+    now = datetime.datetime.now(datetime.timezone.utc)
+    journal.open(now.isoformat(timespec="seconds"))
+    return journal
+
+
+def _carry_out(
+    selection: Selection,
+    experiments: list[Experiment],
+    tasks: dict[str, dict[str, Task]],
+    settings: Settings,
+    journal: Journal,
+    console: Console,
+) -> int:
+    if journal.runs:
+        console.print(f"Going on after {len(journal.runs)} finished runs.", style="bold")
+    plan = _plan(experiments)
+    status = "complete"
+    try:
+        _make_runs(selection, experiments, settings, journal, plan, console)
+        if len(journal.runs) < len(plan):
+            status = "time limit"
+    except KeyboardInterrupt:
+        status = "interrupted"
+    document = _document(selection, experiments, tasks, settings, journal, status)
+    files = _write(document, settings.out)
+    if journal.runs:
         console.print()
-        print_report(experiment, study.rows(), console)
-        files.append(out / "study.png")
-        plot(study, files[1])
+        print_report(document, console)
     console.print()
-    planned = len(experiment.plan())
-    if study.status != "complete":
+    if status == "complete":
+        journal.remove()
+    else:
         why = {"interrupted": "Interrupted", "time limit": "Stopped at the time limit"}
         console.print(
-            f"{why[study.status]} after {len(study.runs)} of {planned} runs: "
-            "the results are partial.",
+            f"{why[status]} after {len(journal.runs)} of {len(plan)} runs: the results are partial. "
+            "The same command goes on from here.",
             style="bold yellow",
         )
     names = " and ".join(str(file) for file in files)
-    summary = f"{len(study.runs)} runs in {study.wall_s:.0f} s, written to {names}"
+    summary = f"{len(journal.runs)} runs in {sum(journal.sessions):.0f} s, written to {names}"
     console.print(summary, markup=False, soft_wrap=True)
-    return 130 if study.status == "interrupted" else 0
+    return 130 if status == "interrupted" else 0
 
 
-def run_study(experiment: Experiment, data: Dataset, console: Console) -> record.Study:
-    """Make the runs of ``experiment`` one after the other, with progress bars on ``console``.
-
-    Ctrl-C ends the study and drops the run in progress. Nothing is written.
-    """
-    started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    began = time.perf_counter()
-    runs: list[Run] = []
-    try:
-        _make_runs(experiment, data, console, runs)
-    except KeyboardInterrupt:
-        status = "interrupted"
-    else:
-        status = "complete" if len(runs) == len(experiment.plan()) else "time limit"
-    return record.Study(
-        status=status,
-        started=started,
-        wall_s=time.perf_counter() - began,
-        command_line=record.command_line(),
-        machine=record.machine(),
-        versions=record.versions(),
-        experiment=record.describe(experiment, data.name),
-        runs=tuple(runs),
-    )
+def _plan(experiments: Sequence[Experiment]) -> list[Item]:
+    """List all runs, one seed of every experiment after the other."""
+    items = [(experiment.name, key) for experiment in experiments for key in experiment.plan()]
+    places = {
+        experiment.name: {seed: place for place, seed in enumerate(experiment.seeds)}
+        for experiment in experiments
+    }
+    return sorted(items, key=lambda item: places[item[0]][item[1].seed])
 
 
-def _make_runs(experiment: Experiment, data: Dataset, console: Console, runs: list[Run]) -> None:
-    """Append to ``runs`` until the plan or the time is used up."""
-    deadline = time.perf_counter() + experiment.time_limit_s
-    plan = experiment.plan()
+def _make_runs(
+    selection: Selection,
+    experiments: list[Experiment],
+    settings: Settings,
+    journal: Journal,
+    plan: list[Item],
+    console: Console,
+) -> None:
+    """Make the runs that the journal does not have, with progress bars."""
+    limit = settings.limit_s
+    if limit is None and selection.mode == "quick":
+        limit = _QUICK_LIMIT_S
+    deadline = None if limit is None else time.perf_counter() + limit
+    left = [item for item in plan if item not in journal.runs]
+    jobs = min(settings.jobs or len(os.sched_getaffinity(0)), max(1, len(left)))
+    threads = settings.threads or _DEFAULT_THREADS
+    if not left:
+        return
+    steps = {
+        (experiment.name, problem.name): problem.steps
+        for experiment in experiments
+        for problem in experiment.problems
+    }
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console) as progress:
-        total = progress.add_task("all runs", total=len(plan), note="")
-        bar = progress.add_task("", total=experiment.steps, note="")
+        total = progress.add_task("all runs", total=len(plan), completed=len(journal.runs), note="")
+        bars: list[TaskID] = [progress.add_task("", total=None, note="") for _ in range(jobs)]
 
-        def show(step: int, loss: float) -> None:
-            if step % _STEPS_PER_REFRESH == 0:
-                progress.update(bar, completed=step, note=f"loss {loss:.3g}")
+        def show(place: int, item: Item, step: int, loss: float) -> None:
+            name, key = item
+            progress.update(
+                bars[place],
+                description=f"{key.problem}: {key.arm}, {key.learning_rate:g}, seed {key.seed}",
+                total=steps[name, key.problem],
+                completed=step,
+                note=f"loss {loss:.3g}",
+            )
 
-        for seed, learning_rate, arm in plan:
-            if time.perf_counter() > deadline:
-                break
-            label = f"{arm.name}, lr {learning_rate:g}, seed {seed}"
-            progress.reset(bar, description=label, note="")
-            runs.append(train(experiment, arm, learning_rate, seed, data, show))
+        def is_over() -> bool:
+            return deadline is not None and time.perf_counter() > deadline
+
+        made = (
+            in_this_process(experiments, threads, left, is_over, show)
+            if jobs == 1
+            else in_processes(selection, jobs, threads, left, is_over, show)
+        )
+        for (name, _), run in made:
+            journal.add(name, run)
             progress.advance(total)
-        progress.update(bar, visible=False)
+        for bar in bars:
+            progress.update(bar, visible=False)
 
 
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Let torch use ``count`` threads, and as many as before afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
+def _document(
+    selection: Selection,
+    experiments: Sequence[Experiment],
+    tasks: dict[str, dict[str, Task]],
+    settings: Settings,
+    journal: Journal,
+    status: str,
+) -> dict[str, Any]:
+    own_file = any(name.endswith(".py") for name in selection.names)
+    return record.document(
+        record.Study(
+            status=status,
+            mode="file" if own_file else selection.mode,
+            started=journal.started or "",
+            wall_s=sum(journal.sessions),
+            sessions=len(journal.sessions),
+            jobs=settings.jobs or len(os.sched_getaffinity(0)),
+            threads=settings.threads or _DEFAULT_THREADS,
+            experiments=tuple(
+                record.describe(
+                    experiment,
+                    tasks[experiment.name],
+                    [run for (name, _), run in journal.runs.items() if name == experiment.name],
+                    curves=3 if len(experiments) == 1 else 1,
+                )
+                for experiment in experiments
+            ),
+        )
+    )
+
+
+def _write(document: dict[str, Any], out: pathlib.Path) -> list[pathlib.Path]:
+    """Write the record, and the pages made of it."""
+    files = [out / "study.json"]
+    record.write(document, files[0])
     try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        page = importlib.import_module(f"{__package__}.page")
+    except ModuleNotFoundError:
+        return files
+    return [*files, *_write_pages(page, [document], out)]
+
+
+def report_again(files: Sequence[pathlib.Path], out: pathlib.Path, console: Console) -> int:
+    """Make the pages from results that are there; return the exit status."""
+    page = importlib.import_module(f"{__package__}.page")
+    try:
+        _write_pages(page, page.read_documents(files), out)
+    except (OSError, ValueError) as error:
+        _complain(console, str(error))
+        return 1
+    return 0
+
+
+def _write_pages(page: Any, documents: Any, out: pathlib.Path) -> list[pathlib.Path]:
+    files = [out / "study.html", out / "study.md"]
+    page.write_page(documents, files[0])
+    page.write_markdown(documents, files[1])
+    return files
+
+
+def _complain(console: Console, message: str) -> None:
+    console.print(message, style="bold red", markup=False, highlight=False)
+
+
+__all__ = ["JournalError", "Settings", "run_study"]

@@ -1,12 +1,15 @@
-"""Runs condensed: one row per arm and learning rate, one sentence per arm."""
+"""Runs condensed: a row per problem, arm and learning rate, and a row per pair of twins."""
 
 from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .experiment import Experiment
+from .intervals import Mean, Rate, mean, rate
 from .training import Run
 
 # Fewer steps than this say nothing about the time of a step: the first ones warm caches up.
@@ -14,127 +17,194 @@ _STEPS_FOR_A_TIME = 100
 
 
 @dataclass(frozen=True)
-class Row:
-    """All seeds of one arm at one learning rate.
+class Norms:
+    """Largest gradient norms of several runs.
 
     Attributes:
+        median: of the runs' largest norms.
+        largest: of them.
+    """
+
+    median: float
+    largest: float
+
+
+@dataclass(frozen=True)
+class Reached:
+    """How fast runs were.
+
+    Attributes:
+        reached: runs that reached the target.
+        of: runs.
+        median: steps of those that did, None where none did.
+    """
+
+    reached: int
+    of: int
+    median: float | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """All seeds of one arm at one learning rate on one problem.
+
+    Attributes:
+        problem: its name.
         arm: name of the remedy.
         learning_rate: of SGD.
         runs: number of runs.
         survived: how many of them survived.
         learned: how many of them learned.
-        accuracies: test accuracies of the runs whose outputs were finite, ascending.
-        nonfinite_steps: first non-finite step of the runs that had one, ascending.
-        clipped_share: share of all steps at which the clip was active.
+        exploded: how many of them exploded at some step, survived or not.
+        metric: on held-out data, over the runs whose outputs were finite.
+        final_loss: over the runs where it was finite.
+        clip_rate: share of a run's steps at which the clip was active.
+        skip_rate: share of a run's steps that were left out.
         max_grad_norm: largest gradient norm before clipping.
-        seconds_per_step: median over runs of at least 100 steps, None without such a run.
+        median_grad_norm: of the median norms of the runs.
+        steps_to_target: until the metric had reached the problem's target.
+        seconds_per_step: over the runs of at least 100 steps.
+        memory_bytes: of a step, the largest over runs.
+        nonfinite_steps: first non-finite step of the runs that had one, ascending.
+        exploded_steps: step of the explosion of the runs that had one, ascending.
+        exploded_parameters: parameter that exploded first -> number of runs, most runs first.
     """
 
+    problem: str
     arm: str
     learning_rate: float
     runs: int
-    survived: int
-    learned: int
-    accuracies: tuple[float, ...]
+    survived: Rate
+    learned: Rate
+    exploded: Rate
+    metric: Mean | None
+    final_loss: Mean | None
+    clip_rate: Mean | None
+    skip_rate: Mean | None
+    max_grad_norm: Norms
+    median_grad_norm: Mean | None
+    steps_to_target: Reached
+    seconds_per_step: Mean | None
+    memory_bytes: int
     nonfinite_steps: tuple[int, ...]
-    clipped_share: float
-    max_grad_norm: float
-    seconds_per_step: float | None
+    exploded_steps: tuple[int, ...]
+    exploded_parameters: dict[str, int]
 
-    @property
-    def accuracy(self) -> float | None:
-        """Mean test accuracy of the runs whose outputs were finite, None without such a run."""
-        return statistics.fmean(self.accuracies) if self.accuracies else None
+
+@dataclass(frozen=True)
+class Twin:
+    """The same remedy by us and by torch, run by run.
+
+    Attributes:
+        problem: its name.
+        learning_rate: of SGD.
+        ours: name of our arm.
+        torch: name of torch's.
+        first_difference: largest relative difference of batch losses over the first 20 steps; later
+            steps are chaotic, and differ by more than rounding.
+        metric_difference: ours less torch's, paired by seed.
+        time_ratio: torch's seconds per step over ours, paired by seed.
+    """
+
+    problem: str
+    learning_rate: float
+    ours: str
+    torch: str
+    first_difference: float | None
+    metric_difference: Mean | None
+    time_ratio: Mean | None
 
 
 def summarise(runs: Sequence[Run]) -> list[Row]:
-    """Group runs by arm, in order of appearance, and then by learning rate, ascending."""
-    groups: dict[str, dict[float, list[Run]]] = {}
+    """Group runs by problem and arm, in order of appearance, and then by learning rate, ascending."""
+    groups: dict[str, dict[str, dict[float, list[Run]]]] = {}
     for run in runs:
-        groups.setdefault(run.arm, {}).setdefault(run.learning_rate, []).append(run)
-    return [_row(rates[rate]) for rates in groups.values() for rate in sorted(rates)]
-
-
-def _row(runs: list[Run]) -> Row:
-    times = [run.seconds_per_step for run in runs if run.steps >= _STEPS_FOR_A_TIME]
-    norms = [run.max_grad_norm for run in runs if not math.isnan(run.max_grad_norm)]
-    return Row(
-        arm=runs[0].arm,
-        learning_rate=runs[0].learning_rate,
-        runs=len(runs),
-        survived=sum(run.survived for run in runs),
-        learned=sum(run.learned for run in runs),
-        accuracies=tuple(sorted(r.test_accuracy for r in runs if r.test_accuracy is not None)),
-        nonfinite_steps=tuple(
-            sorted(run.nonfinite_step for run in runs if run.nonfinite_step is not None)
-        ),
-        clipped_share=sum(run.clipped_steps for run in runs) / sum(run.steps for run in runs),
-        max_grad_norm=max(norms, default=math.nan),
-        seconds_per_step=statistics.median(times) if times else None,
-    )
-
-
-def conclusions(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Say in a sentence what each arm did; the first arm is the baseline.
-
-    Returns:
-        Pairs of an arm's name and its sentence, computed from the rows and nothing else.
-    """
-    arms: dict[str, list[Row]] = {}
-    for row in rows:
-        arms.setdefault(row.arm, []).append(row)
-    baseline = next(iter(arms.values()), [])
+        arms = groups.setdefault(run.problem, {})
+        arms.setdefault(run.arm, {}).setdefault(run.learning_rate, []).append(run)
     return [
-        (name, _sentence(own, None if own is baseline else baseline)) for name, own in arms.items()
+        _row(sorted(rates[each], key=lambda run: run.seed))
+        for arms in groups.values()
+        for rates in arms.values()
+        for each in sorted(rates)
     ]
 
 
-def _sentence(rows: list[Row], baseline: list[Row] | None) -> str:
-    parts = [_counts(rows, baseline)]
-    blown = [row for row in rows if row.nonfinite_steps]
-    if blown:
-        steps = [step for row in blown for step in row.nonfinite_steps]
-        tried = sum(row.runs for row in blown)
-        parts.append(
-            f"at {_rates(blown)} the loss of {len(steps)} of {tried} runs blew up "
-            f"({_at_steps(steps)})"
-        )
-    risen = [row for row in rows if row.survived + len(row.nonfinite_steps) < row.runs]
-    if risen:
-        parts.append(f"at {_rates(risen)} it stayed finite but ended no lower than it began")
-    idle = [row for row in rows if row.survived > row.learned == 0]
-    if idle:
-        parts.append(f"at {_rates(idle)} it survived without learning")
-    best = max(
-        (row for row in rows if row.learned == row.runs),
-        key=lambda row: row.accuracy or 0.0,
-        default=None,
+def _row(runs: list[Run]) -> Row:
+    first = runs[0]
+    norms = [run.max_grad_norm for run in runs if not math.isnan(run.max_grad_norm)]
+    reached = [run.steps_to_target for run in runs if run.steps_to_target is not None]
+    parameters = Counter(run.exploded_parameter for run in runs if run.exploded_parameter)
+    return Row(
+        problem=first.problem,
+        arm=first.arm,
+        learning_rate=first.learning_rate,
+        runs=len(runs),
+        survived=rate(run.survived for run in runs),
+        learned=rate(run.learned for run in runs),
+        exploded=rate(run.exploded_step is not None for run in runs),
+        metric=mean(run.metric for run in runs),
+        final_loss=mean(run.final_loss for run in runs),
+        clip_rate=mean(run.clipped_steps / run.steps for run in runs),
+        skip_rate=mean(run.skipped_steps / run.steps for run in runs),
+        max_grad_norm=Norms(
+            statistics.median(norms) if norms else math.nan, max(norms, default=math.nan)
+        ),
+        median_grad_norm=mean(run.median_grad_norm for run in runs),
+        steps_to_target=Reached(
+            len(reached), len(runs), statistics.median(reached) if reached else None
+        ),
+        seconds_per_step=mean(
+            run.seconds_per_step for run in runs if run.steps >= _STEPS_FOR_A_TIME
+        ),
+        memory_bytes=max(run.memory_bytes for run in runs),
+        nonfinite_steps=tuple(sorted(run.nonfinite_step for run in runs if run.nonfinite_step)),
+        exploded_steps=tuple(sorted(run.exploded_step for run in runs if run.exploded_step)),
+        exploded_parameters=dict(parameters.most_common()),
     )
-    if best is None:
-        parts.append("at no learning rate did every seed learn")
-    else:
-        parts.append(
-            f"it learned best at {best.learning_rate:g}, with a test accuracy of "
-            + f"{best.accuracy:.2f}".removeprefix("0")
-        )
-    return "; ".join(parts) + "."
 
 
-def _counts(rows: list[Row], baseline: list[Row] | None) -> str:
-    runs, survived = sum(row.runs for row in rows), sum(row.survived for row in rows)
-    counts = f"{survived} of {runs} runs survived and {sum(row.learned for row in rows)} learned"
-    if baseline is None:
-        return counts
-    theirs = f"{sum(row.survived for row in baseline)} of {sum(row.runs for row in baseline)}"
-    return f"{counts} ({baseline[0].arm}: {theirs} survived)"
+def twins(experiment: Experiment, runs: Sequence[Run]) -> list[Twin]:
+    """Compare each arm of ours with torch's equivalent, where both were run."""
+    made = {run.key: run for run in runs}
+    found = []
+    for arm in experiment.arms:
+        if arm.twin is None:
+            continue
+        for problem in experiment.problems:
+            for learning_rate in experiment.learning_rates:
+                pairs = [
+                    (made[ours], run)
+                    for key, run in made.items()
+                    if key[:3] == (problem.name, arm.name, learning_rate)
+                    and (ours := key._replace(arm=arm.twin)) in made
+                ]
+                if pairs:
+                    found.append(_twin(pairs))
+    return found
 
 
-def _rates(rows: list[Row]) -> str:
-    words = [f"{row.learning_rate:g}" for row in rows]
-    listed = words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
-    return f"learning rate{'s' if len(words) > 1 else ''} {listed}"
-
-
-def _at_steps(steps: list[int]) -> str:
-    low, high = min(steps), max(steps)
-    return f"at step {low}" if low == high else f"at steps {low} to {high}"
+def _twin(pairs: list[tuple[Run, Run]]) -> Twin:
+    ours, theirs = pairs[0]
+    differences = [
+        abs(a - b) / abs(b)
+        for one, other in pairs
+        for a, b in zip(one.first_losses, other.first_losses, strict=False)
+        if math.isfinite(a) and math.isfinite(b) and b
+    ]
+    return Twin(
+        problem=ours.problem,
+        learning_rate=ours.learning_rate,
+        ours=ours.arm,
+        torch=theirs.arm,
+        first_difference=max(differences, default=None),
+        metric_difference=mean(
+            one.metric - other.metric
+            for one, other in pairs
+            if one.metric is not None and other.metric is not None
+        ),
+        time_ratio=mean(
+            other.seconds_per_step / one.seconds_per_step
+            for one, other in pairs
+            if min(one.steps, other.steps) >= _STEPS_FOR_A_TIME
+        ),
+    )

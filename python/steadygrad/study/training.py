@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from .arms import Arm
-from .data import Dataset
-from .experiments import Experiment
+from steadygrad import accumulate
 
-_CURVE_POINTS = 160
+from .arms import Arm, OurStepper, Stepper
+from .experiment import Experiment, Problem, RunKey
+from .explosion import first_explosion
+from .models import ActivationTerm
+from .tasks import Batch, Task
 
-# Three times the accuracy of guessing: with 10 classes and 1,000 test images .30, where guessing
-# gives .10 with a standard deviation of .0095.
-LEARNED_TIMES_CHANCE = 3.0
+_CURVE_POINTS = 64
+_DIGITS = 5
 
 
 @dataclass(frozen=True)
@@ -40,26 +44,50 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Evaluations:
+    """The metric while training.
+
+    Attributes:
+        step: steps made until then.
+        metric: on held-out data, NaN where outputs were not finite.
+    """
+
+    step: tuple[int, ...]
+    metric: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Run:
     """What one run did.
 
     Attributes:
+        problem: its name.
         arm: name of the remedy.
         learning_rate: of SGD.
         seed: of the weights and batches.
         steps: steps made; a run ends early once its parameters are not finite.
-        start_loss: mean cross-entropy on the training part before the first step.
+        start_loss: loss on the training part before the first step.
         final_loss: the same after the last step.
         peak_loss: largest batch loss that was not NaN.
-        nonfinite_step: first step whose batch loss was not finite, None if there was none.
-        test_accuracy: on the held-out part, None if an output was not finite.
-        chance: accuracy of guessing.
-        clipped_steps: steps at which the clip was active.
+        metric: on the held-out part, None if an output was not finite.
+        survived: whether the final loss is finite and below the loss at the start.
+        learned: whether it survived and the metric reached the task's bound.
+        nonfinite_step: first step whose batch loss or gradient norm was not finite, or None.
+        exploded_step: first step of the explosion, or None; see :mod:`.explosion`.
+        exploded_parameter: whose gradient grew most at that step, or None.
         max_grad_norm: largest gradient norm before clipping that was not NaN.
+        median_grad_norm: median of the norms that were finite.
+        clipped_steps: steps at which the clip was active.
+        skipped_steps: steps that were left out.
+        steps_to_target: steps until an evaluation found the metric at its target, or None.
         seconds_per_step: median time of forward, backward and optimizer step.
+        memory_bytes: parameters, gradients, optimizer state and what autograd kept for backward.
+        first_losses: batch losses of the first 20 steps.
         curve: thinned loss and gradient norm.
+        evaluations: the metric while training.
     """
 
+    problem: str
     arm: str
     learning_rate: float
     seed: int
@@ -67,99 +95,246 @@ class Run:
     start_loss: float
     final_loss: float
     peak_loss: float
+    metric: float | None
+    survived: bool
+    learned: bool
     nonfinite_step: int | None
-    test_accuracy: float | None
-    chance: float
-    clipped_steps: int
+    exploded_step: int | None
+    exploded_parameter: str | None
     max_grad_norm: float
+    median_grad_norm: float
+    clipped_steps: int
+    skipped_steps: int
+    steps_to_target: int | None
     seconds_per_step: float
-    curve: Curve
+    memory_bytes: int
+    first_losses: tuple[float, ...]
+    curve: Curve | None
+    evaluations: Evaluations
 
     @property
-    def survived(self) -> bool:
-        """Whether the final loss is finite and below the loss at the start.
-
-        A network that saturated at a loss above its start has not survived, though it is finite.
-        """
-        return math.isfinite(self.final_loss) and self.final_loss < self.start_loss
-
-    @property
-    def learned(self) -> bool:
-        """Whether it survived with at least three times the test accuracy of guessing."""
-        if self.test_accuracy is None:
-            return False
-        excess = self.test_accuracy - LEARNED_TIMES_CHANCE * self.chance
-        return self.survived and excess > -1e-9  # .3 counts, though 3 * .1 is a little more
+    def key(self) -> RunKey:
+        """What it is filed under."""
+        return RunKey(self.problem, self.arm, self.learning_rate, self.seed)
 
 
-def train(
-    experiment: Experiment,
-    arm: Arm,
-    learning_rate: float,
-    seed: int,
-    data: Dataset,
-    on_step: Callable[[int, float], None] | None = None,
-) -> Run:
+OnStep = Callable[[int, float], None]
+
+
+def train(experiment: Experiment, key: RunKey, task: Task, on_step: OnStep | None = None) -> Run:
     """Train once.
 
     The same arguments give the same run on one machine with one number of threads (times aside).
-    The loss recorded is the cross-entropy alone, without the penalty of the arm.
+    The loss recorded is that of the task alone, without the penalty of the arm.
 
     Args:
-        experiment: model, length, batch size and momentum.
-        arm: the remedy.
-        learning_rate: of SGD.
-        seed: fixes the weights and the order of the batches.
-        data: what to train and test on.
+        experiment: problems and arms.
+        key: which of them, the learning rate and the seed. The seed fixes weights and batches.
+        task: of the problem.
         on_step: called after each step with the number of steps made and the batch loss.
+
+    Raises:
+        ValueError: the arm does not fit the task.
     """
-    generator = torch.Generator().manual_seed(seed)
-    model = experiment.model.build(
-        data.train_inputs.shape[1], data.classes, generator, arm.init_gain
-    )
-    optimizer = arm.optimizer(model.parameters(), learning_rate, experiment.momentum)
-    batches = _batches(len(data.train_labels), experiment.batch_size, generator)
-    start_loss, _ = _evaluate(model, data.train_inputs, data.train_labels)
-    losses: list[float] = []
-    norms: list[float] = []
-    seconds: list[float] = []
-    nonfinite_step: int | None = None
+    with torch.random.fork_rng(devices=[]):  # dropout draws from the global generator
+        torch.manual_seed(key.seed)
+        return _Training(experiment.problem(key.problem), experiment.arm(key.arm), key, task).run(
+            on_step
+        )
 
-    while len(losses) < experiment.steps:
-        batch = next(batches)
-        began = time.perf_counter()
-        optimizer.zero_grad()
-        loss = cross_entropy(model(data.train_inputs[batch]), data.train_labels[batch])
-        loss.backward()
-        optimizer.step()
-        seconds.append(time.perf_counter() - began)
-        losses.append(loss.item())
-        norms.append(_norm(optimizer.grad_norm))
-        if on_step is not None:
-            on_step(len(losses), losses[-1])
-        if not math.isfinite(losses[-1]):
-            nonfinite_step = nonfinite_step or len(losses)
-            if not all(bool(p.isfinite().all()) for p in model.parameters()):
+
+class _Training:
+    def __init__(self, problem: Problem, arm: Arm, key: RunKey, task: Task) -> None:
+        generator = torch.Generator().manual_seed(key.seed)
+        self.problem, self.arm, self.key = problem, arm, key
+        self.task = task if arm.task is None else arm.task(task)
+        self.validation: Task | None = None
+        if arm.early_stopping:
+            self.task, self.validation = self.task.hold_out(key.seed)
+        spec: Any = problem.model
+        spec = replace(spec, **arm.model)
+        self.model: nn.Module = spec.build(self.task.inputs, self.task.outputs, generator)
+        self.names = [name for name, _ in self.model.named_parameters()]
+        self.parameters = list(self.model.parameters())
+        self.stepper = arm.stepper(self.parameters, key.learning_rate, problem.momentum)
+        self.scheduler = arm.schedule and arm.schedule(self.stepper.optimizer, problem.steps)
+        self.batches = self.task.batches(problem.batch_size, generator)
+        self.terms = [
+            module for module in self.model.modules() if isinstance(module, ActivationTerm)
+        ]
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        self.parameter_norms: list[list[float]] = []
+        self.seconds: list[float] = []
+        self.memory = 0
+        self.evaluated: list[tuple[int, float]] = []
+        self.best: tuple[float, int, dict[str, Any]] | None = None
+
+    def run(self, on_step: OnStep | None) -> Run:
+        start_loss = self._evaluating(self.task.training_loss)
+        every = max(1, self.problem.steps // self.problem.evaluations)
+        while (step := len(self.losses)) < self.problem.steps:
+            if step and step % every == 0 and self._look(step):
+                break
+            self._step()
+            if on_step is not None:
+                on_step(len(self.losses), self.losses[-1])
+            if not math.isfinite(self.losses[-1]) and not self._parameters_finite():
                 break  # nothing brings them back
+        return self._record(start_loss)
 
-    final_loss, _ = _evaluate(model, data.train_inputs, data.train_labels)
-    _, test_accuracy = _evaluate(model, data.test_inputs, data.test_labels)
-    return Run(
-        arm=arm.name,
-        learning_rate=learning_rate,
-        seed=seed,
-        steps=len(losses),
-        start_loss=start_loss,
-        final_loss=final_loss,
-        peak_loss=_largest(losses),
-        nonfinite_step=nonfinite_step,
-        test_accuracy=test_accuracy,
-        chance=data.chance,
-        clipped_steps=optimizer.clipped_steps,
-        max_grad_norm=_largest(norms),
-        seconds_per_step=statistics.median(seconds),
-        curve=thin(losses, norms),
-    )
+    def _step(self) -> None:
+        """One optimizer step; the clock stands still while norms are taken for the record."""
+        count = self.arm.accumulate
+        micro_batches = [next(self.batches) for _ in range(count)]
+        ours = count > 1 and isinstance(self.stepper, OurStepper)
+        began = time.perf_counter()
+        self.stepper.optimizer.zero_grad()
+        losses = []
+        saved = _Saved() if not self.losses else None
+        with saved or contextlib.nullcontext():
+            for batch in micro_batches:
+                with accumulate(self.stepper.optimizer) if ours else contextlib.nullcontext():
+                    loss, total = self._loss(batch)
+                    (total if ours or count == 1 else total / count).backward()
+                losses.append(loss.detach())
+        paused = time.perf_counter()
+        scale = 1.0 / count if ours else 1.0  # there .grad is the sum
+        self.parameter_norms.append([scale * norm for norm in self._gradient_norms()])
+        resumed = time.perf_counter()
+        self.stepper.step()
+        if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step()
+        self.seconds.append(paused - began + time.perf_counter() - resumed)
+        if saved is not None:
+            self.memory = saved.count + _state_bytes(self.stepper, self.parameters)
+        self.losses.append(statistics.fmean(loss.item() for loss in losses))
+        norm = self.stepper.grad_norm
+        if norm is None:
+            norm = math.hypot(*self.parameter_norms[-1])
+        self.norms.append(norm)
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss of the task, and the one that is differentiated."""
+        loss = total = self.task.loss(self.model(batch[0]), batch[1])
+        penalty = self.stepper.penalty()
+        if penalty is not None:
+            total = total + penalty
+        for module in self.terms:
+            assert module.term is not None
+            total = total + module.term
+        return loss, total
+
+    def _gradient_norms(self) -> list[float]:
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        # In float64: a norm beyond fp32's range is not an infinite gradient.
+        norms = torch._foreach_norm(gradients, 2, dtype=torch.float64)
+        return torch.stack(norms).tolist()
+
+    def _look(self, step: int) -> bool:
+        """Measure on held-out data; say whether it is time to stop."""
+        metric = self._evaluating(self.task.measure)
+        self.evaluated.append((step, math.nan if metric is None else metric))
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(statistics.fmean(self.losses[-step // len(self.evaluated) :]))
+        target = self.task.metric.target
+        if self.problem.until_target and self.task.metric.reached(metric, target):
+            return True
+        if self.validation is None:
+            return False
+        loss = self._evaluating(self.validation.training_loss)
+        if self.best is None or loss < self.best[0]:
+            self.best = (loss, step, copy.deepcopy(self.model.state_dict()))
+        places = [place for place, _ in self.evaluated]
+        return len(places) - 1 - places.index(self.best[1]) >= self.arm.early_stopping
+
+    def _evaluating(self, measure: Callable[[nn.Module], Any]) -> Any:
+        self.model.eval()
+        try:
+            return measure(self.model)
+        finally:
+            self.model.train()
+
+    def _parameters_finite(self) -> bool:
+        return all(bool(p.isfinite().all()) for p in self.parameters)
+
+    def _record(self, start_loss: float) -> Run:
+        if self.best is not None:
+            self.model.load_state_dict(self.best[2])
+        final_loss = self._evaluating(self.task.training_loss)
+        metric = self._evaluating(self.task.measure)
+        if not self.evaluated or self.evaluated[-1][0] < len(self.losses):
+            self.evaluated.append((len(self.losses), math.nan if metric is None else metric))
+        survived = math.isfinite(final_loss) and not final_loss >= start_loss
+        bound = self.task.metric
+        explosion = first_explosion(
+            self.losses,
+            self.norms,
+            np.asarray(self.parameter_norms),
+            self.names,
+            start_loss,
+            survived,
+        )
+        broken = (
+            step
+            for step, pair in enumerate(zip(self.losses, self.norms, strict=True), 1)
+            if not all(map(math.isfinite, pair))
+        )
+        reached = (step for step, value in self.evaluated if bound.reached(value, bound.target))
+        return Run(
+            **self.key._asdict(),
+            steps=len(self.losses),
+            start_loss=start_loss,
+            final_loss=final_loss,
+            peak_loss=_largest(self.losses),
+            metric=metric,
+            survived=survived,
+            learned=survived and bound.reached(metric, bound.learned),
+            nonfinite_step=next(broken, None),
+            exploded_step=None if explosion is None else explosion.step,
+            exploded_parameter=None if explosion is None else explosion.parameter,
+            max_grad_norm=_largest(self.norms),
+            median_grad_norm=_median([norm for norm in self.norms if math.isfinite(norm)]),
+            clipped_steps=self.stepper.clipped_steps,
+            skipped_steps=self.stepper.skipped_steps,
+            steps_to_target=next(reached, None),
+            seconds_per_step=statistics.median(self.seconds),
+            memory_bytes=self.memory,
+            first_losses=tuple(self.losses[:20]),
+            curve=thin(self.losses, self.norms),
+            evaluations=Evaluations(
+                tuple(step for step, _ in self.evaluated),
+                tuple(_short(value) for _, value in self.evaluated),
+            ),
+        )
+
+
+class _Saved(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes that autograd keeps for backward, each storage once."""
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+        self.count = 0
+        super().__init__(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        # Parameters are saved as well, and counted elsewhere.
+        if storage.data_ptr() not in self._seen and not isinstance(tensor, nn.Parameter):
+            self._seen.add(storage.data_ptr())
+            self.count += storage.nbytes()
+        return tensor
+
+
+def _state_bytes(stepper: Stepper, parameters: list[nn.Parameter]) -> int:
+    state = [
+        value
+        for entry in stepper.optimizer.state.values()
+        for value in entry.values()
+        if isinstance(value, Tensor)
+    ]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return sum(tensor.nbytes for tensor in (*parameters, *gradients, *state))
 
 
 def thin(losses: list[float], norms: list[float], points: int = _CURVE_POINTS) -> Curve:
@@ -173,32 +348,18 @@ def thin(losses: list[float], norms: list[float], points: int = _CURVE_POINTS) -
     spans = list(zip(starts.tolist(), ends.tolist(), strict=True))
     return Curve(
         step=tuple(ends.tolist()),
-        loss=tuple(statistics.fmean(losses[a:b]) for a, b in spans),
-        grad_norm=tuple(_largest(norms[a:b]) for a, b in spans),
+        loss=tuple(_short(statistics.fmean(losses[a:b])) for a, b in spans),
+        grad_norm=tuple(_short(_largest(norms[a:b])) for a, b in spans),
     )
 
 
-def _batches(examples: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield index batches for ever, every example at most once between two shuffles."""
-    while True:
-        order = torch.randperm(examples, generator=generator)
-        for batch in order.split(batch_size):
-            if len(batch) == batch_size:
-                yield batch
+def _short(value: float) -> float:
+    """A number of a curve: it is drawn, not computed with."""
+    return float(f"{value:.{_DIGITS}g}")
 
 
-def _evaluate(model: nn.Module, inputs: Tensor, labels: Tensor) -> tuple[float, float | None]:
-    """Return the mean cross-entropy and the accuracy, None where outputs are not finite."""
-    with torch.no_grad():
-        outputs = model(inputs)
-        loss = cross_entropy(outputs, labels).item()
-        if not bool(outputs.isfinite().all()):
-            return loss, None  # the argmax of NaN is class 0, which is not a prediction
-        return loss, int((outputs.argmax(1) == labels).sum()) / len(labels)
-
-
-def _norm(grad_norm: Tensor | None) -> float:
-    return math.nan if grad_norm is None else grad_norm.item()
+def _median(values: list[float]) -> float:
+    return statistics.median(values) if values else math.nan
 
 
 def _largest(values: list[float]) -> float:

@@ -1,0 +1,137 @@
+"""What the rows say, in sentences: computed from them and from nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .experiment import Experiment
+from .summary import Row
+from .tasks import Metric
+
+
+def conclusions(rows: Sequence[Row], metric: Metric) -> list[tuple[str, str]]:
+    """Say in a sentence what each arm did; the first arm is the baseline.
+
+    Args:
+        rows: of one problem.
+        metric: of that problem.
+
+    Returns:
+        Pairs of an arm's name and its sentence.
+    """
+    arms: dict[str, list[Row]] = {}
+    for row in rows:
+        arms.setdefault(row.arm, []).append(row)
+    baseline = next(iter(arms.values()), [])
+    return [
+        (name, _sentence(own, None if own is baseline else baseline, metric))
+        for name, own in arms.items()
+    ]
+
+
+def _sentence(rows: list[Row], baseline: list[Row] | None, metric: Metric) -> str:
+    parts = [_counts(rows, baseline)]
+    blown = [row for row in rows if row.nonfinite_steps]
+    if blown:
+        steps = [step for row in blown for step in row.nonfinite_steps]
+        tried = sum(row.runs for row in blown)
+        parts.append(
+            f"at {_rates(blown)} the loss of {len(steps)} of {tried} runs blew up "
+            f"({_at_steps(steps)})"
+        )
+    risen = [row for row in rows if row.survived.count + len(row.nonfinite_steps) < row.runs]
+    if risen:
+        parts.append(f"at {_rates(risen)} it stayed finite but ended no lower than it began")
+    idle = [row for row in rows if row.survived.count > row.learned.count == 0]
+    if idle:
+        parts.append(f"at {_rates(idle)} it survived without learning")
+    best = best_row([row for row in rows if row.learned.count == row.runs], metric)
+    if best is None or best.metric is None:
+        parts.append("at no learning rate did every seed learn")
+    else:
+        parts.append(
+            f"it learned best at {best.learning_rate:g}, with a {metric.name} of "
+            + short(best.metric.mean)
+            if metric.better == "higher"
+            else f"it learned best at {best.learning_rate:g}, with {short(best.metric.mean)} "
+            + metric.name
+        )
+    return "; ".join(parts) + "."
+
+
+def best_row(rows: Sequence[Row], metric: Metric) -> Row | None:
+    """Return the row with the best mean of the metric, None where there is none."""
+    sign = 1.0 if metric.better == "higher" else -1.0
+    known = [row for row in rows if row.metric is not None]
+    return max(known, key=lambda row: sign * (row.metric.mean if row.metric else 0.0), default=None)
+
+
+def findings(experiment: Experiment, rows: Sequence[Row], metrics: dict[str, Metric]) -> list[str]:
+    """Compare the fixed limits with the limits that are learnt, where an experiment has both.
+
+    For each problem and learning rate: the best fixed limit, which has to be searched for, and by
+    how much each policy at its defaults is worse.
+    """
+    own_arms = [arm for arm in experiment.arms if arm.twin is None]
+    learnt = [a.name for a in own_arms if a.clip is not None or a.remedy == "adaptive clipping"]
+    fixed = {a.name for a in own_arms if a.remedy == "clipping" and a.name not in learnt}
+    if not fixed or not learnt:
+        return []
+    found = []
+    for problem in experiment.problems:
+        metric = metrics[problem.name]
+        for learning_rate in experiment.learning_rates:
+            own = [
+                row
+                for row in rows
+                if (row.problem, row.learning_rate) == (problem.name, learning_rate)
+            ]
+            best = best_row([row for row in own if row.arm in fixed], metric)
+            if best is None or best.metric is None:
+                continue
+            gaps = [
+                f"{row.arm} {_gap(row.metric.mean, best.metric.mean, metric):+.1%}"
+                for name in learnt
+                for row in own
+                if row.arm == name and row.metric is not None
+            ]
+            found.append(
+                f"{problem.name}, learning rate {learning_rate:g}: the best fixed limit is that of "
+                f"{best.arm}, with {short(best.metric.mean)} {metric.name}. "
+                f"How much worse than that: {', '.join(gaps)}."
+            )
+    return found
+
+
+def _gap(value: float, best: float, metric: Metric) -> float:
+    """By what share ``value`` is worse than ``best``; negative where it is better."""
+    difference = (best - value) if metric.better == "higher" else (value - best)
+    return difference / abs(best) if best else difference
+
+
+def _counts(rows: list[Row], baseline: list[Row] | None) -> str:
+    learned = sum(row.learned.count for row in rows)
+    counts = f"{_survivors(rows)} runs survived and {learned} learned"
+    if baseline is None:
+        return counts
+    return f"{counts} ({baseline[0].arm}: {_survivors(baseline)} survived)"
+
+
+def _survivors(rows: list[Row]) -> str:
+    return f"{sum(row.survived.count for row in rows)} of {sum(row.runs for row in rows)}"
+
+
+def short(value: float) -> str:
+    """Two digits after the point, without a zero before it."""
+    return f"{value:.2f}".removeprefix("0")
+
+
+def _rates(rows: list[Row]) -> str:
+    words = [f"{row.learning_rate:g}" for row in rows]
+    listed = words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
+    return f"learning rate{'s' if len(words) > 1 else ''} {listed}"
+
+
+def _at_steps(steps: list[int]) -> str:
+    low, high = min(steps), max(steps)
+    return f"at step {low}" if low == high else f"at steps {low} to {high}"

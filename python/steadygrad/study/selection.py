@@ -1,0 +1,112 @@
+"""Which experiments a study has, in words that another process understands as well."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import pathlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from .experiment import Experiment
+
+Mode = Literal["quick", "default", "full"]
+
+_FULL_SEEDS = tuple(range(10))
+
+
+class SelectionError(ValueError):
+    """There is no such experiment or arm, or a file is none; the message says what there is."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What to run.
+
+    Attributes:
+        names: of experiments, or paths of Python files that hold an ``EXPERIMENT``; empty: all.
+        mode: ``"quick"``: the quick one; ``"full"``: ten seeds.
+        seeds: how many, in the place of the experiment's own; 0: its own.
+        arms: names of the arms, besides the baseline; empty: all.
+        data: folder with MNIST or CIFAR-10, in the place of the 5,000 digits.
+    """
+
+    names: tuple[str, ...] = ()
+    mode: Mode = "default"
+    seeds: int = 0
+    arms: tuple[str, ...] = ()
+    data: str | None = None
+
+    def experiments(self) -> list[Experiment]:
+        """Return the experiments, as changed by mode, seeds, arms and data.
+
+        Raises:
+            SelectionError: there is no such experiment or arm, or a file is none.
+            DataFileError: the folder holds no data.
+        """
+        from .experiments import EXPERIMENTS, ON_IMAGES, QUICK, on_data
+
+        known = {experiment.name: experiment for experiment in EXPERIMENTS}
+        if self.names:
+            chosen = [
+                from_file(pathlib.Path(name)) if name.endswith(".py") else _known(name, known)
+                for name in self.names
+            ]
+        elif self.mode == "quick":
+            chosen = [QUICK]
+        else:
+            chosen = [known[name] for name in ON_IMAGES] if self.data else list(known.values())
+        names = [experiment.name for experiment in chosen]
+        if len(set(names)) < len(names):
+            raise SelectionError(f"study: expected experiments of different names, got {names}")
+        if self.data is not None:
+            chosen = on_data(chosen, pathlib.Path(self.data))
+        return [self._changed(experiment) for experiment in chosen]
+
+    def _changed(self, experiment: Experiment) -> Experiment:
+        seeds: Sequence[int] = experiment.seeds
+        if self.seeds:
+            seeds = range(self.seeds)
+        elif self.mode == "full":
+            seeds = _FULL_SEEDS
+        experiment = dataclasses.replace(experiment, seeds=tuple(seeds))
+        try:
+            return experiment.with_arms(self.arms) if self.arms else experiment
+        except ValueError as error:
+            raise SelectionError(f"study: --arms: {error}") from error
+
+
+def from_file(path: pathlib.Path) -> Experiment:
+    """Return the ``EXPERIMENT`` of a Python file.
+
+    Raises:
+        SelectionError: there is no such file, it cannot be run, or it has no experiment.
+    """
+    if not path.is_file():
+        raise SelectionError(f"study: {path}: no such file")
+    spec = importlib.util.spec_from_file_location(f"study_of_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look for theirs there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise SelectionError(f"study: {path}: {type(error).__name__}: {error}") from error
+    experiment = getattr(module, "EXPERIMENT", None)
+    if not isinstance(experiment, Experiment):
+        raise SelectionError(
+            f"study: {path}: expected EXPERIMENT = steadygrad.study.Experiment(...), "
+            f"got {type(experiment).__name__}"
+        )
+    return experiment
+
+
+def _known(name: str, known: dict[str, Experiment]) -> Experiment:
+    if name not in known:
+        raise SelectionError(
+            f"study: unknown experiment {name!r}: there are {', '.join(known)}, "
+            "and files that end in .py"
+        )
+    return known[name]

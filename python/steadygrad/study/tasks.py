@@ -1,0 +1,213 @@
+"""What a network is asked to do: batches to train on, a loss, and how well it does."""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from .data import Dataset
+
+Batch = tuple[Tensor, Tensor]
+
+# Three times the accuracy of guessing: with 10 classes and 1,000 test images .30, where guessing
+# gives .10 with a standard deviation of .0095.
+LEARNED_TIMES_CHANCE = 3.0
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a task measures on held-out data.
+
+    Attributes:
+        name: in words, ``"test accuracy"`` for instance.
+        better: whether a higher or a lower number is better.
+        guessing: what a guess gets.
+        learned: from which number on a run that survived has learned.
+        target: the number that ``steps_to_target`` waits for.
+    """
+
+    name: str
+    better: Literal["higher", "lower"]
+    guessing: float
+    learned: float
+    target: float
+
+    def reached(self, value: float | None, bound: float) -> bool:
+        """Whether ``value`` is as good as ``bound``, or better."""
+        if value is None or not math.isfinite(value):
+            return False
+        slack = 1e-9 * max(abs(bound), 1.0)  # .3 counts, though 3 * .1 is a little more
+        return value >= bound - slack if self.better == "higher" else value <= bound + slack
+
+
+class Task(ABC):
+    """Data and loss of a problem.
+
+    Attributes:
+        name: what the data is, in words.
+        inputs: size of an input: features, channels of a sequence or characters of an alphabet.
+        outputs: number of outputs of the network.
+        metric: what is measured on held-out data.
+    """
+
+    name: str
+    inputs: int
+    outputs: int
+    metric: Metric
+
+    @abstractmethod
+    def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+        """Yield batches to train on for ever, in an order that ``generator`` fixes."""
+
+    @abstractmethod
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of a batch, a mean over its examples."""
+
+    @abstractmethod
+    def training_loss(self, model: nn.Module) -> float:
+        """Return the loss on a fixed part of the training data, the same on every call."""
+
+    @abstractmethod
+    def measure(self, model: nn.Module) -> float | None:
+        """Return the metric on held-out data, None where outputs are not finite."""
+
+    def hold_out(self, seed: int) -> tuple[Task, Task]:
+        """Split off training data to stop early by: what is left to train on, and the rest.
+
+        Raises:
+            ValueError: this task has no such split.
+        """
+        raise ValueError(f"{type(self).__name__}: early stopping: it has no validation data")
+
+
+class Classification(Task):
+    """Tell the class of an example.
+
+    Args:
+        data: training and test examples.
+        target: test accuracy that ``steps_to_target`` waits for. Default: 0.8.
+        largest_shift: training images are moved by up to that many pixels. Default: 0.
+    """
+
+    def __init__(self, data: Dataset, target: float = 0.8, largest_shift: int = 0) -> None:
+        self.data = data
+        self.largest_shift = largest_shift
+        self.name = data.name
+        self.inputs = data.train_inputs.shape[1]
+        self.outputs = data.classes
+        learned = LEARNED_TIMES_CHANCE * data.chance
+        self.metric = Metric("test accuracy", "higher", data.chance, learned, target)
+
+    def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+        """Yield batches, every example at most once between two shuffles."""
+        inputs, labels = self.data.train_inputs, self.data.train_labels
+        while True:
+            order = torch.randperm(len(labels), generator=generator)
+            for batch in order.split(batch_size):
+                if len(batch) == batch_size or len(order) < batch_size:
+                    chosen = inputs[batch]
+                    if self.largest_shift:
+                        chosen = _shifted(chosen, self.largest_shift, generator)
+                    yield chosen, labels[batch]
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean cross-entropy."""
+        return cross_entropy(outputs, targets)
+
+    def training_loss(self, model: nn.Module) -> float:
+        """Return the mean cross-entropy on the training part."""
+        with torch.no_grad():
+            return cross_entropy(model(self.data.train_inputs), self.data.train_labels).item()
+
+    def measure(self, model: nn.Module) -> float | None:
+        """Return the test accuracy, None where outputs are not finite."""
+        with torch.no_grad():
+            outputs = model(self.data.test_inputs)
+        if not bool(outputs.isfinite().all()):
+            return None  # the argmax of NaN is class 0, which is not a prediction
+        labels = self.data.test_labels
+        return int((outputs.argmax(1) == labels).sum()) / len(labels)
+
+    def hold_out(self, seed: int) -> tuple[Task, Task]:
+        """Split off a tenth of the training part."""
+        data = self.data
+        count = len(data.train_labels)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        held, kept = order[: count // 10], order[count // 10 :]
+        parts = [
+            replace(
+                data, train_inputs=data.train_inputs[part], train_labels=data.train_labels[part]
+            )
+            for part in (kept, held)
+        ]
+        return self._with(parts[0]), self._with(parts[1])
+
+    def _with(self, data: Dataset) -> Classification:
+        task = copy.copy(self)
+        task.data = data
+        return task
+
+
+def image_shape(features: int) -> tuple[int, int, int]:
+    """Return channels, height and width of a square image of one channel or three.
+
+    Raises:
+        ValueError: there is no such image.
+    """
+    for channels in (1, 3):
+        side = math.isqrt(features // channels)
+        if channels * side * side == features:
+            return channels, side, side
+    raise ValueError(
+        f"image_shape: features: expected those of a square image of 1 or 3 channels, got {features}"
+    )
+
+
+def raw_pixels(task: Task) -> Task:
+    """Return the task with pixels from 0 to 255, as they come: what a network gets unprepared."""
+    data = _classification("raw_pixels", task).data
+    low = min(data.train_inputs.min().item(), data.test_inputs.min().item())
+    high = max(data.train_inputs.max().item(), data.test_inputs.max().item())
+    scale = 255.0 / (high - low)
+    return _classification("raw_pixels", task)._with(
+        replace(
+            data,
+            train_inputs=(data.train_inputs - low) * scale,
+            test_inputs=(data.test_inputs - low) * scale,
+        )
+    )
+
+
+def shifted_images(task: Task) -> Task:
+    """Return the task with training images moved by up to two pixels: data augmentation."""
+    changed = copy.copy(_classification("shifted_images", task))
+    changed.largest_shift = 2
+    return changed
+
+
+def _classification(what: str, task: Task) -> Classification:
+    if not isinstance(task, Classification):
+        raise ValueError(f"{what}: task: expected a Classification, got {type(task).__name__}")
+    return task
+
+
+def _shifted(inputs: Tensor, largest: int, generator: torch.Generator) -> Tensor:
+    """Move each image by a random number of pixels; what moves in is a copy of the first pixel."""
+    channels, height, width = image_shape(inputs.shape[1])
+    images = inputs.view(-1, channels, height, width)
+    # The corner of a digit is background.
+    padded = nn.functional.pad(images, [largest] * 4, value=inputs.min().item())
+    offsets = torch.randint(0, 2 * largest + 1, (len(images), 2), generator=generator)
+    rows = offsets[:, :1] + torch.arange(height)
+    columns = offsets[:, 1:] + torch.arange(width)
+    index = torch.arange(len(images))[:, None, None]
+    moved = padded.movedim(1, -1)[index, rows[:, :, None], columns[:, None, :]]
+    return moved.movedim(-1, 1).reshape(len(images), -1)

