@@ -188,6 +188,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
 
         Raises:
             NonfiniteGradientError: under ``nonfinite="raise"``.
+            TooManySkippedSteps: as ``Telemetry(stop_after_skips=...)`` says.
             TypeError: a gradient is sparse for a rule that does not take it, or not on a supported device or dtype.
             ValueError: a hyper-parameter is negative or NaN, or shapes differ.
             RuntimeError: a tensor's storage was freed; a process group was destroyed, or ranks that step together hold
