@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from steadygrad import study
 from steadygrad.study import Classification, record
@@ -161,5 +163,9 @@ def test_the_record_says_everything(tmp_path: Path) -> None:
     assert {twin["torch"] for twin in one["twins"]} == {"clip 1 (torch)"}
     assert one["twins"][0]["first_difference"] < 1e-4
     assert {entry["arm"] for entry in one["conclusions"]} == {a.name for a in experiment.arms}
-    grid = table("tiny", one["rows"], "test accuracy")
-    assert grid.row_count == 10
+    rows = [{**row, "arm": "SkipSpikes + LRBackoff"} for row in one["rows"]]
+    for metric in ("test accuracy", "bits per character"):
+        console = Console(file=io.StringIO(), width=80)
+        console.print(table("tiny", rows, metric))
+        assert isinstance(console.file, io.StringIO)
+        assert "\N{HORIZONTAL ELLIPSIS}" not in console.file.getvalue()

@@ -25,7 +25,7 @@ def table(title: str, rows: Sequence[Mapping[str, Any]], metric: str) -> Table:
         pad_edge=False,
         collapse_padding=True,  # it then fits a terminal of 80 columns
     )
-    grid.add_column("arm", no_wrap=True, max_width=22)
+    grid.add_column("arm", max_width=18)
     for header in (
         "learning\nrate",
         "sur-\nvived",

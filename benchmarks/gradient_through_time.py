@@ -1,0 +1,105 @@
+"""Why the temporal-order problem stops being solvable: what a gradient says, by length.
+
+For several lengths, at the start and after 300 steps with clipping at 1: how the gradient changes on
+its way back to the marks, and how much the gradients of two batches have in common. Prints Markdown.
+
+Run it with: python benchmarks/gradient_through_time.py
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import steadygrad as sg
+from steadygrad import study
+
+LENGTHS = (20, 30, 50, 100)
+GAINS = (1.0, 1.5)
+SEEDS = 3
+STEPS = 300
+HEADER = (
+    "| recurrent gain | length | after | decades to the first mark | to the second "
+    "| cosine of two batches | median norm |"
+)
+
+
+def decades_to_the_marks(model: nn.Module, task: study.TemporalOrder) -> tuple[float, float]:
+    """Median over sequences of log10 |dL/dh_t| / |dL/dh_T|, at the two marks."""
+    inputs, targets = next(task.batches(200, torch.Generator().manual_seed(99)))
+    weights = dict(model.named_parameters())
+    state = torch.zeros(len(inputs), 50)
+    states: list[Tensor] = []
+    for step in inputs.unbind(1):
+        state = torch.tanh(
+            step @ weights["recurrent.weight_ih_l0"].T
+            + weights["recurrent.bias_ih_l0"]
+            + state @ weights["recurrent.weight_hh_l0"].T
+            + weights["recurrent.bias_hh_l0"]
+        )
+        state.retain_grad()
+        states.append(state)
+    outputs = state @ weights["output.weight"].T + weights["output.bias"]
+    cross_entropy(outputs, targets, reduction="sum").backward()
+    norms = torch.stack([each.grad.norm(dim=1) for each in states if each.grad is not None], 1)
+    decades = (norms / norms[:, -1:]).log10()
+    marks = (inputs[:, :, :2].sum(2) > 0).nonzero()[:, 1].view(-1, 2)
+    first, second = decades.gather(1, marks).median(0).values.tolist()
+    return first, second
+
+
+def agreement(model: nn.Module, task: study.TemporalOrder) -> tuple[float, float]:
+    """Mean cosine between the gradients of batches of 20, and the median of their norms."""
+    batches = task.batches(20, torch.Generator().manual_seed(98))
+    gradients = []
+    for _ in range(30):
+        inputs, targets = next(batches)
+        model.zero_grad()
+        task.loss(model(inputs), targets).backward()
+        parts = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        gradients.append(torch.cat(parts))
+    stacked = torch.stack(gradients)
+    norms = stacked.norm(dim=1)
+    unit = stacked / norms[:, None]
+    others = ~torch.eye(len(unit), dtype=torch.bool)
+    return (unit @ unit.T)[others].mean().item(), norms.median().item()
+
+
+def train(model: nn.Module, task: study.TemporalOrder, seed: int) -> None:
+    """SGD at 0.1 with clipping at 1, as in the experiment."""
+    optimizer = sg.optim.SGD(model.parameters(), lr=0.1, max_norm=1.0)
+    batches = task.batches(20, torch.Generator().manual_seed(seed))
+    for _ in range(STEPS):
+        inputs, targets = next(batches)
+        optimizer.zero_grad()
+        task.loss(model(inputs), targets).backward()
+        optimizer.step()
+
+
+def main() -> None:
+    """Print a row per gain, length and state of training: means over seeds."""
+    torch.set_num_threads(1)
+    sys.stdout.write(f"{HEADER}\n{'| ---: ' * 7}|\n")
+    for gain in GAINS:
+        for length in LENGTHS:
+            task = study.TemporalOrder(length)
+            rows: dict[str, list[tuple[float, ...]]] = {"0 steps": [], f"{STEPS} steps": []}
+            for seed in range(SEEDS):
+                spec = study.Recurrent(hidden=50, recurrent_gain=gain)
+                model = spec.build(task.inputs, task.outputs, torch.Generator().manual_seed(seed))
+                for after, found in rows.items():
+                    if after != "0 steps":
+                        train(model, task, seed)
+                    found.append((*decades_to_the_marks(model, task), *agreement(model, task)))
+            for after, found in rows.items():
+                first, second, cosine, norm = torch.tensor(found).mean(0).tolist()
+                numbers = f"{first:.1f} | {second:.1f} | {cosine:.2f} | {norm:.2g}"
+                sys.stdout.write(f"| {gain:g} | {length} | {after} | {numbers} |\n")
+                sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
