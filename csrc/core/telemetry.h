@@ -71,13 +71,17 @@ STEADYGRAD_INLINE void record_parameter(const Telemetry& telemetry, double* row,
   row[kTelemetryTotals + telemetry.parameters + place] = nonfinite;
 }
 
-// The one number that limits the total norm. Policies have none where the step is not taken.
-STEADYGRAD_INLINE double total_limit(const Policies& policies, const GroupOptions* groups, int64_t count,
-                                     const StepOptions& options, bool taken) {
-  if (options.clip_scope != ClipScope::global || count == 0) return NAN;
-  double limit = groups[0].max_norm;
-  for (int64_t g = 1; g < count; ++g) {
-    if (groups[g].max_norm != limit) return NAN;
+// The one number that limits the total norm, by the groups that have elements. Policies have none where the
+// step is not taken.
+template <class HasGroup>
+STEADYGRAD_INLINE double total_limit(const Policies& policies, const GroupOptions* groups, int32_t count,
+                                     const StepOptions& options, bool taken, HasGroup has_group) {
+  if (options.clip_scope != ClipScope::global) return NAN;
+  double limit = NAN;
+  for (int32_t g = 0; g < count; ++g) {
+    if (!has_group(g)) continue;
+    if (limit == limit && groups[g].max_norm != limit) return NAN;
+    limit = groups[g].max_norm;
   }
   if (policies.clip_rows == nullptr) return limit;
   if (!taken || clips_units(policies)) return NAN;

@@ -20,7 +20,7 @@ double norm_of_norms(NormType type, const std::vector<double>& norms) {
 // Of all gradients, each scaled by its scope's coefficient.
 double clipped_norm(const Tensors& tensors, const GradNorms& norms, const ScopeNorms& scopes,
                     const std::vector<GroupOptions>& groups, const StepOptions& options,
-                    const Policies& policies) {
+                    const Policies& policies, const std::vector<bool>& has_group) {
   const auto coefficient = [&](size_t group, int32_t place, const Norm& norm) {
     return step_coefficient(groups, policies, options, static_cast<int32_t>(group), place, norm);
   };
@@ -41,19 +41,12 @@ double clipped_norm(const Tensors& tensors, const GradNorms& norms, const ScopeN
     }
     return norm_of_norms(options.norm_type, clipped);
   }
-  std::vector<bool> has_elements(groups.size());
-  for (const TensorOperands& tensor : tensors) {
-    if (tensor.numel > 0) has_elements[tensor.group] = true;
-  }
   const bool global = options.clip_scope == ClipScope::global;
-  const auto has_group = [&](size_t g) {
-    return has_elements[g] || (!scopes.groups.empty() && scopes.groups[g].norm > 0);
-  };
   double first = 1;
   bool found = false;
   bool alike = global;
   for (size_t g = 0; g < groups.size() && alike; ++g) {
-    if (!has_group(g)) continue;
+    if (!has_group[g]) continue;
     const double chosen = coefficient(g, 0, scopes.total);
     alike = !found || chosen == first;
     first = chosen;
@@ -65,10 +58,20 @@ double clipped_norm(const Tensors& tensors, const GradNorms& norms, const ScopeN
     return norms.over([&](size_t t) { return tensors[t].group == static_cast<int32_t>(g); });
   };
   return norm_in_turn(options.norm_type, static_cast<int64_t>(groups.size()), [&](int64_t g) {
-    if (!has_group(g)) return 0.0;
+    if (!has_group[g]) return 0.0;
     const Norm norm = group_norm(g);
     return coefficient(g, 0, global ? scopes.total : norm) * seen_norm(options, norm);
   });
+}
+
+// On any process.
+std::vector<bool> groups_with_elements(const Tensors& tensors, const ScopeNorms& scopes, size_t groups) {
+  std::vector<bool> found(groups);
+  for (const TensorOperands& tensor : tensors) {
+    if (tensor.numel > 0) found[tensor.group] = true;
+  }
+  for (size_t g = 0; g < scopes.groups.size(); ++g) found[g] = found[g] || scopes.groups[g].norm > 0;
+  return found;
 }
 
 }  // namespace
@@ -80,10 +83,12 @@ void record(const Telemetry& telemetry, const Tensors& tensors, const GradNorms&
   step.total = scopes.total;
   step.flags = (report.clipped ? kRecordedClipped : 0) | (report.skipped ? kRecordedSkipped : 0) |
                (report.refused ? kRecordedRefused : 0) | (report.spiked ? kRecordedSpiked : 0);
-  if (has_clipped_norm(step, policies))
-    step.clipped_norm = clipped_norm(tensors, norms, scopes, groups, options, policies);
-  step.limit =
-      total_limit(policies, groups.data(), static_cast<int64_t>(groups.size()), options, is_taken(step));
+  const std::vector<bool> has_group = groups_with_elements(tensors, scopes, groups.size());
+  if (has_clipped_norm(step, policies)) {
+    step.clipped_norm = clipped_norm(tensors, norms, scopes, groups, options, policies, has_group);
+  }
+  step.limit = total_limit(policies, groups.data(), static_cast<int32_t>(groups.size()), options,
+                           is_taken(step), [&](int32_t g) { return has_group[g]; });
   double* const row = next_row(telemetry);
   record_totals(row, options, step);
   const auto record_norm = [&](int64_t place, const Norm& norm) {

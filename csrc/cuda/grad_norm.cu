@@ -198,24 +198,29 @@ __global__ void __launch_bounds__(kLanes)
 void launch_partials(const char* function, const Tensors& tensors, NormArguments& arguments,
                      const std::vector<DeviceGroup>& groups, bool brings_grads, Stream stream) {
   const int32_t count = arguments.table.tensors;
+  const int32_t group_count = static_cast<int32_t>(groups.size());
   int32_t chunks = 0;
   int32_t next = 0;
+  int32_t next_group = 0;
+  // All groups are brought, also those without tensors: decisions and records look at their limits.
   do {
     arguments.first_tensor = next;
     arguments.first_chunk = chunks;
-    arguments.first_group = next < count && !groups.empty() ? tensors[next].group : 0;
+    arguments.first_group = next_group;
     arguments.grads_count = 0;
-    int32_t last_group = arguments.first_group;
     for (; next < count; ++next) {
       if (brings_grads && arguments.grads_count == kGradsPerLaunch) break;
-      if (!groups.empty() && tensors[next].group >= arguments.first_group + kGroupsPerLaunch) break;
-      last_group = groups.empty() ? 0 : tensors[next].group;
+      if (!groups.empty() && tensors[next].group >= next_group + kGroupsPerLaunch) break;
       if (brings_grads) arguments.grads[arguments.grads_count++] = tensors[next].grad.data;
       chunks += static_cast<int32_t>((tensors[next].numel + kChunk - 1) / kChunk);
     }
     arguments.last_chunk = chunks;
-    arguments.groups_count = groups.empty() ? 0 : last_group - arguments.first_group + 1;
-    std::copy_n(groups.begin() + arguments.first_group, arguments.groups_count, arguments.groups);
+    // That of the next tensor may have had some in this launch.
+    const int32_t wanted = next < count && !groups.empty() ? tensors[next].group + 1 : group_count;
+    const int32_t last_group = std::min(wanted, next_group + kGroupsPerLaunch);
+    arguments.groups_count = last_group - next_group;
+    std::copy_n(groups.begin() + next_group, arguments.groups_count, arguments.groups);
+    next_group = next < count && !groups.empty() ? std::min(tensors[next].group, last_group) : last_group;
     // One block at least: it brings the groups to the device also where all tensors are empty.
     const int64_t blocks = std::max<int64_t>(1, blocks_for(chunks - arguments.first_chunk, kWarps));
     with_contents(arguments.table.contents, [&](auto elements) {
@@ -224,7 +229,7 @@ void launch_partials(const char* function, const Tensors& tensors, NormArguments
                               : grad_norm_kernel<decltype(elements), false>;
       launch(function, stream, kernel, blocks, kNormThreads, arguments);
     });
-  } while (next < count);
+  } while (next < count || next_group < group_count);
 }
 
 }  // namespace

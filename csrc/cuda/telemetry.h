@@ -88,7 +88,8 @@ __device__ void record(const Telemetry& telemetry, const TensorTable& table, con
     }
   }
   if (threadIdx.x != 0) return;
-  step.limit = total_limit(policies, groups, table.groups, options, is_taken(step));
+  step.limit = total_limit(policies, groups, table.groups, options, is_taken(step),
+                           [&](int32_t g) { return norms.has_group(g); });
   record_totals(row, options, step);
   *telemetry.recorded += 1;
 }
