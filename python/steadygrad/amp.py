@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from steadygrad.optim.stabilized import AMP_KEYS, StepOutcome
+from steadygrad.telemetry.recorder import TooManySkippedSteps
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -73,16 +74,21 @@ class GradScaler(torch.amp.GradScaler):
         try:
             with optimizer.finding_inf():
                 result = super().step(optimizer, **kwargs)
-        except BaseException:
+        except BaseException as error:
             # Left behind, the scale would be multiplied into the next step's.
             for key in AMP_KEYS:
                 vars(optimizer).pop(key, None)
             vars(optimizer).update(before)
+            if isinstance(error, TooManySkippedSteps):
+                self._hear_from(optimizer)  # the step was decided
             raise
+        self._hear_from(optimizer)
+        return result
+
+    def _hear_from(self, optimizer: StepOutcome) -> None:
         found_inf = optimizer.found_nonfinite()
         if found_inf is not None:
             self._record_found_inf(optimizer, found_inf)
-        return result
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[Any, Tensor]:
         # torch's step calls this for optimizers that unscale by themselves; a stabilized one looks by itself, too.
@@ -94,7 +100,7 @@ class GradScaler(torch.amp.GradScaler):
         return self._record_found_inf(optimizer, torch.zeros_like(scale))
 
     def _record_found_inf(
-        self, optimizer: torch.optim.Optimizer, found_inf: Tensor
+        self, optimizer: torch.optim.Optimizer | StepOutcome, found_inf: Tensor
     ) -> dict[Any, Tensor]:
         # Where torch's update looks for it.
         recorded = {found_inf.device: found_inf}

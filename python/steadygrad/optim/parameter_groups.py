@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -62,14 +63,37 @@ def param_groups(
     ]
 
 
+def _places(group_index: int, count: int) -> list[str]:
+    return [f"param_groups[{group_index}]['params'][{i}]" for i in range(count)]
+
+
 def parameter_names(param_groups: list[dict[str, Any]]) -> tuple[str, ...]:
-    """Of all parameters, in order: torch's ``param_names`` of each group, or their places."""
+    """Of all parameters, in order, each another: torch's ``param_names`` of each group, or their places."""
+    names: list[str] = []
+    for g, group in enumerate(param_groups):
+        places = _places(g, len(group["params"]))
+        given = group.get("param_names") or []
+        names += given if len(given) == len(places) else places
+    if len(set(names)) == len(names):
+        return tuple(names)
+    counts = Counter(names)
+    places = [p for g, group in enumerate(param_groups) for p in _places(g, len(group["params"]))]
     return tuple(
-        name
-        for g, group in enumerate(param_groups)
-        for name in group.get("param_names")
-        or [f"param_groups[{g}]['params'][{i}]" for i in range(len(group["params"]))]
+        name if counts[name] == 1 else f"{name} ({place})"
+        for name, place in zip(names, places, strict=True)
     )
+
+
+def named_alike(param_groups: list[dict[str, Any]], added: dict[str, Any]) -> dict[str, Any]:
+    """A group that is to be added, with places for names where the others have names: torch takes all or none."""
+    params = added.get("params")
+    if not param_groups or "param_names" not in param_groups[0] or "param_names" in added:
+        return added
+    if isinstance(params, Tensor):
+        params = [params]
+    if isinstance(params, (list, tuple)) and all(isinstance(p, Tensor) for p in params):
+        added["params"] = list(zip(_places(len(param_groups), len(params)), params, strict=True))
+    return added
 
 
 def set_parameter_names(
@@ -78,9 +102,18 @@ def set_parameter_names(
     """Sets every group's ``param_names``, as torch does where an optimizer is made from named parameters.
 
     Raises:
-        ValueError: a parameter has no name; then nothing is set.
+        ValueError: a parameter has no name, or one that another has, too; then nothing is set.
     """
     names = {id(param): name for name, param in named}
+    used = Counter(
+        names[id(p)] for group in param_groups for p in group["params"] if id(p) in names
+    )
+    twice = [name for name, count in used.items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"name_parameters: named_parameters: expected another name for each parameter, got {twice[0]!r} for "
+            f"{used[twice[0]]} of them"
+        )
     nameless = [
         f"param_groups[{g}]['params'][{i}] of shape {tuple(param.shape)}"
         for g, group in enumerate(param_groups)

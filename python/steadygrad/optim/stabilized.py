@@ -14,8 +14,9 @@ from torch import Tensor
 from steadygrad.memory import Outcome
 from steadygrad.optim.accumulated import Accumulated
 from steadygrad.optim.closures import Closure
+from steadygrad.optim.interruptions import NonfiniteGradientError
 from steadygrad.optim.options import COUNTERS, StabilizerOptions
-from steadygrad.optim.parameter_groups import set_parameter_names
+from steadygrad.optim.parameter_groups import named_alike, set_parameter_names
 from steadygrad.optim.rule import UpdateRule
 from steadygrad.optim.stepper import Stepper
 from steadygrad.telemetry.history import History
@@ -63,10 +64,19 @@ class StepOutcome:
         stepper.accumulated = accumulated
         stepper.nonfinite = "skip" if self._finds_inf else self._options.nonfinite
         try:
-            loss = stepper.step(closure, self.__dict__.get("grad_scale"), found_inf)
-        finally:
-            stepper.accumulated = Accumulated()
-        self.__dict__.pop("_accumulated", None)
+            try:
+                loss = stepper.step(closure, self.__dict__.get("grad_scale"), found_inf)
+            finally:
+                stepper.accumulated = Accumulated()
+            self.__dict__.pop("_accumulated", None)
+            stepper.tell()
+        except BaseException as error:
+            # Left behind by a scaler, the scale would be multiplied into the next step's.
+            for key in AMP_KEYS:
+                self.__dict__.pop(key, None)
+            if isinstance(error, NonfiniteGradientError):
+                stepper.tell()
+            raise
         return loss
 
     @property
@@ -180,9 +190,12 @@ class StepOutcome:
             ValueError: a parameter of the optimizer has no name; then nothing is set.
         """
         set_parameter_names(self.param_groups, named_parameters)
+        recorder = self._current_stepper().recorder
+        if recorder is not None:
+            recorder.rename(self.param_groups)
 
     def _recorder(self, function: str) -> Recorder:
-        recorder = self._current_stepper().last.recorder
+        recorder = self._current_stepper().recorder
         if recorder is None:
             raise RuntimeError(
                 f"{function}: expected an optimizer with telemetry, got telemetry=None; make it with "
@@ -301,7 +314,7 @@ class Stabilized(StepOutcome):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group; keys it does not set get this optimizer's defaults."""
         self._flush()
-        super().add_param_group(param_group)  # type: ignore[misc]
+        super().add_param_group(named_alike(self.param_groups, param_group))  # type: ignore[misc]
         self._add_group_keys()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

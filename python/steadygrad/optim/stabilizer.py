@@ -21,6 +21,7 @@ from steadygrad.optim.options import (
     StabilizerOptions,
 )
 from steadygrad.optim.param_storage import Rounding
+from steadygrad.optim.parameter_groups import named_alike
 from steadygrad.optim.rmsprop import RULE as RMSPROP_RULE
 from steadygrad.optim.sgd import RULE as SGD_RULE
 from steadygrad.optim.stabilized import Stabilized, StepOutcome
@@ -259,7 +260,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a param group; keys it does not set get this wrapper's defaults."""
         self._flush()
-        self.optimizer.add_param_group(param_group)
+        self.optimizer.add_param_group(named_alike(self.param_groups, param_group))
         self._add_group_keys()
 
     def state_dict(self) -> dict[str, Any]:

@@ -107,19 +107,21 @@ class Stepper:
             self._prepare()
         self._known_numbers = None if closure is not None or self._has_pre_hooks() else numbers
         self._clipped = False
-        skips = False
         try:
             take = self._in_place if self._why_in_place is not None else self._fused_or_in_place
             loss = take(closure)
         except StepSkipped as skipped:
             self._count(COUNTERS[0])
-            skips, loss = True, skipped.loss
+            return skipped.loss
         if self._clipped:
             self._count(COUNTERS[1])
-        if self.recorder is not None:
-            known = skips if self._device_steps is None else None
-            self.recorder.after_step(self._optimizer.param_groups, known)
         return loss
+
+    def tell(self) -> None:
+        """After a step that was decided: telemetry looks whether there is somebody to tell."""
+        if self.recorder is not None and self.report is not None:
+            known = self.report.skipped if self._device_steps is None else None
+            self.recorder.after_step(self._optimizer.param_groups, known)
 
     def _fused_or_in_place(self, closure: Closure | None) -> Any:
         try:

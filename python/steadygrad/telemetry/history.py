@@ -37,9 +37,10 @@ class StepRecord:
     Attributes:
         step: how many calls of ``step`` came before it, skipped ones included.
         norm: of all gradients, before the clip.
-        clipped_norm: after the clip by the norm; NaN where the step was not taken.
+        clipped_norm: after the clip by the norm; NaN where the step was not taken, or ``ClipAdaptive`` has clipped.
         limit: of the total norm; infinite where there is none, NaN where it is not one number (``clip_scope`` other
-            than ``"global"``, param groups with different limits, a policy in a step that was not taken).
+            than ``"global"``, ``ClipAdaptive``, param groups with different limits, no gradient at all, a policy in a
+            step that was not taken).
         clipped: whether the clip was active.
         skipped: whether the step was left out, for non-finite elements or its norm.
         spiked: whether that was for its norm (``skip=SkipSpikes()``).

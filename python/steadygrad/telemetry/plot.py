@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from steadygrad.telemetry.history import Floats, History
+from steadygrad.telemetry.history import Floats, History, Ints
 from steadygrad.telemetry.report import EXPLODED_TIMES, Explosion, Report, usual_norms
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ def _totals(axis: Axes, report: Report) -> None:
     history = report.history
     step = history.step
     finite = np.where(np.isfinite(history.norm), history.norm, np.nan)
-    axis.plot(step, finite, color=_NORM, linewidth=1.1, label="norm")
-    axis.plot(step, history.clipped_norm, color=_CLIPPED, linewidth=1.3, label="after the clip")
+    _line(axis, step, finite, color=_NORM, linewidth=1.1, label="norm")
+    _line(axis, step, history.clipped_norm, color=_CLIPPED, linewidth=1.3, label="after the clip")
     limit = np.where(np.isfinite(history.limit), history.limit, np.nan)
     if np.isfinite(limit).any():
         axis.plot(step, limit, color=_INK, linewidth=1, linestyle=(0, (4, 3)), label="limit")
@@ -83,7 +83,8 @@ def _totals(axis: Axes, report: Report) -> None:
                 label=name,
             )
     if report.explosions:
-        _name_first(axis, report.explosions[0])
+        middle = (step[0] + step[-1]) / 2
+        _name_first(axis, report.explosions[0], report.explosions[0].step > middle)
     axis.set_ylabel("gradient norm", color=_INK)
     rate = report.clip_rate
     clipped = "" if np.isnan(rate) else f", clipped in {100 * rate:.3g} %"
@@ -106,17 +107,27 @@ def _totals(axis: Axes, report: Report) -> None:
     _plain(axis)
 
 
-def _name_first(axis: Axes, explosion: Explosion) -> None:
+def _line(axis: Axes, step: Ints, values: Floats, **style: Any) -> None:
+    axis.plot(step, values, **style)
+    # A line has nothing to show of a step between two without a number.
+    known = np.isfinite(values)
+    alone = known & ~np.append(known[1:], False) & ~np.append(False, known[:-1])
+    axis.plot(step[alone], values[alone], ".", color=style["color"], markersize=4)
+
+
+def _name_first(axis: Axes, explosion: Explosion, to_the_left: bool) -> None:
     axis.axvline(explosion.step, color=_SKIPPED, linewidth=1, linestyle=":", zorder=0)
-    axis.annotate(
-        f"step {explosion.step}: {explosion.name}",
+    text = axis.annotate(
+        f"step {explosion.step}: {_shortened(explosion.name)}",
         (explosion.step, 0.04),
-        (4, 0),
+        (-4 if to_the_left else 4, 0),
         xycoords=("data", "axes fraction"),
         textcoords="offset points",
+        horizontalalignment="right" if to_the_left else "left",
         fontsize=8.5,
         color=_SKIPPED,
     )
+    text.set_in_layout(False)
 
 
 def _tensors(figure: Figure, axis: Axes, report: Report, norms: Floats) -> None:
@@ -135,7 +146,7 @@ def _tensors(figure: Figure, axis: Axes, report: Report, norms: Floats) -> None:
     image = axis.pcolormesh(
         np.append(history.step, history.step[-1] + 1) - 0.5,
         np.arange(len(chosen) + 1) - 0.5,
-        np.ma.masked_invalid(np.where(np.isinf(shown), top, shown)),
+        np.ma.masked_invalid(np.clip(shown, -top, top)),
         cmap="PuOr_r",
         norm=TwoSlopeNorm(0.0, -top, top),
         rasterized=True,
@@ -162,7 +173,8 @@ def _tensors(figure: Figure, axis: Axes, report: Report, norms: Floats) -> None:
 
 
 def _shortened(name: str) -> str:
-    return name if len(name) <= 36 else f"{name[:12]}...{name[-21:]}"
+    short = name if len(name) <= 36 else f"{name[:12]}...{name[-21:]}"
+    return short.replace("$", r"\$").replace("\n", " ")
 
 
 def _plain(axis: Axes) -> None:

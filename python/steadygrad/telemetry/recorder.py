@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import warnings
 from typing import Any
-from weakref import WeakKeyDictionary, finalize
+from weakref import WeakSet
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from steadygrad import _kernels
+from steadygrad.arguments import checked_count
 from steadygrad.memory import is_asynchronous
 from steadygrad.optim.parameter_groups import parameter_names
 from steadygrad.telemetry.history import TOTALS, History
@@ -19,6 +21,7 @@ from steadygrad.telemetry.settings import Telemetry, Writer
 
 # Key of every param group of an optimizer with telemetry: steps recorded so far.
 RECORDED_STEPS = "recorded_steps"
+_MOST_STEPS = 2**53  # beyond it numbers of steps are no floats
 
 Groups = list[dict[str, Any]]
 
@@ -35,6 +38,10 @@ class TooManySkippedSteps(RuntimeError):
             f"step: too many steps in a row were skipped; what was recorded:\n{report}"
         )
         self.report = report
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The message is made of the report."""
+        return type(self), (self.report,)
 
 
 class _Snapshot:
@@ -79,19 +86,25 @@ def _history(first: int, recorded: Tensor, rows: Tensor, names: tuple[str, ...])
     return History(begin, rows.numpy()[np.arange(begin, end) % size], names)
 
 
-# Of each optimizer: wrappers make a new stepper whenever a state is loaded.
-_recorders: WeakKeyDictionary[torch.optim.Optimizer, Recorder] = WeakKeyDictionary()
+# Kept on the optimizer itself, whose pickles and copies leave it out: a writer may refer to its optimizer.
+_ATTRIBUTE = "_steadygrad_recorder"
+_with_writers: WeakSet[Recorder] = WeakSet()
 
 
 def recorder_of(optimizer: torch.optim.Optimizer, settings: Telemetry) -> Recorder:
-    """The one that it has with these settings, or a new one, which hands over what is left when the optimizer ends."""
-    recorder = _recorders.get(optimizer)
+    """The one that the optimizer has with these settings, or a new one, which then is its."""
+    recorder = optimizer.__dict__.get(_ATTRIBUTE)
     if recorder is None or recorder.settings is not settings:
         if recorder is not None:
             recorder.close()
-        recorder = _recorders[optimizer] = Recorder(settings)
-        finalize(optimizer, recorder.close)
+        recorder = optimizer.__dict__[_ATTRIBUTE] = Recorder(settings)
     return recorder
+
+
+@atexit.register
+def _close_all() -> None:
+    for recorder in list(_with_writers):
+        recorder.close()
 
 
 class Recorder:
@@ -113,9 +126,15 @@ class Recorder:
         self._next = 0  # the first step that no writer has seen
         self._unseen = 0  # steps since the last look
         self._skipped_in_a_row = 0
-        # On their way from a device, and the last ones that have arrived, by the number of rows asked for.
-        self._snapshots: dict[int, _Snapshot] = {}
-        self._arrived: dict[int, History] = {}
+        self._taken = 0  # steps since the first
+        # On their way from a device, and the last ones that have arrived: of what writers have not seen, and of all.
+        self._snapshots: dict[bool, _Snapshot] = {}
+        self._arrived: dict[bool, History] = {}
+        if self._writers:
+            _with_writers.add(self)
+
+    def __del__(self) -> None:
+        self.close()
 
     # -- for a step -----------------------------------------------------------------------------
 
@@ -136,10 +155,11 @@ class Recorder:
     def _begin(
         self, groups: Groups, columns: int, device: torch.device, saved: Any
     ) -> tuple[Tensor, Tensor]:
-        steps = saved
+        steps: Any = saved
         if self._rows is not None and self._recorded is not None:
             self.close()
-            self._replaced.append((self._rows, self._recorded))
+            if is_asynchronous(self._rows.device):
+                self._replaced.append((self._rows, self._recorded))
             if saved == self._saved:
                 steps = int(self._recorded)
         self._names = parameter_names(groups)
@@ -149,12 +169,17 @@ class Recorder:
         self._saved = saved
         return self._rows, self._recorded
 
-    def _begin_at(self, steps: Any, recorded: Tensor) -> None:
+    def _begin_at(self, saved: Any, recorded: Tensor) -> None:
+        steps = checked_count(f"step: param_groups[0][{RECORDED_STEPS!r}]", saved)
+        if steps >= _MOST_STEPS:
+            raise ValueError(
+                f"step: param_groups[0][{RECORDED_STEPS!r}]: expected less than {_MOST_STEPS}, got {steps}"
+            )
         self.close()
-        recorded.fill_(int(steps))
-        self._first = self._next = self._saved = int(steps)
+        recorded.fill_(steps)
+        self._first = self._next = self._saved = steps
         self._snapshots, self._arrived = {}, {}
-        self._skipped_in_a_row = 0
+        self._skipped_in_a_row = self._taken = 0
 
     def after_step(self, groups: Groups, skipped: bool | None) -> None:
         """Tells the writers where it is time to; ``skipped``: None where only the device knows.
@@ -163,13 +188,16 @@ class Recorder:
             TooManySkippedSteps: as the settings say.
         """
         limit = self.settings.stop_after_skips
+        self._unseen += 1
+        self._taken += 1
+        judges = skipped is True
         if skipped is not None:
             self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
-        self._unseen += 1
-        looks = bool(self._writers) or (limit is not None and skipped is None)
-        if looks and self._unseen >= self.settings.interval and not _is_capturing(self._rows):
-            self.hand_over(groups, wait=False, counts_skips=skipped is None)
-        if limit is not None and skipped is not False and self._skipped_in_a_row >= limit:
+        if self._unseen >= self.settings.interval and not _is_capturing(self._rows):
+            if self._writers or (limit is not None and skipped is None):
+                self.hand_over(groups, wait=False)
+            judges = judges or skipped is None
+        if limit is not None and judges and self._skipped_in_a_row >= limit:
             self.hand_over(groups, wait=True)
             raise TooManySkippedSteps(Report(self.read(groups, wait=True)))
 
@@ -193,46 +221,61 @@ class Recorder:
             return History(first, np.zeros((0, TOTALS)), self._names)
         if not is_asynchronous(rows.device):
             return _history(first, recorded, rows, self._names)
-        # What was not there at the last look of the writers comes with the next one.
-        newest = 2 * self.settings.interval if unseen and not wait else len(rows)
-        if wait or newest not in self._snapshots:
-            self._snapshots[newest] = _Snapshot(self._first, recorded, rows, newest)
-        if wait or self._snapshots[newest].is_there():
-            self._arrived[newest] = self._snapshots.pop(newest).history(self._names)
+        # The copy that is on its way may turn out to have come too early for some of these.
+        handed = self._next - self._first
+        newest = max(self._taken - handed, 0) + self.settings.interval if unseen else len(rows)
+        look = self._snapshots.pop(unseen, None)
+        if wait:
+            return (
+                _Snapshot(self._first, recorded, rows, len(rows)).history(self._names).since(first)
+            )
+        if look is not None and look.is_there():
+            self._arrived[unseen] = look.history(self._names)
+            look = None
+        if look is None:
+            look = _Snapshot(self._first, recorded, rows, newest)
+        if look.is_there():
+            self._arrived[unseen] = look.history(self._names)
+        else:
+            self._snapshots[unseen] = look
         nothing = History(first, np.zeros((0, rows.shape[1])), self._names)
-        return self._arrived.get(newest, nothing).since(first)
+        return self._arrived.get(unseen, nothing).since(first)
 
-    def hand_over(self, groups: Groups, wait: bool, counts_skips: bool = False) -> None:
+    def hand_over(self, groups: Groups, wait: bool) -> None:
         """Gives the writers what they have not seen; what one raises is a warning."""
         self._unseen = 0
         new = self.read(groups, wait, unseen=True)
         if not len(new):
             return
         self._next = int(new.step[-1]) + 1
-        if counts_skips:
-            self._count_skips(new)
+        if self._rows is not None and is_asynchronous(self._rows.device):
+            for skipped in new.skipped.tolist():
+                self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        failures: list[str] = []
+        interruption: BaseException | None = None
         for writer in list(self._writers):
             try:
-                for record in new:
-                    writer(record)
-                flush = getattr(writer, "flush", None)
-                if flush is not None:
-                    flush()
+                _write(writer, new)
             except Exception as error:
-                self._writers.remove(writer)
-                warnings.warn(
-                    f"Telemetry: writers: {writer!r} failed at one of steps {new.step[0]} to {new.step[-1]} and is not "
-                    f"called again; training goes on: {type(error).__name__}: {error}",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+                failures.append(f"{writer!r} failed: {type(error).__name__}: {error}")
+                if writer in self._writers:
+                    self._writers.remove(writer)
+            except BaseException as error:  # Ctrl-C: the others get theirs
+                interruption = error
+        if interruption is not None:
+            raise interruption
+        # Last, since a warning may be made an error.
+        for failure in failures:
+            warnings.warn(
+                f"Telemetry: writers: at one of steps {new.step[0]} to {new.step[-1]} {failure}. It is not called "
+                "again; training goes on",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
-    def _count_skips(self, new: History) -> None:
-        limit = self.settings.stop_after_skips
-        for skipped in new.skipped.tolist():
-            self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
-            if limit is not None and self._skipped_in_a_row >= limit:
-                return
+    def rename(self, groups: Groups) -> None:
+        """After parameters were named."""
+        self.read(groups, wait=False)
 
     def save(self, groups: Groups) -> None:
         """Brings the number of steps to the param groups; waits for the device if there was a step."""
@@ -246,10 +289,18 @@ class Recorder:
             group[RECORDED_STEPS] = self._saved
 
     def close(self) -> None:
-        """At the end of the optimizer or the process: hands over what is left."""
-        if self._writers and self._unseen:
+        """At the end of the optimizer or the process, and before a new beginning: hands over what is left."""
+        if self._writers:
             self.hand_over([], wait=True)
         self._unseen = 0
+
+
+def _write(writer: Writer, new: History) -> None:
+    for record in new:
+        writer(record)
+    flush = getattr(writer, "flush", None)
+    if flush is not None:
+        flush()
 
 
 def _is_capturing(rows: Tensor | None) -> bool:

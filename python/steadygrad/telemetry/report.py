@@ -181,7 +181,7 @@ def explosions(history: History) -> list[Explosion]:
     usual = usual_norms(norms)
     with np.errstate(invalid="ignore"):
         # A layer whose gradient had vanished and comes back changes the step by little.
-        bar = np.fmax(EXPLODED_TIMES * usual, usual_norms(history.norm[:, None]))
+        bar = np.maximum(EXPLODED_TIMES * usual, usual_norms(history.norm[:, None]))
         places = np.argwhere((counts > 0) | (norms > bar))
     found = [
         Explosion(

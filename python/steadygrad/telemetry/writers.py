@@ -17,7 +17,8 @@ class _LineWriter:
     """Gathers lines and appends them to a file, which is open for the time of that only."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        # As it is now: programs change their folder.
+        self.path = Path(path).absolute()
         self._lines: list[str] = []
 
     def flush(self) -> None:
@@ -25,7 +26,11 @@ class _LineWriter:
         lines, self._lines = self._lines, []
         if lines:
             with self.path.open("a", encoding="utf-8", newline="") as file:
-                file.write("".join(lines))
+                file.write((self._header() if file.tell() == 0 else "") + "".join(lines))
+
+    def _header(self) -> str:
+        """What a file begins with."""
+        return ""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r})"
@@ -77,7 +82,7 @@ class CSVWriter(_LineWriter):
         """Takes one step."""
         norms = [] if record.tensor_norms is None else record.tensor_norms.tolist()
         counts = [] if record.tensor_nonfinite is None else record.tensor_nonfinite.tolist()
-        names = record.names if norms else ()
+        names = [" ".join(name.splitlines()) for name in record.names] if norms else []
         columns = [
             *TOTAL_NAMES,
             *(f"norm:{name}" for name in names),
@@ -90,18 +95,18 @@ class CSVWriter(_LineWriter):
 
     def _begin(self, columns: list[str]) -> None:
         self.flush()
-        header = _csv_line(columns)
         if self.path.exists() and self.path.stat().st_size:
             with self.path.open(encoding="utf-8", newline="") as file:
-                found = file.readline()
-            if found != header:
+                found = next(csv.reader(file))
+            if found != columns:
                 raise ValueError(
                     f"CSVWriter: path: expected a new file or one with {len(columns)} columns, {columns[0]} to "
-                    f"{columns[-1]}, got {self.path} with others"
+                    f"{columns[-1]}, got {self.path} with {len(found)} or others"
                 )
-        else:
-            self._lines.append(header)
         self._columns = columns
+
+    def _header(self) -> str:
+        return _csv_line(self._columns or [])
 
 
 class TensorBoardWriter:
