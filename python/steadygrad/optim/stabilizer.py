@@ -168,9 +168,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
                 limit = self._options.constant_limit
                 group.update(max_norm=limit, clip_value=clip_value, l1=l1, l2=l2)
                 if isinstance(clip, ClipAdaptive) and group.get(CLIPPING) is not None:
-                    group[CLIPPING] = (
-                        clip.clipping
-                    )  # None is the choice of the group: a final layer
+                    group[CLIPPING] = clip.clipping  # but None stays: a final layer
         self._add_group_keys()
 
     def _make_stepper(self) -> Stepper:
