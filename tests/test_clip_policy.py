@@ -145,7 +145,17 @@ BAD: list[tuple[Any, type[Exception], str]] = [
         ValueError,
         r"expected a number, or a tensor of shape \(2,\) or \(\) on",
     ),
-    (lambda norms: norms * 1j, TypeError, "expected real numbers, got a torch.complex128"),
+    (lambda norms: norms * 1j, TypeError, "expected a dense tensor .*got a torch.complex128"),
+    (
+        lambda norms: norms.to_sparse(),
+        TypeError,
+        "expected a dense tensor .*got a torch.sparse_coo",
+    ),
+    (
+        lambda norms: norms.to(torch.float8_e4m3fn),
+        TypeError,
+        "expected a dense tensor .*got a torch.float8",
+    ),
     (lambda norms: norms.to("meta"), ValueError, r"on meta"),
     (RuntimeError("no idea"), RuntimeError, "no idea"),
 ]
@@ -336,6 +346,8 @@ def test_what_a_state_may_hold() -> None:
         {"f": len},
         {1: 2},
         {"a": [torch.ones(1, dtype=torch.complex64)]},
+        {"a": torch.ones(2).to_sparse()},
+        {"a": torch.ones(2, device="meta")},
         {"__tensor__": 1},
     ):
         with pytest.raises(

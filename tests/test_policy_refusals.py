@@ -45,6 +45,19 @@ def test_values_out_of_range(make: Callable[..., Any], name: str, values: list[A
             make(**{name: value})
 
 
+def test_a_number_beyond_those_of_float64() -> None:
+    with pytest.raises(
+        ValueError, match=r"clipping: expected a finite number >= 0, got a larger int than float64"
+    ):
+        sg.ClipAdaptive(clipping=10**400)
+    optimizer = made(clip=sg.ClipAdaptive())
+    optimizer.param_groups[0]["clipping"] = 10**5000
+    with pytest.raises(
+        ValueError, match=r"step: param_groups\[0\]: clipping: expected .*got a larger int"
+    ):
+        optimizer.step()
+
+
 @pytest.mark.parametrize(("make", "name", "values"), VALUES, ids=ids)
 def test_values_of_another_type(make: Callable[..., Any], name: str, values: list[Any]) -> None:
     for value in ["much", [1.0], *([2.5, True, None] if name in COUNTS else [])]:

@@ -127,7 +127,7 @@ bool Plan::add_tensor(size_t index, PyObject* grad, const GroupOptions& group, i
 
   TensorOperands& tensor = tensors_.emplace_back();
   const bool penalty = group.l2 != 0 || (group.l1 != 0 && !options_.proximal);
-  const bool by_unit = policies_.clip.kind == PolicyKind::adaptive;
+  const bool by_unit = policies_.clip.kind == PolicyKind::adaptive && group.clipping != INFINITY;
   if (!updates && !penalty && !by_unit) {
     tensor = operands_of(grad_view, &TensorOperands::grad);
   } else {
@@ -151,7 +151,11 @@ bool Plan::add_tensor(size_t index, PyObject* grad, const GroupOptions& group, i
     for (int i = 0; i < count; ++i) {
       PyObject* const object = objects[i];
       const Argument where = argument(index, i == 0 ? "" : i == 1 ? ".grad" : " state");
-      if (views[i].is_complex) throw_type_error(where, "a real tensor", object);
+      if (views[i].is_complex) {
+        throw_type_error(
+            where, by_unit ? "a real tensor, as complex ones cannot be clipped by unit" : "a real tensor",
+            object);
+      }
       if (i < 2) check_not_negated(views[i], object, where);
       if (!same_sizes(views[0], views[i])) {
         throw py::value_error(where.text() + ": expected the shape of the parameter, " +

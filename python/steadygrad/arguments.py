@@ -19,6 +19,12 @@ def checked_number(
         number = float(value)
     except (TypeError, ValueError, RuntimeError):  # RuntimeError: tensors that hold no number
         raise TypeError(f"{where}: expected {expected}, got {value!r}") from None
+    except OverflowError:
+        # Without its digits: Python refuses to print some thousands of them.
+        kind = type(value).__name__
+        raise ValueError(
+            f"{where}: expected {expected}, got a larger {kind} than float64 holds"
+        ) from None
     if not (number >= low and (number < below or below == math.inf)) or (
         finite and math.isinf(number)
     ):

@@ -16,6 +16,11 @@ def is_asynchronous(device: torch.device) -> bool:
     return _kernels.is_asynchronous(device.type)
 
 
+def keep_for_graphs(kept: list[Tensor], *replaced: Tensor) -> None:
+    """Keeps tensors that captured graphs may go on with; none on the CPU, where no step is captured."""
+    kept += [tensor for tensor in replaced if is_asynchronous(tensor.device)]
+
+
 def is_number_on(value: Any, device: torch.device | None) -> bool:
     """Whether it is a number in a tensor on an asynchronous device, which kernels can read without a wait."""
     return (

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from steadygrad.arguments import checked_number
 from steadygrad.distributed.norms import COLUMNS
-from steadygrad.memory import is_asynchronous
+from steadygrad.memory import is_asynchronous, keep_for_graphs
 from steadygrad.policies.clip_policy import ClipPolicy
 from steadygrad.policies.state_text import state_of, text_of
 
@@ -18,6 +18,21 @@ Groups = list[dict[str, Any]]
 # A row per scope, as in csrc/core/policy.h: coefficient, limit, norm.
 _LIMIT, _NORM, _COLUMNS = 1, 2, 3
 
+# What a policy may give in a tensor; not all that torch stores can be compared.
+_NUMBERS = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+)
+_UNREAD = object()
+
 
 class AskedPolicy:
     """One policy's place in an optimizer. In the param groups its state is ``[name, text]``.
@@ -25,31 +40,36 @@ class AskedPolicy:
     Args:
         key: of the param groups.
         policy: the user's.
+        fresh: the state that it had when the optimizer took it over, as text; None if that is now.
     """
 
-    def __init__(self, key: str, policy: ClipPolicy) -> None:
+    def __init__(self, key: str, policy: ClipPolicy, fresh: str | None = None) -> None:
         self._key = key
         self._policy = policy
         self._name = type(policy).__name__
-        self._fresh = self._text()  # refuses a state that cannot be saved before it is too late
-        self._known: Any = None  # what the param groups held when both were the same
+        # What the param groups held when both were the same. Later ones do not know what was loaded since.
+        self._known: Any = None if fresh is None else _UNREAD
+        # Refuses a state that cannot be saved before it is too late.
+        self.fresh = self._text() if fresh is None else fresh
+        self._unsaved: Exception | None = None
         self._rows: Tensor | None = None
         self._lone: tuple[Tensor, Tensor, None] | None = None
-        self._replaced: list[Tensor] = []  # captured graphs may go on with them
+        self._replaced: list[Tensor] = []
 
     def rows(self, groups: Groups, scopes: int, device: torch.device) -> Tensor:
         """For a step. A state that was loaded since the last one takes the place of the policy's."""
         rows = self._rows
         if rows is None or rows.shape[0] != scopes or rows.device != device:
-            self._rows = rows = self._kept(
-                rows, torch.zeros(scopes, _COLUMNS, dtype=torch.float64, device=device)
-            )
+            if rows is not None:
+                keep_for_graphs(self._replaced, rows)
+            self._rows = rows = torch.zeros(scopes, _COLUMNS, dtype=torch.float64, device=device)
         saved = groups[0].get(self._key) if groups else None
         if saved is not self._known:
-            text = self._fresh
+            text = self.fresh
             if isinstance(saved, (list, tuple)) and len(saved) == 2 and saved[0] == self._name:
                 text = saved[1]
-            self._policy.load_state_dict(state_of(text, device))
+            with torch.no_grad():
+                self._policy.load_state_dict(state_of(text, device))
             self._known = saved
         return rows
 
@@ -69,18 +89,31 @@ class AskedPolicy:
                 made = torch.empty(sums, COLUMNS, dtype=torch.float64, device=device)
                 counted = torch.ones(slots, dtype=torch.int32, device=device)
                 if lone is not None:
-                    self._replaced += lone[:2]
+                    keep_for_graphs(self._replaced, *lone[:2])
                 self._lone = (made, counted, None)
             of_processes = self._lone
         return (*of_processes, self._ask)
 
     def save(self, groups: Groups) -> None:
-        """Brings the state to the param groups, unless one was loaded there; waits for the device."""
+        """Brings the state to the param groups, unless one was loaded there; waits for the device.
+
+        A state that cannot be saved is for :meth:`check_saved` to tell: not all that saves has to have it.
+        """
+        self._unsaved = None
         if self._rows is None or not groups or groups[0].get(self._key) is not self._known:
             return
-        self._known = [self._name, self._text()]
+        try:
+            self._known = [self._name, self._text()]
+        except Exception as error:
+            self._known, self._unsaved = None, error
         for group in groups:
             group[self._key] = self._known
+
+    def check_saved(self) -> None:
+        """Raises what :meth:`save` has met."""
+        unsaved, self._unsaved = self._unsaved, None
+        if unsaved is not None:
+            raise unsaved
 
     def take_back(self, groups: Groups) -> None:
         """What :meth:`save` has brought is theirs no longer."""
@@ -89,11 +122,6 @@ class AskedPolicy:
         self._known = None
         for group in groups:
             group[self._key] = None
-
-    def _kept(self, before: Tensor | None, made: Tensor) -> Tensor:
-        if before is not None:
-            self._replaced.append(before)
-        return made
 
     def _text(self) -> str:
         return text_of(f"{self._name}.state_dict", self._policy.state_dict())
@@ -111,9 +139,12 @@ def _put(where: str, given: Any, limits: Tensor) -> None:
         limits.fill_(checked_number(where, given, finite=False))
         return
     shape = tuple(limits.shape)
-    got = f"a {given.dtype} tensor of shape {tuple(given.shape)} on {given.device}"
-    if given.is_complex():
-        raise TypeError(f"{where}: expected real numbers, got {got}")
+    kind = "" if given.layout == torch.strided else f"{given.layout} "
+    got = f"a {kind}{given.dtype} tensor of shape {tuple(given.shape)} on {given.device}"
+    if given.dtype not in _NUMBERS or given.layout != torch.strided:
+        raise TypeError(
+            f"{where}: expected a dense tensor of integers or of float16, bfloat16, float32 or float64, got {got}"
+        )
     if tuple(given.shape) not in ((), shape) or given.device != limits.device:
         raise ValueError(
             f"{where}: expected a number, or a tensor of shape {shape} or () on {limits.device}, got {got}"

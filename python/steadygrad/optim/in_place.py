@@ -8,6 +8,7 @@ from torch import Tensor
 
 from steadygrad.optim.options import StabilizerOptions, checked_number
 from steadygrad.penalty import soft_threshold_
+from steadygrad.policies.adaptive import CLIPPING
 
 
 def dense_grad(
@@ -17,6 +18,11 @@ def dense_grad(
     grad = sums.get(param, param.grad)
     if grad is None or not grad.is_sparse:
         return grad
+    if options.clips_units(group):
+        raise TypeError(
+            "step: clip: ClipAdaptive: expected dense gradients, whose units are whole, got a sparse one of shape "
+            f"{tuple(grad.shape)}. Put its parameter into a param group with {CLIPPING}=None, which leaves it out"
+        )
     for key in ("l1", "l2"):
         if group.get(key, getattr(options, key)) != 0:
             raise ValueError(

@@ -44,6 +44,9 @@ _CLIP_POLICIES = (
     ClipPolicy,
 )
 
+# Where options keep the state that a policy in Python had at first, in every copy and for every stepper.
+_FRESH = "_fresh"
+
 COUNTERS = ("skipped_steps", "clipped_steps")
 
 
@@ -82,7 +85,11 @@ class StabilizerOptions:
             own["clip"] = copy.deepcopy(self.clip, memo)
         if self.telemetry is not None:
             own["telemetry"] = copy.copy(self.telemetry)
-        return dataclasses.replace(self, **own) if own else self
+        if not own:
+            return self
+        copied = dataclasses.replace(self, **own)
+        vars(copied)[_FRESH] = vars(self).get(_FRESH)
+        return copied
 
     def __post_init__(self) -> None:
         """Checks every option."""
@@ -140,7 +147,10 @@ class StabilizerOptions:
 
     def policy_states(self) -> PolicyStates:
         """What the policies learn, with nothing in it yet."""
-        return PolicyStates(self.clip, self.skip, self.scope, self.per_tensor)
+        fresh = vars(self).get(_FRESH)
+        states = PolicyStates(self.clip, self.skip, self.scope, self.per_tensor, fresh)
+        vars(self)[_FRESH] = states.fresh
+        return states
 
     def group_defaults(self) -> dict[str, Any]:
         """The keys that every param group carries, so that they can differ per group and be saved."""
@@ -163,6 +173,13 @@ class StabilizerOptions:
             **({CLIP_STATE: None} if learns else {}),
             **({SKIP_STATE: None} if self.skip is not None else {}),
         }
+
+    def clips_units(self, group: Mapping[str, Any]) -> bool:
+        """Whether the gradients of this param group are clipped by output unit."""
+        if not isinstance(self.clip, ClipAdaptive):
+            return False
+        clipping = group.get(CLIPPING, self.clip.clipping)
+        return clipping is not None and float(clipping) != math.inf
 
     def group_numbers(self, group: Mapping[str, Any], where: str) -> dict[str, float]:
         """The group's limits and penalties as the kernels take them: no limit is infinity."""

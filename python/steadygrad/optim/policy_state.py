@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from steadygrad.distributed.units import check_whole_units
+from steadygrad.memory import keep_for_graphs
 from steadygrad.optim.asked_policy import AskedPolicy
 from steadygrad.policies.adaptive import CLIPPING, ClipAdaptive
 from steadygrad.policies.clip_policy import ClipPolicy
@@ -36,7 +37,7 @@ class PolicyState:
         self._policy = policy
         self._rows: Tensor | None = None
         self._known: Any = None  # what the param groups held when both were the same
-        self._replaced: list[Tensor] = []  # captured graphs may go on with them
+        self._replaced: list[Tensor] = []
 
     def rows(self, groups: Groups, scopes: int, device: torch.device) -> Tensor:
         """For a step. A list that was loaded since the last one takes the place of what was learnt."""
@@ -48,7 +49,7 @@ class PolicyState:
             return rows
         made = torch.zeros(scopes, self._policy.row_size, dtype=torch.float64, device=device)
         if rows is not None:
-            self._replaced.append(rows)
+            keep_for_graphs(self._replaced, rows)
         if rows is None or saved is not self._known:
             self._fill(made, saved)
         elif rows.shape[0] <= scopes:
@@ -114,6 +115,7 @@ class PolicyStates:
         skip: its skip policy.
         scope: the clip's scope.
         per_tensor: whether the norm of every tensor is asked for.
+        fresh: ``fresh`` of those that the same optimizer had before; None for the first ones.
     """
 
     def __init__(
@@ -122,10 +124,11 @@ class PolicyStates:
         skip: Policy | None,
         scope: str,
         per_tensor: bool,
+        fresh: str | None = None,
     ) -> None:
         self._clip: PolicyState | AskedPolicy | None = None
         if isinstance(clip, ClipPolicy):
-            self._clip = AskedPolicy(CLIP_STATE, clip)
+            self._clip = AskedPolicy(CLIP_STATE, clip, fresh)
         elif clip is not None and clip.kernel_numbers is not None:
             self._clip = PolicyState(CLIP_STATE, clip)
         self._skip = None if skip is None else PolicyState(SKIP_STATE, skip)
@@ -133,6 +136,11 @@ class PolicyStates:
         self._per_tensor = per_tensor
         self._adaptive = clip if isinstance(clip, ClipAdaptive) else None
         self._left_out: list[bool] = []
+
+    @property
+    def fresh(self) -> str | None:
+        """The state that a policy in Python had when the optimizer took it over."""
+        return self._clip.fresh if isinstance(self._clip, AskedPolicy) else None
 
     def rows(
         self, groups: Groups, device: torch.device | None
@@ -161,6 +169,11 @@ class PolicyStates:
         slots = sum(len(group["params"]) for group in groups)
         sums = 1 + len(groups) + (slots if self._per_tensor else 0)
         return self._clip.reduction(of_processes, sums, slots)
+
+    def check_saved(self) -> None:
+        """Raises what a policy in Python has raised as its state was to be saved."""
+        if isinstance(self._clip, AskedPolicy):
+            self._clip.check_saved()
 
     def save(self, groups: Groups) -> None:
         """Brings what was learnt to the param groups; waits for the device if there was a step."""

@@ -250,11 +250,19 @@ class StepOutcome:
     @contextmanager
     def _saving(self) -> Iterator[None]:
         """While a state dict is made, the param groups know all that there is to know."""
-        stepper = self._genuine().__dict__.get("_stepper")
-        last = None if stepper is None else stepper.flush_last()
+        last = self._flush_to_save()
         yield
         if last is not None:
             last.policies.take_back(self.param_groups)
+
+    def _flush_to_save(self) -> Stepper | None:
+        """The last stepper, with all that it knows in the param groups; or what a state that cannot be saved raises."""
+        stepper = self._genuine().__dict__.get("_stepper")
+        if stepper is None:
+            return None
+        last: Stepper = stepper.flush_last()
+        last.policies.check_saved()
+        return last
 
     def _flush(self, policies: bool = True) -> None:
         stepper = self._genuine().__dict__.get("_stepper")
@@ -332,7 +340,7 @@ class Stabilized(StepOutcome):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: torch's, and the options."""
-        self._flush()
+        self._flush_to_save()
         state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]
         return {**state, "_options": self._options}
 

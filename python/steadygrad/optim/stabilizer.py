@@ -26,7 +26,8 @@ from steadygrad.optim.rmsprop import RULE as RMSPROP_RULE
 from steadygrad.optim.sgd import RULE as SGD_RULE
 from steadygrad.optim.stabilized import Stabilized, StepOutcome
 from steadygrad.optim.stepper import Stepper
-from steadygrad.policies import ClipPolicy, Policy, SkipSpikes
+from steadygrad.policies import ClipAdaptive, ClipPolicy, Policy, SkipSpikes
+from steadygrad.policies.adaptive import CLIPPING
 from steadygrad.telemetry.settings import Level, Telemetry
 
 # A subclass may override anything, so the type must be torch's own.
@@ -167,6 +168,8 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
             if COUNTERS[0] in group:
                 limit = self._options.constant_limit
                 group.update(max_norm=limit, clip_value=clip_value, l1=l1, l2=l2)
+                if isinstance(clip, ClipAdaptive) and group.get(CLIPPING) is not None:
+                    group[CLIPPING] = clip.clipping  # but None stays: a final layer
         self._add_group_keys()
 
     def _make_stepper(self) -> Stepper:
@@ -278,7 +281,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy."""
-        self._flush()
+        self._flush_to_save()
         return {"optimizer": self.optimizer, "_options": self._options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

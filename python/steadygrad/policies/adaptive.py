@@ -36,7 +36,10 @@ class ClipAdaptive(Policy):
     The gradient is the one that ``max_norm`` would see: unscaled, with a penalty that comes before the clip. The key
     ``max_norm`` of a param group still limits the norm of the step's scope; the smaller coefficient of both holds.
     ``grad_norm`` is the total norm as ever, and a step counts in ``clipped_steps`` if any unit was clipped. It takes
-    one more read of gradients and parameters, and learns nothing.
+    one more read of gradients and parameters, and learns nothing. In telemetry ``limit`` is NaN, as there is no single
+    one, and ``clipped_norm`` is NaN for steps in which a unit or the norm was clipped.
+
+    Sparse gradients and complex ones have no units: their parameters belong into a group whose ``clipping`` is None.
 
     Of a DTensor every rank has to hold whole units: replicas, or for two and more dimensions ``Shard(0)``.
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from types import MemberDescriptorType
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from steadygrad.policies.policy import Numbers, Scope
@@ -41,9 +43,10 @@ class ClipPolicy(ABC):
     device. Gradients are off. An exception refuses the step: nothing has changed but what ``limits`` itself has.
 
     **State** is the object's own: one object per optimizer. :meth:`state_dict` is saved with the optimizer, as text in
-    the key ``clip_state`` of its param groups; :meth:`load_state_dict` is called before the first step that follows a
-    load. A checkpoint without it, or of a policy of another name, brings back the state that the object had when the
-    optimizer took it over. Saving and loading wait for the device.
+    the key ``clip_state`` of its param groups; where it cannot be, saving raises, and nothing else does after the first
+    step. :meth:`load_state_dict` is called before the first step that follows a load. A checkpoint without it, or of a
+    policy of another name, brings back the state that the object had when the optimizer took it over. Saving and
+    loading wait for the device.
 
     **Several processes.** Norms are those over all ranks, so ranks whose policies do the same keep the same limits.
 
@@ -75,10 +78,17 @@ class ClipPolicy(ABC):
         """What is saved: numbers, strings, booleans, None, tensors, and lists and dicts of them.
 
         Returns:
-            Every attribute of the object, unless a subclass says otherwise.
+            Every attribute of the object, those in ``__slots__`` included, unless a subclass says otherwise.
         """
-        return dict(vars(self))
+        slots = {
+            name: getattr(self, name)
+            for kind in type(self).__mro__
+            for name, member in vars(kind).items()
+            if isinstance(member, MemberDescriptorType) and hasattr(self, name)
+        }
+        return {**vars(self), **slots}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes what :meth:`state_dict` has given.
 

@@ -16,7 +16,8 @@ def text_of(where: str, state: object) -> str:
     """The state as JSON, with infinities and NaN; tensors with dtype, shape and values, which are waited for.
 
     Raises:
-        TypeError: a value that is neither a number, string, boolean, None or real tensor, nor a list or dict of them.
+        TypeError: a value that is neither a number, string, boolean, None or real dense tensor, nor a list or dict of
+            them.
     """
     if not isinstance(state, dict):
         raise TypeError(f"{where}: expected a dict, got {state!r}")
@@ -32,7 +33,7 @@ def state_of(text: str, device: torch.device) -> dict[str, Any]:
 def _plain(where: str, name: str, value: object) -> object:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if isinstance(value, Tensor) and not value.is_complex():
+    if isinstance(value, Tensor) and _has_real_values(value):
         dtype = str(value.dtype).removeprefix("torch.")
         return {_TENSOR: [dtype, list(value.shape), value.detach().reshape(-1).tolist()]}
     if isinstance(value, (list, tuple)):
@@ -43,10 +44,18 @@ def _plain(where: str, name: str, value: object) -> object:
         and _TENSOR not in value
     ):
         return {key: _plain(where, f"{name}[{key!r}]", entry) for key, entry in value.items()}
+    got = type(value).__name__
+    if isinstance(value, Tensor):
+        got = f"a {value.layout} {value.dtype} tensor on {value.device}"
     raise TypeError(
-        f"{where}: {name}: expected a number, a string, a boolean, None, a real tensor, or a list or dict (with "
-        f"strings as keys) of them, got {type(value).__name__}; leave it out of state_dict()"
+        f"{where}: {name}: expected a number, a string, a boolean, None, a real dense tensor, or a list or dict (with "
+        f"strings as keys) of them, got {got}; leave it out of state_dict()"
     )
+
+
+def _has_real_values(tensor: Tensor) -> bool:
+    is_dense = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
+    return is_dense and not tensor.is_complex()
 
 
 def _with_tensor(entry: dict[str, Any], device: torch.device) -> Any:
