@@ -206,6 +206,14 @@ def test_where_all_is_nan_the_step_before_tells_the_parameter() -> None:
     assert found is not None and found.parameter == "c"  # backward comes to the last one first
 
 
+def test_a_gradient_that_was_zero_has_grown_most() -> None:
+    parameters = np.ones((10, 2))
+    parameters[:9, 1] = 0.0
+    parameters[9] = 500.0
+    found = first_explosion([1.0] * 10, [1.0] * 9 + [500.0], parameters, list("ab"), 2.0, 1.0)
+    assert found is not None and (found.step, found.parameter) == (10, "b")
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 63, 64, 65, 1500])
 def test_thinning_keeps_the_ends_and_the_extremes(steps: int) -> None:
     losses = [float(step) for step in range(steps)]

@@ -44,7 +44,7 @@ class Problem:
     steps: int
     batch_size: int
     momentum: float = 0.0
-    evaluations: int = 12
+    evaluations: int = 10
     until_target: bool = False
 
 

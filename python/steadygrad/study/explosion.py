@@ -99,5 +99,6 @@ def _parameter(norms: NDArray[np.float64], names: Sequence[str]) -> str | None:
     if len(broken):
         return None
     typical = np.median(before, axis=0) if len(before) else np.ones_like(last)
-    growth = last / np.maximum(typical, np.finfo(np.float64).tiny)
+    with np.errstate(over="ignore"):  # one that was 0 until now has grown without limit
+        growth = last / np.maximum(typical, np.finfo(np.float64).tiny)
     return names[int(np.argmax(growth))]

@@ -99,7 +99,7 @@ BACKOFF = Arm(
 ACCUMULATE = Arm("accumulate 4", "accumulation", "4 micro-batches a step", accumulate=4)
 RAW = Arm("raw pixels", "raw data", "0 to 255, not normalised", task=raw_pixels)
 AUGMENT = Arm("shifted images", "data", "by up to 2 pixels", task=shifted_images)
-EARLY = Arm("early stopping", "early stopping", "3 looks without progress", early_stopping=3)
+EARLY = Arm("early stopping", "early stopping", "2 looks without progress", early_stopping=2)
 CLIP_L2 = Arm("clip 1 + L2", "combination", "both", max_norm=1.0, l2=1e-2)
 CLIP_WARMUP = Arm("clip 1 + warmup", "combination", "both", max_norm=1.0, schedule=warmup)
 CLIP_NORM = Arm(

@@ -123,9 +123,11 @@ class Classification(Task):
         return cross_entropy(outputs, targets)
 
     def training_loss(self, model: nn.Module) -> float:
-        """Return the mean cross-entropy on the training part."""
+        """Return the mean cross-entropy on 1,000 examples, evenly over the training part."""
+        every = max(1, len(self.data.train_labels) // 1000)
+        inputs, labels = self.data.train_inputs[::every], self.data.train_labels[::every]
         with torch.no_grad():
-            return cross_entropy(model(self.data.train_inputs), self.data.train_labels).item()
+            return cross_entropy(model(inputs), labels).item()
 
     def measure(self, model: nn.Module) -> float | None:
         """Return the test accuracy, None where outputs are not finite."""

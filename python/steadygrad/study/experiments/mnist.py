@@ -50,6 +50,6 @@ MNIST = Experiment(
         r.EARLY,
         r.CLIP_NORM,
     ),
-    learning_rates=(1e-2, 1e-1, 3e-1),
+    learning_rates=(1e-2, 1e-1),
     twin_rates=(1e-2,),
 )

@@ -33,6 +33,6 @@ RNN = Experiment(
         _problem(TemporalOrder, "temporal order", 50),
         _problem(Addition, "addition", 20),
     ),
-    arms=(r.NONE, r.CLIP, r.PERCENTILE, r.Z_SCORE, r.RELATIVE, r.ADAPTIVE, r.WARMUP),
+    arms=(r.NONE, r.CLIP, r.PERCENTILE, r.Z_SCORE, r.RELATIVE, r.ADAPTIVE),
     learning_rates=(1e-1,),
 )
