@@ -196,14 +196,16 @@ def test_several_optimizers_do_not_disturb_each_other(device: torch.device) -> N
             assert turn == 0 or count == 3
 
 
-def pieces(groups_of_tensors: Sequence[int]) -> int:
-    """Launches of pass 1 for tensors of these param groups, in order."""
-    count, first_group, gradients = 1, groups_of_tensors[0], 0
+def pieces(groups_of_tensors: Sequence[int], group_count: int) -> int:
+    """Launches of pass 1 for tensors of these param groups, in order; groups without tensors are brought, too."""
+    count, first_group, gradients = 1, 0, 0
     for group in groups_of_tensors:
-        if gradients == GRADIENTS_PER_LAUNCH or group >= first_group + GROUPS_PER_LAUNCH:
-            count, first_group, gradients = count + 1, group, 0
+        while gradients == GRADIENTS_PER_LAUNCH or group >= first_group + GROUPS_PER_LAUNCH:
+            count, gradients = count + 1, 0
+            first_group = min(group, first_group + GROUPS_PER_LAUNCH)
         gradients += 1
-    return count
+    left = max(0, group_count - first_group - GROUPS_PER_LAUNCH)
+    return count + -(-left // GROUPS_PER_LAUNCH)
 
 
 def many_groups(counts: Sequence[int], device: torch.device) -> list[dict[str, Any]]:
@@ -264,7 +266,8 @@ OTHERS = [
         ([1] * 25, [], 2),
         ([1] * 60, [], 3),
         ([1] * 60, [g for g in range(60) if g not in (0, 30, 59)], 3),
-        ([1] * 60, [*range(40)], 1),
+        ([1] * 60, [*range(40)], 3),
+        ([1] * 60, [*range(20, 60)], 3),
         ([2] * 23 + [3499] + [2] * 36, [], 3),
     ],
     ids=lambda value: str(sum(value)) if isinstance(value, list) and value else None,
@@ -275,7 +278,7 @@ def test_what_one_launch_cannot_hold_is_split(
 ) -> None:
     rule = "AdamW" if sum(counts) < 3500 else "SGD-momentum"
     groups = [g for g, count in enumerate(counts) for _ in range(count) if g not in bare]
-    assert pieces(groups) == passes
+    assert pieces(groups, len(counts)) == passes
     launched, params, state, norms = run_groups(other, rule, counts, "group", bare)
     _, want, want_state, want_norms = run_groups(BACKENDS[0], rule, counts, "group", bare)
     assert launched[1] == passes + DECIDE_AND_UPDATE < launched[0]
