@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch.nn import Parameter
 
 import steadygrad as sg
 from backends import BACKENDS
+from ranks import join_ranks
 
 BACKENDS_RUN = [backend for backend in BACKENDS[:2] if backend.why_not() is None]
 SHAPES = ((5, 4, 3), (6, 7), (9,), (3, 8))
@@ -60,13 +60,7 @@ def message_of(placements: tuple[Any, ...], shape: tuple[int, ...], mesh: Any, *
 
 
 def main(rank: int, world: int, folder: Path) -> None:
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'rendezvous'}",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=60),
-    )
+    join_ranks(rank, world, folder)
     mesh = init_device_mesh("cpu", (world,))
     alone = init_device_mesh("cpu", (1, world))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import steadygrad as sg
 from backends import BACKENDS
 from policy_runs import CLIPS, Driven, recorded_norms
 from python_policies import PYTHON
+from ranks import join_ranks
 
 CASES = {**CLIPS, **PYTHON}
 NAMES = ("percentile-window", "zscore-uncapped", "relative-short", "damp", "python-zscore")
@@ -42,13 +42,7 @@ def run(name: str, scope: Any, rank: int) -> dict[str, Any]:
 
 
 def main(rank: int, world: int, folder: Path) -> None:
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'rendezvous'}",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=60),
-    )
+    join_ranks(rank, world, folder)
     found = {}
     for backend in BACKENDS_RUN:
         with backend.active():

@@ -7,14 +7,27 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 Found = list[dict[str, Any]]  # of each rank
+
+
+def join_ranks(rank: int, world: int, folder: Path) -> None:
+    """What a script that runs as a rank begins with."""
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'rendezvous'}",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=60),
+    )
 
 
 @cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import steadygrad as sg
 from backends import BACKENDS
+from ranks import join_ranks
 
 BACKENDS_RUN = [backend for backend in BACKENDS[:2] if backend.why_not() is None]
 SCOPES = ("global", "group", "tensor")
@@ -57,13 +57,7 @@ def sharded(scope: Any) -> sg.History:
 
 
 def main(rank: int, world: int, folder: Path) -> None:
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'rendezvous'}",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=60),
-    )
+    join_ranks(rank, world, folder)
     found = {}
     for backend in BACKENDS_RUN:
         with backend.active():

@@ -146,14 +146,9 @@ class Stepper:
         for group in self._optimizer.param_groups:
             group[counter] = group.get(counter, 0) + steps
 
-    @property
-    def last(self) -> Stepper:
-        """Whichever stepper stepped the optimizer last; the ones before it have said all they know."""
-        return _steppers.get(id(self._optimizer), self)
-
     def flush_last(self, policies: bool = True) -> Stepper:
-        """:meth:`flush` of the last one."""
-        last = self.last
+        """:meth:`flush` of whichever stepper stepped the optimizer last; the ones before it have said all they know."""
+        last = _steppers.get(id(self._optimizer), self)
         last.flush(policies)
         return last
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from steadygrad import _kernels
 from steadygrad.arguments import checked_count
-from steadygrad.memory import is_asynchronous
+from steadygrad.memory import is_asynchronous, keep_for_graphs
 from steadygrad.optim.parameter_groups import parameter_names
 from steadygrad.telemetry.history import TOTALS, History
 from steadygrad.telemetry.report import Report
@@ -118,7 +118,7 @@ class Recorder:
         self.settings = settings
         self._rows: Tensor | None = None
         self._recorded: Tensor | None = None
-        self._replaced: list[tuple[Tensor, Tensor]] = []  # captured graphs may go on with them
+        self._replaced: list[Tensor] = []  # captured graphs may go on with them
         self._first = 0  # number of the oldest step that may be in the ring
         self._saved: Any = 0  # what the param groups say of the number of steps
         self._names: tuple[str, ...] = ()
@@ -158,8 +158,7 @@ class Recorder:
         steps: Any = saved
         if self._rows is not None and self._recorded is not None:
             self.close()
-            if is_asynchronous(self._rows.device):
-                self._replaced.append((self._rows, self._recorded))
+            keep_for_graphs(self._replaced, self._rows, self._recorded)
             if saved == self._saved:
                 steps = int(self._recorded)
         self._names = parameter_names(groups)
