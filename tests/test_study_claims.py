@@ -143,7 +143,7 @@ def test_advice_names_what_learned_everywhere_and_what_it_costs() -> None:
     )
     assert claims.advice([made]) == [
         ("In all 2 hard settings every run learned with", "clip 1 (2.00 x the time of a step)."),
-        ("More than half of the runs were lost with", "L1 (0 of 10 learned)."),
+        ("More than half were lost, and not one learned, with", "L1."),
     ]
 
 
@@ -153,15 +153,43 @@ def test_advice_turns_around_with_the_runs() -> None:
     )
     assert claims.advice([made]) == [
         ("In the one hard setting every run learned with", "L1 (2.00 x the time of a step)."),
-        ("More than half of the runs were lost with", "clip 1 (0 of 5 learned)."),
+        ("More than half were lost, and not one learned, with", "clip 1."),
     ]
 
 
 def test_advice_where_nothing_learns_everywhere() -> None:
     made = an_experiment("e", [NONE, CLIP, L1], outcomes_of("none: lost, clip 1: idle, L1: lost"))
     (_, first), (_, kept), _ = claims.advice([made])
-    assert first == "no remedy; the nearest is clip 1, with which 0 of 10 runs learned."
+    assert first == "no remedy. Of those tried in all, the nearest is clip 1 (0 of 10 learned)."
     assert kept == "clip 1 (0 of 10 learned)."
+
+
+def test_the_nearest_remedy_was_tried_in_all_settings() -> None:
+    one = an_experiment("e", [NONE, CLIP, L1], outcomes_of("none: lost, clip 1: idle, L1: learned"))
+    two = an_experiment("f", [NONE, CLIP], outcomes_of("none: lost, clip 1: lost"))
+    first, second, third = claims.advice([one, two])
+    assert first[0] == "In all 4 hard settings every run learned with"
+    assert first[1] == "no remedy. Of those tried in all, the nearest is clip 1 (0 of 20 learned)."
+    assert second[1] == "L1 (10 of 10 learned)."
+    assert third == ("Runs were lost, half of them at most, with", "clip 1 (0 of 20 learned).")
+
+
+def test_what_loses_most_runs_is_told_apart_by_whether_any_learned() -> None:
+    def outcomes(_: str, arm: str, rate: float, seed: int) -> tuple[str, float]:
+        return ("learned" if arm == "clip 1" and seed < 2 else "lost"), 0.9
+
+    made = an_experiment("e", [NONE, CLIP, L1], outcomes)
+    assert claims.advice([made])[1:] == [
+        ("More than half of the runs were lost with", "clip 1 (4 of 10 learned)."),
+        ("More than half were lost, and not one learned, with", "L1."),
+    ]
+
+
+def test_a_network_that_stands_still_has_not_exploded() -> None:
+    made = experiment({"none": "lost", "clip 1": "flat"})
+    still = {**made, "runs": [{**run, "exploded_step": None} for run in made["runs"]]}
+    assert claims.prevention([made], "clip 1", "clipping")[0] == claims.NOT
+    assert claims.prevention([still], "clip 1", "clipping")[0] == claims.STILL
 
 
 def test_advice_on_remedies_that_were_tried_less_often() -> None:

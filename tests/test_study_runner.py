@@ -357,6 +357,16 @@ def test_the_default_study_has_five_seeds_and_the_full_one_ten() -> None:
             assert len(experiment.plan()) == len(set(experiment.plan()))
 
 
+def test_the_full_study_has_longer_problems() -> None:
+    default, full = (
+        [problem.name for experiment in chosen.experiments() for problem in experiment.problems]
+        for chosen in (Selection(("rnn", "mlp-depth")), Selection(("rnn", "mlp-depth"), "full"))
+    )
+    assert set(full) - set(default) == {"temporal order 50", "50 layers"}
+    (one,) = Selection(("rnn",), "full", seeds=2).experiments()
+    assert one.seeds == (0, 1)
+
+
 def test_the_example_is_short_and_runs(tmp_path: Path, console: Console) -> None:
     path = Path(__file__).parent.parent / "examples" / "study" / "spirals.py"
     text = path.read_text()

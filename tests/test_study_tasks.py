@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -37,6 +38,13 @@ def generator() -> torch.Generator:
 
 
 # --- digits ---
+
+
+@pytest.mark.parametrize(("classes", "learned"), [(2, 0.75), (4, 0.625), (5, 0.6), (10, 0.3)])
+def test_what_has_learned_is_well_above_guessing(classes: int, learned: float) -> None:
+    task = Classification(dataclasses.replace(blobs(), classes=classes))
+    assert task.metric.guessing == 1 / classes
+    assert task.metric.learned == pytest.approx(learned)
 
 
 def test_digits_have_the_promised_shapes(digits: Dataset) -> None:

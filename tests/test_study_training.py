@@ -145,6 +145,13 @@ def test_clipping_is_counted() -> None:
     assert made(r.NONE).clipped_steps == 0
 
 
+@pytest.mark.parametrize("arm", [r.CLIP_VALUE, r.CLIP_VALUE_TORCH], ids=lambda arm: arm.name)
+def test_clipping_of_values_is_counted(arm: Arm) -> None:
+    limits = [made(dataclasses.replace(arm, clip_value=limit)) for limit in (1e-6, 800.0, 1e6)]
+    often, some, never = (run.clipped_steps for run in limits)
+    assert often == 12 > some > never == 0
+
+
 def test_early_stopping_returns_to_the_best() -> None:
     late = made(r.NONE, 0.05, steps=60)
     early = made(r.EARLY, 0.05, steps=60)

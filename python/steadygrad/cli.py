@@ -204,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     study.add_argument("--list", action="store_true", help="show experiments and arms, and stop")
     study.add_argument("--quick", action="store_true", help="one network, two minutes")
-    study.add_argument("--full", action="store_true", help="ten seeds")
+    study.add_argument("--full", action="store_true", help="ten seeds, and longer problems")
     study.add_argument("--seeds", type=_count, metavar="N", help="number of seeds (default: 5)")
     study.add_argument(
         "--arms",

@@ -20,6 +20,7 @@ _LEFT_OUT = "raw data"
 _CLAIMS = {
     "clipping": "Clipping gradients keeps them from exploding",
     "adaptive clipping": "Clipping at a limit that adjusts itself keeps gradients from exploding",
+    "skipping": "Leaving out steps whose gradient norm is a spike keeps gradients from exploding",
     "penalty": "L1 and L2 penalties on the parameters keep gradients from exploding",
     "activation penalty": "Penalties on activations keep gradients from exploding",
     "batch norm": "Batch normalization keeps gradients from exploding",
@@ -36,6 +37,8 @@ _CLAIMS = {
     "combination": "Remedies together keep gradients from exploding",
 }
 HELD, IN_PART, NOT = "held", "held in part", "did not hold"
+# Gradients that vanish do not explode.
+STILL = "no explosion, but no training either"
 UNTESTED, UNCLEAR = "not put to the test", "no clear difference"
 
 
@@ -67,7 +70,10 @@ def prevention(experiments: Sequence[Json], arm: str, remedy: str) -> tuple[str,
         return _by_leaving_out(experiments, arm)
     found = hard_tally(experiments, arm)
     numbers = f"{found.kept} of {found.runs} runs kept, {found.learned} learned"
-    return _verdict(found.kept, found.runs), numbers if found.runs else ""
+    verdict = _verdict(found.kept, found.runs)
+    if verdict == NOT and not found.exploded:
+        verdict = STILL
+    return verdict, numbers if found.runs else ""
 
 
 def _by_leaving_out(experiments: Sequence[Json], arm: str) -> tuple[str, str]:
@@ -128,7 +134,7 @@ def section(experiments: Sequence[Json]) -> Section:
             _CLAIMS.get(remedy, f"{remedy} keeps gradients from exploding"),
             "; ".join(
                 f"{verdict} for {listed(verdicts[verdict])}"
-                for verdict in (HELD, IN_PART, NOT, UNTESTED)
+                for verdict in (HELD, IN_PART, NOT, STILL, UNTESTED)
                 if verdict in verdicts
             )
             + ".",
@@ -180,9 +186,10 @@ def _for_explosions(experiments: Sequence[Json], names: Sequence[str]) -> list[t
     if learned:
         sentence = listed([_timed(experiments, name) for name in learned]) + "."
     else:
-        best = max(tried, key=lambda name: tried[name].learned / tried[name].runs)
+        everywhere = [name for name, found in tried.items() if found.settings == most]
+        best = max(everywhere, key=lambda name: tried[name].learned / tried[name].runs)
         count = f"{tried[best].learned} of {tried[best].runs}"
-        sentence = f"no remedy; the nearest is {best}, with which {count} runs learned."
+        sentence = f"no remedy. Of those tried in all, the nearest is {best} ({count} learned)."
     hard = "the one hard setting" if most == 1 else f"all {most} hard settings"
     items = [(f"In {hard} every run learned with", sentence)]
     rest = {name: found for name, found in tried.items() if name not in always}
@@ -197,13 +204,16 @@ def _for_explosions(experiments: Sequence[Json], names: Sequence[str]) -> list[t
             name for name, found in rest.items() if found.kept < found.runs <= 2 * found.kept
         ],
         "More than half of the runs were lost with": [
-            name for name, found in rest.items() if 2 * found.kept < found.runs
+            name for name, found in rest.items() if 2 * found.kept < found.runs and found.learned
         ],
     }
     for lead, group in groups.items():
         if group:
             counted = [f"{n} ({tried[n].learned} of {tried[n].runs} learned)" for n in group]
             items.append((lead, listed(counted) + "."))
+    none = [n for n, found in rest.items() if 2 * found.kept < found.runs and not found.learned]
+    if none:
+        items.append(("More than half were lost, and not one learned, with", f"{listed(none)}."))
     return items
 
 

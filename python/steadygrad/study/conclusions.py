@@ -73,7 +73,7 @@ def findings(experiment: Experiment, rows: Sequence[Row], metrics: dict[str, Met
     how much each policy at its defaults is worse.
     """
     own_arms = [arm for arm in experiment.arms if arm.twin is None]
-    learnt = [a.name for a in own_arms if a.clip is not None or a.remedy == "adaptive clipping"]
+    learnt = [a.name for a in own_arms if a.clip is not None]
     fixed = {a.name for a in own_arms if a.remedy == "clipping" and a.name not in learnt}
     if not fixed or not learnt:
         return []

@@ -61,6 +61,7 @@ class Experiment:
         learning_rates: in ascending order.
         seeds: a seed fixes initial weights and batches, the same ones for every arm.
         twin_rates: learning rates at which torch's equivalents are run; empty: at all of them.
+        full_problems: further problems, which only the full study has.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Experiment:
     learning_rates: tuple[float, ...]
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     twin_rates: tuple[float, ...] = ()
+    full_problems: tuple[Problem, ...] = ()
 
     def __post_init__(self) -> None:
         """Checks what a user's own file may get wrong, before anything is trained.
@@ -82,6 +84,8 @@ class Experiment:
             values = getattr(self, field)
             if not values:
                 raise ValueError(f"Experiment {self.name}: {field}: expected at least one")
+            if field == "problems":
+                values = (*values, *self.full_problems)
             names = [getattr(value, "name", value) for value in values]
             if len(set(names)) < len(names):
                 raise ValueError(
@@ -99,7 +103,7 @@ class Experiment:
                     f"Experiment {self.name}: arm {arm.name!r}: twin: expected one of {names}, "
                     f"got {arm.twin!r}"
                 )
-            for problem in self.problems:
+            for problem in (*self.problems, *self.full_problems):
                 self._check_model(arm, problem)
 
     def _check_model(self, arm: Arm, problem: Problem) -> None:
@@ -132,6 +136,11 @@ class Experiment:
             for arm in paired
             if arm.twin is None or not self.twin_rates or learning_rate in self.twin_rates
         ]
+
+    def full(self, seeds: Sequence[int]) -> Experiment:
+        """Return the same experiment with all of its problems, and other seeds."""
+        problems = (*self.problems, *self.full_problems)
+        return dataclasses.replace(self, problems=problems, full_problems=(), seeds=tuple(seeds))
 
     def problem(self, name: str) -> Problem:
         """Return the problem of that name."""

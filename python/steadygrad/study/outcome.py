@@ -30,12 +30,14 @@ class Tally:
         runs: how many there are.
         kept: how many of them were not lost.
         learned: how many of them learned.
+        exploded: how many of them exploded at some step, kept or not.
     """
 
     settings: int = 0
     runs: int = 0
     kept: int = 0
     learned: int = 0
+    exploded: int = 0
 
     def __add__(self, other: Tally) -> Tally:
         return Tally(
@@ -43,6 +45,7 @@ class Tally:
             self.runs + other.runs,
             self.kept + other.kept,
             self.learned + other.learned,
+            self.exploded + other.exploded,
         )
 
 
@@ -105,7 +108,9 @@ def tally(experiment: Json, arm: str, chosen: Sequence[Setting]) -> Tally:
     for setting in chosen:
         if runs := list(runs_in(experiment, arm, [setting])):
             kept = sum(not lost(run) for run in runs)
-            total += Tally(1, len(runs), kept, sum(run["learned"] for run in runs))
+            learned = sum(run["learned"] for run in runs)
+            exploded = sum(run["exploded_step"] is not None for run in runs)
+            total += Tally(1, len(runs), kept, learned, exploded)
     return total
 
 

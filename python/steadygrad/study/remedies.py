@@ -52,12 +52,12 @@ RELATIVE = Arm("ClipRelative", "adaptive clipping", "AdaGC at its defaults", cli
 ADAPTIVE = Arm("ClipAdaptive", "adaptive clipping", "AGC at its defaults", clip=sg.ClipAdaptive())
 CLIP_SKIP = Arm(
     "clip 1 + SkipSpikes",
-    "adaptive clipping",
+    "combination",
     "norm limited to 1, spikes left out",
     max_norm=1.0,
     skip=sg.SkipSpikes(),
 )
-SKIP = Arm("SkipSpikes", "adaptive clipping", "spikes left out", skip=sg.SkipSpikes())
+SKIP = Arm("SkipSpikes", "skipping", "spikes left out", skip=sg.SkipSpikes())
 L1 = Arm("L1", "penalty", "1e-4 sum |p|", l1=1e-4)
 L2 = Arm("L2", "penalty", "1e-2 sum p^2 / 2", l2=1e-2)
 WEIGHT_DECAY = Arm("weight decay", "weight decay", "of SGD, 1e-2", weight_decay=1e-2)

@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 import pathlib
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,7 +26,7 @@ class Selection:
 
     Attributes:
         names: of experiments, or paths of Python files that hold an ``EXPERIMENT``; empty: all.
-        mode: ``"quick"``: the quick one; ``"full"``: ten seeds.
+        mode: ``"quick"``: the quick one; ``"full"``: ten seeds, and further problems.
         seeds: how many, in the place of the experiment's own; 0: its own.
         arms: names of the arms, besides the baseline; empty: all.
         data: folder with MNIST or CIFAR-10, in the place of the 5,000 digits.
@@ -66,12 +65,10 @@ class Selection:
         return [self._changed(experiment) for experiment in chosen]
 
     def _changed(self, experiment: Experiment) -> Experiment:
-        seeds: Sequence[int] = experiment.seeds
+        if self.mode == "full":
+            experiment = experiment.full(_FULL_SEEDS)
         if self.seeds:
-            seeds = range(self.seeds)
-        elif self.mode == "full":
-            seeds = _FULL_SEEDS
-        experiment = dataclasses.replace(experiment, seeds=tuple(seeds))
+            experiment = dataclasses.replace(experiment, seeds=tuple(range(self.seeds)))
         try:
             return experiment.with_arms(self.arms) if self.arms else experiment
         except ValueError as error:

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, mse_loss, one_hot
 from .tasks import Batch, Metric, Task
 
 _TEST_SEQUENCES = 10_000
+_TOGETHER = 1000
 _HELD_OUT_SEED = 2013
 # Solved: fewer than 1 % of the sequences wrong, as in Martens and Sutskever 2011.
 _SOLVED = 0.01
@@ -42,8 +43,8 @@ class _Generated(Task):
 
     def measure(self, model: nn.Module) -> float | None:
         """Return the share of 10,000 test sequences that are wrong."""
-        with torch.no_grad():
-            outputs = model(self._test[0])
+        with torch.no_grad():  # in parts, whose states stay in a cache
+            outputs = torch.cat([model(part) for part in self._test[0].split(_TOGETHER)])
         if not bool(outputs.isfinite().all()):
             return None
         return self._wrong(outputs, self._test[1]).float().mean().item()

@@ -77,7 +77,7 @@ class Run:
         exploded_parameter: whose gradient grew most at that step, or None.
         max_grad_norm: largest gradient norm before clipping that was not NaN.
         median_grad_norm: median of the norms that were finite.
-        clipped_steps: steps at which the clip was active.
+        clipped_steps: steps at which the norm was clipped, or the value of an element.
         skipped_steps: steps that were left out.
         steps_to_target: steps until an evaluation found the metric at its target, or None.
         seconds_per_step: median time of forward, backward and optimizer step.
@@ -165,6 +165,7 @@ class _Training:
         self.losses: list[float] = []
         self.norms: list[float] = []
         self.parameter_norms: list[list[float]] = []
+        self.value_clipped_steps = 0
         self.seconds: list[float] = []
         self.memory = 0
         self.evaluated: list[tuple[int, float]] = []
@@ -201,6 +202,7 @@ class _Training:
         paused = time.perf_counter()
         scale = 1.0 / count if ours else 1.0  # there .grad is the sum
         self.parameter_norms.append([scale * norm for norm in self._gradient_norms()])
+        self.value_clipped_steps += self._has_value_beyond_limit(scale)
         resumed = time.perf_counter()
         self.stepper.step()
         if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
@@ -232,6 +234,12 @@ class _Training:
             # A norm beyond fp32's range is not an infinite gradient.
             norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)).tolist()
         return norms
+
+    def _has_value_beyond_limit(self, scale: float) -> bool:
+        limit = self.arm.clip_value
+        return limit is not None and any(
+            scale * p.grad.abs().max().item() > limit for p in self.parameters if p.grad is not None
+        )
 
     def _look(self, step: int) -> bool:
         """Measure on held-out data; say whether it is time to stop."""
@@ -298,7 +306,8 @@ class _Training:
             exploded_parameter=None if explosion is None else explosion.parameter,
             max_grad_norm=_largest(self.norms),
             median_grad_norm=_median([norm for norm in self.norms if math.isfinite(norm)]),
-            clipped_steps=self.stepper.clipped_steps,
+            # Optimizers count the steps at which the norm was clipped.
+            clipped_steps=max(self.stepper.clipped_steps, self.value_clipped_steps),
             skipped_steps=self.stepper.skipped_steps,
             steps_to_target=next(reached, None),
             seconds_per_step=statistics.median(self.seconds),

@@ -42,12 +42,17 @@ def on_data(experiments: Sequence[Experiment], folder: pathlib.Path) -> list[Exp
     loaders = datasets_in(folder)
     changed = []
     for experiment in experiments:
-        problems = tuple(
-            dataclasses.replace(problem, name=f"{problem.name}, {name}", task=_task(load))
-            for name, load in loaders.items()
-            for problem in experiment.problems
+        problems, full_problems = (
+            tuple(
+                dataclasses.replace(problem, name=f"{problem.name}, {name}", task=_task(load))
+                for name, load in loaders.items()
+                for problem in group
+            )
+            for group in (experiment.problems, experiment.full_problems)
         )
-        changed.append(dataclasses.replace(experiment, problems=problems))
+        changed.append(
+            dataclasses.replace(experiment, problems=problems, full_problems=full_problems)
+        )
     return changed
 
 

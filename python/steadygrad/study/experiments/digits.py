@@ -29,7 +29,7 @@ DIGITS = Experiment(
             title="20-layer ReLU MLP at 1.5 x He, SGD with momentum .9",
             task=five_thousand_digits,
             model=Mlp(layers=20, width=100, init_gain=1.5),
-            steps=800,
+            steps=600,
             batch_size=32,
             momentum=0.9,
         ),

@@ -30,9 +30,9 @@ RNN = Experiment(
     problems=(
         _problem(TemporalOrder, "temporal order", 20),
         _problem(TemporalOrder, "temporal order", 30),
-        _problem(TemporalOrder, "temporal order", 50),
         _problem(Addition, "addition", 20),
     ),
+    full_problems=(_problem(TemporalOrder, "temporal order", 50),),
     arms=(r.NONE, r.CLIP, r.PERCENTILE, r.Z_SCORE, r.RELATIVE, r.ADAPTIVE),
     learning_rates=(1e-1,),
 )
