@@ -12,7 +12,8 @@ from rich.console import Console
 
 from steadygrad import study
 from steadygrad.study import Classification, record
-from steadygrad.study.conclusions import conclusions
+from steadygrad.study import remedies as r
+from steadygrad.study.conclusions import conclusions, findings
 from steadygrad.study.encoding import decode_run, encode
 from steadygrad.study.intervals import mean, rate
 from steadygrad.study.report import table
@@ -123,6 +124,31 @@ def test_conclusions_come_from_the_numbers() -> None:
         "it learned best at 0.01, with a test accuracy of .90."
     )
     assert conclusions([], METRIC) == []
+
+
+def test_policies_are_set_beside_the_best_fixed_limit() -> None:
+    arms = (r.NONE, r.CLIP, r.CLIP_TENTH, r.PERCENTILE, r.Z_SCORE, r.RELATIVE)
+    metrics: dict[str, tuple[float | None, float | None]] = {
+        "none": (0.9, 0.9),  # no limit
+        "clip 1": (0.5, 0.7),
+        "clip .1": (0.9, None),  # cannot be the best: a run was lost
+        "ClipPercentile": (None, None),
+        "ClipZScore": (0.66, 0.66),
+        "ClipRelative": (0.3, None),
+    }
+    runs = [
+        a_run(arm=arm, seed=seed, learning_rate=0.5, metric=metric)
+        for arm, pair in metrics.items()
+        for seed, metric in enumerate(pair)
+    ]
+    experiment = tiny(arms=arms)
+    (found,) = findings(experiment, study.summarise(runs), {"blobs": METRIC})
+    assert found == (
+        "blobs, learning rate 0.5: the best fixed limit is that of clip 1, with .60 test accuracy. "
+        "Beside it: ClipPercentile without a finite result, ClipZScore 10.0% better, "
+        "ClipRelative 50.0% worse in the 1 of 2 runs that ended finite."
+    )
+    assert findings(tiny(arms=(r.NONE, r.CLIP)), study.summarise(runs), {"blobs": METRIC}) == []
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def findings(experiment: Experiment, rows: Sequence[Row], metrics: dict[str, Met
     """Compare the fixed limits with the limits that are learnt, where an experiment has both.
 
     For each problem and learning rate: the best fixed limit, which has to be searched for, and by
-    how much each policy at its defaults is worse.
+    how much each policy at its defaults is worse or better.
     """
     own_arms = [arm for arm in experiment.arms if arm.twin is None]
     learnt = [a.name for a in own_arms if a.clip is not None]
@@ -86,27 +86,42 @@ def findings(experiment: Experiment, rows: Sequence[Row], metrics: dict[str, Met
                 for row in rows
                 if (row.problem, row.learning_rate) == (problem.name, learning_rate)
             ]
-            best = best_row([row for row in own if row.arm in fixed], metric)
+            best = best_row([row for row in own if row.arm in fixed and _is_finite(row)], metric)
             if best is None or best.metric is None:
                 continue
-            gaps = [
-                f"{row.arm} {_gap(row.metric.mean, best.metric.mean, metric):+.1%}"
+            beside = [
+                f"{name} {_compared(row, best.metric.mean, metric)}"
                 for name in learnt
                 for row in own
-                if row.arm == name and row.metric is not None
+                if row.arm == name
             ]
-            found.append(
-                f"{problem.name}, learning rate {learning_rate:g}: the best fixed limit is that of "
-                f"{best.arm}, with {short(best.metric.mean)} {metric.name}. "
-                f"How much worse than that: {', '.join(gaps)}."
-            )
+            if beside:
+                found.append(
+                    f"{problem.name}, learning rate {learning_rate:g}: the best fixed limit is that "
+                    f"of {best.arm}, with {short(best.metric.mean)} {metric.name}. "
+                    f"Beside it: {', '.join(beside)}."
+                )
     return found
 
 
-def _gap(value: float, best: float, metric: Metric) -> float:
-    """By what share ``value`` is worse than ``best``; negative where it is better."""
-    difference = (best - value) if metric.better == "higher" else (value - best)
-    return difference / abs(best) if best else difference
+def _is_finite(row: Row) -> bool:
+    return row.metric is not None and len(row.metric.values) == row.runs
+
+
+def _compared(row: Row, best: float, metric: Metric) -> str:
+    """By what share a row is worse than ``best``, or better."""
+    if row.metric is None:
+        return "without a finite result"
+    difference = row.metric.mean - best
+    worse = difference < 0 if metric.better == "higher" else difference > 0
+    share = f"{abs(difference / best):.1%}" if best else short(abs(difference))
+    text = "as good" if share in ("0.0%", ".00") else f"{share} {'worse' if worse else 'better'}"
+    finite = len(row.metric.values)
+    return (
+        text
+        if finite == row.runs
+        else f"{text} in the {finite} of {row.runs} runs that ended finite"
+    )
 
 
 def _counts(rows: list[Row], baseline: list[Row] | None) -> str:
