@@ -82,7 +82,8 @@ def describe(
         experiment: the declaration.
         tasks: the task of each problem, by its name.
         runs: in any order.
-        curves: how many seeds keep theirs: those of all would make the file large.
+        curves: how many seeds keep theirs: those of all would make the file large. For the same
+            reason only arms that are compared with torch's keep their first losses.
     """
     order = {key: place for place, key in enumerate(experiment.plan())}
     runs = sorted(runs, key=lambda run: order[run.key])
@@ -95,12 +96,11 @@ def describe(
         stored["metric"] = dataclasses.asdict(task.metric)
         stored["parameters"] = _parameter_count(problem, task)
     seeds = experiment.seeds[:curves]
+    compared = {name for arm in experiment.arms if arm.twin for name in (arm.name, arm.twin)}
     value: dict[str, Any] = encode(
         {
             **described,
-            "runs": [
-                run if run.seed in seeds else dataclasses.replace(run, curve=None) for run in runs
-            ],
+            "runs": [_kept(run, run.seed in seeds, run.arm in compared) for run in runs],
             "rows": rows,
             "twins": twins(experiment, runs),
             "conclusions": [
@@ -114,6 +114,14 @@ def describe(
         }
     )
     return value
+
+
+def _kept(run: Run, curve: bool, first_losses: bool) -> Run:
+    return dataclasses.replace(
+        run,
+        curve=run.curve if curve else None,
+        first_losses=run.first_losses if first_losses else (),
+    )
 
 
 def _display(experiment: Experiment, run: Run) -> tuple[int, int]:
