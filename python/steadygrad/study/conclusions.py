@@ -129,7 +129,9 @@ def _counts(rows: list[Row], baseline: list[Row] | None) -> str:
     counts = f"{_survivors(rows)} runs survived and {learned} learned"
     if baseline is None:
         return counts
-    return f"{counts} ({baseline[0].arm}: {_survivors(baseline)} survived)"
+    rates = {row.learning_rate for row in rows}
+    theirs = [row for row in baseline if row.learning_rate in rates]
+    return f"{counts} ({baseline[0].arm}: {_survivors(theirs)} survived)"
 
 
 def _survivors(rows: list[Row]) -> str:

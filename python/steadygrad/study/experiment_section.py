@@ -45,7 +45,7 @@ def section(experiment: Json) -> Section:
 _MAP = "Runs that survived, of those that were made, and how many learned."
 _TWINS = (
     "The same remedy by this package and by torch's own functions, with the same seeds, weights and "
-    "batches. First difference: the largest relative difference of the batch losses of the first 20 "
+    "batches. First difference: the largest relative difference of the batch losses of the first 5 "
     "steps; what comes later is chaotic. Time: torch's seconds per step over ours, above 1 where "
     "ours is faster. In brackets: 95 % intervals over the seeds."
 )

@@ -14,22 +14,26 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-# How many times its recent median a gradient norm has to be to count as an explosion.
+# How many times its recent median a gradient norm has to be to count as an explosion. What is below
+# a hundredth of the first step's norm is none: near a minimum norms are small and jump.
 FACTOR = 100.0
 _WINDOW = 100
-_FEWEST = 5
-# How many times the one at the start a loss has to be to count as one: in a step, and in the end,
-# where a network that never learnt anything is a little above its start as often as below.
-_LOSS_FACTOR = 2.0
-_END_FACTOR = 1.1
+_FLOOR = 0.01
+# How many times that of the first step it has to be: what grows slowly carries its median along.
+_GROWTH = 1e4
+# By how many times its size a loss has to be above the one at the start to count as one: in a step,
+# and in the end, where a network that never learnt anything is a little above it as often as below.
+_LOSS_RISE = 1.0
+_END_RISE = 0.1
 
 DEFINITION = (
-    "at some step the batch loss or the gradient norm was not finite, or the gradient norm was more "
-    f"than {FACTOR:g} times its median over the last {_WINDOW} steps (at least {_FEWEST}), or the "
-    f"batch loss was more than {_LOSS_FACTOR:g} times the loss at the start; or the run ended with a "
-    f"loss more than {_END_FACTOR:g} times that at the start, and then its step is that of the "
-    "largest norm. The parameter is the one whose gradient had grown most, relative to its own median until then; "
-    "where all were not finite at once, a step earlier"
+    "at some step the batch loss or the gradient norm was not finite; or the gradient norm was more "
+    f"than {FACTOR:g} times its median over the last {_WINDOW} steps, and at least {_FLOOR:.0%} of "
+    f"that of the first step; or it was more than {_GROWTH:,.0f} times that of the first step; or "
+    f"the batch loss was more than {_LOSS_RISE:.0%} above the loss at the start; or the run ended with "
+    f"a loss that was not finite, or more than {_END_RISE:.0%} above that at the start, and then the "
+    "step is that of the largest norm. The parameter is the one whose gradient had grown most, "
+    "relative to its own median until then; where all were not finite at once, a step earlier"
 )
 
 
@@ -66,7 +70,7 @@ def first_explosion(
     """
     step = _first_step(np.asarray(losses), np.asarray(norms), start_loss)
     if step is None:
-        if not final_loss > _END_FACTOR * start_loss:
+        if math.isfinite(final_loss) and not final_loss > _above(start_loss, _END_RISE):
             return None
         step = int(np.argmax(norms))
     return Explosion(step + 1, _parameter(parameter_norms[: step + 1], names))
@@ -77,13 +81,20 @@ def _first_step(
 ) -> int | None:
     found = ~np.isfinite(losses) | ~np.isfinite(norms)
     if math.isfinite(start_loss):
-        found |= losses > _LOSS_FACTOR * start_loss
+        found |= losses > _above(start_loss, _LOSS_RISE)
     with np.errstate(invalid="ignore"):
-        for step in range(_FEWEST, len(norms)):
-            if found[step]:
+        found |= (norms > _GROWTH * norms[0]) & (norms[0] > 0)
+        for step in range(1, len(norms)):
+            if found[step - 1]:
                 break
-            found[step] = norms[step] > FACTOR * np.median(norms[max(0, step - _WINDOW) : step])
+            usual = FACTOR * np.median(norms[max(0, step - _WINDOW) : step])
+            found[step] |= norms[step] > max(usual, _FLOOR * norms[0]) > 0
     return int(np.argmax(found)) if found.any() else None
+
+
+def _above(loss: float, rise: float) -> float:
+    """What is above a loss by a share of its size; a loss of one's own may be negative."""
+    return loss + rise * abs(loss)
 
 
 def _parameter(norms: NDArray[np.float64], names: Sequence[str]) -> str | None:

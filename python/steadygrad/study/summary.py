@@ -100,7 +100,7 @@ class Twin:
         learning_rate: of SGD.
         ours: name of our arm.
         torch: name of torch's.
-        first_difference: largest relative difference of batch losses over the first 20 steps; later
+        first_difference: largest relative difference of batch losses over the first 5 steps; later
             steps are chaotic, and differ by more than rounding.
         metric_difference: ours less torch's, paired by seed.
         time_ratio: torch's seconds per step over ours, paired by seed.

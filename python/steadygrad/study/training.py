@@ -25,6 +25,8 @@ from .models import ActivationTerm
 from .tasks import Batch, Task
 
 _CURVE_POINTS = 64
+# Later ones differ by more than rounding: what explodes is chaotic.
+_FIRST_LOSSES = 5
 _DIGITS = 5
 
 
@@ -82,7 +84,7 @@ class Run:
         steps_to_target: steps until an evaluation found the metric at its target, or None.
         seconds_per_step: median time of forward, backward and optimizer step.
         memory_bytes: parameters, gradients, optimizer state and what autograd kept for backward.
-        first_losses: batch losses of the first 20 steps.
+        first_losses: batch losses of the first 5 steps.
         curve: thinned loss and gradient norm.
         evaluations: the metric while training.
     """
@@ -276,7 +278,7 @@ class _Training:
         metric = self._evaluating(self.task.measure)
         if not self.evaluated or self.evaluated[-1][0] < len(self.losses):
             self.evaluated.append((len(self.losses), math.nan if metric is None else metric))
-        survived = math.isfinite(final_loss) and not final_loss >= start_loss
+        survived = math.isfinite(final_loss) and final_loss < start_loss
         bound = self.task.metric
         explosion = first_explosion(
             self.losses,
@@ -312,7 +314,7 @@ class _Training:
             steps_to_target=next(reached, None),
             seconds_per_step=statistics.median(self.seconds),
             memory_bytes=self.memory,
-            first_losses=tuple(self.losses[:20]),
+            first_losses=tuple(self.losses[:_FIRST_LOSSES]),
             curve=thin(self.losses, self.norms),
             evaluations=Evaluations(
                 tuple(step for step, _ in self.evaluated),
