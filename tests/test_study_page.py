@@ -267,10 +267,14 @@ def test_what_is_no_record_is_refused(tmp_path: Path, content: str | None, messa
     assert str(path) in str(info.value)
 
 
-def test_numbers_that_json_has_not() -> None:
-    found = decoded({"arm": "inf", "a": ["nan", "inf", {"b": "-inf"}], "c": "text", "d": 1})
-    assert math.isnan(found["a"].pop(0))
-    assert found == {"arm": "inf", "a": [math.inf, {"b": -math.inf}], "c": "text", "d": 1}
+def test_numbers_that_json_has_not(study: dict[str, Any]) -> None:
+    (experiment,) = study["experiments"]
+    experiment |= {"name": "inf", "title": "nan", "about": "-inf"}
+    experiment["runs"][0] |= {"arm": "inf", "final_loss": "-inf", "peak_loss": "nan"}
+    (found,) = decoded(study)["experiments"]
+    assert [found[key] for key in ("name", "title", "about")] == ["inf", "nan", "-inf"]
+    run = found["runs"][0]
+    assert (run["arm"], run["final_loss"]) == ("inf", -math.inf) and math.isnan(run["peak_loss"])
 
 
 def test_figures() -> None:

@@ -157,10 +157,14 @@ def test_a_journal_of_another_study_is_refused(tmp_path: Path, console: Console)
     first.add("tiny", a_run())
     assert first.sessions[0] > 0.0
     first.add("tiny", EXPLODED)
+    first.close()
     again = Journal(path, {"experiments": [1], "versions": {}})
     again.open("later")
     assert (again.started, len(again.runs)) == ("now", 2)
     assert repr(again.runs["tiny", EXPLODED.key]) == repr(EXPLODED)  # NaN differs from itself
+    with pytest.raises(JournalError, match="a study is running in this folder"):
+        Journal(path, {"experiments": [1], "versions": {}}).open("later")
+    again.close()
     with pytest.raises(JournalError, match="an unfinished study with other experiments"):
         Journal(path, {"experiments": [2], "versions": {}}).open("later")
     path.write_text("not a journal\n")
@@ -213,7 +217,7 @@ def test_a_run_that_raises_is_named(own_file: Path, console: Console, tmp_path: 
         ),
         (
             ["digits", "--arms", "clip 1,prayer"],
-            "unknown arm 'prayer' in experiment digits: there are none",
+            "unknown arm 'prayer': expected some of none, none (torch), clip 1",
         ),
         (["missing.py"], "missing.py: no such file"),
         (["char", "--data", "."], "expected experiments on images"),

@@ -86,8 +86,9 @@ def _study(args: argparse.Namespace, console: Any) -> int:
 
     if args.list:
         for experiment in EXPERIMENTS:
-            console.print(f"{experiment.name}: {experiment.title}")
-            console.print("  arms: " + ", ".join(arm.name for arm in experiment.arms))
+            arms = ", ".join(arm.name for arm in experiment.arms)
+            console.print(f"{experiment.name}: {experiment.title}", markup=False)
+            console.print(f"  arms: {arms}", markup=False)
         return 0
     if args.report:
         return _study_report(args)
@@ -224,7 +225,7 @@ def _parser() -> argparse.ArgumentParser:
         "--limit", type=_seconds, metavar="SECONDS", help="begin no further run after this time"
     )
     study.add_argument(
-        "--restart", action="store_true", help="drop what an unfinished study has left"
+        "--restart", action="store_true", help="drop what a study has left in the folder"
     )
     study.add_argument(
         "--report",

@@ -77,10 +77,14 @@ class Document:
 
         Args:
             path: of the file; the folder has its name without the ending. Existing files are
-                replaced.
+                replaced, and drawings in that folder which are no longer part of it removed.
         """
-        for figure in self._figures([*self.summary, *self.sections]):
-            write_text(figure.drawing(_style()), path.parent / path.stem / figure.file)
+        folder = path.parent / path.stem
+        figures = list(self._figures([*self.summary, *self.sections]))
+        for figure in figures:
+            write_text(figure.drawing(_style()), folder / figure.file)
+        for file in set(folder.glob("*.svg")) - {folder / figure.file for figure in figures}:
+            file.unlink()
         write_text(self.markdown(path.stem), path)
 
     def _figures(self, blocks: Sequence[Block]) -> Iterator[Charts]:

@@ -66,8 +66,12 @@ class Arm:
         """Refuses what torch alone cannot do.
 
         Raises:
-            ValueError: ``by="torch"`` with a policy of ours.
+            ValueError: ``by="torch"`` with a policy of ours, or a name that is no line of text.
         """
+        if not self.name or not self.name.isprintable():
+            raise ValueError(
+                f"Arm: name: expected printable characters on one line, got {self.name!r}"
+            )
         if self.by == "torch" and (self.clip is not None or self.skip is not None):
             raise ValueError(f"Arm {self.name!r}: by: expected 'steadygrad' with clip= or skip=")
 

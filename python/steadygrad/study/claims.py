@@ -12,7 +12,7 @@ from steadygrad.pages import Bullets, Cell, Paragraph, Section, Table
 
 from . import outcome
 from .experiment_section import arm_cell
-from .outcome import Json, Tally
+from .outcome import Json, Tally, listed
 
 # A remedy that is left out, where all other arms have it: what it says is read the other way round.
 _LEFT_OUT = "raw data"
@@ -40,6 +40,7 @@ HELD, IN_PART, NOT = "held", "held in part", "did not hold"
 # Gradients that vanish do not explode.
 STILL = "no explosion, but no training either"
 UNTESTED, UNCLEAR = "not put to the test", "no clear difference"
+MIXED = "better here, worse there"
 
 
 def arms(experiments: Sequence[Json]) -> dict[str, str]:
@@ -69,7 +70,9 @@ def prevention(experiments: Sequence[Json], arm: str, remedy: str) -> tuple[str,
     if remedy == _LEFT_OUT:
         return _by_leaving_out(experiments, arm)
     found = hard_tally(experiments, arm)
-    numbers = f"{found.kept} of {found.runs} runs kept, {found.learned} learned"
+    hard = sum(len(outcome.hard_settings(experiment)) for experiment in experiments)
+    where = "" if found.settings == hard else f" in {found.settings} of {hard} hard settings"
+    numbers = f"{found.kept} of {found.runs} runs kept{where}, {found.learned} learned"
     verdict = _verdict(found.kept, found.runs)
     if verdict == NOT and not found.exploded:
         verdict = STILL
@@ -109,6 +112,8 @@ def generalisation(experiments: Sequence[Json], arm: str) -> tuple[str, str]:
     numbers = f"of {where} better in {above}, worse in {below}"
     if not above:
         return (NOT if below else UNCLEAR), numbers
+    if below:
+        return MIXED, numbers
     return (HELD if above == total else IN_PART), numbers
 
 
@@ -153,9 +158,11 @@ def section(experiments: Sequence[Json]) -> Section:
 
 
 _RULES = (
-    "A claim held for a remedy that kept every run in hard settings, in part if it kept at least "
-    "half of them. On held-out data a remedy is better or worse where its 95 % interval does not "
-    "overlap the baseline's, in settings in which every run of the baseline learned."
+    "A claim held for a remedy that kept every run in the hard settings in which it was tried, in part "
+    "if it kept at least half of them. On held-out data a remedy is better or worse where the 95 % "
+    "interval of its difference to the baseline, seed by seed, is above or below 0, in settings in "
+    "which every run of the baseline learned; of a hundred remedies that change nothing about five "
+    "would seem to."
 )
 
 
@@ -179,7 +186,12 @@ def _for_explosions(experiments: Sequence[Json], names: Sequence[str]) -> list[t
     tallies = {name: hard_tally(experiments, name) for name in names}
     tried = {name: found for name, found in tallies.items() if found.runs}
     if not tried:
-        return [("", "No setting was hard: nothing exploded without a remedy.")]
+        return [
+            (
+                "",
+                "No setting was hard: in each, more than half of the runs are kept without a remedy.",
+            )
+        ]
     most = max(found.settings for found in tried.values())
     always = [name for name, found in tried.items() if found.learned == found.runs]
     learned = [name for name in always if tried[name].settings == most]
@@ -244,11 +256,6 @@ def _for_held_out_data(experiments: Sequence[Json], names: Sequence[str]) -> lis
     if mixed:
         items.append(("They are better in some settings and worse in others with", listed(mixed)))
     return [(lead, f"{text}.") for lead, text in items]
-
-
-def listed(words: Sequence[str]) -> str:
-    """Join words to a list in a sentence."""
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def _timed(experiments: Sequence[Json], arm: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -47,6 +48,24 @@ class Problem:
     evaluations: int = 10
     until_target: bool = False
 
+    def __post_init__(self) -> None:
+        """Checks the numbers.
+
+        Raises:
+            ValueError: one is out of its range.
+        """
+        _check_name("Problem", self.name)
+        for field in ("steps", "batch_size", "evaluations"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(
+                    f"Problem {self.name}: {field}: expected an integer of at least 1, got {value!r}"
+                )
+        if not 0 <= self.momentum < 1:
+            raise ValueError(
+                f"Problem {self.name}: momentum: expected at least 0 and below 1, got {self.momentum}"
+            )
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -90,6 +109,18 @@ class Experiment:
             if len(set(names)) < len(names):
                 raise ValueError(
                     f"Experiment {self.name}: {field}: expected no two alike, got {names}"
+                )
+        _check_name("Experiment", self.name)
+        for rate in self.learning_rates:
+            if not isinstance(rate, float | int) or not 0 < rate < math.inf:
+                raise ValueError(
+                    f"Experiment {self.name}: learning_rates: expected finite numbers above 0, "
+                    f"got {rate!r}"
+                )
+        for seed in self.seeds:
+            if not isinstance(seed, int) or seed < 0:
+                raise ValueError(
+                    f"Experiment {self.name}: seeds: expected integers of at least 0, got {seed!r}"
                 )
         if list(self.learning_rates) != sorted(self.learning_rates):
             raise ValueError(
@@ -184,14 +215,32 @@ class Experiment:
                 {
                     "name": problem.name,
                     "title": problem.title,
-                    "model": repr(problem.model),
+                    "model": _without_defaults(problem.model),
                     "steps": problem.steps,
                     "batch_size": problem.batch_size,
+                    "evaluations": problem.evaluations,
+                    "until_target": problem.until_target,
                     "optimizer": _optimizer(problem),
                 }
                 for problem in self.problems
             ],
         }
+
+
+def _check_name(what: str, name: str) -> None:
+    """Names become cells of tables and names of files."""
+    if not name or not name.isprintable():
+        raise ValueError(f"{what}: name: expected printable characters on one line, got {name!r}")
+
+
+def _without_defaults(model: ModelSpec) -> str:
+    """A dataclass as it would be written, without the fields that are as they are anyway."""
+    given = [
+        f"{field.name}={getattr(model, field.name)!r}"
+        for field in dataclasses.fields(model)
+        if getattr(model, field.name) != field.default
+    ]
+    return f"{type(model).__name__}({', '.join(given)})"
 
 
 def _optimizer(problem: Problem) -> str:

@@ -8,7 +8,7 @@ from steadygrad.pages import Block, Bullets, Cell, Facts, Paragraph, Section, Ta
 
 from . import outcome
 from .experiment_charts import curve_charts, figure, metric_charts, setting_name
-from .outcome import Json, Setting
+from .outcome import Json, Setting, listed
 
 HEAT_LEGEND = (
     ("heat4", "all survived and learned"),
@@ -27,7 +27,7 @@ def section(experiment: Json) -> Section:
         blocks.append(Bullets([("", finding) for finding in experiment["findings"]]))
     blocks += [
         Facts([(problem["title"], _describe(problem)) for problem in experiment["problems"]]),
-        Section("Survived and learned", [Paragraph(_MAP), survival_map(experiment)]),
+        Section("Survived and learned", _survived(experiment)),
         Section("On held-out data", [metric_charts(experiment)]),
     ]
     if (curves := curve_charts(experiment)) is not None:
@@ -43,12 +43,24 @@ def section(experiment: Json) -> Section:
 
 
 _MAP = "Runs that survived, of those that were made, and how many learned."
+_EQUAL = (
+    "Remedies whose runs are the same number by number, because what tells them apart never acted, or "
+    "the runs were over before it could:"
+)
 _TWINS = (
     "The same remedy by this package and by torch's own functions, with the same seeds, weights and "
     "batches. First difference: the largest relative difference of the batch losses of the first 5 "
     "steps; what comes later is chaotic. Time: torch's seconds per step over ours, above 1 where "
     "ours is faster. In brackets: 95 % intervals over the seeds."
 )
+
+
+def _survived(experiment: Json) -> list[Block]:
+    blocks: list[Block] = [Paragraph(_MAP), survival_map(experiment)]
+    if equal := outcome.equal_runs(experiment):
+        groups = "; ".join(listed(names) for names in equal)
+        blocks.append(Paragraph(f"{_EQUAL} {groups}.", quiet=True))
+    return blocks
 
 
 def _describe(problem: Json) -> str:

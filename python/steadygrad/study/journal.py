@@ -6,11 +6,12 @@ cut in two is dropped and its run made again. The first line says which study it
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pathlib
 import time
-from typing import Any
+from typing import Any, BinaryIO
 
 from .encoding import decode_run, encode
 from .experiment import RunKey
@@ -39,31 +40,48 @@ class Journal:
     def __init__(self, path: pathlib.Path, plan: dict[str, Any]) -> None:
         self.path = path
         self._plan = encode(plan)
+        self._file: BinaryIO | None = None
         self.sessions: list[float] = []
         self._began = 0.0
         self.started: str | None = None
         self.runs: dict[tuple[str, RunKey], Run] = {}
 
-    def open(self, started: str) -> None:
-        """Read what is there, or begin.
+    def open(self, started: str, restart: bool = False) -> None:
+        """Read what is there, or begin; no other process may until this one has ended.
 
         Args:
             started: when this session began; the first one's is kept.
+            restart: drops what is there.
 
         Raises:
-            JournalError: what is there belongs to another study.
+            JournalError: what is there belongs to another study, or to one that is running.
             OSError: the file cannot be written.
         """
-        text = self.path.read_bytes() if self.path.exists() else b""
+        self._file = self.path.open("a+b")
+        try:
+            self._begin(self._file, started, restart)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, file: BinaryIO, started: str, restart: bool) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise JournalError(
+                f"{self.path}: a study is running in this folder; name another --out"
+            ) from error
+        if restart:
+            file.truncate(0)
+        file.seek(0)
+        text = file.read()
         # Whole lines only: the last one may have been cut in two.
         whole = text[: text.rfind(b"\n") + 1]
         lines = whole.splitlines()
         if lines:
             self._read(lines)
         if len(whole) < len(text):
-            with self.path.open("r+b") as file:
-                file.truncate(len(whole))
-                os.fsync(file.fileno())
+            file.truncate(len(whole))
         if not lines:
             self.started = started
             self._append({"plan": self._plan, "started": started})
@@ -77,6 +95,12 @@ class Journal:
         self._append({"experiment": experiment, "run": encode(run), "session_s": seconds})
         self.runs[experiment, run.key] = run
         self.sessions[-1] = seconds
+
+    def close(self) -> None:
+        """Let others have the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def remove(self) -> None:
         """Remove the file, once everything is written elsewhere."""
@@ -106,8 +130,8 @@ class Journal:
             )
 
     def _append(self, entry: dict[str, Any]) -> None:
+        assert self._file is not None
         line = json.dumps(entry, allow_nan=False, separators=(",", ":")) + "\n"
-        with self.path.open("ab") as file:
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        self._file.write(line.encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())

@@ -11,8 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .intervals import mean
+
 Json = Mapping[str, Any]
 Setting = tuple[str, float]
+_NUMBERS = ("problem", "learning_rate", "seed", "steps", "peak_loss", "final_loss", "metric")
 
 MEANING = (
     "A setting is a problem and a learning rate. A run is lost when it did not survive, or "
@@ -114,34 +117,32 @@ def tally(experiment: Json, arm: str, chosen: Sequence[Setting]) -> Tally:
     return total
 
 
-def better(metric: Json, one: Json, other: Json) -> int:
-    """Compare two means: 1 if ``one`` is clearly better, -1 if clearly worse, 0 if neither.
+def differences(experiment: Json, arm: str, setting: Setting) -> list[float]:
+    """By how much an arm's runs are better than the baseline's on held-out data, seed by seed.
 
-    Clearly means that their 95 % intervals do not overlap.
-
-    Args:
-        metric: of the problem: ``better`` is ``"higher"`` or ``"lower"``.
-        one: a mean with its interval.
-        other: what it is compared with.
+    A seed gives both the same weights and batches, so their difference says more than two means.
     """
-    if None in (one["low"], one["high"], other["low"], other["high"]):
-        return 0
-    sign = 1 if metric["better"] == "higher" else -1
-    if one["low"] > other["high"]:
-        return sign
-    if one["high"] < other["low"]:
-        return -sign
-    return 0
+    metrics = {problem["name"]: problem["metric"] for problem in experiment["problems"]}
+    sign = 1.0 if metrics[setting[0]]["better"] == "higher" else -1.0
+    theirs = {
+        run["seed"]: run["metric"] for run in runs_in(experiment, baseline(experiment), [setting])
+    }
+    return [
+        sign * (run["metric"] - theirs[run["seed"]])
+        for run in runs_in(experiment, arm, [setting])
+        if run["metric"] is not None and theirs.get(run["seed"]) is not None
+    ]
 
 
 def clearly(experiment: Json, arm: str) -> tuple[int, int, int]:
     """Compare an arm with the baseline on held-out data where all runs of the latter learned.
 
+    Clearly means that the 95 % interval of the difference, seed by seed, is above or below 0.
+
     Returns:
         In how many settings it is clearly better, clearly worse, and neither.
     """
-    counts = {1: 0, -1: 0, 0: 0}
-    metrics = {problem["name"]: problem["metric"] for problem in experiment["problems"]}
+    better = worse = neither = 0
     for setting in settings(experiment):
         own, theirs = (
             row_of(experiment, arm, setting),
@@ -149,11 +150,29 @@ def clearly(experiment: Json, arm: str) -> tuple[int, int, int]:
         )
         if own is None or theirs is None or theirs["learned"]["count"] < theirs["runs"]:
             continue
+        difference = mean(differences(experiment, arm, setting))
         if own["metric"] is None or len(own["metric"]["values"]) < own["runs"]:
-            counts[-1] += 1  # a run without a finite answer is worse than any that learned
+            worse += 1  # a run without a finite answer is worse than any that learned
+        elif difference is None or difference.low is None or difference.high is None:
+            neither += 1
+        elif difference.low > 0:
+            better += 1
+        elif difference.high < 0:
+            worse += 1
         else:
-            counts[better(metrics[setting[0]], own["metric"], theirs["metric"])] += 1
-    return counts[1], counts[-1], counts[0]
+            neither += 1
+    return better, worse, neither
+
+
+def equal_runs(experiment: Json) -> list[list[str]]:
+    """Groups of remedies of which each run is the same, number by number: some of them never acted."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for arm in remedies(experiment):
+        runs = runs_in(experiment, arm["name"], settings(experiment))
+        # As text: NaN is not equal to itself.
+        numbers = tuple(str([run[name] for name in _NUMBERS]) for run in runs)
+        groups.setdefault(numbers, []).append(arm["name"])
+    return [names for names in groups.values() if len(names) > 1]
 
 
 def relative_time(experiment: Json, arm: str) -> list[float]:
@@ -167,3 +186,8 @@ def relative_time(experiment: Json, arm: str) -> list[float]:
         if own and theirs and own["seconds_per_step"] and theirs["seconds_per_step"]:
             ratios.append(own["seconds_per_step"]["mean"] / theirs["seconds_per_step"]["mean"])
     return ratios
+
+
+def listed(words: Sequence[str]) -> str:
+    """Join words to a list in a sentence."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

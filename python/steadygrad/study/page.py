@@ -26,14 +26,12 @@ from steadygrad.pages import (
 
 from . import claims, outcome
 from .experiment_section import HEAT_LEGEND, arm_cell, heat, section
-from .outcome import Json
+from .outcome import Json, listed
 
 SCHEMA = 2
-_NUMBERS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 # Where a string is a name, even if it should read like a number.
-_NAMES = frozenset(
-    {"name", "arm", "problem", "ours", "torch", "twin", "exploded_parameter", "text"}
-)
+_NAMES = frozenset({"name", "arm", "problem", "ours", "torch", "exploded_parameter"})
 
 
 def read_documents(paths: Sequence[Path]) -> list[dict[str, Any]]:
@@ -124,8 +122,9 @@ def _overview(experiments: Sequence[Json]) -> list[Block]:
     """A row for each remedy, a column for each experiment, over the hard settings."""
     if not any(outcome.hard_settings(experiment) for experiment in experiments):
         return [Paragraph("No setting was hard."), Paragraph(outcome.MEANING, quiet=True)]
+    names = list(dict.fromkeys(outcome.baseline(experiment) for experiment in experiments))
     rows: list[Sequence[str | Cell]] = [
-        ("none", *(_overview_cell(e, outcome.baseline(e)) for e in experiments))
+        (listed(names), *(_overview_cell(e, outcome.baseline(e)) for e in experiments))
     ]
     rows += [
         (arm_cell(name, remedy), *(_overview_cell(experiment, name) for experiment in experiments))
@@ -177,10 +176,25 @@ def _facts(document: Json) -> list[tuple[str, str]]:
     ]
 
 
-def decoded(value: Any) -> Any:
-    """Return a JSON value with its non-finite numbers, which JSON holds as strings."""
+def decoded(document: Json) -> dict[str, Any]:
+    """Return a record with its non-finite numbers, which JSON holds as strings."""
+    experiments = [
+        {
+            **experiment,
+            **{key: _numbers(experiment[key]) for key in ("runs", "rows", "twins")},
+            "problems": [
+                {**problem, "metric": _numbers(problem["metric"])}
+                for problem in experiment["problems"]
+            ],
+        }
+        for experiment in document["experiments"]
+    ]
+    return {**document, "experiments": experiments}
+
+
+def _numbers(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: item if key in _NAMES else decoded(item) for key, item in value.items()}
+        return {key: item if key in _NAMES else _numbers(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [decoded(item) for item in value]
-    return _NUMBERS.get(value, value) if isinstance(value, str) else value
+        return [_numbers(item) for item in value]
+    return _NON_FINITE.get(value, value) if isinstance(value, str) else value

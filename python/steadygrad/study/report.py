@@ -19,7 +19,7 @@ _NOTHING = "-"
 def table(title: str, rows: Sequence[Mapping[str, Any]], metric: str) -> Table:
     """Lay the rows of a problem out as a table, arm by arm."""
     grid = Table(
-        title=title,
+        title=Text(title),
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import hashlib
 import os
 import pathlib
+import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -22,16 +27,20 @@ from rich.progress import (
 )
 
 from . import page, record
+from .arms import Arm
 from .data import MissingDependencyError
-from .experiment import Experiment
+from .experiment import Experiment, Problem, RunKey
 from .journal import NAME, Journal, JournalError
+from .page import read_documents
 from .report import print_report
 from .selection import Selection, SelectionError
 from .tasks import Task
+from .training import rehearse
 from .workers import Item, WorkerError, in_processes, in_this_process
 
 # One thread each: matrices of 100 x 100 gain 5 % from a second one, and lose a factor when it is busy.
 _DEFAULT_THREADS = 1
+RECORD = "study.json"
 _QUICK_LIMIT_S = 200.0
 
 
@@ -84,8 +93,12 @@ def run_study(selection: Selection, settings: Settings, console: Console) -> int
         experiments = selection.experiments()
         tasks = _load(experiments)
         settings.out.mkdir(parents=True, exist_ok=True)
-        journal = _journal(selection, experiments, settings)
-        return _carry_out(selection, experiments, tasks, settings, journal, console)
+        _spare_results(experiments, settings)
+        journal = _journal(selection, experiments, tasks, settings)
+        try:
+            return _carry_out(selection, experiments, tasks, settings, journal, console)
+        finally:
+            journal.close()
     except (MissingDependencyError, ValueError, WorkerError) as error:
         _complain(console, str(error))
     except OSError as error:
@@ -100,37 +113,71 @@ def _load(experiments: Sequence[Experiment]) -> dict[str, dict[str, Task]]:
         own = tasks[experiment.name] = {}
         for problem in experiment.problems:
             own[problem.name] = problem.task()
-        for arm in experiment.arms:
-            for task in own.values():
-                _fits(experiment, arm, task)
+        for problem in experiment.problems:
+            for arm in experiment.arms:
+                _rehearse(experiment, problem, arm, own[problem.name])
     return tasks
 
 
-def _fits(experiment: Experiment, arm: Any, task: Task) -> None:
+def _rehearse(experiment: Experiment, problem: Problem, arm: Arm, task: Task) -> None:
+    key = RunKey(problem.name, arm.name, experiment.learning_rates[0], experiment.seeds[0])
     try:
-        changed = task if arm.task is None else arm.task(task)
-        if arm.early_stopping:
-            changed.hold_out(0)
-    except ValueError as error:
-        raise SelectionError(f"study: {experiment.name}: arm {arm.name!r}: {error}") from error
+        rehearse(experiment, key, task, measure=arm is experiment.arms[0])
+    except Exception as error:
+        raise SelectionError(
+            f"study: {experiment.name}, {problem.name}, arm {arm.name!r}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _spare_results(experiments: Sequence[Experiment], settings: Settings) -> None:
+    """Refuse to write over the results of another study."""
+    path = settings.out / RECORD
+    if settings.restart or not path.exists():
+        return
+    try:
+        there = [experiment["name"] for experiment in read_documents([path])[0]["experiments"]]
+    except (ValueError, KeyError, TypeError):
+        there = []
+    if there != [experiment.name for experiment in experiments]:
+        raise SelectionError(
+            f"study: {path} has the results of {', '.join(there) or 'something else'}; name another "
+            "--out, or add --restart to replace them"
+        )
 
 
 def _journal(
-    selection: Selection, experiments: Sequence[Experiment], settings: Settings
+    selection: Selection,
+    experiments: Sequence[Experiment],
+    tasks: dict[str, dict[str, Task]],
+    settings: Settings,
 ) -> Journal:
     """Open the journal in the folder of the results."""
+    files = [pathlib.Path(name) for name in selection.names if name.endswith(".py")]
     plan = {
         "experiments": [experiment.describe() for experiment in experiments],
-        "data": selection.data,
+        "files": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],
+        "data": [
+            _first_batch(tasks[experiment.name][problem.name], problem)
+            for experiment in experiments
+            for problem in experiment.problems
+        ],
         "versions": record.versions(),
         "threads": settings.threads or _DEFAULT_THREADS,
     }
     journal = Journal(settings.out / NAME, plan)
-    if settings.restart:
-        journal.remove()
     now = datetime.datetime.now(datetime.timezone.utc)
-    journal.open(now.isoformat(timespec="seconds"))
+    journal.open(now.isoformat(timespec="seconds"), settings.restart)
     return journal
+
+
+def _first_batch(task: Task, problem: Problem) -> str:
+    """What tells a problem's data from other data of the same name and shape."""
+    batch = next(task.batches(problem.batch_size, torch.Generator().manual_seed(0)))
+    digest = hashlib.sha256()
+    for tensor in batch:
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _carry_out(
@@ -151,15 +198,16 @@ def _carry_out(
             status = "time limit"
     except KeyboardInterrupt:
         status = "interrupted"
-    document = _document(selection, experiments, tasks, settings, journal, status)
-    files = _write(document, settings.out)
+    with _impatience_ignored() if status == "interrupted" else contextlib.nullcontext():
+        document = _document(selection, experiments, tasks, settings, journal, status)
+        files = _write(document, settings.out)
+    if status == "complete":
+        journal.remove()
     if journal.runs:
         console.print()
         print_report(document, console)
     console.print()
-    if status == "complete":
-        journal.remove()
-    else:
+    if status != "complete":
         why = {"interrupted": "Interrupted", "time limit": "Stopped at the time limit"}
         console.print(
             f"{why[status]} after {len(journal.runs)} of {len(plan)} runs: the results are partial. "
@@ -167,9 +215,21 @@ def _carry_out(
             style="bold yellow",
         )
     names = " and ".join(str(file) for file in files)
-    summary = f"{len(journal.runs)} runs in {sum(journal.sessions):.0f} s, written to {names}"
+    count = len(journal.runs)
+    made = f"{count:,} run{'' if count == 1 else 's'} in {sum(journal.sessions):.0f} s"
+    summary = f"{made}, written to {names}"
     console.print(summary, markup=False, soft_wrap=True)
     return 130 if status == "interrupted" else 0
+
+
+@contextlib.contextmanager
+def _impatience_ignored() -> Iterator[None]:
+    """Writing takes a second or two, and a second Ctrl-C is to stop what has stopped."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _plan(experiments: Sequence[Experiment]) -> list[Item]:
@@ -221,7 +281,9 @@ def _make_runs(
             name, key = item
             progress.update(
                 bars[place],
-                description=f"{key.problem}: {key.arm}, {key.learning_rate:g}, seed {key.seed}",
+                description=escape(
+                    f"{key.problem}: {key.arm}, {key.learning_rate:g}, seed {key.seed}"
+                ),
                 total=steps[name, key.problem],
                 completed=step,
                 note=f"loss {loss:.3g}",
@@ -275,18 +337,27 @@ def _document(
 
 def _write(document: dict[str, Any], out: pathlib.Path) -> list[pathlib.Path]:
     """Write the record, and the pages made of it."""
-    files = [out / "study.json"]
+    files = [out / RECORD]
     record.write(document, files[0])
     return [*files, *_write_pages([document], out)]
 
 
 def report_again(files: Sequence[pathlib.Path], out: pathlib.Path, console: Console) -> int:
     """Make the pages from results that are there; return the exit status."""
+    names = ", ".join(map(str, files))
+    if len({file.resolve() for file in files}) < len(files):
+        _complain(console, f"study: --report: expected each file once, got {names}")
+        return 1
     try:
-        _write_pages(page.read_documents(files), out)
+        written = _write_pages(read_documents(files), out)
     except (OSError, ValueError) as error:
         _complain(console, str(error))
         return 1
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        found = f"{type(error).__name__}: {error}"
+        _complain(console, f"{names}: expected whole records of studies, got one with {found}")
+        return 1
+    console.print(f"Written: {' and '.join(map(str, written))}", markup=False, soft_wrap=True)
     return 0
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import pathlib
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,17 +63,26 @@ class Selection:
             raise SelectionError(f"study: expected experiments of different names, got {names}")
         if self.data is not None:
             chosen = on_data(chosen, pathlib.Path(self.data))
-        return [self._changed(experiment) for experiment in chosen]
+        chosen = [self._changed(experiment) for experiment in chosen]
+        return self._with_arms(chosen) if self.arms else chosen
 
     def _changed(self, experiment: Experiment) -> Experiment:
         if self.mode == "full":
             experiment = experiment.full(_FULL_SEEDS)
         if self.seeds:
             experiment = dataclasses.replace(experiment, seeds=tuple(range(self.seeds)))
-        try:
-            return experiment.with_arms(self.arms) if self.arms else experiment
-        except ValueError as error:
-            raise SelectionError(f"study: --arms: {error}") from error
+        return experiment
+
+    def _with_arms(self, experiments: Sequence[Experiment]) -> list[Experiment]:
+        """Leave the arms asked for; an experiment that has none of them is left out."""
+        own = {e.name: [arm.name for arm in e.arms if arm.name in self.arms] for e in experiments}
+        there = list(dict.fromkeys(arm.name for e in experiments for arm in e.arms))
+        for name in self.arms:
+            if name not in there:
+                raise SelectionError(
+                    f"study: --arms: unknown arm {name!r}: expected some of {', '.join(there)}"
+                )
+        return [e.with_arms(own[e.name]) for e in experiments if own[e.name]]
 
 
 def from_file(path: pathlib.Path) -> Experiment:

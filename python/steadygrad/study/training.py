@@ -145,6 +145,24 @@ def train(experiment: Experiment, key: RunKey, task: Task, on_step: OnStep | Non
         )
 
 
+def rehearse(experiment: Experiment, key: RunKey, task: Task, measure: bool) -> None:
+    """Build all that a run needs and take one loss: what is wrong shows before anything is trained.
+
+    Args:
+        experiment: problems and arms.
+        key: which of them, the learning rate and the seed.
+        task: of the problem.
+        measure: whether the task's loss and metric are taken once, as well.
+
+    Raises:
+        Exception: whatever building or the loss raises.
+        TypeError: the metric is no number.
+    """
+    with torch.random.fork_rng(devices=[]):
+        training = _Training(experiment.problem(key.problem), experiment.arm(key.arm), key, task)
+        training.rehearse(measure)
+
+
 class _Training:
     def __init__(self, problem: Problem, arm: Arm, key: RunKey, task: Task) -> None:
         generator = torch.Generator().manual_seed(key.seed)
@@ -172,6 +190,17 @@ class _Training:
         self.memory = 0
         self.evaluated: list[tuple[int, float]] = []
         self.best: tuple[float, int, dict[str, Any]] | None = None
+
+    def rehearse(self, measure: bool) -> None:
+        self._loss(next(self.batches))[1].backward()
+        if measure:
+            found = [self.task.training_loss(self.model), self._evaluating(self.task.measure)]
+            for value in found:
+                if value is not None and not isinstance(value, (int, float)):
+                    raise TypeError(
+                        f"{type(self.task).__name__}: expected a loss and a metric that are numbers, "
+                        f"got a {type(value).__name__}"
+                    )
 
     def run(self, on_step: OnStep | None) -> Run:
         start_loss = self._evaluating(self.task.training_loss)

@@ -6,6 +6,7 @@ the worker's pipe breaks and it ends.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import signal
 import traceback
@@ -110,15 +111,15 @@ def in_processes(
             theirs.close()
             processes.append(process)
             item = waiting.pop()
-            ours.send(item)
             busy[ours] = place, item
+            _send(ours, item)
         while busy:
             for pipe in wait(list(busy)):
                 assert isinstance(pipe, Connection)
                 place, item = busy[pipe]
                 try:
                     message = pipe.recv()
-                except EOFError:
+                except (EOFError, OSError):
                     processes[place].join()
                     raise WorkerError(
                         f"{_named(item)}: its process ended with exit code "
@@ -132,8 +133,8 @@ def in_processes(
                     del busy[pipe]
                     if waiting and not is_over():
                         following = waiting.pop()
-                        pipe.send(following)
                         busy[pipe] = place, following
+                        _send(pipe, following)
                     else:
                         pipe.close()
                     yield item, message[1]
@@ -143,6 +144,11 @@ def in_processes(
         for process in processes:
             process.terminate()
             process.join()
+
+
+def _send(pipe: Connection, item: Item) -> None:
+    with contextlib.suppress(OSError):  # its process has died, which receiving tells
+        pipe.send(item)
 
 
 def _work(pipe: Any, selection: Selection, threads: int) -> None:
