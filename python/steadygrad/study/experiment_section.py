@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from steadygrad.pages import Block, Bullets, Cell, Facts, Paragraph, Section, Table
@@ -137,13 +138,13 @@ def rows_table(experiment: Json) -> Table:
         ("survived", lambda row: _of(row["survived"])),
         ("learned", lambda row: _of(row["learned"])),
         ("exploded", lambda row: _of(row["exploded"])),
-        (_metric_names(experiment), lambda row: _mean(row["metric"])),
+        (_metric_names(experiment), lambda row: _measured(row["metric"])),
         ("steps to target", lambda row: _to_target(row["steps_to_target"])),
-        ("largest norm", lambda row: figure(row["max_grad_norm"]["largest"])),
+        ("largest norm", lambda row: _norm(row["max_grad_norm"]["largest"])),
         ("median norm", lambda row: _plain(row["median_grad_norm"])),
         ("clipped", lambda row: _percent(row["clip_rate"])),
         ("skipped", lambda row: _percent(row["skip_rate"])),
-        ("ms a step", lambda row: _mean(row["seconds_per_step"], 1e3)),
+        ("ms a step", lambda row: _measured(row["seconds_per_step"], 1e3)),
         ("MiB", lambda row: _mebibytes(row["memory_bytes"])),
         ("exploded first in", lambda row: _parameters(row["exploded_parameters"])),
     ]
@@ -198,6 +199,17 @@ def _mean(mean: Json | None, factor: float = 1.0) -> str | Cell:
     if mean["low"] is None or mean["high"] is None:
         return centre
     return Cell(centre, f"{figure(factor * mean['low'])} to {figure(factor * mean['high'])}")
+
+
+def _measured(mean: Json | None, factor: float = 1.0) -> str | Cell:
+    """A mean of what is never negative: Student's interval knows nothing of that."""
+    if mean is None or mean["low"] is None or min(mean["values"]) < 0:
+        return _mean(mean, factor)
+    return _mean({**mean, "low": max(mean["low"], 0.0)}, factor)
+
+
+def _norm(value: float) -> str:
+    return _NOTHING if math.isnan(value) else figure(value)
 
 
 def _plain(mean: Json | None) -> str:
