@@ -74,7 +74,7 @@ def _bench_page(result: Path, page: Path, console: Console) -> int:
     try:
         write_page(read_result(result), page)
     except (OSError, ValueError) as error:
-        open_console(stderr=True).print(str(error), markup=False)
+        open_console(stderr=True).print(str(error))
         return 1
     console.print(f"Page written to {page}")
     return 0
