@@ -282,3 +282,18 @@ def test_figures() -> None:
     assert [figure(v) for v in values] == [
         *("0", "0.912", "12.3", "1,234", "2.5e7", "3.1e-7", "inf", "nan", "-0.002")
     ]
+
+
+def test_the_documentation_is_made_of_the_committed_record(tmp_path: Path) -> None:
+    """After a new record: python -m steadygrad study --report RECORD --out docs."""
+    root = Path(__file__).parent.parent
+    (record,) = (root / "benchmarks" / "results" / "study").glob("*.json")
+    documents = read_documents([record])
+    assert (documents[0]["mode"], documents[0]["status"]) == ("full", "complete")
+    write_markdown(documents, tmp_path / "study.md")
+    assert (root / "docs" / "study.md").read_text() == (tmp_path / "study.md").read_text()
+    drawings_of = [
+        {file.name: file.read_text() for file in (folder / "study").iterdir()}
+        for folder in (root / "docs", tmp_path)
+    ]
+    assert drawings_of[0] == drawings_of[1]
