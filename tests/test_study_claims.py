@@ -93,6 +93,9 @@ def test_what_is_left_out_is_read_the_other_way_round() -> None:
         lost = 10 if run == "lost" else 0
         numbers = f"without it {lost} of 10 runs lost where the baseline's are kept"
         assert claims.prevention([made], "raw pixels", "raw data") == (verdict, numbers)
+    made = experiment({"none": "learned", "raw pixels": ("learned", 0.8)}, arms)
+    helped = claims.generalisation([made], "raw pixels", "raw data")
+    assert helped == (claims.HELD, "without it: of 2 settings better in 0, worse in 2")
     hard = experiment({"none": "lost", "raw pixels": "lost"}, arms)
     assert claims.prevention([hard], "raw pixels", "raw data")[0] == claims.UNTESTED
     assert "raw pixels" not in str(claims.advice([hard]))
@@ -109,7 +112,7 @@ def test_what_is_left_out_is_read_the_other_way_round() -> None:
 )
 def test_generalisation(ours: Any, verdict: str, numbers: str) -> None:
     made = experiment({"none": "learned", "clip 1": ours})
-    found = claims.generalisation([made], "clip 1")
+    found = claims.generalisation([made], "clip 1", "clipping")
     assert found[0] == verdict and found[1] == numbers
 
 
@@ -125,13 +128,13 @@ def test_runs_are_compared_seed_by_seed(above: list[float], verdict: str) -> Non
 
     made = an_experiment("e", [NONE, CLIP], outcomes, seeds=(0, 1, 2))
     assert outcome.differences(made, "clip 1", ("p", 0.1)) == pytest.approx(above)
-    assert claims.generalisation([made], "clip 1")[0] == verdict
+    assert claims.generalisation([made], "clip 1", "clipping")[0] == verdict
 
 
 def test_better_here_and_worse_there_is_neither() -> None:
     what = {("clip 1", 0.01): ("learned", 0.95), ("clip 1", 0.1): ("learned", 0.8)}
     made = experiment({"none": "learned", **what})
-    found = claims.generalisation([made], "clip 1")
+    found = claims.generalisation([made], "clip 1", "clipping")
     assert found == (claims.MIXED, "of 2 settings better in 1, worse in 1")
 
 
@@ -148,19 +151,19 @@ def test_generalisation_where_less_is_better() -> None:
     made = experiment(
         {"none": ("learned", 2.5), "clip 1": ("learned", 2.2)}, problems=[a_problem("p", BITS)]
     )
-    assert claims.generalisation([made], "clip 1")[0] == claims.HELD
+    assert claims.generalisation([made], "clip 1", "clipping")[0] == claims.HELD
 
 
 def test_generalisation_counts_only_where_the_baseline_always_learns() -> None:
     made = experiment(
         {("none", 0.01): "learned", ("none", 0.1): "idle", "clip 1": ("learned", 0.95)}
     )
-    assert claims.generalisation([made], "clip 1")[1].startswith("of 1 setting better")
+    assert claims.generalisation([made], "clip 1", "clipping")[1].startswith("of 1 setting better")
 
 
 def test_one_seed_makes_no_difference_clear() -> None:
     made = experiment({"none": "learned", "clip 1": ("learned", 0.99)}, seeds=(0,))
-    assert claims.generalisation([made], "clip 1")[0] == claims.UNCLEAR
+    assert claims.generalisation([made], "clip 1", "clipping")[0] == claims.UNCLEAR
 
 
 def outcomes_of(text: str) -> Callable[[str, str, float, int], tuple[str, float]]:

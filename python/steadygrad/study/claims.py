@@ -98,8 +98,8 @@ def _verdict(good: int, runs: int) -> str:
     return IN_PART if 2 * good >= runs else NOT
 
 
-def generalisation(experiments: Sequence[Json], arm: str) -> tuple[str, str]:
-    """What the rows say of the claim that an arm helps on held-out data.
+def generalisation(experiments: Sequence[Json], arm: str, remedy: str) -> tuple[str, str]:
+    """What the runs say of the claim that a remedy helps on held-out data.
 
     Returns:
         The verdict, and the numbers behind it.
@@ -110,6 +110,9 @@ def generalisation(experiments: Sequence[Json], arm: str) -> tuple[str, str]:
         return UNTESTED, ""
     where = "1 setting" if total == 1 else f"{total} settings"
     numbers = f"of {where} better in {above}, worse in {below}"
+    if remedy == _LEFT_OUT:
+        numbers = f"without it: {numbers}"
+        above, below = below, above
     if not above:
         return (NOT if below else UNCLEAR), numbers
     if below:
@@ -129,7 +132,7 @@ def section(experiments: Sequence[Json]) -> Section:
     rows: list[Sequence[str | Cell]] = []
     for name, remedy in arms(experiments).items():
         verdict, numbers = prevention(experiments, name, remedy)
-        helped, counts = generalisation(experiments, name)
+        helped, counts = generalisation(experiments, name, remedy)
         said = f"{name} ({numbers})" if numbers else name
         items.setdefault(remedy, {}).setdefault(verdict, []).append(said)
         cells = (Cell(verdict, numbers, _tone(verdict)), Cell(helped, counts, _tone(helped)))
@@ -162,7 +165,7 @@ _RULES = (
     "if it kept at least half of them. On held-out data a remedy is better or worse where the 95 % "
     "interval of its difference to the baseline, seed by seed, is above or below 0, in settings in "
     "which every run of the baseline learned; of a hundred remedies that change nothing about five "
-    "would seem to."
+    "would seem to. Every remedy was tried at one strength, that of its row below."
 )
 
 
