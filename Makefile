@@ -30,7 +30,7 @@ export CUDAARCHS ?= 80-real;90-real
 .PHONY: demo test lint sanitize bench gpu performance clean
 
 demo: $(INSTALLED)
-	$(BIN)/python -m steadygrad study --quick --out out $(ARGS)
+	$(BIN)/python -m steadygrad study --quick --out out/demo $(ARGS)
 
 test: $(INSTALLED) $(EMULATED) $(VISION)/.installed
 	$(BIN)/python -m pytest $(ARGS)
