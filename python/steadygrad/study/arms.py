@@ -19,6 +19,16 @@ from .tasks import Task
 Schedule = Callable[[torch.optim.Optimizer, int], LRScheduler]
 
 
+def check_name(what: str, name: str) -> None:
+    """Check a name, which becomes a cell of tables and part of the names of files.
+
+    Raises:
+        ValueError: it is empty, or no line of text.
+    """
+    if not name or not name.isprintable():
+        raise ValueError(f"{what}: name: expected printable characters on one line, got {name!r}")
+
+
 @dataclass(frozen=True)
 class Arm:
     """One remedy. What is left out stays as it is without a remedy.
@@ -68,10 +78,7 @@ class Arm:
         Raises:
             ValueError: ``by="torch"`` with a policy of ours, or a name that is no line of text.
         """
-        if not self.name or not self.name.isprintable():
-            raise ValueError(
-                f"Arm: name: expected printable characters on one line, got {self.name!r}"
-            )
+        check_name("Arm", self.name)
         if self.by == "torch" and (self.clip is not None or self.skip is not None):
             raise ValueError(f"Arm {self.name!r}: by: expected 'steadygrad' with clip= or skip=")
 

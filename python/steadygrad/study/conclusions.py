@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .experiment import Experiment
+from .outcome import listed
 from .summary import Row
 from .tasks import Metric
 
@@ -144,9 +145,8 @@ def short(value: float) -> str:
 
 
 def _rates(rows: list[Row]) -> str:
-    words = [f"{row.learning_rate:g}" for row in rows]
-    listed = words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
-    return f"learning rate{'s' if len(words) > 1 else ''} {listed}"
+    rates = listed([f"{row.learning_rate:g}" for row in rows])
+    return f"learning rate{'s' if len(rows) > 1 else ''} {rates}"
 
 
 def _at_steps(steps: list[int]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .arms import Arm
+from .arms import Arm, check_name
 from .models import ModelSpec
 from .tasks import Task
 
@@ -54,7 +54,7 @@ class Problem:
         Raises:
             ValueError: one is out of its range.
         """
-        _check_name("Problem", self.name)
+        check_name("Problem", self.name)
         for field in ("steps", "batch_size", "evaluations"):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
@@ -110,7 +110,7 @@ class Experiment:
                 raise ValueError(
                     f"Experiment {self.name}: {field}: expected no two alike, got {names}"
                 )
-        _check_name("Experiment", self.name)
+        check_name("Experiment", self.name)
         for rate in self.learning_rates:
             if not isinstance(rate, float | int) or not 0 < rate < math.inf:
                 raise ValueError(
@@ -225,12 +225,6 @@ class Experiment:
                 for problem in self.problems
             ],
         }
-
-
-def _check_name(what: str, name: str) -> None:
-    """Names become cells of tables and names of files."""
-    if not name or not name.isprintable():
-        raise ValueError(f"{what}: name: expected printable characters on one line, got {name!r}")
 
 
 def _without_defaults(model: ModelSpec) -> str:
