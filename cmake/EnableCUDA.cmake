@@ -1,30 +1,66 @@
 # Enables CUDA where nvcc is found; without it, the package has its CPU backend.
-# Architectures: CMAKE_CUDA_ARCHITECTURES or the environment's CUDAARCHS, else all that a release has.
+#
+# Architectures: those that CMAKE_CUDA_ARCHITECTURES or the environment variable CUDAARCHS names ("release" stands for the release
+# list); else those of the GPUs that are there; without a GPU, as in a container or on a login node, the release list.
 include(CheckLanguage)
 find_program(STEADYGRAD_NVCC nvcc HINTS ENV CUDACXX ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda PATH_SUFFIXES bin)
 if(STEADYGRAD_NVCC AND NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
   set(CMAKE_CUDA_COMPILER ${STEADYGRAD_NVCC})
 endif()
-if(NOT CMAKE_CUDA_ARCHITECTURES)
-  if(DEFINED ENV{CUDAARCHS})
-    set(CMAKE_CUDA_ARCHITECTURES $ENV{CUDAARCHS})
-  else()
-    # Machine code for each, and PTX of the last for what comes after it.
-    set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 86-real 89-real 90-real 100-real 120)
+
+# Machine code for each, and PTX of the last for what comes after it.
+set(release_architectures 75-real 80-real 86-real 89-real 90-real 100-real 120)
+
+# Sets `result` to the architectures of the GPUs here; to nothing if there is none, or one that nvcc does not compile for.
+function(find_gpu_architectures result)
+  set(${result} "" PARENT_SCOPE)
+  execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
+    OUTPUT_VARIABLE capabilities ERROR_QUIET RESULT_VARIABLE failed)
+  execute_process(COMMAND ${STEADYGRAD_NVCC} --list-gpu-arch OUTPUT_VARIABLE known ERROR_QUIET)
+  if(failed)
+    return()
   endif()
+  string(REGEX MATCHALL "[0-9]+\\.[0-9]" capabilities "${capabilities}")
+  set(found "")
+  foreach(capability IN LISTS capabilities)
+    string(REPLACE "." "" number ${capability})
+    if(number LESS 75 OR NOT known MATCHES "compute_${number}[\r\n]")
+      return()
+    endif()
+    list(APPEND found ${number}-real)
+  endforeach()
+  list(REMOVE_DUPLICATES found)
+  set(${result} "${found}" PARENT_SCOPE)
+endfunction()
+
+if(NOT CMAKE_CUDA_ARCHITECTURES)
+  set(CMAKE_CUDA_ARCHITECTURES "$ENV{CUDAARCHS}")
+endif()
+if(NOT CMAKE_CUDA_ARCHITECTURES)
+  find_gpu_architectures(CMAKE_CUDA_ARCHITECTURES)
+endif()
+if(NOT CMAKE_CUDA_ARCHITECTURES OR CMAKE_CUDA_ARCHITECTURES STREQUAL "release")
+  set(CMAKE_CUDA_ARCHITECTURES ${release_architectures})
+endif()
+
+# How to say that there will be no CUDA backend.
+set(severity STATUS)
+if(STEADYGRAD_CUDA STREQUAL "REQUIRED")
+  set(severity FATAL_ERROR)
 endif()
 check_language(CUDA)
 if(NOT CMAKE_CUDA_COMPILER)
-  message(STATUS "steadygrad: no nvcc, so no CUDA backend")
+  message(${severity} "steadygrad: no nvcc that works with this C++ compiler, so no CUDA backend")
   return()
 endif()
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 enable_language(CUDA)
 if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)
-  message(FATAL_ERROR
-    "steadygrad needs CUDA 12.8 or later, found ${CMAKE_CUDA_COMPILER_VERSION}. Install a newer toolkit, or leave CUDA out with "
-    "-DSTEADYGRAD_CUDA=OFF (pip install -C cmake.define.STEADYGRAD_CUDA=OFF ...)")
+  message(${severity} "steadygrad: CUDA ${CMAKE_CUDA_COMPILER_VERSION} is older than 12.8, so no CUDA backend")
+  return()
 endif()
+set(cuda_found ON)
+message(STATUS "steadygrad: CUDA for ${CMAKE_CUDA_ARCHITECTURES}")
 set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 
@@ -35,7 +71,8 @@ set(cuda_ptx "")
 foreach(architecture IN LISTS CMAKE_CUDA_ARCHITECTURES)
   string(REGEX MATCH "^[0-9]+" number "${architecture}")
   if(NOT number)
-    message(FATAL_ERROR "steadygrad: CMAKE_CUDA_ARCHITECTURES: expected numbers such as 90-real, got ${architecture}")
+    message(FATAL_ERROR
+      "steadygrad: CMAKE_CUDA_ARCHITECTURES: expected numbers such as 90-real, or release, got ${architecture}")
   endif()
   if(NOT architecture MATCHES "virtual")
     list(APPEND cuda_machine_code ${number})
@@ -50,7 +87,10 @@ string(REPLACE ";" ", " cuda_architectures "${cuda_architectures}")
 string(REPLACE ";" " " cuda_machine_code "${cuda_machine_code}")
 string(REPLACE ";" " " cuda_ptx "${cuda_ptx}")
 
-# The bits of the CPU backend: no contraction to fused multiply-add. A spilled register or a stack is an error.
-target_compile_options(steadygrad_options INTERFACE
-  $<$<COMPILE_LANGUAGE:CUDA>:-O3 -fmad=false -Werror=all-warnings -Xcompiler=-Wall,-Wextra,-Werror
-  -Xptxas=--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error>)
+# The bits of the CPU backend: no contraction to fused multiply-add.
+target_compile_options(steadygrad_options INTERFACE $<$<COMPILE_LANGUAGE:CUDA>:-O3 -fmad=false>)
+if(STEADYGRAD_STRICT)
+  target_compile_options(steadygrad_options INTERFACE
+    $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings -Xcompiler=-Wall,-Wextra,-Werror
+    -Xptxas=--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error>)
+endif()

@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ class Backend:
     def why_not(self) -> str | None:
         """Why it cannot be used here."""
         if self.name == "emulated" and importlib.util.find_spec("steadygrad_emulated") is None:
-            return "the emulated backend is not installed: pip install ./tests/emulated"
+            return "steadygrad_emulated is not installed: build with STEADYGRAD_EMULATION=ON, as make test does"
         if self.name == "cuda":
             cuda = _kernels.build_info()["cuda"]
             if not torch.cuda.is_available():
@@ -62,8 +63,23 @@ BACKENDS = [
 ]
 
 
+MARKS = {"cpu": (), "emulated": (pytest.mark.emulated,), "cuda": (pytest.mark.gpu,)}
+
+
+def backend_parameters(backends: list[Backend]) -> list[Any]:
+    """Return what parametrizes a test over these backends, each with its marker.
+
+    Without a GPU there are no cases for it, instead of thousands that skip.
+    """
+    return [
+        pytest.param(backend, marks=MARKS[backend.name], id=backend.name)
+        for backend in backends
+        if backend.name != "cuda" or backend.why_not() is None
+    ]
+
+
 # Session-wide, because hypothesis refuses fixtures that are set up once per test function.
-@pytest.fixture(scope="session", params=BACKENDS, ids=str)
+@pytest.fixture(scope="session", params=backend_parameters(BACKENDS))
 def backend(request: pytest.FixtureRequest) -> Backend:
     """One backend after the other."""
     chosen: Backend = request.param

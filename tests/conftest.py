@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import random
+from collections import defaultdict
+from fnmatch import fnmatch
+from itertools import combinations
+from typing import Any
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
 
+from backends import BACKENDS, Backend
 from backends import backend as backend  # the fixtures, for every test file
 from backends import kernels as kernels
 from digit_training import one_thread as one_thread
@@ -18,6 +23,76 @@ SEED = 20240229
 # Examples are derived from each test's source, so that every run draws the same ones.
 hypothesis.settings.register_profile("steadygrad", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("steadygrad")
+
+
+# The markers of whole files; tests over backends have theirs from backends.py.
+MARKED_FILES = {
+    "ranks": ("test_*_ranks.py", "test_sharded*.py", "test_batch_norm_synchronized.py"),
+    "compile": ("test_batch_norm_compile.py", "test_emulator.py"),
+    "integration": ("test_integration_*.py", "test_examples.py"),
+    "gpu": ("test_device_streams.py", "test_policy_graphs.py"),
+}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the tests of MARKED_FILES, and leave out what needs a GPU where there is none."""
+    for item in items:
+        for marker, patterns in MARKED_FILES.items():
+            if any(fnmatch(item.path.name, pattern) for pattern in patterns):
+                item.add_marker(marker)
+    left_out = redundant_cases(items)
+    if BACKENDS[-1].why_not() is not None:
+        left_out |= {item for item in items if item.get_closest_marker("gpu")}
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
+    # What takes longest begins first, so that processes side by side end together.
+    items.sort(key=lambda item: not any(item.get_closest_marker(m) for m in MARKED_FILES))
+
+
+def redundant_cases(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Return the cases that the backends other than the CPU do without.
+
+    The full product of a test's parameters runs on the CPU. On the others a case is left out when every two of its
+    parameters' values have been together in earlier cases of the same test and backend (all-pairs testing).
+    """
+    together: defaultdict[Any, set[Any]] = defaultdict(set)
+    redundant = set()
+    for item in items:
+        if not any(item.get_closest_marker(marker) for marker in ("emulated", "gpu")):
+            continue
+        parameters = dict(item.callspec.params) if hasattr(item, "callspec") else {}
+        backends = {n: str(v) for n, v in parameters.items() if isinstance(v, Backend)}
+        # Parameters that are given side by side count as one.
+        groups = [_names(mark) for mark in item.iter_markers("parametrize")]
+        groups += [(name,) for name in parameters if not any(name in group for group in groups)]
+        # Some values cannot be hashed, but each stays the same object in all cases.
+        values = sorted(
+            tuple((name, id(parameters[name])) for name in group if name in parameters)
+            for group in groups
+            if not backends.keys() & set(group)
+        )
+        if len(values) > 1:
+            known = together[item.path, item.originalname, *backends.items()]
+            pairs = set(combinations(values, 2))
+            if pairs <= known:
+                redundant.add(item)
+            known |= pairs
+    return redundant
+
+
+def _names(parametrize: pytest.Mark) -> tuple[str, ...]:
+    names = parametrize.args[0]
+    return (
+        tuple(name.strip() for name in names.split(",")) if isinstance(names, str) else tuple(names)
+    )
+
+
+def pytest_report_header() -> str:
+    """Say which backends the tests run over, and why one is left out."""
+    return "backends: " + "; ".join(
+        backend.name if (why := backend.why_not()) is None else f"{backend.name} left out: {why}"
+        for backend in BACKENDS
+    )
 
 
 @pytest.fixture(autouse=True)

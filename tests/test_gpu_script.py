@@ -36,7 +36,7 @@ def test_the_plan_has_every_check(tmp_path: Path) -> None:
         "benchmark", "profile", "other tests",
     ]  # fmt: skip
     assert "--no-build-isolation --no-deps --no-index" in commands["build"]
-    assert commands["tests on the GPU"].endswith("-k cuda")
+    assert commands["tests on the GPU"].endswith("-m gpu")
     assert "bench --device cuda" in commands["benchmark"]
     assert "batch_norm" in commands["profile"]
     for tool in ("memcheck", "racecheck", "initcheck"):
@@ -55,7 +55,7 @@ def test_tests_are_left_out_that_lack_a_package(
     assert gpu.main(["--dry", "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "tests/test_study.py is left out: a package that it needs is missing" in text
-    assert text.count("--ignore=tests/test_study.py -k") == 2
+    assert text.count("--ignore=tests/test_study.py -m") == 2
 
 
 def test_a_rehearsal_touches_no_gpu_and_no_results(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import steadygrad as sg
-from backends import BACKENDS, Backend
+from backends import BACKENDS, Backend, backend_parameters
 from optimizer_runs import tensor_state
 from snapshots import assert_same_tree, bits
 from steadygrad import _kernels
@@ -246,15 +246,7 @@ def run_groups(
         return launched, [bits(p) for p in params], tensor_state(optimizer), norms
 
 
-# Named so that neither backend's own name is in the ids of a test that runs both.
-OTHERS = [
-    pytest.param(
-        backend,
-        id={"emulated": "on-host"}.get(backend.name, backend.name),
-        marks=pytest.mark.skipif(bool(backend.why_not()), reason=str(backend.why_not())),
-    )
-    for backend in BACKENDS[1:]
-]
+OTHERS = backend_parameters(BACKENDS[1:])
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ import torch
 from torch.nn import Parameter
 
 import steadygrad as sg
-from backends import BACKENDS, Backend
+from backends import BACKENDS, Backend, backend_parameters
 from policy_runs import CLIPS, recorded_norms
 from python_policies import PYTHON
 from snapshots import bits
 
-pytestmark = pytest.mark.parametrize("backend", BACKENDS[2:], ids=str, indirect=True)
+pytestmark = pytest.mark.parametrize("backend", backend_parameters(BACKENDS[2:]), indirect=True)
 
 NORMS = recorded_norms(60)
 CASES = {**CLIPS, **PYTHON}

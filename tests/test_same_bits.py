@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import steadygrad as sg
-from backends import BACKENDS, Backend
+from backends import BACKENDS, Backend, backend_parameters
 from optimizer_runs import tensor_state
 from parameter_sets import (
     assign_copies,
@@ -35,15 +35,7 @@ CPU, EMULATED, _ = BACKENDS
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 INF = math.inf
 
-# Named so that neither backend's own name is in the ids of a test that runs both.
-OTHERS = [
-    pytest.param(
-        backend,
-        id={"emulated": "on-host"}.get(backend.name, backend.name),
-        marks=pytest.mark.skipif(bool(backend.why_not()), reason=str(backend.why_not())),
-    )
-    for backend in BACKENDS[1:]
-]
+OTHERS = backend_parameters(BACKENDS[1:])
 others = pytest.mark.parametrize("other", OTHERS)
 # A GPU's compiler may join a product and a sum, and its powers may be rounded differently.
 on_host = pytest.mark.parametrize("other", OTHERS[:1])
@@ -363,6 +355,7 @@ def results() -> str:
     return json.dumps(words)
 
 
+@pytest.mark.emulated
 @pytest.mark.skipif(bool(EMULATED.why_not()), reason=str(EMULATED.why_not()))
 def test_results_do_not_depend_on_the_order_of_threads() -> None:
     orders = [

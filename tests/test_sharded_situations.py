@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import steadygrad as sg
-from backends import BACKENDS, Backend
+from backends import BACKENDS, Backend, backend_parameters
 from ranks import Found
 from sharded_cases import FIRST_GROUP, whole_grads, whole_params
 from test_sharded import found as found_by_name
@@ -24,7 +24,7 @@ def world(request: pytest.FixtureRequest) -> int:
     return size
 
 
-@pytest.fixture(params=BACKENDS[:2], ids=str)
+@pytest.fixture(params=backend_parameters(BACKENDS[:2]))
 def ran_on(request: pytest.FixtureRequest) -> Backend:
     """Where the ranks ran their kernels; this process only reads what they found."""
     chosen: Backend = request.param
