@@ -72,7 +72,7 @@ def redundant_cases(items: list[pytest.Item]) -> set[pytest.Item]:
             if not backends.keys() & set(group)
         )
         if len(values) > 1:
-            known = together[item.path, item.originalname, *backends.items()]
+            known = together[(item.path, item.originalname, *backends.items())]
             pairs = set(combinations(values, 2))
             if pairs <= known:
                 redundant.add(item)
