@@ -50,34 +50,42 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def redundant_cases(items: list[pytest.Item]) -> set[pytest.Item]:
-    """Return the cases that the backends other than the CPU do without.
+    """Return the cases that would find nothing that others do not find.
 
-    The full product of a test's parameters runs on the CPU. On the others a case is left out when every two of its
-    parameters' values have been together in earlier cases of the same test and backend (all-pairs testing).
+    The full product of a test's parameters runs on the CPU. On the other backends a case is left out when every two of
+    its parameters' values have been together in earlier cases of the same test and backend (all-pairs testing). What
+    does not depend on the backend (``once``) runs on the CPU alone; what takes long (``pairs``) is thinned there, too.
     """
     together: defaultdict[Any, set[Any]] = defaultdict(set)
     redundant = set()
     for item in items:
-        if not any(item.get_closest_marker(marker) for marker in ("emulated", "gpu")):
-            continue
-        parameters = dict(item.callspec.params) if hasattr(item, "callspec") else {}
-        backends = {n: str(v) for n, v in parameters.items() if isinstance(v, Backend)}
-        # Parameters that are given side by side count as one.
-        groups = [_names(mark) for mark in item.iter_markers("parametrize")]
-        groups += [(name,) for name in parameters if not any(name in group for group in groups)]
-        # Some values cannot be hashed, but each stays the same object in all cases.
-        values = sorted(
-            tuple((name, id(parameters[name])) for name in group if name in parameters)
-            for group in groups
-            if not backends.keys() & set(group)
-        )
-        if len(values) > 1:
-            known = together[(item.path, item.originalname, *backends.items())]
+        on_another_backend = any(item.get_closest_marker(name) for name in ("emulated", "gpu"))
+        if on_another_backend and item.get_closest_marker("once"):
+            redundant.add(item)
+        elif on_another_backend or item.get_closest_marker("pairs"):
+            backends, values = _parameters(item)
             pairs = set(combinations(values, 2))
-            if pairs <= known:
+            known = together[(item.path, item.originalname, *backends)]
+            if pairs and pairs <= known:
                 redundant.add(item)
             known |= pairs
     return redundant
+
+
+def _parameters(item: pytest.Item) -> tuple[list[str], list[Any]]:
+    """Return the backends of a case and the values of its other parameters; those given side by side are one."""
+    parameters = dict(item.callspec.params) if hasattr(item, "callspec") else {}
+    names = [_names(mark) for mark in item.iter_markers("parametrize")]
+    names += [(name,) for name in parameters if not any(name in group for group in names)]
+    backends, values = [], []
+    for group in names:
+        given = [parameters[name] for name in group if name in parameters]
+        if any(isinstance(value, Backend) for value in given):
+            backends += [str(value) for value in given]
+        else:
+            # Some values cannot be hashed, but each stays the same object in all cases.
+            values.append((*group, *map(id, given)))
+    return backends, sorted(values, key=str)
 
 
 def _names(parametrize: pytest.Mark) -> tuple[str, ...]:

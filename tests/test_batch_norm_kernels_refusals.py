@@ -183,6 +183,7 @@ def test_valid_arguments_are_taken(backend: Backend, kernel: str) -> None:
     assert written >= wanted & set(KERNELS[kernel])
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("kernel", "argument", "what"), REFUSALS)
 def test_refusal_names_function_and_argument(
     backend: Backend, kernel: str, argument: str, what: str

@@ -57,6 +57,7 @@ def operands(
     return x, r if FUSIONS[fusion][1] else None, w if affine else None, b if affine else None
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("fusion", FUSIONS)
@@ -94,6 +95,7 @@ def test_opcheck_of_tracking(backend: Backend, tracked: str, momentum: float | N
     )
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize(
     "needed", [[True] * 4, [True, False, False, False], [False, True, False, True]]
 )

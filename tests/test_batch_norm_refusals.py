@@ -48,6 +48,7 @@ def state(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("case", REFUSED_BY_BOTH)
 def test_refused_as_by_torch(backend: Backend, case: str) -> None:
     make, error, message = REFUSED_BY_BOTH[case]
@@ -66,6 +67,7 @@ def assert_unchanged(module: nn.Module, before: dict[str, Tensor]) -> None:
         assert torch.equal(tensor, before[name]), name
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("eps", [0.0, -1e-5, float("nan")])
 def test_eps(backend: Backend, eps: float, training: bool) -> None:
@@ -98,6 +100,7 @@ RESIDUALS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("case", RESIDUALS)
 def test_residuals(backend: Backend, case: str, training: bool) -> None:
@@ -114,6 +117,7 @@ def test_residuals(backend: Backend, case: str, training: bool) -> None:
     assert_unchanged(module, before)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("activation", ["gelu", "ReLU", "", 1, nn.ReLU()])
 def test_activations(backend: Backend, activation: Any) -> None:
     with pytest.raises(ValueError, match="activation: expected 'relu' or None, got"):

@@ -104,7 +104,9 @@ def test_bad_tensors_are_refused_and_nothing_changes(
     )
 
 
-@pytest.mark.parametrize("wrong", ["weight", 3.0, object(), None], ids=repr)
+@pytest.mark.parametrize(
+    "wrong", ["weight", 3.0, object(), None], ids=lambda wrong: type(wrong).__name__
+)
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_what_is_no_tensor_is_refused(backend: Backend, function: str, wrong: object) -> None:
     argument, call = FUNCTIONS[function]

@@ -117,7 +117,7 @@ def test_what_it_is_asked(backend: Backend) -> None:
         lambda norms: norms.new_tensor(2.0).float(),
         lambda norms: torch.full_like(norms, 2, dtype=torch.int64),
     ],
-    ids=str,
+    ids=["float", "int", "numpy", "tensor", "float32 scalar", "int64 tensor"],
 )
 def test_forms_of_a_limit(backend: Backend, given: Any) -> None:
     driven = Driven(2, backend.device, clip=Given(given))

@@ -102,11 +102,17 @@ def name(options: Options) -> str:
     return ",".join(f"{k}={v}" for k, v in options.items() if v and k != "lr") or "plain"
 
 
-CASES = [
-    pytest.param(rule, options, index % 2 == 0, id=f"{rule}-{name(options)}")
-    for rule in RULES
-    for index, options in enumerate(OPTIONS[rule])
-]
+def cases(rule: str) -> Iterator[Any]:
+    """Yield all options; once, on the CPU, those whose every two values have been together before."""
+    together: set[Any] = set()
+    for index, options in enumerate(OPTIONS[rule]):
+        pairs = set(itertools.combinations(options.items(), 2))
+        marks = [pytest.mark.once] if pairs <= together else []
+        together |= pairs
+        yield pytest.param(rule, options, index % 2 == 0, id=f"{rule}-{name(options)}", marks=marks)
+
+
+CASES = [case for rule in RULES for case in cases(rule)]
 
 
 @pytest.mark.parametrize(("rule", "options", "wrap"), CASES)
