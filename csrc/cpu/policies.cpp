@@ -24,7 +24,7 @@ bool is_spiked(const Policies& policies, const StepOptions& options, const Norm&
   const double* const row = policies.skip_row;
   if (row == nullptr || !is_entered(norm) || !judges_spikes(policies.skip, row)) return false;
   const double count = row[kCount];
-  double lanes[kLanes];
+  double lanes[kLanes] = {};
   const auto sum = [&](auto term) {
     return combine_in_order(
         static_cast<int64_t>(count), lanes, [&](int64_t i) { return term(row[kNorms + i]); },
