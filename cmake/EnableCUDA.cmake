@@ -88,7 +88,7 @@ string(REPLACE ";" " " cuda_machine_code "${cuda_machine_code}")
 string(REPLACE ";" " " cuda_ptx "${cuda_ptx}")
 
 # The bits of the CPU backend: no contraction to fused multiply-add.
-target_compile_options(steadygrad_options INTERFACE $<$<COMPILE_LANGUAGE:CUDA>:-O3 -fmad=false>)
+target_compile_options(steadygrad_options INTERFACE $<$<COMPILE_LANGUAGE:CUDA>:-fmad=false>)
 if(STEADYGRAD_STRICT)
   target_compile_options(steadygrad_options INTERFACE
     $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings -Xcompiler=-Wall,-Wextra,-Werror

@@ -18,7 +18,7 @@ CSRC = ROOT / "csrc"
 # layer: the layers it may include, and the outside headers beside the C++ standard library
 RULE = {
     "core": ({"core"}, set()),
-    "cpu": ({"core", "cpu"}, {"dlfcn.h", "link.h", "unistd.h"}),
+    "cpu": ({"core", "cpu"}, {"dlfcn.h", "immintrin.h", "link.h", "unistd.h"}),
     "cuda": ({"core", "cuda"}, {"cooperative_groups.h", "cuda_runtime.h"}),
     # Stands in for the CUDA runtime, and tells the backend that its devices are the CPU.
     "emulation": (

@@ -38,7 +38,9 @@ STEADYGRAD_INLINE void with_flag(bool flag, Function function) {
   function(std::false_type{});
 }
 
-template <class Element, bool kRowIsChannel, bool kResidual, bool kMask>
+// What only decides whether an operand is there is asked for each vector: a copy of the loop for each answer
+// would take long to compile and gain nothing, for the loop waits for memory.
+template <class Element, bool kRowIsChannel>
 STEADYGRAD_INLINE void normalize(const NormalizeRows<Compute<Element>>& call) {
   using T = Compute<Element>;
   const auto* input = static_cast<const Element*>(call.input);
@@ -57,46 +59,42 @@ STEADYGRAD_INLINE void normalize(const NormalizeRows<Compute<Element>>& call) {
     const Normalization<Vector<T>> of_row = channels(table, 0);
     over_row<Element>(length, ahead, streams, [&](int64_t i, auto part) __attribute__((always_inline)) {
       Vector<T> y = (kRowIsChannel ? of_row : channels(table, i))(part(input + i));
-      if constexpr (kResidual) y += part(residual + i);
+      if (residual != nullptr) y += part(residual + i);
       const Lanes<Vector<T>> stopped = compared(y, lowest, AtMost());
-      if constexpr (kMask) part.put_bits(mask, i, ~bits_of(stopped));
+      if (mask != nullptr) part.put_bits(mask, i, ~bits_of(stopped));
       part.put(output + i, where(~stopped, y));
     });
     input += call.rows.pitch;
     output += call.rows.pitch;
-    if constexpr (kResidual) residual += call.rows.pitch;
-    if constexpr (kMask) mask += call.rows.mask_pitch;
+    if (residual != nullptr) residual += call.rows.pitch;
+    if (mask != nullptr) mask += call.rows.mask_pitch;
   }
 }
 
 template <class Element>
 void normalize_rows(const NormalizeRows<Compute<Element>>& call) {
   with_flag(call.rows.row_is_channel, [&](auto row_is_channel) __attribute__((always_inline)) {
-    with_flag(call.residual != nullptr, [&](auto residual) __attribute__((always_inline)) {
-      with_flag(call.mask != nullptr, [&](auto mask) __attribute__((always_inline)) {
-        normalize<Element, row_is_channel, residual, mask>(call);
-      });
-    });
+    normalize<Element, row_is_channel>(call);
   });
   if (call.streams) finish_streams();
 }
 
 // grad_output where ReLU lets it through.
-template <ReluMask kRelu, class V, class Part>
-STEADYGRAD_INLINE V masked(V grad, V x, const uint8_t* mask, const Normalization<V>& normalization, Part part,
-                           int64_t i) {
-  if constexpr (kRelu == ReluMask::stored) return where(lanes_of<V>(part.bits(mask, i)), grad);
-  if constexpr (kRelu == ReluMask::recomputed) return where(~compared(normalization(x), V{}, AtMost()), grad);
+template <class V, class Part>
+STEADYGRAD_INLINE V masked(ReluMask relu, V grad, V x, const uint8_t* mask,
+                           const Normalization<V>& normalization, Part part, int64_t i) {
+  if (relu == ReluMask::stored) return where(lanes_of<V>(part.bits(mask, i)), grad);
+  if (relu == ReluMask::recomputed) return where(~compared(normalization(x), V{}, AtMost()), grad);
   return grad;
 }
 
-template <class Element, bool kRowIsChannel, ReluMask kRelu>
+template <class Element, bool kRowIsChannel>
 STEADYGRAD_INLINE void gradient(const GradientRows<Compute<Element>>& call) {
   using T = Compute<Element>;
   const auto* input = static_cast<const Element*>(call.input);
   const auto* grad_output = static_cast<const Element*>(call.grad_output);
   auto* grad_input = static_cast<Element*>(call.grad_input);
-  auto* grad_residual = static_cast<Element*>(call.grad_residual);
+  auto* grad_residual = static_cast<Element*>(call.relu == ReluMask::stored ? call.grad_residual : nullptr);
   const uint8_t* mask = call.mask;
   const NormalizationTable<T> table = call.normalization;
   const InputGradientTable<T> gradients = call.gradient;
@@ -104,6 +102,7 @@ STEADYGRAD_INLINE void gradient(const GradientRows<Compute<Element>>& call) {
   const int64_t ahead = call.rows.ahead;
   const bool streams = call.streams;
   const bool constant_statistics = call.constant_statistics;
+  const ReluMask relu = call.relu;
   for (int64_t row = 0; row < call.rows.rows; ++row) {
     const Row<T, kRowIsChannel> channels(row);
     const Normalization<Vector<T>> of_row = channels(table, 0);
@@ -111,10 +110,8 @@ STEADYGRAD_INLINE void gradient(const GradientRows<Compute<Element>>& call) {
     over_row<Element>(length, ahead, streams, [&](int64_t i, auto part) __attribute__((always_inline)) {
       const Vector<T> x = part(input + i);
       const Vector<T> grad =
-          masked<kRelu>(part(grad_output + i), x, mask, kRowIsChannel ? of_row : channels(table, i), part, i);
-      if constexpr (kRelu == ReluMask::stored) {
-        if (grad_residual != nullptr) part.put(grad_residual + i, grad);
-      }
+          masked(relu, part(grad_output + i), x, mask, kRowIsChannel ? of_row : channels(table, i), part, i);
+      if (grad_residual != nullptr) part.put(grad_residual + i, grad);
       if (grad_input == nullptr) return;
       if (constant_statistics) {
         part.put(grad_input + i,
@@ -128,7 +125,7 @@ STEADYGRAD_INLINE void gradient(const GradientRows<Compute<Element>>& call) {
     grad_output += call.rows.pitch;
     if (grad_input != nullptr) grad_input += call.rows.pitch;
     if (grad_residual != nullptr) grad_residual += call.rows.pitch;
-    if constexpr (kRelu == ReluMask::stored) mask += call.rows.mask_pitch;
+    if (relu == ReluMask::stored) mask += call.rows.mask_pitch;
   }
 }
 
@@ -147,9 +144,7 @@ STEADYGRAD_INLINE void with_relu_mask(ReluMask relu, Function function) {
 template <class Element>
 void gradient_rows(const GradientRows<Compute<Element>>& call) {
   with_flag(call.rows.row_is_channel, [&](auto row_is_channel) __attribute__((always_inline)) {
-    with_relu_mask(call.relu, [&](auto relu) __attribute__((always_inline)) {
-      gradient<Element, row_is_channel, relu>(call);
-    });
+    gradient<Element, row_is_channel>(call);
   });
   if (call.streams) finish_streams();
 }
@@ -200,15 +195,9 @@ STEADYGRAD_INLINE void sum_channels(const Rows& rows, double* sums, At terms) {
       channel.add(terms(row, i, Whole()) + terms(row, i + kWidth, Whole()));
       i += 2 * kWidth;
     }
-    if (i + kWidth <= rows.length) {
-      channel.add(terms(row, i, Whole()));
-      i += kWidth;
-    }
-    if (rows.length < kWidth) {
-      channel.add(terms(row, int64_t{0}, Short(rows.length)));
-    } else if (i < rows.length) {
-      channel.add(terms(row, rows.length - kWidth, Last(rows.length - i)));
-    }
+    over_end(i, rows.length, [&](int64_t at, auto part) __attribute__((always_inline)) {
+      channel.add(terms(row, at, part));
+    });
     store(sums, channel.first);
     store(sums + kSumLanes, channel.second);
   }
@@ -227,20 +216,14 @@ STEADYGRAD_INLINE void sum_columns(const Rows& rows, double* sums, At terms) {
   const First first(at_once * rows.pitch * static_cast<int64_t>(sizeof(Element)), false);
   for (int64_t begin = 0; begin < rows.rows; begin += at_once) {
     const int64_t end = rows.rows - begin < at_once ? rows.rows : begin + at_once;
-    const auto add_column = [&](int64_t i, auto part) __attribute__((always_inline)) {
-      Sums column{part(sums + i), part(seconds + i)};
-      for (int64_t row = begin; row < end; ++row) column.add(terms(row, i, part));
-      part.put(sums + i, column.first);
-      part.put(seconds + i, column.second);
-    };
+    const int64_t fours = begin + (end - begin) / 4 * 4;
     int64_t i = 0;
     for (; i + kVectors * kWidth <= length; i += kVectors * kWidth) {
       Sums columns[kVectors];
       for (int v = 0; v < kVectors; ++v) {
         columns[v] = {load(sums + i + v * kWidth), load(seconds + i + v * kWidth)};
       }
-      int64_t row = begin;
-      for (; row + 4 <= end; row += 4) {
+      for (int64_t row = begin; row < fours; row += 4) {
         columns[0].add(four([&](int k) __attribute__((always_inline)) { return terms(row + k, i, first); }));
 #pragma GCC unroll 4
         for (int v = 1; v < kVectors; ++v) {
@@ -248,20 +231,18 @@ STEADYGRAD_INLINE void sum_columns(const Rows& rows, double* sums, At terms) {
               [&](int k) __attribute__((always_inline)) { return terms(row + k, i + v * kWidth, Whole()); }));
         }
       }
-      for (; row < end; ++row) {
-        for (int v = 0; v < kVectors; ++v) columns[v].add(terms(row, i + v * kWidth, Whole()));
-      }
       for (int v = 0; v < kVectors; ++v) {
         store(sums + i + v * kWidth, columns[v].first);
         store(seconds + i + v * kWidth, columns[v].second);
       }
     }
-    for (; i + kWidth <= length; i += kWidth) add_column(i, Whole());
-    if (length < kWidth) {
-      add_column(0, Short(length));
-    } else if (i < length) {
-      add_column(length - kWidth, Last(length - i));
-    }
+    // Rows that do not make up four, and all rows of columns that do not make up a line.
+    over_end(fours < end ? 0 : i, length, [&](int64_t at, auto part) __attribute__((always_inline)) {
+      Sums column{part(sums + at), part(seconds + at)};
+      for (int64_t row = at + kWidth <= i ? fours : begin; row < end; ++row) column.add(terms(row, at, part));
+      part.put(sums + at, column.first);
+      part.put(seconds + at, column.second);
+    });
   }
 }
 
@@ -304,7 +285,7 @@ STEADYGRAD_INLINE void sum_gradient(const GradientRows<Compute<Element>>& call, 
         const Normalization<Vector<T>> at = Row<T, kRowIsChannel>(row)(table, i);
         const Vector<T> x = part(input + row * pitch + i);
         const Vector<T> grad = part.only(
-            masked<kRelu>(part(grad_output + row * pitch + i), x, mask + row * mask_pitch, at, part, i));
+            masked(kRelu, part(grad_output + row * pitch + i), x, mask + row * mask_pitch, at, part, i));
         return Terms<Vector<T>>{grad, part.only(grad * (x - at.center))};
       });
 }

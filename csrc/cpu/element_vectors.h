@@ -6,6 +6,9 @@
 #include <cstring>
 #include <type_traits>
 #include <utility>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "core/dtype.h"
 #include "core/host_device.h"
@@ -117,25 +120,31 @@ STEADYGRAD_INLINE FloatVector load(const float* from) { return load_bits<FloatVe
 STEADYGRAD_INLINE DoubleVector load(const double* from) { return load_bits<DoubleVector>(from); }
 STEADYGRAD_INLINE FloatVector load(const BFloat16* from) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
-  // The compiler would take four elements at a time.
-  typedef int16_t Signed __attribute__((vector_size(16)));
-  const auto wide = bit_cast<UintVector>(__builtin_ia32_pmovzxwd256(load_bits<Signed>(from)));
+  // GCC would take four elements at a time.
+  const auto wide = bit_cast<UintVector>(_mm256_cvtepu16_epi32(load_bits<__m128i>(from)));
 #else
   const auto wide = __builtin_convertvector(load_bits<ShortVector>(from), UintVector);
 #endif
   return bit_cast<FloatVector>(wide << 16);
 }
+#if !defined(__F16C__)
+// Without instructions for it a conversion is long: one copy of it serves all kernels.
+__attribute__((noinline)) static void widen(const Float16* from, float* to) {
+  for (int k = 0; k < kWidth; ++k) to[k] = to_float(from[k]);
+}
+__attribute__((noinline)) static void narrow(const float* from, Float16* to) {
+  for (int k = 0; k < kWidth; ++k) to[k] = to_float16(from[k]);
+}
+#endif
 STEADYGRAD_INLINE FloatVector load(const Float16* from) {
 #if defined(__AVX512F__)
-  typedef int16_t Signed __attribute__((vector_size(32)));
-  return __builtin_ia32_vcvtph2ps512_mask(load_bits<Signed>(from), FloatVector{}, 0xffff, 4);
+  return _mm512_maskz_cvtph_ps(0xffff, load_bits<__m256i>(from));
 #elif defined(__F16C__)
-  typedef int16_t Signed __attribute__((vector_size(16)));
-  return __builtin_ia32_vcvtph2ps256(load_bits<Signed>(from));
+  return _mm256_cvtph_ps(load_bits<__m128i>(from));
 #else
-  FloatVector vector;
-  for (int k = 0; k < kWidth; ++k) vector[k] = to_float(from[k]);
-  return vector;
+  float values[kWidth];
+  widen(from, values);
+  return load(values);
 #endif
 }
 
@@ -150,14 +159,15 @@ STEADYGRAD_INLINE auto stored(V vector) {
     return __builtin_convertvector((rounded & number) | (nan & ~number), ShortVector);
   } else if constexpr (std::is_same_v<Element, Float16>) {
 #if defined(__AVX512F__)
-    typedef int16_t Signed __attribute__((vector_size(32)));
-    return bit_cast<ShortVector>(__builtin_ia32_vcvtps2ph512_mask(vector, 0, Signed{}, 0xffff));
+    return bit_cast<ShortVector>(_mm512_maskz_cvtps_ph(0xffff, vector, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
-    return bit_cast<ShortVector>(__builtin_ia32_vcvtps2ph256(vector, 0));
+    return bit_cast<ShortVector>(_mm256_cvtps_ph(vector, _MM_FROUND_TO_NEAREST_INT));
 #else
-    ShortVector bits = {};
-    for (int k = 0; k < kWidth; ++k) bits[k] = to_float16(vector[k]).bits;
-    return bits;
+    float values[kWidth];
+    Float16 halves[kWidth];
+    memcpy(values, &vector, sizeof(values));
+    narrow(values, halves);
+    return load_bits<ShortVector>(halves);
 #endif
   } else {
     return vector;
@@ -175,14 +185,13 @@ STEADYGRAD_INLINE void store(Element* to, V vector) {
 template <class Element, class V>
 STEADYGRAD_INLINE void stream(Element* to, V vector) {
 #if defined(__SSE2__)
-  typedef long long Pair __attribute__((vector_size(16)));
   const auto bits = stored<Element>(vector);
-  struct Pairs {
-    Pair pairs[sizeof(bits) / sizeof(Pair)];
+  struct Parts {
+    __m128i parts[sizeof(bits) / sizeof(__m128i)];
   };
-  const Pairs parts = bit_cast<Pairs>(bits);
-  for (size_t k = 0; k < sizeof(bits) / sizeof(Pair); ++k) {
-    __builtin_ia32_movntdq(reinterpret_cast<Pair*>(to) + k, parts.pairs[k]);
+  const Parts whole = bit_cast<Parts>(bits);
+  for (size_t k = 0; k < sizeof(bits) / sizeof(__m128i); ++k) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to) + k, whole.parts[k]);
   }
 #else
   store(to, vector);
@@ -191,7 +200,7 @@ STEADYGRAD_INLINE void stream(Element* to, V vector) {
 
 STEADYGRAD_INLINE void finish_streams() {
 #if defined(__SSE2__)
-  __builtin_ia32_sfence();
+  _mm_sfence();
 #endif
 }
 
@@ -251,59 +260,73 @@ struct First : Whole {
   }
 };
 
-// The last vector of a row, of which only the last `count` are new.
-struct Last : Whole {
-  int count;
+// Elements of a row that is shorter than a vector, with zeros behind them, and back. One copy for all
+// kernels: rare, and long.
+template <class Element>
+__attribute__((noinline)) static void pad(const Element* from, int64_t count, Element* padded) {
+  for (int64_t k = 0; k < kWidth; ++k) padded[k] = k < count ? from[k] : Element{};
+}
+template <class Element>
+__attribute__((noinline)) static void unpad(const Element* padded, int64_t count, Element* to) {
+  for (int64_t k = 0; k < count; ++k) to[k] = padded[k];
+}
 
-  STEADYGRAD_INLINE explicit Last(int64_t new_ones) : count(static_cast<int>(new_ones)) {}
+// The end of a row: `count` new elements, the last of their vector, or, where a row is shorter than a vector,
+// the first of it.
+struct End : Whole {
+  int count;
+  bool is_short;
+
+  STEADYGRAD_INLINE End(int64_t new_ones, bool short_row)
+      : count(static_cast<int>(new_ones)), is_short(short_row) {}
+  template <class Element>
+  STEADYGRAD_INLINE auto operator()(const Element* from) const {
+    Element padded[kWidth];
+    if (is_short) {
+      pad(from, count, padded);
+      from = padded;
+    }
+    return load(from);
+  }
+  template <class Element, class V>
+  STEADYGRAD_INLINE void put(Element* to, V vector) const {
+    if (!is_short) return store(to, vector);
+    Element padded[kWidth];
+    store(padded, vector);
+    unpad(padded, count, to);
+  }
   template <class V>
   STEADYGRAD_INLINE V only(V vector) const {
-    return where(lanes_up_to<V>(count, false), vector);
+    return where(lanes_up_to<V>(count, is_short), vector);
   }
   STEADYGRAD_INLINE unsigned bits(const uint8_t* mask, int64_t i) const {
-    // The row's last bits, which may begin within a byte.
+    // The new bits may begin within a byte.
+    const int bytes = is_short ? (count + 7) / 8 : kWidth / 8 + (i % 8 != 0);
     const uint8_t* const byte = mask + i / 8;
     unsigned bits = byte[0];
-    for (int k = 1; k < kWidth / 8 + (i % 8 != 0); ++k) bits |= static_cast<unsigned>(byte[k]) << 8 * k;
+    for (int k = 1; k < bytes; ++k) bits |= static_cast<unsigned>(byte[k]) << 8 * k;
     return bits >> i % 8;
   }
   STEADYGRAD_INLINE void put_bits(uint8_t* mask, int64_t i, unsigned bits) const {
-    uint8_t* const byte = mask + (i + kWidth - count) / 8;
-    const unsigned new_bits = (bits & ((1u << kWidth) - 1)) >> (kWidth - count);
+    const int old = is_short ? 0 : kWidth - count;
+    uint8_t* const byte = mask + (i + old) / 8;
+    const unsigned new_bits = (bits & ((1u << kWidth) - 1)) >> old;
     byte[0] = static_cast<uint8_t>(new_bits);
     if (count > 8) byte[1] = static_cast<uint8_t>(new_bits >> 8);
   }
 };
 
-// A row of fewer elements than a vector; the lanes beyond them are zero and are not stored.
-struct Short : Whole {
-  int count;
-
-  STEADYGRAD_INLINE explicit Short(int64_t length) : count(static_cast<int>(length)) {}
-  template <class Element>
-  STEADYGRAD_INLINE auto operator()(const Element* from) const {
-    Element padded[kWidth] = {};
-    for (int k = 0; k < count; ++k) padded[k] = from[k];
-    return load(padded);
+// Calls step(i, End) for the elements from `done` on, of which none or less than a line's vectors are left.
+template <class Step>
+STEADYGRAD_INLINE void over_end(int64_t done, int64_t length, Step step) {
+  while (done < length) {
+    const bool is_short = length < kWidth;
+    const int64_t begin = is_short || done + kWidth <= length ? done : length - kWidth;
+    const int64_t end = is_short ? length : begin + kWidth;
+    step(begin, End(end - done, is_short));
+    done = end;
   }
-  template <class Element, class V>
-  STEADYGRAD_INLINE void put(Element* to, V vector) const {
-    Element padded[kWidth];
-    store(padded, vector);
-    for (int k = 0; k < count; ++k) to[k] = padded[k];
-  }
-  template <class V>
-  STEADYGRAD_INLINE V only(V vector) const {
-    return where(lanes_up_to<V>(count, true), vector);
-  }
-  STEADYGRAD_INLINE unsigned bits(const uint8_t* mask, int64_t) const {
-    return count > 8 ? mask[0] | static_cast<unsigned>(mask[1]) << 8 : mask[0];
-  }
-  STEADYGRAD_INLINE void put_bits(uint8_t* mask, int64_t, unsigned bits) const {
-    mask[0] = static_cast<uint8_t>(bits);
-    if (count > 8) mask[1] = static_cast<uint8_t>(bits >> 8);
-  }
-};
+}
 
 template <class Element>
 constexpr int kVectorsPerLine =
@@ -312,29 +335,26 @@ constexpr int kVectorsPerLine =
 template <class Element, class Step>
 STEADYGRAD_INLINE void over_row(int64_t length, int64_t ahead, bool streams, Step step) {
   constexpr int kVectors = kVectorsPerLine<Element>;
-  if (length < kWidth) return step(int64_t{0}, Short(length));
   int64_t i = 0;
   for (; i + kVectors * kWidth <= length; i += kVectors * kWidth) {
     step(i, First(ahead, streams));
 #pragma GCC unroll 4
     for (int v = 1; v < kVectors; ++v) step(i + v * kWidth, Whole{streams});
   }
-  for (; i + kWidth <= length; i += kWidth) step(i, Whole{streams});
-  if (i < length) step(length - kWidth, Last(length - i));
+  over_end(i, length, step);
 }
 
 // Bit k tells of lane k.
 STEADYGRAD_INLINE unsigned bits_of(IntVector lanes) {
   unsigned bits = 0;
 #if defined(__AVX512DQ__)
-  bits = __builtin_ia32_cvtd2mask512(lanes);
+  bits = _mm512_movepi32_mask(bit_cast<__m512i>(lanes));
 #elif defined(__AVX__)
-  bits = static_cast<unsigned>(__builtin_ia32_movmskps256(bit_cast<FloatVector>(lanes)));
+  bits = static_cast<unsigned>(_mm256_movemask_ps(bit_cast<__m256>(lanes)));
 #elif defined(__SSE2__)
-  typedef float Four __attribute__((vector_size(16)));
-  Four halves[2];
+  __m128 halves[2];
   memcpy(halves, &lanes, sizeof(lanes));
-  bits = static_cast<unsigned>(__builtin_ia32_movmskps(halves[0]) | __builtin_ia32_movmskps(halves[1]) << 4);
+  bits = static_cast<unsigned>(_mm_movemask_ps(halves[0]) | _mm_movemask_ps(halves[1]) << 4);
 #else
   for (int k = 0; k < kWidth; ++k) bits |= static_cast<unsigned>(lanes[k] & 1) << k;
 #endif

@@ -39,13 +39,27 @@ struct InstructionSet {
   const BatchNormKernels<double>& (*batch_norm_double_kernels)();
 };
 
+#if defined(__x86_64__)
+// The levels of the x86-64 psABI that the kernels are compiled for, by features, for older compilers do not
+// know their names. Processors that have these four have the rest of x86-64-v3.
+bool supports_v3() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+         __builtin_cpu_supports("bmi2");
+}
+bool supports_v4() {
+  return supports_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 const InstructionSet& chosen() {
   static const InstructionSet sets[] = {
 #if defined(__x86_64__)
-      {"avx512", __builtin_cpu_supports("x86-64-v4") != 0, avx512::float_kernels(), avx512::double_kernels(),
-       avx512::batch_norm_kernels, avx512::batch_norm_double_kernels},
-      {"avx2", __builtin_cpu_supports("x86-64-v3") != 0, avx2::float_kernels(), avx2::double_kernels(),
-       avx2::batch_norm_kernels, avx2::batch_norm_double_kernels},
+      {"avx512", supports_v4(), avx512::float_kernels(), avx512::double_kernels(), avx512::batch_norm_kernels,
+       avx512::batch_norm_double_kernels},
+      {"avx2", supports_v3(), avx2::float_kernels(), avx2::double_kernels(), avx2::batch_norm_kernels,
+       avx2::batch_norm_double_kernels},
 #endif
       {"baseline", true, baseline::float_kernels(), baseline::double_kernels(), baseline::batch_norm_kernels,
        baseline::batch_norm_double_kernels},

@@ -4,6 +4,13 @@
 
 #include "core/rules/table.h"
 
+// The elements of the next loop do not depend on one another, wherever its operands lie.
+#if defined(__clang__)
+#define STEADYGRAD_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define STEADYGRAD_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 namespace steadygrad::cpu::STEADYGRAD_INSTRUCTION_SET {
 namespace {
 
@@ -46,7 +53,7 @@ STEADYGRAD_INLINE void accumulate(double* lanes, const T* in, int64_t count, Ter
     }
     for (int k = 0; k < kVectors; ++k) *reinterpret_cast<DoubleVector*>(lanes + k * kWidth) = sums[k];
   }
-#pragma GCC ivdep
+  STEADYGRAD_INDEPENDENT
   for (int64_t i = rows * kLanes; i < count; ++i) {
     double& lane = lanes[i - rows * kLanes];
     lane = combine(lane, term(static_cast<double>(in[i])));
@@ -96,7 +103,7 @@ void count_nonfinite(const T* in, int64_t count, int64_t& nonfinite, int64_t& na
 
 template <class T>
 void zero_nonfinite(T* out, const T* in, int64_t count) {
-#pragma GCC ivdep
+  STEADYGRAD_INDEPENDENT
   for (int64_t i = 0; i < count; ++i) out[i] = is_finite(in[i]) ? in[i] : T(0);
 }
 
@@ -152,14 +159,14 @@ void store(void* __restrict out, DType dtype, const T* in, int64_t count) {
   }
 }
 
-// `out` may be `grad` itself (ivdep: an element depends on nothing but its own input). `param` is null where
+// `out` may be `grad` itself: an element depends on nothing but its own input. `param` is null where
 // no penalty reads it; the element passed on in its place is never used.
 template <class T>
 void before_clip(T* out, const T* grad, const T* param, int64_t count,
                  const GradientTransform<T>& transform) {
   const GradientTransform<T> local = transform;
   if (param == nullptr) param = grad;
-#pragma GCC ivdep
+  STEADYGRAD_INDEPENDENT
   for (int64_t i = 0; i < count; ++i) out[i] = local.before_clip(grad[i], param[i]);
 }
 
@@ -168,12 +175,12 @@ void transform_gradient(T* out, const T* grad, const T* param, int64_t count,
                         const GradientTransform<T>& transform) {
   const GradientTransform<T> local = transform;
   if (local.only_scales()) {
-#pragma GCC ivdep
+    STEADYGRAD_INDEPENDENT
     for (int64_t i = 0; i < count; ++i) out[i] = local.clip(grad[i]);
     return;
   }
   if (param == nullptr) param = grad;
-#pragma GCC ivdep
+  STEADYGRAD_INDEPENDENT
   for (int64_t i = 0; i < count; ++i) out[i] = local(grad[i], param[i]);
 }
 
@@ -189,7 +196,7 @@ STEADYGRAD_INLINE void update_loop(const Tile<T>& tile, const Rule rule, const S
   T* const state0 = tile.states[0];
   T* const state1 = tile.states[1];
   T* const state2 = tile.states[2];
-#pragma GCC ivdep
+  STEADYGRAD_INDEPENDENT
   for (int64_t i = 0; i < tile.count; ++i) {
     T p = param[i];
     T s0 = 0, s1 = 0, s2 = 0;
@@ -216,7 +223,7 @@ template <class T>
 void join(T* param, const T* extra, int64_t count, const ParamStorage& storage) {
   if constexpr (sizeof(T) == sizeof(float)) {
     with_storage(storage.rounding, storage.dtype, [&](auto rounding, auto element) {
-#pragma GCC ivdep
+      STEADYGRAD_INDEPENDENT
       for (int64_t i = 0; i < count; ++i) {
         param[i] = joined<decltype(rounding)::value, decltype(element)>(param[i], extra[i]);
       }
@@ -230,7 +237,7 @@ void split(T* value, T* extra, int64_t first, int64_t count, const ParamStorage&
     const RandomKey random = storage.random;
     with_storage(storage.rounding, storage.dtype, [&](auto rounding, auto element) {
       constexpr Rounding kRounding = decltype(rounding)::value;
-#pragma GCC ivdep
+      STEADYGRAD_INDEPENDENT
       for (int64_t i = 0; i < count; ++i) {
         float kept = 0;
         const uint32_t bits = random_bits(random, static_cast<uint32_t>(first + i));

@@ -109,8 +109,9 @@ class StepPlan {
   bool captured() const { return captured_; }
 
  private:
-  void* base_ = nullptr;
-  int64_t capacity_ = 0;
+  // Unused where CUDA is absent.
+  [[maybe_unused]] void* base_ = nullptr;
+  [[maybe_unused]] int64_t capacity_ = 0;
   bool captured_ = false;
   std::vector<uint64_t> image_;  // what the device's table holds
 };
