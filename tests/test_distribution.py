@@ -87,7 +87,7 @@ def test_installed_files_are_the_package_and_nothing_else() -> None:
     expected = {
         path.relative_to(source).as_posix()
         for path in (source / "steadygrad").rglob("*")
-        if path.suffix in {".py", ".pyi"} or path.name == "py.typed"
+        if path.is_file() and path.suffix not in {".pyc", ".so"}
     }
     beside = {file for file in installed - expected if ".dist-info/" not in file}
     extensions = {file for file in beside if re.fullmatch(r"steadygrad/_kernels\..+\.so", file)}
