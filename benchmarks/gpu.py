@@ -105,7 +105,7 @@ def _install(python: str, build: str, limit: float, *, rehearse: bool = False) -
 
 def _doctor(python: str) -> Stage:
     command = (python, "-m", "steadygrad", "doctor")
-    return Stage("doctor", command, 20, "build.log", ("rich", "torch"), optional=True)
+    return Stage("doctor", command, 20, "build.log", ("numpy", "torch"), optional=True)
 
 
 def _tests(python: str, name: str, which: str, limit: float) -> Stage:

@@ -19,8 +19,9 @@ STALENESS = "**These figures are older than the kernels"
 _INTRODUCTION = """\
 # Performance
 
-Written by `make performance` from the newest file of each machine in [benchmarks/results](../benchmarks/results); do
-not edit. `make bench` measures a CPU, `make gpu` a GPU.
+Written by `make performance` from the newest file of each machine in
+[benchmarks/results](https://github.com/steadygrad/steadygrad/tree/main/benchmarks/results); do not edit.
+`make bench` measures a CPU, `make gpu` a GPU.
 
 Ours and torch's run side by side in one process, in turns; times are medians, fp32 unless a table says otherwise.
 The *floor* is what our path has to move per element with no help from caches. GB/s are floor bytes over time, the

@@ -43,10 +43,6 @@ def exits(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     return run
 
 
-def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-
-
 # --- the parser ---
 
 
@@ -65,7 +61,7 @@ def test_each_command_has_help(exits: Any, command: str) -> None:
 
 
 def test_version(exits: Any) -> None:
-    assert exits("--version") == (0, f"steadygrad {doctor._version('steadygrad')}\n")
+    assert exits("--version") == (0, f"steadygrad {doctor.installed_version('steadygrad')}\n")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +181,7 @@ def test_bench_says_why_a_device_cannot_be_used(
     assert capsys.readouterr().err == ("bench: --device cuda: steadygrad was built without CUDA\n")
 
 
-def test_without_rich_the_bench_is_plain_and_the_others_ask_for_it() -> None:
+def test_without_rich_the_bench_is_plain_and_the_study_asks_for_it() -> None:
     script = """
 import sys
 sys.modules["rich"] = sys.modules["rich.console"] = None
@@ -197,7 +193,7 @@ from steadygrad.cli import main
 device.CASES = [ModelCase(OPERATIONS["clip_active"], shapes.many_small(2, 32), host_cost=True)]
 device.FULL = steadygrad.bench.QUICK = Effort(0.0, 2, 2)
 assert main(["bench"]) == 0
-assert main(["doctor"]) == 1
+assert main(["doctor"]) == 0
 assert main(["study", "--quick", "--out", sys.argv[1]]) == 1
 """
     result = subprocess.run(
@@ -207,9 +203,8 @@ assert main(["study", "--quick", "--out", sys.argv[1]]) == 1
         r"^  2 x 32 +torch foreach +[\d.]+ +[\d.]+ +[\d.]+ ", result.stdout, re.MULTILINE
     )
     assert "\x1b" not in result.stdout
-    assert result.stderr == (
-        "doctor needs rich: pip install rich\nstudy needs rich: pip install rich\n"
-    )
+    assert "All is well." in result.stdout
+    assert result.stderr == "study needs rich: pip install rich\n"
 
 
 # --- doctor ---
@@ -282,28 +277,10 @@ def test_doctor_reports_a_rule_that_is_not_fused(
     )
 
 
-@pytest.mark.parametrize(
-    ("missing", "said"),
-    [
-        ("steadygrad._kernels", "- import: reinstall it; in a clone: pip install"),
-        ("torch", "pip install 'torch>=2.10'"),
-    ],
-)
-def test_doctor_explains_itself_without(missing: str, said: str) -> None:
-    result = run_python(
-        f"import runpy, sys; sys.modules[{missing!r}] = None\n"
-        f"runpy.run_path({doctor.__file__!r}, run_name='__main__')"
-    )
-    assert result.returncode == 1, result.stderr
-    assert "Traceback" not in result.stderr
-    assert "The kernels were not checked" in result.stdout
-    assert said in " ".join(result.stdout.split())
-
-
-def test_doctor_explains_a_torch_that_is_too_old() -> None:
-    old = SimpleNamespace(Tensor=object, __version__="2.9.1")
-    (fact,) = doctor.dlpack_facts(old, None)
-    assert fact.value == "torch 2.9.1 has none"
+def test_doctor_explains_a_torch_without_the_exchange_api() -> None:
+    early = SimpleNamespace(Tensor=object, __version__="2.10.0a0")
+    (fact,) = doctor.dlpack_facts(early, sg._kernels)
+    assert fact.value == "torch 2.10.0a0 has none"
     assert "pip install --upgrade 'torch>=2.10'" in fact.remedy
 
 

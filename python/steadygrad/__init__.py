@@ -9,17 +9,18 @@
 
 from __future__ import annotations
 
-import torch as _torch  # before the kernels: they run on the OpenMP copy that torch loads
+from steadygrad.prerequisites import find_problem as _find_problem
+from steadygrad.prerequisites import runs_as_program as _runs_as_program
 
-try:
-    from steadygrad import _kernels
-except ImportError as error:
-    raise ImportError(
-        f"steadygrad: its extension module could not be loaded under torch {_torch.__version__}: "
-        f"{error}. Reinstall it with: pip install --force-reinstall --no-deps steadygrad"
-    ) from error
+if _problem := _find_problem():
+    if not _runs_as_program():
+        raise ImportError(_problem, name=__name__)
+    # The command line works all the same, so that `doctor` can say what is wrong.
+    from steadygrad.cli import main as _main
 
-from steadygrad import distributed, nn, optim, telemetry
+    raise SystemExit(_main())
+
+from steadygrad import _kernels, distributed, nn, optim, telemetry
 from steadygrad.accumulation import accumulate
 from steadygrad.amp import GradScaler
 from steadygrad.clip import (

@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .console import Console, open_console
+from .console import Console, PlainConsole, open_console
+from .doctor import installed_version
+from .doctor import run as run_doctor
+from .prerequisites import find_problem
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if problem := _contradiction(args) or _prepare_out(args):
         parser.error(f"{args.command}: {problem}")
+    if args.command != "doctor" and (problem := find_problem()):
+        PlainConsole(stderr=True).print(problem)
+        return 1
     try:
         return _COMMANDS[args.command](args, open_console())
     except KeyboardInterrupt:
@@ -42,10 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _doctor(args: argparse.Namespace, console: Any) -> int:
-    from .doctor import run
-
-    return run(console)
+def _doctor(args: argparse.Namespace, console: Console) -> int:
+    return run_doctor(PlainConsole())
 
 
 def _bench(args: argparse.Namespace, console: Console) -> int:
@@ -155,9 +158,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="steadygrad",
         description="Fused gradient clipping, penalties and optimizer steps for PyTorch.",
     )
-    parser.add_argument(
-        "--version", action="version", version=f"steadygrad {metadata.version('steadygrad')}"
-    )
+    version = f"steadygrad {installed_version('steadygrad')}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
 
     commands.add_parser(

@@ -1,7 +1,6 @@
 """What is installed, whether it works, and what to do about anything that does not.
 
-Reads everything it can without the extension, so that it has something to say when
-``import steadygrad`` fails: then run this file by its path.
+Works without torch and without the extension too, and then says what ``import steadygrad`` says.
 """
 
 from __future__ import annotations
@@ -18,15 +17,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from steadygrad.console import Console
+from steadygrad.prerequisites import REINSTALL, find_problem
 
 if TYPE_CHECKING:
     from steadygrad.self_check import Check
-
-REINSTALL = "reinstall it; in a clone: pip install --force-reinstall --no-deps ."
 
 
 @dataclass(frozen=True)
@@ -40,53 +35,49 @@ class Fact:
 
 def run(console: Console) -> int:
     """Print what is installed and how every kernel does; return 0 if all is well, else 1."""
-    torch, torch_error = _import("torch")
-    package, package_error = _import("steadygrad")
-    kernels, kernels_error = _import("steadygrad._kernels")
-
-    facts = version_facts(torch, torch_error)
-    console.print(_fact_table("Versions", facts), "")
-    boundary = dlpack_facts(torch, kernels)
-    if package is None or kernels is None:
-        boundary.insert(0, Fact("import", package_error or kernels_error, REINSTALL))
-    else:
-        boundary = extension_facts(package, kernels) + cuda_facts(torch, kernels) + boundary
-    console.print(_fact_table("Extension", boundary), "")
-    problems = [f"{fact.name}: {fact.remedy}" for fact in facts + boundary if fact.remedy]
-
-    if package is None or kernels is None:
+    _print_facts(console, "Versions", version_facts())
+    if problem := find_problem():
         console.print("The kernels were not checked: steadygrad cannot be imported.")
-    else:
-        check_kernels = import_module("steadygrad.self_check").check_kernels
-        passed, total, failures = 0, 0, []
-        for device in usable_devices(torch, kernels):
-            checks = check_kernels(package, device)
-            console.print(_check_table(checks, device), "")
-            failures += _failures(checks, device)
-            passed += sum(check.passed for check in checks)
-            total += len(checks)
-        problems += failures
-        if failures:
-            problems.append(f"wrong results: {REINSTALL}; if they stay, report this output")
-        console.print(f"{passed} of {total} kernel checks passed.")
+        return _conclude(console, [problem])
 
+    package, kernels, torch = map(import_module, ("steadygrad", "steadygrad._kernels", "torch"))
+    facts = extension_facts(package, kernels)
+    facts += cuda_facts(torch, kernels) + dlpack_facts(torch, kernels)
+    _print_facts(console, "Extension", facts)
+    problems = [f"{fact.name}: {fact.remedy}" for fact in facts if fact.remedy]
+
+    check_kernels = import_module("steadygrad.self_check").check_kernels
+    passed, total, failures = 0, 0, []
+    for device in usable_devices(torch, kernels):
+        checks = check_kernels(package, device)
+        _print_checks(console, checks, device)
+        failures += _failures(checks, device)
+        passed += sum(check.passed for check in checks)
+        total += len(checks)
+    problems += failures
+    if failures:
+        problems.append(f"wrong results: {REINSTALL}; if they stay, report this output")
+    console.print(f"{passed} of {total} kernel checks passed.")
+    return _conclude(console, problems)
+
+
+def _conclude(console: Console, problems: Sequence[str]) -> int:
     if not problems:
-        console.print("[green]All is well.[/]")
+        console.print("All is well.")
         return 0
-    console.print("[red]What is wrong and what to do:[/]")
+    console.print("What is wrong and what to do:")
     for problem in problems:
-        console.print(f"- {escape(problem)}")
+        console.print(f"- {problem}")
     return 1
 
 
-def version_facts(torch: ModuleType | None, torch_error: str) -> list[Fact]:
-    """Return the versions in use; torch's must be 2.10 or later."""
-    remedy = "" if torch else "install torch 2.10 or later: pip install 'torch>=2.10'"
+def version_facts() -> list[Fact]:
+    """Return the versions of what is installed, and the machine that it is on."""
     return [
-        Fact("steadygrad", _version("steadygrad")),
+        Fact("steadygrad", installed_version("steadygrad")),
         Fact("Python", f"{platform.python_version()}  {sys.executable}"),
-        Fact("torch", torch.__version__ if torch else torch_error, remedy),
-        Fact("numpy", np.__version__),
+        Fact("torch", _imported_version("torch")),
+        Fact("numpy", _imported_version("numpy")),
         Fact("platform", platform.platform()),
         Fact("CPU", f"{_cpu_name()}, {os.cpu_count()} logical cores"),
     ]
@@ -103,6 +94,7 @@ def extension_facts(package: ModuleType, kernels: ModuleType) -> list[Fact]:
         False: f"torch uses {theirs}",
         None: "torch's: unknown",
     }
+    current = version == installed_version("steadygrad")
     remedy = ""
     if not mine and sys.platform == "linux":
         remedy = "no OpenMP was found, so one thread is used: install torch from its own wheel"
@@ -110,7 +102,7 @@ def extension_facts(package: ModuleType, kernels: ModuleType) -> list[Fact]:
         remedy = "torch.set_num_threads does not rule: unset LD_PRELOAD, or reinstall torch"
     return [
         Fact("file", str(kernels.__file__)),
-        Fact("version", version, "" if version == _version("steadygrad") else REINSTALL),
+        Fact("version", version, "" if current else REINSTALL),
         Fact("compiler", str(info["compiler"])),
         _cpu_fact(package),
         Fact("instruction set", str(info["instruction_set"])),
@@ -119,10 +111,10 @@ def extension_facts(package: ModuleType, kernels: ModuleType) -> list[Fact]:
     ]
 
 
-def cuda_facts(torch: ModuleType | None, kernels: ModuleType) -> list[Fact]:
+def cuda_facts(torch: ModuleType, kernels: ModuleType) -> list[Fact]:
     """Return what the extension and torch say about CUDA. A machine without a GPU is in order."""
     info = kernels.build_info().get("cuda", {})
-    seen = torch is not None and torch.cuda.is_available()
+    seen = torch.cuda.is_available()
     if not info.get("compiled"):
         remedy = f"install the CUDA toolkit, so that nvcc is found, and {REINSTALL}" if seen else ""
         unused = ", though torch sees a GPU" if seen else ""
@@ -146,17 +138,17 @@ def cuda_facts(torch: ModuleType | None, kernels: ModuleType) -> list[Fact]:
             remedy = f"build for it: CUDAARCHS={architecture} pip install --no-deps ."
         value = f"{device['name']}, sm_{architecture}: {'not ' * bool(remedy)}usable"
         facts.append(Fact(f"CUDA device {number}", value, remedy))
-    if any(device["usable"] for device in info["devices"]) and torch is not None and not seen:
+    if any(device["usable"] for device in info["devices"]) and not seen:
         value = f"torch {torch.__version__} sees no GPU"
         remedy = "install torch's build for CUDA; unset CUDA_VISIBLE_DEVICES if it is empty"
         facts.append(Fact("CUDA in torch", value, remedy))
     return facts
 
 
-def usable_devices(torch: ModuleType | None, kernels: ModuleType) -> list[str]:
+def usable_devices(torch: ModuleType, kernels: ModuleType) -> list[str]:
     """Return the devices to check kernels on: "cpu", and "cuda" where its first one is usable."""
     devices = kernels.build_info().get("cuda", {}).get("devices", [])
-    seen = torch is not None and torch.cuda.is_available()
+    seen = torch.cuda.is_available()
     return ["cpu", *(["cuda"] if seen and devices and devices[0]["usable"] else [])]
 
 
@@ -169,22 +161,18 @@ def _cuda_version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-def dlpack_facts(torch: ModuleType | None, kernels: ModuleType | None) -> list[Fact]:
+def dlpack_facts(torch: ModuleType, kernels: ModuleType) -> list[Fact]:
     """Return the DLPack version of torch's exchange API and whether the extension can use it."""
-    if torch is None:
-        return []
     capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if capsule is None:
         value = f"torch {torch.__version__} has none"
         remedy = "it came with torch 2.10: pip install --upgrade 'torch>=2.10'"
         return [Fact("DLPack exchange API", value, remedy)]
     found = exchange_api_version(capsule)
-    value = f"{found[0]}.{found[1]} on torch.Tensor"
-    if kernels is None:
-        return [Fact("DLPack exchange API", value)]
     built = kernels.build_info()["dlpack_version"]
     compatible = found[0] == built[0]
-    value += f", {built[0]}.{built[1]} compiled in: {'' if compatible else 'not '}compatible"
+    value = f"{found[0]}.{found[1]} on torch.Tensor, {built[0]}.{built[1]} compiled in: "
+    value += "compatible" if compatible else "not compatible"
     remedy = "" if compatible else "install a steadygrad made for this torch, or an older torch"
     return [Fact("DLPack exchange API", value, remedy)]
 
@@ -222,43 +210,39 @@ def torch_openmp() -> str:
     return ""
 
 
-def _fact_table(title: str, facts: Sequence[Fact]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False, box=None)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+def _print_facts(console: Console, title: str, facts: Sequence[Fact]) -> None:
+    width = max(len(fact.name) for fact in facts)
+    console.print(title)
     for fact in facts:
-        value = escape(fact.value)
-        table.add_row(fact.name, f"[red]{value}[/]" if fact.remedy else value)
-    return table
+        console.print(f"  {fact.name:<{width}}  {fact.value}")
+    console.print()
 
 
-def _check_table(checks: Sequence[Check], device: str) -> Table:
+def _print_checks(console: Console, checks: Sequence[Check], device: str) -> None:
     """One row an operation, one column a dtype; tolerances stand above the rows they are for."""
-    table = Table(
-        title=f"Kernels on {device}: error against definition, time for four dtypes",
-        title_justify="left",
-        box=None,
-    )
-    table.add_column("operation", no_wrap=True)
-    for dtype in dict.fromkeys(check.dtype for check in checks):
-        table.add_column(dtype, no_wrap=True)
-    table.add_column("ms", justify="right")
-    rows: dict[str, list[Check]] = {}
+    dtypes = list(dict.fromkeys(check.dtype for check in checks))
+    by_operation: dict[str, list[Check]] = {}
     for check in checks:
-        rows.setdefault(check.operation, []).append(check)
+        by_operation.setdefault(check.operation, []).append(check)
+    rows = [["operation", *dtypes, "ms"]]
     tolerances: list[float] = []
-    for operation, row in rows.items():
+    for operation, row in by_operation.items():
         if tolerances != (tolerances := [check.tolerance for check in row]):
-            table.add_row("tolerance", *(f"   {limit:.0e}" for limit in tolerances), style="dim")
+            rows.append(["tolerance", *(f"   {limit:.0e}" for limit in tolerances), ""])
         milliseconds = 1e3 * sum(check.seconds for check in row)
-        table.add_row(operation, *map(_cell, row), f"{milliseconds:.2f}")
-    return table
+        rows.append([operation, *map(_cell, row), f"{milliseconds:.2f}"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    console.print(f"Kernels on {device}: error against definition, time for four dtypes")
+    for *cells, last in rows:
+        left = (f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=False))
+        console.print(f"  {'  '.join(left)}  {last:>{widths[-1]}}".rstrip())
+    console.print()
 
 
 def _cell(check: Check) -> str:
     if check.passed:
-        return f"[green]ok[/] {check.error:.0e}"
-    return "[red]FAIL[/]" if check.message else f"[red]FAIL[/] {check.error:.0e}"
+        return f"ok {check.error:.0e}"
+    return "FAIL" if check.message else f"FAIL {check.error:.0e}"
 
 
 def _failures(checks: Sequence[Check], device: str) -> list[str]:
@@ -285,19 +269,20 @@ def _cpu_fact(package: Any) -> Fact:
     return Fact("backend", f"cpu: compiled, not usable: {problem}", REINSTALL)
 
 
-def _import(name: str) -> tuple[ModuleType | None, str]:
-    """Import a module; return it, or None and why it could not be had."""
-    try:
-        return import_module(name), ""
-    except Exception as error:  # a broken install raises more than ImportError
-        return None, str(error) or type(error).__name__
-
-
-def _version(distribution: str) -> str:
+def installed_version(distribution: str) -> str:
+    """Return the version that pip has recorded, or "not installed"."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _imported_version(name: str) -> str:
+    """Return the version of the module that is imported, or of the one that cannot be."""
+    try:
+        return str(import_module(name).__version__)
+    except Exception:  # a broken install raises more than ImportError
+        return installed_version(name)
 
 
 def _cpu_name() -> str:
@@ -307,7 +292,3 @@ def _cpu_name() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-if __name__ == "__main__":
-    raise SystemExit(run(Console()))
