@@ -25,13 +25,14 @@ from torch import Tensor, nn
 import steadygrad as sg
 from steadygrad.bench.environment import this_machine
 from steadygrad.bench.shapes import ModelShapes, many_small, resnet50
+from steadygrad.telemetry.settings import Level
 
 _NONE = "none"
 _TWIN = "none, again"  # what differs here is noise
 _LEVELS: dict[str, Any] = {_NONE: None, _TWIN: None, "global": "global", "tensor": "tensor"}
 
 
-def _stepping(shapes: ModelShapes, level: str | None, max_norm: float) -> Callable[[], object]:
+def _stepping(shapes: ModelShapes, level: Level | None, max_norm: float) -> Callable[[], object]:
     generator = torch.Generator().manual_seed(0)
     params: list[Tensor] = []
     for shape in shapes.shapes:

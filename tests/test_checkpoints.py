@@ -52,7 +52,8 @@ def test_point_9_policy_state_survives(backend: Backend, kind: str) -> None:
     buffer.seek(0)
     state = torch.load(buffer, weights_only=True)
     fresh = MAKERS[kind](dense_parameters(), max_norm=1.0)
-    fresh.load_state_dict(state)
+    with pytest.warns(UserWarning, match=r"max_norm: loaded 0\.25, asked for 1\.0"):
+        fresh.load_state_dict(state)
     assert (fresh.skipped_steps, fresh.clipped_steps) == (1, 3)
     group = fresh.param_groups[0]
     assert (group["max_norm"], group["l1"], group["clip_value"]) == (0.25, 1e-3, 0.5)
@@ -236,7 +237,9 @@ def test_point_9_distributed_checkpoints_round_trip(
     assert names == {"first", "second"}
     fresh = MAKERS[kind](other.parameters(), max_norm=1.0)
     other.load_state_dict(one.state_dict())
-    set_optimizer_state_dict(other, fresh, saved, options=options)
+    with pytest.warns(UserWarning, match=r"max_norm: loaded 0\.7, asked for 1\.0") as warned:
+        set_optimizer_state_dict(other, fresh, saved, options=options)
+    assert len(warned) == 1
     assert (fresh.skipped_steps, fresh.clipped_steps) == (1, 3)
     assert fresh.param_groups[0]["max_norm"] == 0.7
     train(one, ours, range(3, 6))

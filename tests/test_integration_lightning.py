@@ -332,3 +332,22 @@ def test_fabric() -> None:
     assert fell(losses)
     assert float(optimizer.grad_norm) > 0 and optimizer.path == "fused"
     assert optimizer.state_dict()["param_groups"][0]["clip_state"] is not None
+
+
+@pytest.mark.parametrize(
+    ("make", "listed"),
+    [
+        (lambda params: sg.optim.AdamW(params, max_norm=1.0), ["lr-AdamW"]),
+        # It takes what has an `optimizer` for DeepSpeed's wrapper, which no scheduler knows.
+        (lambda params: sg.Stabilizer(torch.optim.AdamW(params)), ["lr-Stabilizer", "lr-AdamW"]),
+    ],
+)
+def test_the_rates_that_lightnings_own_monitor_lists(
+    tmp_path: Path, make: Callable[[Any], Any], listed: list[str]
+) -> None:
+    rates = pl.callbacks.LearningRateMonitor("step")
+    logger = pl.loggers.CSVLogger(tmp_path)
+    options = {"logger": logger, "callbacks": [rates], "log_every_n_steps": 1}
+    fitted(tmp_path, Digits(make), max_steps=2, **options)
+    assert list(rates.lrs) == listed
+    assert all(values == rates.lrs[listed[0]] for values in rates.lrs.values())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 from typing import Any
 
 
@@ -35,8 +37,26 @@ def checked_number(
 def checked_count(where: str, value: Any, *, low: int = 0) -> int:
     """``value`` as an int of at least ``low``, or an error that says where and what was expected."""
     expected = f"{where}: expected an int >= {low}, got {value!r}"
-    if not isinstance(value, int) or isinstance(value, bool):
+    count = as_int(value)
+    if not isinstance(count, int) or isinstance(count, bool):
         raise TypeError(expected)
-    if value < low:
+    if count < low:
         raise ValueError(expected)
-    return value
+    return count
+
+
+def as_float(value: Any) -> Any:
+    """``value`` as Python's float where it is a real number of another type, such as NumPy's; else as it is."""
+    if type(value) in (int, float) or not isinstance(value, numbers.Real):
+        return value
+    return float(value)
+
+
+def as_int(value: Any) -> Any:
+    """``value`` as Python's int where it is an integer of another type, such as NumPy's; else as it is."""
+    if isinstance(value, bool):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value

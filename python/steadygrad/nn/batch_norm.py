@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx.proxy import Proxy, TraceError
 from torch.nn.modules import batchnorm
 
-from steadygrad.nn.functional import batch_norm
+from steadygrad.nn.functional import Activation, batch_norm
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -20,7 +20,7 @@ class _BatchNorm(batchnorm._BatchNorm):
     """What the three have in common; :class:`BatchNorm2d` describes it."""
 
     # On the class too, for modules that were pickled or made without them.
-    activation: str | None = None
+    activation: Activation | None = None
     process_group: ProcessGroup | None = None
 
     def __init__(
@@ -33,7 +33,7 @@ class _BatchNorm(batchnorm._BatchNorm):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         *,
-        activation: str | None = None,
+        activation: Activation | None = None,
         process_group: ProcessGroup | None = None,
         **bias: bool,
     ) -> None:
@@ -54,7 +54,9 @@ class _BatchNorm(batchnorm._BatchNorm):
             return self._record(input, residual)
         return self._normalize(input, residual, self.activation)
 
-    def _normalize(self, input: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    def _normalize(
+        self, input: Tensor, residual: Tensor | None, activation: Activation | None
+    ) -> Tensor:
         """The forward, with an activation that the caller chooses."""
         checked: Any = self._check_input_dim
         checked(input)

@@ -17,6 +17,7 @@ from steadygrad import _kernels
 from steadygrad.nn import gradient, operators
 from steadygrad.nn.gradient import Options
 from steadygrad.nn.synchronized import synchronized_batch_norm
+from steadygrad.reference.batch_norm import Activation as Activation
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -42,7 +43,7 @@ def batch_norm(
     eps: float = 1e-5,
     *,
     residual: Tensor | None = None,
-    activation: str | None = None,
+    activation: Activation | None = None,
     num_batches_tracked: Tensor | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:

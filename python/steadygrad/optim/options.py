@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from steadygrad.arguments import as_int
 from steadygrad.arguments import checked_number as checked_number
 from steadygrad.optim.param_storage import ROUNDED_STEPS, ParamStorage, Rounding
 from steadygrad.optim.policy_state import CLIP_STATE, SKIP_STATE, PolicyStates
@@ -49,6 +49,17 @@ _FRESH = "_fresh"
 
 COUNTERS = ("skipped_steps", "clipped_steps")
 
+# Keys of every param group that can also be set for all of them at once; the first two may be None, for no limit.
+LIMITS = ("max_norm", "clip_value", "l1", "l2")
+
+
+def checked_limit(where: str, key: str, value: Any) -> float | None:
+    """A value for one of ``LIMITS`` as a Python float or None, or an error that says what was expected."""
+    may_be_none = key in ("max_norm", "clip_value")
+    if value is None and may_be_none:
+        return None
+    return checked_number(where + key, value, finite=not may_be_none)
+
 
 def _checked_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
@@ -85,21 +96,28 @@ class StabilizerOptions:
             own["clip"] = copy.deepcopy(self.clip, memo)
         if self.telemetry is not None:
             own["telemetry"] = copy.copy(self.telemetry)
-        if not own:
-            return self
-        copied = dataclasses.replace(self, **own)
-        vars(copied)[_FRESH] = vars(self).get(_FRESH)
+        return self.changed(**own) if own else self
+
+    def changed(self, **options: Any) -> StabilizerOptions:
+        """A copy with other options, which have been checked; here ``max_norm`` may be a cap beside ``clip``."""
+        copied = copy.copy(self)
+        vars(copied).update(options)
         return copied
 
     def __post_init__(self) -> None:
-        """Checks every option."""
+        """Checks every option, and makes every number one of Python's, which any file can hold."""
         if self.clip is not None:
             self._check_clip()
         if not isinstance(self.skip, (SkipSpikes, type(None))):
             raise TypeError(f"Stabilizer: skip: expected a SkipSpikes or None, got {self.skip!r}")
-        self.group_numbers({}, "Stabilizer: ")
-        norm_type = checked_number("Stabilizer: norm_type", self.norm_type, finite=False)
-        if norm_type == 0:
+        own = vars(self)
+        if isinstance(self.clip, ClipNorm):
+            own.update(max_norm=self.clip.max_norm, clip=None)
+        for key in LIMITS:
+            own[key] = checked_limit("Stabilizer: ", key, own[key])
+        own["norm_type"] = checked_number("Stabilizer: norm_type", self.norm_type, finite=False)
+        own["rounding_seed"] = as_int(self.rounding_seed)
+        if self.norm_type == 0:
             raise ValueError(
                 "Stabilizer: norm_type: expected a number > 0: counting non-zeros limits nothing, "
                 f"got {self.norm_type!r}"
@@ -140,11 +158,6 @@ class StabilizerOptions:
         """Whether the norm of every tensor, over all ranks, is asked for."""
         return self.scope == "tensor" or self.telemetry_level == "tensor"
 
-    @property
-    def constant_limit(self) -> float | None:
-        """``max_norm``, in either spelling; None where a policy decides or nothing is clipped."""
-        return self.clip.max_norm if isinstance(self.clip, ClipNorm) else self.max_norm
-
     def policy_states(self) -> PolicyStates:
         """What the policies learn, with nothing in it yet."""
         fresh = vars(self).get(_FRESH)
@@ -155,10 +168,7 @@ class StabilizerOptions:
     def group_defaults(self) -> dict[str, Any]:
         """The keys that every param group carries, so that they can differ per group and be saved."""
         return {
-            "max_norm": self.constant_limit,
-            "clip_value": self.clip_value,
-            "l1": self.l1,
-            "l2": self.l2,
+            **{key: getattr(self, key) for key in LIMITS},
             **({CLIPPING: self.clip.clipping} if isinstance(self.clip, ClipAdaptive) else {}),
             **dict.fromkeys(COUNTERS, 0),
             **({ROUNDED_STEPS: 0} if self.storage.is_stochastic else {}),
@@ -184,7 +194,7 @@ class StabilizerOptions:
     def group_numbers(self, group: Mapping[str, Any], where: str) -> dict[str, float]:
         """The group's limits and penalties as the kernels take them: no limit is infinity."""
         numbers = {CLIPPING: math.inf}
-        limits = [("max_norm", self.constant_limit), ("clip_value", self.clip_value)]
+        limits = [("max_norm", self.max_norm), ("clip_value", self.clip_value)]
         if isinstance(self.clip, ClipAdaptive):
             limits.append((CLIPPING, self.clip.clipping))
         for key, default in limits:
@@ -199,7 +209,7 @@ class StabilizerOptions:
     def kernel_options(self) -> dict[str, object]:
         """What stays the same from step to step, for a plan."""
         return {
-            "norm_type": float(self.norm_type),
+            "norm_type": self.norm_type,
             "clip_scope": self.scope,
             "nonfinite": self.nonfinite,
             "penalty_order": self.penalty_order,

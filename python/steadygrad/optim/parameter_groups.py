@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from steadygrad.arguments import as_float
+
 _NORM_LAYERS = (
     nn.modules.batchnorm._NormBase,
     nn.LayerNorm,
@@ -38,7 +40,7 @@ def param_groups(
         ``[penalised, rest]``, each with ``params``, ``param_names`` and the options given; either may be empty.
     """
     given = {"l1": l1, "l2": l2, "weight_decay": weight_decay}
-    options = {key: value for key, value in given.items() if value is not None}
+    options = {key: as_float(value) for key, value in given.items() if value is not None}
     exempt_ids = {
         id(param)
         for module in model.modules()

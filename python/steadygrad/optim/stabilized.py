@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import functools
+import inspect
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +18,7 @@ from steadygrad.memory import Outcome
 from steadygrad.optim.accumulated import Accumulated
 from steadygrad.optim.closures import Closure
 from steadygrad.optim.interruptions import NonfiniteGradientError
+from steadygrad.optim.limits import SettableLimits, make_plain, warn_of_other_limits
 from steadygrad.optim.options import COUNTERS, StabilizerOptions
 from steadygrad.optim.parameter_groups import named_alike, set_parameter_names
 from steadygrad.optim.rule import UpdateRule
@@ -27,7 +31,7 @@ from steadygrad.telemetry.report import Report
 AMP_KEYS = ("grad_scale", "found_inf")
 
 
-class StepOutcome:
+class StepOutcome(SettableLimits):
     """What can be read off a stabilized optimizer, and how its extra param group keys are kept."""
 
     _options: StabilizerOptions
@@ -129,6 +133,11 @@ class StepOutcome:
 
     def _after_load(self, state_dict: dict[str, Any], kept: list[dict[str, Any]]) -> None:
         self._add_group_keys(kept)
+        make_plain(self.param_groups)
+        self._load_wide_state(state_dict)
+        warn_of_other_limits(kept, self.param_groups)
+
+    def _load_wide_state(self, state_dict: dict[str, Any]) -> None:
         if "state" not in state_dict:
             return  # a load_state_dict pre-hook has put another one in its place
         # torch casts state to the parameter's dtype; what was saved in fp32 would lose its low bits.
@@ -251,6 +260,7 @@ class StepOutcome:
     def _saving(self) -> Iterator[None]:
         """While a state dict is made, the param groups know all that there is to know."""
         last = self._flush_to_save()
+        make_plain(self.param_groups)
         yield
         if last is not None:
             last.policies.take_back(self.param_groups)
@@ -274,6 +284,23 @@ class StepOutcome:
         return int(self.param_groups[0].get(name, 0)) if self.param_groups else 0
 
 
+Constructor = TypeVar("Constructor", bound=Callable[..., None])
+
+
+def written_out(signature: Constructor) -> Constructor:
+    """Decorates a constructor that is a signature without a body: :class:`Stabilized` takes its arguments.
+
+    So editors, type checkers and ``inspect`` see the parameters of a class, while what was not given stays what the
+    torch that is there makes of it.
+    """
+
+    @functools.wraps(signature)
+    def __init__(self: Stabilized, *args: Any, **kwargs: Any) -> None:
+        Stabilized.__init__(self, *args, **kwargs)
+
+    return __init__  # type: ignore[return-value]
+
+
 class Stabilized(StepOutcome):
     """Mixed into a torch optimizer class: the same optimizer with a stabilized step.
 
@@ -282,11 +309,23 @@ class Stabilized(StepOutcome):
 
     rule: ClassVar[UpdateRule]
 
-    def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        own = {field.name for field in dataclasses.fields(StabilizerOptions)} & set(kwargs)
-        self._options = StabilizerOptions(**{name: kwargs.pop(name) for name in own})
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        own = {field.name for field in dataclasses.fields(StabilizerOptions)}
+        self._check_keywords(kwargs, own)
+        self._options = StabilizerOptions(**{name: kwargs.pop(name) for name in own & set(kwargs)})
         self._stepper = None
-        super().__init__(params, *args, **kwargs)  # type: ignore[call-arg]
+        super().__init__(*args, **kwargs)
+
+    def _check_keywords(self, given: Iterable[str], own: set[str]) -> None:
+        """Refuses unknown names. Torch's are those of the torch that is there, which may have more than we list."""
+        known = own | set(inspect.signature(self.rule.optimizer).parameters)
+        for name in given:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                advice = f"; did you mean {near[0]!r}?" if near else ""
+                raise TypeError(
+                    f"{type(self).__name__}: unexpected keyword argument {name!r}{advice}"
+                )
 
     def _make_stepper(self) -> Stepper:
         assert isinstance(self, torch.optim.Optimizer)

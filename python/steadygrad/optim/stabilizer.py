@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,8 +12,10 @@ from torch import Tensor
 from steadygrad.optim.adagrad import RULE as ADAGRAD_RULE
 from steadygrad.optim.adam import ADAM_RULE, ADAMW_RULE
 from steadygrad.optim.closures import Closure
+from steadygrad.optim.direct_steps import own_step, watch
 from steadygrad.optim.options import (
     COUNTERS,
+    LIMITS,
     ClipScope,
     L1Mode,
     Nonfinite,
@@ -34,6 +36,18 @@ from steadygrad.telemetry.settings import Level, Telemetry
 _RULES = {
     rule.optimizer: rule for rule in (SGD_RULE, ADAM_RULE, ADAMW_RULE, ADAGRAD_RULE, RMSPROP_RULE)
 }
+
+
+def _kind(optimizer: Stabilizer | Stabilized) -> str:
+    """What a stabilized optimizer is, and what to do in the place of wrapping it."""
+    if isinstance(optimizer, Stabilized):
+        name = optimizer.rule.optimizer.__name__
+        return (
+            f"a steadygrad.optim.{name}, whose own step is stabilized: give it max_norm and the other options, "
+            f"or wrap torch.optim.{name}"
+        )
+    name = type(optimizer.optimizer).__name__
+    return f"a steadygrad.Stabilizer around {name}: give that one the options, or wrap the {name}"
 
 
 class Stabilizer(StepOutcome, torch.optim.Optimizer):
@@ -88,7 +102,8 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
     collective per step, and non-finite elements on one rank are non-finite for all.
 
     ``max_norm``, ``clip_value``, ``l1`` and ``l2`` are keys of every param group: set them per group, or change them
-    while training. Schedulers advance on skipped steps too, since they count calls.
+    while training. ``opt.max_norm = 0.5`` sets all groups at once, and is what groups that are added later get.
+    Schedulers advance on skipped steps too, since they count calls.
 
     Under any ``rounding`` fp32 parameters are updated as ever. Penalties see half-precision parameters as they are
     stored, since the loss did; weight decay and the proximal step act on the value that is updated. A parameter that
@@ -104,6 +119,9 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
             is stabilized already. From :meth:`step`: ``rounding`` or ``state_dtype`` asked of an optimizer on the
             in-place path, ``rounding="master"`` of fp64.
     """
+
+    #: The wrapped optimizer.
+    optimizer: torch.optim.Optimizer
 
     def __init__(
         self,
@@ -135,8 +153,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
             )
         if isinstance(optimizer, (Stabilizer, Stabilized)):
             raise ValueError(
-                "Stabilizer: optimizer: expected one that is not stabilized yet, "
-                f"got {type(optimizer).__name__}"
+                f"Stabilizer: optimizer: expected one that is not stabilized yet, got {_kind(optimizer)}"
             )
         self.__setstate__(
             {
@@ -166,8 +183,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
         # A wrapper made anew, or around a loaded checkpoint, follows its own options; the counters go on.
         for group in self.param_groups:
             if COUNTERS[0] in group:
-                limit = self._options.constant_limit
-                group.update(max_norm=limit, clip_value=clip_value, l1=l1, l2=l2)
+                group.update({key: getattr(self._options, key) for key in LIMITS})
                 if isinstance(clip, ClipAdaptive) and group.get(CLIPPING) is not None:
                     group[CLIPPING] = clip.clipping  # but None stays: a final layer
         self._add_group_keys()
@@ -177,7 +193,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
             self.optimizer,
             self._options,
             _RULES.get(type(self.optimizer)),
-            lambda *closure: self.optimizer.step(*closure),
+            lambda *closure: own_step(self.optimizer, *closure),
             runs_hooks=True,
         )
 
@@ -219,11 +235,14 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
 
     # -- everything else is the wrapped optimizer's ---------------------------------------------
 
-    def __getattr__(self, name: str) -> Any:
-        """What this object does not have is looked up on the wrapped optimizer."""
-        if name == "optimizer" or (name.startswith("__") and name.endswith("__")):
-            raise AttributeError(name)
-        return getattr(self.optimizer, name)
+    # Hidden from type checkers, which could not find a misspelt name: they take ``opt.optimizer.name``.
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """What this object does not have is looked up on the wrapped optimizer."""
+            if name == "optimizer" or (name.startswith("__") and name.endswith("__")):
+                raise AttributeError(name)
+            return getattr(self.optimizer, name)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -289,6 +308,8 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
         self._flush()
         own = {key: value for key, value in state.items() if key in ("optimizer", "_options")}
         self.__dict__.update(own, _stepper=None)
+        if "optimizer" in own:
+            watch(self, self.optimizer)
         empty: Callable[[], OrderedDict[int, Any]] = OrderedDict
         self.__dict__.setdefault("_optimizer_step_pre_hooks", empty())
         self.__dict__.setdefault("_optimizer_step_post_hooks", empty())

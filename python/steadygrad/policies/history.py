@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from steadygrad.arguments import checked_count
 from steadygrad.policies.policy import LEARNT, Numbers, Policy
 
 _BEFORE_NORMS = LEARNT + 2  # how many norms there are, and the place of the oldest
@@ -58,7 +57,7 @@ class ClipPercentile(Policy):
             raise ValueError(
                 f"ClipPercentile: percentile: expected a number in [0, 100], got {self.percentile!r}"
             )
-        checked_count("ClipPercentile: window", self.window, low=1)
+        self._count("window", low=1)
 
     @property
     def kernel_numbers(self) -> Numbers:
@@ -111,7 +110,7 @@ class SkipSpikes(Policy):
     def __post_init__(self) -> None:
         """Checks the numbers."""
         self._positive("sigma")
-        checked_count("SkipSpikes: window", self.window, low=2)
+        self._count("window", low=2)
 
     @property
     def kernel_numbers(self) -> Numbers:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from steadygrad.arguments import checked_count
 from steadygrad.policies.policy import LEARNT, Numbers, Policy, Scope
 
 
@@ -56,7 +55,7 @@ class ClipZScore(Policy):
         """Checks the numbers."""
         self._positive("z_threshold")
         self._fraction("alpha")
-        checked_count("ClipZScore: warmup", self.warmup, low=1)
+        self._count("warmup", low=1)
         self._cap("max_norm")
         self._positive("clip_factor")
 
@@ -119,7 +118,7 @@ class ClipRelative(Policy):
         """Checks the numbers."""
         self._positive("relative")
         self._fraction("beta")
-        checked_count("ClipRelative: warmup", self.warmup, low=1)
+        self._count("warmup", low=1)
         self._cap("max_norm")
 
     @property

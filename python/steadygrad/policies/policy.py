@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from steadygrad.arguments import checked_number
+from steadygrad.arguments import checked_count, checked_number
 
 Scope = Literal["global", "group", "tensor"]
 Numbers = tuple[object, ...]
@@ -47,8 +47,17 @@ class Policy:
         return None if saved else [0.0] * self.row_size
 
     def _number(self, name: str, **limits: Any) -> float:
+        """A parameter, checked; from then on it is a Python float, whatever it came as."""
         where = f"{type(self).__name__}: {name}"
-        return checked_number(where, getattr(self, name), **limits)
+        number = checked_number(where, getattr(self, name), **limits)
+        object.__setattr__(self, name, number)
+        return number
+
+    def _count(self, name: str, low: int) -> int:
+        """The same for a parameter that is an int of at least ``low``."""
+        count = checked_count(f"{type(self).__name__}: {name}", getattr(self, name), low=low)
+        object.__setattr__(self, name, count)
+        return count
 
     def _fraction(self, name: str) -> float:
         return self._number(name, below=1.0)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from .norm import Array
+
+Activation = Literal["relu"]
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def batch_norm(
     bias: ArrayLike | None = None,
     eps: float = 1e-5,
     residual: ArrayLike | None = None,
-    activation: str | None = None,
+    activation: Activation | None = None,
 ) -> Array:
     """Return the normalised batch.
 
@@ -172,7 +174,7 @@ def batch_norm_backward(
     bias: ArrayLike | None = None,
     eps: float = 1e-5,
     residual: ArrayLike | None = None,
-    activation: str | None = None,
+    activation: Activation | None = None,
     constant_statistics: bool = False,
 ) -> Gradients:
     """Return the gradients of :func:`batch_norm`, whose arguments these are.
@@ -221,7 +223,7 @@ def _normalized(input: ArrayLike, statistics: Statistics, eps: float) -> Array:
     return deviation / _along_channels(np.sqrt(variance), x)
 
 
-def _is_relu(activation: str | None) -> bool:
+def _is_relu(activation: Activation | None) -> bool:
     if activation not in (None, "relu"):
         raise ValueError(f"batch_norm: activation must be None or 'relu', got {activation!r}")
     return activation == "relu"

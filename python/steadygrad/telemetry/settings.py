@@ -51,15 +51,15 @@ class Telemetry:
         """Checks the arguments."""
         if self.level not in get_args(Level):
             raise ValueError(f"Telemetry: level: expected 'global' or 'tensor', got {self.level!r}")
-        checked_count("Telemetry: history", self.history, low=1)
-        if self.every is not None:
-            checked_count("Telemetry: every", self.every, low=1)
-            if self.every > self.history:
-                raise ValueError(
-                    f"Telemetry: every: expected at most history, {self.history}, got {self.every}"
-                )
-        if self.stop_after_skips is not None:
-            checked_count("Telemetry: stop_after_skips", self.stop_after_skips, low=1)
+        for name in ("history", "every", "stop_after_skips"):
+            count = getattr(self, name)
+            if count is not None or name == "history":
+                count = checked_count(f"Telemetry: {name}", count, low=1)
+                object.__setattr__(self, name, count)
+        if self.every is not None and self.every > self.history:
+            raise ValueError(
+                f"Telemetry: every: expected at most history, {self.history}, got {self.every}"
+            )
         writers = self.writers if isinstance(self.writers, Sequence) else [self.writers]
         for writer in writers:
             if not callable(writer):

@@ -1,0 +1,111 @@
+"""The signatures of the optimizer classes: torch's parameters, then the Stabilizer's, and no others."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from inspect import Parameter as Argument
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+import steadygrad as sg
+from steadygrad.optim.options import StabilizerOptions
+
+CLASSES = sorted(sg.optim.__all__)
+all_classes = pytest.mark.parametrize("name", CLASSES)
+
+
+def arguments(function: Any) -> dict[str, Argument]:
+    return dict(inspect.signature(function).parameters)
+
+
+def shown(argument: Argument) -> tuple[Any, ...]:
+    """What a caller has to know of it."""
+    return argument.name, argument.kind, argument.default
+
+
+def own_arguments() -> dict[str, Argument]:
+    listed = arguments(sg.Stabilizer)
+    assert listed.pop("optimizer").kind is Argument.POSITIONAL_OR_KEYWORD
+    return listed
+
+
+def weight() -> Parameter:
+    return Parameter(torch.zeros(2))
+
+
+def test_the_wrapper_has_the_options_in_their_order() -> None:
+    own = own_arguments()
+    for field, argument in zip(dataclasses.fields(StabilizerOptions), own.values(), strict=True):
+        assert shown(argument) == (field.name, Argument.KEYWORD_ONLY, field.default)
+        assert argument.annotation == field.type
+
+
+@all_classes
+def test_a_class_has_torchs_parameters_and_then_the_wrappers(name: str) -> None:
+    torchs, own = arguments(getattr(torch.optim, name)), own_arguments()
+    ours = arguments(getattr(sg.optim, name))
+    by_position = [k for k, v in torchs.items() if v.kind is Argument.POSITIONAL_OR_KEYWORD]
+    assert list(ours)[: len(by_position)] == by_position
+    assert set(ours) == set(torchs) | set(own) and list(ours)[-len(own) :] == list(own)
+    assert not set(torchs) & set(own)
+    for key, argument in ours.items():
+        assert shown(argument) == shown(own[key] if key in own else torchs[key])
+        assert argument.annotation is not Argument.empty
+        if key in own:
+            assert argument.annotation == own[key].annotation
+
+
+@all_classes
+def test_every_parameter_arrives(name: str) -> None:
+    make = getattr(sg.optim, name)
+    torchs = arguments(getattr(torch.optim, name))
+    # No two of these can be given at once, and none is a number that a default could stand for.
+    apart = {"params", "foreach", "fused", "differentiable", "capturable", "nesterov", "betas"}
+    given = {key: 0.25 if v.default is not False else True for key, v in torchs.items()}
+    given = {key: value for key, value in given.items() if key not in apart}
+    optimizer = make([weight()], **given, max_norm=3.0, nonfinite="zero")
+    group = optimizer.param_groups[0]
+    for key, value in given.items():
+        assert group.get(key, optimizer.defaults.get(key)) == value
+    assert (group["max_norm"], optimizer._options.nonfinite) == (3.0, "zero")
+    assert make([weight()], 0.125).param_groups[0]["lr"] == 0.125
+
+
+@all_classes
+def test_an_unknown_keyword_is_refused_by_name(name: str) -> None:
+    make = getattr(sg.optim, name)
+    for wrong, near in (("maxnorm", "max_norm"), ("weight_deacy", "weight_decay"), ("L1", "")):
+        advice = f"; did you mean '{near}'?" if near else ""
+        with pytest.raises(TypeError) as refused:
+            make([weight()], **{wrong: 1.0})
+        assert str(refused.value) == f"{name}: unexpected keyword argument '{wrong}'{advice}"
+    with pytest.raises(TypeError, match=rf"{name}.*'params'"):
+        make()
+
+
+def test_a_subclass_may_have_a_constructor_of_its_own() -> None:
+    class Mine(sg.optim.SGD):
+        def __init__(self, params: Any, limit: float, **others: Any) -> None:
+            super().__init__(params, max_norm=limit, **others)
+
+    assert Mine([weight()], 0.5, momentum=0.9).max_norm == 0.5
+    with pytest.raises(TypeError, match=r"Mine: unexpected keyword argument 'momentun'; did you"):
+        Mine([weight()], 0.5, momentun=0.9)
+
+
+def test_a_keyword_that_only_another_torch_has_is_passed_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torchs = torch.optim.SGD.__init__
+
+    def newer(self: Any, params: Any, lr: Any = 1e-3, *, warp: int = 0, **others: Any) -> None:
+        torchs(self, params, lr, **others)
+        self.warp = warp
+
+    monkeypatch.setattr(torch.optim.SGD, "__init__", newer)
+    optimizer: Any = sg.optim.SGD([weight()], 0.1, warp=3, max_norm=1.0)  # type: ignore[call-arg]
+    assert (optimizer.warp, optimizer.max_norm) == (3, 1.0)
