@@ -325,15 +325,17 @@ def _of_torch(
             _check_counted(running_mean, num_batches_tracked)
             if num_batches_tracked is not None and input.numel() > 0:
                 factor = 1 / (float(num_batches_tracked) + 1)
-    kept: list[tuple[Tensor, Tensor]] = []
+    updated: list[tuple[Tensor, Tensor]] = []
     if training and running_mean is not None and running_var is not None and not _is_recorded():
-        kept = [(running, running.detach().clone()) for running in (running_mean, running_var)]
+        # In copies, since torch's backward saves what it is given.
+        updated = [(running, running.detach().clone()) for running in (running_mean, running_var)]
+        (_, running_mean), (_, running_var) = updated
     output = F.batch_norm(input, running_mean, running_var, weight, bias, training, factor, eps)
-    if kept:
+    if updated:
         with torch.no_grad():
-            finite = kept[0][0].isfinite() & kept[1][0].isfinite()
-            for running, before in kept:
-                running.copy_(torch.where(finite, running, before))
+            finite = updated[0][1].isfinite() & updated[1][1].isfinite()
+            for running, new in updated:
+                running.copy_(torch.where(finite, new, running))
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     if residual is not None:
