@@ -328,7 +328,7 @@ def _of_torch(
     updated: list[tuple[Tensor, Tensor]] = []
     if training and running_mean is not None and running_var is not None and not _is_recorded():
         # In copies, since torch's backward saves what it is given.
-        updated = [(running, running.detach().clone()) for running in (running_mean, running_var)]
+        updated = [(running, running.clone()) for running in (running_mean, running_var)]
         (_, running_mean), (_, running_var) = updated
     output = F.batch_norm(input, running_mean, running_var, weight, bias, training, factor, eps)
     if updated:
