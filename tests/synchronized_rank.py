@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 import sys
 import warnings
 from collections.abc import Callable
@@ -208,6 +211,24 @@ class Network(nn.Module):
         return output
 
 
+def saved_whole(rank: int, world: int) -> Found:
+    """A module over the default group, and one over another, which is the same ranks here."""
+    stored = io.BytesIO()
+    torch.save(Network(), stored)
+    stored.seek(0)
+    loaded = torch.load(stored, weights_only=False)
+    copied = copy.deepcopy(pickle.loads(pickle.dumps(loaded)))
+    other = Network()
+    other.norm.process_group = dist.new_group(list(range(world)))
+    return {
+        "same group": all(m.norm.process_group is dist.group.WORLD for m in (loaded, copied)),
+        "outputs": [m(samples(rank, 2)).detach() for m in (Network(), loaded, copied, other)],
+        "copied": copy.deepcopy(other).norm.process_group is other.norm.process_group,
+        "other": message(lambda: pickle.dumps(other)),
+        "file": stored.getvalue(),
+    }
+
+
 def data_parallel(rank: int, world: int) -> Found:
     model = nn.parallel.DistributedDataParallel(Network())
     found: Found = {}
@@ -274,6 +295,7 @@ SITUATIONS = (
     gradient_penalty_of_different_inputs,
     a_group_of_one,
     refused_groups,
+    saved_whole,
     data_parallel,
     compiled,
     without_the_host,

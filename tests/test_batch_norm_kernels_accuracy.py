@@ -12,6 +12,7 @@ from torch import Tensor
 
 from backends import Backend
 from batch_norm_calls import FUSIONS, LAYOUTS, Case, Shape
+from steadygrad.nn.functional import batch_norm
 from steadygrad.reference import batch_norm as reference
 from steadygrad.reference.batch_norm import Statistics
 from tolerances import (
@@ -195,3 +196,16 @@ def test_half_precision_errs_at_most_as_torch(
         for name, leaf in zip(("input", "residual", "weight", "bias"), leaves, strict=True):
             if name in grads and leaf is not None and leaf.grad is not None:
                 assert_error_at_most_torch(grads[name], leaf.grad, getattr(wanted, name))
+
+
+@pytest.mark.parametrize("layout", ["first", "last"])
+def test_variance_of_float64_far_from_zero(layout: str) -> None:
+    """Units' means are kept as differences: rounded at 1e6, they took 4e-12 from the variance with channels last."""
+    x = np.random.default_rng(5).normal(size=(64, 3, 30, 30)) + 1e6
+    tensor = torch.from_numpy(x)
+    if layout == "last":
+        tensor = tensor.contiguous(memory_format=torch.channels_last)
+    running = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    batch_norm(tensor, *running, training=True, momentum=1.0)
+    exact = np.moveaxis(x, 1, 0).reshape(3, -1).astype(np.longdouble).var(axis=1, ddof=1)
+    np.testing.assert_allclose(running[1], exact.astype(np.float64), rtol=2e-15)

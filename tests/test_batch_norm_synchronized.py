@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
@@ -238,6 +239,24 @@ def test_groups_that_are_refused(world: int) -> None:
         assert "process_group: expected an initialized group" in rank["destroyed"][1]
         assert rank["name"][0] == "TypeError"
         assert "got str" in rank["name"][1]
+
+
+def test_a_module_over_the_default_group_can_be_saved_whole(world: int) -> None:
+    """And loaded where there are no other processes, as torch's SyncBatchNorm can."""
+    for rank in found(world, "saved_whole"):
+        assert rank["same group"] and rank["copied"]
+        for output in rank["outputs"]:
+            assert torch.equal(output, rank["outputs"][0])
+        kind, text = rank["other"]
+        assert kind == "PicklingError"
+        assert "process_group: expected None or the default group" in text
+        assert "save model.state_dict() instead" in text
+        alone = torch.load(io.BytesIO(rank["file"]), weights_only=False)
+        assert alone.norm.process_group is None
+        alone.norm.momentum = 1.0
+        input = samples(0, 4)
+        alone(input)
+        torch.testing.assert_close(alone.norm.running_mean, alone.first(input).detach().mean(0))
 
 
 def test_gradients_of_distributed_data_parallel_are_the_mean_of_the_whole(world: int) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import operator
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -329,6 +331,24 @@ def test_chains() -> None:
     assert_same(model, twin, x)
     assert operations(twin) == ["batch norm + ReLU"] * 2
     torch.testing.assert_close(copy.deepcopy(twin)(x), twin(x))
+
+
+def test_classes_made_at_run_time_go_with_their_models() -> None:
+    def classes() -> list[weakref.ref[type]]:
+        class Norm(nn.BatchNorm2d):
+            pass
+
+        class Chain(nn.Sequential):
+            pass
+
+        model = convert_batchnorm(Chain(Norm(3), nn.ReLU()))
+        assert type(convert_batchnorm(Chain(Norm(3), nn.ReLU()))) is type(model)
+        return [weakref.ref(kind) for kind in (Norm, Chain, type(model), type(model[0]))]
+
+    left = classes()
+    gc.collect()
+    gc.collect()  # the classes they derive from, which the first has set free
+    assert [kind() for kind in left] == [None] * 4
 
 
 def test_without_fuse_only_the_batch_norms_change() -> None:

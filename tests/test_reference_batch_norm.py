@@ -219,3 +219,19 @@ def test_wrong_arguments_are_refused() -> None:
         batch_norm_backward(x, x, channel_statistics(x), activation="gelu")
     with pytest.raises(ValueError, match="parts must hold at least one, got none"):
         combine_statistics([])
+
+
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+def test_statistics_that_are_not_finite_stay_out_of_the_running_ones(
+    momentum: float | None,
+) -> None:
+    x = np.random.default_rng(0).normal(size=(6, 4, 3))
+    x[0, 0, 0], x[1, 1, 1], x[:, 2] = np.inf, np.nan, x[:, 2] * 1e300
+    statistics = channel_statistics(x)
+    running = np.full(4, 2.0), np.full(4, 3.0)
+    mean, var = update_running_statistics(*running, statistics, momentum, 3)
+    np.testing.assert_array_equal(mean[:3], 2.0)
+    np.testing.assert_array_equal(var[:3], 3.0)
+    factor = 1 / 3 if momentum is None else momentum
+    np.testing.assert_allclose(mean[3], (1 - factor) * 2 + factor * x[:, 3].mean())
+    np.testing.assert_allclose(var[3], (1 - factor) * 3 + factor * x[:, 3].var(ddof=1))

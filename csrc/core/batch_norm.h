@@ -212,15 +212,28 @@ STEADYGRAD_INLINE InputGradient<T> input_gradient(double mean, double var, doubl
   return {center, static_cast<T>(scale), static_cast<T>(deviation), static_cast<T>(constant)};
 }
 
+// Whether a finite number stays finite as one of the vector's.
+STEADYGRAD_INLINE bool holds(ChannelVector vector, double value) {
+  const double largest = vector.dtype == DType::float64    ? 0x1.fffffffffffffp1023
+                         : vector.dtype == DType::float32  ? 0x1.fffffep127
+                         : vector.dtype == DType::bfloat16 ? 0x1.fep127
+                                                           : 65504;
+  return std::fabs(value) <= largest;
+}
+
 // running = running + factor * (new - running), as torch's (1 - factor) * running + factor * new; the
-// variance is the unbiased one.
+// variance is the unbiased one. A channel where either would not be finite keeps what it has, unlike torch's:
+// from infinity or NaN there is no way back.
 STEADYGRAD_INLINE void update_running(const RunningStatistics& running, int64_t channel, double factor,
                                       double mean, double var, double count) {
   const double unbiased = count > 1 ? var * (count / (count - 1)) : var;
   const double old_mean = channel_value(running.mean, channel, 0);
   const double old_var = channel_value(running.var, channel, 0);
-  set_channel_value(running.mean, channel, (1 - factor) * old_mean + factor * mean);
-  set_channel_value(running.var, channel, (1 - factor) * old_var + factor * unbiased);
+  const double new_mean = (1 - factor) * old_mean + factor * mean;
+  const double new_var = (1 - factor) * old_var + factor * unbiased;
+  if (!holds(running.mean, new_mean) || !holds(running.var, new_var)) return;
+  set_channel_value(running.mean, channel, new_mean);
+  set_channel_value(running.var, channel, new_var);
 }
 
 // `batches`: num_batches_tracked after it went up.

@@ -118,13 +118,15 @@ class BatchNormPass {
                           });
     const auto elements = static_cast<double>(blocks_.count(unit));
     for (int64_t c = 0; c < count; ++c) {
-      partial(unit, first + c) = moments_from_sums(static_cast<double>(shift[c * columns_]), sums.first(c),
-                                                   sums.second(c), elements);
+      const double from_origin = static_cast<double>(shift[c * columns_]) - origin(first + c);
+      partial(unit, first + c) = moments_from_sums(from_origin, sums.first(c), sums.second(c), elements);
     }
   }
 
   Moments moments(int64_t channel) {
-    return combined_moments(blocks_.units(), [&](int64_t unit) { return partial(unit, channel); });
+    Moments all = combined_moments(blocks_.units(), [&](int64_t unit) { return partial(unit, channel); });
+    all.mean += origin(channel);
+    return all;
   }
 
   void set_normalization(int64_t channel, double mean, double var) {
@@ -252,6 +254,16 @@ class BatchNormPass {
   }
 
   Moments& partial(int64_t unit, int64_t channel) { return partials_[unit * channels() + channel]; }
+
+  // The channel's first element. Means of units are kept as differences from it, which are as small as the
+  // data's own differences: what the units' means lose to rounding would be lost to the variance.
+  double origin(int64_t channel) const {
+    double first = 0;
+    with_elements(norm_.dtype, norm_.input, [&](const auto* elements) {
+      first = static_cast<double>(compute_value(elements[channel * norm_.shape.inner]));
+    });
+    return is_finite(first) ? first : 0;
+  }
 
   // Each channel's first element: sums of what differs from it lose little.
   void take_shift(const Rows& rows, const void* input, std::vector<T>& shift) const {

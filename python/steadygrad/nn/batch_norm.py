@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,17 +10,51 @@ from torch.fx.proxy import Proxy, TraceError
 from torch.nn.modules import batchnorm
 
 from steadygrad.nn.functional import Activation, batch_norm
+from steadygrad.nn.shared_group import SharedGroup
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+class _UnreadWithActivation:
+    """An attribute that cannot be read while the module has an activation.
+
+    Whatever makes another module out of a batch norm (one that is synchronised, frozen, quantized or folded into a
+    convolution) reads ``eps`` or ``num_features``, knows of no activation, and would lose it without a word.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, module: Any, owner: type) -> Any:
+        if module is None:
+            return self
+        if module.activation is None:
+            return vars(module)[self._name]
+        kind = type(module).__name__
+        # No AttributeError, for which getattr and hasattr have an answer of their own.
+        raise RuntimeError(
+            f"{kind}.{self._name}: expected a module without an activation, got activation={module.activation!r}, "
+            "which whatever makes another module of this one would lose: to synchronise, call "
+            "steadygrad.nn.convert_batchnorm(model, process_group=torch.distributed.group.WORLD); to fold, freeze or "
+            "quantize, set activation to None and put a torch.nn.ReLU behind the module; to read the value alone, "
+            f"vars(module)[{self._name!r}]"
+        )
+
+    def __set__(self, module: Any, value: Any) -> None:
+        vars(module)[self._name] = value
+
+
 class _BatchNorm(batchnorm._BatchNorm):
     """What the three have in common; :class:`BatchNorm2d` describes it."""
 
-    # On the class too, for modules that were pickled or made without them.
+    # On the class too, for modules that were pickled or made without it.
     activation: Activation | None = None
-    process_group: ProcessGroup | None = None
+    eps: Any = _UnreadWithActivation()
+    num_features: Any = _UnreadWithActivation()
+    # torch.jit.trace reads what is listed in the first and every other attribute that is not in the second.
+    __constants__: Any = ("track_running_stats", "momentum", "affine")
+    __jit_ignored_attributes__ = ("eps", "num_features", "process_group")
 
     def __init__(
         self,
@@ -47,6 +80,24 @@ class _BatchNorm(batchnorm._BatchNorm):
         )
         self.activation = activation
         self.process_group = process_group
+
+    def __dir__(self) -> list[str]:
+        """Lists what can be read, since torch.jit.trace reads all that is listed."""
+        listed: Any = super().__dir__
+        names: list[str] = listed()
+        if self.activation is None:
+            return names
+        return [name for name in names if name not in ("eps", "num_features")]
+
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """The ranks whose statistics are taken together in training; None for this process alone."""
+        shared = vars(self).get("process_group")
+        return None if shared is None else shared.group()
+
+    @process_group.setter
+    def process_group(self, group: ProcessGroup | None) -> None:
+        vars(self)["process_group"] = SharedGroup.of(group)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalises ``input``, adds ``residual`` and applies the activation."""
@@ -86,7 +137,7 @@ class _BatchNorm(batchnorm._BatchNorm):
             bias,
             training,
             momentum,
-            self.eps,
+            vars(self)["eps"],
             residual=residual,
             activation=activation,
             num_batches_tracked=batches,
@@ -115,14 +166,6 @@ class _BatchNorm(batchnorm._BatchNorm):
             shown += ", process_group=..."
         return shown
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _BatchNorm:
-        # A process group is a connection: a copy of the module uses the same one.
-        memo[id(self.process_group)] = self.process_group
-        twin = self.__class__.__new__(self.__class__)
-        memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return twin
-
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
     """:class:`torch.nn.BatchNorm1d` for input of (N, C) or (N, C, L); see :class:`BatchNorm2d`."""
@@ -132,8 +175,9 @@ class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
     """:class:`torch.nn.BatchNorm2d` on fused kernels, for input of (N, C, H, W).
 
     Arguments, parameters, buffers and ``state_dict`` are torch's, and so are the outputs but for rounding, where
-    these are the closer ones. ``forward(input, residual=None)`` also takes what is to be added before the activation,
-    of the input's shape and dtype.
+    these are the closer ones; but a channel of a batch whose statistics are not finite stays out of the running ones.
+    ``forward(input, residual=None)`` also takes what is to be added before the activation, of the input's shape and
+    dtype.
 
     Args:
         num_features: C.
@@ -144,9 +188,13 @@ class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
         track_running_stats: whether there are running statistics.
         device: of parameters and buffers.
         dtype: of parameters and buffers.
-        activation: ``"relu"``, in the same pass; or None.
+        activation: ``"relu"``, in the same pass; or None. A module that has one is refused, by a ``RuntimeError``, by
+            whatever makes another module of it from its attributes and would lose it
+            (``torch.nn.SyncBatchNorm.convert_sync_batchnorm``, ``fuse_conv_bn_eval``): ``eps`` and ``num_features``
+            cannot be read.
         process_group: takes statistics over all its ranks when training; ``torch.distributed.group.WORLD`` for
-            all. None for this process alone.
+            all. None for this process alone. A module over the default group can be pickled; where it is loaded
+            without ``torch.distributed`` it is alone, as torch's ``SyncBatchNorm`` is.
         **bias: ``bias=False`` for weight alone, where this torch's class has it.
 
     Raises:

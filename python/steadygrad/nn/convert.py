@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -116,10 +116,9 @@ def _own_group(module: nn.Module) -> dist.ProcessGroup | None:
 
 
 def _convert(module: nn.Module, process_group: dist.ProcessGroup | None) -> None:
-    state = vars(module)
     if isinstance(module, BatchNorm):
         if process_group is not None:
-            state["process_group"] = process_group
+            module.process_group = process_group
         return
     kind = type(module)
     base = _base(kind)
@@ -128,8 +127,9 @@ def _convert(module: nn.Module, process_group: dist.ProcessGroup | None) -> None
     if base is nn.SyncBatchNorm and process_group is None:
         process_group = _own_group(module)
     object.__setattr__(module, "__class__", ours if kind is base else _mixed(kind, ours))
-    state["activation"] = None
-    state["process_group"] = process_group
+    converted: Any = module
+    converted.activation = None
+    converted.process_group = process_group
 
 
 def _mixed(kind: type[nn.Module], ours: type[nn.Module]) -> type[nn.Module]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import new_class
 from typing import Any
+from weakref import WeakValueDictionary
 
 from torch import nn
 
 Kind = type[nn.Module]
 
-_CLASSES: dict[tuple[object, ...], Kind] = {}
+# A derived class lives as long as its instances, and its key, with the bases in it, no longer than that.
+_CLASSES: WeakValueDictionary[tuple[object, ...], Kind] = WeakValueDictionary()
 # What stands for a forward that can be found again; it is not written down.
 TRANSIENT = "_fusion"
 
@@ -32,8 +34,9 @@ def derived_class(
         finish: called with every instance that was copied or unpickled.
     """
     key = (name, bases, members)
-    if key in _CLASSES:
-        return _CLASSES[key]
+    known = _CLASSES.get(key)
+    if known is not None:
+        return known
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         reduced = super(derived, self).__reduce_ex__(protocol)

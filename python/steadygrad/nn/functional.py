@@ -59,8 +59,17 @@ def batch_norm(
     backward; with ReLU and a residual, one bit an element is.
 
     What the kernels do not take goes to :func:`torch.nn.functional.batch_norm`: other devices than CPU and CUDA,
-    subclasses of tensors, transforms of :mod:`torch.func`, forward-mode derivatives, empty batches. Autocast leaves
+    subclasses of tensors, transforms of :mod:`torch.func`, forward-mode derivatives, empty batches. So does what is
+    exported (:mod:`torch.export`, ONNX, ``torch.jit.trace``), so that files run without this package. Autocast leaves
     the dtype of the input alone, as it does for torch's.
+
+    A channel of a batch whose mean or variance is not finite, or would not be as a running one, does not enter the
+    running statistics. In torch one such batch makes them NaN or infinite for ever, although a stabilized optimizer
+    skips its step. It counts in ``num_batches_tracked``, and so under ``momentum=None`` as one that equalled the
+    average so far.
+
+    In evaluation backward reads the running statistics. Where they have changed meanwhile, by a call in training, it
+    raises autograd's ``RuntimeError`` ("modified by an inplace operation"); torch's gradient is wrong then.
 
     Args:
         input: (N, C) or (N, C, ...) in float32, float64, bfloat16 or float16; any strides.
@@ -105,7 +114,9 @@ def batch_norm(
     options = (running_mean, running_var, num_batches_tracked, training, momentum, eps, relu)
     # Transforms rewrite operations; the order counts: under a tracer no more is evaluated than the first two.
     transformed = torch._C._are_functorch_transforms_active()
-    if (
+    if torch.compiler.is_exporting():
+        pass  # what is exported runs without this package
+    elif (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or type(input) is FakeTensor
@@ -126,6 +137,9 @@ def batch_norm(
         raise TypeError(
             "batch_norm: process_group: expected tensors that the kernels take, got an input of "
             f"{type(input).__name__} or parameters that they do not"
+            if not torch.compiler.is_exporting()
+            else "batch_norm: process_group: expected None where a module is exported in training, got a group: "
+            "call model.eval() first"
         )
     return _of_torch(input, residual, vectors, options)
 
@@ -227,6 +241,11 @@ def _has_tangents_or_trace() -> bool:
     return forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None
 
 
+def _is_recorded() -> bool:
+    """Whether operations are written down for elsewhere, where torch's operation is to stand alone."""
+    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+
+
 def _is_uniform(input: Tensor, vectors: _Vectors) -> bool:
     """A short look that most calls pass: all of one dtype. The rest of :func:`_fits` the kernels see for themselves."""
     if type(input) not in _PLAIN or input.layout is not torch.strided or input.dim() < 2:
@@ -307,7 +326,17 @@ def _of_torch(
             _check_counted(running_mean, num_batches_tracked)
             if num_batches_tracked is not None and input.numel() > 0:
                 factor = 1 / (float(num_batches_tracked) + 1)
+    updated: list[tuple[Tensor, Tensor]] = []
+    if training and running_mean is not None and running_var is not None and not _is_recorded():
+        # In copies, since torch's backward saves what it is given.
+        updated = [(running, running.clone()) for running in (running_mean, running_var)]
+        (_, running_mean), (_, running_var) = updated
     output = F.batch_norm(input, running_mean, running_var, weight, bias, training, factor, eps)
+    if updated:
+        with torch.no_grad():
+            finite = updated[0][1].isfinite() & updated[1][1].isfinite()
+            for running, new in updated:
+                running.copy_(torch.where(finite, new, running))
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     if residual is not None:

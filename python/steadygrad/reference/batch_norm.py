@@ -104,6 +104,9 @@ def update_running_statistics(
         running_mean = (1 - momentum) * running_mean + momentum * mean
         running_var  = (1 - momentum) * running_var  + momentum * var * n / (n - 1)
 
+    A channel whose new mean or variance would not be finite keeps its running statistics, unlike torch's,
+    which never come back from infinity or NaN. Its batch counts all the same.
+
     Args:
         running_mean: Shape (C).
         running_var: Shape (C).
@@ -118,10 +121,11 @@ def update_running_statistics(
     unbiased = statistics.var * (statistics.count / max(statistics.count - 1, 1))
     old_mean = np.asarray(running_mean, dtype=np.float64)
     old_var = np.asarray(running_var, dtype=np.float64)
-    return (
-        (1 - factor) * old_mean + factor * statistics.mean,
-        (1 - factor) * old_var + factor * unbiased,
-    )
+    with np.errstate(invalid="ignore", over="ignore"):
+        new_mean = (1 - factor) * old_mean + factor * statistics.mean
+        new_var = (1 - factor) * old_var + factor * unbiased
+    finite = np.isfinite(new_mean) & np.isfinite(new_var)
+    return np.where(finite, new_mean, old_mean), np.where(finite, new_var, old_var)
 
 
 def batch_norm(
