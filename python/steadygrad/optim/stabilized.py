@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from steadygrad.distributed.parts import zero_redundancy_optimizer
 from steadygrad.memory import Outcome
 from steadygrad.optim.accumulated import Accumulated
 from steadygrad.optim.closures import Closure
@@ -111,6 +112,23 @@ class StepOutcome:
             return report.norm.found_nonfinite()
         found = (report.skipped and not report.spiked) or report.nonfinite_count > 0
         return torch.tensor(float(found), dtype=torch.float32, device="cpu")
+
+    def _join_zero_redundancy(self) -> None:
+        """Within ``ZeroRedundancyOptimizer``, which gives each rank other parameters, takes the norm over its ranks.
+
+        That optimizer has also put all keyword arguments into its param groups. Those that are no keys of ours are
+        taken out again: process groups and writers cannot be pickled.
+        """
+        zero = zero_redundancy_optimizer()
+        if zero is None:
+            return
+        if self._options.reduce_norm is None:
+            self._options = dataclasses.replace(self._options, reduce_norm=zero.process_group)
+        names = {field.name for field in dataclasses.fields(self._options)}
+        names -= set(self._options.group_defaults())
+        for keys in (zero.defaults, *zero.param_groups, *self.param_groups):
+            for name in names & set(keys):
+                del keys[name]
 
     def _add_group_keys(self, kept: list[dict[str, Any]] | None = None) -> None:
         for i, group in enumerate(self.param_groups):
@@ -287,6 +305,7 @@ class Stabilized(StepOutcome):
         self._options = StabilizerOptions(**{name: kwargs.pop(name) for name in own})
         self._stepper = None
         super().__init__(params, *args, **kwargs)  # type: ignore[call-arg]
+        self._join_zero_redundancy()
 
     def _make_stepper(self) -> Stepper:
         assert isinstance(self, torch.optim.Optimizer)

@@ -162,6 +162,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
                 ),
             }
         )
+        self._join_zero_redundancy()
         self._current_stepper()  # hears from the optimizer's last wrapper
         # A wrapper made anew, or around a loaded checkpoint, follows its own options; the counters go on.
         for group in self.param_groups:
