@@ -113,22 +113,24 @@ class StepOutcome:
         found = (report.skipped and not report.spiked) or report.nonfinite_count > 0
         return torch.tensor(float(found), dtype=torch.float32, device="cpu")
 
-    def _join_zero_redundancy(self) -> None:
+    def _join_zero_redundancy(self, own: Iterable[str]) -> None:
         """Within ``ZeroRedundancyOptimizer``, which gives each rank other parameters, takes the norm over its ranks.
 
-        That optimizer has also put all keyword arguments into its param groups. Those that are no keys of ours are
-        taken out again: process groups and writers cannot be pickled.
+        It puts all keyword arguments into its param groups and so into ours, as other optimizers around a base
+        optimizer do. Those that are no keys of a group are taken out again: process groups cannot be pickled.
+
+        Args:
+            own: names of the options that were given as keyword arguments.
         """
         zero = zero_redundancy_optimizer()
-        if zero is None:
-            return
-        if self._options.reduce_norm is None:
-            self._options = dataclasses.replace(self._options, reduce_norm=zero.process_group)
-        names = {field.name for field in dataclasses.fields(self._options)}
-        names -= set(self._options.group_defaults())
-        for keys in (zero.defaults, *zero.param_groups, *self.param_groups):
-            for name in names & set(keys):
-                del keys[name]
+        holders = self.param_groups
+        if zero is not None:
+            holders = [*holders, *zero.param_groups, zero.defaults]
+            if self._options.reduce_norm is None:
+                self._options = dataclasses.replace(self._options, reduce_norm=zero.process_group)
+        for name in set(own) - set(self._options.group_defaults()):
+            for holder in holders:
+                holder.pop(name, None)
 
     def _add_group_keys(self, kept: list[dict[str, Any]] | None = None) -> None:
         for i, group in enumerate(self.param_groups):
@@ -305,7 +307,7 @@ class Stabilized(StepOutcome):
         self._options = StabilizerOptions(**{name: kwargs.pop(name) for name in own})
         self._stepper = None
         super().__init__(params, *args, **kwargs)  # type: ignore[call-arg]
-        self._join_zero_redundancy()
+        self._join_zero_redundancy(own)
 
     def _make_stepper(self) -> Stepper:
         assert isinstance(self, torch.optim.Optimizer)
