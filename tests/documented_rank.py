@@ -20,6 +20,7 @@ from torch.distributed.tensor import parallel
 
 import steadygrad as sg
 from documented_snippets import snippets
+from ranks import leave_ranks
 
 
 class Layer(nn.Module):
@@ -73,9 +74,8 @@ def main(rank: int, world: int, folder: Path) -> None:
         scope = names(rank, folder / str(number))
         exec(compile(code, title, "exec"), scope)
         found[title] = after(scope)
-    torch.save(found, folder / f"found{rank}")
     dist.barrier()
-    dist.destroy_process_group()
+    leave_ranks(found, rank, folder)
 
 
 if __name__ == "__main__":

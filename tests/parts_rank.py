@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
 import steadygrad as sg
-from ranks import join_ranks
+from ranks import join_ranks, leave_ranks
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of torch.jit.script, which torch uses there itself
@@ -147,8 +147,7 @@ def main(rank: int, world: int, folder: Path) -> None:
         for use_orig_params in (False, True):
             name = f"fsdp1 {strategy.name} {use_orig_params}"
             found[name] = fsdp1(use_orig_params, strategy)
-    torch.save(found, folder / f"found{rank}")
-    dist.destroy_process_group()
+    leave_ranks(found, rank, folder)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import steadygrad as sg
 from backends import BACKENDS
 from policy_runs import CLIPS, Driven, recorded_norms
 from python_policies import PYTHON
-from ranks import join_ranks
+from ranks import join_ranks, leave_ranks
 
 CASES = {**CLIPS, **PYTHON}
 NAMES = ("percentile-window", "zscore-uncapped", "relative-short", "damp", "python-zscore")
@@ -81,8 +81,7 @@ def main(rank: int, world: int, folder: Path) -> None:
                 for scope in ("global", "group"):
                     found[f"{backend}-{name}-{scope}"] = run(name, scope, rank)
             found[f"{backend}-raising"] = raising(rank)
-    torch.save(found, folder / f"found{rank}")
-    dist.destroy_process_group()
+    leave_ranks(found, rank, folder)
 
 
 if __name__ == "__main__":
