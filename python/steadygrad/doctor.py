@@ -45,13 +45,13 @@ def run(console: Console) -> int:
     kernels, kernels_error = _import("steadygrad._kernels")
 
     facts = version_facts(torch, torch_error)
-    console.print(_fact_table("Versions", facts), "")
+    _print_facts(console, "Versions", facts)
     boundary = dlpack_facts(torch, kernels)
     if package is None or kernels is None:
         boundary.insert(0, Fact("import", package_error or kernels_error, REINSTALL))
     else:
         boundary = extension_facts(package, kernels) + cuda_facts(torch, kernels) + boundary
-    console.print(_fact_table("Extension", boundary), "")
+    _print_facts(console, "Extension", boundary)
     problems = [f"{fact.name}: {fact.remedy}" for fact in facts + boundary if fact.remedy]
 
     if package is None or kernels is None:
@@ -75,7 +75,7 @@ def run(console: Console) -> int:
         return 0
     console.print("[red]What is wrong and what to do:[/]")
     for problem in problems:
-        console.print(f"- {escape(problem)}")
+        console.print(f"- {escape(problem)}", soft_wrap=True)
     return 1
 
 
@@ -222,14 +222,15 @@ def torch_openmp() -> str:
     return ""
 
 
-def _fact_table(title: str, facts: Sequence[Fact]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False, box=None)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+def _print_facts(console: Console, title: str, facts: Sequence[Fact]) -> None:
+    """A line each, which only the terminal breaks: paths stay whole where they are copied or piped."""
+    console.print(f"[italic]{title}[/]")
+    width = max(len(fact.name) for fact in facts)
     for fact in facts:
         value = escape(fact.value)
-        table.add_row(fact.name, f"[red]{value}[/]" if fact.remedy else value)
-    return table
+        value = f"[red]{value}[/]" if fact.remedy else value
+        console.print(f"[bold]{fact.name:<{width}}[/]  {value}", soft_wrap=True, highlight=False)
+    console.print()
 
 
 def _check_table(checks: Sequence[Check], device: str) -> Table:
