@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from steadygrad.distributed.dtensors import local_tensor
 from steadygrad.memory import is_asynchronous
-from steadygrad.optim.parameter_groups import is_uninitialized
 from steadygrad.optim.rule import UpdateRule
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -25,7 +25,7 @@ def why_not_fused(
     """
     params = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     for i, (param, _) in enumerate(params):
-        if not is_uninitialized(param) and param.is_inference():
+        if not is_lazy(param) and param.is_inference():
             raise RuntimeError(
                 f"step: parameters[{i}]: expected a tensor that may be updated, got an inference "
                 "tensor; create the model outside torch.inference_mode"
@@ -42,7 +42,7 @@ def why_not_fused(
             return "capturable=True"
     seen: set[int] = set()
     for param, group in params:
-        if is_uninitialized(param):
+        if is_lazy(param):
             continue  # like any parameter without a gradient; once it has one it is looked at again
         local = local_tensor(param)
         why = _why_not_param(local, rule)

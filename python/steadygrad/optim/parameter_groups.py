@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 _NORM_LAYERS = (
     nn.modules.batchnorm._NormBase,
@@ -15,11 +16,6 @@ _NORM_LAYERS = (
     nn.LocalResponseNorm,
     nn.RMSNorm,
 )
-
-
-def is_uninitialized(param: Tensor) -> bool:
-    """Whether a lazy module has not made this parameter yet: it has no shape, and nothing may be asked of it."""
-    return isinstance(param, nn.parameter.UninitializedTensorMixin)
 
 
 def param_groups(
@@ -58,7 +54,7 @@ def param_groups(
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
-        if is_uninitialized(param):
+        if is_lazy(param):
             raise ValueError(
                 f"param_groups: model: expected initialized parameters, got an {type(param).__name__} in {name!r}, of "
                 "a lazy module; run a batch through the model first"
@@ -129,7 +125,7 @@ def set_parameter_names(
         )
     nameless = [
         f"param_groups[{g}]['params'][{i}] of "
-        + ("no shape yet" if is_uninitialized(param) else f"shape {tuple(param.shape)}")
+        + ("no shape yet" if is_lazy(param) else f"shape {tuple(param.shape)}")
         for g, group in enumerate(param_groups)
         for i, param in enumerate(group["params"])
         if id(param) not in names
