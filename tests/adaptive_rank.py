@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -15,7 +14,7 @@ from torch.nn import Parameter
 
 import steadygrad as sg
 from backends import BACKENDS
-from ranks import join_ranks
+from ranks import join_ranks, leave_ranks
 
 BACKENDS_RUN = [backend for backend in BACKENDS[:2] if backend.why_not() is None]
 SHAPES = ((5, 4, 3), (6, 7), (9,), (3, 8))
@@ -89,8 +88,7 @@ def main(rank: int, world: int, folder: Path) -> None:
         "later": message_of((Shard(1),), (4, 6), mesh, clipping=None, later=True),
         "mesh of one": message_of((Shard(1), Shard(0)), (4, 6), alone),
     }
-    torch.save(found, folder / f"found{rank}")
-    dist.destroy_process_group()
+    leave_ranks(found, rank, folder)
 
 
 if __name__ == "__main__":

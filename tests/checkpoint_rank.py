@@ -37,6 +37,7 @@ from checkpoint_cases import (
     network,
     train,
 )
+from ranks import leave_ranks
 
 Found = dict[str, Any]
 Optimizer = torch.optim.Optimizer
@@ -189,8 +190,7 @@ def main(rank: int, world: int, folder: Path, checkpoints: Path) -> None:
     mesh = init_device_mesh("cpu", (world,))
     found = save(checkpoints, mesh) if world == 2 else {}
     found |= resume(checkpoints, mesh)
-    torch.save(found, folder / f"found{rank}")
-    dist.destroy_process_group()
+    leave_ranks(found, rank, folder)
 
 
 if __name__ == "__main__":

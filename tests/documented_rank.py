@@ -20,6 +20,8 @@ from torch.distributed.tensor import parallel
 
 import steadygrad as sg
 from documented_snippets import snippets
+from parts_rank import ZeroRedundancyOptimizer
+from ranks import leave_ranks
 
 
 class Layer(nn.Module):
@@ -42,6 +44,7 @@ def names(rank: int, folder: Path) -> dict[str, Any]:
         **{name: getattr(parallel, name) for name in parallel.__all__},
         **{"torch": torch, "nn": nn, "dist": dist, "dcp": dcp, "sg": sg, "contextlib": contextlib},
         **{"init_device_mesh": init_device_mesh, "fully_shard": fully_shard},
+        **{"ZeroRedundancyOptimizer": ZeroRedundancyOptimizer},
         **{"model": model, "inputs": torch.randn(8, 8), "device": "cpu", "folder": folder},
     }
 
@@ -51,6 +54,8 @@ def after(scope: dict[str, Any]) -> dict[str, Any]:
     optimizer = scope.get("optimizer")
     if optimizer is None:
         return {"norm": float(scope["norm"]), "skipped": 0}
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        optimizer = optimizer.optim
     if optimizer.grad_norm is None:
         x = scope.get("stage", scope["model"])(scope["inputs"])
         if "experts" in scope:
@@ -73,9 +78,8 @@ def main(rank: int, world: int, folder: Path) -> None:
         scope = names(rank, folder / str(number))
         exec(compile(code, title, "exec"), scope)
         found[title] = after(scope)
-    torch.save(found, folder / f"found{rank}")
     dist.barrier()
-    dist.destroy_process_group()
+    leave_ranks(found, rank, folder)
 
 
 if __name__ == "__main__":

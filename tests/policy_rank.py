@@ -13,7 +13,7 @@ import steadygrad as sg
 from backends import BACKENDS
 from policy_runs import CLIPS, Driven, recorded_norms
 from python_policies import PYTHON
-from ranks import join_ranks
+from ranks import join_ranks, leave_ranks
 
 CASES = {**CLIPS, **PYTHON}
 NAMES = ("percentile-window", "zscore-uncapped", "relative-short", "damp", "python-zscore")
@@ -41,6 +41,37 @@ def run(name: str, scope: Any, rank: int) -> dict[str, Any]:
     return {"taken": taken, "learnt": driven.learnt(), "counts": counts}
 
 
+class RaisesOnTheLastRank(sg.ClipPolicy):
+    """A policy whose second question is too much for one rank."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def limits(self, norms: torch.Tensor) -> float:
+        self.asked += 1
+        if self.asked == 2 and dist.get_rank() == dist.get_world_size() - 1:
+            raise OSError("no space left on this rank")
+        return 0.5
+
+
+def raising(rank: int) -> dict[str, Any]:
+    """Three steps, of which the second is refused; what each raised, and the parameter after it."""
+    param = torch.nn.Parameter(torch.ones(2))
+    optimizer = sg.optim.SGD(
+        [param], lr=0.1, clip=RaisesOnTheLastRank(), reduce_norm=dist.group.WORLD
+    )
+    raised, values = [], []
+    for _ in range(3):
+        param.grad = torch.full((2,), 3.0)
+        try:
+            optimizer.step()
+            raised.append("nothing")
+        except (OSError, RuntimeError) as error:
+            raised.append(str(error))
+        values.append(param.detach().clone())
+    return {"raised": raised, "values": values, "clipped": optimizer.clipped_steps}
+
+
 def main(rank: int, world: int, folder: Path) -> None:
     join_ranks(rank, world, folder)
     found = {}
@@ -49,8 +80,8 @@ def main(rank: int, world: int, folder: Path) -> None:
             for name in NAMES:
                 for scope in ("global", "group"):
                     found[f"{backend}-{name}-{scope}"] = run(name, scope, rank)
-    torch.save(found, folder / f"found{rank}")
-    dist.destroy_process_group()
+            found[f"{backend}-raising"] = raising(rank)
+    leave_ranks(found, rank, folder)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import steadygrad as sg
 from backends import BACKENDS
+from ranks import leave_ranks
 from sharded_cases import CASES, EMULATED_CASES, MAX_NORM, Case
 from sharded_layouts import Meshes, local, training, whole
 from sharded_precision import PRECISION
@@ -86,8 +87,7 @@ def main(rank: int, world: int, folder: Path) -> None:
         sys.stderr.write(f"{refusal.__name__}\n")
         found[refusal.__name__] = refusal(rank, world, meshes)
         dist.barrier()  # as a rank that asks again at once may be heard by one that still waits
-    torch.save(found, folder / f"found{rank}")
-    dist.destroy_process_group()
+    leave_ranks(found, rank, folder)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from backends import BACKENDS
+from ranks import leave_ranks
 from steadygrad.nn import BatchNorm1d, synchronized
 from steadygrad.nn.synchronized import synchronized_batch_norm
 from synchronized_cases import CASES, EMULATED_CASES, EPS, Case, part_of, vectors, whole_batch
@@ -320,8 +321,7 @@ def main(rank: int, world: int, folder: Path) -> None:
     for situation in SITUATIONS:
         sys.stderr.write(f"{situation.__name__}\n")
         found[situation.__name__] = situation(rank, world)
-    torch.save(found, folder / f"found{rank}")
-    dist.destroy_process_group()
+    leave_ranks(found, rank, folder)
 
 
 if __name__ == "__main__":

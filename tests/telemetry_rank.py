@@ -14,7 +14,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import steadygrad as sg
 from backends import BACKENDS
-from ranks import join_ranks
+from ranks import join_ranks, leave_ranks
 
 BACKENDS_RUN = [backend for backend in BACKENDS[:2] if backend.why_not() is None]
 SCOPES = ("global", "group", "tensor")
@@ -64,8 +64,7 @@ def main(rank: int, world: int, folder: Path) -> None:
             for scope in SCOPES:
                 rows = torch.from_numpy(sharded(scope)._rows.copy())
                 found[f"{backend}-{scope}"] = {"rows": rows}
-    torch.save(found, folder / f"found{rank}")
-    dist.destroy_process_group()
+    leave_ranks(found, rank, folder)
 
 
 if __name__ == "__main__":

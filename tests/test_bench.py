@@ -19,6 +19,7 @@ from steadygrad import bench
 from steadygrad.bench import cases as bench_cases
 from steadygrad.bench import device as bench_device
 from steadygrad.bench import environment, measure, peers, report, shapes, targets
+from steadygrad.bench.table import Table
 from steadygrad.bench.timer import Candidate, Race, Timing, quartiles, ratio, round_ratios
 from steadygrad.bench.workload import Workload
 
@@ -225,7 +226,7 @@ def test_run_reports_and_writes_json(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     console = Console(file=io.StringIO(), width=100)
     out = tmp_path / "results" / "bench.json"
     page = tmp_path / "pages" / "bench.html"
-    assert bench.run(console, quick=True, out=out, page=page, threads=1) == 0
+    assert bench.run(console, quick=True, out=out, page=page, threads=1, targets=True) == 0
     assert torch.get_num_threads() == threads
 
     assert isinstance(console.file, io.StringIO)
@@ -281,6 +282,24 @@ def test_a_case_that_fails_costs_only_itself(
     found = json.loads(out.read_text())
     assert [case["key"] for case in found["cases"]] == ["clip_active/tiny"]
     assert found["skipped"] == [{"case": "clip_value/tiny", "reason": "failed: out of luck"}]
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_narrow_console_cuts_nothing_off(width: int) -> None:
+    table = Table("Times", ("case", "peer"), ("ours ms", "ratio"))
+    table.add(
+        "a case of a rather long name, of which nothing is to be lost",
+        "torch foreach",
+        "12.3",
+        "4.56",
+    )
+    shown = io.StringIO()
+    bench._print_whole(Console(file=shown, width=width), table)
+    assert str(table) in shown.getvalue()
+    shown = io.StringIO()
+    bench._print_whole(Console(file=shown, width=table.width), table)
+    assert re.search(r"nothing is to be lost +torch foreach +12\.3 +4\.56", shown.getvalue())
+    assert str(table) not in shown.getvalue()
 
 
 def test_run_refuses_no_threads() -> None:

@@ -269,6 +269,8 @@ def test_a_rehearsal_judges_nothing() -> None:
     run = report.Run(device.environment, False, bandwidth, 1, (result,), rehearsal=True)
     assert {verdict.met for verdict in run.verdicts} == {None}
     assert "rehearsal" in str(report.render(run)[0])
+    assert not any("Floors" in str(part) for part in report.render(run))
+    assert "Floors" in str(report.render(run, with_targets=True)[-1])
 
 
 def test_small_sets_of_buffers_rotate_past_the_cache() -> None:

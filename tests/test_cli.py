@@ -128,10 +128,13 @@ def test_bench_is_wired(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: i
     monkeypatch.setattr(steadygrad.bench, "run", run)
     out, page = tmp_path / "new" / "bench.json", tmp_path / "newer" / "bench.html"
     assert main(["bench", "--quick", "--out", str(out), "--threads", "1"]) == code
-    assert main(["bench", "--device", "cuda", "--limit", "90", "--page", str(page)]) == code
+    more = ["--limit", "90", "--page", str(page), "--targets"]
+    assert main(["bench", "--device", "cuda", *more]) == code
     assert calls == [
-        {"quick": True, "out": out, "page": None, "threads": 1, "device": "cpu", "limit": None},
-        {"quick": False, "out": None, "page": page, "threads": None, "device": "cuda", "limit": 90},
+        {"quick": True, "out": out, "page": None, "threads": 1, "device": "cpu", "limit": None}
+        | {"targets": False},
+        {"quick": False, "out": None, "page": page, "threads": None, "device": "cuda", "limit": 90}
+        | {"targets": True},
     ]
     assert out.parent.is_dir() and page.parent.is_dir()
 

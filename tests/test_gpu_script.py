@@ -54,8 +54,21 @@ def test_tests_are_left_out_that_lack_a_package(
     )
     assert gpu.main(["--dry", "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    assert "tests/test_study.py is left out: a package that it needs is missing" in text
-    assert text.count("--ignore=tests/test_study.py -m") == 2
+    studies = sorted(path.name for path in Path(__file__).parent.glob("test_study_*.py"))
+    assert len(studies) > 5
+    for name in studies:
+        assert f"tests/{name} is left out: a package that it needs is missing" in text
+        assert text.count(f"--ignore=tests/{name} ") == 2
+
+
+def test_a_table_of_tests_that_names_a_file_no_more_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for package in gpu.TESTS_THAT_NEED:
+        assert all((gpu.ROOT / path).is_file() for path in gpu._test_files(package))
+    monkeypatch.setitem(gpu.TESTS_THAT_NEED, "mlxtend", ("tests/test_gone.py",))
+    with pytest.raises(FileNotFoundError, match=r"mlxtend.*no file fits tests/test_gone\.py"):
+        gpu._test_files("mlxtend")
 
 
 def test_a_rehearsal_touches_no_gpu_and_no_results(tmp_path: Path) -> None:

@@ -269,6 +269,12 @@ def test_markdown_with_drawings(document: Document, tmp_path: Path) -> None:
     dataclasses.replace(document, sections=sections).write_markdown(tmp_path / "report.md")
     assert "### most\n\n![c](report/my-bars.svg)\n\nc\n" in (tmp_path / "report.md").read_text()
     assert [path.name for path in (tmp_path / "report").iterdir()] == ["my-bars.svg"]
+    drawing = (tmp_path / "report" / "my-bars.svg").read_text()
+    (tmp_path / "report" / "users.svg").write_text(drawing)
+    document.write_markdown(tmp_path / "report.md")  # which has other drawings
+    left = {path.name for path in (tmp_path / "report").iterdir()}
+    assert "users.svg" in left and "my-bars.svg" not in left
+    (tmp_path / "report" / "my-bars.svg").write_text(drawing)
     root = ElementTree.parse(tmp_path / "report" / "my-bars.svg").getroot()
     width, height = (float(root.attrib[side]) for side in ("width", "height"))
     placed = [svg.attrib for svg in root if svg.tag.endswith("}svg")]
@@ -309,6 +315,16 @@ def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
         write_text("\ud800", path)
     assert path.read_text(encoding="utf-8") == "é"
     assert [p.name for p in path.parent.iterdir()] == ["page.html"]
+
+
+def test_no_link_is_followed_as_a_file_is_written(tmp_path: Path) -> None:
+    others = tmp_path / "others"
+    others.write_text("theirs")
+    for name in (".page.html.part", "page.html"):
+        (tmp_path / name).symlink_to(others)
+    write_text("ours", tmp_path / "page.html")
+    assert others.read_text() == "theirs"
+    assert (tmp_path / "page.html").read_text() == "ours"
 
 
 def test_command_text() -> None:

@@ -45,6 +45,19 @@ def test_ranks_learn_what_one_process_learns(backend_name: str, name: str, scope
     assert one.optimizer.skipped_steps == first["counts"][0] > 3
 
 
+@pytest.mark.parametrize("backend_name", [backend.name for backend in BACKENDS_RUN])
+def test_a_policy_that_raises_on_one_rank_refuses_the_step_on_all(backend_name: str) -> None:
+    results = found(SCRIPT, 2, TIME_LIMIT, f"{backend_name}-raising")
+    for rank, result in enumerate(results):
+        first, second, third = result["raised"]
+        assert first == third == "nothing"
+        assert ("no space left" if rank == 1 else "got an exception on another one") in second
+        assert torch.equal(result["values"][0], result["values"][1])
+        assert result["clipped"] == 2
+    for one, other in zip(results[0]["values"], results[1]["values"], strict=True):
+        assert torch.equal(one, other)
+
+
 def in_two(groups: Any, **options: Any) -> Any:
     """The third parameter belongs to the first group."""
     first, second, third = (group["params"] for group in groups)

@@ -194,8 +194,11 @@ def test_advice_turns_around_with_the_runs() -> None:
 
 def test_advice_where_nothing_learns_everywhere() -> None:
     made = an_experiment("e", [NONE, CLIP, L1], outcomes_of("none: lost, clip 1: idle, L1: lost"))
-    (_, first), (_, kept), _ = claims.advice([made])
-    assert first == "no remedy. Of those tried in all, the nearest is clip 1 (0 of 10 learned)."
+    (lead, first), (_, kept), _ = claims.advice([made])
+    assert lead == (
+        "With no single remedy did every run learn in all 2 hard settings; of those tried in all, the nearest is"
+    )
+    assert first == "clip 1 (0 of 10 learned)."
     assert kept == "clip 1 (0 of 10 learned)."
 
 
@@ -203,8 +206,8 @@ def test_the_nearest_remedy_was_tried_in_all_settings() -> None:
     one = an_experiment("e", [NONE, CLIP, L1], outcomes_of("none: lost, clip 1: idle, L1: learned"))
     two = an_experiment("f", [NONE, CLIP], outcomes_of("none: lost, clip 1: lost"))
     first, second, third = claims.advice([one, two])
-    assert first[0] == "In all 4 hard settings every run learned with"
-    assert first[1] == "no remedy. Of those tried in all, the nearest is clip 1 (0 of 20 learned)."
+    assert first[0].startswith("With no single remedy did every run learn in all 4 hard settings")
+    assert first[1] == "clip 1 (0 of 20 learned)."
     assert second[1] == "L1 (10 of 10 learned)."
     assert third == ("Runs were lost, half of them at most, with", "clip 1 (0 of 20 learned).")
 

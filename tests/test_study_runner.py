@@ -167,6 +167,13 @@ def test_a_journal_of_another_study_is_refused(tmp_path: Path, console: Console)
     again.close()
     with pytest.raises(JournalError, match="an unfinished study with other experiments"):
         Journal(path, {"experiments": [2], "versions": {}}).open("later")
+    whole = path.read_bytes()
+    for place in (
+        i for i in range(0, len(whole), 41) if whole[i] != ord("\n")
+    ):  # with another seed, arm or result as well
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(JournalError, match=r"line \d is not what was written"):
+            Journal(path, {"experiments": [1], "versions": {}}).open("later")
     path.write_text("not a journal\n")
     with pytest.raises(JournalError, match="is not the journal of a study"):
         Journal(path, {}).open("later")

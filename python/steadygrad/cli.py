@@ -65,6 +65,7 @@ def _bench(args: argparse.Namespace, console: Console) -> int:
             threads=args.threads,
             device=args.device or "cpu",
             limit=args.limit,
+            targets=args.targets,
         )
     except DeviceUnusable as error:
         open_console(stderr=True).print(str(error))
@@ -119,7 +120,7 @@ def _contradiction(args: argparse.Namespace) -> str:
         if args.page is None:
             return "--from makes a page of a result: add --page FILE"
         measuring = {"--quick": args.quick, "--out": args.out, "--limit": args.limit}
-        measuring |= {"--threads": args.threads, "--device": args.device}
+        measuring |= {"--targets": args.targets, "--threads": args.threads, "--device": args.device}
         given = [name for name, value in measuring.items() if value]
         return f"--from measures nothing: leave out {', '.join(given)}" if given else ""
     return ""
@@ -182,6 +183,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--out", type=Path, metavar="FILE", help="also write the numbers as JSON")
     bench.add_argument(
         "--page", type=Path, metavar="FILE", help="also write a page of charts and tables (HTML)"
+    )
+    bench.add_argument(
+        "--targets", action="store_true", help="also show the floors that maintainers hold it to"
     )
     bench.add_argument(
         "--from",

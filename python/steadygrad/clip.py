@@ -15,6 +15,7 @@ from steadygrad.distributed.dtensors import (
     local_tensors,
     without_partial,
 )
+from steadygrad.distributed.parts import part_of_fsdp1
 from steadygrad.distributed.sharding import list_reduction
 from steadygrad.memory import NormOutput, allocator, is_asynchronous, is_number_on
 
@@ -175,7 +176,8 @@ def clip_grad_norm_(
 
     Raises:
         TypeError: a gradient is sparse, on another device than the others, or of another dtype.
-        ValueError: ``max_norm`` is negative or NaN, ``norm_type`` is NaN.
+        ValueError: ``max_norm`` is negative or NaN, ``norm_type`` is NaN, or a parameter is a part of one that FSDP1
+            has split over ranks; the message has the lines to write.
         RuntimeError: non-finite elements under ``error_if_nonfinite``, on any rank; a process group was destroyed, or
             ranks hold different DTensors.
 
@@ -185,6 +187,15 @@ def clip_grad_norm_(
     listed = as_list("clip_grad_norm_", "parameters", parameters)
     limit = as_number("clip_grad_norm_", "max_norm", max_norm)
     p = as_number("clip_grad_norm_", "norm_type", norm_type)
+    part = part_of_fsdp1(listed)
+    if part is not None:
+        raise ValueError(
+            f"clip_grad_norm_: parameters[{part}]: expected a whole parameter or a DTensor, got one of "
+            "FullyShardedDataParallel, of which each rank holds a part. Write instead: "
+            "norm = sg.get_total_norm([p.grad for p in parameters if p.grad is not None]); "
+            "norm = sg.distributed.reduce_norm(norm, model.process_group) (not under ShardingStrategy.NO_SHARD); "
+            "sg.clip_grads_with_norm_(parameters, max_norm, norm)"
+        )
     reduction = None
     if has_dtensors(listed):
         listed = list(dict.fromkeys(listed))

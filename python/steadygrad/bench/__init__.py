@@ -10,6 +10,7 @@ bandwidth), `device` (CPU or GPU), `summary` and `targets` (means, floors), `sou
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -25,6 +26,7 @@ from steadygrad.bench.device import DeviceUnusable, HostDevice, device_named
 from steadygrad.bench.measure import QUICK, measure_case, settle_allocator
 from steadygrad.bench.page import write_page
 from steadygrad.bench.report import Run, render, to_json
+from steadygrad.bench.table import Line, Table
 from steadygrad.console import Console
 
 # How the reason begins why a case was skipped that raised.
@@ -181,6 +183,7 @@ def run(
     threads: int | None,
     device: str = "cpu",
     limit: float | None = None,
+    targets: bool = False,
 ) -> int:
     """Measure, print the tables, and write the numbers.
 
@@ -193,6 +196,7 @@ def run(
         threads: threads for torch and steadygrad alike; None takes two, or one on a single core.
         device: "cpu" or "cuda".
         limit: seconds after which no further case is begun; None has no limit.
+        targets: whether to show the maintainers' floors and whether they were met.
 
     Returns:
         0, or 1 if a case failed. A floor that is missed is no error: it may be the machine.
@@ -206,19 +210,36 @@ def run(
         raise ValueError(f"bench: threads must be at least 1, got {threads}")
     with _threads(count):
         found = measure_all(console, device_named(device), quick=quick, limit=limit)
-    show(console, found, out, page)
+    show(console, found, out, page, targets)
     return int(any(reason.startswith(FAILED) for _, reason in found.skipped))
 
 
-def show(console: Console, found: Run, out: Path | None, page: Path | None = None) -> None:
-    """Print the tables of a run, and write its numbers to `out` and a page of them to `page`."""
-    for part in render(found):
-        console.print(part)
+def show(
+    console: Console,
+    found: Run,
+    out: Path | None,
+    page: Path | None = None,
+    targets: bool = False,
+) -> None:
+    """Print the tables of a run, and write its numbers to `out` and a page of them to `page`.
+
+    `targets`: whether to show the maintainers' floors too; the numbers in `out` have them always.
+    """
+    for part in render(found, targets):
+        _print_whole(console, part)
     result = to_json(found)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         console.print(f"Numbers written to {out}")
     if page is not None:
-        write_page(result, page)
+        write_page(result if targets else {**result, "targets": []}, page)
         console.print(f"Page written to {page}")
+
+
+def _print_whole(console: Any, part: Table | Line) -> None:
+    """Prints a table that is wider than the console as plain lines, of which nothing is cut off."""
+    if isinstance(part, Table) and part.width > getattr(console, "width", math.inf):
+        console.print(str(part), soft_wrap=True, markup=False, highlight=False)
+    else:
+        console.print(part)

@@ -182,13 +182,12 @@ def _where(run: Run) -> str:
     return f"{run.environment.threads} thread{'s' * (run.environment.threads != 1)}"
 
 
-def render(run: Run) -> list[Table | Line]:
-    """All tables and notes of a run, in order, to print one after the other."""
+def render(run: Run, with_targets: bool = False) -> list[Table | Line]:
+    """All tables and notes of a run, in order, to print one after the other; the floors for maintainers."""
     return [
         cases_table(run.results, _where(run)),
         *(Line(line, "dim") for line in _notes(run)),
-        Line(""),
-        targets_table(run.verdicts),
+        *((Line(""), targets_table(run.verdicts)) if with_targets else ()),
     ]
 
 

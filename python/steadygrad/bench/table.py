@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -46,6 +47,13 @@ class Table:
     def add(self, *cells: str | Line) -> None:
         """Append a row."""
         self.rows.append(tuple(Line(cell) if isinstance(cell, str) else cell for cell in cells))
+
+    @property
+    def width(self) -> int:
+        """Of the longest line as rich draws it, with three spaces between columns and two around them."""
+        lines = [(*self.left, *self.right), *([cell.text for cell in row] for row in self.rows)]
+        columns = zip_longest(*lines, fillvalue="")
+        return sum(max(map(len, column)) + 3 for column in columns) + 1
 
     def __str__(self) -> str:
         headings = (*self.left, *self.right)

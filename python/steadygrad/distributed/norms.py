@@ -187,6 +187,14 @@ class NormReduction:
         for row, (members, _) in enumerate(self._parts, start=1):
             rows[1 + members[0]] = payload[row]
 
+    def on_any_rank(self, happened: bool) -> bool:
+        """Whether it happened on this rank or on one that steps together with it; waits for them."""
+        flag = self._rows.new_full((1,), float(happened))
+        for group in (self._group, *self._extra):
+            if group is not None:
+                dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+        return bool(flag.item())
+
     def _combined_part(self, rows: Tensor, members: list[int]) -> Tensor:
         if len(members) == 1:
             return rows[1 + members[0]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from steadygrad.distributed.dtensors import has_dtensors, local_gradients
 from steadygrad.distributed.groups import as_process_group, check_process_group
 from steadygrad.distributed.layout import Layout, layout_of
 from steadygrad.distributed.norms import NormReduction
+from steadygrad.distributed.parts import check_parts
 from steadygrad.distributed.units import check_whole_units
 from steadygrad.policies.adaptive import CLIPPING, ClipAdaptive
 from steadygrad.policies.clip_policy import ClipPolicy
@@ -25,7 +27,7 @@ class Sharding:
     """How the parameters of one optimizer are shared; made anew whenever they are exchanged.
 
     Args:
-        param_groups: of the optimizer, not all of them without parameters.
+        param_groups: of the optimizer.
         options: of the step.
         previous: the one before, whose ranks have agreed on the layout if that is the same.
     """
@@ -63,7 +65,7 @@ class Sharding:
                 options.norm_type,
                 options.scope,
                 options.per_tensor,
-                self._params[0].device,
+                self._params[0].device if self._params else torch.device("cpu"),
             )
 
     @property
@@ -82,7 +84,10 @@ def sharding_of(
     """None where every parameter is this process's alone."""
     groups = [group["params"] for group in param_groups]
     params = [param for group in groups for param in group]
-    if not params or (options.reduce_norm is None and not has_dtensors(params)):
+    clips_parameters = options.scope == "tensor" or isinstance(options.clip, ClipAdaptive)
+    check_parts(param_groups, options.reduce_norm, clips_parameters)
+    # A rank without parameters has to come all the same where others wait for its norm.
+    if options.reduce_norm is None and not has_dtensors(params):
         return None
     if isinstance(options.clip, ClipAdaptive):
         check_whole_units(param_groups, options.clip.clipping)

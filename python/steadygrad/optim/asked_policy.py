@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steadygrad.arguments import checked_number
-from steadygrad.distributed.norms import COLUMNS
+from steadygrad.distributed.norms import COLUMNS, NormReduction
 from steadygrad.memory import is_asynchronous, keep_for_graphs
 from steadygrad.policies.clip_policy import ClipPolicy
 from steadygrad.policies.state_text import state_of, text_of
@@ -81,6 +81,7 @@ class AskedPolicy:
             sums: rows of sums that one process alone needs.
             slots: parameters.
         """
+        others: NormReduction | None = None if of_processes is None else of_processes[2]
         if of_processes is None:
             assert self._rows is not None
             device, lone = self._rows.device, self._lone
@@ -92,7 +93,7 @@ class AskedPolicy:
                     keep_for_graphs(self._replaced, *lone[:2])
                 self._lone = (made, counted, None)
             of_processes = self._lone
-        return (*of_processes, self._ask)
+        return (*of_processes, lambda: self._ask_alike(others))
 
     def save(self, groups: Groups) -> None:
         """Brings the state to the param groups, unless one was loaded there; waits for the device.
@@ -125,6 +126,26 @@ class AskedPolicy:
 
     def _text(self) -> str:
         return text_of(f"{self._name}.state_dict", self._policy.state_dict())
+
+    def _ask_alike(self, others: NormReduction | None) -> None:
+        """Asks the policy. Where it raises on one rank, all ranks of the step raise, or their parameters would part."""
+        rows = self._rows
+        capturing = rows is not None and rows.is_cuda and torch.cuda.is_current_stream_capturing()
+        if others is None or capturing:
+            return self._ask()
+        error: Exception | None = None
+        try:
+            self._ask()
+        except Exception as raised:
+            error = raised
+        failed = others.on_any_rank(error is not None)
+        if error is not None:
+            raise error
+        if failed:
+            raise RuntimeError(
+                f"step: clip: {self._name}.limits: expected a limit on every rank, got an exception on another one, "
+                "which has its message; nothing was changed on any rank"
+            )
 
     @torch.no_grad()
     def _ask(self) -> None:

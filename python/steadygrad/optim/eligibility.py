@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from steadygrad.distributed.dtensors import local_tensor
 from steadygrad.memory import is_asynchronous
@@ -24,7 +25,7 @@ def why_not_fused(
     """
     params = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     for i, (param, _) in enumerate(params):
-        if param.is_inference():
+        if not is_lazy(param) and param.is_inference():
             raise RuntimeError(
                 f"step: parameters[{i}]: expected a tensor that may be updated, got an inference "
                 "tensor; create the model outside torch.inference_mode"
@@ -41,6 +42,8 @@ def why_not_fused(
             return "capturable=True"
     seen: set[int] = set()
     for param, group in params:
+        if is_lazy(param):
+            continue  # like any parameter without a gradient; once it has one it is looked at again
         local = local_tensor(param)
         why = _why_not_param(local, rule)
         if why is None and local.numel() > 0 and local.data_ptr() in seen:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from steadygrad.arguments import as_float
 
@@ -38,6 +39,9 @@ def param_groups(
 
     Returns:
         ``[penalised, rest]``, each with ``params``, ``param_names`` and the options given; either may be empty.
+
+    Raises:
+        ValueError: a parameter of a lazy module is not initialized yet, so its dimensions are not known.
     """
     given = {"l1": l1, "l2": l2, "weight_decay": weight_decay}
     options = {key: as_float(value) for key, value in given.items() if value is not None}
@@ -52,6 +56,11 @@ def param_groups(
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
+        if is_lazy(param):
+            raise ValueError(
+                f"param_groups: model: expected initialized parameters, got an {type(param).__name__} in {name!r}, of "
+                "a lazy module; run a batch through the model first"
+            )
         is_bias = name.rsplit(".", 1)[-1].endswith("bias")
         exempt = is_bias or param.ndim < 2 or id(param) in exempt_ids
         (rest if exempt else penalised).append((name, param))
@@ -117,7 +126,8 @@ def set_parameter_names(
             f"{used[twice[0]]} of them"
         )
     nameless = [
-        f"param_groups[{g}]['params'][{i}] of shape {tuple(param.shape)}"
+        f"param_groups[{g}]['params'][{i}] of "
+        + ("no shape yet" if is_lazy(param) else f"shape {tuple(param.shape)}")
         for g, group in enumerate(param_groups)
         for i, param in enumerate(group["params"])
         if id(param) not in names

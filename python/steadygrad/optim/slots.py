@@ -35,16 +35,17 @@ def slot_of(
         return None, {}
     # SGD keeps the key with None as its value until there is momentum.
     first = any(state.get(name) is None for name in names)
+    # A checkpoint from elsewhere has none; the rest of its state stays.
+    lacks_extra = extra is not None and not storage.is_extra(state.get(extra), param)
+    if (first or lacks_extra) and not has_grad:
+        return None, {}
     made: dict[str, Tensor] = {}
     if first:
         made = rule.new_state(param, group, storage.dtype_for(param))
     else:
         _widen(state, names, storage.dtype_for(param))
-    if extra is not None and not storage.is_extra(state.get(extra), param):
-        # Of a checkpoint from elsewhere: the rest of its state stays.
+    if extra is not None and lacks_extra:
         made[extra] = storage.new_extra(param)
-    if made and not has_grad:
-        return None, {}
     if rule.has_step and not first and on_device and state["step"].device != param.device:
         # Where the decision to step is taken, as with fused=True and capturable=True.
         state["step"] = state["step"].to(param.device, torch.float32, non_blocking=True)

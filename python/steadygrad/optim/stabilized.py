@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from steadygrad.distributed.parts import zero_redundancy_optimizer
 from steadygrad.memory import Outcome
 from steadygrad.optim.accumulated import Accumulated
 from steadygrad.optim.closures import Closure
@@ -115,6 +116,25 @@ class StepOutcome(SettableLimits):
             return report.norm.found_nonfinite()
         found = (report.skipped and not report.spiked) or report.nonfinite_count > 0
         return torch.tensor(float(found), dtype=torch.float32, device="cpu")
+
+    def _join_zero_redundancy(self, own: Iterable[str]) -> None:
+        """Within ``ZeroRedundancyOptimizer``, which gives each rank other parameters, takes the norm over its ranks.
+
+        It puts all keyword arguments into its param groups and so into ours, as other optimizers around a base
+        optimizer do. Those that are no keys of a group are taken out again: process groups cannot be pickled.
+
+        Args:
+            own: names of the options that were given as keyword arguments.
+        """
+        zero = zero_redundancy_optimizer()
+        holders = self.param_groups
+        if zero is not None:
+            holders = [*holders, *zero.param_groups, zero.defaults]
+            if self._options.reduce_norm is None:
+                self._options = self._options.changed(reduce_norm=zero.process_group)
+        for name in set(own) - set(self._options.group_defaults()):
+            for holder in holders:
+                holder.pop(name, None)
 
     def _add_group_keys(self, kept: list[dict[str, Any]] | None = None) -> None:
         for i, group in enumerate(self.param_groups):
@@ -312,9 +332,11 @@ class Stabilized(StepOutcome):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         own = {field.name for field in dataclasses.fields(StabilizerOptions)}
         self._check_keywords(kwargs, own)
-        self._options = StabilizerOptions(**{name: kwargs.pop(name) for name in own & set(kwargs)})
+        given = own & set(kwargs)
+        self._options = StabilizerOptions(**{name: kwargs.pop(name) for name in given})
         self._stepper = None
         super().__init__(*args, **kwargs)
+        self._join_zero_redundancy(given)
 
     def _check_keywords(self, given: Iterable[str], own: set[str]) -> None:
         """Refuses unknown names. Torch's are those of the torch that is there, which may have more than we list."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steadygrad.optim.adagrad import RULE as ADAGRAD_RULE
 from steadygrad.optim.adam import ADAM_RULE, ADAMW_RULE
-from steadygrad.optim.closures import Closure
+from steadygrad.optim.closures import Closure, other_update_methods
 from steadygrad.optim.direct_steps import own_step, watch
 from steadygrad.optim.options import (
     COUNTERS,
@@ -116,8 +116,8 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
     Raises:
         TypeError: ``optimizer`` is none.
         ValueError: an option is negative, NaN or unknown, ``max_norm`` and ``clip`` are both given, or ``optimizer``
-            is stabilized already. From :meth:`step`: ``rounding`` or ``state_dtype`` asked of an optimizer on the
-            in-place path, ``rounding="master"`` of fp64.
+            is stabilized already or has update methods beside ``step``, as SAM has. From :meth:`step`: ``rounding`` or
+            ``state_dtype`` asked of an optimizer on the in-place path, ``rounding="master"`` of fp64.
     """
 
     #: The wrapped optimizer.
@@ -155,6 +155,14 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
             raise ValueError(
                 f"Stabilizer: optimizer: expected one that is not stabilized yet, got {_kind(optimizer)}"
             )
+        others = other_update_methods(optimizer)
+        if others:
+            name = type(optimizer).__name__
+            raise ValueError(
+                f"Stabilizer: optimizer: expected one that updates parameters in step() alone, got {name}, which has "
+                f"{', '.join(others)} too: that would go unclipped. Where it is made around a base optimizer, give it "
+                f"a stabilized one, as in {name}(params, sg.optim.SGD, lr=0.1, max_norm=1.0)"
+            )
         self.__setstate__(
             {
                 "optimizer": optimizer,
@@ -179,6 +187,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
                 ),
             }
         )
+        self._join_zero_redundancy(own=())
         self._current_stepper()  # hears from the optimizer's last wrapper
         # A wrapper made anew, or around a loaded checkpoint, follows its own options; the counters go on.
         for group in self.param_groups:
@@ -201,7 +210,8 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
         """One stabilized step.
 
         Args:
-            closure: re-evaluates the model and returns the loss; called with gradients enabled, before the norm.
+            closure: re-evaluates the model and returns the loss; called with gradients enabled, before the norm. The
+                wrapped optimizer's own step is given one only if it cannot do without, as LBFGS.
 
         Returns:
             The closure's loss, or None.
@@ -214,8 +224,11 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
             RuntimeError: a tensor's storage was freed; a process group was destroyed, or ranks that step together hold
                 other DTensors or have other options.
 
-        A refused or skipped step changes nothing. Hooks of this object run around every step; those of the wrapped
-        optimizer around its update, so its post-hooks do not run when the step is skipped.
+        A refused or skipped step changes nothing. But where the wrapped optimizer's own step raises, on the in-place
+        path, gradients stay as they were clipped for it: restoring them would take a copy of all in every step.
+
+        Hooks of this object run around every step; those of the wrapped optimizer around its update, so its post-hooks
+        do not run when the step is skipped.
 
         On a CUDA device the fused step does not wait to hear whether it was skipped: the wrapped optimizer's hooks run
         either way, and a ``grad_scale`` or ``lr`` in a tensor there that is negative or not finite skips the step where

@@ -19,7 +19,7 @@ from steadygrad.optim.accumulated import Accumulated
 from steadygrad.optim.closures import Closure, evaluated, evaluates_closure, snapshot
 from steadygrad.optim.device_steps import DeviceReport, DeviceSteps, Scaling, scaling
 from steadygrad.optim.eligibility import why_not_fused
-from steadygrad.optim.in_place import apply_proximal, dense_grad
+from steadygrad.optim.in_place import apply_proximal, check_own_numbers, dense_grad
 from steadygrad.optim.interruptions import (
     CannotFuse,
     NonfiniteGradientError,
@@ -354,6 +354,8 @@ class Stepper:
         listed: list[dict[str, float]] = []
         for i, group in enumerate(self._optimizer.param_groups):
             where = f"step: param_groups[{i}]: "
+            if self._rule is None:
+                check_own_numbers(self._optimizer, i, self._options, device)
             if is_number_on(group.get("lr"), device):
                 group = {**group, "lr": 0.0}  # read by the kernels
             numbers = self._rule.numbers(group, where) if self._rule is not None else {}
@@ -394,7 +396,7 @@ class Stepper:
         restore = snapshot(self._optimizer)
         try:
             loss = self._base_step(stabilized_closure)
-        except (StepSkipped, NonfiniteGradientError):
+        except BaseException:
             restore()
             raise
         apply_proximal(self._optimizer.param_groups, self._options)
@@ -419,6 +421,7 @@ class Stepper:
             or self._scaling.found_inf_tensor is not None
             or evaluates_closure(self._optimizer)
         )
+        apply_proximal(self._optimizer.param_groups, self._options, only_check=True)
         report = self._run(grads, read_back)
         assert report is not None
         self._record(report, loss)

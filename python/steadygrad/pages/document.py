@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -77,14 +79,16 @@ class Document:
 
         Args:
             path: of the file; the folder has its name without the ending. Existing files are
-                replaced, and drawings in that folder which are no longer part of it removed.
+                replaced, and drawings removed that the file it replaces showed and this one does not.
         """
         folder = path.parent / path.stem
         figures = list(self._figures([*self.summary, *self.sections]))
         for figure in figures:
             write_text(figure.drawing(_style()), folder / figure.file)
-        for file in set(folder.glob("*.svg")) - {folder / figure.file for figure in figures}:
-            file.unlink()
+        before = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        shown = re.findall(rf"\]\({re.escape(path.stem)}/([\w.-]+\.svg)\)", before)
+        for name in set(shown) - {figure.file for figure in figures}:
+            (folder / name).unlink(missing_ok=True)
         write_text(self.markdown(path.stem), path)
 
     def _figures(self, blocks: Sequence[Block]) -> Iterator[Charts]:
@@ -107,9 +111,15 @@ def write_text(text: str, path: Path) -> None:
         path: where to; an existing file is replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
+    # A new file of a name that nobody can have made a link of before.
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    part = Path(name)
     try:
-        part.write_text(text, encoding="utf-8")
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.chmod(0o644)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

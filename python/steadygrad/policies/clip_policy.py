@@ -49,6 +49,8 @@ class ClipPolicy(ABC):
     loading wait for the device.
 
     **Several processes.** Norms are those over all ranks, so ranks whose policies do the same keep the same limits.
+    Where the policy raises on one rank, the step is refused on all that step together, which takes one more collective
+    and waits for it. Under DistributedDataParallel ranks decide by themselves: an exception on one of them is its own.
 
     **CUDA graphs.** A captured step records what ``limits`` does with tensors; the Python code itself runs once, at the
     capture. So keep state in tensors that are written in place, and return a tensor: a number is the same in every

@@ -198,15 +198,17 @@ def _for_explosions(experiments: Sequence[Json], names: Sequence[str]) -> list[t
     most = max(found.settings for found in tried.values())
     always = [name for name, found in tried.items() if found.learned == found.runs]
     learned = [name for name in always if tried[name].settings == most]
+    hard = "the one hard setting" if most == 1 else f"all {most} hard settings"
     if learned:
+        lead = f"In {hard} every run learned with"
         sentence = listed([_timed(experiments, name) for name in learned]) + "."
     else:
         everywhere = [name for name, found in tried.items() if found.settings == most]
         best = max(everywhere, key=lambda name: tried[name].learned / tried[name].runs)
         count = f"{tried[best].learned} of {tried[best].runs}"
-        sentence = f"no remedy. Of those tried in all, the nearest is {best} ({count} learned)."
-    hard = "the one hard setting" if most == 1 else f"all {most} hard settings"
-    items = [(f"In {hard} every run learned with", sentence)]
+        lead = f"With no single remedy did every run learn in {hard}; of those tried in all, the nearest is"
+        sentence = f"{best} ({count} learned)."
+    items = [(lead, sentence)]
     rest = {name: found for name, found in tried.items() if name not in always}
     groups = {
         "In the fewer hard settings in which they were tried, every run learned with": [

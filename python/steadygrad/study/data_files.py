@@ -34,15 +34,15 @@ def datasets_in(folder: Path) -> dict[str, Callable[[], Dataset]]:
 
     Args:
         folder: holds the MNIST files, themselves or in ``MNIST/raw``, or CIFAR-10 as
-            ``cifar-10-python.tar.gz`` or in the folder ``cifar-10-batches-py``, or both, or is that
-            folder.
+            ``cifar-10-binary.tar.gz`` or in the folder ``cifar-10-batches-bin``, or both, or is
+            that folder.
 
     Returns:
         ``"mnist"`` and ``"cifar10"``, those that are there -> what loads them: :func:`mnist` or
         :func:`cifar10`.
 
     Raises:
-        DataFileError: there is no such folder, or neither is in it.
+        DataFileError: there is no such folder, or neither is in it, or CIFAR-10 only as pickles.
     """
     if not folder.is_dir():
         raise DataFileError(f"{folder}: no such folder")
@@ -52,6 +52,7 @@ def datasets_in(folder: Path) -> dict[str, Callable[[], Dataset]]:
     if _cifar_source(folder):
         found["cifar10"] = lambda: cifar10(folder)
     if not found:
+        _refuse_pickles(folder)
         raise DataFileError(
             f"{folder}: expected MNIST (train-images-idx3-ubyte, train-labels-idx1-ubyte, "
             "t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte, each also with .gz) or CIFAR-10 "
@@ -106,26 +107,27 @@ def mnist(folder: Path) -> Dataset:
 
 
 def cifar10(folder: Path) -> Dataset:
-    """Load CIFAR-10 from its "python version": five training batches and one to test on.
+    """Load CIFAR-10 from its "binary version": five training batches and one to test on.
 
     Pixels are shifted and scaled by the mean and standard deviation of the training pixels, for
     each colour. An example is the red, then the green, then the blue plane of 32 x 32 pixels.
 
     Args:
-        folder: holds ``cifar-10-batches-py`` or ``cifar-10-python.tar.gz``, or is the former. Where
-            there are both, the folder is read.
+        folder: holds ``cifar-10-batches-bin`` or ``cifar-10-binary.tar.gz``, or is the former.
+            Where there are both, the folder is read.
 
     Raises:
         DataFileError: a file is missing, damaged or another one.
     """
     source = _cifar_source(folder)
     if source is None:
+        _refuse_pickles(folder)
         raise DataFileError(
             f"{folder}: expected {cifar_batches.FOLDER} or {cifar_batches.ARCHIVE}, found neither"
         )
     read = cifar_batches.read_folder if source.is_dir() else cifar_batches.read_archive
     batches = read(source)
-    test_pixels, test_labels = batches.pop("test_batch")
+    test_pixels, test_labels = batches.pop(cifar_batches.BATCHES[-1])
     pixels = np.concatenate([pixels for pixels, _ in batches.values()])
     counts = f"{len(pixels):,} images to train on and {len(test_pixels):,} to test"
     return _dataset(
@@ -161,6 +163,15 @@ def _cifar_source(folder: Path) -> Path | None:
     if (folder / cifar_batches.BATCHES[0]).is_file():
         return folder
     return next((path for path in candidates if path.exists()), None)
+
+
+def _refuse_pickles(folder: Path) -> None:
+    for name in cifar_batches.PYTHON_VERSION:
+        if (folder / name).exists():
+            raise DataFileError(
+                f"{folder / name}: expected the binary version of CIFAR-10, {cifar_batches.ARCHIVE}, from the same "
+                "page; the python version consists of pickles, which can run code as they are read"
+            )
 
 
 def _dataset(source: Path, **parts: Any) -> Dataset:

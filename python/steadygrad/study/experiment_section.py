@@ -19,6 +19,8 @@ HEAT_LEGEND = (
     ("heat0", "none survived"),
 )
 _NOTHING = "-"
+# Names of metrics that are shares end so.
+_SHARES = ("accuracy", "error")
 
 
 def section(experiment: Json) -> Section:
@@ -133,12 +135,14 @@ def _conclusions(experiment: Json) -> list[tuple[str, str]]:
 def rows_table(experiment: Json) -> Table:
     """Every row with all that was measured; columns in which nothing was are left out."""
     abouts = {arm["name"]: arm["about"] for arm in experiment["arms"]}
+    names = _metric_names(experiment)
+    most = 1.0 if all(n.endswith(_SHARES) for n in names.split(", ")) else math.inf
     columns: list[tuple[str, Callable[[Json], str | Cell]]] = [
         ("learning rate", lambda row: f"{row['learning_rate']:g}"),
         ("survived", lambda row: _of(row["survived"])),
         ("learned", lambda row: _of(row["learned"])),
         ("exploded", lambda row: _of(row["exploded"])),
-        (_metric_names(experiment), lambda row: _measured(row["metric"])),
+        (names, lambda row: _measured(row["metric"], most=most)),
         ("steps to target", lambda row: _to_target(row["steps_to_target"])),
         ("largest norm", lambda row: _norm(row["max_grad_norm"]["largest"])),
         ("median norm", lambda row: _plain(row["median_grad_norm"])),
@@ -201,11 +205,12 @@ def _mean(mean: Json | None, factor: float = 1.0) -> str | Cell:
     return Cell(centre, f"{figure(factor * mean['low'])} to {figure(factor * mean['high'])}")
 
 
-def _measured(mean: Json | None, factor: float = 1.0) -> str | Cell:
-    """A mean of what is never negative: Student's interval knows nothing of that."""
+def _measured(mean: Json | None, factor: float = 1.0, most: float = math.inf) -> str | Cell:
+    """A mean of what is never negative and at most ``most``: Student's interval knows nothing of that."""
     if mean is None or mean["low"] is None or min(mean["values"]) < 0:
         return _mean(mean, factor)
-    return _mean({**mean, "low": max(mean["low"], 0.0)}, factor)
+    ends = {"low": max(mean["low"], 0.0), "high": min(mean["high"], most)}
+    return _mean({**mean, **ends}, factor)
 
 
 def _norm(value: float) -> str:

@@ -1,7 +1,8 @@
 """Finished runs on disk, one line each, so that a killed study goes on where it was.
 
-A line is written and synchronised when its run is finished and never changed. A line that a kill
-cut in two is dropped and its run made again. The first line says which study it is.
+A line is written and synchronised when its run is finished and never changed; it begins with its
+checksum. A line that a kill cut in two is dropped and its run made again. The first line says which
+study it is.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import pathlib
 import time
+import zlib
 from typing import Any, BinaryIO
 
 from .encoding import decode_run, encode
@@ -108,7 +110,7 @@ class Journal:
 
     def _read(self, lines: list[bytes]) -> None:
         try:
-            first, *rest = [json.loads(line) for line in lines]
+            first, *rest = [json.loads(_checked(line, i)) for i, line in enumerate(lines, 1)]
             plan, self.started = first["plan"], first["started"]
             for entry in rest:
                 if "run" in entry:
@@ -131,7 +133,18 @@ class Journal:
 
     def _append(self, entry: dict[str, Any]) -> None:
         assert self._file is not None
-        line = json.dumps(entry, allow_nan=False, separators=(",", ":")) + "\n"
-        self._file.write(line.encode())
+        content = json.dumps(entry, allow_nan=False, separators=(",", ":")).encode()
+        self._file.write(_checksum(content) + b" " + content + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+
+
+def _checksum(content: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(content)
+
+
+def _checked(line: bytes, number: int) -> bytes:
+    checksum, _, content = line.partition(b" ")
+    if checksum != _checksum(content):
+        raise ValueError(f"line {number} is not what was written")
+    return content

@@ -9,10 +9,11 @@ import os
 import pathlib
 import platform
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from steadygrad.pages.document import write_text
 
 from .conclusions import conclusions, findings
 from .encoding import encode
@@ -182,14 +183,7 @@ def write(document: Mapping[str, Any], path: pathlib.Path) -> None:
     text = json.dumps(document, indent=None, allow_nan=False, separators=(",", ":"))
     # One run or row a line: small, and a diff still shows what changed.
     text = text.replace('},{"problem"', '},\n{"problem"')
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8"
-    ) as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    pathlib.Path(file.name).chmod(0o644)
-    os.replace(file.name, path)
+    write_text(text + "\n", path)
 
 
 def _processor() -> str:
