@@ -64,6 +64,9 @@ message(STATUS "steadygrad: CUDA for ${CMAKE_CUDA_ARCHITECTURES}")
 set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 
+# Machine code is similar from one architecture to the next and compresses well. Drivers before CUDA 12.4's (550.54) cannot read it.
+target_compile_options(steadygrad_options INTERFACE $<$<COMPILE_LANGUAGE:CUDA>:--compress-mode=size>)
+
 # What is compiled in, for messages and for telling which devices can be used.
 set(cuda_architectures "")
 set(cuda_machine_code "")

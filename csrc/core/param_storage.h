@@ -163,22 +163,4 @@ STEADYGRAD_INLINE void with_storage(Rounding rounding, DType dtype, Function fun
   }
 }
 
-// joined() and split() for storage that is known only at run time. `index`: of the element in its chunk.
-STEADYGRAD_INLINE float join(const ParamStorage& storage, float param, float extra) {
-  float value = param;
-  with_storage(storage.rounding, storage.dtype, [&](auto rounding, auto element) {
-    value = joined<decltype(rounding)::value, decltype(element)>(param, extra);
-  });
-  return value;
-}
-STEADYGRAD_INLINE float split(const ParamStorage& storage, float value, float& extra, uint32_t index) {
-  if (storage.rounding == Rounding::nearest) return value;  // rounded as it is stored
-  float param = value;
-  with_storage(storage.rounding, storage.dtype, [&](auto rounding, auto element) {
-    param =
-        split<decltype(rounding)::value, decltype(element)>(value, extra, random_bits(storage.random, index));
-  });
-  return param;
-}
-
 }  // namespace steadygrad

@@ -1,6 +1,6 @@
 #include "cuda/batch_norm_one_read.h"
 #include "cuda/batch_norm_passes.h"
-#include "cuda/batch_norm_team.h"
+#include "cuda/batch_norm_team_kernels.h"
 
 namespace steadygrad::cuda {
 namespace {

@@ -1,6 +1,6 @@
 #include "cuda/batch_norm_one_read.h"
 #include "cuda/batch_norm_passes.h"
-#include "cuda/batch_norm_team.h"
+#include "cuda/batch_norm_team_kernels.h"
 
 namespace steadygrad::cuda {
 namespace {
@@ -23,6 +23,7 @@ struct ForwardShared {
   };
   alignas(16) unsigned char totals[sizeof(Moments) * kMostTeamChannels];
   Normalization<T> channels[kMostTeamChannels];
+  int64_t batches;
 };
 
 template <class Access, bool kColumns>
@@ -42,7 +43,9 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksAtOnce<Access>)
   const int64_t numel = tiles.numel();
   const int64_t team = blockIdx.x / tiles.splits;
   const int64_t rank = blockIdx.x % tiles.splits;
-  const int64_t batches = running.cumulative ? batches_with_this_one(running) : 0;
+  // In shared memory, which costs no register until the statistics are written: every round has a barrier
+  // before.
+  if (threadIdx.x == 0) shared.batches = running.cumulative ? batches_with_this_one(running) : 0;
   KeptUnits<Access> kept(teams, 0);
   begin_team(teams, team, rank);
   int round = 0;
@@ -64,7 +67,8 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksAtOnce<Access>)
     if (static_cast<int>(threadIdx.x) < tiles.group_channels() && channel < tiles.shape.channels) {
       const Moments moments = totals[threadIdx.x];
       if (rank == 0) {
-        write_statistics(moments, channel, tiles.shape.channels, arguments.statistics, running, batches);
+        write_statistics(moments, channel, tiles.shape.channels, arguments.statistics, running,
+                         shared.batches);
       }
       shared.channels[threadIdx.x] =
           normalization<T>(moments.mean, moments.squares / moments.count, norm.eps,

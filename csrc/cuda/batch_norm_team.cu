@@ -5,6 +5,7 @@
 #include <string>
 
 #include "cuda/batch_norm_team.h"
+#include "cuda/launch.h"
 
 namespace steadygrad::cuda {
 namespace {

@@ -1,5 +1,6 @@
 // A block per tensor adds up its chunks; the last one to finish takes the total and decides. Where a total is
-// one of several processes, it leaves the scopes' sums to them, and a second launch decides.
+// one of several processes, it leaves the scopes' sums to them, and a second launch decides. One kernel does
+// all three, since its code is long: each sum and each power is compiled once, in a loop over scopes.
 #include <algorithm>
 
 #include "core/rules/table.h"
@@ -12,7 +13,11 @@
 namespace steadygrad::cuda {
 namespace {
 
+// own: the sums are all there is. leave: they are left to the other processes. reduced: they came back.
+enum class Stage : uint8_t { own, leave, reduced };
+
 struct DecideArguments {
+  Stage stage;
   TensorTable table;
   NormMemory norms;
   DecisionMemory memory;
@@ -28,6 +33,7 @@ struct DecideArguments {
 struct Shared {
   SharedArray<NormPartial, kLanes> partials;
   SharedArray<double, kLanes> numbers;
+  SharedArray<ScopeSums, kLanes> sums;
 };
 
 __device__ NormPartial identity_of(NormType type) {
@@ -52,18 +58,15 @@ __device__ NormPartial tensor_partial(const DecideArguments& arguments, int32_t 
       [&](int64_t i) { return chunks.load<false>(static_cast<int32_t>(head.first_chunk + i)); }, sum);
 }
 
-__device__ double own_norm(const DecideArguments& arguments, int32_t tensor) {
-  const double scale = arguments.norms.scales != nullptr ? arguments.norms.scales[tensor] : 1;
-  return finish_norm(arguments.options.norm_type, arguments.norms.tensors[tensor].sums, scale);
-}
-
-// Over those of nonempty tensors [first, last) for which counts(tensor) holds.
-template <class Counts>
-__device__ ScopeSums sums_over(const DecideArguments& arguments, int32_t first, int32_t last, Shared& shared,
-                               Counts counts) {
+// Over those of nonempty tensors [first, last) that this process counts.
+__device__ ScopeSums sums_over(const DecideArguments& arguments, int32_t first, int32_t last,
+                               Shared& shared) {
   const NormType type = arguments.options.norm_type;
   if (first == last) return no_sums(type);
   const int32_t* const tensors = arguments.table.nonempty + first;
+  const auto counts = [&](int32_t tensor) {
+    return arguments.counted == nullptr || arguments.counted[arguments.table.heads[tensor].slot] != 0;
+  };
   const NormPartial sum = block_combine_in_order<4>(
       last - first, identity_of(type), shared.partials.data(),
       [&](int64_t i) { return counts(tensors[i]) ? arguments.norms.tensors[tensors[i]] : identity_of(type); },
@@ -71,145 +74,130 @@ __device__ ScopeSums sums_over(const DecideArguments& arguments, int32_t first, 
   if (type.kind != NormKind::general) return scope_sums(sum, sum.sums.medium);
   const double none = no_sums(type).medium;
   return scope_sums(sum, general_norm(type, last - first, shared.numbers.data(), [&](int64_t i) {
-                      return counts(tensors[i]) ? own_norm(arguments, tensors[i]) : none;
+                      return counts(tensors[i]) ? arguments.norms.tensors[tensors[i]].sums.medium : none;
                     }));
 }
 
 __device__ ScopeSums sums_of(const DecideArguments& arguments, int32_t tensor) {
-  const NormType type = arguments.options.norm_type;
-  if (arguments.table.heads[tensor].numel == 0) return no_sums(type);
+  if (arguments.table.heads[tensor].numel == 0) return no_sums(arguments.options.norm_type);
   const NormPartial& partial = arguments.norms.tensors[tensor];
-  const bool general = type.kind == NormKind::general;
-  return scope_sums(partial, general ? own_norm(arguments, tensor) : partial.sums.medium);
+  return scope_sums(partial, partial.sums.medium);
 }
 
 __device__ bool has_elements(const TensorTable& table, int32_t group) {
   return table.group_begin[group] != table.group_begin[group + 1];
 }
 
-// The norms of this process's tensors. Methods that take `shared` are for all threads of a block.
-struct OwnNorms {
+// The norms that a decision is about: of this process's tensors, or of all processes' from the rows that came
+// back.
+struct ScopeNorms {
   const DecideArguments& arguments;
 
-  __device__ Norm over(int32_t first, int32_t last, Shared& shared) const {
-    const auto all = [](int32_t) { return true; };
-    return norm_of(arguments.options.norm_type, sums_over(arguments, first, last, shared, all));
-  }
-  __device__ Norm total(Shared& shared) const { return over(0, arguments.table.nonempty_tensors, shared); }
-  __device__ Norm group(int32_t g, Shared& shared) const {
-    return over(arguments.table.group_begin[g], arguments.table.group_begin[g + 1], shared);
-  }
-  __device__ Norm tensor(int32_t t) const {
-    return norm_of(arguments.options.norm_type, sums_of(arguments, t));
-  }
-  __device__ bool has_group(int32_t g) const { return has_elements(arguments.table, g); }
-  __device__ int32_t count() const { return arguments.table.tensors; }
-  __device__ int32_t slot(int32_t i) const { return arguments.table.heads[i].slot; }
-  __device__ Norm one_of_all(int32_t i) const { return tensor(i); }
-};
-
-// Those of all processes' tensors, from the rows that came back.
-struct ReducedNorms {
-  const DecideArguments& arguments;
-  ScopeSums* lanes;
-
-  __device__ Norm total(Shared& shared) const {
-    return reduced_total(arguments.options.norm_type, arguments.rows, arguments.table.groups, lanes,
-                         shared.numbers.data());
-  }
-  __device__ Norm group(int32_t g, Shared&) const {
-    return norm_of(arguments.options.norm_type, arguments.rows[1 + g]);
-  }
+  __device__ bool reduced() const { return arguments.stage == Stage::reduced; }
+  __device__ const Norm& group(int32_t g) const { return arguments.memory.groups[g]; }
   // Also where only other processes have elements: all count the clip alike.
   __device__ bool has_group(int32_t g) const {
-    return has_elements(arguments.table, g) ||
-           norm_of(arguments.options.norm_type, arguments.rows[1 + g]).norm > 0;
+    return has_elements(arguments.table, g) || (reduced() && group(g).norm > 0);
   }
   __device__ Norm tensor(int32_t t) const {
-    const int32_t slot = arguments.table.heads[t].slot;
-    return one_of_all(slot);
+    return one_of_all(reduced() ? arguments.table.heads[t].slot : t);
   }
   // Also tensors that only other processes have a gradient of: all processes keep the same state.
-  __device__ int32_t count() const { return arguments.slots; }
-  __device__ int32_t slot(int32_t i) const { return i; }
+  __device__ int32_t count() const { return reduced() ? arguments.slots : arguments.table.tensors; }
+  __device__ int32_t slot(int32_t i) const { return reduced() ? i : arguments.table.heads[i].slot; }
   __device__ Norm one_of_all(int32_t i) const {
-    return norm_of(arguments.options.norm_type, arguments.rows[1 + arguments.table.groups + i]);
+    const ScopeSums* const tensor_rows = arguments.rows + 1 + arguments.table.groups;
+    return norm_of(arguments.options.norm_type, reduced() ? tensor_rows[i] : sums_of(arguments, i));
   }
 };
 
+// By every thread of the block. Leaves the groups' sums to the other processes, or their norms in
+// memory.groups, and returns the norm over all tensors.
+__device__ Norm take_scopes(const DecideArguments& arguments, Shared& shared) {
+  const NormType type = arguments.options.norm_type;
+  const TensorTable& table = arguments.table;
+  Norm* const norms = arguments.memory.groups;
+  Norm total;
+  if (arguments.stage == Stage::reduced) {
+    total = reduced_total(type, arguments.rows, table.groups, shared.sums.data(), shared.numbers.data());
+    for (int32_t g = threadIdx.x; g < table.groups; g += kLanes) {
+      norms[g] = norm_of(type, arguments.rows[1 + g]);
+    }
+  } else {
+    const bool leaves = arguments.stage == Stage::leave;
+    // A clip by group looks at the groups, and so does a record where their limits differ.
+    const bool by_group = leaves || arguments.options.clip_scope == ClipScope::group ||
+                          (arguments.step.telemetry.rows != nullptr && table.groups > 1);
+#pragma unroll 1
+    for (int32_t g = leaves ? 0 : -1; g < (by_group ? table.groups : 0); ++g) {
+      const int32_t first = g < 0 ? 0 : table.group_begin[g];
+      const int32_t last = g < 0 ? table.nonempty_tensors : table.group_begin[g + 1];
+      const ScopeSums sums = sums_over(arguments, first, last, shared);
+      if (leaves) {
+        if (threadIdx.x == 0) arguments.rows[1 + g] = sums;
+        continue;
+      }
+      const Norm norm = norm_of(type, sums);
+      if (g < 0) {
+        total = norm;
+      } else if (threadIdx.x == 0) {
+        norms[g] = norm;
+      }
+    }
+  }
+  __syncthreads();
+  return total;
+}
+
 // By every thread of the block, for a step that proceeds. Leaves each scope's coefficient in its row.
-template <class Norms>
 __device__ void apply_policies(const DecideArguments& arguments, const StepOptions& options,
-                               const Norms& norms, const Norm& total, Shared& shared) {
+                               const ScopeNorms& norms, const Norm& total) {
   const ClipPolicy& policy = arguments.step.policies.clip;
   double* const rows = arguments.step.policies.clip_rows;
   if (rows == nullptr) return;
   const int64_t size = row_size(policy);
-  const bool by_block = policy.kind == PolicyKind::percentile;
   const double total_norm = seen_norm(options, total);
   const bool learns = is_finite(total_norm);
-  const auto apply = [&](int64_t scope, double norm, bool by_one) {
-    double* const row = rows + scope * size;
+  const bool by_tensor = options.clip_scope == ClipScope::tensor;
+  const bool by_group = options.clip_scope == ClipScope::group;
+  const int32_t count = by_tensor ? norms.count() : by_group ? arguments.table.groups : 1;
+  // A percentile takes the whole block for each scope.
+  const bool by_block = policy.kind == PolicyKind::percentile;
+  for (int32_t i = by_block ? 0 : threadIdx.x; i < count; i += by_block ? 1 : kLanes) {
+    double* const row = rows + (by_tensor ? norms.slot(i) : i) * size;
+    const Norm norm = by_tensor ? norms.one_of_all(i) : by_group ? norms.group(i) : total;
     if (by_block) {
-      apply_percentile(policy, row, norm, learns);
-    } else if (by_one) {
-      apply_policy(policy, row, norm, total_norm, learns);
+      apply_percentile(policy, row, seen_norm(options, norm), learns);
+    } else {
+      apply_policy(policy, row, seen_norm(options, norm), total_norm, learns);
     }
-  };
-  if (options.clip_scope == ClipScope::tensor) {
-    const int32_t stride = by_block ? 1 : kLanes;
-    for (int32_t i = by_block ? 0 : threadIdx.x; i < norms.count(); i += stride) {
-      apply(norms.slot(i), seen_norm(options, norms.one_of_all(i)), true);
-    }
-  } else if (options.clip_scope == ClipScope::group) {
-    for (int32_t g = 0; g < arguments.table.groups; ++g) {
-      apply(g, seen_norm(options, norms.group(g, shared)), threadIdx.x == 0);
-    }
-  } else {
-    apply(0, total_norm, threadIdx.x == 0);
   }
   __syncthreads();
 }
 
 // By every thread of the block; returns whether any coefficient is not 1. Groups without elements have none.
-template <bool kPolicies, class Norms>
 __device__ bool set_coefficients(const DecideArguments& arguments, const StepOptions& options,
-                                 const Norms& norms, const Norm& total, Shared& shared) {
+                                 const ScopeNorms& norms, const Norm& total) {
   const TensorTable& table = arguments.table;
-  // A param group's own limit is a cap on the policy's.
-  const auto capped = [&](double limited, int32_t group, int32_t slot) {
-    if constexpr (kPolicies) {
-      const Policies& policies = arguments.step.policies;
-      if (policies.clip_rows == nullptr) return limited;
-      const double chosen =
-          policies.clip_rows[scope_of(options.clip_scope, group, slot) * row_size(policies.clip)];
-      return chosen < limited ? chosen : limited;
-    }
-    return limited;
-  };
+  const Policies& policies = arguments.step.policies;
+  const bool by_tensor = options.clip_scope == ClipScope::tensor;
+  const bool by_group = options.clip_scope == ClipScope::group;
   double* const coefficients = arguments.memory.coefficients;
   bool clips = false;
-  if (options.clip_scope == ClipScope::tensor) {
-    for (int32_t t = threadIdx.x; t < table.tensors; t += kLanes) {
-      const GroupOptions& group = arguments.groups[table.heads[t].group];
-      const double limited = scope_coefficient(group, options, norms.tensor(t));
-      coefficients[t] = capped(limited, 0, table.heads[t].slot);
-      clips = clips || coefficients[t] != 1;
+  for (int32_t i = threadIdx.x; i < (by_tensor ? table.tensors : table.groups); i += kLanes) {
+    if (!by_tensor && !norms.has_group(i)) continue;
+    const int32_t g = by_tensor ? table.heads[i].group : i;
+    const Norm norm = by_tensor ? norms.tensor(i) : by_group ? norms.group(i) : total;
+    double coefficient = scope_coefficient(arguments.groups[g], options, norm);
+    // A param group's own limit is a cap on the policy's.
+    if (policies.clip_rows != nullptr) {
+      const int32_t slot = by_tensor ? table.heads[i].slot : 0;
+      const double chosen =
+          policies.clip_rows[scope_of(options.clip_scope, g, slot) * row_size(policies.clip)];
+      coefficient = chosen < coefficient ? chosen : coefficient;
     }
-  } else if (options.clip_scope == ClipScope::group) {
-    for (int32_t g = 0; g < table.groups; ++g) {
-      if (!norms.has_group(g)) continue;
-      const double limited = scope_coefficient(arguments.groups[g], options, norms.group(g, shared));
-      const double coefficient = capped(limited, g, 0);
-      if (threadIdx.x == 0) coefficients[g] = coefficient;
-      clips = clips || coefficient != 1;
-    }
-  } else {
-    for (int32_t g = threadIdx.x; g < table.groups; g += kLanes) {
-      if (!norms.has_group(g)) continue;
-      coefficients[g] = capped(scope_coefficient(arguments.groups[g], options, total), g, 0);
-      clips = clips || coefficients[g] != 1;
-    }
+    coefficients[i] = coefficient;
+    clips = clips || coefficient != 1;
   }
   return __syncthreads_or(clips ? 1 : 0) != 0;
 }
@@ -260,7 +248,6 @@ __device__ bool must_skip(const DecideArguments& arguments) {
 // What the processes combine.
 __device__ void leave_rows(const DecideArguments& arguments, Shared& shared) {
   const TensorTable& table = arguments.table;
-  const auto counted = [&](int32_t t) { return arguments.counted[table.heads[t].slot] != 0; };
   ScopeSums flags;
   flags.medium = must_skip(arguments) ? 1 : 0;
   flags.nonfinite = block_combine_in_order<4>(
@@ -268,42 +255,33 @@ __device__ void leave_rows(const DecideArguments& arguments, Shared& shared) {
       [&](int64_t t) { return static_cast<double>(arguments.norms.tensors[t].nonfinite); },
       [](double& a, double b) { a += b; });
   if (threadIdx.x == 0) arguments.rows[0] = flags;
-  ScopeSums* const group_rows = arguments.rows + 1;
-  for (int32_t g = 0; g < table.groups; ++g) {
-    const ScopeSums sums =
-        sums_over(arguments, table.group_begin[g], table.group_begin[g + 1], shared, counted);
-    if (threadIdx.x == 0) group_rows[g] = sums;
-  }
   if (!arguments.per_tensor) return;
-  ScopeSums* const tensor_rows = group_rows + table.groups;
+  ScopeSums* const tensor_rows = arguments.rows + 1 + table.groups;
   for (int32_t s = threadIdx.x; s < arguments.slots; s += kLanes) {
     tensor_rows[s] = no_sums(arguments.options.norm_type);
   }
   __syncthreads();
   for (int32_t t = threadIdx.x; t < table.tensors; t += kLanes) {
-    if (counted(t)) tensor_rows[table.heads[t].slot] = sums_of(arguments, t);
+    const int32_t slot = table.heads[t].slot;
+    if (arguments.counted[slot] != 0) tensor_rows[slot] = sums_of(arguments, t);
   }
 }
 
-template <bool kPolicies, class Norms>
-__device__ void decide(const DecideArguments& arguments, const Norms& norms, bool found_inf, Shared& shared) {
+__device__ void decide(const DecideArguments& arguments, const Norm& total, bool found_inf, Shared& shared) {
+  const ScopeNorms norms{arguments};
   StepOptions options = arguments.options;
   options.found_inf = found_inf;
   if (arguments.step.grad_scale != nullptr) options.unscale = 1.0 / *arguments.step.grad_scale;
-  const Norm total = norms.total(shared);
   bool skipped = is_skipped(options, total);
   const bool refused = is_refused(options, total);
   bool spiked = false;
-  if constexpr (kPolicies) {
-    if (!skipped && !refused) {
-      const double norm = seen_norm(options, total);
-      spiked = skipped = enter_and_judge(arguments.step.policies, norm, shared.numbers.data());
-    }
-    if (!skipped && !refused) apply_policies(arguments, options, norms, total, shared);
+  if (!skipped && !refused) {
+    const double norm = seen_norm(options, total);
+    spiked = skipped = enter_and_judge(arguments.step.policies, norm, shared.numbers.data());
   }
-  const bool clips = set_coefficients<kPolicies>(arguments, options, norms, total, shared);
-  bool clipped = clips && !skipped && !refused;
-  if constexpr (kPolicies) clipped = (take_units_clip(arguments) || clips) && !skipped && !refused;
+  if (!skipped && !refused) apply_policies(arguments, options, norms, total);
+  const bool clips = set_coefficients(arguments, options, norms, total);
+  const bool clipped = (take_units_clip(arguments) || clips) && !skipped && !refused;
   if (arguments.step.telemetry.rows != nullptr) {
     RecordedStep step;
     step.total = total;
@@ -357,41 +335,39 @@ __device__ void advance_empty(const DecideArguments& arguments) {
   }
 }
 
-template <bool kReduces, bool kPolicies>
 __global__ void __launch_bounds__(kLanes, 1)
     decide_kernel(const DecideArguments __grid_constant__ arguments) {
   __shared__ Shared shared;
   __shared__ bool last;
   const int32_t tensor = static_cast<int32_t>(blockIdx.x);
-  if (tensor < arguments.table.tensors) {
-    const NormPartial partial = tensor_partial(arguments, tensor, shared);
-    if (threadIdx.x == 0) arguments.norms.tensors[tensor] = partial;
-    // By another warp than the one that the others wait for.
-    const bool updates = arguments.options.rule != RuleKind::none && arguments.table.heads[tensor].numel > 0;
-    if (threadIdx.x == kWarp && updates) prepare_step(arguments, tensor);
+  const NormType type = arguments.options.norm_type;
+  if (arguments.stage != Stage::reduced) {
+    if (tensor < arguments.table.tensors) {
+      NormPartial partial = tensor_partial(arguments, tensor, shared);
+      if (threadIdx.x == 0) {
+        // Powers of different tensors carry different scales: from here on it is the tensor's norm.
+        if (type.kind == NormKind::general) {
+          partial.sums.medium = finish_norm(type, partial.sums, arguments.norms.scales[tensor]);
+        }
+        arguments.norms.tensors[tensor] = partial;
+      }
+      // By another warp than the one that the others wait for.
+      const bool updates =
+          arguments.options.rule != RuleKind::none && arguments.table.heads[tensor].numel > 0;
+      if (threadIdx.x == kWarp && updates) prepare_step(arguments, tensor);
+    }
+    if (threadIdx.x == 0) {
+      __threadfence();
+      last = atomicInc(arguments.table.arrived, gridDim.x - 1) == gridDim.x - 1;
+      __threadfence();
+    }
+    __syncthreads();
+    if (!last) return;
   }
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicInc(arguments.table.arrived, gridDim.x - 1) == gridDim.x - 1;
-    __threadfence();
-  }
-  __syncthreads();
-  if (!last) return;
-  if constexpr (kReduces) {
-    leave_rows(arguments, shared);
-    return;
-  }
-  decide<kPolicies>(arguments, OwnNorms{arguments}, must_skip(arguments), shared);
-  __syncthreads();
-  if (arguments.options.rule != RuleKind::none) advance_empty(arguments);
-}
-
-template <bool kPolicies>
-__global__ void __launch_bounds__(kLanes, 1)
-    decide_reduced_kernel(const DecideArguments __grid_constant__ arguments) {
-  __shared__ Shared shared;
-  __shared__ SharedArray<ScopeSums, kLanes> lanes;
-  decide<kPolicies>(arguments, ReducedNorms{arguments, lanes.data()}, arguments.rows[0].medium > 0, shared);
+  const Norm total = take_scopes(arguments, shared);
+  if (arguments.stage == Stage::leave) return leave_rows(arguments, shared);
+  const bool skips = arguments.stage == Stage::reduced ? arguments.rows[0].medium > 0 : must_skip(arguments);
+  decide(arguments, total, skips, shared);
   __syncthreads();
   if (arguments.options.rule != RuleKind::none) advance_empty(arguments);
 }
@@ -402,6 +378,7 @@ DecisionMemory take_decision_memory(const TensorTable& table, Arena& arena) {
   DecisionMemory memory;
   memory.decision = arena.take<Decision>(1);
   memory.coefficients = arena.take<double>(std::max(table.tensors, table.groups));
+  memory.groups = arena.take<Norm>(table.groups);
   memory.scalars = arena.take<StepScalars>(table.tensors);
   return memory;
 }
@@ -409,23 +386,28 @@ DecisionMemory take_decision_memory(const TensorTable& table, Arena& arena) {
 void launch_decide(const char* function, const TensorTable& table, const NormMemory& norms,
                    const DecisionMemory& memory, const StepOptions& options, const GroupOptions* groups,
                    const StepMemory& step, const Reduction& reduction, Stream stream) {
-  const DecideArguments arguments{table,           norms,
-                                  memory,          options,
-                                  groups,          step,
-                                  reduction.rows,  reduction.counted,
-                                  reduction.slots, reduction.per_tensor};
+  DecideArguments arguments{Stage::own,
+                            table,
+                            norms,
+                            memory,
+                            options,
+                            groups,
+                            step,
+                            reduction.rows,
+                            nullptr,
+                            reduction.slots,
+                            reduction.per_tensor};
   const int64_t blocks = table.tensors > 0 ? table.tensors : 1;
-  const bool policies = step.policies.clip_rows != nullptr || step.policies.skip_row != nullptr;
-  if (reduction.rows == nullptr) {
-    launch(function, stream, policies ? decide_kernel<false, true> : decide_kernel<false, false>, blocks,
-           kLanes, arguments);
-    return;
+  if (reduction.rows != nullptr) {
+    arguments.stage = Stage::leave;
+    arguments.counted = reduction.counted;
   }
-  launch(function, stream, decide_kernel<true, false>, blocks, kLanes, arguments);
+  launch(function, stream, decide_kernel, blocks, kLanes, arguments);
+  if (reduction.rows == nullptr) return;
   reduction.reduce();
   if (reduction.ask_policy) ask_policy(function, table.groups, options, step.policies, reduction, stream);
-  launch(function, stream, policies ? decide_reduced_kernel<true> : decide_reduced_kernel<false>, 1, kLanes,
-         arguments);
+  arguments.stage = Stage::reduced;
+  launch(function, stream, decide_kernel, 1, kLanes, arguments);
 }
 
 }  // namespace steadygrad::cuda

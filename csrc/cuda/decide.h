@@ -30,6 +30,7 @@ __device__ __forceinline__ void advance(const TensorTable& table, int32_t tensor
 struct DecisionMemory {
   Decision* decision = nullptr;
   double* coefficients = nullptr;  // per tensor or per group, as the clip's scope says
+  Norm* groups = nullptr;          // per group, where a decision looks at them
   StepScalars* scalars = nullptr;  // per tensor
 };
 

@@ -49,6 +49,7 @@ __device__ __forceinline__ int64_t element_offset(const TensorOperands& tensor, 
   if (strides == nullptr) return index;
   int64_t offset = 0;
   uint64_t left = static_cast<uint64_t>(index);
+#pragma unroll 1  // it is inlined for every operand
   for (int d = tensor.ndim - 1; d >= 0; --d) {
     const uint64_t size = static_cast<uint64_t>(tensor.sizes[d]);
     const uint64_t reciprocal = static_cast<uint64_t>(tensor.sizes[tensor.ndim + d]);

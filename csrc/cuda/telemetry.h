@@ -64,8 +64,7 @@ __device__ double clipped_norm(const TensorTable& table, const double* coefficie
   return norm_in_turn(type, table.groups, [&](int64_t i) {
     const int32_t g = static_cast<int32_t>(i);
     if (!norms.has_group(g)) return 0.0;
-    const Norm norm = norms.group(g, shared);
-    return coefficients[g] * seen_norm(options, norm);
+    return coefficients[g] * seen_norm(options, norms.group(g));
   });
 }
 

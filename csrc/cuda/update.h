@@ -23,194 +23,275 @@ void update_adam(const char* function, const UpdateArguments& arguments, Stream 
 void update_adagrad(const char* function, const UpdateArguments& arguments, Stream stream);
 void update_rmsprop(const char* function, const UpdateArguments& arguments, Stream stream);
 
-// One element after another, with what the rule, the clip and the proximal step are. Penalties are those of
-// the parameter as it is stored; `value` is what it stands for. `index`: of the element in its tensor.
-template <class T, class UpdateRule, class Transform>
-struct ElementUpdate {
-  using Rule = UpdateRule;
+template <class T>
+__device__ __forceinline__ T transformed(const GradientTransform<T>& transform, T grad, T param, int64_t) {
+  return transform(grad, param);
+}
+template <class T>
+__device__ __forceinline__ T transformed(const UnitTransform<T>& transform, T grad, T param, int64_t index) {
+  return transform(grad, param, index);
+}
 
+// Updates tensors that are fp32, contiguous and aligned, four elements at a time.
+template <class Rule, class Transform>
+struct DirectUpdate {
   Rule rule;
   Transform transform;
-  T threshold;
+  float threshold;
 
-  __device__ __forceinline__ void operator()(T& value, T param, T grad, T (&states)[kMaxStates],
+  __device__ __forceinline__ void operator()(float& param, float grad, float (&states)[kMaxStates],
                                              int64_t index) const {
-    T transformed;
-    if constexpr (std::is_same_v<Transform, UnitTransform<T>>) {
-      transformed = transform(grad, param, index);
-    } else {
-      transformed = transform(grad, param);
+    grad = transformed(transform, grad, param, index);
+    rule(param, grad, states[0], states[1], states[2]);
+    if (threshold != 0) param = steadygrad::soft_threshold(param, threshold);
+  }
+
+  __device__ __forceinline__ int32_t update_quads(const TensorOperands& tensor, const Chunk& chunk) const {
+    float* const params = static_cast<float*>(tensor.param.data) + chunk.begin;
+    const float* const grads = static_cast<const float*>(tensor.grad.data) + chunk.begin;
+    const int32_t quads = chunk.count / kQuad;
+    for (int32_t q = threadIdx.x; q < quads; q += kChunkThreads) {
+      float param[kQuad];
+      float grad[kQuad];
+      float states[kMaxStates][kQuad] = {};
+      load_quad<float>(params + q * kQuad, param);
+      load_quad<float>(grads + q * kQuad, grad);
+#pragma unroll
+      for (int s = 0; s < Rule::kStateCount; ++s) {
+        load_quad<float>(static_cast<const float*>(tensor.states[s].data) + chunk.begin + q * kQuad,
+                         states[s]);
+      }
+#pragma unroll
+      for (int k = 0; k < kQuad; ++k) {
+        float element_states[kMaxStates] = {states[0][k], states[1][k], states[2][k]};
+        (*this)(param[k], grad[k], element_states, chunk.begin + q * kQuad + k);
+#pragma unroll
+        for (int s = 0; s < Rule::kStateCount; ++s) states[s][k] = element_states[s];
+      }
+      store_quad<float>(params + q * kQuad, param);
+#pragma unroll
+      for (int s = 0; s < Rule::kStateCount; ++s) {
+        store_quad<float>(static_cast<float*>(tensor.states[s].data) + chunk.begin + q * kQuad, states[s]);
+      }
     }
-    rule(value, transformed, states[0], states[1], states[2]);
-    if (threshold != T(0)) value = steadygrad::soft_threshold(value, threshold);
+    return quads * kQuad;
+  }
+
+  __device__ __forceinline__ void update(const TensorOperands& tensor, const Chunk& chunk) const {
+    const int32_t done = update_quads(tensor, chunk);
+    for (int32_t i = done + threadIdx.x; i < chunk.count; i += kChunkThreads) {
+      const int64_t index = chunk.begin + i;
+      float param = static_cast<const float*>(tensor.param.data)[index];
+      const float grad = static_cast<const float*>(tensor.grad.data)[index];
+      float states[kMaxStates] = {};
+#pragma unroll
+      for (int s = 0; s < Rule::kStateCount; ++s) {
+        states[s] = static_cast<const float*>(tensor.states[s].data)[index];
+      }
+      (*this)(param, grad, states, index);
+      static_cast<float*>(tensor.param.data)[index] = param;
+#pragma unroll
+      for (int s = 0; s < Rule::kStateCount; ++s)
+        static_cast<float*>(tensor.states[s].data)[index] = states[s];
+    }
   }
 };
 
-template <class T, class Update>
-__device__ __forceinline__ int32_t update_quads(const TensorOperands& tensor, const Chunk& chunk,
-                                                const Update& update) {
-  using Rule = typename Update::Rule;
-  T* const params = static_cast<T*>(tensor.param.data) + chunk.begin;
-  const T* const grads = static_cast<const T*>(tensor.grad.data) + chunk.begin;
-  const int32_t quads = chunk.count / kQuad;
-  for (int32_t q = threadIdx.x; q < quads; q += kChunkThreads) {
-    T param[kQuad];
-    T grad[kQuad];
-    T states[kMaxStates][kQuad] = {};
-    load_quad<T>(params + q * kQuad, param);
-    load_quad<T>(grads + q * kQuad, grad);
-#pragma unroll
-    for (int s = 0; s < Rule::kStateCount; ++s) {
-      load_quad<T>(static_cast<const T*>(tensor.states[s].data) + chunk.begin + q * kQuad, states[s]);
-    }
-#pragma unroll
-    for (int k = 0; k < kQuad; ++k) {
-      T element_states[kMaxStates] = {states[0][k], states[1][k], states[2][k]};
-      update(param[k], param[k], grad[k], element_states, chunk.begin + q * kQuad + k);
-#pragma unroll
-      for (int s = 0; s < Rule::kStateCount; ++s) states[s][k] = element_states[s];
-    }
-    store_quad<T>(params + q * kQuad, param);
-#pragma unroll
-    for (int s = 0; s < Rule::kStateCount; ++s) {
-      store_quad<T>(static_cast<T*>(tensor.states[s].data) + chunk.begin + q * kQuad, states[s]);
-    }
-  }
-  return quads * kQuad;
-}
+// Elements of one parameter that are updated together, in the type they are computed in.
+template <class T, int kCount>
+struct Updated {
+  T param[kCount];
+  T grad[kCount];
+  T states[kMaxStates][kCount] = {};
+  T extra[kCount] = {};
+};
 
-// The same where the operands' types differ or parameters are in half precision.
-template <class Update>
-__device__ __forceinline__ int32_t update_mixed_quads(const TensorOperands& tensor, const Chunk& chunk,
-                                                      const ParamStorage& storage, const Update& update) {
-  using Rule = typename Update::Rule;
-  const bool has_extra = keeps_extra(storage.rounding);
-  const int32_t quads = chunk.count / kQuad;
-  for (int32_t q = threadIdx.x; q < quads; q += kChunkThreads) {
-    const int64_t index = chunk.begin + q * kQuad;
-    const RawQuad raw_param = load_raw(tensor.param, index);
-    const RawQuad raw_grad = load_raw(tensor.grad, index);
-    RawQuad raw_states[kMaxStates];
-#pragma unroll
-    for (int s = 0; s < Rule::kStateCount; ++s) raw_states[s] = load_raw(tensor.states[s], index);
-    RawQuad raw_extra{};
-    if (has_extra) raw_extra = load_raw(tensor.extra, index);
+// Updates tensors of any types and layouts. Loads, conversions and stores are compiled once for all terms of
+// a rule, and a branch that is the same for the whole block chooses the terms: a copy of everything for each
+// of up to eight variants took minutes to compile.
+template <class Elements, class T, RuleKind kKind, class Transform>
+struct MixedUpdate {
+  using Rule = typename FullRule<T, kKind>::type;
+  // Whether half-precision parameters occur: no others have anything beside them.
+  static constexpr bool kHalf = std::is_same_v<T, float>;
 
-    float param[kQuad];
-    float grad[kQuad];
-    float extra[kQuad];
-    float states[kMaxStates][kQuad] = {};
-    convert(raw_param, tensor.param.dtype, param);
-    convert(raw_grad, tensor.grad.dtype, grad);
-    convert(raw_extra, tensor.extra.dtype, extra);
+  Rule rule;
+  RuleTerms terms;
+  int states;
+  Transform transform;
+  T threshold;
+  ParamStorage storage;
+
+  // Penalties are those of the parameter as it is stored; the rule takes the value that it stands for.
+  // `place`: of the first element in the chunk.
+  template <int kCount>
+  __device__ __forceinline__ void operator()(Updated<T, kCount>& elements, int64_t index,
+                                             uint32_t place) const {
 #pragma unroll
-    for (int s = 0; s < Rule::kStateCount; ++s) convert(raw_states[s], tensor.states[s].dtype, states[s]);
-#pragma unroll
-    for (int k = 0; k < kQuad; ++k) {
-      float value = join(storage, param[k], extra[k]);
-      float element_states[kMaxStates] = {states[0][k], states[1][k], states[2][k]};
-      update(value, param[k], grad[k], element_states, index + k);
-#pragma unroll
-      for (int s = 0; s < Rule::kStateCount; ++s) states[s][k] = element_states[s];
-      param[k] = split(storage, value, extra[k], static_cast<uint32_t>(q * kQuad + k));
+    for (int k = 0; k < kCount; ++k) {
+      elements.grad[k] = transformed(transform, elements.grad[k], elements.param[k], index + k);
     }
-    store_quad(tensor.param, index, param);
+    join(elements);
+    with_rule_type<T, kKind>(terms, [&](auto type) __attribute__((always_inline)) {
+      const auto chosen = bit_cast<typename decltype(type)::type>(rule);
 #pragma unroll
-    for (int s = 0; s < Rule::kStateCount; ++s) store_quad(tensor.states[s], index, states[s]);
-    if (has_extra) store_quad(tensor.extra, index, extra);
-  }
-  return quads * kQuad;
-}
-
-// Whether `is_vector` holds for every operand of an update.
-template <class Rule, class IsVector>
-__device__ __forceinline__ bool all_operands(const TensorOperands& tensor, const ParamStorage& storage,
-                                             IsVector is_vector) {
-  bool all = is_vector(tensor.param) && is_vector(tensor.grad);
+      for (int k = 0; k < kCount; ++k) {
+        chosen(elements.param[k], elements.grad[k], elements.states[0][k], elements.states[1][k],
+               elements.states[2][k]);
+      }
+    });
+    if (threshold != T(0)) {
 #pragma unroll
-  for (int s = 0; s < Rule::kStateCount; ++s) all = all && is_vector(tensor.states[s]);
-  return all && (!keeps_extra(storage.rounding) || is_vector(tensor.extra));
-}
-
-template <class Elements, class T, class Update>
-__device__ __forceinline__ void update_chunk(const TensorOperands& tensor, const Chunk& chunk,
-                                             const ParamStorage& storage, const Update& update) {
-  using Rule = typename Update::Rule;
-  // Whether the kernel meets half-precision parameters: no others have anything beside them.
-  constexpr bool kHalf = Elements::kMixed && sizeof(T) == sizeof(float);
-  int32_t done = 0;
-  if constexpr (Elements::kMixed) {
-    if (all_operands<Rule>(tensor, storage, is_direct<T>)) {
-      done = update_quads<T>(tensor, chunk, update);
-    } else if constexpr (kHalf) {
-      if (all_operands<Rule>(tensor, storage, is_quad)) {
-        done = update_mixed_quads(tensor, chunk, storage, update);
+      for (int k = 0; k < kCount; ++k) {
+        elements.param[k] = steadygrad::soft_threshold(elements.param[k], threshold);
       }
     }
-  } else {
-    // Without the lambda the compiler takes four registers more for Adam.
-    Elements::template with_direct<T>([&](auto) {
-      done = update_quads<T>(tensor, chunk, update);
-      return true;
-    });
+    split(elements, place);
   }
-  for (int32_t i = done + threadIdx.x; i < chunk.count; i += kChunkThreads) {
-    const int64_t index = chunk.begin + i;
-    const T param = Elements::template load<T>(tensor, tensor.param, index);
-    const T grad = Elements::template load<T>(tensor, tensor.grad, index);
-    T states[kMaxStates] = {};
-#pragma unroll
-    for (int s = 0; s < Rule::kStateCount; ++s) {
-      states[s] = Elements::template load<T>(tensor, tensor.states[s], index);
-    }
-    T value = param;
-    T extra = 0;
+
+  template <int kCount>
+  __device__ __forceinline__ void join(Updated<T, kCount>& elements) const {
     if constexpr (kHalf) {
-      if (keeps_extra(storage.rounding)) extra = Elements::template load<T>(tensor, tensor.extra, index);
-      value = join(storage, param, extra);
-    }
-    update(value, param, grad, states, index);
-    if constexpr (kHalf) value = split(storage, value, extra, static_cast<uint32_t>(i));
-    Elements::template store<T>(tensor, tensor.param, index, value);
+      if (!keeps_extra(storage.rounding)) return;
+      with_storage(storage.rounding, storage.dtype, [&](auto rounding, auto element) {
 #pragma unroll
-    for (int s = 0; s < Rule::kStateCount; ++s) {
-      Elements::template store<T>(tensor, tensor.states[s], index, states[s]);
-    }
-    if constexpr (kHalf) {
-      if (keeps_extra(storage.rounding)) Elements::template store<T>(tensor, tensor.extra, index, extra);
+        for (int k = 0; k < kCount; ++k) {
+          elements.param[k] =
+              joined<decltype(rounding)::value, decltype(element)>(elements.param[k], elements.extra[k]);
+        }
+      });
     }
   }
-}
+
+  template <int kCount>
+  __device__ __forceinline__ void split(Updated<T, kCount>& elements, uint32_t place) const {
+    if constexpr (kHalf) {
+      if (storage.rounding == Rounding::nearest) return;  // rounded as it is stored
+      with_storage(storage.rounding, storage.dtype, [&](auto rounding, auto element) {
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) {
+          elements.param[k] = steadygrad::split<decltype(rounding)::value, decltype(element)>(
+              elements.param[k], elements.extra[k], random_bits(storage.random, place + k));
+        }
+      });
+    }
+  }
+
+  // Whether `is_vector` holds for every operand.
+  template <class IsVector>
+  __device__ __forceinline__ bool all_operands(const TensorOperands& tensor, IsVector is_vector) const {
+    bool all = is_vector(tensor.param) && is_vector(tensor.grad);
+#pragma unroll
+    for (int s = 0; s < Rule::kStateCount; ++s) all = all && (s >= states || is_vector(tensor.states[s]));
+    return all && (!keeps_extra(storage.rounding) || is_vector(tensor.extra));
+  }
+
+  __device__ __forceinline__ int32_t update_quads(const TensorOperands& tensor, const Chunk& chunk) const {
+    const bool has_extra = keeps_extra(storage.rounding);
+    const int32_t quads = chunk.count / kQuad;
+    for (int32_t q = threadIdx.x; q < quads; q += kChunkThreads) {
+      const int64_t index = chunk.begin + q * kQuad;
+      const RawQuad raw_param = load_raw(tensor.param, index);
+      const RawQuad raw_grad = load_raw(tensor.grad, index);
+      RawQuad raw_states[kMaxStates] = {};
+#pragma unroll
+      for (int s = 0; s < Rule::kStateCount; ++s) {
+        if (s < states) raw_states[s] = load_raw(tensor.states[s], index);
+      }
+      RawQuad raw_extra{};
+      if (has_extra) raw_extra = load_raw(tensor.extra, index);
+
+      Updated<float, kQuad> elements;
+      convert(raw_param, tensor.param.dtype, elements.param);
+      convert(raw_grad, tensor.grad.dtype, elements.grad);
+      convert(raw_extra, tensor.extra.dtype, elements.extra);
+#pragma unroll
+      for (int s = 0; s < Rule::kStateCount; ++s) {
+        convert(raw_states[s], tensor.states[s].dtype, elements.states[s]);
+      }
+      (*this)(elements, index, static_cast<uint32_t>(q * kQuad));
+      store_quad(tensor.param, index, elements.param);
+#pragma unroll
+      for (int s = 0; s < Rule::kStateCount; ++s) {
+        if (s < states) store_quad(tensor.states[s], index, elements.states[s]);
+      }
+      if (has_extra) store_quad(tensor.extra, index, elements.extra);
+    }
+    return quads * kQuad;
+  }
+
+  __device__ __forceinline__ void update(const TensorOperands& tensor, const Chunk& chunk) const {
+    const bool has_extra = kHalf && keeps_extra(storage.rounding);
+    int32_t done = 0;
+    if constexpr (std::is_same_v<T, float>) {
+      if (all_operands(tensor, is_quad)) done = update_quads(tensor, chunk);
+    }
+#pragma unroll 1
+    for (int32_t i = done + threadIdx.x; i < chunk.count; i += kChunkThreads) {
+      const int64_t index = chunk.begin + i;
+      Updated<T, 1> elements;
+      elements.param[0] = Elements::template load<T>(tensor, tensor.param, index);
+      elements.grad[0] = Elements::template load<T>(tensor, tensor.grad, index);
+#pragma unroll
+      for (int s = 0; s < Rule::kStateCount; ++s) {
+        if (s < states) elements.states[s][0] = Elements::template load<T>(tensor, tensor.states[s], index);
+      }
+      if (has_extra) elements.extra[0] = Elements::template load<T>(tensor, tensor.extra, index);
+      (*this)(elements, index, static_cast<uint32_t>(i));
+      Elements::template store<T>(tensor, tensor.param, index, elements.param[0]);
+#pragma unroll
+      for (int s = 0; s < Rule::kStateCount; ++s) {
+        if (s < states) Elements::template store<T>(tensor, tensor.states[s], index, elements.states[s][0]);
+      }
+      if (has_extra) Elements::template store<T>(tensor, tensor.extra, index, elements.extra[0]);
+    }
+  }
+};
 
 template <class Elements, class T, RuleKind kKind, bool kUnits>
 __device__ __forceinline__ void update_tensor(const UpdateArguments& arguments, const TensorOperands& tensor,
                                               const Chunk& chunk) {
-  const GroupOptions& group = arguments.source.groups[tensor.group];
+  const TransformSource& source = arguments.source;
   const auto transform = [&] {
     if constexpr (kUnits) {
-      return arguments.source.template by_unit<T>(chunk, tensor.group);
+      return source.by_unit<T>(chunk, tensor.group);
     } else {
       return arguments.gradients_are_final ? GradientTransform<T>()
-                                           : gradient_transform<T>(arguments.source.of(chunk, tensor.group));
+                                           : gradient_transform<T>(source.of(chunk, tensor.group));
     }
   }();
-  const T threshold = static_cast<T>(proximal_threshold(group, arguments.source.options));
+  using Transform = std::decay_t<decltype(transform)>;
+  const GroupOptions& group = source.groups[tensor.group];
+  const RuleHyper& hyper = group.hyper;
+  const T threshold = static_cast<T>(proximal_threshold(group, source.options));
   const StepScalars scalars = arguments.scalars[chunk.tensor];
-  ParamStorage storage;
-  if constexpr (Elements::kMixed && sizeof(T) == sizeof(float)) {
-    StepOptions options = arguments.source.options;
-    options.rounded_steps = arguments.source.decision->rounded_steps;
-    storage = param_storage(options, tensor, chunk);
+  if constexpr (Elements::kMixed) {
+    ParamStorage storage;
+    if constexpr (std::is_same_v<T, float>) {
+      StepOptions options = source.options;
+      options.rounded_steps = source.decision->rounded_steps;
+      storage = param_storage(options, tensor, chunk);
+    }
+    using Rule = typename FullRule<T, kKind>::type;
+    const MixedUpdate<Elements, T, kKind, Transform> update{
+        Rule(hyper, scalars), rule_terms(hyper), state_count(kKind, hyper), transform, threshold, storage};
+    update.update(tensor, chunk);
+  } else {
+    with_rule<T, kKind>(hyper, scalars, [&](const auto& rule) __attribute__((always_inline)) {
+      DirectUpdate<std::decay_t<decltype(rule)>, Transform>{rule, transform, threshold}.update(tensor, chunk);
+    });
   }
-  with_rule<T>(kKind, group.hyper, scalars, [&](const auto& rule) __attribute__((always_inline)) {
-    using Update = ElementUpdate<T, std::decay_t<decltype(rule)>, std::decay_t<decltype(transform)>>;
-    update_chunk<Elements, T>(tensor, chunk, storage, Update{rule, transform, threshold});
-  });
 }
+
+// Blocks that a multiprocessor is to hold at least. With 7 (72 registers) fp32 has enough loads in flight.
+template <class Elements, bool kUnits>
+constexpr int kBlocksOfUpdate = kUnits             ? Elements::kBlocks
+                                : Elements::kMixed ? 2 * Elements::kBlocks
+                                                   : 7;
 
 // kUnits: clipped by unit, in a kernel of its own, since that takes registers.
 template <RuleKind kKind, class Elements, bool kUnits>
-__global__ void __launch_bounds__(kChunkThreads, (kUnits ? 1 : 2) * Elements::kBlocks)
+__global__ void __launch_bounds__(kChunkThreads, kBlocksOfUpdate<Elements, kUnits>)
     update_kernel(const UpdateArguments __grid_constant__ arguments) {
   if (!arguments.source.proceeds()) return;
   const Chunk chunk = backward_chunk(arguments.table, static_cast<int32_t>(blockIdx.x));

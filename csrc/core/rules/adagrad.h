@@ -14,6 +14,7 @@ struct Adagrad {
 
   T direction, step_size, weight_decay, eps;
 
+  Adagrad() = default;
   STEADYGRAD_INLINE Adagrad(const RuleHyper& hyper, const StepScalars& scalars)
       : direction(T(hyper.maximize ? -1 : 1)),
         step_size(T(scalars.step_size)),

@@ -15,6 +15,7 @@ struct Adam {
   T direction, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, decay, step_size,
       inverse_sqrt_bias_correction2;
 
+  Adam() = default;
   STEADYGRAD_INLINE Adam(const RuleHyper& hyper, const StepScalars& scalars)
       : direction(T(hyper.maximize ? -1 : 1)),
         beta1(T(hyper.beta1)),

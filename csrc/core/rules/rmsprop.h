@@ -15,6 +15,7 @@ struct RmsProp {
 
   T direction, lr, weight_decay, alpha, one_minus_alpha, eps, momentum;
 
+  RmsProp() = default;
   STEADYGRAD_INLINE RmsProp(const RuleHyper& hyper, const StepScalars&)
       : direction(T(hyper.maximize ? -1 : 1)),
         lr(T(hyper.lr)),

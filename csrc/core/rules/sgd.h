@@ -12,6 +12,7 @@ struct Sgd {
 
   T direction, lr, weight_decay, momentum, kept, added;
 
+  Sgd() = default;
   STEADYGRAD_INLINE Sgd(const RuleHyper& hyper, const StepScalars& scalars)
       : direction(T(hyper.maximize ? -1 : 1)),
         lr(T(hyper.lr)),

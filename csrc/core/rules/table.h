@@ -30,7 +30,7 @@ STEADYGRAD_INLINE StepScalars step_scalars(RuleKind kind, const RuleHyper& hyper
   return {};
 }
 
-inline int state_count(RuleKind kind, const RuleHyper& hyper) {
+STEADYGRAD_INLINE int state_count(RuleKind kind, const RuleHyper& hyper) {
   switch (kind) {
     case RuleKind::none:
       return 0;
@@ -46,41 +46,91 @@ inline int state_count(RuleKind kind, const RuleHyper& hyper) {
   return 0;
 }
 
-template <class T, bool kDecay, class Function>
-STEADYGRAD_INLINE void with_rule_of(RuleKind kind, const RuleHyper& hyper, const StepScalars& scalars,
-                                    Function function) {
-  const bool momentum = hyper.momentum != 0;
+// The options that change which operands a rule has, or whether a term exists at all.
+struct RuleTerms {
+  bool decay = false;
+  bool momentum = false;
+  bool nesterov = false;
+  bool amsgrad = false;
+  bool centered = false;
+};
+
+STEADYGRAD_INLINE RuleTerms rule_terms(const RuleHyper& hyper) {
+  return {hyper.weight_decay != 0 && !hyper.decoupled_weight_decay, hyper.momentum != 0, hyper.nesterov,
+          hyper.amsgrad, hyper.centered};
+}
+
+template <class Rule>
+struct RuleType {
+  using type = Rule;
+};
+
+template <class T, RuleKind kKind, bool kDecay, class Function>
+STEADYGRAD_INLINE void with_rule_type_of(const RuleTerms& terms, Function function) {
+  if constexpr (kKind == RuleKind::sgd) {
+    if (terms.momentum && terms.nesterov) return function(RuleType<Sgd<T, kDecay, true, true>>{});
+    if (terms.momentum) return function(RuleType<Sgd<T, kDecay, true, false>>{});
+    function(RuleType<Sgd<T, kDecay, false, false>>{});
+  } else if constexpr (kKind == RuleKind::adam) {
+    if (terms.amsgrad) return function(RuleType<Adam<T, kDecay, true>>{});
+    function(RuleType<Adam<T, kDecay, false>>{});
+  } else if constexpr (kKind == RuleKind::adagrad) {
+    function(RuleType<Adagrad<T, kDecay>>{});
+  } else if constexpr (kKind == RuleKind::rmsprop) {
+    if (terms.centered && terms.momentum) return function(RuleType<RmsProp<T, kDecay, true, true>>{});
+    if (terms.centered) return function(RuleType<RmsProp<T, kDecay, true, false>>{});
+    if (terms.momentum) return function(RuleType<RmsProp<T, kDecay, false, true>>{});
+    function(RuleType<RmsProp<T, kDecay, false, false>>{});
+  }
+}
+
+// Calls function(RuleType<Rule>{}) with the functor of the rule that has these terms.
+template <class T, RuleKind kKind, class Function>
+STEADYGRAD_INLINE void with_rule_type(const RuleTerms& terms, Function function) {
+  if (terms.decay) {
+    with_rule_type_of<T, kKind, true>(terms, function);
+  } else {
+    with_rule_type_of<T, kKind, false>(terms, function);
+  }
+}
+
+// Calls `function` with the rule as a functor, whose terms are compile-time constants, so that its loop has
+// no branch.
+template <class T, RuleKind kKind, class Function>
+STEADYGRAD_INLINE void with_rule(const RuleHyper& hyper, const StepScalars& scalars, Function function) {
+  with_rule_type<T, kKind>(rule_terms(hyper), [&](auto type) __attribute__((always_inline)) {
+    function(typename decltype(type)::type(hyper, scalars));
+  });
+}
+
+template <class T, class Function>
+STEADYGRAD_INLINE void with_rule(RuleKind kind, const RuleHyper& hyper, const StepScalars& scalars,
+                                 Function function) {
   switch (kind) {
     case RuleKind::none:
       return;
     case RuleKind::sgd:
-      if (momentum && hyper.nesterov) return function(Sgd<T, kDecay, true, true>(hyper, scalars));
-      if (momentum) return function(Sgd<T, kDecay, true, false>(hyper, scalars));
-      return function(Sgd<T, kDecay, false, false>(hyper, scalars));
+      return with_rule<T, RuleKind::sgd>(hyper, scalars, function);
     case RuleKind::adam:
-      if (hyper.amsgrad) return function(Adam<T, kDecay, true>(hyper, scalars));
-      return function(Adam<T, kDecay, false>(hyper, scalars));
+      return with_rule<T, RuleKind::adam>(hyper, scalars, function);
     case RuleKind::adagrad:
-      return function(Adagrad<T, kDecay>(hyper, scalars));
+      return with_rule<T, RuleKind::adagrad>(hyper, scalars, function);
     case RuleKind::rmsprop:
-      if (hyper.centered && momentum) return function(RmsProp<T, kDecay, true, true>(hyper, scalars));
-      if (hyper.centered) return function(RmsProp<T, kDecay, true, false>(hyper, scalars));
-      if (momentum) return function(RmsProp<T, kDecay, false, true>(hyper, scalars));
-      return function(RmsProp<T, kDecay, false, false>(hyper, scalars));
+      return with_rule<T, RuleKind::rmsprop>(hyper, scalars, function);
   }
 }
 
-// Calls `function` with the rule as a functor. Options that change which operands it has, or whether a term
-// exists at all, are compile-time constants, so that its loop has no branch.
-template <class T, class Function>
-STEADYGRAD_INLINE void with_rule(RuleKind kind, const RuleHyper& hyper, const StepScalars& scalars,
-                                 Function function) {
-  const bool decay = hyper.weight_decay != 0 && !hyper.decoupled_weight_decay;
-  if (decay) {
-    with_rule_of<T, true>(kind, hyper, scalars, function);
-  } else {
-    with_rule_of<T, false>(kind, hyper, scalars, function);
-  }
-}
+// A rule with all its terms. Its numbers are those of the same rule with fewer terms, so that bit_cast makes
+// one from it where the terms are looked at anew with every few elements.
+template <class T, RuleKind kKind>
+struct FullRule;
+template <class T>
+struct FullRule<T, RuleKind::sgd> : RuleType<Sgd<T, true, true, true>> {};
+template <class T>
+struct FullRule<T, RuleKind::adam> : RuleType<Adam<T, true, true>> {};
+template <class T>
+struct FullRule<T, RuleKind::adagrad> : RuleType<Adagrad<T, true>> {};
+template <class T>
+struct FullRule<T, RuleKind::rmsprop> : RuleType<RmsProp<T, true, true, true>> {};
 
 }  // namespace steadygrad
