@@ -12,6 +12,7 @@ from torch import Tensor
 from steadygrad.optim.adagrad import RULE as ADAGRAD_RULE
 from steadygrad.optim.adam import ADAM_RULE, ADAMW_RULE
 from steadygrad.optim.closures import Closure
+from steadygrad.optim.loaded_state import check_loaded
 from steadygrad.optim.options import (
     COUNTERS,
     ClipScope,
@@ -274,6 +275,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of a wrapper or of a plain torch optimizer; what the latter lacks stays as it is."""
+        check_loaded(state_dict, self._options)
         self._flush()
         kept = self._kept_group_keys()
         self.optimizer.load_state_dict(state_dict)
