@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -105,7 +106,7 @@ def test_bad_tensors_are_refused_and_nothing_changes(
 
 
 @pytest.mark.parametrize(
-    "wrong", ["weight", 3.0, object(), None], ids=lambda wrong: type(wrong).__name__
+    "wrong", ["weight", 3.0, object(), None, np.ones(2)], ids=lambda wrong: type(wrong).__name__
 )
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_what_is_no_tensor_is_refused(backend: Backend, function: str, wrong: object) -> None:
@@ -118,7 +119,8 @@ def test_what_is_no_tensor_is_refused(backend: Backend, function: str, wrong: ob
             function=function,
             argument=argument,
             expected="expected.*tensor",
-            got=f"got.*({type(wrong).__name__})",
+            # An array as the list itself is one of numbers.
+            got=f"got.*({type(wrong).__name__}|float64)",
             unchanged=[Snapshot(good)],
         )
 
@@ -135,6 +137,12 @@ def test_what_is_no_tensor_is_refused(backend: Backend, function: str, wrong: ob
         ("add_penalty_", ("a",), "l1"),
         ("add_penalty_", (0.0, None), "l2"),
         ("soft_threshold_", ("a",), "amount"),
+        ("clip_grad_norm_", (10**400,), "max_norm"),
+        ("clip_grad_norm_", (1.0, -(10**400)), "norm_type"),
+        ("clip_grads_with_norm_", (1.0, 10**400), "total_norm"),
+        ("clip_grad_value_", (10**400,), "clip_value"),
+        ("add_penalty_", (10**400,), "l1"),
+        ("soft_threshold_", (10**400,), "amount"),
     ],
 )
 def test_numbers_that_are_none_are_refused(
@@ -210,6 +218,117 @@ def test_lazily_negated_and_conjugated_gradients(backend: Backend) -> None:
     assert_close(
         sg.get_total_norm(lazy()), sg.get_total_norm([g.clone() for g in lazy()]), torch.float32
     )
+
+
+def negative_view(values: Tensor) -> Tensor:
+    """Return a contiguous tensor of these values, whose memory holds them with the other sign."""
+    view: Tensor = torch._neg_view(values.detach().neg())
+    assert view.is_neg() and view.is_contiguous() and torch.equal(view, values)
+    return view
+
+
+@pytest.mark.parametrize("operand", ["parameter", "gradient", "state", "step"])
+@pytest.mark.parametrize("write_grads", [False, True])
+def test_contiguous_negative_views_in_a_step(
+    backend: Backend, operand: str, write_grads: bool
+) -> None:
+    def build(view: Callable[[Tensor], Tensor]) -> tuple[Parameter, sg.Stabilizer]:
+        values = torch.tensor([1.0, -2.0, 3.0], device=backend.device)
+        param = Parameter(view(values) if operand == "parameter" else values)
+        options = {"max_norm": 2.0, "l2": 0.5, "write_grads": write_grads}
+        optimizer = sg.Stabilizer(torch.optim.AdamW([param], lr=0.5), **options)
+        held = values.clone()
+        optimizer.state[param] = {
+            "step": torch.tensor(4.0, device=backend.device if backend.asynchronous else "cpu"),
+            "exp_avg": held.clone(),
+            "exp_avg_sq": held.square(),
+        }
+        grad = torch.tensor([3.0, 4.0, -12.0], device=backend.device)
+        param.grad = view(grad) if operand == "gradient" else grad
+        replaced = {"state": "exp_avg", "step": "step"}.get(operand)
+        if replaced is not None:
+            optimizer.state[param][replaced] = view(optimizer.state[param][replaced])
+        return param, optimizer
+
+    (mine, ours), (plain, theirs) = build(negative_view), build(Tensor.clone)
+    snapshot = Snapshot([mine], ours)
+    theirs.step()
+    if operand == "gradient" and not write_grads:
+        ours.step()
+        assert torch.equal(bits(mine), bits(plain))
+        return
+    with pytest.raises(TypeError, match=r"resolve_neg\(\)"):
+        ours.step()
+    snapshot.assert_unchanged()
+
+
+def test_contiguous_negative_views_in_functions(backend: Backend) -> None:
+    values = torch.tensor([0.5, -2.0, 3.0], device=backend.device)
+
+    def both(call: Callable[[Tensor], object]) -> None:
+        mine, plain = negative_view(values), values.clone()
+        call(mine)
+        call(plain)
+        assert torch.equal(mine, plain)
+
+    def with_grad(grad: Tensor) -> list[Tensor]:
+        holder = torch.ones(3, device=backend.device)
+        holder.grad = grad
+        return [holder]
+
+    both(lambda t: sg.clip_grad_norm_(with_grad(t), 1.0))
+    both(lambda t: sg.clip_grads_with_norm_(with_grad(t), 1.0, 5.0))
+    both(lambda t: sg.clip_grad_value_(with_grad(t), 1.0))
+    both(lambda t: sg.soft_threshold_([t], 1.0))
+    grads = []
+    for param in (negative_view(values), values.clone()):
+        param.grad = torch.zeros(3, device=backend.device)
+        assert sg.add_penalty_([param], 0.5, 1.0).item() == 0.5 * 5.5 + 0.5 * 13.25
+        grads.append(param.grad)
+    assert torch.equal(*grads)
+    with pytest.raises(TypeError, match=r"add_penalty_: params\[0\].grad: .*resolve_neg"):
+        sg.add_penalty_(with_grad(negative_view(values)), 0.5, 1.0)
+    activations = [negative_view(values).requires_grad_(), values.clone().requires_grad_()]
+    for activation in activations:
+        sg.nn.ActivationPenalty(0.5, 1.0)(activation).sum().backward()
+    assert torch.equal(*[a.grad for a in activations])  # type: ignore[arg-type]
+
+
+def test_negative_views_in_batch_norm(backend: Backend) -> None:
+    values = torch.randn(6, 4, 5, 5).to(backend.device)
+    for place in ("input", "weight", "residual"):
+        results = []
+        for view in (negative_view, Tensor.clone):
+            given = {"input": values, "weight": values[0, :, 0, 0], "residual": values.flip(0)}
+            given[place] = view(given[place].contiguous())
+            try:
+                results.append(
+                    sg.nn.functional.batch_norm(
+                        given["input"],
+                        None,
+                        None,
+                        given["weight"],
+                        torch.zeros(4, device=backend.device),
+                        training=True,
+                        residual=given["residual"],
+                    )
+                )
+            except TypeError as refusal:
+                assert "resolve_neg" in str(refusal)
+        assert len(results) < 2 or torch.equal(*results)
+
+
+def test_zeros_without_memory_are_named(backend: Backend) -> None:
+    zeros = torch._efficientzerotensor((3,), device=backend.device)
+    with pytest.raises(RuntimeError, match=r"efficientzerotensor.*clone"):
+        sg.get_total_norm([zeros])
+
+
+def test_empty_complex_tensors_of_any_strides(backend: Backend) -> None:
+    made = torch.empty(0, 4, dtype=torch.complex64, device=backend.device)[:, ::2]
+    holder = torch.empty_like(made)
+    holder.grad = made
+    assert sg.get_total_norm([made]).item() == sg.clip_grad_norm_([holder], 1.0).item() == 0
 
 
 def test_parameters_that_are_views_of_one_buffer(backend: Backend) -> None:
@@ -309,3 +428,17 @@ def test_gradients_of_other_dtypes_than_the_parameter(backend: Backend) -> None:
         snapshot.assert_unchanged()
     else:
         assert_close(param, torch.tensor(-(8**-0.5)).bfloat16().expand(8), torch.float32)
+
+
+@pytest.mark.parametrize("wrap", [True, False], ids=["wrapped", "subclass"])
+def test_a_freed_gradient_without_a_learning_rate(backend: Backend, wrap: bool) -> None:
+    param = Parameter(torch.ones(5, device=backend.device))
+    param.grad = torch.ones(5, device=backend.device)
+    param.grad.untyped_storage().resize_(0)
+    optimizer = (
+        sg.Stabilizer(torch.optim.SGD([param], lr=0.0), max_norm=0.0, l2=1.0)
+        if wrap
+        else sg.optim.SGD([param], lr=0.0, max_norm=0.0, l2=1.0)
+    )
+    with pytest.raises(RuntimeError, match="storage was freed"):
+        optimizer.step()

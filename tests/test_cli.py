@@ -389,3 +389,18 @@ def test_doctor_checks_every_usable_device(monkeypatch: pytest.MonkeyPatch, caps
     assert "Kernels on cpu: error" in text and "Kernels on meta: error" in text
     assert "68 of 136 kernel checks passed." in text
     assert "- AdamW, 2 fused steps on meta: " in text
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("command", [["doctor"], ["study", "--list"]], ids=" ".join)
+def test_a_full_disk_behind_standard_output_is_one_line(command: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "steadygrad", *command],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1 and "standard output" in result.stderr

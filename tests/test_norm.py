@@ -317,3 +317,32 @@ def test_any_list_of_tensors(
     full = [t for t in doubles if t.numel()]
     torchs = torch.nn.utils.get_total_norm(full, norm_type).item()
     assert got.item() == pytest.approx(torchs, rel=TOLERANCES[got.dtype].rtol, abs=0.0)
+
+
+@pytest.mark.parametrize("p", [-1100.0, -60.0, 50.0, 1100.0, 1e5])
+@pytest.mark.parametrize("scale", [1e-310, 1.0, 1e307])
+def test_large_exponents_stay_in_range(backend: Backend, p: float, scale: float) -> None:
+    tensors = [normal(300, 1.0, seed).double() * scale for seed in range(3)]
+    want = reference.total_norm([t.numpy() for t in tensors], p)
+    got = sg.get_total_norm([t.to(backend.device) for t in tensors], p).item()
+    assert 0 < want < math.inf
+    assert got == pytest.approx(want, rel=1e-12, abs=5e-323)
+
+
+def test_small_exponents_whose_root_leaves_the_range(backend: Backend) -> None:
+    tensor = torch.full((2000,), 1e-40, dtype=torch.float64)
+    got = sg.get_total_norm([tensor.to(backend.device)], 0.01).item()
+    assert got == pytest.approx(2000.0**50 * 1e-40 * 2000.0**50, rel=1e-10)
+
+
+def test_flushed_denormals_do_not_depend_on_the_threads(backend: Backend, threads: None) -> None:
+    tensor = torch.full((400_000,), 1e-310, dtype=torch.float64).to(backend.device)
+    norms = set()
+    assert torch.set_flush_denormal(True)
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            norms.add(tuple(sg.get_total_norm([tensor], p).cpu().numpy().tobytes() for p in (2, 3)))
+    finally:
+        torch.set_flush_denormal(False)
+    assert len(norms) == 1

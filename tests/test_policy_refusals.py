@@ -149,3 +149,38 @@ def test_state_that_does_not_fit_is_no_state(backend: Backend, state: Any) -> No
 def test_the_references_refuse_too(make: Callable[[], Any]) -> None:
     with pytest.raises(ValueError, match="expected"):
         make()
+
+
+@pytest.mark.parametrize("replace", ["param.data", "storage", "state.data", "grad.data"])
+def test_a_policy_that_replaces_memory_is_refused(backend: Backend, replace: str) -> None:
+    param = Parameter(torch.ones(5, device=backend.device))
+    param.grad = torch.full((5,), 3.0, device=backend.device)
+
+    class Replaces(sg.ClipPolicy):
+        active = False
+
+        def limits(self, norms: torch.Tensor) -> float:
+            if not self.active:
+                return 1.0
+            tensor = {"param.data": param, "grad.data": param.grad}.get(replace)
+            if replace == "storage":
+                param.untyped_storage().resize_(0)
+            elif tensor is None:
+                optimizer.state[param]["exp_avg"].data = torch.zeros(5, device=backend.device)
+            else:
+                tensor.data = tensor.detach().clone()
+            return 1.0
+
+    policy = Replaces()
+    optimizer = sg.optim.AdamW([param], lr=0.5, clip=policy)
+    optimizer.step()
+    before, count = param.detach().clone(), float(optimizer.state[param]["step"])
+    policy.active = True
+    with pytest.raises(RuntimeError, match=r"step: parameters.*replaced"):
+        optimizer.step()
+    assert float(optimizer.state[param]["step"]) == count
+    if replace != "storage":
+        assert torch.equal(param, before)
+        policy.active = False
+        optimizer.step()
+        assert not torch.equal(param, before)

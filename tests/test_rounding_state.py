@@ -421,3 +421,23 @@ def test_small_steps_arrive(backend: Backend) -> None:
     assert float((weights["fp32"] - 1).min()) > 0.08
     for how in ROUNDINGS:
         assert float((weights[how] - weights["fp32"]).abs().max()) < 0.04, how
+
+
+@pytest.mark.parametrize("optimizer", [sg.optim.Adagrad, sg.optim.SGD, sg.optim.AdamW])
+def test_a_skipped_step_does_not_widen_state(backend: Backend, optimizer: Any) -> None:
+    param = Parameter(torch.ones(3, dtype=BF16, device=backend.device))
+    momentum = {"momentum": 0.9} if optimizer is sg.optim.SGD else {}
+    made = optimizer([param], lr=0.1, state_dtype=torch.float32, **momentum)
+    narrow = optimizer([param], lr=0.1, **momentum)
+    param.grad = torch.full((3,), 1.2, dtype=BF16, device=backend.device)
+    narrow.step()
+    made.state[param] = copy.deepcopy(narrow.state[param])
+    held = {name for name, value in made.state[param].items() if value.dtype == BF16}
+    param.grad.fill_(torch.nan)
+    made.step()
+    assert made.state_dict()["param_groups"][0]["skipped_steps"] == 1 and held
+    assert all(made.state[param][name].dtype == BF16 for name in held)
+    param.grad.fill_(1.2)
+    made.step()
+    made.state_dict()
+    assert all(made.state[param][name].dtype == torch.float32 for name in held)

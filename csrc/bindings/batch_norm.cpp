@@ -1,5 +1,6 @@
 #include "bindings/batch_norm.h"
 
+#include "bindings/signature.h"
 #include "bindings/tensor.h"
 #include "cpu/batch_norm.h"
 #include "cuda/batch_norm.h"
@@ -33,6 +34,7 @@ View real_view(PyObject* object, const char* name, Device& device) {
   const Argument argument{kName, name, -1};
   const View view = view_of(object, argument, device);
   if (view.is_complex) throw_type_error(argument, "a real tensor", object);
+  check_not_negated(object, argument);
   return view;
 }
 
@@ -178,7 +180,7 @@ class Running {
 
 // Runs the operation on the backend that holds the tensors.
 template <class OnCpu, class OnCuda>
-void run(Device device, OnCpu on_cpu, OnCuda on_cuda) {
+void run(const Device& device, OnCpu on_cpu, OnCuda on_cuda) {
   if (device.is_cuda()) return on_cuda();
   adopt_torch_threads();
   const py::gil_scoped_release release;
@@ -197,7 +199,7 @@ void batch_norm_statistics(const py::object& input, const py::object& statistics
   run(
       call.device, [&] { cpu::batch_norm_statistics(call.norm, to); },
       [&] {
-        Allocator allocator(allocate);
+        Allocator allocator(allocate, call.device);
         cuda::batch_norm_statistics(call.norm, to, std::ref(allocator), call.stream());
       });
 }
@@ -217,7 +219,7 @@ void batch_norm_forward(const py::object& input, const py::object& residual, con
   run(
       call.device, [&] { cpu::batch_norm_forward(call.norm, out, to, running.statistics); },
       [&] {
-        Allocator allocator(allocate);
+        Allocator allocator(allocate, call.device);
         cuda::batch_norm_forward(call.norm, out, to, running.statistics, std::ref(allocator), call.stream());
       });
 }
@@ -245,6 +247,7 @@ void batch_norm_combine(const py::object& parts, const py::object& statistics, c
       !is_contiguous(view)) {
     throw_type_error(argument, "a contiguous float64 tensor of shape (parts, 2 * channels + 1)", parts.ptr());
   }
+  check_not_negated(parts.ptr(), argument);
   const int64_t channels = view.sizes[1] / 2;
   auto* const from = static_cast<const double*>(view.data);
   auto* const to = static_cast<double*>(
@@ -285,7 +288,7 @@ void batch_norm_backward(const py::object& grad_output, const py::object& input,
   run(
       call.device, [&] { cpu::batch_norm_backward(call.norm, grad, constant_statistics); },
       [&] {
-        Allocator allocator(allocate);
+        Allocator allocator(allocate, call.device);
         cuda::batch_norm_backward(call.norm, grad, constant_statistics, std::ref(allocator), call.stream());
       });
 }
@@ -302,7 +305,7 @@ void batch_norm_backward_sums(const py::object& grad_output, const py::object& i
   run(
       call.device, [&] { cpu::batch_norm_backward_sums(call.norm, grad, to); },
       [&] {
-        Allocator allocator(allocate);
+        Allocator allocator(allocate, call.device);
         cuda::batch_norm_backward_sums(call.norm, grad, to, std::ref(allocator), call.stream());
       });
 }
@@ -329,31 +332,29 @@ void batch_norm_backward_input(const py::object& grad_output, const py::object& 
 }  // namespace
 
 void define_batch_norm(py::module_& module) {
-  module.def("batch_norm_layout", &batch_norm_layout, py::arg("input"));
-  module.def("batch_norm_statistics", &batch_norm_statistics, py::arg("input"), py::arg("statistics"),
-             py::arg("allocate"));
-  module.def("batch_norm_forward", &batch_norm_forward, py::arg("input"), py::arg("residual"),
-             py::arg("weight"), py::arg("bias"), py::arg("running_mean"), py::arg("running_var"),
-             py::arg("num_batches_tracked"), py::arg("momentum"), py::arg("eps"), py::arg("relu"),
-             py::arg("output"), py::arg("mask"), py::arg("statistics"), py::arg("allocate"));
-  module.def("batch_norm_normalize", &batch_norm_normalize, py::arg("input"), py::arg("residual"),
-             py::arg("weight"), py::arg("bias"), py::arg("statistics"), py::arg("running_mean"),
-             py::arg("running_var"), py::arg("eps"), py::arg("relu"), py::arg("output"), py::arg("mask"));
-  module.def("batch_norm_combine", &batch_norm_combine, py::arg("parts"), py::arg("statistics"),
-             py::arg("running_mean"), py::arg("running_var"), py::arg("num_batches_tracked"),
-             py::arg("momentum"));
-  module.def("batch_norm_backward", &batch_norm_backward, py::arg("grad_output"), py::arg("input"),
-             py::arg("mask"), py::arg("weight"), py::arg("bias"), py::arg("statistics"),
-             py::arg("running_mean"), py::arg("running_var"), py::arg("eps"), py::arg("relu"),
-             py::arg("grad_input"), py::arg("grad_residual"), py::arg("grad_weight"), py::arg("grad_bias"),
-             py::arg("allocate"));
-  module.def("batch_norm_backward_sums", &batch_norm_backward_sums, py::arg("grad_output"), py::arg("input"),
-             py::arg("mask"), py::arg("weight"), py::arg("bias"), py::arg("statistics"), py::arg("eps"),
-             py::arg("relu"), py::arg("sums"), py::arg("allocate"));
-  module.def("batch_norm_backward_input", &batch_norm_backward_input, py::arg("grad_output"),
-             py::arg("input"), py::arg("mask"), py::arg("weight"), py::arg("bias"), py::arg("statistics"),
-             py::arg("sums"), py::arg("eps"), py::arg("relu"), py::arg("grad_input"),
-             py::arg("grad_residual"));
+  define(module, "batch_norm_layout", &batch_norm_layout, py::arg("input"));
+  define(module, "batch_norm_statistics", &batch_norm_statistics, py::arg("input"), py::arg("statistics"),
+         py::arg("allocate"));
+  define(module, "batch_norm_forward", &batch_norm_forward, py::arg("input"), py::arg("residual"),
+         py::arg("weight"), py::arg("bias"), py::arg("running_mean"), py::arg("running_var"),
+         py::arg("num_batches_tracked"), py::arg("momentum"), py::arg("eps"), py::arg("relu"),
+         py::arg("output"), py::arg("mask"), py::arg("statistics"), py::arg("allocate"));
+  define(module, "batch_norm_normalize", &batch_norm_normalize, py::arg("input"), py::arg("residual"),
+         py::arg("weight"), py::arg("bias"), py::arg("statistics"), py::arg("running_mean"),
+         py::arg("running_var"), py::arg("eps"), py::arg("relu"), py::arg("output"), py::arg("mask"));
+  define(module, "batch_norm_combine", &batch_norm_combine, py::arg("parts"), py::arg("statistics"),
+         py::arg("running_mean"), py::arg("running_var"), py::arg("num_batches_tracked"),
+         py::arg("momentum"));
+  define(module, "batch_norm_backward", &batch_norm_backward, py::arg("grad_output"), py::arg("input"),
+         py::arg("mask"), py::arg("weight"), py::arg("bias"), py::arg("statistics"), py::arg("running_mean"),
+         py::arg("running_var"), py::arg("eps"), py::arg("relu"), py::arg("grad_input"),
+         py::arg("grad_residual"), py::arg("grad_weight"), py::arg("grad_bias"), py::arg("allocate"));
+  define(module, "batch_norm_backward_sums", &batch_norm_backward_sums, py::arg("grad_output"),
+         py::arg("input"), py::arg("mask"), py::arg("weight"), py::arg("bias"), py::arg("statistics"),
+         py::arg("eps"), py::arg("relu"), py::arg("sums"), py::arg("allocate"));
+  define(module, "batch_norm_backward_input", &batch_norm_backward_input, py::arg("grad_output"),
+         py::arg("input"), py::arg("mask"), py::arg("weight"), py::arg("bias"), py::arg("statistics"),
+         py::arg("sums"), py::arg("eps"), py::arg("relu"), py::arg("grad_input"), py::arg("grad_residual"));
 }
 
 }  // namespace steadygrad::bindings

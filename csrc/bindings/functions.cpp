@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "bindings/signature.h"
 #include "bindings/tensor.h"
 #include "cpu/operations.h"
 
@@ -41,9 +42,11 @@ struct GradList {
   bool any_float64 = false;
 };
 
+// `calls_python`: whether Python will run between this look at the tensors and their use.
 GradList grads_of(const py::list& grads, const char* function, const char* name, Use use,
-                  bool complex_allowed) {
+                  bool complex_allowed, bool calls_python = false) {
   GradList list;
+  list.device.calls_python = calls_python;
   const Py_ssize_t count = PyList_GET_SIZE(grads.ptr());
   list.tensors.reserve(count);
   Seen seen(count);
@@ -83,8 +86,12 @@ py::tuple norm_result(const Norm& norm, const GradList& list) {
 }
 
 // `output`: the tensors that an asynchronous backend fills, which then knows nothing to return.
-cuda::NormOutput norm_output(const py::tuple& output) {
-  return {memory_of<cuda::Outcome>(output[0]), memory_of<float>(output[1]), memory_of<double>(output[2])};
+cuda::NormOutput norm_output(const char* function, const py::tuple& output, Device& device) {
+  static_assert(sizeof(cuda::Outcome) == 3 * sizeof(double), "Python makes room for an outcome");
+  const Argument argument{function, "output", -1};
+  return {memory_of<cuda::Outcome>(output[0], argument, {kDLFloat, 64, 1}, 3, device),
+          memory_of<float>(output[1], argument, {kDLFloat, 32, 1}, 1, device),
+          memory_of<double>(output[2], argument, {kDLFloat, 64, 1}, 1, device)};
 }
 
 // Functions have one scope, and every tensor of the list is a slot.
@@ -97,12 +104,13 @@ py::tuple grad_norm(const py::list& tensors, double p, const py::object& output,
                     const py::object& reduction) {
   constexpr const char* kName = "get_total_norm";
   const NormType type = checked_norm_type(kName, p);
-  GradList list = grads_of(tensors, kName, "tensors", Use::read, type.kind == NormKind::two);
+  GradList list =
+      grads_of(tensors, kName, "tensors", Use::read, type.kind == NormKind::two, !reduction.is_none());
   const Reduction all = reduction_for(kName, reduction, list);
   Norm norm;
   if (list.device.is_cuda()) {
-    Allocator allocator(allocate);
-    cuda::grad_norm(list.tensors, type, norm_output(output), all, std::ref(allocator),
+    Allocator allocator(allocate, list.device);
+    cuda::grad_norm(list.tensors, type, norm_output(kName, output, list.device), all, std::ref(allocator),
                     current_stream(list.device));
     return norm_result(norm, list);
   }
@@ -120,13 +128,14 @@ py::tuple clip_grad_norm(const py::list& grads, double max_norm, double p, bool 
   constexpr const char* kName = "clip_grad_norm_";
   check_not_negative(kName, "max_norm", max_norm);
   const NormType type = checked_norm_type(kName, p);
-  GradList list = grads_of(grads, kName, "parameters.grad", Use::write, type.kind == NormKind::two);
+  GradList list =
+      grads_of(grads, kName, "parameters.grad", Use::write, type.kind == NormKind::two, !reduction.is_none());
   const Reduction all = reduction_for(kName, reduction, list);
   Norm norm;
   if (list.device.is_cuda()) {
-    const cuda::NormOutput to = norm_output(output);
+    const cuda::NormOutput to = norm_output(kName, output, list.device);
     if (max_norm < INFINITY) announce_write(grads);  // what may be written: the device decides
-    Allocator allocator(allocate);
+    Allocator allocator(allocate, list.device);
     cuda::clip_grad_norm(list.tensors, max_norm, type, error_if_nonfinite, to, all, std::ref(allocator),
                          current_stream(list.device));
     return norm_result(norm, list);
@@ -147,9 +156,9 @@ py::tuple clip_grad_norm(const py::list& grads, double max_norm, double p, bool 
   return norm_result(norm, list);
 }
 
-void transform_all(const GradList& list, const TransformOptions& options, const py::object& allocate) {
+void transform_all(GradList& list, const TransformOptions& options, const py::object& allocate) {
   if (list.device.is_cuda()) {
-    Allocator allocator(allocate);
+    Allocator allocator(allocate, list.device);
     cuda::transform_grads(list.tensors, options, std::ref(allocator), current_stream(list.device));
     return;
   }
@@ -168,12 +177,13 @@ void clip_grads_with_norm(const py::list& grads, double max_norm, const py::obje
     if (list.tensors.empty()) return;
     const Argument argument{kName, "total_norm", -1};
     const View view = view_of(total_norm.ptr(), argument, list.device);
+    check_not_negated(total_norm.ptr(), argument);
     if (view.numel != 1 || (view.dtype != DType::float32 && view.dtype != DType::float64)) {
       throw_type_error(argument, "a number, or a float32 or float64 tensor of one element", total_norm.ptr());
     }
     if (max_norm == INFINITY) return;
     announce_write(grads);
-    Allocator allocator(allocate);
+    Allocator allocator(allocate, list.device);
     cuda::clip_grads_with_norm(list.tensors, max_norm, {view.data, view.dtype}, std::ref(allocator),
                                current_stream(list.device));
     return;
@@ -188,7 +198,7 @@ void clip_grads_with_norm(const py::list& grads, double max_norm, const py::obje
 void clip_grad_value(const py::list& grads, double clip_value, const py::object& allocate) {
   constexpr const char* kName = "clip_grad_value_";
   check_not_negative(kName, "clip_value", clip_value);
-  const GradList list = grads_of(grads, kName, "parameters.grad", Use::write, false);
+  GradList list = grads_of(grads, kName, "parameters.grad", Use::write, false);
   TransformOptions options;
   options.clip_value = clip_value;
   announce_write(grads);
@@ -202,9 +212,15 @@ double add_penalty(const py::list& params, const py::list& grads, double l1, dou
   check_not_negative(kName, "l1", l1);
   check_not_negative(kName, "l2", l2);
   const Py_ssize_t count = PyList_GET_SIZE(params.ptr());
+  if (PyList_GET_SIZE(grads.ptr()) != count) {
+    throw py::value_error(std::string(kName) + ": grads: expected one per parameter, " +
+                          std::to_string(count) + ", got " + std::to_string(PyList_GET_SIZE(grads.ptr())));
+  }
   std::vector<TensorOperands> tensors;
+  std::vector<py::object> read;  // the parameters, where they are negated lazily a copy
   Device device;
   tensors.reserve(count);
+  read.reserve(count);
   Seen seen(count);
   for (Py_ssize_t i = 0; i < count; ++i) {
     PyObject* const param = PyList_GET_ITEM(params.ptr(), i);
@@ -212,19 +228,21 @@ double add_penalty(const py::list& params, const py::list& grads, double l1, dou
     if (!seen.insert(param)) continue;
     const Argument argument{kName, "params", i};
     const Argument grad_argument{kName, "params", i, ".grad"};
-    const View views[] = {view_of(param, argument, device), view_of(grad, grad_argument, device)};
+    read.push_back(resolved(param));
+    const View views[] = {view_of(read.back().ptr(), argument, device), view_of(grad, grad_argument, device)};
     if (views[0].is_complex || views[1].is_complex) throw_type_error(argument, "a real tensor", param);
     if (!same_sizes(views[0], views[1])) throw_type_error(grad_argument, "the parameter's shape", grad);
     check_writable(views[1], grad_argument);
-    check_not_negated(views[1], grad, grad_argument);
+    check_not_negated(grad, grad_argument);
     TensorOperands& tensor = tensors.emplace_back();
     Operand* const operands[] = {&tensor.param, &tensor.grad};
     set_operands(tensor, views, operands, 2);
   }
   if (l1 != 0 || l2 != 0) announce_write(grads);
   if (device.is_cuda()) {
-    Allocator allocator(allocate);
-    cuda::add_penalty(tensors, l1, l2, memory_of<double>(value), std::ref(allocator), current_stream(device));
+    double* const to = memory_of<double>(value, {kName, "value", -1}, {kDLFloat, 64, 1}, 1, device);
+    Allocator allocator(allocate, device);
+    cuda::add_penalty(tensors, l1, l2, to, std::ref(allocator), current_stream(device));
     return 0;
   }
   adopt_torch_threads();
@@ -252,7 +270,7 @@ void soft_threshold(const py::list& params, double amount, const py::object& all
   if (amount == 0) return;
   announce_write(params);
   if (device.is_cuda()) {
-    Allocator allocator(allocate);
+    Allocator allocator(allocate, device);
     cuda::soft_threshold(tensors, amount, std::ref(allocator), current_stream(device));
     return;
   }
@@ -264,20 +282,21 @@ void soft_threshold(const py::list& params, double amount, const py::object& all
 }  // namespace
 
 void define_functions(py::module_& module) {
-  module.def("grad_norm", &grad_norm, py::arg("tensors"), py::arg("norm_type"), py::arg("output"),
-             py::arg("allocate"), py::arg("reduction") = py::none());
-  module.def("clip_grad_norm_", &clip_grad_norm, py::arg("grads"), py::arg("max_norm"), py::arg("norm_type"),
-             py::arg("error_if_nonfinite"), py::arg("output"), py::arg("allocate"),
-             py::arg("reduction") = py::none());
-  module.def("clip_grads_with_norm_", &clip_grads_with_norm, py::arg("grads"), py::arg("max_norm"),
-             py::arg("total_norm"), py::arg("allocate"));
-  module.def("clip_grad_value_", &clip_grad_value, py::arg("grads"), py::arg("clip_value"),
-             py::arg("allocate"));
-  module.def("add_penalty_", &add_penalty, py::arg("params"), py::arg("grads"), py::arg("l1"), py::arg("l2"),
-             py::arg("value"), py::arg("allocate"));
-  module.def("soft_threshold_", &soft_threshold, py::arg("params"), py::arg("amount"), py::arg("allocate"));
-  module.def(
-      "is_asynchronous",
+  define(module, "grad_norm", &grad_norm, py::arg("tensors"), py::arg("norm_type"), py::arg("output"),
+         py::arg("allocate"), py::arg("reduction") = py::none());
+  define(module, "clip_grad_norm_", &clip_grad_norm, py::arg("grads"), py::arg("max_norm"),
+         py::arg("norm_type"), py::arg("error_if_nonfinite"), py::arg("output"), py::arg("allocate"),
+         py::arg("reduction") = py::none());
+  define(module, "clip_grads_with_norm_", &clip_grads_with_norm, py::arg("grads"), py::arg("max_norm"),
+         py::arg("total_norm"), py::arg("allocate"));
+  define(module, "clip_grad_value_", &clip_grad_value, py::arg("grads"), py::arg("clip_value"),
+         py::arg("allocate"));
+  define(module, "add_penalty_", &add_penalty, py::arg("params"), py::arg("grads"), py::arg("l1"),
+         py::arg("l2"), py::arg("value"), py::arg("allocate"));
+  define(module, "soft_threshold_", &soft_threshold, py::arg("params"), py::arg("amount"),
+         py::arg("allocate"));
+  define(
+      module, "is_asynchronous",
       [](const std::string& device_type) {
         const int type = device_type == "cpu" ? kDLCPU : device_type == "cuda" ? kDLCUDA : 0;
         return type == cuda_backend_type();

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/plan_options.h"
+#include "bindings/signature.h"
 
 namespace steadygrad::bindings {
 namespace {
@@ -107,6 +108,9 @@ int64_t Plan::scopes() const {
 }
 
 Reduction Plan::reduction_for(const py::object& reduction) {
+  if (!reduction.is_none() && options_.clip_scope == ClipScope::tensor && !per_tensor_) {
+    throw py::value_error("step: reduction: expected a row per tensor where each is clipped by itself");
+  }
   return reduction_of(kFunction, reduction, groups_.size(), params_.size(), per_tensor_, device_);
 }
 
@@ -156,7 +160,8 @@ bool Plan::add_tensor(size_t index, PyObject* grad, const GroupOptions& group, i
             where, by_unit ? "a real tensor, as complex ones cannot be clipped by unit" : "a real tensor",
             object);
       }
-      if (i < 2) check_not_negated(views[i], object, where);
+      const bool is_resolved = i == 1 && reads_resolved_grads();
+      if ((updates || penalty) && !is_resolved) check_not_negated(object, where);
       if (!same_sizes(views[0], views[i])) {
         throw py::value_error(where.text() + ": expected the shape of the parameter, " +
                               std::string(py::str(params_[index].attr("shape"))) + ", got " +
@@ -177,6 +182,7 @@ bool Plan::add_tensor(size_t index, PyObject* grad, const GroupOptions& group, i
   if (rule_->has_step) {
     const Argument where = argument(index, " state 'step'");
     const View step = view_of(slot.objects.back().ptr(), where, device_);
+    check_not_negated(slot.objects.back().ptr(), where);
     if (step.numel != 1 || (step.dtype != DType::float32 && step.dtype != DType::float64)) {
       throw_type_error(where, "a float32 or float64 tensor of one element", slot.objects.back().ptr());
     }
@@ -199,6 +205,7 @@ class Plan::Stepping {
   ~Stepping() {
     plan_.grads_.clear();
     plan_.locals_.clear();
+    plan_.device_.looked.clear();
     plan_.stepping_ = false;
   }
   Stepping(const Stepping&) = delete;
@@ -227,6 +234,7 @@ bool Plan::gather(const std::vector<GroupOptions>& groups, const std::optional<p
                 : py::reinterpret_steal<py::object>(PyObject_GetAttr(params_[index].ptr(), kGrad));
       if (!grad) throw py::error_already_set();
       if (grad.is_none()) continue;
+      if (reads_resolved_grads()) grad = resolved(grad.ptr());
       if (!add_tensor(index, grad.ptr(), groups[g], static_cast<int32_t>(g))) return false;
       active_.push_back(static_cast<int64_t>(index));
       grads_.push_back(std::move(grad));
@@ -243,6 +251,7 @@ std::optional<cpu::StepReport> Plan::step(const py::list& groups, double unscale
   adopt_torch_threads();
   const Stepping stepping(*this);
   device_ = Device();
+  device_.calls_python = !reduction.is_none();
   if (!gather(group_list, grads)) return std::nullopt;
   if (device_.is_cuda()) {
     throw py::type_error("step: parameters: expected tensors on the device that the step was prepared for");
@@ -267,6 +276,26 @@ std::optional<cpu::StepReport> Plan::step(const py::list& groups, double unscale
   return report;
 }
 
+cuda::StepMemory Plan::step_memory(const py::dict& memory) {
+  const int64_t count = static_cast<int64_t>(params_.size());
+  const auto memory_at = [&](const char* name, DLDataTypeCode code, uint8_t bits, int64_t numel) {
+    return memory_of<void>(memory[name], {kFunction, name, -1}, {static_cast<uint8_t>(code), bits, 1}, numel,
+                           device_);
+  };
+  cuda::StepMemory addresses;
+  addresses.output.outcome = static_cast<cuda::Outcome*>(memory_at("outcome", kDLFloat, 64, 3));
+  addresses.counts = static_cast<int64_t*>(memory_at("counts", kDLInt, 64, 2));
+  addresses.taken = static_cast<int32_t*>(memory_at("taken", kDLInt, 32, count));
+  addresses.nonfinite = static_cast<int64_t*>(memory_at("nonfinite", kDLInt, 64, count));
+  addresses.rounded_steps = static_cast<uint64_t*>(memory_at("rounded_steps", kDLInt, 64, 1));
+  addresses.grad_scale = static_cast<const float*>(memory_at("grad_scale", kDLFloat, 32, 1));
+  addresses.found_inf = static_cast<const float*>(memory_at("found_inf", kDLFloat, 32, 1));
+  if (addresses.output.outcome == nullptr || addresses.taken == nullptr) {
+    throw py::type_error("step: memory: expected tensors 'outcome' and 'taken', got None");
+  }
+  return addresses;
+}
+
 bool Plan::step_on_device(const py::list& groups, double unscale, bool found_inf,
                           const std::optional<py::list>& grads, const py::dict& memory,
                           const py::list& learning_rates, const py::object& allocate,
@@ -276,7 +305,7 @@ bool Plan::step_on_device(const py::list& groups, double unscale, bool found_inf
   const Stepping stepping(*this);
   // Also a step without any gradient has a device and its stream.
   device_ = Device();
-  view_of(py::object(memory["outcome"]).ptr(), {kFunction, "outcome", -1}, device_);
+  cuda::StepMemory addresses = step_memory(memory);
   if (!gather(group_list, grads)) return false;
   std::vector<cuda::DeviceGroup> device_groups;
   for (size_t g = 0; g < group_list.size(); ++g) {
@@ -284,22 +313,19 @@ bool Plan::step_on_device(const py::list& groups, double unscale, bool found_inf
     group.options = group_list[g];
     const py::object lr = learning_rates[g];
     if (lr.is_none()) continue;
-    const View view = view_of(lr.ptr(), {kFunction, "lr", static_cast<Py_ssize_t>(g)}, device_);
+    const Argument where{kFunction, "lr", static_cast<Py_ssize_t>(g)};
+    const View view = view_of(lr.ptr(), where, device_);
+    if (view.numel != 1 || (view.dtype != DType::float32 && view.dtype != DType::float64)) {
+      throw_type_error(where, "a float32 or float64 tensor of one element", lr.ptr());
+    }
+    check_not_negated(lr.ptr(), where);
     group.lr = {view.data, view.dtype};
   }
   std::vector<cuda::StepCounter> counters;
   for (const cpu::StepCounter& counter : counters_) counters.push_back({counter.data, counter.dtype});
   const std::vector<int32_t> slots(active_.begin(), active_.end());
-  cuda::StepMemory addresses;
-  addresses.output.outcome = memory_of<cuda::Outcome>(memory["outcome"]);
-  addresses.counts = memory_of<int64_t>(memory["counts"]);
-  addresses.taken = memory_of<int32_t>(memory["taken"]);
-  addresses.nonfinite = memory_of<int64_t>(memory["nonfinite"]);
-  addresses.rounded_steps = memory_of<uint64_t>(memory["rounded_steps"]);
   addresses.policies = with_rows(policies_, policy_rows, scopes(), device_);
   addresses.telemetry = telemetry_of(telemetry, params_.size(), device_);
-  addresses.grad_scale = memory_of<float>(memory["grad_scale"]);
-  addresses.found_inf = memory_of<float>(memory["found_inf"]);
   options_.unscale = unscale;
   options_.found_inf = found_inf;
   if (options_.rule == RuleKind::none || options_.write_grads) announce_write(py::cast(grads_));
@@ -307,11 +333,12 @@ bool Plan::step_on_device(const py::list& groups, double unscale, bool found_inf
   device_plan_.step(
       tensors_, counters, slots, device_groups, options_, addresses, reduction_for(reduction),
       [&](int64_t bytes) {
+        std::vector<py::object> kept;
+        void* const address = allocated(allocate, bytes, device_, kept);
         // What a captured graph uses must stay where it is.
-        py::object memory_of_step = allocate(bytes);
         if (!captured()) device_memory_.clear();
-        device_memory_.push_back(std::move(memory_of_step));
-        return memory_of<void>(device_memory_.back());
+        device_memory_.push_back(std::move(kept.back()));
+        return address;
       },
       current_stream(device_));
   return true;
@@ -380,22 +407,22 @@ void define_plan(py::module_& module) {
       .def_readonly("skipped", &cpu::StepReport::skipped)
       .def_readonly("spiked", &cpu::StepReport::spiked)
       .def_readonly("clipped", &cpu::StepReport::clipped);
-  py::class_<Plan>(module, "Plan", py::module_local(), py::custom_type_setup(collect_garbage))
-      .def(py::init<const std::string&, const py::list&, const py::list&, const py::dict&>(), py::arg("rule"),
+  py::class_<Plan> plan(module, "Plan", py::module_local(), py::custom_type_setup(collect_garbage));
+  plan.def(py::init<const std::string&, const py::list&, const py::list&, const py::dict&>(), py::arg("rule"),
            py::arg("groups"), py::arg("slots"), py::arg("options"))
       .def("seal", &Plan::seal, py::arg("state"))
       .def("matches", &Plan::matches, py::arg("param_groups"), py::arg("state"))
-      .def("step", &Plan::step, py::arg("groups"), py::arg("unscale"), py::arg("found_inf"),
-           py::arg("grads") = py::none(), py::arg("rounded_steps") = 0, py::arg("reduction") = py::none(),
-           py::arg("policy_rows") = py::none(), py::arg("telemetry") = py::none())
-      .def("step_on_device", &Plan::step_on_device, py::arg("groups"), py::arg("unscale"),
-           py::arg("found_inf"), py::arg("grads"), py::arg("memory"), py::arg("learning_rates"),
-           py::arg("allocate"), py::arg("reduction") = py::none(), py::arg("policy_rows") = py::none(),
-           py::arg("telemetry") = py::none())
       .def_property_readonly("captured", &Plan::captured)
       .def("active", &Plan::active)
       .def("active_indices", &Plan::active_indices)
       .def("mark_first_steps_done", &Plan::mark_first_steps_done);
+  define(plan, "step", &Plan::step, py::arg("groups"), py::arg("unscale"), py::arg("found_inf"),
+         py::arg("grads") = py::none(), py::arg("rounded_steps") = 0, py::arg("reduction") = py::none(),
+         py::arg("policy_rows") = py::none(), py::arg("telemetry") = py::none());
+  define(plan, "step_on_device", &Plan::step_on_device, py::arg("groups"), py::arg("unscale"),
+         py::arg("found_inf"), py::arg("grads"), py::arg("memory"), py::arg("learning_rates"),
+         py::arg("allocate"), py::arg("reduction") = py::none(), py::arg("policy_rows") = py::none(),
+         py::arg("telemetry") = py::none());
   py::list fields;
   for (const char* field : kGroupFields) fields.append(field);
   module.attr("GROUP_FIELDS") = py::tuple(fields);

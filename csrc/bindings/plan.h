@@ -74,9 +74,14 @@ class Plan {
   // False when the slot does not fit.
   bool add_tensor(size_t index, PyObject* grad, const GroupOptions& group, int32_t group_index);
   PyObject* local(const py::object& tensor);
+  // Whether gradients are read alone: those that torch negates lazily are then copied, and else refused where
+  // their sign matters.
+  bool reads_resolved_grads() const { return options_.rule != RuleKind::none && !options_.write_grads; }
   // How many scopes the clip has.
   int64_t scopes() const;
   Reduction reduction_for(const py::object& reduction);
+  // What of a device's memory Python has made for the step.
+  cuda::StepMemory step_memory(const py::dict& memory);
   void announce_update() const;
   Argument argument(size_t index, const char* attribute) const;
 

@@ -85,6 +85,18 @@ StepOptions step_options(const RuleEntry& rule, const py::dict& options) {
   return step;
 }
 
+namespace {
+
+int64_t checked_window(const char* policy, const py::object& number, int64_t least) {
+  const auto window = number.cast<int64_t>();
+  // Rows of that many numbers have a size that is a number too.
+  if (window >= least && window <= int64_t{1} << 40) return window;
+  throw py::value_error("Plan: " + std::string(policy) + ": expected a window of at least " +
+                        std::to_string(least) + ", got " + std::to_string(window));
+}
+
+}  // namespace
+
 Policies policies_of(const py::dict& options) {
   Policies policies;
   if (options.contains("clip_policy") && !options["clip_policy"].is_none()) {
@@ -102,12 +114,12 @@ Policies policies_of(const py::dict& options) {
       *field = numbers[next++].cast<double>();
     }
     clip.warmup = numbers[next++].cast<int64_t>();
-    clip.window = numbers[next++].cast<int64_t>();
+    clip.window = checked_window("clip_policy", numbers[next++], clip.kind == PolicyKind::percentile ? 1 : 0);
   }
   if (options.contains("skip_policy") && !options["skip_policy"].is_none()) {
     const auto numbers = options["skip_policy"].cast<py::tuple>();
     policies.skip.sigma = numbers[0].cast<double>();
-    policies.skip.window = numbers[1].cast<int64_t>();
+    policies.skip.window = checked_window("skip_policy", numbers[1], 2);
   }
   return policies;
 }

@@ -12,6 +12,9 @@ struct Torch {
   const DLPackExchangeAPI* api = nullptr;
   PyObject* increment_version = nullptr;
   PyObject* get_num_threads = nullptr;
+  PyObject* is_neg = nullptr;
+  // What is_neg calls, where Python lets us see it: half the time of a call.
+  PyCFunction is_neg_function = nullptr;
 };
 
 Torch torch;
@@ -35,6 +38,19 @@ DType dtype_of(const DLTensor& tensor, bool& is_complex, PyObject* object, const
   if (is_complex && type.bits == 64) return DType::float32;
   if (is_complex && type.bits == 128) return DType::float64;
   throw_type_error(argument, "a tensor of float32, float64, bfloat16 or float16", object);
+}
+
+bool is_tensor(PyObject* object) {
+  return Py_TYPE(object) == torch.tensor || Py_TYPE(object) == torch.parameter;
+}
+
+// What is no tensor is not: whoever looks at it says what was expected.
+bool is_negated(PyObject* tensor) {
+  if (!is_tensor(tensor)) return false;
+  PyObject* const result = torch.is_neg_function != nullptr ? torch.is_neg_function(tensor, nullptr)
+                                                            : PyObject_CallOneArg(torch.is_neg, tensor);
+  if (result == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result).is(py::bool_(true));
 }
 
 // A freed storage leaves a data pointer of 0 plus the offset. No allocator hands out addresses this low on a
@@ -76,24 +92,51 @@ void check_device(const DLDevice& found, Device& device, PyObject* object, const
   if (type != kDLCPU && type != cuda_backend_type()) {
     throw_type_error(argument, "a tensor" + supported_devices(), object);
   }
-  const Device here{type, type == kDLCPU ? 0 : found.device_id};
-  if (device.type == 0) device = here;
-  if (!(device == here)) {
+  const int index = type == kDLCPU ? 0 : found.device_id;
+  if (device.type == 0) {
+    device.type = type;
+    device.index = index;
+  }
+  if (device.type != type || device.index != index) {
     const std::string name = device.type == kDLCPU ? "the CPU" : "cuda:" + std::to_string(device.index);
     throw_type_error(argument, "a tensor on " + name + ", as the tensors before it are", object);
   }
 }
 
-DLTensor dl_tensor_of(PyObject* object, const Argument& argument, Device& device) {
-  if (Py_TYPE(object) != torch.tensor && Py_TYPE(object) != torch.parameter) {
-    throw_type_error(argument, "a torch.Tensor or torch.nn.Parameter", object);
-  }
+DLTensor exported(PyObject* object, const Argument& argument) {
   DLTensor tensor;
   if (torch.api->dltensor_from_py_object_no_sync(object, &tensor) != 0) {
     PyErr_Clear();
     throw_type_error(argument, "a dense tensor" + supported_devices(), object);
   }
+  return tensor;
+}
+
+const void* data_of(const DLTensor& tensor) {
+  return static_cast<const char*>(tensor.data) + tensor.byte_offset;
+}
+
+uint64_t layout_of(const DLTensor& tensor) {
+  uint64_t hash = static_cast<uint64_t>(tensor.dtype.code) << 8 | tensor.dtype.bits;
+  const auto add = [&](int64_t number) {
+    hash = (hash ^ static_cast<uint64_t>(number)) * 0x9e3779b97f4a7c15u;
+    hash ^= hash >> 29;
+  };
+  for (int d = 0; d < tensor.ndim; ++d) {
+    add(tensor.shape[d]);
+    add(tensor.strides[d]);
+  }
+  return hash;
+}
+
+DLTensor dl_tensor_of(PyObject* object, const Argument& argument, Device& device) {
+  if (!is_tensor(object)) throw_type_error(argument, "a torch.Tensor or torch.nn.Parameter", object);
+  const DLTensor tensor = exported(object, argument);
   check_device(tensor.device, device, object, argument);
+  if (device.calls_python || device.is_cuda()) {
+    device.looked.push_back(
+        {py::reinterpret_borrow<py::object>(object), argument, data_of(tensor), layout_of(tensor)});
+  }
   return tensor;
 }
 
@@ -105,10 +148,13 @@ int64_t numel_of(const DLTensor& tensor) {
 
 void* memory_in(const DLTensor& tensor, PyObject* object, const Argument& argument) {
   if (numel_of(tensor) > 0 && is_freed(tensor, object)) {
-    throw std::runtime_error(argument.text() +
-                             ": expected a tensor with memory, got one whose storage was freed");
+    const bool is_zero = py::handle(object).attr("_is_zerotensor")().cast<bool>();
+    throw std::runtime_error(argument.text() + ": expected a tensor with memory, got one " +
+                             (is_zero ? "that torch keeps as zeros without any (torch._efficientzerotensor); "
+                                        "clone() gives it some"
+                                      : "whose storage was freed"));
   }
-  return static_cast<char*>(tensor.data) + tensor.byte_offset;
+  return const_cast<void*>(data_of(tensor));
 }
 
 Operand operand_of(const View& view, bool linear) {
@@ -116,11 +162,12 @@ Operand operand_of(const View& view, bool linear) {
 }
 
 // From C++ that has let go of the interpreter's lock.
-std::function<void()> called_without_arguments(py::object function) {
+std::function<void()> called_without_arguments(py::object function, const Device& device) {
   if (function.is_none()) return [] {};
-  return [function = std::move(function)] {
+  return [function = std::move(function), &device] {
     const py::gil_scoped_acquire acquire;
     function();
+    look_again(device);
   };
 }
 
@@ -164,6 +211,11 @@ void import_torch() {
   torch.get_num_threads = py::object(py::module_::import("torch").attr("get_num_threads")).release().ptr();
   torch.increment_version =
       py::object(py::module_::import("torch.autograd.graph").attr("increment_version")).release().ptr();
+  torch.is_neg = py::object(tensor.attr("is_neg")).release().ptr();
+  if (Py_TYPE(torch.is_neg) == &PyMethodDescr_Type) {
+    const PyMethodDef* const method = reinterpret_cast<PyMethodDescrObject*>(torch.is_neg)->d_method;
+    if (method->ml_flags == METH_NOARGS) torch.is_neg_function = method->ml_meth;
+  }
   torch.tensor = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
   torch.parameter = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
 }
@@ -198,11 +250,12 @@ void* vector_of(PyObject* object, const Argument& argument, DLDataType dtype, in
                          std::to_string(numel) + " elements",
                      object);
   }
+  if (dtype.code == kDLFloat) check_not_negated(object, argument);
   return memory_in(tensor, object, argument);
 }
 
 py::object local_tensor(const py::object& tensor) {
-  if (Py_TYPE(tensor.ptr()) == torch.parameter || Py_TYPE(tensor.ptr()) == torch.tensor) return tensor;
+  if (is_tensor(tensor.ptr())) return tensor;
   static PyObject* const kLocal = PyUnicode_InternFromString("_local_tensor");
   PyObject* const local = PyObject_GetAttr(tensor.ptr(), kLocal);
   if (local != nullptr) return py::reinterpret_steal<py::object>(local);
@@ -223,8 +276,8 @@ Reduction reduction_of(const char* function, const py::object& tensors, size_t g
                                             {kDLInt, 32, 1}, static_cast<int64_t>(slots), device));
   reduction.slots = static_cast<int32_t>(slots);
   reduction.per_tensor = per_tensor;
-  reduction.reduce = called_without_arguments(parts[2]);
-  if (parts.size() > 3) reduction.ask_policy = called_without_arguments(parts[3]);
+  reduction.reduce = called_without_arguments(parts[2], device);
+  if (parts.size() > 3) reduction.ask_policy = called_without_arguments(parts[3], device);
   return reduction;
 }
 
@@ -239,22 +292,39 @@ void check_writable(const View& view, const Argument& argument) {
   }
 }
 
-void check_not_negated(const View& view, PyObject* object, const Argument& argument) {
-  if (view.numel != 1 && is_contiguous(view)) return;
-  if (py::reinterpret_borrow<py::object>(object).attr("is_neg")().cast<bool>()) {
+py::object resolved(PyObject* tensor) {
+  const py::object given = py::reinterpret_borrow<py::object>(tensor);
+  return is_negated(tensor) ? py::object(given.attr("resolve_neg")()) : given;
+}
+
+void check_not_negated(PyObject* tensor, const Argument& argument) {
+  if (is_negated(tensor)) {
     throw py::type_error(argument.text() +
                          ": expected a tensor whose memory holds its values, got a lazily negated one; "
                          "call resolve_neg() on it");
   }
 }
 
-void* address_of(const py::handle& tensor) {
+void look_again(const Device& device) {
+  for (const Looked& before : device.looked) {
+    const DLTensor now = exported(before.tensor.ptr(), before.argument);
+    if (data_of(now) == before.data && layout_of(now) == before.layout) continue;
+    throw std::runtime_error(before.argument.text() +
+                             ": expected a tensor that stays as it is while Python code runs in the middle "
+                             "of a call (a clip policy, a "
+                             "reduction, an allocation), got one whose memory, shape or dtype was replaced");
+  }
+}
+
+void* allocated(const py::object& allocate, int64_t bytes, Device& device, std::vector<py::object>& kept) {
+  const py::object& tensor = kept.emplace_back(allocate(bytes));
   if (Py_TYPE(tensor.ptr()) != torch.tensor) {
     throw py::type_error(
         "steadygrad: expected torch.empty to give memory, got " + describe(tensor.ptr()) +
         "; kernels cannot run where a mode or a transform puts other tensors in the place of real ones");
   }
-  return reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
+  look_again(device);
+  return vector_of(tensor.ptr(), {"steadygrad", "allocate", -1}, {kDLUInt, 8, 1}, bytes, device);
 }
 
 int cuda_backend_type() {
@@ -269,7 +339,7 @@ int cuda_backend_type() {
   return -1;
 }
 
-cuda::Stream current_stream(Device device) {
+cuda::Stream current_stream(const Device& device) {
   cuda::Stream stream;
   stream.device = device.index;
   if (device.type != kDLCUDA) return stream;
@@ -312,7 +382,7 @@ TensorOperands operands_of(const View& view, Operand TensorOperands::* operand) 
   tensor.numel = view.is_complex ? 2 * view.numel : view.numel;
   tensor.ndim = view.ndim;
   tensor.sizes = view.sizes;
-  tensor.*operand = operand_of(view, is_contiguous(view) || is_dense(view));
+  tensor.*operand = operand_of(view, view.numel == 0 || is_contiguous(view) || is_dense(view));
   return tensor;
 }
 
@@ -324,7 +394,8 @@ void set_operands(TensorOperands& tensor, const View* views, Operand* const* ope
   const View& first = views[0];
   const bool units_lie_together =
       first.ndim < 2 || first.sizes[0] < 2 || first.strides[0] * first.sizes[0] == first.numel;
-  bool together = is_contiguous(first) || (is_dense(first) && (units_lie_together || !by_unit));
+  bool together =
+      first.numel == 0 || is_contiguous(first) || (is_dense(first) && (units_lie_together || !by_unit));
   for (int i = 1; i < count; ++i) together = together && same_strides(views[0], views[i]);
   for (int i = 0; i < count; ++i) *operands[i] = operand_of(views[i], together || is_contiguous(views[i]));
 }

@@ -1,6 +1,7 @@
 // Python tensors as views, through the DLPack exchange API, with every check that the API itself leaves out.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -27,15 +28,27 @@ struct Argument {
 // DLPack's type of the devices whose tensors the CUDA backend takes; -1: it takes none.
 int cuda_backend_type();
 
+// A tensor as one call has found it.
+struct Looked {
+  py::object tensor;
+  Argument argument;
+  const void* data;
+  uint64_t layout;  // from its dtype, sizes and strides
+};
+
 // Where the tensors of one call are: the first one that is looked at sets it.
 struct Device {
   int type = 0;  // DLPack's; 0: not set yet
   int index = 0;
+  bool calls_python = false;   // whether Python runs between the look at the tensors and their use
+  std::vector<Looked> looked;  // all of them, where it does; with the CUDA backend it always may
 
-  bool operator==(const Device& other) const { return type == other.type && index == other.index; }
   // Whether its tensors go to the CUDA backend: also those of the CPU, where its kernels are emulated.
   bool is_cuda() const { return type != 0 && type == cuda_backend_type(); }
 };
+
+// After Python has run: throws RuntimeError where one of the tensors has other memory than it had.
+void look_again(const Device& device);
 
 // Valid until control returns to Python: sizes and strides belong to the tensor.
 struct View {
@@ -58,7 +71,7 @@ py::tuple exchange_api_version();
 View view_of(PyObject* object, const Argument& argument, Device& device);
 
 // The memory of a contiguous tensor of exactly this dtype and number of elements; throws TypeError for
-// another.
+// another, and for one that is lazily negated.
 void* vector_of(PyObject* object, const Argument& argument, DLDataType dtype, int64_t numel, Device& device);
 
 // A DTensor's part of this process, else the tensor itself; the DTensor keeps it alive.
@@ -71,37 +84,41 @@ Reduction reduction_of(const char* function, const py::object& tensors, size_t g
                        bool per_tensor, Device& device);
 
 // torch's current stream on a device of the CUDA backend.
-cuda::Stream current_stream(Device device);
+cuda::Stream current_stream(const Device& device);
 
-// The memory of a tensor that Python made for a kernel to fill.
-void* address_of(const py::handle& tensor);
+// The memory of a tensor that Python made for a kernel to fill, or null for None.
 template <class T>
-T* memory_of(const py::handle& tensor) {
-  return tensor.is_none() ? nullptr : static_cast<T*>(address_of(tensor));
+T* memory_of(const py::object& tensor, const Argument& argument, DLDataType dtype, int64_t numel,
+             Device& device) {
+  if (tensor.is_none()) return nullptr;
+  return static_cast<T*>(vector_of(tensor.ptr(), argument, dtype, numel, device));
 }
 
-// Asks Python for device memory, and keeps what it gets for as long as this object lives.
+// Asks Python for device memory; `kept` gets the tensor that owns it.
+void* allocated(const py::object& allocate, int64_t bytes, Device& device, std::vector<py::object>& kept);
+
+// The same for one call: keeps what it gets for as long as this object lives.
 class Allocator {
  public:
-  explicit Allocator(py::object allocate) : allocate_(std::move(allocate)) {}
+  Allocator(py::object allocate, Device& device) : allocate_(std::move(allocate)), device_(device) {}
 
-  void* operator()(int64_t bytes) {
-    kept_.push_back(allocate_(bytes));
-    return memory_of<void>(kept_.back());
-  }
+  void* operator()(int64_t bytes) { return allocated(allocate_, bytes, device_, kept_); }
 
  private:
   py::object allocate_;
+  Device& device_;
   std::vector<py::object> kept_;
 };
 
 // Throws where writing would be wrong: elements that share memory.
 void check_writable(const View& view, const Argument& argument);
 
-// Throws for a view that torch negates lazily, such as .imag of a conjugate: adding to its memory would have
-// the wrong sign. DLPack does not tell; views from public functions skip memory, so only
-// such are asked.
-void check_not_negated(const View& view, PyObject* object, const Argument& argument);
+// torch negates some views lazily, such as .imag of a conjugate, and DLPack does not tell: their memory holds
+// the values with the other sign. Norms and clips are the same for both; whoever adds a tensor to another one
+// takes resolved() of those that it reads, and calls check_not_negated() for those that it writes, which
+// throws TypeError.
+py::object resolved(PyObject* tensor);
+void check_not_negated(PyObject* tensor, const Argument& argument);
 
 // Gives the calling thread torch's number of threads: OpenMP keeps one per thread, and torch sets it when
 // asked.

@@ -13,7 +13,7 @@ namespace steadygrad {
 constexpr int kLanes = 128;
 
 // `general` takes any other p: it needs the largest (for p < 0 the smallest) magnitude first, so that powers
-// stay in range.
+// stay in range, and divides by it: a power of two near it would leave up to 2^p.
 enum class NormKind { two, one, infinity, negative_infinity, zero, general };
 
 struct NormType {
@@ -100,7 +100,7 @@ STEADYGRAD_INLINE double norm_term(NormType type, double x, double scale) {
     case NormKind::zero:
       return x != 0 ? 1.0 : 0.0;
     case NormKind::general:
-      return std::pow(std::fabs(x * scale), type.p);
+      return std::pow(std::fabs(x / scale), type.p);
     default:
       return magnitude(x);
   }
@@ -126,11 +126,16 @@ STEADYGRAD_INLINE bool sum_shows_nonfinite(NormType type) {
   return type.kind == NormKind::two || type.kind == NormKind::one;
 }
 
-// For a general p: a power of two that brings the extreme magnitude near one.
+// For a general p: what elements are divided by, so that the extreme one becomes 1 and all powers are at
+// most 1.
 STEADYGRAD_INLINE double scale_for(double extreme) {
-  if (extreme == 0 || extreme - extreme != 0) return 1;
-  const int exponent = std::ilogb(extreme);
-  return std::ldexp(1.0, exponent > 1000 ? -1000 : exponent < -1000 ? 1000 : -exponent);
+  return extreme == 0 || extreme - extreme != 0 ? 1 : extreme;
+}
+
+// scale * sum^(1/p). By halves, since the root may leave the range where the product does not.
+STEADYGRAD_INLINE double scaled_root(double scale, double sum, double p) {
+  const double half = std::pow(sum, 0.5 / p);
+  return scale * half * half;
 }
 
 // A lane's value before the first element.
@@ -206,7 +211,7 @@ STEADYGRAD_INLINE double combine_lanes(NormType type, double* lanes, int filled)
   return lanes[0];
 }
 
-// The norm from its sums. `scale` is what elements were multiplied with before they were raised to p (general
+// The norm from its sums. `scale` is what elements were divided by before they were raised to p (general
 // only).
 STEADYGRAD_INLINE double finish_norm(NormType type, const NormSums& sums, double scale) {
   switch (type.kind) {
@@ -224,7 +229,7 @@ STEADYGRAD_INLINE double finish_norm(NormType type, const NormSums& sums, double
       return std::sqrt(sums.medium);
     }
     case NormKind::general:
-      return std::pow(sums.medium, 1 / type.p) / scale;
+      return scaled_root(scale, sums.medium, type.p);
     default:
       return sums.medium;
   }

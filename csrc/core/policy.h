@@ -158,6 +158,13 @@ STEADYGRAD_INLINE void apply_policy(const ClipPolicy& policy, double* row, doubl
   row[kCoefficient] = norm == 0 ? 1 : coefficient;
 }
 
+// A count or place of a percentile's row, of at most `most`: where a row holds nonsense, no other memory is
+// read.
+STEADYGRAD_INLINE int64_t whole_number(double number, int64_t most) {
+  if (!(number > 0)) return 0;
+  return number < static_cast<double>(most) ? static_cast<int64_t>(number) : most;
+}
+
 // Where a norm goes among the sorted ones, and which of them move by one place for it.
 struct Insertion {
   int64_t place;
@@ -182,18 +189,21 @@ STEADYGRAD_INLINE int64_t rank_among(const double* sorted, int64_t count, double
 }
 
 STEADYGRAD_INLINE Insertion insertion_of(const double* row, int64_t window, double norm) {
-  const int64_t count = static_cast<int64_t>(row[kCount]);
+  const int64_t count = whole_number(row[kCount], window);
   const double* const sorted = row + kNorms + window;
   const int64_t place = rank_among(sorted, count, norm);
   if (count < window) return {place, place, count, 1};
-  const int64_t leaves = rank_among(sorted, count, row[kNorms + static_cast<int64_t>(row[kOldest])]);
+  const int64_t oldest = whole_number(row[kOldest], window - 1);
+  // Of a sorted row the last one at the latest.
+  const int64_t leaves =
+      whole_number(static_cast<double>(rank_among(sorted, count, row[kNorms + oldest])), count - 1);
   if (place <= leaves) return {place, place, leaves, 1};
   return {place - 1, leaves + 1, place, -1};
 }
 
 // The order of steps; the sorted numbers have moved already.
 STEADYGRAD_INLINE void enter(double* row, int64_t window, double norm) {
-  const int64_t oldest = static_cast<int64_t>(row[kOldest]);
+  const int64_t oldest = whole_number(row[kOldest], window - 1);
   row[kNorms + oldest] = norm;
   row[kOldest] = static_cast<double>(oldest + 1 == window ? 0 : oldest + 1);
   if (row[kCount] < static_cast<double>(window)) row[kCount] += 1;
@@ -201,7 +211,7 @@ STEADYGRAD_INLINE void enter(double* row, int64_t window, double norm) {
 
 // Between two neighbours as numpy.percentile has it; without a history there is no limit.
 STEADYGRAD_INLINE double percentile_of(const double* row, int64_t window, double level) {
-  const int64_t count = static_cast<int64_t>(row[kCount]);
+  const int64_t count = whole_number(row[kCount], window);
   if (count == 0) return INFINITY;
   const double* const sorted = row + kNorms + window;
   const double index = level * static_cast<double>(count - 1);

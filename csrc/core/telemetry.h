@@ -37,7 +37,10 @@ STEADYGRAD_INLINE int64_t row_size(const Telemetry& telemetry) {
 }
 
 STEADYGRAD_INLINE double* next_row(const Telemetry& telemetry) {
-  return telemetry.rows + *telemetry.recorded % telemetry.history * row_size(telemetry);
+  // Unsigned, so that also a number that was negative gives a row of the ring.
+  const uint64_t place =
+      static_cast<uint64_t>(*telemetry.recorded) % static_cast<uint64_t>(telemetry.history);
+  return telemetry.rows + static_cast<int64_t>(place) * row_size(telemetry);
 }
 
 // A step's outcome, in short.
@@ -99,14 +102,15 @@ STEADYGRAD_INLINE double relative_power(NormType type, double ratio) {
       return std::pow(ratio, type.p);
   }
 }
-STEADYGRAD_INLINE double relative_root(NormType type, double sum) {
+// The norm of norms again.
+STEADYGRAD_INLINE double relative_root(NormType type, double extreme, double sum) {
   switch (type.kind) {
     case NormKind::two:
-      return std::sqrt(sum);
+      return extreme * std::sqrt(sum);
     case NormKind::one:
-      return sum;
+      return extreme * sum;
     default:
-      return std::pow(sum, 1 / type.p);
+      return scaled_root(extreme, sum, type.p);
   }
 }
 
@@ -121,7 +125,7 @@ STEADYGRAD_INLINE double norm_in_turn(NormType type, int64_t count, NormAt norm_
   if (type.kind == NormKind::infinity || !(extreme > 0) || !is_finite(extreme)) return extreme;
   double powers = 0;
   for (int64_t i = 0; i < count; ++i) powers += relative_power(type, norm_at(i) / extreme);
-  return extreme * relative_root(type, powers);
+  return relative_root(type, extreme, powers);
 }
 
 }  // namespace steadygrad

@@ -125,7 +125,7 @@ double general_norm(NormType type, const std::vector<double>& norms) {
   const double powers = combine_in_order<double>(
       static_cast<int64_t>(norms.size()), lanes,
       [&](int64_t i) { return std::pow(norms[i] / extreme, type.p); }, [](double& a, double b) { a += b; });
-  return extreme * std::pow(powers, 1 / type.p);
+  return scaled_root(extreme, powers, type.p);
 }
 
 }  // namespace

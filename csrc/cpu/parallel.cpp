@@ -1,6 +1,7 @@
 #include "cpu/parallel.h"
 
 #include <algorithm>
+#include <cfenv>
 #include <exception>
 #include <mutex>
 
@@ -11,6 +12,23 @@
 
 namespace steadygrad::cpu {
 namespace {
+
+// The caller's floating-point modes in another thread, for as long as this lives: whether subnormal numbers
+// count as zero (torch.set_flush_denormal) is a property of each thread, and must not depend on how many
+// there are.
+class AdoptedModes {
+ public:
+  explicit AdoptedModes(const std::fenv_t& modes) {
+    std::fegetenv(&own_);
+    std::fesetenv(&modes);
+  }
+  ~AdoptedModes() { std::fesetenv(&own_); }
+  AdoptedModes(const AdoptedModes&) = delete;
+  AdoptedModes& operator=(const AdoptedModes&) = delete;
+
+ private:
+  std::fenv_t own_;
+};
 
 // The entry points of an OpenMP runtime that GCC's and LLVM's libraries both export.
 struct OpenMp {
@@ -83,12 +101,15 @@ void run_team(int threads, void (*body)(void*, int, int), void* context) {
   struct Team {
     void (*body)(void*, int, int);
     void* context;
+    std::fenv_t modes;
     std::exception_ptr error;
     std::mutex mutex;
-  } team{body, context, nullptr, {}};
+  } team{body, context, {}, nullptr, {}};
+  std::fegetenv(&team.modes);
   openmp().parallel(
       [](void* data) {
         Team& team = *static_cast<Team*>(data);
+        const AdoptedModes modes(team.modes);
         try {
           team.body(team.context, openmp().thread(), openmp().threads());
         } catch (...) {

@@ -23,7 +23,7 @@ bool is_spiked(const Policies& policies, const StepOptions& options, const Norm&
   const double norm = seen_norm(options, total);
   const double* const row = policies.skip_row;
   if (row == nullptr || !is_entered(norm) || !judges_spikes(policies.skip, row)) return false;
-  const double count = row[kCount];
+  const double count = static_cast<double>(whole_number(row[kCount], policies.skip.window));
   double lanes[kLanes] = {};
   const auto sum = [&](auto term) {
     return combine_in_order(

@@ -14,7 +14,7 @@ double norm_of_norms(NormType type, const std::vector<double>& norms) {
       static_cast<int64_t>(norms.size()), lanes,
       [&](int64_t i) { return relative_power(type, norms[i] / extreme); },
       [](double& a, double b) { a += b; });
-  return extreme * relative_root(type, powers);
+  return relative_root(type, extreme, powers);
 }
 
 // Of all gradients, each scaled by its scope's coefficient.

@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kNormThreads, 2 * Elements::kBlocks - 1)
   arguments.memory.chunks.store(static_cast<int32_t>(index), partial);
 }
 
-// For a general p: what brings each tensor's extreme magnitude near one.
+// For a general p: what each tensor's elements are divided by.
 __global__ void __launch_bounds__(kLanes)
     norm_scale_kernel(const TensorTable table, const NormMemory memory, const NormType extreme) {
   __shared__ SharedArray<NormPartial, kLanes> lanes;

@@ -54,7 +54,7 @@ __device__ __forceinline__ void apply_percentile(const ClipPolicy& policy, doubl
 __device__ __forceinline__ bool is_spiked(const Policies& policies, double norm, double* lanes) {
   const double* const row = policies.skip_row;
   if (row == nullptr || !is_entered(norm) || !judges_spikes(policies.skip, row)) return false;
-  const double count = row[kCount];
+  const double count = static_cast<double>(whole_number(row[kCount], policies.skip.window));
   const auto add = [](double& a, double b) { a += b; };
   const double mean =
       block_combine_in_order(

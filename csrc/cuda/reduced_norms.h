@@ -24,7 +24,7 @@ __device__ __forceinline__ double general_norm(NormType type, int64_t count, dou
   const double powers = block_combine_in_order(
       count, 0.0, numbers, [&](int64_t i) { return std::pow(norm_at(i) / extreme, type.p); },
       [](double& a, double b) { a += b; });
-  return extreme * std::pow(powers, 1 / type.p);
+  return scaled_root(extreme, powers, type.p);
 }
 
 // `rows`: flags, then one per param group (core/scope_sums.h). `lanes` and `numbers`: shared memory.

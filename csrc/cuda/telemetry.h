@@ -19,7 +19,7 @@ __device__ double norm_of_norms(NormType type, int64_t count, double* lanes, Nor
   const double powers = block_combine_in_order(
       count, 0.0, lanes, [&](int64_t i) { return relative_power(type, norm_at(i) / extreme); },
       [](double& a, double b) { a += b; });
-  return extreme * relative_root(type, powers);
+  return relative_root(type, extreme, powers);
 }
 
 // Tensors stand in the order of their slots. Those that only other processes have are not clipped here.

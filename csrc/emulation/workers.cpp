@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -60,6 +61,7 @@ class Worker {
  private:
   void loop() {
     in_block.value = true;
+    std::fesetenv(FE_DFL_ENV);  // a device knows nothing of the modes of whoever launches first
     Block state;
     std::unique_lock<std::mutex> lock(mutex_);
     state_ = &state;

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steadygrad.arguments import checked_count, checked_number
 from steadygrad.optim.stabilized import AMP_KEYS, StepOutcome
 from steadygrad.telemetry.recorder import TooManySkippedSteps
 
@@ -84,6 +85,23 @@ class GradScaler(torch.amp.GradScaler):
             raise
         self._hear_from(optimizer)
         return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Torch's, once every number in it is one that a scaler can go on from.
+
+        Raises:
+            TypeError: an entry is no number.
+            ValueError: an entry is out of range.
+        """
+        for key, value in state_dict.items() if self.is_enabled() else ():
+            where = f"GradScaler.load_state_dict: {key}"
+            if key in ("growth_interval", "_growth_tracker"):
+                checked_count(where, value, low=1 if key == "growth_interval" else 0)
+            elif key in ("scale", "growth_factor", "backoff_factor") and not (
+                checked_number(where, value) > 0
+            ):
+                raise ValueError(f"{where}: expected a finite number > 0, got {value!r}")
+        super().load_state_dict(state_dict)
 
     def _hear_from(self, optimizer: StepOutcome) -> None:
         found_inf = optimizer.found_nonfinite()

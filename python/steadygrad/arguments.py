@@ -8,6 +8,20 @@ import operator
 from typing import Any
 
 
+def converted_to_float(where: str, value: Any, expected: str, got: object) -> float:
+    """``value`` as a float, or an error that says where, what was expected and, by ``got``, what came."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: tensors that hold no number
+        raise TypeError(f"{where}: expected {expected}, got {got!r}") from None
+    except OverflowError:
+        # Without its digits: Python refuses to print some thousands of them.
+        kind = type(value).__name__
+        raise ValueError(
+            f"{where}: expected {expected}, got a larger {kind} than float64 holds"
+        ) from None
+
+
 def checked_number(
     where: str, value: Any, *, low: float = 0.0, below: float = math.inf, finite: bool = True
 ) -> float:
@@ -17,16 +31,7 @@ def checked_number(
         expected += f" >= {low:g}"
     if below != math.inf:
         expected += f" and < {below:g}"
-    try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError):  # RuntimeError: tensors that hold no number
-        raise TypeError(f"{where}: expected {expected}, got {value!r}") from None
-    except OverflowError:
-        # Without its digits: Python refuses to print some thousands of them.
-        kind = type(value).__name__
-        raise ValueError(
-            f"{where}: expected {expected}, got a larger {kind} than float64 holds"
-        ) from None
+    number = converted_to_float(where, value, expected, value)
     if not (number >= low and (number < below or below == math.inf)) or (
         finite and math.isinf(number)
     ):

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .console import Console, PlainConsole, open_console
+from .console import CannotPrint, Console, PlainConsole, open_console
 from .doctor import installed_version
 from .doctor import run as run_doctor
 from .prerequisites import find_problem
@@ -36,6 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     try:
         return _COMMANDS[args.command](args, open_console())
+    except CannotPrint as error:
+        _drop_output()
+        open_console(stderr=True).print(f"{args.command}: standard output takes nothing: {error}")
+        return 1
+    except BrokenPipeError:  # a reader such as head has seen enough
+        _drop_output()
+        return 1
     except KeyboardInterrupt:
         open_console(stderr=True).print("\nInterrupted.")
         return 130
@@ -45,6 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         missing = f"{args.command} needs rich: pip install rich"
         open_console(stderr=True).print(missing)
         return 1
+
+
+def _drop_output() -> None:
+    """What still waits for standard output goes nowhere: Python would fail for it once more at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def _doctor(args: argparse.Namespace, console: Console) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from steadygrad import _kernels
+from steadygrad.arguments import converted_to_float
 from steadygrad.distributed.dtensors import (
     has_dtensors,
     local_gradients,
@@ -62,24 +63,27 @@ def _announced(params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
 
 def as_number(function: str, argument: str, value: float | Tensor) -> float:
     """The value as a float, or an error that names the argument."""
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):  # RuntimeError: tensors that hold no number
-        raise TypeError(
-            f"{function}: {argument}: expected a number, got {_described(value)}"
-        ) from None
+    return converted_to_float(f"{function}: {argument}", value, "a number", _Described(value))
 
 
-def _described(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"Tensor (shape {tuple(value.shape)}, device {value.device})"
-    return type(value).__name__
+class _Described:
+    """A value that prints as what it is, and not with all its elements."""
+
+    def __init__(self, value: object) -> None:
+        self._value = value
+
+    def __repr__(self) -> str:
+        value = self._value
+        if isinstance(value, Tensor):
+            return f"Tensor (shape {tuple(value.shape)}, device {value.device})"
+        return type(value).__name__
 
 
 def device_of(tensors: list[Tensor]) -> torch.device | None:
     """The asynchronous device the tensors are on, by the first; that the others are there too, the kernels check."""
     device = getattr(tensors[0], "device", None) if tensors else None
-    return device if device is not None and is_asynchronous(device) else None
+    # NumPy arrays have a device too, a string; the kernels refuse them.
+    return device if isinstance(device, torch.device) and is_asynchronous(device) else None
 
 
 def _refuse_nonfinite(function: str, norm: Tensor, nonfinite: int) -> None:
@@ -212,7 +216,7 @@ def clip_grad_norm_(
         grads,
         limit,
         p,
-        error_if_nonfinite,
+        bool(error_if_nonfinite),
         output.tensors,
         allocator(device),
         None if reduction is None else reduction.for_kernels,

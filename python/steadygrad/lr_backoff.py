@@ -145,9 +145,21 @@ class LRBackoff(LRScheduler):
                 f"LRBackoff.load_state_dict: state_dict['scheduler']: expected {expected} state, got "
                 f"{type(inner).__name__}"
             )
+        _check_loaded(own)
         self.__dict__.update(own)
         if self.scheduler is not None and inner is not None:
             self.scheduler.load_state_dict(inner)
+
+
+def _check_loaded(own: dict[str, Any]) -> None:
+    """Refuses counters and multipliers that no call could go on from, before any of them is loaded."""
+    for key in ("multiplier", "_lowest", "factor", "min_factor"):
+        where = f"LRBackoff.load_state_dict: state_dict[{key!r}]"
+        if key in own and not 0 < checked_number(where, own[key]) <= 1:
+            raise ValueError(f"{where}: expected a number > 0 and <= 1, got {own[key]!r}")
+    for key, low in (("recovery_steps", 1), ("_since", 0), ("_seen", 0), ("every", 1)):
+        if own.get(key) is not None or (key in own and key != "every"):
+            checked_count(f"LRBackoff.load_state_dict: state_dict[{key!r}]", own[key], low=low)
 
 
 def _check_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from steadygrad.arguments import converted_to_float
 from steadygrad.distributed.groups import (
     as_process_group,
     check_initialized,
@@ -48,7 +49,7 @@ def reduce_norm(norm: Tensor | float, group: Any = None, norm_type: float = 2.0)
         ValueError: ``norm_type`` is not positive, or the mesh has several dimensions.
         RuntimeError: the group was destroyed, or this rank is not a member.
     """
-    p = float(norm_type)
+    p = converted_to_float("reduce_norm: norm_type", norm_type, "a number > 0", norm_type)
     if not p > 0:
         raise ValueError(f"reduce_norm: norm_type: expected a number > 0, got {norm_type!r}")
     if group is None:
@@ -63,7 +64,8 @@ def reduce_norm(norm: Tensor | float, group: Any = None, norm_type: float = 2.0)
             )
         own = norm.detach().double().reshape(1, 1)
     else:
-        own = torch.tensor([[float(norm)]], dtype=torch.float64, device="cpu")
+        number = converted_to_float("reduce_norm: norm", norm, "a tensor or a number", norm)
+        own = torch.tensor([[number]], dtype=torch.float64, device="cpu")
     total = power_sum(_gathered(own, process_group), p)[0, 0]
     return total.to(norm.dtype) if isinstance(norm, Tensor) else total
 
@@ -75,7 +77,9 @@ def power_sum(norms: Tensor, p: float) -> Tensor:
         return extreme
     ordinary = (extreme > 0) & extreme.isfinite()
     ratio = torch.where(ordinary, norms / extreme, 1.0)
-    return torch.where(ordinary, extreme * ratio.pow(p).sum(0).pow(1 / p), extreme)
+    # By halves, since the root may leave the range where the product does not.
+    root = ratio.pow(p).sum(0).pow(0.5 / p)
+    return torch.where(ordinary, extreme * root * root, extreme)
 
 
 def is_additive(p: float) -> bool:

@@ -160,7 +160,7 @@ class _Penalize(torch.autograd.Function):
             latest.is_added = True
         if latest is None or torch.is_grad_enabled() or not _fits(input, grad_output):
             return _penalized(grad_output, input, ctx.l1, ctx.l2), None, None, None
-        grad = grad_output.clone()
+        grad = grad_output.clone().resolve_neg()
         device = device_of([input])
         there = None if device is None else torch.empty((), dtype=torch.float64, device=device)
         value = _kernels.add_penalty_(

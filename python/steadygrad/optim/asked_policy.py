@@ -65,13 +65,27 @@ class AskedPolicy:
             self._rows = rows = torch.zeros(scopes, _COLUMNS, dtype=torch.float64, device=device)
         saved = groups[0].get(self._key) if groups else None
         if saved is not self._known:
-            text = self.fresh
-            if isinstance(saved, (list, tuple)) and len(saved) == 2 and saved[0] == self._name:
-                text = saved[1]
+            state = self._state_of(saved, device)
             with torch.no_grad():
-                self._policy.load_state_dict(state_of(text, device))
+                self._policy.load_state_dict(state)
             self._known = saved
         return rows
+
+    def check(self, saved: Any) -> None:
+        """Refuses a state whose text says nothing; what the policy makes of it is its own."""
+        self._state_of(saved, torch.device("cpu"))
+
+    def _state_of(self, saved: Any, device: torch.device) -> dict[str, Any]:
+        text = self.fresh
+        if isinstance(saved, (list, tuple)) and len(saved) == 2 and saved[0] == self._name:
+            text = saved[1]
+        try:
+            return state_of(text, device)
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            raise ValueError(
+                f"param_groups: {self._key}: expected [{self._name!r}, its state as text], got a text that is none: "
+                f"{error}"
+            ) from error
 
     def reduction(self, of_processes: Any, sums: int, slots: int) -> tuple[Any, ...]:
         """What the kernels take: how processes combine their sums, if there are several, and this policy's question.

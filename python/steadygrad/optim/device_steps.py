@@ -98,6 +98,8 @@ class DeviceSteps:
         self.taken = torch.ones(0, dtype=torch.int32, device=device)
         # State entered before it is known that the step that made it was taken, by the parameter's place.
         self._unproven: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
+        # The same of state that was there before, in half precision: with the dtype that it had.
+        self._widened: list[tuple[Tensor, str, Tensor, torch.dtype]] = []
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)
         self._counted = [0, 0]
         self._counting = False
@@ -131,12 +133,24 @@ class DeviceSteps:
         for begin, end in _runs(sorted(self._unproven)):
             self.taken[begin:end].copy_(before[begin:end])
 
-    def enter(self, index: int, param: Tensor, entered: dict[str, Tensor]) -> None:
-        """Remembers the state of a first step that may turn out not to have been taken."""
-        self._unproven[index] = param, entered
+    def enter(
+        self, index: int, param: Tensor, entered: dict[str, Tensor], before: dict[str, Any]
+    ) -> None:
+        """Remembers the state of a first step that may turn out not to have been taken; ``before``: what was there."""
+        replaced = {name for name in entered if before.get(name) is not None}
+        self._widened += [(param, name, entered[name], before[name].dtype) for name in replaced]
+        made = {name: value for name, value in entered.items() if name not in replaced}
+        if made:
+            self._unproven[index] = param, made
 
     def take_back(self, state: State) -> None:
         """Removes state that no step has used; waits for the device if there may be any."""
+        for param, name, wide, dtype in self._widened:
+            # What still is a number of the dtype that it had loses nothing by going back.
+            narrow = wide.to(dtype)
+            if state.get(param, {}).get(name) is wide and torch.equal(narrow.float(), wide):
+                state[param][name] = narrow
+        self._widened = []
         if not self._unproven:
             return
         taken = self.taken.tolist()

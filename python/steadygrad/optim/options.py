@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from steadygrad.arguments import as_int
+from steadygrad.arguments import as_int, checked_count
 from steadygrad.arguments import checked_number as checked_number
 from steadygrad.optim.param_storage import ROUNDED_STEPS, ParamStorage, Rounding
 from steadygrad.optim.policy_state import CLIP_STATE, SKIP_STATE, PolicyStates
@@ -194,6 +194,10 @@ class StabilizerOptions:
     def group_numbers(self, group: Mapping[str, Any], where: str) -> dict[str, float]:
         """The group's limits and penalties as the kernels take them: no limit is infinity."""
         numbers = {CLIPPING: math.inf}
+        for key in COUNTERS:
+            # Set by hand, or loaded by the wrapped optimizer: counting on would fail after the update.
+            if type(group.get(key, 0)) is not int:
+                checked_count(where + key, group[key])
         limits = [("max_norm", self.max_norm), ("clip_value", self.clip_value)]
         if isinstance(self.clip, ClipAdaptive):
             limits.append((CLIPPING, self.clip.clipping))

@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from steadygrad.arguments import checked_count
+
 Rounding = Literal["nearest", "stochastic", "kahan", "master"]
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -44,7 +46,10 @@ class ParamStorage:
 
     def rounded_steps(self, param_groups: list[dict[str, Any]]) -> int:
         """Steps taken with stochastic rounding, as far as the param groups say."""
-        return int(param_groups[0].get(ROUNDED_STEPS, 0)) if param_groups else 0
+        if not param_groups:
+            return 0
+        where = f"step: param_groups[0][{ROUNDED_STEPS!r}]"
+        return checked_count(where, param_groups[0].get(ROUNDED_STEPS, 0))
 
     def extra_name(self, param: Tensor) -> str | None:
         """The state's key for what is kept beside this parameter, or None."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,9 +83,13 @@ class PolicyState:
         for group in groups:
             group[self._key] = None
 
+    def check(self, saved: Any) -> None:
+        """Refuses what :meth:`rows` could not take."""
+        _rows_of(self._key, self._policy, saved)
+
     def _fill(self, rows: Tensor, saved: Any) -> None:
+        listed = _rows_of(self._key, self._policy, saved)
         self._known = saved
-        listed = _rows_of(self._policy, saved)
         rows.zero_()
         if listed:
             listed = listed[: rows.shape[0]]
@@ -92,14 +97,37 @@ class PolicyState:
             rows[: len(listed)].copy_(values, non_blocking=True)
 
 
-def _rows_of(policy: Policy, saved: Any) -> list[list[float]]:
-    """The rows of a list; none where it is another policy's."""
+def _is_count(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value < math.inf and value == int(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and (value >= 0 or value != value)
+
+
+def _shortened(saved: Any) -> str:
+    text = repr(list(saved[:4]))
+    return f"{text[:-1]}, ...]" if len(saved) > 4 else text
+
+
+def _rows_of(key: str, policy: Policy, saved: Any) -> list[list[float]]:
+    """The rows of a list; none where it is another policy's, or one's with other numbers.
+
+    Raises:
+        ValueError: it is no such list.
+    """
     if not isinstance(saved, Sequence) or not saved or saved[0] != type(policy).__name__:
         return []
     rows, at = [], 1
     while at < len(saved):
-        count = int(saved[at])
-        row = policy.restored(saved[at + 1 : at + 1 + count])
+        count = int(saved[at]) if _is_count(saved[at]) else -1
+        numbers = saved[at + 1 : at + 1 + count] if count >= 0 else None
+        if numbers is None or len(numbers) != count or not all(map(_is_number, numbers)):
+            raise ValueError(
+                f"param_groups: {key}: expected [name, n, n numbers of the first scope, n, ...], got something else "
+                f"from entry {at} on: {_shortened(saved[at:])}"
+            )
+        row = policy.restored(numbers)
         if row is None:
             return []
         rows.append(row)
@@ -169,6 +197,16 @@ class PolicyStates:
         slots = sum(len(group["params"]) for group in groups)
         sums = 1 + len(groups) + (slots if self._per_tensor else 0)
         return self._clip.reduction(of_processes, sums, slots)
+
+    def check_loaded(self, group: dict[str, Any]) -> None:
+        """Refuses a param group of a state dict with a state that the policies could not take.
+
+        Raises:
+            ValueError: it is malformed.
+        """
+        for key, state in ((CLIP_STATE, self._clip), (SKIP_STATE, self._skip)):
+            if state is not None:
+                state.check(group.get(key))
 
     def check_saved(self) -> None:
         """Raises what a policy in Python has raised as its state was to be saved."""

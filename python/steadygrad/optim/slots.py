@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steadygrad import _kernels
-from steadygrad.optim.param_storage import ParamStorage
+from steadygrad.optim.param_storage import HALF_DTYPES, ParamStorage
 from steadygrad.optim.rule import Group, UpdateRule
 
 State = dict[str, Any]
@@ -40,10 +40,11 @@ def slot_of(
     if (first or lacks_extra) and not has_grad:
         return None, {}
     made: dict[str, Tensor] = {}
+    widened: dict[str, Tensor] = {}
     if first:
         made = rule.new_state(param, group, storage.dtype_for(param))
     else:
-        _widen(state, names, storage.dtype_for(param))
+        widened = _widened(state, names, storage.dtype_for(param))
     if extra is not None and lacks_extra:
         made[extra] = storage.new_extra(param)
     if rule.has_step and not first and on_device and state["step"].device != param.device:
@@ -51,14 +52,17 @@ def slot_of(
         state["step"] = state["step"].to(param.device, torch.float32, non_blocking=True)
     # Only SGD's momentum begins otherwise than it goes on. Elsewhere the mark says what a skipped step takes back.
     first = first or (bool(made) and (rule.has_step or not names))
+    made = {**made, **widened}
     whole = {**state, **made}
     step = whole["step"] if rule.has_step else None
     kept = whole[extra] if extra is not None else None
     return (step, [whole[name] for name in names], first, kept), made
 
 
-def _widen(state: State, names: tuple[str, ...], dtype: torch.dtype) -> None:
-    """Brings state that was made in half precision to the dtype asked for: the same values."""
-    for name in names:
-        if dtype == torch.float32 and state[name].dtype in (torch.bfloat16, torch.float16):
-            state[name] = state[name].float()
+def _widened(state: State, names: tuple[str, ...], dtype: torch.dtype) -> dict[str, Tensor]:
+    """State that was made in half precision in the dtype asked for: the same values."""
+    return {
+        name: state[name].float()
+        for name in names
+        if dtype == torch.float32 and state[name].dtype in HALF_DTYPES
+    }

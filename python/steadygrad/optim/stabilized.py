@@ -20,6 +20,7 @@ from steadygrad.optim.accumulated import Accumulated
 from steadygrad.optim.closures import Closure
 from steadygrad.optim.interruptions import NonfiniteGradientError
 from steadygrad.optim.limits import SettableLimits, make_plain, warn_of_other_limits
+from steadygrad.optim.loaded_state import check_loaded
 from steadygrad.optim.options import COUNTERS, StabilizerOptions
 from steadygrad.optim.parameter_groups import named_alike, set_parameter_names
 from steadygrad.optim.rule import UpdateRule
@@ -388,6 +389,7 @@ class Stabilized(StepOutcome):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this class or of torch's; what torch's lacks stays as it is."""
+        check_loaded(state_dict, self._options)
         self._flush()
         kept = self._kept_group_keys()
         super().load_state_dict(state_dict)  # type: ignore[misc]

@@ -13,6 +13,7 @@ from steadygrad.optim.adagrad import RULE as ADAGRAD_RULE
 from steadygrad.optim.adam import ADAM_RULE, ADAMW_RULE
 from steadygrad.optim.closures import Closure, other_update_methods
 from steadygrad.optim.direct_steps import own_step, watch
+from steadygrad.optim.loaded_state import check_loaded
 from steadygrad.optim.options import (
     COUNTERS,
     LIMITS,
@@ -306,6 +307,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of a wrapper or of a plain torch optimizer; what the latter lacks stays as it is."""
+        check_loaded(state_dict, self._options)
         self._flush()
         kept = self._kept_group_keys()
         self.optimizer.load_state_dict(state_dict)

@@ -43,4 +43,9 @@ def is_state_creation(
         for param in group["params"]
         if param.grad is not None
     ]
-    return all(not grad.is_sparse and not bool(grad.any()) for grad in grads)
+    return all(not grad.is_sparse and _has_memory(grad) and not bool(grad.any()) for grad in grads)
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether torch may read it: one whose storage was freed would crash it, and the step says so in words."""
+    return tensor.numel() == 0 or tensor.untyped_storage().nbytes() > 0

@@ -301,9 +301,10 @@ class Stepper:
                 if param not in self._new_state:
                     continue
                 state = self._new_state.pop(param)
-                optimizer.state[param].update(state)
+                held = optimizer.state[param]
                 if self._device_steps is not None:
-                    self._device_steps.enter(index, param, state)
+                    self._device_steps.enter(index, param, state, held)
+                held.update(state)
             self._plan.mark_first_steps_done()
             self._plan.seal(optimizer.state)
         # A scheduler made for the wrapped optimizer looks for this mark of its own step.

@@ -17,7 +17,7 @@ def _restored_norms(saved: Sequence[float], window: int) -> list[float] | None:
     oldest, *norms = saved
     count = len(norms)
     # As a full ring the oldest may be anywhere; before, the next place is the first free one.
-    fits = oldest == int(oldest) and 0 <= oldest < window and count <= window
+    fits = 0 <= oldest < window and oldest == int(oldest) and count <= window
     if not fits or (count < window and oldest != count):
         return None
     return [*[0.0] * LEARNT, float(count), float(oldest), *norms, *[0.0] * (window - count)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +13,9 @@ from steadygrad.policies.policy import LEARNT, Numbers, Policy, Scope
 def _restored(saved: Sequence[float], size: int) -> list[float] | None:
     if not saved:
         return [0.0] * size
-    return [*[0.0] * LEARNT, *saved] if len(saved) == size - LEARNT else None
+    # The first number is how many norms there were.
+    fits = len(saved) == size - LEARNT and 0 < saved[0] < math.inf and saved[0] == int(saved[0])
+    return [*[0.0] * LEARNT, *saved] if fits else None
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,14 @@ def text_of(where: str, state: object) -> str:
 
 
 def state_of(text: str, device: torch.device) -> dict[str, Any]:
-    """The state again, with its tensors on ``device``."""
-    state: dict[str, Any] = json.loads(text, object_hook=lambda entry: _with_tensor(entry, device))
+    """The state again, with its tensors on ``device``.
+
+    Raises:
+        ValueError, TypeError, AttributeError or RuntimeError: the text is no state.
+    """
+    state: object = json.loads(text, object_hook=lambda entry: _with_tensor(entry, device))
+    if not isinstance(state, dict):
+        raise TypeError(f"expected a dict, got {type(state).__name__}")
     return state
 
 

@@ -22,7 +22,8 @@ def tensor_norm(array: ArrayLike, norm_type: float = 2.0) -> float:
         otherwise    (sum |g|^p)^(1/p)
 
     The elements are divided by the largest magnitude (smallest, for ``p < 0``) before the power, so
-    the sum neither overflows nor underflows. An array without elements has norm 0.
+    the sum neither overflows nor underflows, and the root is multiplied by it
+    in two halves. An array without elements has norm 0.
 
     Non-finite elements decide the result for every ``p``: NaN if any element is NaN, else inf if
     any is infinite. torch agrees for ``p > 0``; for ``p <= 0`` it can return a finite norm.
@@ -47,7 +48,8 @@ def tensor_norm(array: ArrayLike, norm_type: float = 2.0) -> float:
     if math.isinf(p) or scale == 0:
         return scale
     with np.errstate(over="ignore", under="ignore"):
-        return float(scale * np.sum((magnitude / scale) ** p) ** (1 / p))
+        root = np.sum((magnitude / scale) ** p) ** (0.5 / p)
+        return float(scale * root * root)
 
 
 def total_norm(arrays: Iterable[ArrayLike], norm_type: float = 2.0) -> float:

@@ -1,0 +1,123 @@
+"""The bindings by themselves: wrong arguments are errors, short ones, and never a crash."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from backends import Backend
+from steadygrad import _kernels
+from steadygrad.memory import NormOutput, allocator
+
+OPTIONS: dict[str, Any] = {
+    "norm_type": 2.0,
+    "clip_scope": "global",
+    "nonfinite": "skip",
+    "penalty_order": "before_clip",
+    "l1_mode": "subgradient",
+    "write_grads": False,
+    "rounding": "nearest",
+    "rounding_seed": 0,
+    "per_tensor": False,
+}
+
+
+def test_lists_of_unequal_length(backend: Backend) -> None:
+    params = [torch.ones(3, device=backend.device) for _ in range(3)]
+    value = torch.empty((), dtype=torch.float64, device=backend.device)
+    for grads in ([], params[:2], params * 2):
+        with pytest.raises(ValueError, match=r"add_penalty_: grads: .*3, got"):
+            _kernels.add_penalty_(params, grads, 0.5, 0.5, value, allocator(backend.device))
+
+
+@pytest.mark.parametrize(
+    "policies",
+    [
+        {"clip_policy": ("percentile", 1.0, 0.5, 0.0, 1.0, 0, 0)},
+        {"clip_policy": ("percentile", 1.0, 0.5, 0.0, 1.0, 0, -3)},
+        {"clip_policy": ("percentile", 1.0, 0.5, 0.0, 1.0, 0, 2**62)},
+        {"clip_policy": ("percentile", 1.0)},
+        {"skip_policy": (6.0, -128)},
+        {"skip_policy": (6.0, 1)},
+    ],
+    ids=str,
+)
+def test_windows_and_tuples_of_policies(policies: dict[str, Any]) -> None:
+    with pytest.raises((ValueError, IndexError)):
+        _kernels.Plan("none", [[torch.ones(2)]], [None], {**OPTIONS, **policies})
+
+
+@pytest.mark.parametrize("count", [-5.0, 1e300, float("nan")])
+def test_rows_that_hold_nonsense_stay_in_their_memory(count: float) -> None:
+    window, guard = 4, 1000
+    param = torch.ones(2)
+    param.grad = torch.ones(2)
+    policies = {
+        "clip_policy": ("percentile", 1.0, 0.5, 0.0, 1.0, 0, window),
+        "skip_policy": (6.0, window),
+    }
+    plan = _kernels.Plan("none", [[param]], [None], {**OPTIONS, **policies})
+    memory = torch.full((2 * guard + 4 + 2 * window,), 7.0, dtype=torch.float64)
+    rows = memory[guard:-guard]
+    rows.zero_()
+    rows[2:4] = count
+    spikes = torch.full((4 + window,), count, dtype=torch.float64)
+    group = tuple(
+        [
+            float("inf") if f in ("max_norm", "clip_value", "clipping") else 0.0
+            for f in _kernels.GROUP_FIELDS
+        ]
+    )
+    recorded = torch.tensor([-7])
+    ring = torch.zeros(3 * 5, dtype=torch.float64)
+    for _ in range(6):
+        plan.step([group], 1.0, False, None, 0, None, (rows, spikes), (ring, recorded, 3, False))
+    assert torch.all(memory[:guard] == 7) and torch.all(memory[-guard:] == 7)
+    assert int(recorded) == -1
+
+
+def test_errors_about_arguments_are_short(backend: Backend) -> None:
+    grads = [torch.ones(10_000, device=backend.device)]
+    calls = [
+        lambda: _kernels.clip_grad_norm_(grads, 1.0, 2.0, "yes", None, allocator(None)),  # type: ignore[arg-type]
+        lambda: _kernels.grad_norm(grads, "two", None, allocator(None)),  # type: ignore[arg-type]
+        lambda: _kernels.soft_threshold_(grads),  # type: ignore[call-arg]
+        lambda: _kernels.batch_norm_layout(grads[0], grads[0]),  # type: ignore[call-arg]
+    ]
+    for call in calls:
+        with pytest.raises(TypeError) as raised:
+            call()
+        assert len(str(raised.value)) < 200 and "tensor(" not in str(raised.value)
+
+
+def test_memory_of_a_wrong_size_is_refused(backend: Backend) -> None:
+    if not backend.asynchronous:
+        pytest.skip("the CPU's kernels return what they find")
+    grads = [torch.ones(100, device=backend.device)]
+    small = torch.empty(1, dtype=torch.float64, device=backend.device)
+    right = NormOutput(backend.device).tensors
+    assert right is not None
+    with pytest.raises(TypeError, match=r"output.*3 elements"):
+        _kernels.grad_norm(grads, 2.0, (small, *right[1:]), allocator(backend.device))
+
+    def one_byte(nbytes: int) -> Tensor:
+        return torch.empty(1, dtype=torch.uint8, device=backend.device)
+
+    with pytest.raises(TypeError, match="allocate"):
+        _kernels.grad_norm(grads, 2.0, right, one_byte)
+
+
+def test_an_allocation_that_replaces_memory_is_refused(backend: Backend) -> None:
+    if not backend.asynchronous:
+        pytest.skip("the CPU's kernels allocate nothing in Python")
+    grads = [torch.ones(100, device=backend.device)]
+
+    def replaces(nbytes: int) -> Tensor:
+        grads[0].data = torch.zeros(100, device=backend.device)
+        return torch.empty(nbytes, dtype=torch.uint8, device=backend.device)
+
+    with pytest.raises(RuntimeError, match=r"tensors\[0\].*replaced"):
+        _kernels.grad_norm(grads, 2.0, NormOutput(backend.device).tensors, replaces)
