@@ -51,7 +51,7 @@ def after(scope: dict[str, Any]) -> dict[str, Any]:
     optimizer = scope.get("optimizer")
     if optimizer is None:
         return {"norm": float(scope["norm"]), "skipped": 0}
-    if optimizer.grad_norm is None:
+    if not optimizer.has_stepped:
         x = scope.get("stage", scope["model"])(scope["inputs"])
         if "experts" in scope:
             x = scope["experts"](x)

@@ -49,6 +49,9 @@ _FRESH = "_fresh"
 
 COUNTERS = ("skipped_steps", "clipped_steps")
 
+# What is the optimizer's and not a param group's: every group has the same, so that any of them may be removed.
+SHARED_KEYS = (*COUNTERS, ROUNDED_STEPS, RECORDED_STEPS, CLIP_STATE, SKIP_STATE)
+
 
 def _checked_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
@@ -76,7 +79,7 @@ class StabilizerOptions:
     rounding: Rounding = "nearest"
     rounding_seed: int = 0
     reduce_norm: Any = None
-    telemetry: Telemetry | Level | None = None
+    telemetry: Telemetry | Level | None = "tensor"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StabilizerOptions:
         """Itself, since process groups cannot be copied; but policies in Python have a state, and writers a file."""
