@@ -441,6 +441,7 @@ def test_what_is_the_optimizers_stays_when_its_first_group_goes(
         step(value)
     optimizer.add_param_group({"params": params[1:]})
     del optimizer.param_groups[0]
+    optimizer.state.pop(params[0], None)  # or torch cannot save it
     assert (optimizer.skipped_steps, optimizer.clipped_steps) == (2, 1)
     step(torch.nan)
     assert (optimizer.skipped_steps, optimizer.clipped_steps) == (3, 1)
