@@ -56,7 +56,7 @@ def after(scope: dict[str, Any]) -> dict[str, Any]:
         return {"norm": float(scope["norm"]), "skipped": 0}
     if isinstance(optimizer, ZeroRedundancyOptimizer):
         optimizer = optimizer.optim
-    if optimizer.grad_norm is None:
+    if not optimizer.has_stepped:
         x = scope.get("stage", scope["model"])(scope["inputs"])
         if "experts" in scope:
             x = scope["experts"](x)

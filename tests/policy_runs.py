@@ -35,6 +35,9 @@ CLIPS: dict[str, Case] = {
         lambda: sg.ClipPercentile(100, window=1), lambda: reference.ClipPercentile(100, 1)
     ),
     "zscore": Case(sg.ClipZScore, reference.ClipZScore),
+    "zscore-capped": Case(
+        lambda: sg.ClipZScore(max_norm=1.0), lambda: reference.ClipZScore(max_norm=1.0)
+    ),
     "zscore-uncapped": Case(
         lambda: sg.ClipZScore(2.0, 0.9, warmup=5, max_norm=None, clip_factor=0.8),
         lambda: reference.ClipZScore(2.0, 0.9, 5, None, 0.8),

@@ -16,7 +16,7 @@ from steadygrad.reference import policies as reference
 class ZScore(sg.ClipPolicy):
     """``sg.ClipZScore`` again, for any number of scopes."""
 
-    def __init__(self, max_norm: float = 1.0, warmup: int = 25) -> None:
+    def __init__(self, max_norm: float = math.inf, warmup: int = 25) -> None:
         self.max_norm, self.warmup = max_norm, warmup
         self.mean: Tensor | None = None
 

@@ -69,8 +69,9 @@ class Snapshot:
     def _state(self) -> Any:
         assert self.optimizer is not None
         state = copy.deepcopy(self.optimizer.state_dict())
-        if not self.counters:
-            for group in state["param_groups"]:
+        for group in state["param_groups"]:
+            group.pop("recorded_steps", None)  # counts calls, whatever became of them
+            if not self.counters:
                 group.pop("skipped_steps", None)
                 group.pop("clipped_steps", None)
         return state

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -426,3 +428,17 @@ def test_the_same_bits_for_every_number_of_threads(backend: Backend) -> None:
         torch.set_num_threads(threads)
     for norm, gradient in results[1:]:
         assert same_bits(norm, results[0][0]) and same_bits(gradient, results[0][1])
+
+
+def test_a_generator_that_was_used_up_is_warned_about_as_torch_does() -> None:
+    def warned(clip: Any, *limits: Any) -> list[tuple[str, type[Warning], str]]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for params in (p for p in ()), [], iter([]):
+                clip(params, *limits)
+        return [(str(w.message), w.category, w.filename) for w in caught]
+
+    torchs = warned(clip_grad_norm_, 1.0)
+    assert len(torchs) == 1 and torchs[0][1:] == (UserWarning, __file__)
+    assert warned(sg.clip_grad_norm_, 1.0) == warned(sg.clip_grad_value_, 1.0) == torchs
+    assert warned(sg.clip_grads_with_norm_, 1.0, 2.0) == torchs

@@ -384,7 +384,9 @@ def test_between_the_passes_of_many_processes(
 ) -> None:
     from steadygrad.optim import stepper
 
-    plain, reduced = (Driven(3, backend.device, clip=ZScore(), clip_scope=scope) for _ in range(2))
+    plain, reduced = (
+        Driven(3, backend.device, clip=ZScore(), clip_scope=scope, telemetry=None) for _ in range(2)
+    )
     rows = list(zip(*(recorded_norms(60, seed) for seed in range(3)), strict=True))
     expected = [plain.step(*norms) for norms in rows]
     hook = LoneReduction(reduced.params, 3)

@@ -60,7 +60,7 @@ def test_it_falls_and_recovers(backend: Backend, kind: str) -> None:
 
 
 def test_it_does_not_fall_for_ever(backend: Backend) -> None:
-    optimizer = made(backend, lr=1.0)
+    optimizer = made(backend, lr=1.0, telemetry=None)
     scheduler = sg.LRBackoff(optimizer, factor=0.1, min_factor=0.05, recovery_steps=1000, every=1)
     rates = [step(optimizer, scheduler, bad=True) for _ in range(20)]
     assert min(rates) == 0.05 == rates[-1]
@@ -197,3 +197,34 @@ def test_other_optimizers_and_schedulers() -> None:
         sg.LRBackoff(ours, StepLR(other, 1))
     with pytest.raises(TypeError, match="LRBackoff: scheduler: expected one of torch"):
         sg.LRBackoff(ours, "cosine")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("inner", [False, True], ids=["alone", "over a scheduler"])
+def test_param_groups_may_come_and_go(backend: Backend, inner: bool) -> None:
+    optimizer = made(backend, lr=1.0)
+    scheduler = sg.LRBackoff(
+        optimizer, ExponentialLR(optimizer, 0.5) if inner else None, recovery_steps=100, every=1
+    )
+    step(optimizer, scheduler, bad=True)
+    added = Parameter(torch.zeros(1, device=backend.device))
+    optimizer.add_param_group({"params": [added], "lr": 8.0})
+    step(optimizer, scheduler, bad=True)
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    factor, multiplier = 0.5 if inner else 1.0, scheduler.multiplier
+    assert rates == pytest.approx(
+        [factor**2 * multiplier, 0.25 * factor**2 * multiplier, 8.0 * factor * multiplier]
+    )
+    del optimizer.param_groups[0]
+    step(optimizer, scheduler)
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    multiplier = scheduler.multiplier
+    assert rates == pytest.approx([0.25 * factor**3 * multiplier, 8.0 * factor**2 * multiplier])
+
+    # What was saved with the groups that there are now goes on with them.
+    saved = copy.deepcopy(scheduler.state_dict()), copy.deepcopy(optimizer.state_dict())
+    step(optimizer, scheduler)
+    after = [float(group["lr"]) for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved[1])
+    scheduler.load_state_dict(saved[0])
+    step(optimizer, scheduler)
+    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx(after)

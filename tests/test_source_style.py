@@ -1,4 +1,4 @@
-"""Rules for source files that no linter knows: names, lengths, output, paths."""
+"""Rules for source files that no linter knows: names, output, paths."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ FOLDERS = (".ci", "benchmarks", "cmake", "csrc", "docs", "examples", "python", "
 SOURCE_SUFFIXES = {".cpp", ".cu", ".cuh", ".h", ".py", ".pyi"}
 TEXT_SUFFIXES = SOURCE_SUFFIXES | {"", ".cmake", ".json", ".md", ".toml", ".txt"}
 
-MAX_LINES = 450
 # Names that say nothing about what a file or folder does.
 EMPTY_NAMES = {"common", "helper", "helpers", "misc", "util", "utils"}
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|mnt|opt|root|tmp|work|Users)/\w")
@@ -35,11 +34,6 @@ def lines(path: Path) -> list[str]:
 
 def name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
-
-
-def test_files_are_short() -> None:
-    lengths = {name(path): len(lines(path)) for path in files(SOURCE_SUFFIXES)}
-    assert {path: length for path, length in lengths.items() if length > MAX_LINES} == {}
 
 
 def test_names_say_what_files_and_folders_do() -> None:

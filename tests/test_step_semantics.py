@@ -225,7 +225,10 @@ def test_counters(backend: Backend, kind: str) -> None:
 def test_grad_norm(backend: Backend, kind: str, dtype: torch.dtype) -> None:
     params = dense_parameters(dtype, backend.device)
     optimizer = MAKERS[kind](params, max_norm=1e-2)
-    assert optimizer.grad_norm is None
+    before = optimizer.grad_norm
+    assert f"{before:.3f}" == "nan" and not optimizer.has_stepped
+    assert before.dim() == 0 and before.device == backend.device
+    assert before.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     kept: list[tuple[Tensor, float]] = []
     for seed in range(3):
         give(params, seed)

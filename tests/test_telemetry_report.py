@@ -16,8 +16,10 @@ from torch import nn
 import steadygrad as sg
 from backends import Backend
 from documented_snippets import snippets
+from optimizer_kinds import MAKERS
 from steadygrad.telemetry import History, Report
 from steadygrad.telemetry.history import NORM, TOTALS
+from steadygrad.telemetry.recorder import Recorder
 from steadygrad.telemetry.report import usual_norms
 
 PLANTED = 37
@@ -176,8 +178,44 @@ def test_the_page_on_telemetry_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_without_telemetry_there_is_nothing_to_report(tmp_path: Path) -> None:
-    opt = sg.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1)
+    opt = sg.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1, telemetry=None)
     assert opt.telemetry is None
+    assert "recorded_steps" not in opt.param_groups[0]
     for call in (opt.report, opt.flush_telemetry, lambda: opt.plot(tmp_path / "plot.png")):
         with pytest.raises(RuntimeError, match="expected an optimizer with telemetry"):
             call()
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "subclass", "in-place"])
+def test_a_report_after_the_fact(kind: str, backend: Backend) -> None:
+    model = nn.Linear(2, 1).to(backend.device)
+    opt = MAKERS[kind](model.named_parameters())
+    for step in range(9):
+        for param in model.parameters():
+            param.grad = torch.full_like(param, 1e3 if step == 7 else 1.0)
+        opt.step()
+    assert {(e.step, e.name) for e in opt.report().explosions} == {(7, "weight"), (7, "bias")}
+
+
+@pytest.mark.parametrize(
+    ("settings", "parameters", "kept"),
+    [
+        ({}, 1, 1000),
+        ({}, 247, 1000),
+        ({}, 2000, 124),
+        ({}, 50_000, 20),
+        ({"level": "global"}, 50_000, 1000),
+        ({"every": 300}, 2000, 300),
+        ({"history": 3000}, 2000, 3000),
+    ],
+    ids=str,
+)
+def test_how_many_steps_the_ring_holds(settings: Any, parameters: int, kept: int) -> None:
+    telemetry = sg.Telemetry(**settings)
+    numbers = TOTALS + (2 * parameters if telemetry.level == "tensor" else 0)
+    assert telemetry.steps_kept(8 * numbers) == kept
+    recorder = Recorder(telemetry)
+    groups = [{"params": [nn.Parameter(torch.zeros(1))] * parameters}]
+    assert recorder.memory(groups, None)[0].shape == (kept, numbers)
+    if parameters <= 12_000 and not settings:
+        assert 8 * kept * numbers <= 4_000_000

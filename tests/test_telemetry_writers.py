@@ -74,7 +74,7 @@ def test_every_step_is_written_once(backend: Backend, level: Any, tmp_path: Path
 def test_an_existing_file_is_gone_on_with(tmp_path: Path) -> None:
     model = model_of()
     for _ in range(2):
-        telemetry = sg.Telemetry(writers=[CSVWriter(tmp_path / "a.csv")])
+        telemetry = sg.Telemetry(level="global", writers=[CSVWriter(tmp_path / "a.csv")])
         stepped(model, telemetry, 3).flush_telemetry()
     with (tmp_path / "a.csv").open() as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["0", "1", "2"] * 2

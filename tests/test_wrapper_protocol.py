@@ -423,3 +423,28 @@ def test_point_1_zero_grad(backend: Backend, kind: str, set_to_none: bool) -> No
     optimizer.zero_grad(set_to_none=set_to_none)
     for param in params:
         assert param.grad is None if set_to_none else not param.grad.any()
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "subclass", "in-place"])
+def test_what_is_the_optimizers_stays_when_its_first_group_goes(
+    backend: Backend, kind: str
+) -> None:
+    params = [Parameter(torch.zeros(1, device=backend.device)) for _ in range(2)]
+    optimizer = MAKERS[kind]([{"params": params[:1]}], max_norm=1.0)
+
+    def step(value: float) -> None:
+        for param in params:
+            param.grad = torch.full_like(param, value)
+        optimizer.step()
+
+    for value in (torch.nan, torch.nan, 9.0):
+        step(value)
+    optimizer.add_param_group({"params": params[1:]})
+    del optimizer.param_groups[0]
+    optimizer.state.pop(params[0], None)  # or torch cannot save it
+    assert (optimizer.skipped_steps, optimizer.clipped_steps) == (2, 1)
+    step(torch.nan)
+    assert (optimizer.skipped_steps, optimizer.clipped_steps) == (3, 1)
+    assert optimizer.report().history.step[-1] == 3
+    group = optimizer.state_dict()["param_groups"][0]
+    assert (group["skipped_steps"], group["recorded_steps"]) == (3, 4)

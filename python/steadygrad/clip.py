@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -32,6 +34,16 @@ def as_list(function: str, argument: str, tensors: Iterable[Tensor] | Tensor) ->
             f"{function}: {argument}: expected a tensor or an iterable of tensors, "
             f"got {type(tensors).__name__}"
         ) from None
+
+
+def _clipped_list(function: str, parameters: Iterable[Tensor] | Tensor) -> list[Tensor]:
+    """:func:`as_list`, with torch's warning of a generator that somebody has used up: nothing would be clipped."""
+    listed = as_list(function, "parameters", parameters)
+    if not listed and isinstance(parameters, types.GeneratorType):
+        warnings.warn(
+            "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=3
+        )
+    return listed
 
 
 def grads_of(function: str, parameters: Iterable[Tensor] | Tensor) -> list[Tensor]:
@@ -161,7 +173,8 @@ def clip_grad_norm_(
 
     :math:`g \leftarrow g \cdot \min(1, \text{max\_norm} / (N + 10^{-6}))` with the norm :math:`N` of
     :func:`get_total_norm`. The coefficient comes from the double-precision norm, so finite gradients whose norm
-    exceeds fp32's range are clipped right. Nothing is written when the clip is not active.
+    exceeds fp32's range are clipped right. Nothing is written when the clip is not active. A generator without
+    parameters, such as one that was iterated over before, is warned about (``UserWarning``).
 
     Args:
         parameters: tensors whose ``.grad`` is clipped; those without one take no part. Where there are DTensors among
@@ -188,7 +201,7 @@ def clip_grad_norm_(
     Source: ``torch.nn.utils.clip_grad_norm_``; Pascanu, Mikolov and Bengio 2013, algorithm 1.
     """
     del foreach
-    listed = as_list("clip_grad_norm_", "parameters", parameters)
+    listed = _clipped_list("clip_grad_norm_", parameters)
     limit = as_number("clip_grad_norm_", "max_norm", max_norm)
     p = as_number("clip_grad_norm_", "norm_type", norm_type)
     part = part_of_fsdp1(listed)
@@ -248,7 +261,8 @@ def clip_grads_with_norm_(
     Source: ``torch.nn.utils.clip_grads_with_norm_``.
     """
     del foreach
-    grads = writable_grads_of("clip_grads_with_norm_", parameters)
+    listed = _clipped_list("clip_grads_with_norm_", parameters)
+    grads = writable_grads_of("clip_grads_with_norm_", listed)
     device = device_of(grads)
     norm = total_norm
     if isinstance(norm, Tensor) and has_dtensors([norm]):
@@ -277,6 +291,7 @@ def clip_grad_value_(
     Source: ``torch.nn.utils.clip_grad_value_``.
     """
     del foreach
-    grads = writable_grads_of("clip_grad_value_", parameters)
+    listed = _clipped_list("clip_grad_value_", parameters)
+    grads = writable_grads_of("clip_grad_value_", listed)
     number = as_number("clip_grad_value_", "clip_value", clip_value)
     _kernels.clip_grad_value_(grads, number, allocator(device_of(grads)))

@@ -15,6 +15,9 @@ from steadygrad.optim.stabilized import StepOutcome
 # How often counters are looked at where that waits for a device.
 _EVERY_ON_DEVICE = 16
 
+# Others save these by themselves.
+_NOT_SAVED = ("optimizer", "scheduler", "_groups")
+
 
 class LRBackoff(LRScheduler):
     r"""Multiplies the learning rate by a factor :math:`m` that falls after a skipped step and then recovers.
@@ -42,7 +45,10 @@ class LRBackoff(LRScheduler):
         every: calls from one look at the counters to the next, at least 1; None: 1, or 16 on a CUDA device.
             Default: None.
 
-    The rates of the param groups are this scheduler's to set. Its state dict holds that of the other scheduler.
+    The rates of the param groups are this scheduler's to set. Groups may be added and removed; one that is added while
+    :math:`m` is less than 1 comes with its full rate, which the next call multiplies.
+
+    Its state dict holds that of the other scheduler.
 
     Raises:
         TypeError: ``optimizer`` is not stabilized, ``scheduler`` is none, or an argument is no number.
@@ -83,7 +89,8 @@ class LRBackoff(LRScheduler):
     def _initial_step(self) -> None:
         self._step_count, self.last_epoch = 1, 0
         self._seen = self._bad_steps()
-        self._scheduled = [_copied(group["lr"]) for group in self.optimizer.param_groups]
+        self._groups = list(self.optimizer.param_groups)
+        self._scheduled = [_copied(group["lr"]) for group in self._groups]
         self._last_lr = [_copied(lr) for lr in self._scheduled]
 
     def get_lr(self) -> list[Any]:
@@ -95,6 +102,7 @@ class LRBackoff(LRScheduler):
         self._step_count += 1
         self.last_epoch += 1
         groups = self.optimizer.param_groups
+        self._follow_groups()
         if self.scheduler is not None:
             # Most schedulers go on from the rates that they find.
             for group, lr in zip(groups, self._scheduled, strict=True):
@@ -105,6 +113,19 @@ class LRBackoff(LRScheduler):
         for group, lr in zip(groups, self.get_lr(), strict=True):
             _set_rate(group, lr)
         self._last_lr = [_copied(group["lr"]) for group in groups]
+
+    def _follow_groups(self) -> None:
+        """Param groups that were added since have the rates they came with; those that are gone need none."""
+        groups = self.optimizer.param_groups
+        places = {id(group): place for place, group in enumerate(self._groups)}
+        if not any(id(group) in places for group in groups):
+            # A loaded state dict puts others into their places.
+            places = {id(group): i for i, group in enumerate(groups[: len(self._scheduled)])}
+        self._scheduled = [
+            self._scheduled[places[id(group)]] if id(group) in places else _copied(group["lr"])
+            for group in groups
+        ]
+        self._groups = list(groups)
 
     def _look(self) -> None:
         self._since = min(self._since + 1, self.recovery_steps)
@@ -131,7 +152,7 @@ class LRBackoff(LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """Its own state, and under ``"scheduler"`` the other scheduler's."""
-        own = {k: v for k, v in self.__dict__.items() if k not in ("optimizer", "scheduler")}
+        own = {k: v for k, v in self.__dict__.items() if k not in _NOT_SAVED}
         inner = None if self.scheduler is None else self.scheduler.state_dict()
         return {**own, "scheduler": inner}
 
@@ -147,6 +168,7 @@ class LRBackoff(LRScheduler):
             )
         _check_loaded(own)
         self.__dict__.update(own)
+        self._groups = self.optimizer.param_groups[: len(self._scheduled)]
         if self.scheduler is not None and inner is not None:
             self.scheduler.load_state_dict(inner)
 

@@ -41,7 +41,7 @@ def uses_a_wrapper(opt: sg.Stabilizer) -> None:
     opt.zero_grad(set_to_none=True)
     torch.optim.lr_scheduler.StepLR(opt, 10)
     assert_type(opt.l1, float)
-    assert_type(opt.grad_norm, Tensor | None)
+    assert_type(opt.grad_norm, Tensor)
     assert_type(opt.optimizer, torch.optim.Optimizer)
     _ = opt.grad_nrom  # type: ignore[attr-defined]
     opt.maxnorm = 0.5  # type: ignore[attr-defined]

@@ -31,7 +31,7 @@ def readings(optimizer: StepOutcome) -> dict[str, float]:
     ``grad_norm`` before the clip, ``skipped_steps`` and ``clipped_steps`` so far; with telemetry also ``clipped_norm``
     and ``limit``, where they are numbers. On a CUDA device this waits for the step.
     """
-    if optimizer.grad_norm is None:
+    if not optimizer.has_stepped:
         return {}
     found = {
         "grad_norm": float(optimizer.grad_norm),

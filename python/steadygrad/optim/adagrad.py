@@ -80,5 +80,5 @@ class Adagrad(Stabilized, torch.optim.Adagrad):
         rounding: Rounding = "nearest",
         rounding_seed: int = 0,
         reduce_norm: Any = None,
-        telemetry: Telemetry | Level | None = None,
+        telemetry: Telemetry | Level | None = "tensor",
     ) -> None: ...

@@ -76,7 +76,7 @@ class Adam(Stabilized, torch.optim.Adam):
         rounding: Rounding = "nearest",
         rounding_seed: int = 0,
         reduce_norm: Any = None,
-        telemetry: Telemetry | Level | None = None,
+        telemetry: Telemetry | Level | None = "tensor",
     ) -> None: ...
 
 
@@ -116,5 +116,5 @@ class AdamW(Stabilized, torch.optim.AdamW):
         rounding: Rounding = "nearest",
         rounding_seed: int = 0,
         reduce_norm: Any = None,
-        telemetry: Telemetry | Level | None = None,
+        telemetry: Telemetry | Level | None = "tensor",
     ) -> None: ...

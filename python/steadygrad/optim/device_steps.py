@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from steadygrad import _kernels
-from steadygrad.memory import Outcome, allocator, is_number_on
+from steadygrad.memory import Outcome, allocator, is_asynchronous, is_number_on
 from steadygrad.optim.options import checked_number
 
 
@@ -58,6 +58,17 @@ def _checked_grad_scale(grad_scale: Any) -> float:
     if scale == 0:
         raise ValueError("step: grad_scale: expected a finite number > 0, got 0")
     return scale
+
+
+def decision_device(param_groups: list[dict[str, Any]]) -> torch.device | None:
+    """Where the parameters are, if decisions are to stay there: by the first gradient, all others are checked."""
+    first: Tensor | None = None
+    for group in param_groups:
+        for param in group["params"]:
+            if param.grad is not None:
+                return param.device if is_asynchronous(param.device) else None
+            first = param if first is None else first
+    return first.device if first is not None and is_asynchronous(first.device) else None
 
 
 class DeviceReport:

@@ -52,6 +52,9 @@ COUNTERS = ("skipped_steps", "clipped_steps")
 # Keys of every param group that can also be set for all of them at once; the first two may be None, for no limit.
 LIMITS = ("max_norm", "clip_value", "l1", "l2")
 
+# What is the optimizer's and not a param group's: every group has the same, so that any of them may be removed.
+SHARED_KEYS = (*COUNTERS, ROUNDED_STEPS, RECORDED_STEPS, CLIP_STATE, SKIP_STATE)
+
 
 def checked_limit(where: str, key: str, value: Any) -> float | None:
     """A value for one of ``LIMITS`` as a Python float or None, or an error that says what was expected."""
@@ -87,7 +90,7 @@ class StabilizerOptions:
     rounding: Rounding = "nearest"
     rounding_seed: int = 0
     reduce_norm: Any = None
-    telemetry: Telemetry | Level | None = None
+    telemetry: Telemetry | Level | None = "tensor"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StabilizerOptions:
         """Itself, since process groups cannot be copied; but policies in Python have a state, and writers a file."""

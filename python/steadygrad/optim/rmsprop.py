@@ -76,5 +76,5 @@ class RMSprop(Stabilized, torch.optim.RMSprop):
         rounding: Rounding = "nearest",
         rounding_seed: int = 0,
         reduce_norm: Any = None,
-        telemetry: Telemetry | Level | None = None,
+        telemetry: Telemetry | Level | None = "tensor",
     ) -> None: ...

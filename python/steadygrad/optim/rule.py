@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,15 @@ class UpdateRule:
     state_names: Callable[[Group], tuple[str, ...]]
     takes_sparse: bool = False
     initial_value: Callable[[Group], float] = lambda group: 0.0
+
+    def structure(self, param_groups: Sequence[Group]) -> tuple[object, ...]:
+        """What of the groups' options decides which state there is and whether the kernels can step it."""
+        return tuple(
+            [
+                (self.state_names(group), group.get("differentiable"), group.get("capturable"))
+                for group in param_groups
+            ]
+        )
 
     def new_state(self, param: Tensor, group: Group, dtype: torch.dtype) -> dict[str, Tensor]:
         """The state torch's class creates before a parameter's first step, but for its dtype."""

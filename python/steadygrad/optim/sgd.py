@@ -70,5 +70,5 @@ class SGD(Stabilized, torch.optim.SGD):
         rounding: Rounding = "nearest",
         rounding_seed: int = 0,
         reduce_norm: Any = None,
-        telemetry: Telemetry | Level | None = None,
+        telemetry: Telemetry | Level | None = "tensor",
     ) -> None: ...

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,10 +19,11 @@ from steadygrad.distributed.parts import zero_redundancy_optimizer
 from steadygrad.memory import Outcome
 from steadygrad.optim.accumulated import Accumulated
 from steadygrad.optim.closures import Closure
+from steadygrad.optim.device_steps import decision_device
 from steadygrad.optim.interruptions import NonfiniteGradientError
 from steadygrad.optim.limits import SettableLimits, make_plain, warn_of_other_limits
 from steadygrad.optim.loaded_state import check_loaded
-from steadygrad.optim.options import COUNTERS, StabilizerOptions
+from steadygrad.optim.options import COUNTERS, SHARED_KEYS, StabilizerOptions
 from steadygrad.optim.parameter_groups import named_alike, set_parameter_names
 from steadygrad.optim.rule import UpdateRule
 from steadygrad.optim.stepper import Stepper
@@ -143,6 +145,12 @@ class StepOutcome(SettableLimits):
             for key, value in defaults.items():
                 group.setdefault(key, value)
 
+    def _enter_last_group(self) -> None:
+        """A group that was added takes the defaults, and what is the optimizer's from the first one."""
+        self._add_group_keys()
+        first, last = self.param_groups[0], self.param_groups[-1]
+        last.update({key: first[key] for key in SHARED_KEYS if key in first})
+
     def _kept_group_keys(self) -> list[dict[str, Any]]:
         keys = self._options.group_defaults()
         # A checkpoint without what policies have learnt is one of before they had learnt anything.
@@ -172,21 +180,28 @@ class StepOutcome(SettableLimits):
                         self.state[param][key] = value.clone().to(param.device)
 
     @property
-    def grad_norm(self) -> Tensor | None:
-        """Global norm of the last step's gradients before clipping, 0-d; None before the first step.
+    def has_stepped(self) -> bool:
+        """Whether there was a step, skipped or not, since the optimizer was made, copied or loaded."""
+        return self._current_stepper().grad_norm is not None
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """Global norm of the last step's gradients before clipping, 0-d; NaN before the first step.
 
         After unscaling and the penalty that comes before the clip, on the parameters' device, which is not waited for.
         fp32, or fp64 if any parameter is fp64; infinite for finite gradients whose norm is beyond that dtype's range
         (they are clipped right all the same).
         """
         norm = self._current_stepper().grad_norm
-        if norm is None:
-            return None
         params = [p for group in self.param_groups for p in group["params"]]
         wide = any(p.dtype in (torch.float64, torch.complex128) for p in params)
         if isinstance(norm, Outcome):
             return norm.norm(wide)
-        return torch.tensor(norm, dtype=torch.float64 if wide else torch.float32, device="cpu")
+        dtype = torch.float64 if wide else torch.float32
+        if norm is None:
+            device = decision_device(self.param_groups) or torch.device("cpu")
+            return torch.full((), math.nan, dtype=dtype, device=device)
+        return torch.tensor(norm, dtype=dtype, device="cpu")
 
     @property
     def path(self) -> str:
@@ -228,14 +243,13 @@ class StepOutcome(SettableLimits):
         recorder = self._current_stepper().recorder
         if recorder is None:
             raise RuntimeError(
-                f"{function}: expected an optimizer with telemetry, got telemetry=None; make it with "
-                "telemetry='global' or telemetry='tensor'"
+                f"{function}: expected an optimizer with telemetry, got telemetry=None; leave it at its default"
             )
         return recorder
 
     @property
     def telemetry(self) -> History | None:
-        """The last steps as arrays; None without the option ``telemetry``.
+        """The last steps as arrays; None under ``telemetry=None``.
 
         On a CUDA device nothing is waited for: what is there at the last look that has arrived, and each access is a
         look. :meth:`report` waits.
@@ -302,7 +316,7 @@ class StepOutcome(SettableLimits):
 
     def _counter(self, name: str) -> int:
         self._flush(policies=False)
-        return int(self.param_groups[0].get(name, 0)) if self.param_groups else 0
+        return max((int(group.get(name, 0)) for group in self.param_groups), default=0)
 
 
 Constructor = TypeVar("Constructor", bound=Callable[..., None])
@@ -360,7 +374,7 @@ class Stabilized(StepOutcome):
             self,
             self._options,
             self.rule,
-            lambda *closure: self._torch_step(torch_step, *closure),
+            lambda optimizer, *closure: optimizer._torch_step(torch_step, *closure),
             runs_hooks=False,
         )
 
@@ -385,7 +399,7 @@ class Stabilized(StepOutcome):
         """Adds a param group; keys it does not set get this optimizer's defaults."""
         self._flush()
         super().add_param_group(named_alike(self.param_groups, param_group))  # type: ignore[misc]
-        self._add_group_keys()
+        self._enter_last_group()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this class or of torch's; what torch's lacks stays as it is."""

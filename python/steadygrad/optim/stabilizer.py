@@ -96,8 +96,9 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
             None for what is replicated, which counts once: ``[None, expert_group]``. All ranks then clip by one
             norm and skip the same steps, and all have to step. Default: None. See :mod:`steadygrad.distributed`.
         telemetry: ``"global"`` records norm, limit and outcome of each step, ``"tensor"`` also every parameter's norm;
-            :class:`steadygrad.Telemetry` has more choices. See :meth:`report`, :attr:`telemetry` and :meth:`plot`.
-            Default: None.
+            :class:`steadygrad.Telemetry` has more choices; None records nothing. See :meth:`report`, :attr:`telemetry`
+            and :meth:`plot`. 20 skipped steps in a row are warned about. Default: ``"tensor"``, for the last 1,000
+            steps or as many as 4 MB hold.
 
     Parameters may be DTensors, sharded in any way and on several meshes: the norm is that of all ranks, in one
     collective per step, and non-finite elements on one rank are non-finite for all.
@@ -144,7 +145,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
         rounding: Rounding = "nearest",
         rounding_seed: int = 0,
         reduce_norm: Any = None,
-        telemetry: Telemetry | Level | None = None,
+        telemetry: Telemetry | Level | None = "tensor",
     ) -> None:
         # Not torch's __init__: param groups, state and defaults are the wrapped optimizer's.
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -203,7 +204,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
             self.optimizer,
             self._options,
             _RULES.get(type(self.optimizer)),
-            lambda *closure: own_step(self.optimizer, *closure),
+            own_step,
             runs_hooks=True,
         )
 
@@ -297,7 +298,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
         """Adds a param group; keys it does not set get this wrapper's defaults."""
         self._flush()
         self.optimizer.add_param_group(named_alike(self.param_groups, param_group))
-        self._add_group_keys()
+        self._enter_last_group()
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state dict, with this wrapper's keys in its param groups; torch can load it."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from threading import RLock
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 import torch
 from torch import Tensor
@@ -14,11 +14,18 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from steadygrad import _kernels
 from steadygrad.distributed.sharding import Sharding, sharding_of
-from steadygrad.memory import Outcome, is_asynchronous, is_number_on
+from steadygrad.memory import Outcome, is_number_on
 from steadygrad.optim.accumulated import Accumulated
 from steadygrad.optim.closures import Closure, evaluated, evaluates_closure, snapshot
-from steadygrad.optim.device_steps import DeviceReport, DeviceSteps, Scaling, scaling
+from steadygrad.optim.device_steps import (
+    DeviceReport,
+    DeviceSteps,
+    Scaling,
+    decision_device,
+    scaling,
+)
 from steadygrad.optim.eligibility import why_not_fused
+from steadygrad.optim.hooked_step import hooked
 from steadygrad.optim.in_place import apply_proximal, check_own_numbers, dense_grad
 from steadygrad.optim.interruptions import (
     CannotFuse,
@@ -34,18 +41,22 @@ from steadygrad.optim.state_creation import is_state_creation
 from steadygrad.telemetry.recorder import Recorder, recorder_of
 from steadygrad.telemetry.settings import Telemetry
 
-# The last one to step each optimizer, by the id of the optimizer, which the stepper keeps alive.
+# The last one to step each optimizer, by the id of the optimizer, which lives at least as long as the stepper.
 _steppers: WeakValueDictionary[int, Stepper] = WeakValueDictionary()
 
 
 class Stepper:
     """Takes steps for one optimizer; its plan is rebuilt whenever parameters, state or options are exchanged.
 
+    It holds the optimizer by a weak reference, and nothing that refers back to the stepper: a model and its optimizer
+    are freed when the last name for them goes, and not when the cycle collector runs.
+
     Args:
-        optimizer: whose ``param_groups`` and ``state`` are stepped.
+        optimizer: whose ``param_groups`` and ``state`` are stepped; whoever keeps the stepper keeps it alive.
         options: what a step does besides the update.
         rule: the fused rule, or None for an optimizer that has none.
-        base_step: the optimizer's own step, for the in-place path; it runs the optimizer's hooks itself.
+        base_step: the optimizer's own step, for the in-place path, which is given the optimizer, and the closure if
+            there is one; it runs the optimizer's hooks itself.
         runs_hooks: whether the fused path must run the optimizer's step hooks.
     """
 
@@ -57,14 +68,12 @@ class Stepper:
         base_step: Callable[..., Any],
         runs_hooks: bool,
     ) -> None:
-        self._optimizer = optimizer
+        self._optimizer_ref = ref(optimizer)
         self._options = options
         self._rule = rule
         self._base_step = base_step
         self._runs_hooks = runs_hooks
-        self._fused_entry: Callable[..., Any] = self._fused
-        if runs_hooks:
-            self._fused_entry = torch.optim.Optimizer.profile_hook_step(self._fused)
+        self._hooked_step = hooked(self._fused) if runs_hooks else None
         self._plan: _kernels.Plan | None = None
         self._sharding: Sharding | None = None
         self._captured_shardings: list[Sharding | None] = []
@@ -90,6 +99,17 @@ class Stepper:
         self._flushing = RLock()
         self._take_over()
 
+    def __del__(self) -> None:
+        """Leaves what it knows with a wrapped optimizer that outlives its wrapper."""
+        if (optimizer := self._optimizer_ref()) and _steppers.get(id(optimizer)) is self:
+            self.flush()
+
+    @property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        optimizer = self._optimizer_ref()
+        assert optimizer is not None
+        return optimizer
+
     @property
     def path(self) -> str:
         """``"fused"`` or ``"in-place: <why>"``."""
@@ -100,7 +120,7 @@ class Stepper:
         """One step; returns the closure's loss."""
         self._take_over()
         self.report = None
-        device, divisor = self._asynchronous_device(), self.accumulated.divisor
+        device, divisor = decision_device(self._optimizer.param_groups), self.accumulated.divisor
         self._scaling = scaling(grad_scale, found_inf, divisor, device)
         numbers = self._group_numbers()  # refuses bad ones before a closure or a hook runs
         if self._is_stale():
@@ -125,7 +145,8 @@ class Stepper:
 
     def _fused_or_in_place(self, closure: Closure | None) -> Any:
         try:
-            return self._fused_entry(self._optimizer, closure)
+            fused = self._fused if self._hooked_step is None else self._hooked_step
+            return fused(self._optimizer, closure)
         except CannotFuse as found:
             # The wrapped optimizer's pre-hooks run again with its own step, this one time.
             try:
@@ -143,8 +164,10 @@ class Stepper:
             _steppers[id(self._optimizer)] = self
 
     def _count(self, counter: str, steps: int = 1) -> None:
-        for group in self._optimizer.param_groups:
-            group[counter] = group.get(counter, 0) + steps
+        groups = self._optimizer.param_groups
+        total = max([group.get(counter, 0) for group in groups], default=0) + steps
+        for group in groups:
+            group[counter] = total
 
     def flush_last(self, policies: bool = True) -> Stepper:
         """:meth:`flush` of whichever stepper stepped the optimizer last; the ones before it have said all they know."""
@@ -171,16 +194,6 @@ class Stepper:
                 self._count(ROUNDED_STEPS, self._device_steps.take_rounded_steps())
             self._device_steps.take_back(self._optimizer.state)
 
-    def _asynchronous_device(self) -> torch.device | None:
-        """Where the parameters are, if decisions are to stay there: by the first gradient, all others are checked."""
-        first: Tensor | None = None
-        for group in self._optimizer.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    return param.device if is_asynchronous(param.device) else None
-                first = param if first is None else first
-        return first.device if first is not None and is_asynchronous(first.device) else None
-
     def _has_pre_hooks(self) -> bool:
         own = self._optimizer._optimizer_step_pre_hooks
         return self._runs_hooks and bool(own or _global_optimizer_pre_hooks)
@@ -192,18 +205,9 @@ class Stepper:
     # -- the plan -------------------------------------------------------------------------------
 
     def _current_structure(self) -> tuple[object, ...]:
-        device = self._asynchronous_device()
-        if self._rule is None:
-            return (device, self.nonfinite)
-        names = self._rule.state_names
-        return (
-            device,
-            self.nonfinite,
-            *(
-                (names(group), group.get("differentiable"), group.get("capturable"))
-                for group in self._optimizer.param_groups
-            ),
-        )
+        groups = self._optimizer.param_groups
+        of_rule = None if self._rule is None else self._rule.structure(groups)
+        return (decision_device(groups), self.nonfinite, of_rule)
 
     def _is_stale(self) -> bool:
         plan = self._plan
@@ -223,7 +227,7 @@ class Stepper:
         self._structure = self._current_structure()
         self._why_in_place = why_in_place
         self._new_state = {}
-        device = self._asynchronous_device()
+        device = decision_device(self._optimizer.param_groups)
         if (
             device is not None
             and device.type == "cuda"
@@ -351,7 +355,7 @@ class Stepper:
         )
 
     def _group_numbers(self) -> list[tuple[float, ...]]:
-        device = self._asynchronous_device()
+        device = decision_device(self._optimizer.param_groups)
         listed: list[dict[str, float]] = []
         for i, group in enumerate(self._optimizer.param_groups):
             where = f"step: param_groups[{i}]: "
@@ -379,7 +383,7 @@ class Stepper:
         if not evaluates_closure(self._optimizer):
             loss = evaluated(closure)
             self._stabilize_grads(loss)
-            self._base_step()
+            self._base_step(self._optimizer)
             apply_proximal(self._optimizer.param_groups, self._options)
             return loss
         if closure is None:
@@ -396,7 +400,7 @@ class Stepper:
         # It evaluates again in the middle of its step, where it has already moved.
         restore = snapshot(self._optimizer)
         try:
-            loss = self._base_step(stabilized_closure)
+            loss = self._base_step(self._optimizer, stabilized_closure)
         except BaseException:
             restore()
             raise

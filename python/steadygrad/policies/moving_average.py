@@ -27,20 +27,22 @@ class ClipZScore(Policy):
 
     .. math:: \text{limit} = \Bigl(\mu + z_t \sigma \frac{z_t}{z}\Bigr) \cdot \text{clip\_factor}
 
-    and else none; in both cases at most ``max_norm``. Then, with :math:`N'` such a norm's limit, else the norm itself,
+    and else none; it is at most ``max_norm``. Then, with :math:`N'` such a norm's limit, else the norm itself,
     :math:`\mu \leftarrow \alpha\mu + (1-\alpha)N'` and
-    :math:`\sigma^2 \leftarrow \alpha\sigma^2 + (1-\alpha)(N' - \mu)^2` with the new mean. During the warm-up only
-    ``max_norm`` holds; mean and variance start as those of its norms.
+    :math:`\sigma^2 \leftarrow \alpha\sigma^2 + (1-\alpha)(N' - \mu)^2` with the new mean. During the warm-up nothing
+    but ``max_norm`` limits; mean and variance start as those of its norms.
 
     Source: Kumar et al. 2025, "ZClip: Adaptive spike mitigation for LLM pre-training", and its code,
-    github.com/bluorion-com/ZClip (mode ``zscore``, ``adaptive_scaling``), whose defaults these are. Steps that are
-    skipped, norms of 0 and those that are not finite leave mean and variance as they are.
+    github.com/bluorion-com/ZClip (mode ``zscore``, ``adaptive_scaling``), whose defaults these are, but for one: the
+    code also limits every norm to ``max_grad_norm=1.0``, which is ``ClipZScore(max_norm=1.0)`` here. Where norms are
+    above 1 all of the time such a cap decides alone, and the policy is ``max_norm=1.0`` number by number. Steps that
+    are skipped, norms of 0 and those that are not finite leave mean and variance as they are.
 
     Args:
         z_threshold: :math:`z_t`, more than 0. Default: 2.5.
         alpha: in [0, 1). Default: 0.97.
         warmup: steps, at least 1. Default: 25.
-        max_norm: hard limit, at least 0, or None for none. Default: 1.0.
+        max_norm: hard limit besides, in the warm-up too, at least 0, or None for none. Default: None.
         clip_factor: more than 0; less than 1 clips harder. Default: 1.0.
 
     Raises:
@@ -51,7 +53,7 @@ class ClipZScore(Policy):
     z_threshold: float = 2.5
     alpha: float = 0.97
     warmup: int = 25
-    max_norm: float | None = 1.0
+    max_norm: float | None = None
     clip_factor: float = 1.0
 
     def __post_init__(self) -> None:
@@ -92,7 +94,10 @@ class ClipRelative(Policy):
         \gamma \leftarrow \beta\gamma + (1 - \beta) c N
 
     In the warm-up all gradients are clipped by their total norm to ``max_norm``, and :math:`\gamma` is the smallest
-    clipped norm.
+    clipped norm. **So** ``max_norm`` **decides what is learnt:** where norms are far above 1, the averages start from
+    norms that it has shrunk, and the limits after the warm-up stay near those, as an average of clipped norms rises by
+    :math:`(1 - \beta)(\text{relative} - 1)` a step at most, a thousandth by default. For limits of the size of
+    the norms themselves, take ``max_norm=None``, or a number that the norms of a healthy training do not reach.
 
     Source: Wang et al. 2025, "AdaGC: Improving training stability for large language model pretraining",
     arXiv 2502.11034 (lambda_rel, beta, lambda_abs). Where the average would become 0, which clips a parameter to zero
@@ -103,7 +108,8 @@ class ClipRelative(Policy):
         relative: lambda_rel, more than 0. Default: 1.05.
         beta: in [0, 1). Default: 0.98.
         warmup: steps, at least 1. Default: 100.
-        max_norm: lambda_abs, the limit of the total norm in the warm-up, at least 0, or None for none. Default: 1.0.
+        max_norm: lambda_abs, the limit of the total norm in the warm-up, at least 0, or None for none. Default: 1.0,
+            as published.
 
     Raises:
         TypeError: an argument is no number, or ``warmup`` no int.

@@ -56,7 +56,7 @@ class ClipZScore:
     which only ``max_norm`` holds.
 
     Source: Kumar et al. 2025, "ZClip: Adaptive spike mitigation for LLM pre-training", and its code,
-    github.com/bluorion-com/ZClip.
+    github.com/bluorion-com/ZClip, where ``max_norm`` is 1.0.
 
     Raises:
         ValueError: ``z_threshold`` is not positive, ``alpha`` not in [0, 1), or ``warmup`` less than 1.
@@ -67,7 +67,7 @@ class ClipZScore:
         z_threshold: float = 2.5,
         alpha: float = 0.97,
         warmup: int = 25,
-        max_norm: float | None = 1.0,
+        max_norm: float | None = None,
         clip_factor: float = 1.0,
     ) -> None:
         if not z_threshold > 0 or not 0 <= alpha < 1 or warmup < 1:

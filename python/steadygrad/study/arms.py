@@ -170,10 +170,9 @@ class OurStepper:
         return self._stabilizer.skipped_steps
 
     @property
-    def grad_norm(self) -> float | None:
+    def grad_norm(self) -> float:
         """Norm before the clip, of the last step."""
-        norm = self._stabilizer.grad_norm
-        return None if norm is None else norm.item()
+        return self._stabilizer.grad_norm.item()
 
 
 class TorchStepper:

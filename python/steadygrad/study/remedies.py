@@ -47,8 +47,20 @@ DAMP = Arm("Damp", "clipping", "a norm N > 1 becomes its root", clip=sg.Damp(1.0
 PERCENTILE = Arm(
     "ClipPercentile", "adaptive clipping", "AutoClip at its defaults", clip=sg.ClipPercentile()
 )
-Z_SCORE = Arm("ClipZScore", "adaptive clipping", "ZClip at its defaults", clip=sg.ClipZScore())
+Z_SCORE = Arm("ClipZScore", "adaptive clipping", "ZClip without its cap", clip=sg.ClipZScore())
+Z_SCORE_CAPPED = Arm(
+    "ClipZScore capped",
+    "adaptive clipping",
+    "ZClip at its defaults: never above 1",
+    clip=sg.ClipZScore(max_norm=1.0),
+)
 RELATIVE = Arm("ClipRelative", "adaptive clipping", "AdaGC at its defaults", clip=sg.ClipRelative())
+RELATIVE_UNCAPPED = Arm(
+    "ClipRelative uncapped",
+    "adaptive clipping",
+    "AdaGC whose warm-up limits nothing",
+    clip=sg.ClipRelative(max_norm=None),
+)
 ADAPTIVE = Arm("ClipAdaptive", "adaptive clipping", "AGC at its defaults", clip=sg.ClipAdaptive())
 CLIP_SKIP = Arm(
     "clip 1 + SkipSpikes",

@@ -18,6 +18,7 @@ from steadygrad.optim.parameter_groups import parameter_names
 from steadygrad.telemetry.history import TOTALS, History
 from steadygrad.telemetry.report import Report
 from steadygrad.telemetry.settings import Telemetry, Writer
+from steadygrad.telemetry.skips import skips_message
 
 # Key of every param group of an optimizer with telemetry: steps recorded so far.
 RECORDED_STEPS = "recorded_steps"
@@ -125,7 +126,9 @@ class Recorder:
         self._writers: list[Writer] = list(settings.writers)
         self._next = 0  # the first step that no writer has seen
         self._unseen = 0  # steps since the last look
+        self._interval = 1  # steps from one look to the next, of the ring that is there
         self._skipped_in_a_row = 0
+        self._has_warned = False  # of the steps that are being skipped
         self._taken = 0  # steps since the first
         # On their way from a device, and the last ones that have arrived: of what writers have not seen, and of all.
         self._snapshots: dict[bool, _Snapshot] = {}
@@ -150,7 +153,7 @@ class Recorder:
             rows, recorded = self._begin(groups, columns, device, saved)
         elif saved != self._saved:
             self._begin_at(saved, recorded)
-        return rows, recorded, self.settings.history, per_tensor
+        return rows, recorded, rows.shape[0], per_tensor
 
     def _begin(
         self, groups: Groups, columns: int, device: torch.device, saved: Any
@@ -162,7 +165,10 @@ class Recorder:
             if saved == self._saved:
                 steps = int(self._recorded)
         self._names = parameter_names(groups)
-        self._rows = torch.zeros(self.settings.history, columns, dtype=torch.float64, device=device)
+        kept = self.settings.steps_kept(8 * columns)
+        self._interval = self.settings.interval(kept)
+        # Not filled: a row is read after it was written, and pages that no step has reached take no memory.
+        self._rows = torch.empty(kept, columns, dtype=torch.float64, device=device)
         self._recorded = torch.zeros(1, dtype=torch.int64, device=device)
         self._begin_at(steps, self._recorded)
         self._saved = saved
@@ -179,6 +185,7 @@ class Recorder:
         self._first = self._next = self._saved = steps
         self._snapshots, self._arrived = {}, {}
         self._skipped_in_a_row = self._taken = 0
+        self._has_warned = False
 
     def after_step(self, groups: Groups, skipped: bool | None) -> None:
         """Tells the writers where it is time to; ``skipped``: None where only the device knows.
@@ -186,19 +193,37 @@ class Recorder:
         Raises:
             TooManySkippedSteps: as the settings say.
         """
-        limit = self.settings.stop_after_skips
         self._unseen += 1
         self._taken += 1
         judges = skipped is True
         if skipped is not None:
-            self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
-        if self._unseen >= self.settings.interval and not _is_capturing(self._rows):
-            if self._writers or (limit is not None and skipped is None):
+            self._count_skip(skipped)
+        if self._unseen >= self._interval and not _is_capturing(self._rows):
+            stop, warn = self.settings.stop_after_skips, self.settings.warn_after_skips
+            counts = skipped is None and (stop is not None or warn is not None)
+            if self._writers or counts:
                 self.hand_over(groups, wait=False)
             judges = judges or skipped is None
-        if limit is not None and judges and self._skipped_in_a_row >= limit:
+        if judges and self._skipped_in_a_row:
+            self._judge_skips(groups)
+
+    def _count_skip(self, skipped: bool) -> None:
+        if skipped:
+            self._skipped_in_a_row += 1
+        elif self._skipped_in_a_row:
+            self._skipped_in_a_row = 0
+            self._has_warned = False
+
+    def _judge_skips(self, groups: Groups) -> None:
+        stop, warn = self.settings.stop_after_skips, self.settings.warn_after_skips
+        if stop is not None and self._skipped_in_a_row >= stop:
             self.hand_over(groups, wait=True)
             raise TooManySkippedSteps(Report(self.read(groups, wait=True)))
+        if warn is not None and self._skipped_in_a_row >= warn and not self._has_warned:
+            self._has_warned = True
+            message = skips_message(self.read(groups, wait=True), self._skipped_in_a_row)
+            # To whoever has called the optimizer's step.
+            warnings.warn(message, RuntimeWarning, stacklevel=6)
 
     # -- reading --------------------------------------------------------------------------------
 
@@ -222,7 +247,9 @@ class Recorder:
             return _history(first, recorded, rows, self._names)
         # The copy that is on its way may turn out to have come too early for some of these.
         handed = self._next - self._first
-        newest = max(self._taken - handed, 0) + self.settings.interval if unseen else len(rows)
+        newest = max(self._taken - handed, 0) + self._interval if unseen else len(rows)
+        if unseen and not self._writers:
+            rows = rows[:, :TOTALS]  # nobody asks for more than the outcomes
         look = self._snapshots.pop(unseen, None)
         if wait:
             return (
@@ -249,7 +276,7 @@ class Recorder:
         self._next = int(new.step[-1]) + 1
         if self._rows is not None and is_asynchronous(self._rows.device):
             for skipped in new.skipped.tolist():
-                self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+                self._count_skip(skipped)
         failures: list[str] = []
         interruption: BaseException | None = None
         for writer in list(self._writers):

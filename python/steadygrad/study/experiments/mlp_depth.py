@@ -32,6 +32,7 @@ MLP_DEPTH = Experiment(
         r.CLIP,
         r.PERCENTILE,
         r.Z_SCORE,
+        r.Z_SCORE_CAPPED,
         r.ADAPTIVE,
         r.L2,
         r.BATCH_NORM,

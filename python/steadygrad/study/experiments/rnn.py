@@ -33,6 +33,15 @@ RNN = Experiment(
         _problem(Addition, "addition", 20),
     ),
     full_problems=(_problem(TemporalOrder, "temporal order", 50),),
-    arms=(r.NONE, r.CLIP, r.PERCENTILE, r.Z_SCORE, r.RELATIVE, r.ADAPTIVE),
+    arms=(
+        r.NONE,
+        r.CLIP,
+        r.PERCENTILE,
+        r.Z_SCORE,
+        r.Z_SCORE_CAPPED,
+        r.RELATIVE,
+        r.RELATIVE_UNCAPPED,
+        r.ADAPTIVE,
+    ),
     learning_rates=(1e-1,),
 )

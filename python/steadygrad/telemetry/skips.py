@@ -1,0 +1,40 @@
+"""What is said of a training that stands still, since step after step is skipped."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from steadygrad.telemetry.history import History
+
+
+def skips_message(history: History, in_a_row: int) -> str:
+    """Says why the last steps of a history were skipped, by the first of them that is there.
+
+    Args:
+        history: with one skipped step at least.
+        in_a_row: how many were skipped, also where the history is shorter.
+    """
+    last = np.flatnonzero(history.skipped)[-1]
+    others = np.flatnonzero(~history.skipped[:last])
+    first = int(others[-1]) + 1 if len(others) else 0
+    return (
+        f"step: {in_a_row} steps in a row were skipped: {_reason(history, first)}. Parameters stay as they are until "
+        "a step is taken. print(optimizer.report()) says more. Telemetry(warn_after_skips=...) sets after how many "
+        "skipped steps this is said, None for never; Telemetry(stop_after_skips=...) raises"
+    )
+
+
+def _reason(history: History, place: int) -> str:
+    step, counts = history.step[place], history.tensor_nonfinite
+    if history.spiked[place]:
+        return f"their norms are spikes, {history.norm[place]:.3g} at step {step}"
+    if not history.nonfinite[place]:
+        return f"the step was told through found_inf, as by a GradScaler, first at step {step}"
+    if counts is None:
+        return f"gradients are not finite, first at step {step}; telemetry='tensor' would say of which parameter"
+    places = np.flatnonzero(counts[place])
+    if not len(places):
+        return f"gradients of other ranks are not finite, first at step {step}"
+    name, count = history.names[places[0]], counts[place][places[0]]
+    more = f", nor are {len(places) - 1} others" if len(places) > 1 else ""
+    return f"the gradient of {name!r} is not finite ({count} elements){more}, first at step {step}"
