@@ -122,8 +122,8 @@ class Stepper:
         self.report = None
         device, divisor = decision_device(self._optimizer.param_groups), self.accumulated.divisor
         self._scaling = scaling(grad_scale, found_inf, divisor, device)
-        numbers = self._group_numbers()  # refuses bad ones before a closure or a hook runs
-        if self._is_stale():
+        numbers = self._group_numbers(device)  # refuses bad ones before a closure or a hook runs
+        if self._is_stale(device):
             self._prepare()
         self._known_numbers = None if closure is not None or self._has_pre_hooks() else numbers
         self._clipped = False
@@ -204,18 +204,19 @@ class Stepper:
 
     # -- the plan -------------------------------------------------------------------------------
 
-    def _current_structure(self) -> tuple[object, ...]:
+    def _current_structure(self, device: torch.device | None) -> tuple[object, ...]:
         groups = self._optimizer.param_groups
         of_rule = None if self._rule is None else self._rule.structure(groups)
-        return (decision_device(groups), self.nonfinite, of_rule)
+        return (device, self.nonfinite, of_rule)
 
-    def _is_stale(self) -> bool:
+    def _is_stale(self, device: torch.device | None) -> bool:
         plan = self._plan
-        if plan is None or self._structure != self._current_structure():
+        if plan is None or self._structure != self._current_structure(device):
             return True
+        optimizer = self._optimizer
         # The in-place path neither reads nor writes the optimizer's state.
-        state = self._optimizer.state if self._why_in_place is None else {}
-        return not plan.matches(self._optimizer.param_groups, state)
+        state = optimizer.state if self._why_in_place is None else {}
+        return not plan.matches(optimizer.param_groups, state)
 
     def _prepare(self) -> None:
         optimizer = self._optimizer
@@ -224,10 +225,10 @@ class Stepper:
         self._options.storage.check_fits(params, why_in_place)
         if self._device_steps is not None:
             self._device_steps.settle(params, optimizer.state)
-        self._structure = self._current_structure()
+        device = decision_device(optimizer.param_groups)
+        self._structure = self._current_structure(device)
         self._why_in_place = why_in_place
         self._new_state = {}
-        device = decision_device(self._optimizer.param_groups)
         if (
             device is not None
             and device.type == "cuda"
@@ -331,10 +332,10 @@ class Stepper:
         self, grads: list[Tensor | None] | None, read_back: bool
     ) -> _kernels.StepReport | DeviceReport | None:
         assert self._plan is not None
+        groups = self._optimizer.param_groups
         numbers = self._known_numbers
         if numbers is None:
-            numbers = self._group_numbers()
-        groups = self._optimizer.param_groups
+            numbers = self._group_numbers(decision_device(groups))
         rounded_steps = self._options.storage.rounded_steps(groups)
         device = None if self._device_steps is None else self._device_steps.device
         rows = None if self._creates_state else self.policies.rows(groups, device)
@@ -354,22 +355,23 @@ class Stepper:
             self._plan, numbers, rates, self._scaling, grads, read_back, reduction, rows, record
         )
 
-    def _group_numbers(self) -> list[tuple[float, ...]]:
-        device = decision_device(self._optimizer.param_groups)
+    def _group_numbers(self, device: torch.device | None) -> list[tuple[float, ...]]:
+        optimizer = self._optimizer
         listed: list[dict[str, float]] = []
-        for i, group in enumerate(self._optimizer.param_groups):
+        for i, group in enumerate(optimizer.param_groups):
             where = f"step: param_groups[{i}]: "
             if self._rule is None:
-                check_own_numbers(self._optimizer, i, self._options, device)
+                check_own_numbers(optimizer, i, self._options, device)
             if is_number_on(group.get("lr"), device):
                 group = {**group, "lr": 0.0}  # read by the kernels
             numbers = self._rule.numbers(group, where) if self._rule is not None else {}
             listed.append({**numbers, **self._options.group_numbers(group, where)})
         # It comes before there is any.
-        self._creates_state = not (
-            self._optimizer.state or self.accumulated.sums
-        ) and is_state_creation(
-            self._optimizer.param_groups, listed, device, self.recorder is not None
+        self._creates_state = not (optimizer.state or self.accumulated.sums) and is_state_creation(
+            optimizer.param_groups,
+            listed,
+            device,
+            self.recorder is not None,
         )
         if self._creates_state:
             for numbers in listed:

@@ -119,6 +119,10 @@ class Recorder:
         self.settings = settings
         self._rows: Tensor | None = None
         self._recorded: Tensor | None = None
+        # What memory() gave last, and for how many parameters and which device that was.
+        self._memory: _kernels.TelemetryMemory | None = None
+        self._parameters = 0
+        self._device: torch.device | None = None
         self._replaced: list[Tensor] = []  # captured graphs may go on with them
         self._first = 0  # number of the oldest step that may be in the ring
         self._saved: Any = 0  # what the param groups say of the number of steps
@@ -143,20 +147,22 @@ class Recorder:
 
     def memory(self, groups: Groups, device: torch.device | None) -> _kernels.TelemetryMemory:
         """Where to record; ``device``: where decisions are taken, None for the CPU."""
-        device = torch.device("cpu") if device is None else device
         per_tensor = self.settings.level == "tensor"
-        parameters = sum(len(group["params"]) for group in groups) if per_tensor else 0
-        columns = TOTALS + 2 * parameters
+        parameters = 0
+        if per_tensor:
+            for group in groups:
+                parameters += len(group["params"])
         saved = groups[0].get(RECORDED_STEPS, 0) if groups else 0
-        rows, recorded = self._rows, self._recorded
-        if rows is None or recorded is None or rows.shape[1] != columns or rows.device != device:
-            rows, recorded = self._begin(groups, columns, device, saved)
+        if self._memory is None or parameters != self._parameters or device != self._device:
+            rows, recorded = self._begin(groups, TOTALS + 2 * parameters, device, saved)
+            self._memory = (rows, recorded, rows.shape[0], per_tensor)
+            self._parameters, self._device = parameters, device
         elif saved != self._saved:
-            self._begin_at(saved, recorded)
-        return rows, recorded, rows.shape[0], per_tensor
+            self._begin_at(saved, self._memory[1])
+        return self._memory
 
     def _begin(
-        self, groups: Groups, columns: int, device: torch.device, saved: Any
+        self, groups: Groups, columns: int, device: torch.device | None, saved: Any
     ) -> tuple[Tensor, Tensor]:
         steps: Any = saved
         if self._rows is not None and self._recorded is not None:
@@ -168,8 +174,10 @@ class Recorder:
         kept = self.settings.steps_kept(8 * columns)
         self._interval = self.settings.interval(kept)
         # Not filled: a row is read after it was written, and pages that no step has reached take no memory.
-        self._rows = torch.empty(kept, columns, dtype=torch.float64, device=device)
-        self._recorded = torch.zeros(1, dtype=torch.int64, device=device)
+        # Not where torch.set_default_device says.
+        where = torch.device("cpu") if device is None else device
+        self._rows = torch.empty(kept, columns, dtype=torch.float64, device=where)
+        self._recorded = torch.zeros(1, dtype=torch.int64, device=where)
         self._begin_at(steps, self._recorded)
         self._saved = saved
         return self._rows, self._recorded
