@@ -60,7 +60,8 @@ lint: $(LINTERS) $(TEST_PACKAGES)
 
 # Compiles every CUDA kernel, for all architectures of a release. Warnings, spilled registers and stacks are errors.
 cuda: $(BUILD_TOOLS)
-	CUDAARCHS="$(CUDAARCHS)" $(BIN)/cmake -S . -B build/cuda -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	env -u CUDAARCHS $(BIN)/cmake -S . -B build/cuda -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	  -DCMAKE_CUDA_ARCHITECTURES="$(CUDAARCHS)" \
 	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
 	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" -DSTEADYGRAD_CUDA=REQUIRED -DSTEADYGRAD_STRICT=ON
 	$(BIN)/cmake --build build/cuda

@@ -1,7 +1,7 @@
 # Enables CUDA where nvcc is found; without it, the package has its CPU backend.
 #
-# Architectures: those that CMAKE_CUDA_ARCHITECTURES or the environment variable CUDAARCHS names ("release" stands for the release
-# list); else those of the GPUs that are there; without a GPU, as in a container or on a login node, the release list.
+# Architectures: those that CMAKE_CUDA_ARCHITECTURES names, where "release" stands for the release list; else those of the environment
+# variable CUDAARCHS; else those of the GPUs that are there; without a GPU, as in a container or on a login node, the release list.
 include(CheckLanguage)
 find_program(STEADYGRAD_NVCC nvcc HINTS ENV CUDACXX ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda PATH_SUFFIXES bin)
 if(STEADYGRAD_NVCC AND NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})

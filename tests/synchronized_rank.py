@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from backends import BACKENDS
 from ranks import leave_ranks
-from steadygrad.nn import BatchNorm1d, synchronized
+from steadygrad.nn import synchronized
 from steadygrad.nn.synchronized import synchronized_batch_norm
 from synchronized_cases import CASES, EMULATED_CASES, EPS, Case, part_of, vectors, whole_batch
+from synchronized_network import Network
 
 Found = dict[str, Any]
 
@@ -193,23 +194,6 @@ def refused_groups(rank: int, world: int) -> Found:
         "destroyed": message(lambda: norm(samples(rank, 2), group=group)),
         "name": message(lambda: norm(samples(rank, 2), group="world")),
     }
-
-
-class Network(nn.Module):
-    """Two layers with the normalization between them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.first = nn.Linear(3, 4, dtype=torch.float64)
-        self.norm = BatchNorm1d(
-            4, activation="relu", process_group=dist.group.WORLD, dtype=torch.float64
-        )
-        self.last = nn.Linear(4, 2, dtype=torch.float64)
-
-    def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = self.last(self.norm(self.first(input)))
-        return output
 
 
 def saved_whole(rank: int, world: int) -> Found:

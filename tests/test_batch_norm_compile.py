@@ -179,7 +179,7 @@ def test_export(training: bool, strict: bool) -> None:
     program = torch.export.export(
         module, (x, r), dynamic_shapes=({0: batch}, {0: batch}), strict=strict
     )
-    name = "training" if training else "inference"
-    assert any(f"batch_norm_{name}" in str(node.target) for node in program.graph.nodes)
+    # Torch's operations alone, so that the program runs where this package is not.
+    assert not any("steadygrad" in str(node.target) for node in program.graph.nodes)
     x, r = torch.randn(2, 7, 5, 3, 3)
-    assert torch.equal(program.module()(x, r), module(x, r))
+    torch.testing.assert_close(program.module()(x, r), module(x, r))

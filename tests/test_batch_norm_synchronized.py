@@ -16,7 +16,8 @@ from backends import BACKENDS
 from ranks import Found
 from steadygrad.nn.functional import batch_norm
 from synchronized_cases import CASES, EMULATED_CASES, EPS, Case, expected, vectors, whole_batch
-from synchronized_rank import Network, new_running, samples
+from synchronized_network import Network
+from synchronized_rank import new_running, samples
 
 RANK = Path(__file__).with_name("synchronized_rank.py")
 TIME_LIMIT = 110  # seconds for all that the ranks of one world run

@@ -141,6 +141,7 @@ def test_a_gradient_on_another_device_than_its_parameter(backend: Backend, rule:
         "counts": torch.zeros(2, dtype=torch.int64, device=device),
         "taken": torch.zeros(2, dtype=torch.int32, device=device),
         "nonfinite": None,
+        "rounded_steps": None,
         "grad_scale": None,
         "found_inf": None,
     }

@@ -147,7 +147,8 @@ def test_checkpoints_take_what_was_counted(device: torch.device, good: int, wrap
     twins.ours = make_ours("SGD", twins.mine, DAMPENED, wrap, max_norm=9.0)
     give(twins.mine, 0, NAN)
     twins.ours.step()  # its own count gives way to the loaded one
-    twins.ours.load_state_dict(saved)
+    with pytest.warns(UserWarning, match="max_norm: loaded 1.0, asked for 9.0"):
+        twins.ours.load_state_dict(saved)
     assert twins.ours.param_groups[0]["max_norm"] == 1.0
     for seed in range(2, 4):
         twins.step(seed)
@@ -170,7 +171,7 @@ def test_a_param_group_added_between_steps(device: torch.device, wrap: bool) -> 
     twins.assert_equal()
     groups = twins.ours.param_groups
     assert (twins.ours.skipped_steps, twins.ours.clipped_steps) == (2, 3)
-    assert [group["skipped_steps"] for group in groups] == [2, 1]
+    assert [group["skipped_steps"] for group in groups] == [2, 2]
 
 
 @pytest.mark.parametrize("rule", ["Adam-amsgrad", "AdamW", "Adagrad", "RMSprop-both"])

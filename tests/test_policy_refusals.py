@@ -106,7 +106,6 @@ def test_policies_cannot_be_changed() -> None:
     "state",
     [
         "ClipPercentile",
-        ["ClipPercentile", 2, 0.0],
         ["ClipPercentile", 3, 7.0, 1.0, 1.0],
         ["ClipPercentile", 9, 0.0, *[1.0] * 8],
         ["ClipZScore", 3, 1.0, 1.0, 0.0],
@@ -130,6 +129,16 @@ def test_state_that_does_not_fit_is_no_state(backend: Backend, state: Any) -> No
         1.0,
         3.0,
     ]
+
+
+def test_state_with_fewer_numbers_than_it_says_is_refused(backend: Backend) -> None:
+    optimizer = sg.optim.SGD(
+        [Parameter(torch.zeros(1, device=backend.device))], lr=1.0, clip=sg.ClipPercentile(window=4)
+    )
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["clip_state"] = ["ClipPercentile", 2, 0.0]
+    with pytest.raises(ValueError, match=r"clip_state: expected \[name, n, n numbers"):
+        optimizer.load_state_dict(saved)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def optimizer_of(backend: Backend, **options: Any) -> tuple[list[Parameter], sg.
     generator = torch.Generator().manual_seed(1)
     params = [Parameter(torch.randn(s, generator=generator).to(backend.device)) for s in SHAPES]
     groups = [{"params": params[:2]}, {"params": params[2:]}]
-    optimizer = sg.optim.SGD(groups, lr=1.0, momentum=0.9, **options)
+    optimizer = sg.optim.SGD(groups, lr=1.0, momentum=0.9, telemetry=None, **options)
     for param in params:
         param.grad = torch.randn(param.shape, generator=generator).to(backend.device)
     return params, optimizer

@@ -122,9 +122,10 @@ def test_results_of_another_study_are_spared(tmp_path: Path, console: Console) -
     assert (out / RECORD).read_bytes() == before
     # The same study again is a new one; another one in its place has to be asked for.
     assert study.run_study(first, Settings(out, jobs=1), console) == 0
-    (out / "study" / "old.svg").write_text("of a former study")
+    (out / "study" / "mine.svg").write_text("no picture of a study")
     assert study.run_study(other, Settings(out, jobs=1, restart=True), console) == 0
     assert sorted(path.name for path in (out / "study").iterdir()) == [
+        "mine.svg",
         "other-curves.svg",
         "other-results.svg",
     ]

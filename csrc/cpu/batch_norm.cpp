@@ -123,7 +123,8 @@ void batch_norm_combine(const double* parts, int64_t count, int64_t channels, do
       return Moments{part[c], part[channels + c] * part[2 * channels], part[2 * channels]};
     });
     statistics[c] = moments.mean;
-    statistics[channels + c] = moments.squares / elements;
+    // The variance of a single part is kept to the bit.
+    statistics[channels + c] = count == 1 ? parts[channels + c] : moments.squares / elements;
     update_running(running, c, factor, statistics[c], statistics[channels + c], elements);
   }
 }

@@ -15,7 +15,7 @@ def is_state_creation(
     param_groups: list[dict[str, Any]],
     numbers: list[dict[str, float]],
     asynchronous_device: torch.device | None,
-    records: bool,
+    told: bool,
 ) -> bool:
     """Whether a step without state has zero gradients and no learning rate.
 
@@ -23,12 +23,12 @@ def is_state_creation(
         param_groups: of the optimizer.
         numbers: those of the groups.
         asynchronous_device: where decisions are taken, or None.
-        records: whether steps are recorded.
+        told: whether writers are told of each step.
     """
     if asynchronous_device is not None:
-        # To look at the gradients is to wait for them: only where a penalty, a clip to nothing or a
-        # record would leave traces.
-        leaves_traces = records or any(n["l1"] or n["l2"] or n["max_norm"] < 1e-6 for n in numbers)
+        # To look at the gradients is to wait for them: only where a penalty, a clip to nothing or
+        # writers would leave traces. Without writers the ring has a row for it.
+        leaves_traces = told or any(n["l1"] or n["l2"] or n["max_norm"] < 1e-6 for n in numbers)
         if not leaves_traces:
             return False
     for group in param_groups:

@@ -22,8 +22,8 @@ def tensor_norm(array: ArrayLike, norm_type: float = 2.0) -> float:
         otherwise    (sum |g|^p)^(1/p)
 
     The elements are divided by the largest magnitude (smallest, for ``p < 0``) before the power, so
-    the sum neither overflows nor underflows, and the root is multiplied by it
-    in two halves. An array without elements has norm 0.
+    the sum neither overflows nor underflows. Where its root does, for p near 0, the magnitude is
+    multiplied by the square root of the root twice. An array without elements has norm 0.
 
     Non-finite elements decide the result for every ``p``: NaN if any element is NaN, else inf if
     any is infinite. torch agrees for ``p > 0``; for ``p <= 0`` it can return a finite norm.
@@ -48,7 +48,11 @@ def tensor_norm(array: ArrayLike, norm_type: float = 2.0) -> float:
     if math.isinf(p) or scale == 0:
         return scale
     with np.errstate(over="ignore", under="ignore"):
-        root = np.sum((magnitude / scale) ** p) ** (0.5 / p)
+        powers = np.sum((magnitude / scale) ** p)
+        root = powers ** (1.0 / p)
+        if root > 0 and np.isfinite(root):
+            return float(scale * root)
+        root = powers ** (0.5 / p)
         return float(scale * root * root)
 
 

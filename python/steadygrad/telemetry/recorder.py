@@ -143,6 +143,11 @@ class Recorder:
     def __del__(self) -> None:
         self.close()
 
+    @property
+    def tells(self) -> bool:
+        """Whether writers are told of each step."""
+        return bool(self._writers)
+
     # -- for a step -----------------------------------------------------------------------------
 
     def memory(self, groups: Groups, device: torch.device | None) -> _kernels.TelemetryMemory:
