@@ -231,7 +231,7 @@ STEADYGRAD_INLINE double finish_norm(NormType type, const NormSums& sums, double
     case NormKind::general:
       return scaled_root(scale, sums.medium, type.p);
     default:
-      return sums.medium;
+      return sums.medium + 0.0;  // the magnitude of -0 is 0
   }
 }
 
