@@ -346,3 +346,9 @@ def test_flushed_denormals_do_not_depend_on_the_threads(backend: Backend, thread
     finally:
         torch.set_flush_denormal(False)
     assert len(norms) == 1
+
+
+@pytest.mark.parametrize("p", [math.inf, -math.inf, 1.0, 2.0, 3.0])
+def test_the_norm_of_minus_zero_is_zero(backend: Backend, p: float) -> None:
+    norm = sg.get_total_norm([torch.tensor(-0.0, device=backend.device)], p)
+    assert norm == 0 and not norm.signbit()
