@@ -55,12 +55,13 @@ def redundant_cases(items: list[pytest.Item]) -> set[pytest.Item]:
     The full product of a test's parameters runs on the CPU. On the other backends a case is left out when every two of
     its parameters' values have been together in earlier cases of the same test and backend (all-pairs testing). What
     does not depend on the backend (``once``) runs on the CPU alone; what takes long (``pairs``) is thinned there, too.
+    Four ranks run on the CPU alone.
     """
     together: defaultdict[Any, set[Any]] = defaultdict(set)
     redundant = set()
     for item in items:
         on_another_backend = any(item.get_closest_marker(name) for name in ("emulated", "gpu"))
-        if on_another_backend and item.get_closest_marker("once"):
+        if on_another_backend and (item.get_closest_marker("once") or _has_four_ranks(item)):
             redundant.add(item)
         elif on_another_backend or item.get_closest_marker("pairs"):
             backends, values = _parameters(item)
@@ -70,6 +71,10 @@ def redundant_cases(items: list[pytest.Item]) -> set[pytest.Item]:
                 redundant.add(item)
             known |= pairs
     return redundant
+
+
+def _has_four_ranks(item: pytest.Item) -> bool:
+    return hasattr(item, "callspec") and item.callspec.params.get("world") == 4
 
 
 def _parameters(item: pytest.Item) -> tuple[list[str], list[Any]]:

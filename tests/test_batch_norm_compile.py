@@ -44,6 +44,7 @@ def assert_same_bits(
         assert torch.equal(one, other)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("fusion", FUSIONS)

@@ -118,13 +118,17 @@ void batch_norm_combine(const double* parts, int64_t count, int64_t channels, do
     return;
   }
   for (int64_t c = 0; c < channels; ++c) {
-    const Moments moments = combined_moments(count, [&](int64_t i) {
-      const double* const part = parts + i * size;
-      return Moments{part[c], part[channels + c] * part[2 * channels], part[2 * channels]};
-    });
-    statistics[c] = moments.mean;
-    // The variance of a single part is kept to the bit.
-    statistics[channels + c] = count == 1 ? parts[channels + c] : moments.squares / elements;
+    if (count == 1) {  // kept to the bit
+      statistics[c] = parts[c];
+      statistics[channels + c] = parts[channels + c];
+    } else {
+      const Moments moments = combined_moments(count, [&](int64_t i) {
+        const double* const part = parts + i * size;
+        return Moments{part[c], part[channels + c] * part[2 * channels], part[2 * channels]};
+      });
+      statistics[c] = moments.mean;
+      statistics[channels + c] = moments.squares / elements;
+    }
     update_running(running, c, factor, statistics[c], statistics[channels + c], elements);
   }
 }

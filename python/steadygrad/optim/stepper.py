@@ -281,7 +281,9 @@ class Stepper:
     def _fused(self, optimizer: torch.optim.Optimizer, closure: Closure | None = None) -> Any:
         loss = evaluated(closure)
         # Hooks and the closure may have exchanged anything.
-        if self._known_numbers is None and self._is_stale():
+        if self._known_numbers is None and self._is_stale(
+            decision_device(self._optimizer.param_groups)
+        ):
             self._prepare()
         try:
             report = self._run_plan()
@@ -371,7 +373,7 @@ class Stepper:
             optimizer.param_groups,
             listed,
             device,
-            self.recorder is not None,
+            self.recorder is not None and self.recorder.tells,
         )
         if self._creates_state:
             for numbers in listed:
@@ -411,7 +413,9 @@ class Stepper:
 
     @torch.no_grad()
     def _stabilize_grads(self, loss: Any) -> None:
-        if self._known_numbers is None and self._is_stale():
+        if self._known_numbers is None and self._is_stale(
+            decision_device(self._optimizer.param_groups)
+        ):
             self._prepare()
         assert self._plan is not None
         grads = self._sharded_gradients()
