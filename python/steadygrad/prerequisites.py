@@ -50,7 +50,7 @@ def _torch_version_problem() -> str:
 
 
 def _extension_problem() -> str:
-    """Decide what a package without its compiled extension is: one that cannot be imported."""
+    """Say why the compiled extension cannot be imported; return "" if it can."""
     try:
         import_module("steadygrad._kernels")
     except ImportError as error:

@@ -137,9 +137,9 @@ def batch_norm(
         raise TypeError(
             "batch_norm: process_group: expected tensors that the kernels take, got an input of "
             f"{type(input).__name__} or parameters that they do not"
-            if not torch.compiler.is_exporting()
-            else "batch_norm: process_group: expected None where a module is exported in training, got a group: "
-            "call model.eval() first"
+            if not _is_recorded()
+            else "batch_norm: process_group: expected None where a module is exported or traced in training, got a "
+            "group: call model.eval() first"
         )
     return _of_torch(input, residual, vectors, options)
 

@@ -238,7 +238,7 @@ class BatchNorm(torch.autograd.Function):
         input = with_strides(input, strides)
         constants = (statistics, running_mean, running_var)
         needed = ctx.needs_input_grad
-        if torch.is_grad_enabled() or not _has_memory(grad_output):
+        if torch.is_grad_enabled() or not _is_single(grad_output):
             passed = None
             if relu:
                 with torch.no_grad():
@@ -258,7 +258,7 @@ class BatchNorm(torch.autograd.Function):
 apply: Callable[..., Tensor] = super(torch.autograd.Function, BatchNorm).apply
 
 
-def _has_memory(tensor: Tensor) -> bool:
+def _is_single(tensor: Tensor) -> bool:
     """Not where it stands for a batch of gradients, as under ``is_grads_batched``."""
     try:
         tensor.data_ptr()

@@ -43,7 +43,7 @@ def check_own_numbers(
     options: StabilizerOptions,
     device: torch.device | None,
 ) -> None:
-    """Refuses what an optimizer without a fused rule would compute NaN with, or stop at after its update.
+    """Refuses numbers that would make parameters NaN, or raise only after the update, where no rule is fused.
 
     Args:
         optimizer: whose defaults name its hyper-parameters.

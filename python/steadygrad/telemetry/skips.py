@@ -29,12 +29,17 @@ def _reason(history: History, place: int) -> str:
     if history.spiked[place]:
         return f"their norms are spikes, {history.norm[place]:.3g} at step {step}"
     if not history.nonfinite[place]:
-        return f"the step was told through found_inf, as by a GradScaler, first at step {step}"
+        return f"found_inf, which a GradScaler sets, said to skip the step, first at step {step}"
     if counts is None:
         return f"gradients are not finite, first at step {step}; telemetry='tensor' would say of which parameter"
     places = np.flatnonzero(counts[place])
     if not len(places):
         return f"gradients of other ranks are not finite, first at step {step}"
     name, count = history.names[places[0]], counts[place][places[0]]
-    more = f", nor are {len(places) - 1} others" if len(places) > 1 else ""
+    others = len(places) - 1
+    more = (
+        f", nor {'is' if others == 1 else 'are'} {others} other{'s' * (others > 1)}"
+        if others
+        else ""
+    )
     return f"the gradient of {name!r} is not finite ({count} elements){more}, first at step {step}"
