@@ -115,6 +115,8 @@ def test_onnx(tmp_path: Path, dynamo: bool) -> None:
 def test_training_over_ranks_is_refused() -> None:
     """The ranks' collectives are no part of what is exported."""
     model = sg.nn.BatchNorm2d(3, process_group=object())
-    with pytest.raises(TypeError, match=r"process_group: .*exported or traced in training.*model\.eval\(\)"):
+    with pytest.raises(
+        TypeError, match=r"process_group: .*exported or traced in training.*model\.eval\(\)"
+    ):
         torch.export.export(model, (image(),))
     assert operations(torch.export.export(model.eval(), (image(),))) == {"aten"}

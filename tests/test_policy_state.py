@@ -118,7 +118,11 @@ def test_it_goes_on_as_if_nothing_had_happened(
     expected_model, expected = half_way(kind, backend.device, **ours)
     run(expected_model, expected, NORMS[HALF:])
     assert_same_tree(tensor_state(moved), tensor_state(expected))
-    assert moved.state_dict()["param_groups"] == expected.state_dict()["param_groups"]
+    groups, expected_groups = (o.state_dict()["param_groups"] for o in (moved, expected))
+    for group in [*groups, *expected_groups] if backend.asynchronous else []:
+        # Steps that make state for a checkpoint are recorded where nothing waits for their gradients.
+        del group["recorded_steps"]
+    assert groups == expected_groups
     assert_same_tree(dict(model.state_dict()), dict(expected_model.state_dict()))
     assert moved.skipped_steps == expected.skipped_steps > 0
 
