@@ -50,7 +50,7 @@ demo: $(INSTALLED)
 
 # What a change usually breaks, on the CPU backend.
 check: $(INSTALLED_FOR_TESTS) lint
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not (emulated or ranks or compile or integration or gpu)" $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not (emulated or ranks or compile or integration or slow or gpu)" $(ARGS)
 
 test: $(INSTALLED_FOR_TESTS) $(VISION)/.installed
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)

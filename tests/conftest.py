@@ -29,7 +29,11 @@ hypothesis.settings.load_profile("steadygrad")
 MARKED_FILES = {
     "ranks": ("test_*_ranks.py", "test_sharded*.py", "test_batch_norm_synchronized.py"),
     "compile": ("test_batch_norm_compile.py", "test_emulator.py"),
-    "integration": ("test_integration_*.py", "test_examples.py"),
+    "integration": (
+        *("test_integration_*.py", "test_examples.py", "test_study_runner.py"),
+        *("test_cli.py", "test_gpu_script.py"),
+    ),
+    "slow": ("test_batch_norm_kernels_accuracy.py", "test_convert_batchnorm_networks.py"),
     "gpu": ("test_device_streams.py", "test_policy_graphs.py"),
 }
 

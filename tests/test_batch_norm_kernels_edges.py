@@ -123,6 +123,7 @@ def test_sizes(backend: Backend, channels: int, layout: str) -> None:
 @pytest.mark.parametrize(
     ("dtype", "fusion"), [(torch.float32, "add+relu"), (torch.bfloat16, "relu")]
 )
+@pytest.mark.slow
 def test_channels_split_and_shared(
     backend: Backend, dtype: torch.dtype, fusion: str, layout: str
 ) -> None:

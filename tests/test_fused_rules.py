@@ -107,7 +107,7 @@ def cases(rule: str) -> Iterator[Any]:
     together: set[Any] = set()
     for index, options in enumerate(OPTIONS[rule]):
         pairs = set(itertools.combinations(options.items(), 2))
-        marks = [pytest.mark.once] if pairs <= together else []
+        marks = [pytest.mark.once, pytest.mark.slow] if pairs <= together else []
         together |= pairs
         yield pytest.param(rule, options, index % 2 == 0, id=f"{rule}-{name(options)}", marks=marks)
 

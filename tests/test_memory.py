@@ -154,6 +154,7 @@ print(json.dumps({"ours": ours, "torch": peak() - before, "gradient": elements})
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+@pytest.mark.slow
 def test_the_peak_of_the_process_does_not_rise(backend: Backend) -> None:
     if backend.name != "cpu":
         pytest.skip(f"the resident set says nothing about the memory of {backend.name}")

@@ -190,6 +190,7 @@ print(sg._kernels.build_info()["instruction_set"], digest.hexdigest())
 """
 
 
+@pytest.mark.slow
 def test_every_instruction_set_gives_the_same_bits() -> None:
     known = ["baseline", "avx2", "avx512"]
     widest = str(sg._kernels.build_info()["instruction_set"])

@@ -213,6 +213,7 @@ print(sg._kernels.build_info()["instruction_set"], digest.hexdigest())
 """
 
 
+@pytest.mark.slow
 def test_every_instruction_set_and_number_of_threads_gives_the_same_bits() -> None:
     known = ["baseline", "avx2", "avx512"]
     widest = str(sg._kernels.build_info()["instruction_set"])
