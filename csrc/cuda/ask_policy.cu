@@ -35,6 +35,7 @@ __global__ void __launch_bounds__(kLanes)
   }
   const bool per_group = options.clip_scope == ClipScope::group;
   const ScopeSums* const rows = arguments.rows + 1 + (per_group ? 0 : arguments.groups);
+#pragma unroll 1
   for (int32_t i = threadIdx.x; i < (per_group ? arguments.groups : arguments.slots); i += kLanes) {
     leave(i, norm_of(type, rows[i]));
   }
