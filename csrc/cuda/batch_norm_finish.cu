@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kFinishThreads)
   for (int64_t channel = int64_t{blockIdx.x} * kFinishThreads + threadIdx.x; channel < channels;
        channel += int64_t{gridDim.x} * kFinishThreads) {
     Moments moments;
-#pragma unroll 4
+#pragma unroll 2
     for (int64_t i = 0; i < arguments.count; ++i) {
       const double* const part = arguments.parts + i * size;
       const double count = part[2 * channels];
