@@ -1,168 +1,218 @@
-"""What `convert_batchnorm` does to whole networks: a training step's time, and a residual block's memory.
+"""ResNet-18, ResNet-50 and a network in the style of MobileNetV2, written out for tests and benchmarks.
 
-python benchmarks/networks.py [--batch 8] [--size 64] [--seconds 20] [--threads 2] [--only ResNet-18]
+Sources: He et al. 2016, Deep Residual Learning; Sandler et al. 2018, MobileNetV2. The modules and their names are
+those of torchvision, so that its checkpoints fit.
 """
 
 from __future__ import annotations
 
-import argparse
-import copy
-import os
-import sys
 from collections.abc import Callable
-from itertools import accumulate
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: its profiler would announce itself
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
-
-from steadygrad.bench.networks import NETWORKS, BasicBlock, Bottleneck
-from steadygrad.bench.table import Table
-from steadygrad.bench.timer import Candidate, Race
-from steadygrad.nn.conversion_report import conversion_report
-from steadygrad.nn.convert import convert_batchnorm
-
-LAYOUTS = {"NCHW": torch.contiguous_format, "channels last": torch.channels_last}
-SEED = 20240229
 
 
-def unconverted(model: nn.Module) -> nn.Module:
-    return model
+def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
 
 
-def converted(model: nn.Module) -> nn.Module:
-    return convert_batchnorm(model, fuse=False)
+def _conv1x1(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
 
-def fused(model: nn.Module) -> nn.Module:
-    return convert_batchnorm(model)
+class BasicBlock(nn.Module):
+    """Two convolutions of 3x3 and a residual."""
+
+    expansion = 1
+
+    def __init__(
+        self, inputs: int, width: int, stride: int = 1, downsample: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.conv1 = _conv3x3(inputs, width, stride)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = _conv3x3(width, width)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs, H, W) to (N, width, H / stride, W / stride)."""
+        identity = x
+        out = self.conv1(x)
+        out = self.bn1(out)
+        out = self.relu(out)
+        out = self.conv2(out)
+        out = self.bn2(out)
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        result: Tensor = self.relu(out)
+        return result
 
 
-KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "torch": unconverted,
-    "converted": converted,
-    "fused": fused,
-}
+class Bottleneck(nn.Module):
+    """Convolutions of 1x1, 3x3 and 1x1, and a residual."""
+
+    expansion = 4
+
+    def __init__(
+        self, inputs: int, width: int, stride: int = 1, downsample: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.conv1 = _conv1x1(inputs, width)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = _conv3x3(width, width, stride)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = _conv1x1(width, width * self.expansion)
+        self.bn3 = nn.BatchNorm2d(width * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs, H, W) to (N, 4 width, H / stride, W / stride)."""
+        identity = x
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        result: Tensor = self.relu(out)
+        return result
 
 
-def training_step(model: nn.Module, input: Tensor, target: Tensor) -> Callable[[], object]:
-    """Forward, backward and an SGD step on one batch."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    loss = nn.CrossEntropyLoss()
+class ResNet(nn.Module):
+    """A stem, four stages of residual blocks, and a linear layer."""
 
-    def step() -> None:
-        optimizer.zero_grad()
-        loss(model(input), target).backward()
-        optimizer.step()
+    def __init__(
+        self, block: type[BasicBlock | Bottleneck], depths: tuple[int, ...], classes: int
+    ) -> None:
+        super().__init__()
+        self.inputs = 64
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.layer1 = self._stage(block, 64, depths[0], 1)
+        self.layer2 = self._stage(block, 128, depths[1], 2)
+        self.layer3 = self._stage(block, 256, depths[2], 2)
+        self.layer4 = self._stage(block, 512, depths[3], 2)
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = nn.Linear(512 * block.expansion, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    return step
+    def _stage(
+        self, block: type[BasicBlock | Bottleneck], width: int, depth: int, stride: int
+    ) -> nn.Sequential:
+        outputs = width * block.expansion
+        downsample = None
+        if stride != 1 or self.inputs != outputs:
+            downsample = nn.Sequential(
+                _conv1x1(self.inputs, outputs, stride), nn.BatchNorm2d(outputs)
+            )
+        blocks = [block(self.inputs, width, stride, downsample)]
+        blocks += [block(outputs, width) for _ in range(1, depth)]
+        self.inputs = outputs
+        return nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) to (N, classes)."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = self.fc(torch.flatten(self.avgpool(x), 1))
+        return x
 
 
-def speed(batch: int, size: int, seconds: float, only: str | None) -> Table:
-    """Interleaved medians of a training step, before and after the conversion."""
-    title = (
-        f"Training step, batch {batch} at {size}x{size}, fp32, {torch.get_num_threads()} threads"
-    )
-    counts = ("batch norms", "+ReLU", "+add+ReLU", "+add", "not fused")
-    times = ("torch ms", "converted ms", "fused ms", "torch / converted", "torch / fused")
-    table = Table(title, ("network", "layout"), (*counts, *times))
-    for name, make in NETWORKS.items():
-        if only not in (None, name):
-            continue
-        torch.manual_seed(SEED)
-        model = make()
-        report = conversion_report(fused(copy.deepcopy(model)))
-        operations = [
-            report.operations.get(f"batch norm + {o}", 0) for o in ("ReLU", "add + ReLU", "add")
+class ConvNormActivation(nn.Sequential):
+    """A convolution, a batch norm and ReLU6."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, groups: int) -> None:
+        super().__init__(
+            nn.Conv2d(
+                inputs, outputs, kernel, stride, (kernel - 1) // 2, groups=groups, bias=False
+            ),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU6(inplace=True),
+        )
+
+
+class InvertedResidual(nn.Module):
+    """Expands, convolves each channel on its own, and projects; with a residual where shapes allow."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        width = inputs * expansion
+        self.use_res_connect = stride == 1 and inputs == outputs
+        layers: list[nn.Module] = []
+        if expansion != 1:
+            layers.append(ConvNormActivation(inputs, width, 1, 1, 1))
+        layers += [
+            ConvNormActivation(width, width, 3, stride, width),
+            nn.Conv2d(width, outputs, 1, bias=False),
+            nn.BatchNorm2d(outputs),
         ]
-        numbers = (len(report.findings), *operations, len(report.not_fused) + len(report.left))
-        for layout, memory_format in LAYOUTS.items():
-            input = torch.randn(batch, 3, size, size).contiguous(memory_format=memory_format)
-            target = torch.randint(1000, (batch,))
-            candidates = []
-            for kind, convert in KINDS.items():
-                own = copy.deepcopy(model)
-                for parameter in own.parameters():
-                    if parameter.dim() == 4:
-                        parameter.data = parameter.data.contiguous(memory_format=memory_format)
-                candidates.append(Candidate(kind, training_step(convert(own), input, target)))
-            race = Race(candidates)
-            race.warm_up(2)
-            ms = [1e3 * timing.median for timing in race.run(seconds, 5, 1000)]
-            row = [name, layout, *map(str, numbers), *(f"{t:.1f}" for t in ms)]
-            table.add(*row, f"{ms[0] / ms[1]:.2f}", f"{ms[0] / ms[2]:.2f}")
-    return table
+        self.conv = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs, H, W) to (N, outputs, H / stride, W / stride)."""
+        out: Tensor = x + self.conv(x) if self.use_res_connect else self.conv(x)
+        return out
 
 
-def held_bytes(run: Callable[[], object]) -> list[int]:
-    """What a call holds beyond what was there, after each allocation and release that torch's allocator counts."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        kept = run()
-    assert profiled.profiler is not None and profiled.profiler.kineto_results is not None
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-    del kept
-    ordered = sorted(events, key=lambda event: event.start_ns())
-    return list(accumulate((event.nbytes() for event in ordered), initial=0))
+class MobileNetV2(nn.Module):
+    """Inverted residuals between two convolutions, and a linear layer."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [ConvNormActivation(3, 32, 3, 2, 1)]
+        inputs = 32
+        stages = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2))
+        for expansion, outputs, depth, stride in (
+            *stages,
+            (6, 96, 3, 1),
+            (6, 160, 3, 2),
+            (6, 320, 1, 1),
+        ):
+            for index in range(depth):
+                layers.append(
+                    InvertedResidual(inputs, outputs, stride if index == 0 else 1, expansion)
+                )
+                inputs = outputs
+        layers.append(ConvNormActivation(inputs, 1280, 1, 1, 1))
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(1280, classes))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 3, H, W) to (N, classes)."""
+        x = self.features(x)
+        x = nn.functional.adaptive_avg_pool2d(x, (1, 1))
+        x = self.classifier(torch.flatten(x, 1))
+        return x
 
 
-def block_memory(block: nn.Module, shape: tuple[int, ...], layout: str) -> tuple[int, int]:
-    """Bytes that a block's forward leaves for backward, its output included; the most during both."""
-    block = copy.deepcopy(block)
-    for parameter in block.parameters():
-        if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=LAYOUTS[layout])
-    input = torch.randn(shape).contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
-    grad = torch.randn(shape).contiguous(memory_format=LAYOUTS[layout])
-    inputs = [input, *block.parameters()]
-
-    def forward() -> Tensor:
-        output: Tensor = block(input.view_as(input))
-        return output
-
-    def both() -> object:
-        return torch.autograd.grad(forward(), inputs, grad)
-
-    both()  # once before, for what a first call leaves behind
-    return held_bytes(forward)[-1], max(held_bytes(both))
+def resnet18(classes: int = 1000) -> ResNet:
+    """ResNet-18: 20 batch norms."""
+    return ResNet(BasicBlock, (2, 2, 2, 2), classes)
 
 
-def memory(batch: int, size: int) -> Table:
-    """What a residual block holds, in MiB and in units of its input."""
-    title = f"Memory of a residual block, batch {batch} at {size}x{size}, fp32: MiB (sizes of the input)"
-    kinds = [f"{kind}, {what}" for what in ("kept for backward", "peak") for kind in KINDS]
-    table = Table(title, ("block", "layout"), ("input", *kinds, "peak: fused / torch"))
-    blocks = {
-        "basic, 64 channels": (BasicBlock(64, 64), (batch, 64, size, size)),
-        "bottleneck, 256 channels": (Bottleneck(256, 64), (batch, 256, size, size)),
-    }
-    for name, (block, shape) in blocks.items():
-        one = 4 * batch * shape[1] * size * size
-        for layout in LAYOUTS:
-            found = [
-                block_memory(convert(copy.deepcopy(block)), shape, layout)
-                for convert in KINDS.values()
-            ]
-            kept, peaks = zip(*found, strict=True)
-            cells = [f"{held / 2**20:.1f} ({held / one:.2f})" for held in (*kept, *peaks)]
-            table.add(name, layout, f"{one / 2**20:.1f}", *cells, f"{peaks[-1] / peaks[0]:.2f}")
-    return table
+def resnet50(classes: int = 1000) -> ResNet:
+    """ResNet-50: 53 batch norms."""
+    return ResNet(Bottleneck, (3, 4, 6, 3), classes)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=20.0, help="for each network and layout")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", choices=NETWORKS)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    sys.stdout.write(f"{memory(options.batch, options.size)}\n")
-    sys.stdout.write(f"{speed(options.batch, options.size, options.seconds, options.only)}\n")
-    return 0
+def mobilenet_v2(classes: int = 1000) -> MobileNetV2:
+    """MobileNetV2 of width 1: 52 batch norms, most before a ReLU6."""
+    return MobileNetV2(classes)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "ResNet-18": resnet18,
+    "ResNet-50": resnet50,
+    "MobileNetV2": mobilenet_v2,
+}
