@@ -1,4 +1,4 @@
-# make demo | check | test | lint | cuda | sanitize | bench | gpu | performance | clean
+# make demo | study | check | test | lint | cuda | sanitize | bench | gpu | performance | clean
 #   make test ARGS="-k norm"        passes ARGS on to the command
 #   make PYTHON=python3.12 test     another interpreter (3.10 or later)
 
@@ -25,7 +25,8 @@ LINTERS := $(VENV)/.linters
 # Folders are listed too: their times change when a file is removed.
 SOURCES := CMakeLists.txt LICENSE README.md pyproject.toml \
   $(shell find cmake csrc python -name __pycache__ -prune -o -print)
-CPP_SOURCES = $(shell find csrc tests/sanitize tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+EMULATOR := $(wildcard tests/emulation/*.cpp tests/emulation/*.h tests/emulation/include/* tests/emulation/CMakeLists.txt)
+CPP_SOURCES = $(shell find csrc tests/emulation tests/sanitize -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 # Where there is no GPU, CUDA kernels could not run: leave them out, and have `make cuda` compile them.
 CUDA ?= $(shell nvidia-smi -L > /dev/null 2>&1 && echo ON || echo OFF)
@@ -43,10 +44,13 @@ install_wheel = $(PIP) install --no-deps --force-reinstall build/$1/*.whl
 # Packages are downloaded while the extension is compiled; several goals come one after the other.
 MAKEFLAGS += $(if $(word 2,$(MAKECMDGOALS)),,-j2)
 
-.PHONY: demo check test lint cuda sanitize bench gpu performance clean
+.PHONY: demo study check test lint cuda sanitize bench gpu performance clean
 
 demo: $(INSTALLED)
-	$(BIN)/python -m steadygrad study --quick --out out/demo $(ARGS)
+	$(BIN)/python -m study --quick --out out/demo $(ARGS)
+
+study: $(INSTALLED)
+	$(BIN)/python -m study $(ARGS)
 
 # What a change usually breaks, on the CPU backend.
 check: $(INSTALLED_FOR_TESTS) lint
@@ -78,14 +82,14 @@ sanitize: $(BUILD_TOOLS)
 	done
 
 bench: $(INSTALLED)
-	$(BIN)/python -m steadygrad bench $(ARGS)
+	$(BIN)/python -m benchmarks $(ARGS)
 
 # Builds, tests and measures on a GPU, with the packages that are there; ARGS=--rehearse needs none.
 gpu:
-	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) benchmarks/gpu.py --out "$(OUT)" $(ARGS)
+	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m benchmarks.gpu --out "$(OUT)" $(ARGS)
 
 performance: $(INSTALLED)
-	$(BIN)/python benchmarks/performance.py
+	$(BIN)/python -m benchmarks.performance
 
 clean:
 	rm -rf $(VENV) build dist out .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -121,7 +125,7 @@ $(TEST_PACKAGES): $(DEMO_PACKAGES) tests/requirements.txt constraints.txt
 	touch $@
 
 # With steadygrad_emulated, the CUDA kernels on the CPU, beside the package.
-$(TEST_WHEEL): $(BUILD_TOOLS) $(SOURCES)
+$(TEST_WHEEL): $(BUILD_TOOLS) $(SOURCES) $(EMULATOR)
 	$(call wheel,test-wheel,--config-settings=cmake.define.STEADYGRAD_EMULATION=ON --config-settings=cmake.define.STEADYGRAD_STRICT=ON)
 	touch $@
 

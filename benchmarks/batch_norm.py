@@ -10,9 +10,9 @@ from functools import partial
 
 import torch
 
-from steadygrad.bench import batch_norm_candidates as candidates
-from steadygrad.bench.batch_norm_candidates import Layer
-from steadygrad.bench.case import Build
+from benchmarks import batch_norm_candidates as candidates
+from benchmarks.batch_norm_candidates import Layer
+from benchmarks.case import Build
 
 # (group, title) of a layer, by whether it adds and whether it rectifies.
 _NAMES = {

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
+from benchmarks.ours import OURS
+from benchmarks.timer import Candidate
 from steadygrad import nn
-from steadygrad.bench.ours import OURS
-from steadygrad.bench.timer import Candidate
 
 TORCH = "torch"
 TORCH_IN_PLACE = "torch in-place"

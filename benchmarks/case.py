@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from steadygrad.bench.timer import Candidate
+from benchmarks.timer import Candidate
 
 # Makes a candidate over fresh buffers of its own on a device.
 Build = Callable[[torch.device], Candidate]

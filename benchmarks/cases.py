@@ -9,13 +9,13 @@ from functools import partial
 import torch
 
 import steadygrad as sg
-from steadygrad.bench import ours, peers
-from steadygrad.bench.batch_norm import cpu_cases, cuda_cases
-from steadygrad.bench.case import Build as BuildOn
-from steadygrad.bench.case import Case
-from steadygrad.bench.shapes import ModelShapes, gpt2_small, many_small, one_tensor, resnet50
-from steadygrad.bench.timer import Candidate
-from steadygrad.bench.workload import Workload
+from benchmarks import ours, peers
+from benchmarks.batch_norm import cpu_cases, cuda_cases
+from benchmarks.case import Build as BuildOn
+from benchmarks.case import Case
+from benchmarks.shapes import ModelShapes, gpt2_small, many_small, one_tensor, resnet50
+from benchmarks.timer import Candidate
+from benchmarks.workload import Workload
 
 Build = Callable[[Workload], Candidate]
 

@@ -2,7 +2,7 @@
 
 pytest-benchmark would time one candidate after the other. Here our call is the one it times, and
 the peers run in the set-up of each of its rounds, so all of them are interleaved as in
-`python -m steadygrad bench`, from whose cases these come.
+`python -m benchmarks`, from whose cases these come.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 import pytest
 import torch
 
-from steadygrad.bench.case import Case
-from steadygrad.bench.device import HostDevice
-from steadygrad.bench.measure import (
+from benchmarks.case import Case
+from benchmarks.device import HostDevice
+from benchmarks.measure import (
     CaseResult,
     Contest,
     CopyYardstick,
     settle_allocator,
 )
-from steadygrad.bench.report import cases_table
-from steadygrad.bench.timer import collector_paused
+from benchmarks.report import cases_table
+from benchmarks.timer import collector_paused
 
 _SECONDS_PER_CASE = 2.0
 _RESULTS = pytest.StashKey[list[CaseResult]]()

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 import torch
 
-from steadygrad.bench import environment
-from steadygrad.bench.case import Case
-from steadygrad.bench.cases import CASES, CUDA_CASES
-from steadygrad.bench.device_timer import CudaEvents, DeviceRace, Events
-from steadygrad.bench.environment import Environment
-from steadygrad.bench.measure import (
+from benchmarks import environment
+from benchmarks.case import Case
+from benchmarks.cases import CASES, CUDA_CASES
+from benchmarks.device_timer import CudaEvents, DeviceRace, Events
+from benchmarks.environment import Environment
+from benchmarks.measure import (
     CUDA_FULL,
     CUDA_QUICK,
     FULL,
@@ -23,7 +23,7 @@ from steadygrad.bench.measure import (
     GpuYardstick,
     Ground,
 )
-from steadygrad.bench.timer import Candidate, Race, once_over
+from benchmarks.timer import Candidate, Race, once_over
 
 # A buffer comes back after this many times the cache was written elsewhere: nothing of it is left.
 _CACHES_BETWEEN = 4
@@ -81,7 +81,7 @@ class CudaDevice(HostDevice):
             DeviceUnusable: torch or steadygrad cannot use one; says which, and why.
         """
         if problem := cuda_problem():
-            raise DeviceUnusable(f"bench: --device cuda: {problem}")
+            raise DeviceUnusable(f"benchmarks: --device cuda: {problem}")
         self._prepare(
             environment.this_machine(environment.this_gpu()), torch.device("cuda"), CudaEvents()
         )
@@ -147,4 +147,4 @@ def device_named(name: str) -> HostDevice:
         return HostDevice()
     if name == "cuda":
         return CudaDevice()
-    raise ValueError(f"bench: device must be 'cpu' or 'cuda', got {name!r}")
+    raise ValueError(f"benchmarks: device must be 'cpu' or 'cuda', got {name!r}")

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from steadygrad.bench.timer import Candidate, Race, Timing
+from benchmarks.timer import Candidate, Race, Timing
 
 _LAP_SECONDS = 0.01
 _MAX_CALLS = 64

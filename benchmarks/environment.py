@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import steadygrad as sg
-from steadygrad.bench.source import UNKNOWN, this_source
+from benchmarks.source import UNKNOWN, this_source
 
 # Assumed where the system does not say: larger than most, so buffers rather rotate once too often.
 _DEFAULT_CACHE_BYTES = 64 * 2**20

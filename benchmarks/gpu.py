@@ -1,6 +1,6 @@
 """Build, tests, sanitizers and benchmarks on a machine with a GPU, in under nine minutes.
 
-    make gpu                    # or: python benchmarks/gpu.py
+    make gpu                    # or: python -m benchmarks.gpu
     make gpu ARGS=--rehearse    # the same without a GPU, on emulated kernels
     make gpu ARGS=--dry         # only says what would run
 
@@ -25,15 +25,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from result_files import RESULTS, file_name
+from benchmarks.result_files import RESULTS, file_name
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD_MODULES = ("pybind11", "scikit_build_core")
 BUILD_TOOLS = ("cmake", "ninja")
 # Patterns of the test files that cannot do without packages that the rest can do without.
 TESTS_THAT_NEED = {
-    "mlxtend": ("tests/test_study_*.py",),
-    "rich": ("tests/test_bench.py", "tests/test_cli.py", "tests/test_study_*.py"),
+    "mlxtend": ("tests/study/test_*.py",),
+    "rich": ("tests/benchmarks/test_*.py", "tests/study/test_*.py"),
 }
 METRICS = (
     "gpu__time_duration.sum",
@@ -137,7 +137,7 @@ def _sanitizer(python: str, tool: str, *dtypes: str) -> Stage:
         *("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"),
         # torch asks the driver for functions that it may not have; that is not our error.
         *("--report-api-errors", "no"),
-        *(python, "benchmarks/sanitized_steps.py", "--dtypes", *dtypes),
+        *(python, "-m", "benchmarks.sanitized_steps", "--dtypes", *dtypes),
     )
     return Stage(
         tool, command, 35, "sanitizers.log", ("torch",), ("compute-sanitizer",),
@@ -164,7 +164,7 @@ def plan(python: str, out: Path) -> list[Stage]:
         Stage(
             "benchmark",
             (
-                *(python, "-m", "steadygrad", "bench", "--device", "cuda", "--limit", "95"),
+                *(python, "-m", "benchmarks", "--device", "cuda", "--limit", "95"),
                 *("--out", str(out / "benchmark.json")),
             ),
             125,
@@ -175,7 +175,7 @@ def plan(python: str, out: Path) -> list[Stage]:
             "profile",
             (
                 *("ncu", *metrics, *kernels, "--log-file", str(out / "ncu.csv")),
-                *(python, "benchmarks/profiled_step.py"),
+                *(python, "-m", "benchmarks.profiled_step"),
             ),
             30,
             "benchmark.log",
@@ -195,14 +195,14 @@ def rehearsal(python: str, out: Path) -> list[Stage]:
         _tests(python, "tests", "emulated", 400),
         Stage(
             "each operation once",
-            (python, "benchmarks/sanitized_steps.py", "--emulate"),
+            (python, "-m", "benchmarks.sanitized_steps", "--emulate"),
             60,
             "sanitizers.log",
             ("torch", "steadygrad_emulated"),
         ),
         Stage(
             "benchmark",
-            (python, "benchmarks/rehearsal.py", "--out", str(out / "rehearsal.json")),
+            (python, "-m", "benchmarks.rehearsal", "--out", str(out / "rehearsal.json")),
             120,
             "benchmark.log",
             ("torch", "steadygrad_emulated"),

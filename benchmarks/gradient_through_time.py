@@ -3,7 +3,7 @@
 For several lengths, at the start and after 300 steps with clipping at 1: how the gradient changes on
 its way back to the marks, and how much the gradients of two batches have in common. Prints Markdown.
 
-Run it with: python benchmarks/gradient_through_time.py
+Run it with: python -m benchmarks.gradient_through_time
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import steadygrad as sg
-from steadygrad import study
+import study
 
 LENGTHS = (20, 30, 50, 100)
 GAINS = (1.0, 1.5)

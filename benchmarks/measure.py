@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from steadygrad.bench.case import Build, Case
-from steadygrad.bench.timer import (
+from benchmarks.case import Build, Case
+from benchmarks.timer import (
     Candidate,
     Race,
     Timing,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import steadygrad as sg
-from steadygrad.bench.peers import MakeOptimizer
-from steadygrad.bench.timer import Candidate
-from steadygrad.bench.workload import Workload
+from benchmarks.peers import MakeOptimizer
+from benchmarks.timer import Candidate
+from benchmarks.workload import Workload
 
 OURS = "steadygrad"
 

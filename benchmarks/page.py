@@ -1,14 +1,14 @@
-"""A result file as a page: `python -m steadygrad bench --page FILE`."""
+"""A result file as a page: `python -m benchmarks --page FILE`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from steadygrad.bench import result_tables
-from steadygrad.bench.report import QUIET_LOAD, SCHEMA
-from steadygrad.bench.result_tables import Result
-from steadygrad.pages import (
+from benchmarks import result_tables
+from benchmarks.report import QUIET_LOAD, SCHEMA
+from benchmarks.result_tables import Result
+from study.pages import (
     Bar,
     Block,
     Bullets,

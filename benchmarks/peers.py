@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import softshrink
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
 
-from steadygrad.bench.timer import Candidate
-from steadygrad.bench.workload import Workload
+from benchmarks.timer import Candidate
+from benchmarks.workload import Workload
 
 TORCH_FOREACH = "torch foreach"
 CLIP_FUSED = "torch clip + fused"

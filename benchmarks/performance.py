@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from result_files import RESULTS, Result, newest_results
-from steadygrad.bench import result_tables
+from benchmarks import result_tables
+from benchmarks.result_files import RESULTS, Result, newest_results
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "performance.md"

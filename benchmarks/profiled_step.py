@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 import steadygrad as sg
-from steadygrad.bench.batch_norm_candidates import Layer, ours
+from benchmarks.batch_norm_candidates import Layer, ours
 
 _ELEMENTS = 2**27
 # Of ResNet-50 at batch 256: behind the first 3 x 3 convolutions, and at the end of their blocks.

@@ -14,14 +14,15 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import environment
+from benchmarks.case import Case
+from benchmarks.cases import CUDA_CASES
+from benchmarks.device import CudaDevice
+from benchmarks.environment import Gpu
+from benchmarks.measure import CopyYardstick, Effort, GpuYardstick
+from benchmarks.run import measure_all, show
 from steadygrad import _kernels
-from steadygrad.bench import environment, measure_all, show
-from steadygrad.bench.case import Case
-from steadygrad.bench.cases import CUDA_CASES
-from steadygrad.bench.device import CudaDevice
-from steadygrad.bench.environment import Gpu
-from steadygrad.bench.measure import CopyYardstick, Effort, GpuYardstick
-from steadygrad.console import open_console
+from study.console import open_console
 
 
 class HostEvents:

@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from steadygrad.bench.environment import Environment
-from steadygrad.bench.measure import CaseResult, CopyBandwidth, PeerResult
-from steadygrad.bench.summary import summaries
-from steadygrad.bench.table import Line, Table
-from steadygrad.bench.targets import COPY, Target, Verdict, judge
-from steadygrad.bench.timer import Timing, ratio
+from benchmarks.environment import Environment
+from benchmarks.measure import CaseResult, CopyBandwidth, PeerResult
+from benchmarks.summary import summaries
+from benchmarks.table import Line, Table
+from benchmarks.targets import COPY, Target, Verdict, judge
+from benchmarks.timer import Timing, ratio
 
 SCHEMA = 3
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from steadygrad.bench.targets import COPY
-from steadygrad.pages import Cell, Table
+from benchmarks.targets import COPY
+from study.pages import Cell, Table
 
 # A result file, a case or a summary of it, as JSON has it.
 Result = dict[str, Any]

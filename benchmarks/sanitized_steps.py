@@ -1,6 +1,6 @@
 """Every operation once on small tensors of odd sizes: short enough to run under a sanitizer.
 
-    compute-sanitizer --tool memcheck python benchmarks/sanitized_steps.py
+    compute-sanitizer --tool memcheck python -m benchmarks.sanitized_steps
 
 torch has to allocate every tensor by itself for that: PYTORCH_NO_CUDA_MEMORY_CACHING=1.
 """
@@ -14,8 +14,8 @@ from functools import partial
 
 import torch
 
-import sanitized_batch_norm
 import steadygrad as sg
+from benchmarks import sanitized_batch_norm
 from steadygrad.self_check import TOLERANCES, check_kernels
 
 # More than one launch has room for in its parameters.
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--emulate", action="store_true", help="run emulated kernels on the CPU")
     options = parser.parse_args(argv)
     if options.emulate:
-        from rehearsal import emulate
+        from benchmarks.rehearsal import emulate
 
         emulate()
         options.device = "cpu"

@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 import steadygrad as sg
-from steadygrad.bench.environment import this_machine
+from benchmarks.environment import this_machine
 
 # Elements of a tensor on one rank.
 _SHARD = 32
@@ -146,7 +146,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, __file__, *sys.argv[1:], "--folder", folder]
+        command = [sys.executable, "-m", "benchmarks.sharded", *sys.argv[1:], "--folder", folder]
         ranks = [
             subprocess.Popen([*command, "--rank", str(rank)], env=environment)
             for rank in range(given.ranks)

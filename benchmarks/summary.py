@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from steadygrad.bench.measure import CaseResult
+from benchmarks.measure import CaseResult
 
 # Stands for the fastest peer of each case.
 FASTEST = "fastest of torch's"

@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from steadygrad.bench import batch_norm_candidates as norms
-from steadygrad.bench import peers
-from steadygrad.bench.cases import CASES, CUDA_CASES
-from steadygrad.bench.measure import CaseResult
-from steadygrad.bench.summary import FASTEST, Summary, summaries
+from benchmarks import batch_norm_candidates as norms
+from benchmarks import peers
+from benchmarks.cases import CASES, CUDA_CASES
+from benchmarks.measure import CaseResult
+from benchmarks.summary import FASTEST, Summary, summaries
 
 # What of a group of cases is compared.
 MEAN = "geometric mean"

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 import steadygrad as sg
-from steadygrad.bench.environment import this_machine
-from steadygrad.bench.shapes import ModelShapes, many_small, resnet50
+from benchmarks.environment import this_machine
+from benchmarks.shapes import ModelShapes, many_small, resnet50
 from steadygrad.telemetry.settings import Level
 
 _NONE = "none"

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from steadygrad.bench.batch_norm import cpu_cases
-from steadygrad.bench.case import Case
+from benchmarks.batch_norm import cpu_cases
+from benchmarks.case import Case
 
 
 @pytest.mark.parametrize("case", tuple(cpu_cases()), ids=lambda case: case.key)

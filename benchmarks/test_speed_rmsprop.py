@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from steadygrad.bench.case import Case
-from steadygrad.bench.cases import cases_of
+from benchmarks.case import Case
+from benchmarks.cases import cases_of
 
 
 @pytest.mark.parametrize("case", cases_of("rmsprop"), ids=lambda case: case.key)

@@ -1,6 +1,6 @@
 """What `convert_batchnorm` does to whole networks: a training step's time, and a residual block's memory.
 
-python benchmarks/networks.py [--batch 8] [--size 64] [--seconds 20] [--threads 2] [--only ResNet-18]
+python -m benchmarks.whole_networks [--batch 8] [--size 64] [--seconds 20] [--threads 2] [--only ResNet-18]
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from steadygrad.bench.networks import NETWORKS, BasicBlock, Bottleneck
-from steadygrad.bench.table import Table
-from steadygrad.bench.timer import Candidate, Race
+from benchmarks.networks import NETWORKS, BasicBlock, Bottleneck
+from benchmarks.table import Table
+from benchmarks.timer import Candidate, Race
 from steadygrad.nn.conversion_report import conversion_report
 from steadygrad.nn.convert import convert_batchnorm
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from steadygrad.bench.shapes import ModelShapes
+from benchmarks.shapes import ModelShapes
 
 # Every call lowers the limit by this factor, so a clip stays active without restoring gradients;
 # 10,000 calls leave a 20,000th of their size, far from denormal numbers.

@@ -34,7 +34,7 @@ foreach(set IN LISTS instruction_sets)
 endforeach()
 
 # csrc/cuda: the operations as CUDA kernels and their launchers. The same sources are compiled by nvcc, or by the C++ compiler
-# against csrc/emulation, which stands in for the CUDA runtime.
+# against tests/emulation, which stands in for the CUDA runtime.
 set(cuda_sources
   ${csrc}/cuda/ask_policy.cu
   ${csrc}/cuda/batch_norm_backward.cu
@@ -57,7 +57,7 @@ set(cuda_sources
   ${csrc}/cuda/update_adam.cu
   ${csrc}/cuda/update_rmsprop.cu
   ${csrc}/cuda/update_sgd.cu)
-file(GLOB emulation_sources CONFIGURE_DEPENDS ${csrc}/emulation/*.cpp)
+file(GLOB emulation_sources CONFIGURE_DEPENDS ${csrc}/../tests/emulation/*.cpp)
 
 # Has the C++ compiler take cuda_sources. GCC warns of units of memory that are used only where they were read.
 function(compile_cuda_as_cpp)

@@ -27,8 +27,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 import steadygrad as sg
+from digits import load_digits
 from steadygrad.integrations.lightning import StabilizerMonitor
-from steadygrad.study.data import digits
 
 BATCH = 50
 
@@ -84,7 +84,7 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     console = Console()
     pl.seed_everything(0, verbose=False)
-    data = digits()
+    data = load_digits()
     training = DataLoader(
         TensorDataset(data.train_inputs, data.train_labels), batch_size=BATCH, shuffle=True
     )

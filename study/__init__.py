@@ -1,6 +1,6 @@
 """The comparison of remedies against exploding gradients, on real data.
 
-``python -m steadygrad study`` calls :func:`run_study`. An experiment is a declaration
+``python -m study`` calls :func:`run_study`. An experiment is a declaration
 (:class:`Experiment`) of problems, remedies (:class:`Arm`), learning rates and seeds;
 :func:`train` makes one run of it.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from steadygrad.pages import Bullets, Cell, Paragraph, Section, Table
+from study.pages import Bullets, Cell, Paragraph, Section, Table
 
 from . import outcome
 from .experiment_section import arm_cell

@@ -1,6 +1,6 @@
 """Full MNIST and CIFAR-10, from files in a folder that the user names with ``--data DIR``.
 
-Nothing is downloaded. :mod:`steadygrad.study.idx` and :mod:`steadygrad.study.cifar_batches` read
+Nothing is downloaded. :mod:`study.idx` and :mod:`study.cifar_batches` read
 the formats.
 """
 

@@ -7,7 +7,7 @@ import statistics
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from steadygrad.pages import Bar, Charts, Line, Markup, Plot, Scale, bar_chart, line_chart, swatch
+from study.pages import Bar, Charts, Line, Markup, Plot, Scale, bar_chart, line_chart, swatch
 
 from . import outcome
 from .outcome import Json, Setting

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from steadygrad.pages import Block, Bullets, Cell, Facts, Paragraph, Section, Table
+from study.pages import Block, Bullets, Cell, Facts, Paragraph, Section, Table
 
 from . import outcome
 from .experiment_charts import curve_charts, figure, metric_charts, setting_name

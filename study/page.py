@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from steadygrad.pages import (
+from study.pages import (
     Block,
     Bullets,
     Cell,

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from steadygrad.pages.document import write_text
+from study.pages.document import write_text
 
 from .conclusions import conclusions, findings
 from .encoding import encode

@@ -104,7 +104,7 @@ def from_file(path: pathlib.Path) -> Experiment:
     experiment = getattr(module, "EXPERIMENT", None)
     if not isinstance(experiment, Experiment):
         raise SelectionError(
-            f"study: {path}: expected EXPERIMENT = steadygrad.study.Experiment(...), "
+            f"study: {path}: expected EXPERIMENT = study.Experiment(...), "
             f"got {type(experiment).__name__}"
         )
     return experiment

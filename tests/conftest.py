@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections import defaultdict
 from fnmatch import fnmatch
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -13,12 +15,18 @@ import numpy as np
 import pytest
 import torch
 
-from backends import BACKENDS, Backend
-from backends import backend as backend  # the fixtures, for every test file
-from backends import kernels as kernels
-from digit_training import one_thread as one_thread
+from tests.backends import BACKENDS, Backend
+from tests.backends import backend as backend  # the fixtures, for every test file
+from tests.backends import kernels as kernels
+from tests.digit_training import one_thread as one_thread
 
 SEED = 20240229
+ROOT = Path(__file__).resolve().parents[1]
+
+# Programs that tests start find the same modules: tests, study and benchmarks.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 # Examples are derived from each test's source, so that every run draws the same ones.
 hypothesis.settings.register_profile("steadygrad", derandomize=True, deadline=None)
@@ -27,14 +35,14 @@ hypothesis.settings.load_profile("steadygrad")
 
 # The markers of whole files; tests over backends have theirs from backends.py.
 MARKED_FILES = {
-    "ranks": ("test_*_ranks.py", "test_sharded*.py", "test_batch_norm_synchronized.py"),
-    "compile": ("test_batch_norm_compile.py", "test_emulator.py"),
+    "ranks": ("*_ranks.py", "distributed/test_sharded*.py", "nn/test_batch_norm_synchronized.py"),
+    "compile": ("nn/test_batch_norm_compile.py", "emulation/test_emulator.py"),
     "integration": (
-        *("test_integration_*.py", "test_examples.py", "test_study_runner.py"),
-        *("test_cli.py", "test_gpu_script.py"),
+        *("integrations/test_*.py", "study/test_runner.py", "packaging/test_doctor.py"),
+        *("benchmarks/test_gpu_script.py", "*/test_command_line.py"),
     ),
-    "slow": ("test_batch_norm_kernels_accuracy.py", "test_convert_batchnorm_networks.py"),
-    "gpu": ("test_device_streams.py", "test_policy_graphs.py"),
+    "slow": ("nn/test_batch_norm_kernels_accuracy.py", "nn/test_convert_batchnorm_networks.py"),
+    "gpu": ("optim/test_device_streams.py", "policies/test_policy_graphs.py"),
 }
 
 
@@ -42,7 +50,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Mark the tests of MARKED_FILES, and leave out what needs a GPU where there is none."""
     for item in items:
         for marker, patterns in MARKED_FILES.items():
-            if any(fnmatch(item.path.name, pattern) for pattern in patterns):
+            name = item.path.relative_to(ROOT / "tests").as_posix()
+            if any(fnmatch(name, pattern) for pattern in patterns):
                 item.add_marker(marker)
     left_out = redundant_cases(items)
     if BACKENDS[-1].why_not() is not None:

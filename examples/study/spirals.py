@@ -1,11 +1,11 @@
-"""An experiment of one's own; run it with python -m steadygrad study examples/study/spirals.py."""
+"""An experiment of one's own; run it with python -m study examples/study/spirals.py."""
 
 import math
 
 import torch
 
 import steadygrad as sg
-from steadygrad import study
+import study
 
 
 def spirals() -> study.Task:

@@ -15,8 +15,8 @@ from steadygrad.prerequisites import runs_as_program as _runs_as_program
 if _problem := _find_problem():
     if not _runs_as_program():
         raise ImportError(_problem, name=__name__)
-    # The command line works all the same, so that `doctor` can say what is wrong.
-    from steadygrad.cli import main as _main
+    # The doctor works all the same, to say what is wrong.
+    from steadygrad.doctor import main as _main
 
     raise SystemExit(_main())
 

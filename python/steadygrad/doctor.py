@@ -1,10 +1,11 @@
-"""What is installed, whether it works, and what to do about anything that does not.
+"""``python -m steadygrad``: what is installed, whether it works, and what to do about anything that does not.
 
 Works without torch and without the extension too, and then says what ``import steadygrad`` says.
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import os
 import platform
@@ -17,7 +18,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from steadygrad.console import Console
 from steadygrad.prerequisites import REINSTALL, find_problem
 
 if TYPE_CHECKING:
@@ -33,41 +33,99 @@ class Fact:
     remedy: str = ""
 
 
-def run(console: Console) -> int:
+class _CannotPrint(Exception):
+    """Raised where standard output takes nothing, as on a full disk."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the doctor from the command line.
+
+    Args:
+        argv: arguments after the program's name; ``sys.argv[1:]`` by default.
+
+    Returns:
+        the exit code: 0 if all is well, 1 if something is wrong, 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: with code 2 for arguments that are not understood, with 0 after ``--help``.
+    """
+    parser = argparse.ArgumentParser(
+        prog="steadygrad",
+        description="Show what is installed, check every kernel against its definition in NumPy, "
+        "and say what to do about anything that is wrong. Exits with 1 if something is.",
+    )
+    version = f"steadygrad {installed_version('steadygrad')}"
+    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument(
+        "command", nargs="?", choices=["doctor"], help="the only command, and may be left out"
+    )
+    parser.parse_args(argv)
+    try:
+        return run()
+    except BrokenPipeError:  # a reader such as head has seen enough
+        _drop_output()
+        return 1
+    except _CannotPrint as error:
+        _drop_output()
+        sys.stderr.write(f"doctor: standard output takes nothing: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("\nInterrupted.\n")
+        return 130
+
+
+def _drop_output() -> None:
+    """Send what still waits for standard output nowhere: Python would fail for it once more at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def _print(line: str) -> None:
+    try:
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise _CannotPrint(error.strerror) from error
+
+
+def run() -> int:
     """Print what is installed and how every kernel does; return 0 if all is well, else 1."""
-    _print_facts(console, "Versions", version_facts())
+    _print_facts("Versions", version_facts())
     if problem := find_problem():
-        console.print("The kernels were not checked: steadygrad cannot be imported.")
-        return _conclude(console, [problem])
+        _print("The kernels were not checked: steadygrad cannot be imported.")
+        return _conclude([problem])
 
     package, kernels, torch = map(import_module, ("steadygrad", "steadygrad._kernels", "torch"))
     facts = extension_facts(package, kernels)
     facts += cuda_facts(torch, kernels) + dlpack_facts(torch, kernels)
-    _print_facts(console, "Extension", facts)
+    _print_facts("Extension", facts)
     problems = [f"{fact.name}: {fact.remedy}" for fact in facts if fact.remedy]
 
     check_kernels = import_module("steadygrad.self_check").check_kernels
     passed, total, failures = 0, 0, []
     for device in usable_devices(torch, kernels):
         checks = check_kernels(package, device)
-        _print_checks(console, checks, device)
+        _print_checks(checks, device)
         failures += _failures(checks, device)
         passed += sum(check.passed for check in checks)
         total += len(checks)
     problems += failures
     if failures:
         problems.append(f"wrong results: {REINSTALL}; if they stay, report this output")
-    console.print(f"{passed} of {total} kernel checks passed.")
-    return _conclude(console, problems)
+    _print(f"{passed} of {total} kernel checks passed.")
+    return _conclude(problems)
 
 
-def _conclude(console: Console, problems: Sequence[str]) -> int:
+def _conclude(problems: Sequence[str]) -> int:
     if not problems:
-        console.print("All is well.")
+        _print("All is well.")
         return 0
-    console.print("What is wrong and what to do:")
+    _print("What is wrong and what to do:")
     for problem in problems:
-        console.print(f"- {problem}")
+        _print(f"- {problem}")
     return 1
 
 
@@ -210,15 +268,15 @@ def torch_openmp() -> str:
     return ""
 
 
-def _print_facts(console: Console, title: str, facts: Sequence[Fact]) -> None:
+def _print_facts(title: str, facts: Sequence[Fact]) -> None:
     width = max(len(fact.name) for fact in facts)
-    console.print(title)
+    _print(title)
     for fact in facts:
-        console.print(f"  {fact.name:<{width}}  {fact.value}")
-    console.print()
+        _print(f"  {fact.name:<{width}}  {fact.value}")
+    _print("")
 
 
-def _print_checks(console: Console, checks: Sequence[Check], device: str) -> None:
+def _print_checks(checks: Sequence[Check], device: str) -> None:
     """One row an operation, one column a dtype; tolerances stand above the rows they are for."""
     dtypes = list(dict.fromkeys(check.dtype for check in checks))
     by_operation: dict[str, list[Check]] = {}
@@ -232,11 +290,11 @@ def _print_checks(console: Console, checks: Sequence[Check], device: str) -> Non
         milliseconds = 1e3 * sum(check.seconds for check in row)
         rows.append([operation, *map(_cell, row), f"{milliseconds:.2f}"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    console.print(f"Kernels on {device}: error against definition, time for four dtypes")
+    _print(f"Kernels on {device}: error against definition, time for four dtypes")
     for *cells, last in rows:
         left = (f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=False))
-        console.print(f"  {'  '.join(left)}  {last:>{widths[-1]}}".rstrip())
-    console.print()
+        _print(f"  {'  '.join(left)}  {last:>{widths[-1]}}".rstrip())
+    _print("")
 
 
 def _cell(check: Check) -> str:

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from steadygrad.bench import batch_norm_candidates as candidates
-from steadygrad.bench import cases, measure, report, summary, targets
-from steadygrad.bench.batch_norm import BatchNormCase
-from steadygrad.bench.batch_norm_candidates import Layer
-from steadygrad.bench.timer import Candidate, Timing
+from benchmarks import batch_norm_candidates as candidates
+from benchmarks import cases, measure, report, summary, targets
+from benchmarks.batch_norm import BatchNormCase
+from benchmarks.batch_norm_candidates import Layer
+from benchmarks.timer import Candidate, Timing
 
 CPU = torch.device("cpu")
 ADDS = {"bn": (False, False), "bn+relu": (False, True), "bn+add+relu": (True, True)}
@@ -285,7 +285,7 @@ def test_the_record_has_dtype_bytes_and_means() -> None:
 
 
 def _environment() -> report.Environment:
-    from steadygrad.bench import environment
+    from benchmarks import environment
 
     return environment.this_machine()
 

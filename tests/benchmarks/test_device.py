@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from steadygrad import bench
-from steadygrad.bench import cases, environment, measure, peers, report, shapes, source, targets
-from steadygrad.bench import device as bench_device
-from steadygrad.bench.device_timer import DeviceRace
-from steadygrad.bench.environment import Gpu
-from steadygrad.bench.timer import Candidate, Race, Timing, once_over, rotating
-from steadygrad.console import PlainConsole
+from benchmarks import cases, environment, measure, peers, report, shapes, source, targets
+from benchmarks import device as bench_device
+from benchmarks import run as bench
+from benchmarks.device_timer import DeviceRace
+from benchmarks.environment import Gpu
+from benchmarks.timer import Candidate, Race, Timing, once_over, rotating
+from study.console import PlainConsole
 
 TINY = shapes.ModelShapes("tiny", "tiny", ((5,), (3, 7), (2, 3, 4)))
 GPU = Gpu("NVIDIA Test", "sm_90", 132, 2**37, 2**12, "580.1", "13.0", "13.0", "13.0.88")

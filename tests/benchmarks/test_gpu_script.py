@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
@@ -12,9 +11,9 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-gpu = importlib.import_module("gpu")
+from benchmarks import gpu
+
+ROOT = Path(__file__).resolve().parents[2]
 
 NINE_MINUTES = 540.0
 
@@ -37,7 +36,7 @@ def test_the_plan_has_every_check(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert "--no-build-isolation --no-deps --no-index" in commands["build"]
     assert commands["tests on the GPU"].endswith("-m gpu")
-    assert "bench --device cuda" in commands["benchmark"]
+    assert "-m benchmarks --device cuda" in commands["benchmark"]
     assert "batch_norm" in commands["profile"]
     for tool in ("memcheck", "racecheck", "initcheck"):
         assert f"--tool {tool} --error-exitcode" in commands[tool]
@@ -54,10 +53,10 @@ def test_tests_are_left_out_that_lack_a_package(
     )
     assert gpu.main(["--dry", "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    studies = sorted(path.name for path in Path(__file__).parent.glob("test_study_*.py"))
+    studies = sorted(path.name for path in (ROOT / "tests" / "study").glob("test_*.py"))
     assert len(studies) > 5
     for name in studies:
-        assert f"tests/{name} is left out: a package that it needs is missing" in text
+        assert f"tests/study/{name} is left out: a package that it needs is missing" in text
         assert text.count(f"--ignore=tests/{name} ") == 2
 
 
@@ -173,8 +172,7 @@ def test_a_rehearsal_is_marked_and_kept_from_the_results(
     out = tmp_path / "rehearsal.json"
     code = f"""
 import sys
-sys.path.insert(0, {str(ROOT / "benchmarks")!r})
-import rehearsal
+from benchmarks import rehearsal
 chosen = ("clip_active/small", "adamw/gpt2", "batch_norm_add_relu/256x2048x7x7_fp16_nhwc")
 rehearsal.CUDA_CASES = [case for case in rehearsal.CUDA_CASES if case.key in chosen]
 assert len(rehearsal.CUDA_CASES) == len(chosen)

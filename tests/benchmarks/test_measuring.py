@@ -14,14 +14,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from pages_read_back import parsed, text_of
-from steadygrad import bench
-from steadygrad.bench import cases as bench_cases
-from steadygrad.bench import device as bench_device
-from steadygrad.bench import environment, measure, peers, report, shapes, targets
-from steadygrad.bench.table import Table
-from steadygrad.bench.timer import Candidate, Race, Timing, quartiles, ratio, round_ratios
-from steadygrad.bench.workload import Workload
+from benchmarks import cases as bench_cases
+from benchmarks import device as bench_device
+from benchmarks import environment, measure, peers, report, shapes, targets
+from benchmarks import run as bench
+from benchmarks.table import Table
+from benchmarks.timer import Candidate, Race, Timing, quartiles, ratio, round_ratios
+from benchmarks.workload import Workload
+from tests.study.pages_read_back import parsed, text_of
 
 TINY = shapes.ModelShapes("tiny", "tiny", ((5,), (3, 7), (2, 3, 4)))
 

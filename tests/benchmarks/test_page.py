@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from pages_read_back import drawings, parsed, tables, text_of
-from steadygrad.bench.page import document, read_result, write_page
-from steadygrad.cli import main
+from benchmarks.__main__ import main
+from benchmarks.page import document, read_result, write_page
+from tests.study.pages_read_back import drawings, parsed, tables, text_of
 
-RESULTS = sorted((Path(__file__).resolve().parents[1] / "benchmarks" / "results").glob("*.json"))
+RESULTS = sorted((Path(__file__).resolve().parents[2] / "benchmarks" / "results").glob("*.json"))
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_what_is_no_result_is_refused(
         path.write_text(content)
     with pytest.raises(ValueError, match=message):
         read_result(path)
-    assert main(["bench", "--from", str(path), "--page", str(page)]) == 1
+    assert main(["--from", str(path), "--page", str(page)]) == 1
     said = "".join(capsys.readouterr().err.split())
     assert "".join(f"{path}: ".split()) in said
     assert not page.exists()
@@ -115,7 +115,7 @@ def test_command_line_makes_the_page_of_a_result(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = tmp_path / "new" / "page.html"
-    assert main(["bench", "--from", str(RESULTS[0]), "--page", str(page)]) == 0
+    assert main(["--from", str(RESULTS[0]), "--page", str(page)]) == 0
     assert "Page written to" in capsys.readouterr().out
     assert parsed(page.read_text(encoding="utf-8")).tag == "html"
 
@@ -123,4 +123,4 @@ def test_command_line_makes_the_page_of_a_result(
 def test_page_says_how_the_run_was_started(result: dict[str, Any]) -> None:
     assert "Command not recorded" in text_of(parsed(document(result).html()))
     result["command_line"] = ["/a/python", "-m", "steadygrad", "bench"]
-    assert "Command python -m steadygrad bench" in text_of(parsed(document(result).html()))
+    assert "Command python -m benchmarks" in text_of(parsed(document(result).html()))

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-performance = importlib.import_module("performance")
-result_files = importlib.import_module("result_files")
+from benchmarks import performance, result_files
+
+ROOT = Path(__file__).resolve().parents[2]
 
 TREE, LATER = "a" * 40, "b" * 40
 

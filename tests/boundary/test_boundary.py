@@ -14,10 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 
 import steadygrad as sg
-from backends import Backend
-from parameter_sets import with_gradients
-from snapshots import Snapshot, assert_refused, bits
-from tolerances import assert_close
+from tests.backends import Backend
+from tests.optim.parameter_sets import with_gradients
+from tests.snapshots import Snapshot, assert_refused, bits
+from tests.tolerances import assert_close
 
 REFUSALS = (TypeError, ValueError, RuntimeError)
 

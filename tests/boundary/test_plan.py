@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import steadygrad as sg
-from backends import Backend
+from tests.backends import Backend
 
 SIZES = (1, 33, 1024, 8193, 40)
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from backends import Backend
 from steadygrad import _kernels
 from steadygrad.memory import NormOutput, allocator
+from tests.backends import Backend
 
 OPTIONS: dict[str, Any] = {
     "norm_type": 2.0,

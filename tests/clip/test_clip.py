@@ -16,11 +16,16 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_
 
 import steadygrad as sg
-from backends import Backend
-from parameter_sets import gradient_sequence, like_layout, mixed_parameters, with_gradients
-from snapshots import Snapshot, assert_refused, bits, same_bits
 from steadygrad.reference import clip as reference
-from tolerances import TOLERANCES, assert_close, assert_error_at_most_twice_torch
+from tests.backends import Backend
+from tests.optim.parameter_sets import (
+    gradient_sequence,
+    like_layout,
+    mixed_parameters,
+    with_gradients,
+)
+from tests.snapshots import Snapshot, assert_refused, bits, same_bits
+from tests.tolerances import TOLERANCES, assert_close, assert_error_at_most_twice_torch
 
 FULL = [torch.float32, torch.float64]
 HALVES = [torch.bfloat16, torch.float16]

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import steadygrad as sg
-from backends import Backend
-from parameter_sets import like_layout
 from steadygrad.reference import norm as reference
-from tolerances import TOLERANCES
+from tests.backends import Backend
+from tests.optim.parameter_sets import like_layout
+from tests.tolerances import TOLERANCES
 
 SIZES = [0, 1, 31, 32, 33, 127, 128, 129, *range(4095, 4100), 8191, 8192, 8193]
 LARGE_SIZES = [65535, 65536, 65537, 1_000_003]

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 
 import steadygrad as sg
-from backends import Backend
+from tests.backends import Backend
 
 FUNCTIONS: dict[str, Callable[[list[Parameter]], Tensor]] = {
     "get_total_norm": lambda ps: sg.get_total_norm([p.grad for p in ps]),  # type: ignore[misc]

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import steadygrad as sg
-from sharded_cases import Network, groups_of
 from steadygrad.optim.stabilized import StepOutcome
+from tests.distributed.sharded_cases import Network, groups_of
 
 Found = dict[str, Any]
 

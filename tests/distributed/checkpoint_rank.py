@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from checkpoint_cases import (
+from tests.distributed.checkpoint_cases import (
     AFTER,
     BEFORE,
     CASES,
@@ -37,7 +37,7 @@ from checkpoint_cases import (
     network,
     train,
 )
-from ranks import leave_ranks
+from tests.ranks import leave_ranks
 
 Found = dict[str, Any]
 Optimizer = torch.optim.Optimizer

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
 import steadygrad as sg
-from ranks import join_ranks, leave_ranks
+from tests.ranks import join_ranks, leave_ranks
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of torch.jit.script, which torch uses there itself

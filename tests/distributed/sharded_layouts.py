@@ -23,7 +23,14 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from sharded_cases import FIRST_GROUP, Network, batch, groups_of, whole_grads, whole_params
+from tests.distributed.sharded_cases import (
+    FIRST_GROUP,
+    Network,
+    batch,
+    groups_of,
+    whole_grads,
+    whole_params,
+)
 
 Place = tuple[DeviceMesh, list[Placement]] | None  # None: a plain tensor
 

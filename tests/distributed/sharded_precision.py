@@ -10,8 +10,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import steadygrad as sg
-from checkpoint_cases import Case, contents, give, like, network, train
-from sharded_layouts import Meshes, local, whole
+from tests.distributed.checkpoint_cases import Case, contents, give, like, network, train
+from tests.distributed.sharded_layouts import Meshes, local, whole
 
 Found = dict[str, Any]
 

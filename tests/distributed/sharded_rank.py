@@ -13,13 +13,13 @@ import torch.distributed as dist
 from torch.distributed.tensor.debug import CommDebugMode
 
 import steadygrad as sg
-from backends import BACKENDS
-from ranks import leave_ranks
-from sharded_cases import CASES, EMULATED_CASES, MAX_NORM, Case
-from sharded_layouts import Meshes, local, training, whole
-from sharded_precision import PRECISION
-from sharded_refusals import REFUSALS
-from sharded_situations import SITUATIONS
+from tests.backends import BACKENDS
+from tests.distributed.sharded_cases import CASES, EMULATED_CASES, MAX_NORM, Case
+from tests.distributed.sharded_layouts import Meshes, local, training, whole
+from tests.distributed.sharded_precision import PRECISION
+from tests.distributed.sharded_refusals import REFUSALS
+from tests.distributed.sharded_situations import SITUATIONS
+from tests.ranks import leave_ranks
 
 Found = dict[str, Any]
 

@@ -12,9 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Shard
 
 import steadygrad as sg
-from sharded_layouts import Meshes, TensorTraining, locals_of
-from sharded_situations import message
 from steadygrad.distributed import agreement
+from tests.distributed.sharded_layouts import Meshes, TensorTraining, locals_of
+from tests.distributed.sharded_situations import message
 
 Found = dict[str, Any]
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.debug import CommDebugMode
 
 import steadygrad as sg
-from sharded_layouts import Meshes, TensorTraining, local, locals_of, whole
+from tests.distributed.sharded_layouts import Meshes, TensorTraining, local, locals_of, whole
 
 Found = dict[str, Any]
 

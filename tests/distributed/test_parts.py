@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ranks import found
+from tests.ranks import found
 
 SCRIPT = Path(__file__).with_name("parts_rank.py")
 TIME_LIMIT = 90.0

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import steadygrad as sg
-from backends import Backend
 from steadygrad import _kernels
 from steadygrad.clip import device_of
 from steadygrad.distributed.norms import COLUMNS
 from steadygrad.memory import NormOutput, allocator
 from steadygrad.optim import stepper
+from tests.backends import Backend
 
 SHAPES = ((33,), (5, 7), (0, 3), (8193,), ())
 SMALL, MEDIUM, LARGE, NONFINITE, NAN = range(COLUMNS)

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import ranks as processes
-from backends import BACKENDS
-from ranks import Found
-from sharded_cases import CASES, EMULATED_CASES, Case, expected
+from tests import ranks as processes
+from tests.backends import BACKENDS
+from tests.distributed.sharded_cases import CASES, EMULATED_CASES, Case, expected
+from tests.ranks import Found
 
 RANK = Path(__file__).with_name("sharded_rank.py")
 TIME_LIMIT = (

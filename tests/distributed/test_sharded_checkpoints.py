@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
-import checkpoint_rank
-import ranks as processes
-from checkpoint_cases import (
+from tests import ranks as processes
+from tests.distributed import checkpoint_rank
+from tests.distributed.checkpoint_cases import (
     AFTER,
     BEFORE,
     CASES,
@@ -29,7 +29,7 @@ from checkpoint_cases import (
     network,
     train,
 )
-from test_sharded import pytestmark as pytestmark
+from tests.distributed.test_sharded import pytestmark as pytestmark
 
 RANK = Path(checkpoint_rank.__file__)
 TIME_LIMIT = 110  # seconds for all that the ranks of one world run

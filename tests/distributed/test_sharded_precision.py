@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import steadygrad as sg
-from backends import Backend
-from checkpoint_cases import Case, contents, joined, network, train
-from sharded_precision import (
+from tests.backends import Backend
+from tests.distributed.checkpoint_cases import Case, contents, joined, network, train
+from tests.distributed.sharded_precision import (
     ELEMENTS,
     HALF_CASES,
     MICRO_BATCHES,
@@ -21,10 +21,10 @@ from sharded_precision import (
     scale_up,
     spoilt,
 )
-from test_sharded import pytestmark as pytestmark
-from test_sharded_situations import found
-from test_sharded_situations import ran_on as ran_on
-from test_sharded_situations import world as world
+from tests.distributed.test_sharded import pytestmark as pytestmark
+from tests.distributed.test_sharded_situations import found
+from tests.distributed.test_sharded_situations import ran_on as ran_on
+from tests.distributed.test_sharded_situations import world as world
 
 SCALERS = [f"{kind} {unscaled}" for kind in ("ours", "torch") for unscaled in (False, True)]
 

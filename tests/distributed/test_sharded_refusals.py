@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from ranks import Found
-from sharded_refusals import OTHER_OPTIONS
-from test_sharded import found as found_by_name
-from test_sharded import pytestmark as pytestmark
-from test_sharded_situations import world as world
+from tests.distributed.sharded_refusals import OTHER_OPTIONS
+from tests.distributed.test_sharded import found as found_by_name
+from tests.distributed.test_sharded import pytestmark as pytestmark
+from tests.distributed.test_sharded_situations import world as world
+from tests.ranks import Found
 
 
 def refusals(world: int, name: str) -> Found:

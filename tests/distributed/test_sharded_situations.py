@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import steadygrad as sg
-from backends import BACKENDS, Backend, backend_parameters
-from ranks import Found
-from sharded_cases import FIRST_GROUP, whole_grads, whole_params
-from test_sharded import found as found_by_name
-from test_sharded import pytestmark as pytestmark
+from tests.backends import BACKENDS, Backend, backend_parameters
+from tests.distributed.sharded_cases import FIRST_GROUP, whole_grads, whole_params
+from tests.distributed.test_sharded import found as found_by_name
+from tests.distributed.test_sharded import pytestmark as pytestmark
+from tests.ranks import Found
 
 NORMS = (2.0, 1.0, torch.inf, 3.0, 0.0, -torch.inf, -2.0)
 

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
+EMULATION = ROOT / "tests" / "emulation"
 PROGRAMS = ("features", "defects", "launches")
 # The emulator alone: this file belongs to the backend that is built on it.
-EMULATOR = [path for path in sorted(CSRC.glob("emulation/*.cpp")) if path.name != "devices.cpp"]
+EMULATOR = [path for path in sorted(EMULATION.glob("*.cpp")) if path.name != "devices.cpp"]
 
 SANITIZERS = {
     "optimized": ["-O2"],
@@ -33,7 +34,7 @@ OPTIONS = {
 }
 COMPILE = [
     *("-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off"),
-    *(f"-I{CSRC / 'emulation' / 'include'}", f"-I{CSRC}", "-pthread"),
+    *(f"-I{EMULATION / 'include'}", f"-I{EMULATION.parent}", f"-I{CSRC}", "-pthread"),
 ]
 
 # How each seeded defect shows, in each build where it does.
@@ -146,7 +147,7 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Build
             probe(compiler, build, flags)
             if build.missing:
                 continue
-            sources = [ROOT / "tests" / "emulation" / f"{program}.cu" for program in PROGRAMS]
+            sources = [EMULATION / f"{program}.cu" for program in PROGRAMS]
             objects[name] = [
                 pool.submit(
                     compile_cpp,

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import steadygrad as sg
-from backends import BACKENDS, Backend, backend_parameters
-from optimizer_runs import tensor_state
-from snapshots import assert_same_tree, bits
+from benchmarks.shapes import ModelShapes, gpt2_small, many_small, resnet50
 from steadygrad import _kernels
-from steadygrad.bench.shapes import ModelShapes, gpt2_small, many_small, resnet50
+from tests.backends import BACKENDS, Backend, backend_parameters
+from tests.optim.optimizer_runs import tensor_state
+from tests.snapshots import assert_same_tree, bits
 
 # What the arguments of one launch of pass 1 hold: 32 KB of gradient addresses and param groups.
 GRADIENTS_PER_LAUNCH = 3500

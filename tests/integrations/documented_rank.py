@@ -19,9 +19,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import parallel
 
 import steadygrad as sg
-from documented_snippets import snippets
-from parts_rank import ZeroRedundancyOptimizer
-from ranks import leave_ranks
+from tests.distributed.parts_rank import ZeroRedundancyOptimizer
+from tests.integrations.documented_snippets import snippets
+from tests.ranks import leave_ranks
 
 
 class Layer(nn.Module):

@@ -15,10 +15,10 @@ from torch import nn
 from torch.optim import swa_utils
 
 import steadygrad as sg
-from digit_training import BATCH, batches, dataset, loss_of, network
-from documented_snippets import DOCS, snippets
-from text_training import Text, language_model
-from vision_libraries import vision
+from tests.digit_training import BATCH, batches, dataset, loss_of, network
+from tests.integrations.documented_snippets import DOCS, snippets
+from tests.integrations.text_training import Text, language_model
+from tests.nn.vision_libraries import vision
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "folder"),

@@ -18,10 +18,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import ranks
-from documented_snippets import snippets
+from tests import ranks
+from tests.integrations.documented_snippets import snippets
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SNIPPETS_RANK = Path(__file__).with_name("documented_rank.py")
 TIME_LIMIT = 120  # seconds for one set of ranks; they take about 20 alone
 WAYS = {2: ["ddp", "fsdp2", "tp", "pp"], 4: ["hsdp", "fsdp2_tp"]}

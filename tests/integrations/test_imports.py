@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import steadygrad as sg
-from digit_training import OPTIMIZERS, batches, loss_of, network
 from steadygrad.integrations.readings import (
     clips,
     name_parameters,
@@ -20,6 +19,7 @@ from steadygrad.integrations.readings import (
     stabilized,
     warn_of_second_clipper,
 )
+from tests.digit_training import OPTIMIZERS, batches, loss_of, network
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LIBRARIES = ["lightning", "pytorch_lightning", "transformers", "accelerate", "timm"]

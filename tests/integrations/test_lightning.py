@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 import steadygrad as sg
-from digit_training import BATCH, OPTIMIZERS, ROUNDED, dataset, loss_of, network
-from snapshots import assert_same_tree
+from tests.digit_training import BATCH, OPTIMIZERS, ROUNDED, dataset, loss_of, network
+from tests.snapshots import assert_same_tree
 
 lightning = pytest.importorskip("lightning")
 pl = lightning.pytorch

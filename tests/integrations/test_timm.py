@@ -13,9 +13,9 @@ import torch
 from torch.nn import functional
 
 import steadygrad as sg
-from digit_training import ROUNDED, batches, loss_of, network
-from snapshots import assert_same_tree
-from vision_libraries import vision
+from tests.digit_training import ROUNDED, batches, loss_of, network
+from tests.nn.vision_libraries import vision
+from tests.snapshots import assert_same_tree
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EPOCHS, UPDATES = 4, 8

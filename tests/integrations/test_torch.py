@@ -14,9 +14,9 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import steadygrad as sg
-from digit_training import OPTIMIZERS, ROUNDED, batches, digits, loss_of, network
-from lr_schedules import SCHEDULERS, advance
-from snapshots import assert_same_tree
+from tests.digit_training import OPTIMIZERS, ROUNDED, batches, digits, loss_of, network
+from tests.optim.lr_schedules import SCHEDULERS, advance
+from tests.snapshots import assert_same_tree
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ABSTRACT = {"LRScheduler", "_LRScheduler"}

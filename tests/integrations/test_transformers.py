@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import steadygrad as sg
-from digit_training import OPTIMIZERS, ROUNDED
-from snapshots import assert_same_tree
-from text_training import Text, language_model
+from tests.digit_training import OPTIMIZERS, ROUNDED
+from tests.integrations.text_training import Text, language_model
+from tests.snapshots import assert_same_tree
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

@@ -16,7 +16,7 @@ from steadygrad.memory import allocator
 from steadygrad.nn.relu_mask import mask_size
 from steadygrad.reference import batch_norm as reference
 from steadygrad.reference.batch_norm import Statistics
-from tolerances import assert_rounded, float64
+from tests.tolerances import assert_rounded, float64
 
 Array = NDArray[np.float64]
 Shape = tuple[int, ...]

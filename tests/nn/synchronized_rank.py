@@ -17,12 +17,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from backends import BACKENDS
-from ranks import leave_ranks
 from steadygrad.nn import synchronized
 from steadygrad.nn.synchronized import synchronized_batch_norm
-from synchronized_cases import CASES, EMULATED_CASES, EPS, Case, part_of, vectors, whole_batch
-from synchronized_network import Network
+from tests.backends import BACKENDS
+from tests.nn.synchronized_cases import (
+    CASES,
+    EMULATED_CASES,
+    EPS,
+    Case,
+    part_of,
+    vectors,
+    whole_batch,
+)
+from tests.nn.synchronized_network import Network
+from tests.ranks import leave_ranks
 
 Found = dict[str, Any]
 

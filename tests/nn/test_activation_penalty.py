@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from backends import Backend
 from steadygrad.nn.activation_penalty import ActivationPenalty
-from tolerances import assert_close, assert_error_at_most_twice_torch
+from tests.backends import Backend
+from tests.tolerances import assert_close, assert_error_at_most_twice_torch
 
 STRENGTHS = [(0.3, 0.0), (0.0, 0.7), (0.3, 0.7)]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import steadygrad as sg
-from batch_norm_modules import FUSIONS, LAYOUTS, laid_out
+from tests.nn.batch_norm_modules import FUSIONS, LAYOUTS, laid_out
 
 # The emulated kernels are a Python attribute that a compiled graph does not look up again; these tests are
 # about the tracer, and run where the tensors are.

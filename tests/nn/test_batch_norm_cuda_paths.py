@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from backends import Backend
-from batch_norm_calls import LAYOUTS, Case
 from steadygrad import _kernels
+from tests.backends import Backend
+from tests.nn.batch_norm_calls import LAYOUTS, Case
 
 PATHS = ["one_read", "two_reads"]
 # One launch, or sums, what follows from them, and the elements.

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 import steadygrad as sg
-from backends import Backend
-from batch_norm_modules import FUSIONS, LAYOUTS, Pair, laid_out
+from tests.backends import Backend
+from tests.nn.batch_norm_modules import FUSIONS, LAYOUTS, Pair, laid_out
 
 batch_norm = sg.nn.functional.batch_norm
 Arguments = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]

@@ -9,13 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from backends import Backend
-from batch_norm_calls import DTYPES, FUSIONS, LAYOUTS, Case, assert_surroundings_unwritten, place
 from steadygrad import _kernels
 from steadygrad.nn.relu_mask import mask_size
 from steadygrad.reference import batch_norm as reference
 from steadygrad.reference.batch_norm import Statistics
-from tolerances import assert_close, assert_rounded, float64
+from tests.backends import Backend
+from tests.nn.batch_norm_calls import (
+    DTYPES,
+    FUSIONS,
+    LAYOUTS,
+    Case,
+    assert_surroundings_unwritten,
+    place,
+)
+from tests.tolerances import assert_close, assert_rounded, float64
 
 # Dtypes of weight and bias: "same" is the input's, "other" another one.
 AFFINE: dict[str, tuple[str | None, str | None]] = {

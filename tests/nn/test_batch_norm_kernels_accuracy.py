@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backends import Backend
-from batch_norm_calls import FUSIONS, LAYOUTS, Case, Shape
 from steadygrad.nn.functional import batch_norm
 from steadygrad.reference import batch_norm as reference
 from steadygrad.reference.batch_norm import Statistics
-from tolerances import (
+from tests.backends import Backend
+from tests.nn.batch_norm_calls import FUSIONS, LAYOUTS, Case, Shape
+from tests.tolerances import (
     NORMALIZED_ERROR,
     STATISTICS_ERROR,
     assert_error_at_most_torch,

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from backends import Backend
-from batch_norm_calls import DTYPES, FUSIONS, LAYOUTS, Case, Shape
 from steadygrad.reference import batch_norm as reference
-from tolerances import float64
+from tests.backends import Backend
+from tests.nn.batch_norm_calls import DTYPES, FUSIONS, LAYOUTS, Case, Shape
+from tests.tolerances import float64
 
 CHANNELS = [1, 2, 3, 7, 8, 16, 31, 64, 65, 130]
 INNER: list[Shape] = [(), (1,), (2,), (7,), (8,), (3, 3), (7, 7), (63,), (8, 8), (65,), (17, 241)]

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from backends import Backend
-from batch_norm_calls import Case
 from steadygrad import _kernels
-from tolerances import float64
+from tests.backends import Backend
+from tests.nn.batch_norm_calls import Case
+from tests.tolerances import float64
 
 Arguments = dict[str, Any]
 CHANNELS = 5

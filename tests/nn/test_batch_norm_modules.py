@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import steadygrad as sg
-from backends import Backend
-from batch_norm_modules import FUSIONS, LAYOUTS, SHAPES, Pair, laid_out
+from tests.backends import Backend
+from tests.nn.batch_norm_modules import FUSIONS, LAYOUTS, SHAPES, Pair, laid_out
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -12,8 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import steadygrad as sg
-from backends import Backend
-from batch_norm_modules import FUSIONS, LAYOUTS, SHAPES, Pair, laid_out
+from tests.backends import Backend
+from tests.nn.batch_norm_modules import FUSIONS, LAYOUTS, SHAPES, Pair, laid_out
 
 # torch 2.14's opcheck looks at the .grad of tensors that it has made non-leaves of.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")

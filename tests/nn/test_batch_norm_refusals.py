@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import steadygrad as sg
-from backends import Backend
-from batch_norm_modules import Pair
+from tests.backends import Backend
+from tests.nn.batch_norm_modules import Pair
 
 batch_norm = sg.nn.functional.batch_norm
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import steadygrad as sg
-from backends import Backend
-from batch_norm_modules import LAYOUTS, laid_out
+from tests.backends import Backend
+from tests.nn.batch_norm_modules import LAYOUTS, laid_out
 
 
 def bad_image(device: torch.device | str, value: float, layout: str = "first") -> Tensor:

@@ -11,13 +11,21 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-import ranks as processes
-from backends import BACKENDS
-from ranks import Found
 from steadygrad.nn.functional import batch_norm
-from synchronized_cases import CASES, EMULATED_CASES, EPS, Case, expected, vectors, whole_batch
-from synchronized_network import Network
-from synchronized_rank import new_running, samples
+from tests import ranks as processes
+from tests.backends import BACKENDS
+from tests.nn.synchronized_cases import (
+    CASES,
+    EMULATED_CASES,
+    EPS,
+    Case,
+    expected,
+    vectors,
+    whole_batch,
+)
+from tests.nn.synchronized_network import Network
+from tests.nn.synchronized_rank import new_running, samples
+from tests.ranks import Found
 
 RANK = Path(__file__).with_name("synchronized_rank.py")
 TIME_LIMIT = 110  # seconds for all that the ranks of one world run

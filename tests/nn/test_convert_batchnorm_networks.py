@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from steadygrad.bench.networks import NETWORKS, BasicBlock, ResNet, mobilenet_v2, resnet18
+from benchmarks.networks import NETWORKS, BasicBlock, ResNet, mobilenet_v2, resnet18
 from steadygrad.nn.conversion_report import conversion_report
 from steadygrad.nn.convert import convert_batchnorm
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from backends import Backend
-from optimizer_kinds import give
-from optimizer_runs import assert_same_params, assert_same_state, make_ours, make_torch
-from parameter_sets import dense_parameters
+from tests.backends import Backend
+from tests.optim.optimizer_kinds import give
+from tests.optim.optimizer_runs import assert_same_params, assert_same_state, make_ours, make_torch
+from tests.optim.parameter_sets import dense_parameters
 
 NAN = math.nan
 Options = dict[str, Any]

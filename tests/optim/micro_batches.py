@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import steadygrad as sg
-from optimizer_kinds import MAKERS
-from parameter_sets import gradient_sequence
 from steadygrad.reference.accumulation import accumulated_mean
-from tolerances import float64
+from tests.optim.optimizer_kinds import MAKERS
+from tests.optim.parameter_sets import gradient_sequence
+from tests.tolerances import float64
 
 HALF = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, torch.float64, *HALF]

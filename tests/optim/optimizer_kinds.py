@@ -9,7 +9,7 @@ import torch
 from torch.nn import Parameter
 
 import steadygrad as sg
-from parameter_sets import assign_copies, gradient_sequence
+from tests.optim.parameter_sets import assign_copies, gradient_sequence
 
 Make = Callable[..., Any]
 

@@ -13,15 +13,15 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
 import steadygrad as sg
-from parameter_sets import (
+from tests.optim.parameter_sets import (
     assign,
     assign_copies,
     dense_parameters,
     gradient_sequence,
     mixed_parameters,
 )
-from snapshots import bits
-from tolerances import assert_close
+from tests.snapshots import bits
+from tests.tolerances import assert_close
 
 Optimizer = torch.optim.Optimizer
 Gradients = list[list[Tensor | None]]

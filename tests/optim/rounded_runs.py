@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from optimizer_runs import make_ours
-from snapshots import assert_same_tree, bits
 from steadygrad.reference import rounding
-from tolerances import float64
+from tests.optim.optimizer_runs import make_ours
+from tests.snapshots import assert_same_tree, bits
+from tests.tolerances import float64
 
 HYPER: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 0.05, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01},

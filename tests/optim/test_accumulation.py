@@ -12,9 +12,10 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
 import steadygrad as sg
-from backends import Backend
-from device_twins import asynchronous_device, no_waiting
-from micro_batches import (
+from steadygrad.reference.norm import total_norm
+from tests.backends import Backend
+from tests.optim.device_twins import asynchronous_device, no_waiting
+from tests.optim.micro_batches import (
     DTYPES,
     HALF,
     add,
@@ -25,12 +26,11 @@ from micro_batches import (
     half_dtypes,
     mean_of,
 )
-from optimizer_kinds import MAKERS, make_twin
-from optimizer_runs import assert_same_params, assert_same_state
-from parameter_sets import dense_parameters
-from snapshots import Snapshot, assert_refused, bits, same_bits
-from steadygrad.reference.norm import total_norm
-from tolerances import assert_close, assert_rounded, float64
+from tests.optim.optimizer_kinds import MAKERS, make_twin
+from tests.optim.optimizer_runs import assert_same_params, assert_same_state
+from tests.optim.parameter_sets import dense_parameters
+from tests.snapshots import Snapshot, assert_refused, bits, same_bits
+from tests.tolerances import assert_close, assert_rounded, float64
 
 # -- the sum and its division -------------------------------------------------------------------
 

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 import steadygrad as sg
-from ranks import leave_ranks
 from steadygrad.reference.norm import total_norm
+from tests.ranks import leave_ranks
 
 RANKS = 2
 MICRO_BATCHES = 4

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import steadygrad as sg
-from backends import Backend
-from micro_batches import (
+from steadygrad.reference.norm import total_norm
+from tests.backends import Backend
+from tests.optim.micro_batches import (
     add,
     all_dtypes,
     all_kinds,
@@ -19,10 +20,9 @@ from micro_batches import (
     half_dtypes,
     mean_of,
 )
-from optimizer_kinds import MAKERS
-from parameter_sets import dense_parameters
-from snapshots import Snapshot, assert_refused, same_bits
-from steadygrad.reference.norm import total_norm
+from tests.optim.optimizer_kinds import MAKERS
+from tests.optim.parameter_sets import dense_parameters
+from tests.snapshots import Snapshot, assert_refused, same_bits
 
 # -- when a micro-batch, or a step, fails -------------------------------------------------------
 

@@ -12,13 +12,13 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
 import steadygrad as sg
-from backends import Backend
-from optimizer_kinds import MAKERS, give, make_twin
-from optimizer_runs import assert_same_params, assert_same_state
-from parameter_sets import dense_parameters
-from snapshots import Snapshot, bits
 from steadygrad.reference.norm import total_norm
-from tolerances import assert_close, float64
+from tests.backends import Backend
+from tests.optim.optimizer_kinds import MAKERS, give, make_twin
+from tests.optim.optimizer_runs import assert_same_params, assert_same_state
+from tests.optim.parameter_sets import dense_parameters
+from tests.snapshots import Snapshot, bits
+from tests.tolerances import assert_close, float64
 
 all_kinds = pytest.mark.parametrize("kind", MAKERS)
 

@@ -10,14 +10,22 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
 import steadygrad as sg
-from backends import Backend
-from device_twins import NAN, Options, Twins, all_rules, asynchronous_device, both_ways, no_waiting
-from optimizer_kinds import give
-from optimizer_runs import assert_same_params, assert_same_state
-from parameter_sets import dense_parameters
-from snapshots import Snapshot
 from steadygrad import _kernels
-from tolerances import assert_close
+from tests.backends import Backend
+from tests.optim.device_twins import (
+    NAN,
+    Options,
+    Twins,
+    all_rules,
+    asynchronous_device,
+    both_ways,
+    no_waiting,
+)
+from tests.optim.optimizer_kinds import give
+from tests.optim.optimizer_runs import assert_same_params, assert_same_state
+from tests.optim.parameter_sets import dense_parameters
+from tests.snapshots import Snapshot
+from tests.tolerances import assert_close
 
 
 @pytest.fixture

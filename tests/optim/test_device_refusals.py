@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import steadygrad as sg
-from backends import BACKENDS, Backend
-from device_twins import asynchronous_device
-from optimizer_kinds import MAKERS, give
-from parameter_sets import dense_parameters, with_gradients
-from snapshots import Snapshot, assert_refused, bits
 from steadygrad import _kernels
 from steadygrad.memory import Outcome, allocator
 from steadygrad.optim.options import StabilizerOptions
-from tolerances import assert_close
+from tests.backends import BACKENDS, Backend
+from tests.optim.device_twins import asynchronous_device
+from tests.optim.optimizer_kinds import MAKERS, give
+from tests.optim.parameter_sets import dense_parameters, with_gradients
+from tests.snapshots import Snapshot, assert_refused, bits
+from tests.tolerances import assert_close
 
 REFUSALS = (TypeError, ValueError, RuntimeError)
 HOST = torch.device("cpu")

@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import steadygrad as sg
-from backends import Backend
-from device_twins import DAMPENED, NAN, Twins, all_rules, asynchronous_device, both_ways
-from optimizer_kinds import give
-from optimizer_runs import make_ours
-from parameter_sets import dense_parameters
+from tests.backends import Backend
+from tests.optim.device_twins import DAMPENED, NAN, Twins, all_rules, asynchronous_device, both_ways
+from tests.optim.optimizer_kinds import give
+from tests.optim.optimizer_runs import make_ours
+from tests.optim.parameter_sets import dense_parameters
 
 
 @pytest.fixture

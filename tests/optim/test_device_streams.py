@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import steadygrad as sg
-from backends import BACKENDS, Backend, backend_parameters
-from device_twins import NAN, RULES, Twins, all_rules, both_ways
-from optimizer_kinds import give
-from optimizer_runs import tensor_state
-from parameter_sets import assign, dense_parameters, gradient_sequence, mixed_parameters
-from snapshots import assert_same_tree, bits
+from tests.backends import BACKENDS, Backend, backend_parameters
+from tests.optim.device_twins import NAN, RULES, Twins, all_rules, both_ways
+from tests.optim.optimizer_kinds import give
+from tests.optim.optimizer_runs import tensor_state
+from tests.optim.parameter_sets import assign, dense_parameters, gradient_sequence, mixed_parameters
+from tests.snapshots import assert_same_tree, bits
 
 pytestmark = pytest.mark.parametrize("backend", backend_parameters(BACKENDS[2:]), indirect=True)
 

@@ -15,9 +15,9 @@ from torch.nn import Parameter
 from torch.optim import lr_scheduler
 
 import steadygrad as sg
-from optimizer_kinds import MAKERS, give
-from parameter_sets import dense_parameters
-from snapshots import bits
+from tests.optim.optimizer_kinds import MAKERS, give
+from tests.optim.parameter_sets import dense_parameters
+from tests.snapshots import bits
 
 WRAPPED = ["AdamW", "SGD", "in-place"]
 MESSAGE = r"step: called on the optimizer that a steadygrad.Stabilizer wraps"

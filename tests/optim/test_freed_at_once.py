@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import steadygrad as sg
-from backends import Backend
-from optimizer_kinds import MAKERS
+from tests.backends import Backend
+from tests.optim.optimizer_kinds import MAKERS
 
 EVERYTHING: dict[str, Any] = {"clip": sg.ClipZScore(), "skip": sg.SkipSpikes()}
 

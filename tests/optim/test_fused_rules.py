@@ -13,8 +13,8 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
 import steadygrad as sg
-from backends import Backend
-from optimizer_runs import (
+from tests.backends import Backend
+from tests.optim.optimizer_runs import (
     assert_same_params,
     assert_same_state,
     make_ours,
@@ -22,8 +22,8 @@ from optimizer_runs import (
     run_beside_torch,
     shared_gradients,
 )
-from parameter_sets import assign, assign_copies, mixed_parameters
-from tolerances import float64
+from tests.optim.parameter_sets import assign, assign_copies, mixed_parameters
+from tests.tolerances import float64
 
 RULES = ["SGD", "Adam", "AdamW", "Adagrad", "RMSprop"]
 Options = dict[str, Any]

@@ -16,14 +16,14 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import steadygrad as sg
-from backends import Backend
-from device_twins import RULES, asynchronous_device, no_waiting
-from optimizer_kinds import MAKERS, give, make_twin
-from optimizer_runs import assert_same_params, assert_same_state, make_ours, make_torch
-from parameter_sets import dense_parameters, gradient_sequence
-from snapshots import Snapshot, assert_refused, assert_same_tree
 from steadygrad.reference.norm import total_norm
-from tolerances import float64
+from tests.backends import Backend
+from tests.optim.device_twins import RULES, asynchronous_device, no_waiting
+from tests.optim.optimizer_kinds import MAKERS, give, make_twin
+from tests.optim.optimizer_runs import assert_same_params, assert_same_state, make_ours, make_torch
+from tests.optim.parameter_sets import dense_parameters, gradient_sequence
+from tests.snapshots import Snapshot, assert_refused, assert_same_tree
+from tests.tolerances import float64
 
 STEPS = 60
 # Once, twice in a row, in different parameters, and as what is neither positive nor negative.

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 import steadygrad as sg
-from backends import Backend
-from optimizer_kinds import MAKERS, give
-from parameter_sets import dense_parameters
-from snapshots import assert_same_tree
+from tests.backends import Backend
+from tests.optim.optimizer_kinds import MAKERS, give
+from tests.optim.parameter_sets import dense_parameters
+from tests.snapshots import assert_same_tree
 
 
 class Imitation:

@@ -12,16 +12,16 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
 import steadygrad as sg
-from backends import Backend
-from optimizer_runs import assert_same_params, assert_same_state
-from parameter_sets import (
+from tests.backends import Backend
+from tests.optim.optimizer_runs import assert_same_params, assert_same_state
+from tests.optim.parameter_sets import (
     assign_copies,
     dense_parameters,
     gradient_sequence,
     mixed_parameters,
 )
-from snapshots import Snapshot, same_bits
-from tolerances import assert_close
+from tests.snapshots import Snapshot, same_bits
+from tests.tolerances import assert_close
 
 DENSE: dict[str, list[dict[str, Any]]] = {
     "Adadelta": [{}, {"weight_decay": 0.01, "maximize": True, "rho": 0.8}],

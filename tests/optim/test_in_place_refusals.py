@@ -11,9 +11,9 @@ import torch
 from torch.nn import Parameter
 
 import steadygrad as sg
-from backends import Backend
-from snapshots import Snapshot
 from steadygrad.optim.closures import other_update_methods
+from tests.backends import Backend
+from tests.snapshots import Snapshot
 
 NAN = math.nan
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import steadygrad as sg
-from backends import Backend
+from tests.backends import Backend
 
 Make = Callable[[Any], torch.optim.Optimizer]
 

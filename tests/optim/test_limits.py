@@ -16,10 +16,10 @@ import torch
 from torch.nn import Parameter
 
 import steadygrad as sg
-from optimizer_kinds import MAKERS, give, make_twin
-from parameter_sets import dense_parameters
-from snapshots import assert_same_tree, bits
 from steadygrad.optim.options import LIMITS
+from tests.optim.optimizer_kinds import MAKERS, give, make_twin
+from tests.optim.parameter_sets import dense_parameters
+from tests.snapshots import assert_same_tree, bits
 
 all_kinds = pytest.mark.parametrize("kind", MAKERS)
 

@@ -11,8 +11,8 @@ import torch
 from torch.nn import Parameter
 
 import steadygrad as sg
-from backends import Backend
-from snapshots import Snapshot
+from tests.backends import Backend
+from tests.snapshots import Snapshot
 
 ZSCORE: dict[str, Any] = {"clip": sg.ClipZScore()}
 PERCENTILE: dict[str, Any] = {"clip": sg.ClipPercentile()}

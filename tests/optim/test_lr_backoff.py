@@ -21,8 +21,8 @@ from torch.optim.lr_scheduler import (
 )
 
 import steadygrad as sg
-from backends import Backend
-from optimizer_kinds import MAKERS
+from tests.backends import Backend
+from tests.optim.optimizer_kinds import MAKERS
 
 
 def made(backend: Backend, kind: str = "subclass", lr: Any = 0.5, **ours: Any) -> Any:

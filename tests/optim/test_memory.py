@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import steadygrad as sg
-from backends import Backend
+from tests.backends import Backend
 
 RULES = ["SGD", "Adam", "AdamW", "Adagrad", "RMSprop"]
 OPTIONS: dict[str, dict[str, Any]] = {

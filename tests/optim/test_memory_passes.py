@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import steadygrad as sg
-from backends import Backend
-from snapshots import bits
 from steadygrad import _kernels
+from tests.backends import Backend
+from tests.snapshots import bits
 
 SIZES = [2**16, 2**14, 2**16]
 # A step is pass 1, a decision that reads sums of chunks, and pass 2.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import steadygrad as sg
-from backends import Backend
+from tests.backends import Backend
 
 
 class Net(nn.Module):

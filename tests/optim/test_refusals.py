@@ -11,11 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 
 import steadygrad as sg
-from backends import Backend
-from optimizer_kinds import MAKERS, give
-from parameter_sets import dense_parameters
-from snapshots import Snapshot, assert_refused
-from tolerances import assert_close
+from tests.backends import Backend
+from tests.optim.optimizer_kinds import MAKERS, give
+from tests.optim.parameter_sets import dense_parameters
+from tests.snapshots import Snapshot, assert_refused
+from tests.tolerances import assert_close
 
 REFUSALS = (TypeError, ValueError, RuntimeError)
 NON_NEGATIVE = "non-negative|nonnegative|>= ?0|at least 0|not negative"

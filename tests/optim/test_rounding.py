@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import steadygrad as sg
-from backends import Backend
-from parameter_sets import gradient_sequence, like_layout, mixed_parameters
-from rounded_runs import HALVES, HYPER, BesideTwin, same, with_grad_dtype
-from snapshots import bits
 from steadygrad.reference import rounding
-from test_reference_rounding import any_floats, ordinary_floats
-from tolerances import float64
+from tests.backends import Backend
+from tests.optim.parameter_sets import gradient_sequence, like_layout, mixed_parameters
+from tests.optim.rounded_runs import HALVES, HYPER, BesideTwin, same, with_grad_dtype
+from tests.reference.test_rounding import any_floats, ordinary_floats
+from tests.snapshots import bits
+from tests.tolerances import float64
 
 RULES = list(HYPER)
 ROUNDINGS = ["stochastic", "kahan", "master"]

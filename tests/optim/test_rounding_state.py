@@ -13,13 +13,22 @@ from torch import nn
 from torch.nn import Parameter
 
 import steadygrad as sg
-from backends import Backend
-from device_twins import no_waiting
-from optimizer_runs import make_torch
-from parameter_sets import dense_parameters
-from rounded_runs import EXTRAS, HYPER, assert_same_run, give, make, params_of, resumed, step
-from snapshots import Snapshot, assert_refused, assert_same_tree, bits
 from steadygrad.optim.options import StabilizerOptions
+from tests.backends import Backend
+from tests.optim.device_twins import no_waiting
+from tests.optim.optimizer_runs import make_torch
+from tests.optim.parameter_sets import dense_parameters
+from tests.optim.rounded_runs import (
+    EXTRAS,
+    HYPER,
+    assert_same_run,
+    give,
+    make,
+    params_of,
+    resumed,
+    step,
+)
+from tests.snapshots import Snapshot, assert_refused, assert_same_tree, bits
 
 ROUNDINGS = ["stochastic", "kahan", "master"]
 BF16 = torch.bfloat16

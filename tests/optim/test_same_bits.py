@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -20,16 +19,16 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import steadygrad as sg
-from backends import BACKENDS, Backend, backend_parameters
-from optimizer_runs import tensor_state
-from parameter_sets import (
+from tests.backends import BACKENDS, Backend, backend_parameters
+from tests.optim.optimizer_runs import tensor_state
+from tests.optim.parameter_sets import (
     assign_copies,
     gradient_sequence,
     like_layout,
     mixed_parameters,
     with_gradients,
 )
-from snapshots import assert_same_tree, bits
+from tests.snapshots import assert_same_tree, bits
 
 CPU, EMULATED, _ = BACKENDS
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -362,14 +361,13 @@ def test_results_do_not_depend_on_the_order_of_threads() -> None:
         {"ORDER": "random", "SEED": "4711"},
         {"ORDER": "reverse", "THREADS": "1"},
     ]
-    code = "import test_same_bits; print(test_same_bits.results())"
+    code = "from tests.optim.test_same_bits import results; print(results())"
     running = []
     for order in orders:
         environment = {f"STEADYGRAD_EMULATION_{key}": value for key, value in order.items()}
         running.append(
             subprocess.Popen(
                 [sys.executable, "-c", code],
-                cwd=Path(__file__).parent,
                 env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
                 stdout=subprocess.PIPE,
                 text=True,

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import Parameter
 
 import steadygrad as sg
-from backends import Backend
-from optimizer_kinds import MAKERS
+from tests.backends import Backend
+from tests.optim.optimizer_kinds import MAKERS
 
 NOT_FINITE = "the gradient of 'second' is not finite (2 elements), first at step {first}."
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch.nn import Parameter
 
 import steadygrad as sg
-from backends import Backend
-from parameter_sets import assign, dense_parameters, gradient_sequence, mixed_parameters
-from snapshots import bits
 from steadygrad.reference.step import Group, StepOptions, StepResult, step
-from tolerances import assert_close, float64
+from tests.backends import Backend
+from tests.optim.parameter_sets import assign, dense_parameters, gradient_sequence, mixed_parameters
+from tests.snapshots import bits
+from tests.tolerances import assert_close, float64
 
 RULES = ["SGD", "Adam", "AdamW", "Adagrad", "RMSprop"]
 # As torch's constructors and the reference's functions both name them.

@@ -11,12 +11,12 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
 import steadygrad as sg
-from backends import Backend
-from optimizer_kinds import MAKERS, give, make_twin
-from optimizer_runs import assert_same_params, assert_same_state, tensor_state
-from parameter_sets import assign, dense_parameters, gradient_sequence
-from snapshots import Snapshot, bits
-from tolerances import assert_close
+from tests.backends import Backend
+from tests.optim.optimizer_kinds import MAKERS, give, make_twin
+from tests.optim.optimizer_runs import assert_same_params, assert_same_state, tensor_state
+from tests.optim.parameter_sets import assign, dense_parameters, gradient_sequence
+from tests.snapshots import Snapshot, bits
+from tests.tolerances import assert_close
 
 pytestmark = pytest.mark.parametrize("kind", MAKERS)
 

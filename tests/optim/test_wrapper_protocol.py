@@ -19,13 +19,13 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import lr_scheduler
 
 import steadygrad as sg
-from backends import Backend
-from lr_schedules import SCHEDULERS, advance
-from optimizer_kinds import MAKERS, WITH_STATE, give, make_twin
-from optimizer_runs import assert_same_params, assert_same_state
-from parameter_sets import dense_parameters
-from snapshots import assert_same_tree, bits
-from tolerances import assert_close
+from tests.backends import Backend
+from tests.optim.lr_schedules import SCHEDULERS, advance
+from tests.optim.optimizer_kinds import MAKERS, WITH_STATE, give, make_twin
+from tests.optim.optimizer_runs import assert_same_params, assert_same_state
+from tests.optim.parameter_sets import dense_parameters
+from tests.snapshots import assert_same_tree, bits
+from tests.tolerances import assert_close
 
 all_kinds = pytest.mark.parametrize("kind", MAKERS)
 WRAPPED = [kind for kind in MAKERS if kind != "subclass"]

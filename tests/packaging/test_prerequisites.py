@@ -106,7 +106,7 @@ def test_command_line_works_without_the_package(tmp_path: Path) -> None:
     installation = Installation(tmp_path, "torch 2.9")
     script = tmp_path / "bin" / "steadygrad"
     script.parent.mkdir()
-    script.write_text("from steadygrad.cli import main\nraise SystemExit(main())\n")
+    script.write_text("from steadygrad.doctor import main\nraise SystemExit(main())\n")
     doctor = installation.run(str(script), "doctor")
     assert (doctor.returncode, doctor.stderr) == (1, "")
     assert f"- {installation.message}\n" in doctor.stdout

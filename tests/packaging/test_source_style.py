@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = (".ci", "benchmarks", "cmake", "csrc", "docs", "examples", "python", "tests")
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = (".ci", "benchmarks", "cmake", "csrc", "docs", "examples", "python", "study", "tests")
 SOURCE_SUFFIXES = {".cpp", ".cu", ".cuh", ".h", ".py", ".pyi"}
 TEXT_SUFFIXES = SOURCE_SUFFIXES | {"", ".cmake", ".json", ".md", ".toml", ".txt"}
 

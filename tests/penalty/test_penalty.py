@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import steadygrad as sg
-from backends import Backend
-from parameter_sets import assign, gradient_sequence, like_layout, mixed_parameters
-from snapshots import Snapshot, assert_refused, bits
 from steadygrad.reference import penalty as reference
-from tolerances import assert_close, assert_error_at_most_twice_torch, float64
+from tests.backends import Backend
+from tests.optim.parameter_sets import assign, gradient_sequence, like_layout, mixed_parameters
+from tests.snapshots import Snapshot, assert_refused, bits
+from tests.tolerances import assert_close, assert_error_at_most_twice_torch, float64
 
 FULL = [torch.float32, torch.float64]
 HALVES = [torch.bfloat16, torch.float16]

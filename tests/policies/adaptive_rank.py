@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn import Parameter
 
 import steadygrad as sg
-from backends import BACKENDS
-from ranks import join_ranks, leave_ranks
+from tests.backends import BACKENDS
+from tests.ranks import join_ranks, leave_ranks
 
 BACKENDS_RUN = [backend for backend in BACKENDS[:2] if backend.why_not() is None]
 SHAPES = ((5, 4, 3), (6, 7), (9,), (3, 8))

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 import steadygrad as sg
-from backends import BACKENDS
-from policy_runs import CLIPS, Driven, recorded_norms
-from python_policies import PYTHON
-from ranks import join_ranks, leave_ranks
+from tests.backends import BACKENDS
+from tests.policies.policy_runs import CLIPS, Driven, recorded_norms
+from tests.policies.python_policies import PYTHON
+from tests.ranks import join_ranks, leave_ranks
 
 CASES = {**CLIPS, **PYTHON}
 NAMES = ("percentile-window", "zscore-uncapped", "relative-short", "damp", "python-zscore")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import steadygrad as sg
-from policy_runs import Case
 from steadygrad.reference import policies as reference
+from tests.policies.policy_runs import Case
 
 
 class ZScore(sg.ClipPolicy):

@@ -14,19 +14,19 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import steadygrad as sg
-from backends import BACKENDS, Backend
-from device_twins import asynchronous_device, no_waiting
-from optimizer_runs import tensor_state
-from parameter_sets import (
+from steadygrad import _kernels
+from steadygrad.reference import policies as reference
+from tests.backends import BACKENDS, Backend
+from tests.optim.device_twins import asynchronous_device, no_waiting
+from tests.optim.optimizer_runs import tensor_state
+from tests.optim.parameter_sets import (
     assign,
     assign_copies,
     dense_parameters,
     gradient_sequence,
     mixed_parameters,
 )
-from snapshots import assert_same_tree, bits
-from steadygrad import _kernels
-from steadygrad.reference import policies as reference
+from tests.snapshots import assert_same_tree, bits
 
 # Rows shorter and longer than a tile and a chunk, whose number does not fit a block of warps.
 UNITS = ((10, 3, 3, 3), (5, 9000), (20_000,), (3, 128), (7, 1), (1, 300), (2, 1030), (257, 2))

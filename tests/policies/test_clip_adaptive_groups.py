@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 import steadygrad as sg
-from backends import Backend
+from tests.backends import Backend
 
 
 def body_and_head() -> list[dict[str, Any]]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from adaptive_rank import BACKENDS_RUN, made, take_steps, values
-from ranks import found
+from tests.policies.adaptive_rank import BACKENDS_RUN, made, take_steps, values
+from tests.ranks import found
 
 SCRIPT = Path(__file__).with_name("adaptive_rank.py")
 TIME_LIMIT = 90.0

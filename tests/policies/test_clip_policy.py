@@ -20,19 +20,19 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import steadygrad as sg
-from backends import Backend
-from device_twins import asynchronous_device, no_waiting
-from optimizer_kinds import MAKERS
-from optimizer_runs import tensor_state
-from parameter_sets import dense_parameters
-from policy_runs import Driven, assert_follows, finite, recorded_norms
-from python_policies import Given, Median, ZScore
-from snapshots import assert_same_tree
 from steadygrad import _kernels
 from steadygrad.policies.state_text import state_of, text_of
 from steadygrad.reference import policies as reference
-from test_policies import LoneReduction
-from test_policy_state import HALF, NORMS, WAYS, model_on, run
+from tests.backends import Backend
+from tests.optim.device_twins import asynchronous_device, no_waiting
+from tests.optim.optimizer_kinds import MAKERS
+from tests.optim.optimizer_runs import tensor_state
+from tests.optim.parameter_sets import dense_parameters
+from tests.policies.policy_runs import Driven, assert_follows, finite, recorded_norms
+from tests.policies.python_policies import Given, Median, ZScore
+from tests.policies.test_policies import LoneReduction
+from tests.policies.test_policy_state import HALF, NORMS, WAYS, model_on, run
+from tests.snapshots import assert_same_tree
 
 STEPS = 200
 CPU = torch.device("cpu")

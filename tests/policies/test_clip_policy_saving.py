@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import steadygrad as sg
-from backends import Backend
+from tests.backends import Backend
 
 
 class Counting(sg.ClipPolicy):

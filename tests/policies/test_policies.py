@@ -12,15 +12,23 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import steadygrad as sg
-from backends import Backend
-from device_twins import asynchronous_device, no_waiting
-from parameter_sets import dense_parameters
-from policy_runs import CLIPS, LEARNING, SKIPS, Driven, assert_follows, finite, recorded_norms
-from snapshots import bits
 from steadygrad import _kernels
 from steadygrad.distributed.norms import COLUMNS
 from steadygrad.optim import stepper
 from steadygrad.reference import policies as reference
+from tests.backends import Backend
+from tests.optim.device_twins import asynchronous_device, no_waiting
+from tests.optim.parameter_sets import dense_parameters
+from tests.policies.policy_runs import (
+    CLIPS,
+    LEARNING,
+    SKIPS,
+    Driven,
+    assert_follows,
+    finite,
+    recorded_norms,
+)
+from tests.snapshots import bits
 
 STEPS = 500
 

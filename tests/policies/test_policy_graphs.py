@@ -9,10 +9,10 @@ import torch
 from torch.nn import Parameter
 
 import steadygrad as sg
-from backends import BACKENDS, Backend, backend_parameters
-from policy_runs import CLIPS, recorded_norms
-from python_policies import PYTHON
-from snapshots import bits
+from tests.backends import BACKENDS, Backend, backend_parameters
+from tests.policies.policy_runs import CLIPS, recorded_norms
+from tests.policies.python_policies import PYTHON
+from tests.snapshots import bits
 
 pytestmark = pytest.mark.parametrize("backend", backend_parameters(BACKENDS[2:]), indirect=True)
 

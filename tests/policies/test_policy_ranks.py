@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import steadygrad as sg
-from policy_rank import BACKENDS_RUN, CASES, NAMES, norms_of
-from policy_runs import Driven
-from ranks import found
+from tests.policies.policy_rank import BACKENDS_RUN, CASES, NAMES, norms_of
+from tests.policies.policy_runs import Driven
+from tests.ranks import found
 
 SCRIPT = Path(__file__).with_name("policy_rank.py")
 TIME_LIMIT = 90.0

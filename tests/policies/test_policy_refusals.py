@@ -11,9 +11,9 @@ import torch
 from torch.nn import Parameter
 
 import steadygrad as sg
-from backends import Backend
 from steadygrad.policies import Policy
 from steadygrad.reference import policies as reference
+from tests.backends import Backend
 
 PERCENTILE, ZSCORE, RELATIVE = sg.ClipPercentile, sg.ClipZScore, sg.ClipRelative
 VALUES: list[tuple[Callable[..., Any], str, list[Any]]] = [

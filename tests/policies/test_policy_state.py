@@ -22,11 +22,11 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn import Parameter
 
 import steadygrad as sg
-from backends import Backend
-from optimizer_kinds import MAKERS, make_twin
-from optimizer_runs import tensor_state
-from policy_runs import CLIPS, recorded_norms
-from snapshots import assert_same_tree
+from tests.backends import Backend
+from tests.optim.optimizer_kinds import MAKERS, make_twin
+from tests.optim.optimizer_runs import tensor_state
+from tests.policies.policy_runs import CLIPS, recorded_norms
+from tests.snapshots import assert_same_tree
 
 NORMS = recorded_norms(90)
 HALF = 60

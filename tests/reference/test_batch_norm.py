@@ -19,7 +19,7 @@ from steadygrad.reference.batch_norm import (
     combine_statistics,
     update_running_statistics,
 )
-from tolerances import assert_close
+from tests.tolerances import assert_close
 
 Array = NDArray[np.float64]
 SHAPES = [(6, 5), (3, 4, 7), (2, 3, 4, 5), (2, 3, 2, 3, 2), (2, 1), (1, 3, 2), (33, 1, 1)]

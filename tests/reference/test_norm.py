@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steadygrad import reference
-from tolerances import assert_close
+from tests.tolerances import assert_close
 
 INF = math.inf
 NORM_TYPES = [2.0, 1.0, 0.5, 1.5, 3.0, 0.0, INF, -INF, -1.0, -2.0]

@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 
-from policy_runs import finite, recorded_norms
 from steadygrad.reference.policies import (
     ClipAdaptive,
     ClipPercentile,
@@ -16,6 +15,7 @@ from steadygrad.reference.policies import (
     Damp,
     SkipSpikes,
 )
+from tests.policies.policy_runs import finite, recorded_norms
 
 
 def limit_of(coefficient: float, norm: float) -> float:

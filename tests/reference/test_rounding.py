@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from steadygrad.reference import rounding
-from tolerances import float64
+from tests.tolerances import float64
 
 DTYPES = ["bfloat16", "float16"]
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from steadygrad import reference
-from tolerances import assert_close, float64
+from tests.tolerances import assert_close, float64
 
 STEPS = 25
 SHAPES = [(5,), (3, 4), (), (2, 0)]

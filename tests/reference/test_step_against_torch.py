@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from steadygrad import reference
 from steadygrad.reference.step import Group, StepOptions, step
-from tolerances import assert_close
+from tests.tolerances import assert_close
 
 Array = NDArray[np.float64]
 Grads = list[Array | None]

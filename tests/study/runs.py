@@ -10,9 +10,9 @@ from functools import lru_cache
 import pytest
 import torch
 
-from steadygrad.study import Classification, Curve, Dataset, Experiment, Mlp, Problem, Run
-from steadygrad.study import remedies as r
-from steadygrad.study.training import Evaluations
+from study import Classification, Curve, Dataset, Experiment, Mlp, Problem, Run
+from study import remedies as r
+from study.training import Evaluations
 
 SEEDS = (0, 1)
 

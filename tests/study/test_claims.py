@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from steadygrad.study import claims, outcome
-from steadygrad.study.experiment_section import section
-from steadygrad.study.page import decoded
-from study_records import BITS, a_problem, an_arm, an_experiment
+from study import claims, outcome
+from study.experiment_section import section
+from study.page import decoded
+from tests.study.records import BITS, a_problem, an_arm, an_experiment
 
 NONE, CLIP, L1 = an_arm("none"), an_arm("clip 1", "clipping"), an_arm("L1", "penalty")
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from steadygrad.study.data_files import DataFileError, cifar10, datasets_in, mnist
+from study.data_files import DataFileError, cifar10, datasets_in, mnist
 
 TRAIN, TEST = 30, 20
 NAMES = (

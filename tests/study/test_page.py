@@ -11,16 +11,16 @@ from xml.etree import ElementTree
 
 import pytest
 
-from pages_read_back import drawings, parsed, tables, text_of
-from steadygrad.study.experiment_charts import figure
-from steadygrad.study.page import (
+from study.experiment_charts import figure
+from study.page import (
     decoded,
     read_documents,
     report_document,
     write_markdown,
     write_page,
 )
-from study_records import BITS, a_problem, a_study, an_arm, an_experiment
+from tests.study.pages_read_back import drawings, parsed, tables, text_of
+from tests.study.records import BITS, a_problem, a_study, an_arm, an_experiment
 
 ARMS = [
     an_arm("none"),
@@ -170,7 +170,7 @@ def test_facts_definitions_and_findings(study: dict[str, Any]) -> None:
         "survived: the final loss is finite",
         "Test CPU, 2 cores; Linux-6; processes side by side: 2, torch threads in each: 1",
         "python 3.12.3, torch 2.13.0",
-        "Command python -m steadygrad study",
+        "Command python -m study",
         "260,310 parameters; 40 steps of 32 examples, SGD, momentum 0.9",
         "guessing gets 0.1, learned from 0.3, target 0.8",
         "2026-01-02T03:04:05+00:00",
@@ -285,8 +285,8 @@ def test_figures() -> None:
 
 
 def test_the_documentation_is_made_of_the_committed_record(tmp_path: Path) -> None:
-    """After a new record: python -m steadygrad study --report RECORD --out docs."""
-    root = Path(__file__).parent.parent
+    """After a new record: python -m study --report RECORD --out docs."""
+    root = Path(__file__).parents[2]
     (record,) = (root / "benchmarks" / "results" / "study").glob("*.json")
     documents = read_documents([record])
     assert (documents[0]["mode"], documents[0]["status"]) == ("full", "complete")

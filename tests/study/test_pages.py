@@ -10,8 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from pages_read_back import drawings, parsed, tables, text_of
-from steadygrad.pages import (
+from study.pages import (
     Bar,
     Bullets,
     Cell,
@@ -32,8 +31,9 @@ from steadygrad.pages import (
     swatch,
     write_text,
 )
-from steadygrad.pages.drawing import shortened
-from steadygrad.pages.markup import anchor, decimal, element
+from study.pages.drawing import shortened
+from study.pages.markup import anchor, decimal, element
+from tests.study.pages_read_back import drawings, parsed, tables, text_of
 
 EVIL = '<script>alert("a & b")</script>'
 
@@ -329,16 +329,16 @@ def test_no_link_is_followed_as_a_file_is_written(tmp_path: Path) -> None:
 
 def test_command_text() -> None:
     assert command_text(["/a/python3", "-m", "steadygrad", "bench", "my file"]) == (
-        "python3 -m steadygrad bench 'my file'"
+        "python3 -m benchmarks 'my file'"
     )
     assert command_text(["/a/python3", "/b/bin/steadygrad", "/c"]) == "python3 steadygrad /c"
     assert command_text([]) == "not recorded"
 
 
 def test_pages_import_nothing_else_of_the_package() -> None:
-    import steadygrad.pages
+    import study.pages
 
-    for path in Path(steadygrad.pages.__file__).parent.glob("*.py"):
+    for path in Path(study.pages.__file__).parent.glob("*.py"):
         assert not re.search(r"^\s*(from|import) (steadygrad|\.\.)", path.read_text(), re.MULTILINE)
 
 

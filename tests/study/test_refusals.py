@@ -11,15 +11,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from steadygrad import study
-from steadygrad.study import Arm, Classification, Experiment, Problem, Selection, Settings, runner
-from steadygrad.study import remedies as r
-from steadygrad.study.journal import NAME
-from steadygrad.study.runner import RECORD, report_again
-from study_runs import blobs, tiny
-from study_runs import one_thread as one_thread
-
-TESTS = str(Path(__file__).parent)
+import study
+from study import Arm, Classification, Experiment, Problem, Selection, Settings, runner
+from study import remedies as r
+from study.journal import NAME
+from study.runner import RECORD, report_again
+from tests.study.runs import blobs, tiny
+from tests.study.runs import one_thread as one_thread
 
 
 @pytest.fixture
@@ -36,8 +34,8 @@ def own(folder: Path, lines: str = "", name: str = "own") -> Selection:
     """A study of a file: the tiny experiment, as changed by ``lines``."""
     path = folder / f"{name}.py"
     path.write_text(
-        f"import sys\nsys.path.insert(0, {TESTS!r})\nimport dataclasses\nimport math\n"
-        "from steadygrad import study\nfrom study_runs import blobs, tiny\n"
+        "import dataclasses\nimport math\nimport study\n"
+        "from tests.study.runs import blobs, tiny\n"
         f"EXPERIMENT = tiny(learning_rates=(1e-3,), seeds=(0,))\n{lines}\n"
     )
     return Selection((str(path),), arms=("clip 1",))

@@ -18,18 +18,16 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from steadygrad import study
-from steadygrad.cli import main
-from steadygrad.study import Run, Selection, Settings, runner, workers
-from steadygrad.study.journal import NAME, Journal, JournalError
-from study_runs import EXPLODED, a_run
-from study_runs import one_thread as one_thread
+import study
+from study import Run, Selection, Settings, runner, workers
+from study.__main__ import main
+from study.journal import NAME, Journal, JournalError
+from tests.study.runs import EXPLODED, a_run
+from tests.study.runs import one_thread as one_thread
 
-OWN_FILE = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+OWN_FILE = """
 import dataclasses
-from study_runs import tiny
+from tests.study.runs import tiny
 problem = dataclasses.replace(tiny().problems[0], steps=200)
 EXPERIMENT = tiny(problems=(problem,))
 """
@@ -239,25 +237,25 @@ def test_what_is_not_there_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(runner, "_carry_out", pytest.fail)
-    assert main(["study", *argv, "--out", str(tmp_path / "out")]) == 1
+    assert main([*argv, "--out", str(tmp_path / "out")]) == 1
     assert message in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("EXPERIMENT = 3", "expected EXPERIMENT = steadygrad.study.Experiment(...), got int"),
+        ("EXPERIMENT = 3", "expected EXPERIMENT = study.Experiment(...), got int"),
         ("import nothing_of_this_name", "ModuleNotFoundError"),
         (OWN_FILE + "EXPERIMENT = tiny(arms=())", "arms: expected at least one"),
         (OWN_FILE + "EXPERIMENT = tiny(seeds=(1, 1))", "seeds: expected no two alike"),
         (OWN_FILE + "EXPERIMENT = tiny(learning_rates=(2.0, 1.0))", "expected ascending order"),
         (
-            OWN_FILE + "from steadygrad.study import Arm\n"
+            OWN_FILE + "from study import Arm\n"
             "EXPERIMENT = tiny(arms=(Arm('none'), Arm('x', model={'depth': 3})))",
             "arm 'x': model: expected fields of Mlp",
         ),
         (
-            OWN_FILE + "from steadygrad.study import Arm\n"
+            OWN_FILE + "from study import Arm\n"
             "EXPERIMENT = tiny(arms=(Arm('none'), Arm('x', twin='y')))",
             "arm 'x': twin: expected one of",
         ),
@@ -329,11 +327,11 @@ def test_data_that_are_damaged_are_refused_before_training(
 ) -> None:
     monkeypatch.setattr(runner, "_carry_out", pytest.fail)
     out = ["--out", str(tmp_path / "out")]
-    assert main(["study", "--data", str(tmp_path / "nowhere"), *out]) == 1
+    assert main(["--data", str(tmp_path / "nowhere"), *out]) == 1
     assert "no such folder" in " ".join(capsys.readouterr().out.split())
     damaged = mnist_files(tmp_path) / "t10k-images-idx3-ubyte"
     damaged.write_bytes(damaged.read_bytes()[:100])
-    assert main(["study", "--data", str(tmp_path), *out]) == 1
+    assert main(["--data", str(tmp_path), *out]) == 1
     assert "t10k-images-idx3-ubyte" in "".join(capsys.readouterr().out.split())
 
 
@@ -344,7 +342,7 @@ def test_list_shows_experiments_and_arms(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["study", "--list"]) == 0
+    assert main(["--list"]) == 0
     text = capsys.readouterr().out
     for experiment in study.EXPERIMENTS:
         assert f"{experiment.name}: " in text
@@ -379,7 +377,7 @@ def test_the_full_study_has_longer_problems() -> None:
 
 
 def test_the_example_is_short_and_runs(tmp_path: Path, console: Console) -> None:
-    path = Path(__file__).parent.parent / "examples" / "study" / "spirals.py"
+    path = Path(__file__).parents[2] / "examples" / "study" / "spirals.py"
     text = path.read_text()
     assert len(text.splitlines()) < 40
     assert text in (path.parents[2] / "docs" / "experiments.md").read_text()

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from steadygrad import study
-from steadygrad.study import Classification, record
-from steadygrad.study import remedies as r
-from steadygrad.study.conclusions import conclusions, findings
-from steadygrad.study.encoding import decode_run, encode
-from steadygrad.study.intervals import mean, rate
-from steadygrad.study.report import table
-from steadygrad.study.summary import twins
-from study_runs import EXPLODED, a_run, blobs, tiny
-from study_runs import one_thread as one_thread
+import study
+from study import Classification, record
+from study import remedies as r
+from study.conclusions import conclusions, findings
+from study.encoding import decode_run, encode
+from study.intervals import mean, rate
+from study.report import table
+from study.summary import twins
+from tests.study.runs import EXPLODED, a_run, blobs, tiny
+from tests.study.runs import one_thread as one_thread
 
 METRIC = Classification(blobs()).metric
 

@@ -9,9 +9,9 @@ import math
 import pytest
 import torch
 
+import study
 from steadygrad import nn as stable_nn
-from steadygrad import study
-from steadygrad.study import (
+from study import (
     Addition,
     Classification,
     Dataset,
@@ -21,11 +21,11 @@ from steadygrad.study import (
     Recurrent,
     TemporalOrder,
 )
-from steadygrad.study.data import split_indices
-from steadygrad.study.sequences import python_help
-from steadygrad.study.tasks import image_shape, raw_pixels, shifted_images
-from study_runs import blobs
-from study_runs import one_thread as one_thread
+from study.data import split_indices
+from study.sequences import python_help
+from study.tasks import image_shape, raw_pixels, shifted_images
+from tests.study.runs import blobs
+from tests.study.runs import one_thread as one_thread
 
 
 @pytest.fixture(scope="module")

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from steadygrad import study
-from steadygrad.study import Arm, Classification, Mlp, Problem, Run, RunKey
-from steadygrad.study import remedies as r
-from steadygrad.study.explosion import first_explosion
-from steadygrad.study.models import Recurrent
-from steadygrad.study.sequences import NextCharacter
-from steadygrad.study.training import thin
-from study_runs import blobs, tiny
-from study_runs import one_thread as one_thread
-from tolerances import assert_close
+import study
+from study import Arm, Classification, Mlp, Problem, Run, RunKey
+from study import remedies as r
+from study.explosion import first_explosion
+from study.models import Recurrent
+from study.sequences import NextCharacter
+from study.training import thin
+from tests.study.runs import blobs, tiny
+from tests.study.runs import one_thread as one_thread
+from tests.tolerances import assert_close
 
 TASK = Classification(blobs())
 

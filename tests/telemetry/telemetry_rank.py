@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import steadygrad as sg
-from backends import BACKENDS
-from ranks import join_ranks, leave_ranks
+from tests.backends import BACKENDS
+from tests.ranks import join_ranks, leave_ranks
 
 BACKENDS_RUN = [backend for backend in BACKENDS[:2] if backend.why_not() is None]
 SCOPES = ("global", "group", "tensor")

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import steadygrad as sg
-from backends import Backend
-from device_twins import asynchronous_device, no_waiting
-from policy_runs import CLIPS, recorded_norms
+from tests.backends import Backend
+from tests.optim.device_twins import asynchronous_device, no_waiting
+from tests.policies.policy_runs import CLIPS, recorded_norms
 
 SHAPES = ((3, 5), (7,), (2, 3, 4), (1,))
 STEPS = 12

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 import steadygrad as sg
-from backends import Backend
 from steadygrad.telemetry import CSVWriter
-from test_telemetry_writers import go_on, model_of, stepped
+from tests.backends import Backend
+from tests.telemetry.test_telemetry_writers import go_on, model_of, stepped
 
 
 def param_on(backend: Backend, size: int = 2) -> nn.Parameter:

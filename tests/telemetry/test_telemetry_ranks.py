@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import steadygrad as sg
-from ranks import found
 from steadygrad.telemetry.history import TOTALS
-from telemetry_rank import (
+from tests.ranks import found
+from tests.telemetry.telemetry_rank import (
     BACKENDS_RUN,
     BAD_STEP,
     SCOPES,

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 import steadygrad as sg
-from backends import Backend
-from documented_snippets import snippets
-from optimizer_kinds import MAKERS
 from steadygrad.telemetry import History, Report
 from steadygrad.telemetry.history import NORM, TOTALS
 from steadygrad.telemetry.recorder import Recorder
 from steadygrad.telemetry.report import usual_norms
+from tests.backends import Backend
+from tests.integrations.documented_snippets import snippets
+from tests.optim.optimizer_kinds import MAKERS
 
 PLANTED = 37
 

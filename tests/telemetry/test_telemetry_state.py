@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import steadygrad as sg
-from backends import Backend
+from tests.backends import Backend
 
 
 def made(backend: Backend, **options: Any) -> tuple[nn.Parameter, Any]:

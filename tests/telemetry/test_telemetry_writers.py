@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 import steadygrad as sg
-from backends import Backend
 from steadygrad.telemetry import CSVWriter, JSONLWriter, TensorBoardWriter
+from tests.backends import Backend
 
 
 def model_of(backend: Backend | None = None) -> nn.Module:

@@ -2,7 +2,7 @@
 #pragma once
 
 #if defined(__CUDACC__)
-#error "csrc/emulation/include is for C++ compilers; nvcc has its own cuda_runtime.h"
+#error "tests/emulation/include is for C++ compilers; nvcc has its own cuda_runtime.h"
 #endif
 
 #include "emulation/atomic_functions.h"

@@ -1,11 +1,10 @@
-"""The command line, and the doctor that it runs."""
+"""The doctor, which is all of the package's command line."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,98 +13,38 @@ import pytest
 import torch
 
 import steadygrad as sg
-import steadygrad.bench
-import steadygrad.study
 from steadygrad import doctor
-from steadygrad.cli import main
-from steadygrad.study import Selection, Settings
+from steadygrad.doctor import main
 
 
-@pytest.fixture(autouse=True)
-def plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wide and without colours, so that lines can be compared."""
-    monkeypatch.setenv("COLUMNS", "300")
-    monkeypatch.setenv("TERM", "dumb")
-    monkeypatch.delenv("FORCE_COLOR", raising=False)
-
-
-@pytest.fixture
-def exits(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+def ends(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
     """Run with arguments that end in the parser; return the exit code and what was printed."""
-
-    def run(*argv: str) -> tuple[int, str]:
-        with pytest.raises(SystemExit) as info:
-            main(argv)
-        captured = capsys.readouterr()
-        assert isinstance(info.value.code, int)
-        return info.value.code, captured.out + captured.err
-
-    return run
+    with pytest.raises(SystemExit) as info:
+        main(argv)
+    captured = capsys.readouterr()
+    assert isinstance(info.value.code, int)
+    return info.value.code, captured.out + captured.err
 
 
-# --- the parser ---
-
-
-def test_help_names_every_command(exits: Any) -> None:
-    code, text = exits("--help")
-    assert code == 0
-    for command in ("doctor", "bench", "study"):
-        assert re.search(rf"^\s+{command}\s+\w", text, re.MULTILINE)
-
-
-@pytest.mark.parametrize("command", ["doctor", "bench", "study"])
-def test_each_command_has_help(exits: Any, command: str) -> None:
-    code, text = exits(command, "--help")
-    assert code == 0
-    assert text.startswith(f"usage: steadygrad {command}")
-
-
-def test_version(exits: Any) -> None:
-    assert exits("--version") == (0, f"steadygrad {doctor.installed_version('steadygrad')}\n")
+def test_help_and_version(capsys: Any) -> None:
+    code, text = ends(capsys, "--help")
+    assert code == 0 and text.startswith("usage: steadygrad") and "check every kernel" in text
+    version = f"steadygrad {doctor.installed_version('steadygrad')}\n"
+    assert ends(capsys, "--version") == (0, version)
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "required: command"),
         (["repair"], "invalid choice: 'repair'"),
+        (["study"], "invalid choice: 'study'"),
         (["doctor", "--quick"], "unrecognized arguments: --quick"),
-        (["study", "--quick", "--full"], "expected one of them"),
-        (["study", "--quick", "digits"], "is an experiment of its own"),
-        (["study", "--jobs", "0"], "expected a whole number of at least 1, got '0'"),
-        (["bench", "--threads", "0"], "expected a whole number of at least 1, got '0'"),
-        (["bench", "--threads", "many"], "expected a whole number of at least 1, got 'many'"),
-        (["bench", "--device", "tpu"], "invalid choice: 'tpu'"),
-        (["bench", "--limit", "0"], "expected a number of seconds above 0, got '0'"),
-        (["bench", "--limit", "soon"], "expected a number of seconds above 0, got 'soon'"),
-        (["bench", "--from", "a.json"], "--from makes a page of a result: add --page FILE"),
-        (
-            ["bench", "--from", "a.json", "--page", "a.html", "--quick", "--threads", "1"],
-            "--from measures nothing: leave out --quick, --threads",
-        ),
-        (["study", "--quick", "--out"], "expected one argument"),
     ],
 )
-def test_bad_arguments_are_code_2(exits: Any, argv: list[str], message: str) -> None:
-    code, text = exits(*argv)
+def test_bad_arguments_are_code_2(capsys: Any, argv: list[str], message: str) -> None:
+    code, text = ends(capsys, *argv)
     assert code == 2
-    assert message in text
-    assert "usage: steadygrad" in text
-
-
-def test_out_that_cannot_be_written_is_refused_first(exits: Any, tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.touch()
-    for argv in (
-        ["study", "--quick", "--out", str(file)],
-        ["study", "--quick", "--out", str(file / "below")],
-        ["bench", "--out", str(tmp_path)],
-        ["bench", "--page", str(tmp_path)],
-        ["bench", "--page", str(file / "below.html")],
-    ):
-        code, text = exits(*argv)
-        assert code == 2
-        assert f"{argv[-2]} {argv[-1]}: " in text and "name " in text
+    assert message in text and "usage: steadygrad" in text
 
 
 def test_module_runs_as_a_program() -> None:
@@ -114,107 +53,39 @@ def test_module_runs_as_a_program() -> None:
     assert result.stdout.startswith("steadygrad ")
 
 
-# --- bench and study are handed their options ---
-
-
-@pytest.mark.parametrize("code", [0, 1])
-def test_bench_is_wired(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int) -> None:
-    calls = []
-
-    def run(console: Any, **options: Any) -> int:
-        calls.append(options)
-        return code
-
-    monkeypatch.setattr(steadygrad.bench, "run", run)
-    out, page = tmp_path / "new" / "bench.json", tmp_path / "newer" / "bench.html"
-    assert main(["bench", "--quick", "--out", str(out), "--threads", "1"]) == code
-    more = ["--limit", "90", "--page", str(page), "--targets"]
-    assert main(["bench", "--device", "cuda", *more]) == code
-    assert calls == [
-        {"quick": True, "out": out, "page": None, "threads": 1, "device": "cpu", "limit": None}
-        | {"targets": False},
-        {"quick": False, "out": None, "page": page, "threads": None, "device": "cuda", "limit": 90}
-        | {"targets": True},
-    ]
-    assert out.parent.is_dir() and page.parent.is_dir()
-
-
-@pytest.mark.parametrize("code", [0, 1])
-def test_study_is_wired(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int) -> None:
-    calls = []
-
-    def run_study(selection: Any, settings: Any, console: Any) -> int:
-        calls.append((selection, settings))
-        return code
-
-    monkeypatch.setattr(steadygrad.study, "run_study", run_study)
-    monkeypatch.chdir(tmp_path)
-    assert main(["study", "--quick", "--out", "a/b", "--threads", "2"]) == code
-    options = ["--jobs", "3", "--limit", "9", "--seeds", "2", "--arms", "x, y", "--data", "d"]
-    assert main(["study", "digits", "mine.py", "--full", "--restart", *options]) == code
-    assert main(["study"]) == code
-    selections, settings = zip(*calls, strict=True)
-    assert selections == (
-        Selection(mode="quick"),
-        Selection(("digits", "mine.py"), "full", 2, ("x", "y"), "d"),
-        Selection(),
-    )
-    assert settings == (
-        Settings(Path("a/b"), threads=2),
-        Settings(Path("out"), jobs=3, limit_s=9.0, restart=True),
-        Settings(Path("out")),
-    )
-    assert (tmp_path / "a" / "b").is_dir() and (tmp_path / "out").is_dir()
-
-
 def test_interrupt_is_code_130(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    def run(console: Any, **options: Any) -> int:
+    def run() -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(steadygrad.bench, "run", run)
-    assert main(["bench"]) == 130
+    monkeypatch.setattr(doctor, "run", run)
+    assert main([]) == 130
     assert "Interrupted" in capsys.readouterr().err
 
 
-def test_bench_says_why_a_device_cannot_be_used(
-    monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    monkeypatch.setattr(steadygrad.bench.environment, "cuda_info", dict)
-    assert main(["bench", "--device", "cuda"]) == 1
-    assert capsys.readouterr().err == ("bench: --device cuda: steadygrad was built without CUDA\n")
-
-
-def test_without_rich_the_bench_is_plain_and_the_study_asks_for_it() -> None:
+def test_needs_torch_and_numpy_alone() -> None:
     script = """
+import importlib.metadata as metadata
 import sys
-sys.modules["rich"] = sys.modules["rich.console"] = None
-import steadygrad.bench
-from steadygrad.bench import device, shapes
-from steadygrad.bench.cases import OPERATIONS, ModelCase
-from steadygrad.bench.measure import Effort
-from steadygrad.cli import main
-device.CASES = [ModelCase(OPERATIONS["clip_active"], shapes.many_small(2, 32), host_cost=True)]
-device.FULL = steadygrad.bench.QUICK = Effort(0.0, 2, 2)
-assert main(["bench"]) == 0
-assert main(["doctor"]) == 0
-assert main(["study", "--quick", "--out", sys.argv[1]]) == 1
+
+def packages():
+    distributions = metadata.packages_distributions()
+    return {d for m in list(sys.modules) for d in distributions.get(m.partition(".")[0], ())}
+
+import numpy, torch
+before = packages()
+import steadygrad
+from steadygrad.doctor import main
+assert main([]) == 0
+print("beyond torch and numpy:", sorted(packages() - before))
 """
-    result = subprocess.run(
-        [sys.executable, "-c", script, "."], capture_output=True, text=True, check=True
-    )
-    assert re.search(
-        r"^  2 x 32 +torch foreach +[\d.]+ +[\d.]+ +[\d.]+ ", result.stdout, re.MULTILINE
-    )
-    assert "\x1b" not in result.stdout
-    assert "All is well." in result.stdout
-    assert result.stderr == "study needs rich: pip install rich\n"
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.endswith("beyond torch and numpy: ['steadygrad']\n")
 
 
-# --- doctor ---
-
-
-def test_doctor_finds_all_well(capsys: Any) -> None:
-    code = main(["doctor"])
+@pytest.mark.parametrize("argv", [[], ["doctor"]], ids=["alone", "by name"])
+def test_doctor_finds_all_well(capsys: Any, argv: list[str]) -> None:
+    code = main(argv)
     text = capsys.readouterr().out
     assert code == 0, text
     assert "All is well." in text
@@ -243,7 +114,7 @@ def test_doctor_reports_wrong_numbers(monkeypatch: pytest.MonkeyPatch, capsys: A
         intact(params, clip_value * 1.5)
 
     monkeypatch.setattr(sg, "clip_grad_value_", broken)
-    assert main(["doctor"]) == 1
+    assert main([]) == 1
     text = capsys.readouterr().out
     assert "64 of 68 kernel checks passed." in text
     assert re.search(r"^ *clip_grad_value_ +FAIL 5e-01", text, re.MULTILINE)
@@ -260,7 +131,7 @@ def test_doctor_reports_nan_and_raising_kernels(
 
     monkeypatch.setattr(sg, "soft_threshold_", raising)
     monkeypatch.setattr(sg, "get_total_norm", lambda *_: torch.tensor(float("nan")))
-    assert main(["doctor"]) == 1
+    assert main([]) == 1
     text = capsys.readouterr().out
     every = "float32, float64, bfloat16, float16"
     assert f"- soft_threshold_: RuntimeError: no [kernel] here ({every})" in text
@@ -274,7 +145,7 @@ def test_doctor_reports_a_rule_that_is_not_fused(
     monkeypatch.setattr(
         sg.optim, "SGD", lambda params, **_: sg.Stabilizer(torch.optim.ASGD(params))
     )
-    assert main(["doctor"]) == 1
+    assert main([]) == 1
     assert "SGD, 2 fused steps: RuntimeError: expected the fused path, got 'in-place" in (
         capsys.readouterr().out
     )
@@ -384,7 +255,7 @@ def test_doctor_checks_every_usable_device(monkeypatch: pytest.MonkeyPatch, caps
 
     # A device that no kernel takes stands for a broken one.
     monkeypatch.setattr(doctor, "usable_devices", lambda *_: ["cpu", "meta"])
-    assert main(["doctor"]) == 1
+    assert main([]) == 1
     text = capsys.readouterr().out
     assert "Kernels on cpu: error" in text and "Kernels on meta: error" in text
     assert "68 of 136 kernel checks passed." in text
@@ -392,15 +263,9 @@ def test_doctor_checks_every_usable_device(monkeypatch: pytest.MonkeyPatch, caps
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-@pytest.mark.parametrize("command", [["doctor"], ["study", "--list"]], ids=" ".join)
-def test_a_full_disk_behind_standard_output_is_one_line(command: list[str]) -> None:
+def test_a_full_disk_behind_standard_output_is_one_line() -> None:
+    command = [sys.executable, "-m", "steadygrad"]
     with Path("/dev/full").open("w") as full:
-        result = subprocess.run(
-            [sys.executable, "-m", "steadygrad", *command],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert result.returncode == 1
     assert len(result.stderr.splitlines()) == 1 and "standard output" in result.stderr
