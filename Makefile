@@ -1,4 +1,4 @@
-# make demo | study | check | test | lint | cuda | sanitize | bench | gpu | performance | clean
+# make demo | study | check | test | lint | docs | cuda | sanitize | bench | gpu | performance | clean
 #   make test ARGS="-k norm"        passes ARGS on to the command
 #   make PYTHON=python3.12 test     another interpreter (3.10 or later)
 
@@ -22,6 +22,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_FOR_TESTS := $(VENV)/.installed-for-tests
 VISION := $(VENV)/vision
 LINTERS := $(VENV)/.linters
+DOCUMENTATION_TOOLS := $(VENV)/.documentation-tools
 # Folders are listed too: their times change when a file is removed.
 SOURCES := CMakeLists.txt LICENSE README.md pyproject.toml \
   $(shell find cmake csrc python -name __pycache__ -prune -o -print)
@@ -44,7 +45,7 @@ install_wheel = $(PIP) install --no-deps --force-reinstall build/$1/*.whl
 # Packages are downloaded while the extension is compiled; several goals come one after the other.
 MAKEFLAGS += $(if $(word 2,$(MAKECMDGOALS)),,-j2)
 
-.PHONY: demo study check test lint cuda sanitize bench gpu performance clean
+.PHONY: demo study check test lint docs cuda sanitize bench gpu performance clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m study --quick --out out/demo $(ARGS)
@@ -64,6 +65,10 @@ lint: $(LINTERS)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
+
+# The site in build/site; a broken link is an error.
+docs: $(DOCUMENTATION_TOOLS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
 # Compiles every CUDA kernel, for all architectures of a release. Warnings, spilled registers and stacks are errors.
 cuda: $(BUILD_TOOLS)
@@ -138,6 +143,10 @@ $(INSTALLED_FOR_TESTS): $(TEST_PACKAGES) $(TEST_WHEEL)
 $(VISION)/.installed: $(TEST_PACKAGES)
 	rm -rf $(VISION)
 	$(PIP) install --no-deps --target $(VISION) -c constraints.txt timm torchvision
+	touch $@
+
+$(DOCUMENTATION_TOOLS): $(ENVIRONMENT) constraints.txt
+	$(PIP) install -c constraints.txt mkdocs-material "mkdocstrings[python]"
 	touch $@
 
 $(LINTERS): $(TEST_PACKAGES) constraints.txt

@@ -60,8 +60,17 @@ def test_a_link_that_leads_nowhere_is_found(page: str, link: str) -> None:
 
 
 def test_every_page_of_docs_is_in_the_navigation() -> None:
-    listed = re.findall(r"^  - (\S+\.md)$", read("mkdocs.yml"), re.MULTILINE)
-    assert sorted(listed) == sorted(page.name for page in PAGES[1:])
+    listed = re.findall(r"^ +- (\S+\.md)$", read("mkdocs.yml"), re.MULTILINE)
+    docs = ROOT / "docs"
+    assert sorted(listed) == sorted(p.relative_to(docs).as_posix() for p in docs.rglob("*.md"))
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    pages = "\n".join(p.read_text("utf-8") for p in (ROOT / "docs" / "reference").glob("*.md"))
+    shown = set(re.findall(r"^::: (\S+)$", pages, re.MULTILINE))
+    public = {f"steadygrad.{name}" for name in steadygrad.__all__ if name[0] != "_"}
+    public |= {f"steadygrad.optim.{name}" for name in steadygrad.optim.__all__}
+    assert public - shown - {"steadygrad.optim"} == set()
 
 
 def test_citation_has_the_version_of_the_package() -> None:
