@@ -43,10 +43,12 @@ def threads() -> Iterator[None]:
 
 def test_every_example_is_run_here() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        "digits.py",  # the data of the others
         "distributed.py",
         "half_precision.py",
         "lightning_digits.py",
         "plain_loop.py",
+        "planted_explosion.py",
         "trainer_text.py",
     }
 
@@ -54,6 +56,7 @@ def test_every_example_is_run_here() -> None:
 def run(name: str, monkeypatch: pytest.MonkeyPatch, out: Path, *options: str) -> str:
     """Run an example as a user does, in this process; returns its report, which is in a file and was drawn."""
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *options, "--out", str(out)])
+    monkeypatch.syspath_prepend(EXAMPLES)
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     assert (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     return (out / f"{name}.txt").read_text()
@@ -172,3 +175,12 @@ def test_snippets_of_the_page_on_distributed_training(title: str) -> None:
         assert rank["skipped"] == 0
         assert math.isfinite(rank["norm"]) and rank["norm"] > 0
         assert rank["norm"] == found[0]["norm"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
+@pytest.mark.usefixtures("threads")
+def test_planted_explosion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["planted_explosion.py", "--out", str(tmp_path / "it.png")])
+    ran = runpy.run_path(str(EXAMPLES / "planted_explosion.py"), run_name="__main__")
+    assert (tmp_path / "it.png").read_bytes()[:4] == b"\x89PNG"
+    assert "exploded  step 37: 4.weight (norm " in str(ran["train"]().report())

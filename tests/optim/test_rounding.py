@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 
@@ -221,7 +222,7 @@ def test_every_instruction_set_and_number_of_threads_gives_the_same_bits() -> No
     for threads, name in enumerate(known[: known.index(widest) + 1], start=1):
         out = subprocess.run(
             [sys.executable, "-c", PROGRAM, str(threads)],
-            env={"STEADYGRAD_INSTRUCTION_SET": name, "PATH": "/usr/bin:/bin"},
+            env={**os.environ, "STEADYGRAD_INSTRUCTION_SET": name},
             capture_output=True,
             text=True,
             check=True,

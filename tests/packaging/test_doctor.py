@@ -64,23 +64,16 @@ def test_interrupt_is_code_130(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> 
 
 def test_needs_torch_and_numpy_alone() -> None:
     script = """
-import importlib.metadata as metadata
 import sys
-
-def packages():
-    distributions = metadata.packages_distributions()
-    return {d for m in list(sys.modules) for d in distributions.get(m.partition(".")[0], ())}
-
-import numpy, torch
-before = packages()
-import steadygrad
+for name in ("rich", "matplotlib", "jinja2", "pandas", "scipy", "mlxtend", "pytest"):
+    sys.modules[name] = None  # whoever imports it fails
 from steadygrad.doctor import main
-assert main([]) == 0
-print("beyond torch and numpy:", sorted(packages() - before))
+raise SystemExit(main([]))
 """
     command = [sys.executable, "-c", script]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert result.stdout.endswith("beyond torch and numpy: ['steadygrad']\n")
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.endswith("All is well.\n")
 
 
 @pytest.mark.parametrize("argv", [[], ["doctor"]], ids=["alone", "by name"])
