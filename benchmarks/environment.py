@@ -12,7 +12,6 @@ import platform
 import re
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,50 +25,6 @@ UNKNOWN = "unknown"
 REVISION_VARIABLE = "STEADYGRAD_REVISION"
 # Assumed where the system does not say: larger than most, so buffers rather rotate once too often.
 _DEFAULT_CACHE_BYTES = 64 * 2**20
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """The GPU of one run, and the CUDA versions around it.
-
-    `kernels_runtime` is the CUDA version that steadygrad's kernels were compiled with, `torch_cuda` the one of torch's.
-    """
-
-    name: str
-    architecture: str
-    multiprocessors: int
-    memory_bytes: int
-    l2_bytes: int
-    driver: str
-    torch_cuda: str
-    kernels_runtime: str
-    nvcc: str
-
-
-@dataclass(frozen=True)
-class Environment:
-    """Machine and software of one run.
-
-    `device` is "cpu" or "cuda", and `gpu` is None on the former. `cache_bytes` is the size of the last-level cache in
-    front of the memory that is measured. `load` is the one-minute load average when the run began; 0 where there is
-    none. `revision`, `csrc_tree` and `csrc_state` are as in `Source`.
-    """
-
-    device: str
-    machine: str
-    cpu: str
-    cores: int
-    threads: int
-    cache_bytes: int
-    memory_bytes: int
-    load: float
-    python: str
-    torch: str
-    steadygrad: str
-    revision: str
-    csrc_tree: str
-    csrc_state: str
-    gpu: Gpu | None = None
 
 
 class Source(NamedTuple):
@@ -174,42 +129,49 @@ def nvcc_version() -> str:
     return UNKNOWN
 
 
-def this_gpu() -> Gpu:
-    """Describe the current CUDA device."""
+def this_gpu() -> dict[str, Any]:
+    """Describe the current CUDA device.
+
+    `kernels_runtime` is the CUDA version that steadygrad's kernels were compiled with, `torch_cuda` the one of torch's.
+    """
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     info = cuda_info()
     query = ("--query-gpu=driver_version", "--format=csv,noheader")
     drivers = _printed("nvidia-smi", *query).split()
-    return Gpu(
-        name=properties.name,
-        architecture=f"sm_{properties.major}{properties.minor}",
-        multiprocessors=properties.multi_processor_count,
-        memory_bytes=properties.total_memory,
-        l2_bytes=properties.L2_cache_size,
-        driver=drivers[0] if drivers else f"CUDA {_cuda_version(info.get('driver_version', 0))}",
-        torch_cuda=str(torch.version.cuda),
-        kernels_runtime=_cuda_version(info.get("runtime_version", 0)),
-        nvcc=nvcc_version(),
-    )
+    return {
+        "name": properties.name,
+        "architecture": f"sm_{properties.major}{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "driver": drivers[0] if drivers else f"CUDA {_cuda_version(info.get('driver_version', 0))}",
+        "torch_cuda": str(torch.version.cuda),
+        "kernels_runtime": _cuda_version(info.get("runtime_version", 0)),
+        "nvcc": nvcc_version(),
+    }
 
 
-def this_machine(gpu: Gpu | None = None) -> Environment:
-    """Describe this machine and process, and the GPU if the run is on one."""
-    return Environment(
-        device="cpu" if gpu is None else "cuda",
-        machine=platform.platform(),
-        cpu=_cpu_name(),
-        cores=os.cpu_count() or 1,
-        threads=torch.get_num_threads(),
-        cache_bytes=cache_bytes() if gpu is None else gpu.l2_bytes,
-        memory_bytes=_memory_bytes(),
-        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
-        python=platform.python_version(),
-        torch=torch.__version__,
-        steadygrad=sg.__version__,
+def this_machine(gpu: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Describe this machine and process, and the GPU if the run is on one.
+
+    `cache_bytes` is the size of the last-level cache in front of the memory that is measured; `load` is the one-minute
+    load average, 0 where there is none; the rest of the source is as in `Source`.
+    """
+    return {
+        "device": "cpu" if gpu is None else "cuda",
+        "machine": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "cache_bytes": cache_bytes() if gpu is None else gpu["l2_bytes"],
+        "memory_bytes": _memory_bytes(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "steadygrad": sg.__version__,
         **this_source()._asdict(),
-        gpu=gpu,
-    )
+        "gpu": gpu,
+    }
 
 
 def tree_name(folder: Path) -> str:
@@ -279,4 +241,4 @@ def this_source(start: Path | None = None) -> Source:
 
 if __name__ == "__main__":
     machine = this_machine(None if cuda_problem() else this_gpu())
-    Path(sys.argv[1]).write_text(json.dumps(asdict(machine), indent=2) + "\n", encoding="utf-8")
+    Path(sys.argv[1]).write_text(json.dumps(machine, indent=2) + "\n", encoding="utf-8")

@@ -174,7 +174,7 @@ def _sanitizer(python: str, tool: str, limit: float, *dtypes: str) -> Stage:
         *("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"),
         # torch asks the driver for functions that it may not have; that is not our error.
         *("--report-api-errors", "no"),
-        *(python, "-m", "benchmarks.sanitized_steps", "--dtypes", *dtypes),
+        *(python, "-m", "tests.sanitize.every_kernel_once", "--dtypes", *dtypes),
     )
     return Stage(
         *(tool, command, limit, "sanitizers.log", ("torch",), ("compute-sanitizer",)),
@@ -222,8 +222,8 @@ def plan(python: str, out: Path) -> dict[str, list[Stage]]:
 
 
 def rehearsal(python: str, out: Path) -> dict[str, list[Stage]]:
-    """Return the same without a GPU: the emulated kernels are slower, and two cores are fewer than eight."""
-    once = (python, "-m", "benchmarks.sanitized_steps", "--emulate")
+    """Return the same without a GPU: the emulated kernels are slower, so of the tests only those run that fit."""
+    once = (python, "-m", "tests.sanitize.every_kernel_once", "--emulate")
     benchmark = ("--device", "emulated", "--out", str(out / "benchmark.json"))
     needs = ("torch", "steadygrad_emulated")
     which = TESTS.replace("gpu", "emulated")
@@ -232,7 +232,7 @@ def rehearsal(python: str, out: Path) -> dict[str, list[Stage]]:
             Stage("doctor", (python, "-m", "steadygrad", "doctor"), 30, "build.log", ("torch",)),
             _machine(python, out),
             Stage("each operation once", once, 120, "sanitizers.log", needs),
-            _tests(python, which, 600, workers=2),
+            _tests(python, which, 400, workers=1),
         ],
         "figures": [
             Stage(
@@ -400,4 +400,7 @@ def _run(call: str, stages: Sequence[Stage], out: Path) -> int:
 
 
 if __name__ == "__main__":
+    # A program in the background ignores SIGINT, and so would all that it starts; SIGTERM would leave them behind.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     sys.exit(main())

@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -122,11 +122,11 @@ class HostDevice:
         return self._beyond_cache(case) if case.allocates else 1
 
     def _beyond_cache(self, case: Case) -> int:
-        cache = self.environment.cache_bytes
-        return max(1, math.ceil(_CACHES_BETWEEN * cache / case.working_set_bytes))
+        cache = self.environment["cache_bytes"]
+        return max(1, math.ceil(_CACHES_BETWEEN * int(cache) / case.working_set_bytes))
 
     def cases(self) -> Sequence[Case]:
-        """Return all cases, in their order."""
+        """Return all cases, in their order: on a GPU what matters most first."""
         return CASES
 
     def effort(self, quick: bool) -> Effort:
@@ -139,10 +139,10 @@ class HostDevice:
 
     def yardstick(self) -> CopyYardstick:
         """Reserve the buffers to measure the copy bandwidth with."""
-        return CopyYardstick(self.environment.cache_bytes)
+        return CopyYardstick(self.environment["cache_bytes"])
 
     def peak_bytes(self, call: Callable[[], object]) -> int | None:
-        """Run a call; return the most memory that it held beyond what was there, None where nothing tells."""
+        """Run a call; return the most that torch's allocator held beyond what was there, None where it is silent."""
         call()
         return None
 
@@ -166,39 +166,34 @@ class CudaDevice(HostDevice):
             raise DeviceUnusable(f"benchmarks: --device cuda: {problem}")
         self._prepare(environment.this_machine(environment.this_gpu()), CudaEvents())
 
-    def _prepare(self, described: environment.Environment, events: Events) -> None:
+    def _prepare(self, described: Result, events: Events) -> None:
         self.environment = described
         self.race = partial(DeviceRace, events=events)
 
     def sets(self, case: Case) -> int:
-        """Return how many sets of buffers keep the cache cold; the small ones stay there anyway."""
+        # The small ones stay in cache anyway.
         return 1 if case.host_cost else self._beyond_cache(case)
 
     def cases(self) -> Sequence[Case]:
-        """Return all cases, what matters most first."""
         return CUDA_CASES
 
     def effort(self, quick: bool) -> Effort:
-        """Return for how long: a GPU is steadier than a shared host, and a lap there is many calls."""
+        # A GPU is steadier than a shared host, and a lap there is many calls.
         return (0.5, 5, 50) if quick else (0.6, 7, 75)
 
     def free_bytes(self) -> int:
-        """Return the memory free on the device."""
         return int(torch.cuda.mem_get_info()[0])
 
     def yardstick(self) -> CopyYardstick:
-        """Reserve the buffers to measure the copy bandwidth with."""
         return GpuYardstick(self.place)
 
     def peak_bytes(self, call: Callable[[], object]) -> int | None:
-        """Run a call; return the most that torch's allocator held beyond what was there."""
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
         return int(torch.cuda.max_memory_allocated()) - before
 
     def release(self) -> None:
-        """Give back memory that the last case left."""
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -257,7 +252,7 @@ class Contest:
         """Return the numbers from the laps so far."""
         found = case_result(self.case, self.race.timings(), self._yardstick)
         found |= {"buffer_sets": self.buffer_sets, "unavailable": self.unavailable}
-        found["fits_cache"] = self.case.working_set_bytes <= self._device.environment.cache_bytes
+        found["fits_cache"] = self.case.working_set_bytes <= self._device.environment["cache_bytes"]
         for side, peak in zip((found["ours"], *found["peers"]), self._peaks, strict=True):
             if peak is not None:
                 side["peak_bytes"] = peak
@@ -373,7 +368,7 @@ def measure_all(
         "command_line": list(sys.orig_argv),
         "quick": quick,
         "rehearsal": device.rehearsal,
-        "environment": asdict(device.environment),
+        "environment": dict(device.environment),
         "copy_bandwidth": {
             **yardstick.bandwidth(alone.run(*(device.effort(True)))),
             "buffer_bytes": yardstick.buffer_bytes,

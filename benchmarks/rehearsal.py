@@ -42,8 +42,9 @@ class EmulatedDevice(CudaDevice):
 
     def __init__(self) -> None:
         emulate()
-        nvcc, none = environment.nvcc_version(), "none"
-        gpu = environment.Gpu("emulated", none, 0, 0, 2**13, none, none, none, nvcc)
+        none = dict.fromkeys(("architecture", "driver", "torch_cuda", "kernels_runtime"), "none")
+        gpu = {"name": "emulated", "multiprocessors": 0, "memory_bytes": 0, "l2_bytes": 2**13}
+        gpu |= {**none, "nvcc": environment.nvcc_version()}
         self._prepare(environment.this_machine(gpu), HostEvents())
 
     def cases(self) -> Sequence[Case]:

@@ -13,7 +13,6 @@ import json
 import os
 import sys
 import tempfile
-from dataclasses import asdict
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -73,7 +72,7 @@ def _rank(rank: int, given: argparse.Namespace, folder: str) -> None:
     if rank == 0:
         report: dict[str, Any] = {
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "environment": asdict(this_machine()),
+            "environment": this_machine(),
             "ranks": given.ranks,
             "elements": _SHARD,
             "rounds": given.rounds,

@@ -11,7 +11,6 @@ import argparse
 import json
 import statistics
 import sys
-from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     report = {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "environment": asdict(this_machine()),
+        "environment": this_machine(),
         "threads": given.threads,
         "rounds": given.rounds,
         "cases": {

@@ -196,34 +196,29 @@ class Events(Protocol):
 class CudaEvents:
     """The current CUDA device's events."""
 
-    _PROBE_CYCLES = 20_000_000
-
     def __init__(self) -> None:
         # torch's own tests use this kernel; without it laps only lose their head start.
         self._sleep: Callable[[int], None] = getattr(torch.cuda, "_sleep", lambda cycles: None)
+        probe = 20_000_000
         for _ in range(2):  # the first wakes the clocks
             start = self.mark()
-            self._sleep(self._PROBE_CYCLES)
+            self._sleep(probe)
             end = self.mark()
             self.synchronize()
-            self._cycles_per_second = self._PROBE_CYCLES / self.seconds_between(start, end)
+            self._cycles_per_second = probe / self.seconds_between(start, end)
 
     def mark(self) -> torch.cuda.Event:
-        """Record an event on the current stream."""
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
     def seconds_between(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        """Return the elapsed GPU time."""
         return float(start.elapsed_time(end)) / 1e3
 
     def synchronize(self) -> None:
-        """Wait for all streams."""
         torch.cuda.synchronize()
 
     def keep_busy(self, seconds: float) -> None:
-        """Spin in a kernel of one thread."""
         self._sleep(int(seconds * self._cycles_per_second))
 
 

@@ -19,11 +19,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.networks import NETWORKS, BasicBlock, Bottleneck
 from benchmarks.tables import show
 from benchmarks.timer import Candidate, Race
 from steadygrad.nn.conversion_report import conversion_report
 from steadygrad.nn.convert import convert_batchnorm
+from tests.nn.networks import NETWORKS, BasicBlock, Bottleneck
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels last": torch.channels_last}
 KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {

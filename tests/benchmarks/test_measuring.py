@@ -22,7 +22,17 @@ from benchmarks.timer import Candidate, DeviceRace, Timing
 from tests.benchmarks.test_timer import Queue, launching
 
 TINY = shapes.ModelShapes("tiny", "tiny", ((5,), (3, 7), (2, 3, 4)))
-GPU = environment.Gpu("NVIDIA Test", "sm_90", 132, 2**37, 2**12, "580.1", "13.0", "13.0", "13.0.88")
+GPU = {
+    "name": "NVIDIA Test",
+    "architecture": "sm_90",
+    "multiprocessors": 132,
+    "memory_bytes": 2**37,
+    "l2_bytes": 2**12,
+    "driver": "580.1",
+    "torch_cuda": "13.0",
+    "kernels_runtime": "13.0",
+    "nvcc": "13.0.88",
+}
 
 
 @pytest.mark.parametrize(
@@ -264,7 +274,7 @@ def test_a_result_file_has_both_clocks_and_what_the_gpu_is(monkeypatch: pytest.M
     written = scripted_run(monkeypatch)
     assert written["environment"]["device"] == "cuda"
     assert written["environment"]["gpu"]["name"] == "NVIDIA Test"
-    assert written["environment"]["cache_bytes"] == GPU.l2_bytes
+    assert written["environment"]["cache_bytes"] == GPU["l2_bytes"]
     small, large = written["cases"]
     assert (small["clock"], large["clock"]) == ("wall", "device")
     assert small["buffer_sets"] == large["buffer_sets"] == 1
@@ -305,7 +315,7 @@ def test_a_rehearsal_judges_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_small_sets_of_buffers_rotate_past_the_cache() -> None:
     device, clip = FakeDevice(), cases.OPERATIONS["clip_active"]
     few = shapes.ModelShapes("few", "few", ((2**9,),))
-    assert device.sets(cases.model_case(clip, few)) == 4 * GPU.l2_bytes // (4 * 2**9)
+    assert device.sets(cases.model_case(clip, few)) == 4 * GPU["l2_bytes"] // (4 * 2**9)
     assert device.sets(cases.model_case(clip, few, host_cost=True)) == 1
     assert device.sets(cases.model_case(clip, shapes.one_tensor(28))) == 1
 
@@ -316,6 +326,6 @@ def test_what_allocates_is_called_over_more_buffers_than_a_cache_holds(key: str)
     (case,) = (case for case in device.cases() if case.key == key)
     sets = device.sets(case)
     if case.allocates:
-        assert sets * case.working_set_bytes >= 4 * device.environment.cache_bytes
+        assert sets * case.working_set_bytes >= 4 * device.environment["cache_bytes"]
     else:
         assert sets == 1

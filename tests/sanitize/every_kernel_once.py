@@ -1,6 +1,6 @@
 """Every operation and batch-norm kernel once on small tensors of odd sizes: short enough to run under a sanitizer.
 
-    compute-sanitizer --tool memcheck python -m benchmarks.sanitized_steps
+    compute-sanitizer --tool memcheck python -m tests.sanitize.every_kernel_once
 
 torch has to allocate every tensor by itself for that: PYTORCH_NO_CUDA_MEMORY_CACHING=1.
 """
