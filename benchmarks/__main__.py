@@ -60,11 +60,11 @@ def _run(args: argparse.Namespace) -> int:
     if args.result is not None:
         result = read_result(args.result)
     else:
-        device = (
-            EmulatedDevice() if args.device == "emulated" else device_named(args.device or "cpu")
-        )
+        # The device describes the run, its threads among the rest.
         with _threads(args.threads or min(2, os.cpu_count() or 1)):
-            result = measure(device, quick=bool(args.quick), limit=args.limit, out=args.out)
+            rehearses = args.device == "emulated"
+            device = EmulatedDevice() if rehearses else device_named(args.device or "cpu")
+            result = measure(device, quick=args.quick, limit=args.limit, out=args.out)
         _say(render(result, args.targets))
     if args.out is not None:
         _say([f"Numbers written to {args.out}"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import benchmarks.__main__ as command_line
 from benchmarks import environment, measure, results
@@ -81,13 +82,14 @@ def test_a_run_prints_writes_and_draws(
 
     def measured(device: measure.HostDevice, **options: Any) -> Any:
         asked.update(options)
+        assert device.environment["threads"] == torch.get_num_threads() == 2
         yield {**found, "cases": found["cases"][:1]}
         assert len(json.loads(out.read_text())["cases"]) == 1  # as it comes
         yield found
 
     monkeypatch.setattr(command_line, "measure_all", measured)
     out, page = tmp_path / "new" / "bench.json", tmp_path / "newer" / "bench.html"
-    options = ["--quick", "--limit", "90", "--threads", "1", "--out", str(out)]
+    options = ["--quick", "--limit", "90", "--threads", "2", "--out", str(out)]
     assert main([*options, "--page", str(page), "--targets"]) == code
     assert asked["quick"] is True and asked["limit"] == 90
     assert json.loads(out.read_text()) == found
