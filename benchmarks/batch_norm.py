@@ -1,18 +1,32 @@
-"""Batch norm alone, with ReLU, and with a residual and ReLU: shapes, layouts and dtypes measured."""
+"""Batch norm alone, with ReLU, and with a residual and ReLU: both sides of the races, and what is measured.
+
+steadygrad's module adds and rectifies by itself; beside it stands what people write with torch's.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch import Tensor
+from torch.nn.functional import relu
 
-from benchmarks import batch_norm_candidates as candidates
-from benchmarks.batch_norm_candidates import Layer
-from benchmarks.case import Build
+from benchmarks.candidates import OURS
+from benchmarks.case import DTYPES, Case
+from benchmarks.timer import Candidate
+from steadygrad import nn
+
+TORCH = "torch"
+TORCH_IN_PLACE = "torch in-place"
+CUDNN = "torch cuDNN"
+CUDNN_IN_PLACE = "torch cuDNN, in-place"
+NATIVE = "torch native"
+NATIVE_IN_PLACE = "torch native, in-place"
 
 # (group, title) of a layer, by whether it adds and whether it rectifies.
 _NAMES = {
@@ -20,129 +34,171 @@ _NAMES = {
     (False, True): ("batch_norm_relu", "batch norm + ReLU"),
     (True, True): ("batch_norm_add_relu", "batch norm + add + ReLU"),
 }
-_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
 # ReLU's mask behind a sum cannot be found again from the input: one bit an element is kept.
 _MASK = 1 / 8
-
 # For rehearsals; no vector divides the channels or the pixels.
 _SMALL = (4, 19, 5, 5)
 
 
 @dataclass(frozen=True)
-class BatchNormCase:
-    """One layer on one device.
+class Layer:
+    """One call that is measured.
 
     Attributes:
-        layer: what is measured.
-        cuda: whether the peers are those of a GPU.
-        quick: part of the quick table.
+        shape: of the input; the second dimension is the channels.
+        dtype: of the input; parameters and running statistics are fp32, as under autocast.
+        channels_last: the layout of 4-D input.
+        add: whether a residual is added.
+        relu: whether ReLU follows.
+        training: forward and backward; else forward alone, with the running statistics.
     """
 
-    layer: Layer
-    cuda: bool = False
-    quick: bool = False
-
-    # Kernels are compared, and a training loop's host runs ahead of them.
-    clock = "device"
-    host_cost = False
-    allocates = True
-    averaged = True
-    tensors = 1
-
-    @property
-    def group(self) -> str:
-        """Short name of the fusion, first half of the key."""
-        name, _ = _NAMES[self.layer.add, self.layer.relu]
-        return name if self.layer.training else f"{name}_eval"
-
-    @property
-    def title(self) -> str:
-        """Name of the fusion, for people: forward and backward, unless it says eval."""
-        _, name = _NAMES[self.layer.add, self.layer.relu]
-        return name if self.layer.training else f"{name}, eval"
-
-    @property
-    def subject(self) -> str:
-        """Shape, dtype and layout, for people."""
-        layer = self.layer
-        parts = ["x".join(map(str, layer.shape)), _DTYPES[layer.dtype]]
-        if len(layer.shape) == 4:
-            parts.append("NHWC" if layer.channels_last else "NCHW")
-        return " ".join(parts)
-
-    @property
-    def key(self) -> str:
-        """Name of the case: group/shape_dtype_layout."""
-        return f"{self.group}/{self.subject.replace(' ', '_').lower()}"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the input."""
-        return self.layer.dtype
-
-    @property
-    def elements(self) -> int:
-        """Elements of the input."""
-        return math.prod(self.layer.shape)
-
-    @property
-    def _passes(self) -> tuple[int, float]:
-        """How often an element is read or written at least, and bytes of mask for each."""
-        add = int(self.layer.add)
-        forward, backward = 2 + add, 3 + add
-        if not self.layer.training:
-            return forward, 0.0
-        # Forward writes the mask, backward reads it.
-        return forward + backward, 2 * _MASK * add
-
-    @property
-    def floor(self) -> str:
-        """What moves, in sizes of the input."""
-        passes, mask = self._passes
-        return f"moves {passes} x input" + (" + mask" if mask else "")
-
-    @property
-    def bytes_per_element(self) -> float:
-        """Input read once and output written forward; gradient and input read, one written back."""
-        passes, mask = self._passes
-        return passes * self.layer.dtype.itemsize + mask
-
-    @property
-    def floor_bytes(self) -> int:
-        """Bytes that have to move in one call."""
-        return round(self.bytes_per_element * self.elements)
-
-    @property
-    def _inputs(self) -> int:
-        return (2 if self.layer.training else 1) + self.layer.add
-
-    @property
-    def working_set_bytes(self) -> int:
-        """Bytes of what one call of ours reads and writes: every tensor once."""
-        outputs = 2 + self.layer.add if self.layer.training else 1
-        return (self._inputs + outputs) * self.elements * self.layer.dtype.itemsize
-
-    @property
-    def builds(self) -> tuple[Build, ...]:
-        """Ours first, then torch's."""
-        chosen = candidates.peers(self.layer, self.cuda)
-        makes = (candidates.ours, *(peer.build for peer in chosen))
-        return tuple(partial(make, self.layer) for make in makes)
-
-    def memory_needed(self, buffer_sets: int = 1) -> int:
-        """Bytes to have free: every candidate's inputs, and what one call of a peer allocates."""
-        kept = len(self.builds) * buffer_sets * self._inputs
-        return (kept + 8) * self.elements * self.layer.dtype.itemsize
-
-    def cut(self) -> BatchNormCase:
-        """The same on one small shape: fusion, dtype and layout stay."""
-        shape = tuple(map(min, self.layer.shape, _SMALL))
-        return dataclasses.replace(self, layer=dataclasses.replace(self.layer, shape=shape))
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    channels_last: bool = False
+    add: bool = False
+    relu: bool = False
+    training: bool = True
 
 
-_FUSIONS = tuple(_NAMES)
-_HALF = (torch.bfloat16, torch.float16)
+@contextmanager
+def path(name: str | None) -> Iterator[None]:
+    """Have the launchers take "two_reads" or "one_read"; with None they choose by themselves, as users have it."""
+    before = os.environ.pop("STEADYGRAD_BATCH_NORM_PATH", None)
+    if name is not None:
+        os.environ["STEADYGRAD_BATCH_NORM_PATH"] = name
+    try:
+        yield
+    finally:
+        os.environ.pop("STEADYGRAD_BATCH_NORM_PATH", None)
+        if before is not None:
+            os.environ["STEADYGRAD_BATCH_NORM_PATH"] = before
+
+
+@dataclass(frozen=True)
+class Side:
+    """One implementation of a layer.
+
+    Attributes:
+        name: what the tables call it.
+        in_place: whether torch adds the residual and takes ReLU in place, as in torchvision's ResNet.
+        setting: what holds during its calls: whether torch may use cuDNN, or which path ours takes.
+    """
+
+    name: str
+    in_place: bool = False
+    setting: Callable[[], AbstractContextManager[object]] = nullcontext
+
+    def build(self, layer: Layer, device: torch.device) -> Candidate:
+        """Make the candidate over tensors of its own: the same numbers for each.
+
+        Gradients are returned, not accumulated: a `.grad` could be a copy on one side and none on the other.
+        """
+        generator = torch.Generator(device).manual_seed(0)
+        layout = torch.channels_last if layer.channels_last else torch.contiguous_format
+
+        def normal(differentiable: bool) -> Tensor:
+            made = torch.empty(layer.shape, dtype=layer.dtype, device=device, memory_format=layout)
+            return made.normal_(generator=generator).requires_grad_(differentiable)
+
+        inputs = [normal(layer.training) for _ in range(1 + layer.add)]
+        grad_output = normal(False) if layer.training else None
+        channels, kind = layer.shape[1], f"BatchNorm{1 if len(layer.shape) == 2 else 2}d"
+        forward: Callable[[], Tensor]
+        if self.name.startswith(OURS):
+            module = getattr(nn, kind)(channels, activation="relu" if layer.relu else None)
+            forward = partial(module, *inputs)
+        else:
+            module = getattr(torch.nn, kind)(channels)
+            forward = partial(self._torchs, layer, module, *inputs)
+        module.to(device).train(layer.training)
+        with torch.no_grad():
+            module.weight.copy_(torch.rand(channels, generator=generator, device=device) + 0.5)
+            module.bias.copy_(torch.randn(channels, generator=generator, device=device))
+        sources = [*inputs, module.weight, module.bias]
+
+        def train() -> tuple[Tensor, ...]:
+            with self.setting():
+                output = forward()
+                return (output, *torch.autograd.grad(output, sources, grad_output))
+
+        def evaluate() -> tuple[Tensor, ...]:
+            with torch.no_grad(), self.setting():
+                return (forward(),)
+
+        return Candidate(self.name, train if layer.training else evaluate)
+
+    def _torchs(
+        self, layer: Layer, module: torch.nn.Module, x: Tensor, *residual: Tensor
+    ) -> Tensor:
+        output: Tensor = module(x)
+        for other in residual:
+            output = output.add_(other) if self.in_place else output + other
+        return relu(output, inplace=self.in_place) if layer.relu else output
+
+
+def _cudnn(enabled: bool) -> Callable[[], AbstractContextManager[object]]:
+    return partial(torch.backends.cudnn.flags, enabled=enabled)
+
+
+STEADYGRAD = Side(OURS)
+PEERS = (Side(TORCH), Side(TORCH_IN_PLACE, in_place=True))
+CUDA_PEERS = (
+    Side(CUDNN, setting=_cudnn(True)),
+    Side(NATIVE, setting=_cudnn(False)),
+    Side(CUDNN_IN_PLACE, in_place=True, setting=_cudnn(True)),
+    Side(NATIVE_IN_PLACE, in_place=True, setting=_cudnn(False)),
+    Side(f"{OURS}, two reads", setting=partial(path, "two_reads")),
+    Side(f"{OURS}, one read", setting=partial(path, "one_read")),
+)
+
+
+def peers(layer: Layer, cuda: bool) -> tuple[Side, ...]:
+    """Return what a layer is compared with: without ReLU nothing is done in place, in eval mode there is one path."""
+    return tuple(
+        side
+        for side in (CUDA_PEERS if cuda else PEERS)
+        if (layer.relu or not side.in_place) and (layer.training or not side.name.startswith(OURS))
+    )
+
+
+def batch_norm_case(layer: Layer, *, cuda: bool = False, quick: bool = False) -> Case:
+    """Make the case of one layer on a CPU or a GPU.
+
+    The floor: input and residual read once and output written forward; backward gradient and input read and the
+    gradients written. Forward writes the mask, backward reads it.
+    """
+    name, title = _NAMES[layer.add, layer.relu]
+    subject = f"{'x'.join(map(str, layer.shape))} {DTYPES[layer.dtype]}"
+    if len(layer.shape) == 4:
+        subject += " NHWC" if layer.channels_last else " NCHW"
+    add, elements, size = int(layer.add), math.prod(layer.shape), layer.dtype.itemsize
+    passes = 5 + 2 * add if layer.training else 2 + add
+    mask = 2 * _MASK * add if layer.training else 0.0
+    inputs = (2 if layer.training else 1) + add
+    outputs = 2 + add if layer.training else 1
+    sides = (STEADYGRAD, *peers(layer, cuda))
+    small = replace(layer, shape=tuple(map(min, layer.shape, _SMALL)))
+    group = name if layer.training else f"{name}_eval"
+    return Case(
+        group=group,
+        key=f"{group}/{subject.replace(' ', '_').lower()}",
+        title=title if layer.training else f"{title}, eval",
+        subject=subject,
+        dtype=layer.dtype,
+        tensors=1,
+        elements=elements,
+        bytes_per_element=passes * size + mask,
+        working_set_bytes=(inputs + outputs) * elements * size,
+        set_bytes=len(sides) * inputs * elements * size,
+        spare_bytes=8 * elements * size,
+        builds=tuple(partial(side.build, layer) for side in sides),
+        cut=lambda: batch_norm_case(small, cuda=cuda, quick=quick),
+        quick=quick,
+        allocates=True,
+        averaged=True,
+    )
+
 
 # shape, dtype, channels_last. Few and many channels, few and many pixels, and two of 1-D layers.
 _CPU_LAYERS = (
@@ -167,40 +223,43 @@ _RESNET50 = {(False, False): _SUMS, (False, True): _WIDTHS, (True, True): _SUMS}
 _BATCH = 256
 
 
-def cpu_cases() -> Iterator[BatchNormCase]:
-    """The plan on a CPU: every layer in all fusions, then a few in eval mode."""
-    for add, relu in _FUSIONS:
+def cpu_cases() -> Iterator[Case]:
+    """Make the plan on a CPU: every layer in all fusions, then a few in eval mode."""
+    for add, relu_ in _NAMES:
         for number, (shape, dtype, channels_last) in enumerate(_CPU_LAYERS):
-            layer = Layer(shape, dtype, channels_last, add, relu)
-            yield BatchNormCase(layer, quick=number == 1)
-    for add, relu in _FUSIONS:
+            yield batch_norm_case(Layer(shape, dtype, channels_last, add, relu_), quick=number == 1)
+    for add, relu_ in _NAMES:
         for shape, dtype, channels_last in (_CPU_LAYERS[0], _CPU_LAYERS[2], _CPU_LAYERS[9]):
-            layer = Layer(shape, dtype, channels_last, add, relu, training=False)
-            yield BatchNormCase(layer)
+            yield batch_norm_case(Layer(shape, dtype, channels_last, add, relu_, training=False))
 
 
-def cuda_cases() -> Iterator[BatchNormCase]:
-    """The plan on a GPU, ResNet-50's layers; what matters least comes last, for a limit may end it."""
-    quick = (256, 56)
-    for dtype in _HALF:
-        yield from _resnet50(dtype, True, _RESNET50, quick if dtype == torch.float16 else None)
-    for channels_last in (True, False):
-        yield from _resnet50(torch.float32, channels_last, _RESNET50)
+def cuda_cases() -> Iterator[Case]:
+    """Make the plan on a GPU, ResNet-50's layers: what matters least comes last, for a limit may end it.
+
+    The two largest shapes of each fusion, dtype and layout come first.
+    """
+    halves = (torch.float16, torch.bfloat16)
     few = {fusion: shapes[:2] for fusion, shapes in _RESNET50.items()}
-    for dtype in _HALF:
-        yield from _resnet50(dtype, False, few)
-    for add, relu in _FUSIONS:
-        layer = Layer((_BATCH, 256, 56, 56), torch.float16, True, add, relu, training=False)
-        yield BatchNormCase(layer, cuda=True)
+    rest = {fusion: shapes[2:] for fusion, shapes in _RESNET50.items()}
+    for channels_last in (True, False):
+        for dtype in (*halves, torch.float32):
+            yield from _resnet50(dtype, channels_last, few)
+    for dtype in halves:
+        yield from _resnet50(dtype, True, rest)
+    for channels_last in (True, False):
+        yield from _resnet50(torch.float32, channels_last, rest)
+    for add, relu_ in _NAMES:
+        layer = Layer((_BATCH, 256, 56, 56), torch.float16, True, add, relu_, training=False)
+        yield batch_norm_case(layer, cuda=True)
 
 
 def _resnet50(
     dtype: torch.dtype,
     channels_last: bool,
     shapes: Mapping[tuple[bool, bool], tuple[tuple[int, int], ...]],
-    quick: tuple[int, int] | None = None,
-) -> Iterator[BatchNormCase]:
-    for (add, relu), chosen in shapes.items():
+) -> Iterator[Case]:
+    for (add, relu_), chosen in shapes.items():
         for channels, height in chosen:
-            layer = Layer((_BATCH, channels, height, height), dtype, channels_last, add, relu)
-            yield BatchNormCase(layer, cuda=True, quick=(channels, height) == quick)
+            layer = Layer((_BATCH, channels, height, height), dtype, channels_last, add, relu_)
+            quick = dtype == torch.float16 and channels_last and (channels, height) == (256, 56)
+            yield batch_norm_case(layer, cuda=True, quick=quick)

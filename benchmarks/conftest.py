@@ -1,8 +1,7 @@
-"""What all benchmarks here share: threads, the yardstick, the race that feeds pytest-benchmark.
+"""What `python -m pytest benchmarks` needs: threads, the yardstick, the race that feeds pytest-benchmark.
 
-pytest-benchmark would time one candidate after the other. Here our call is the one it times, and
-the peers run in the set-up of each of its rounds, so all of them are interleaved as in
-`python -m benchmarks`, from whose cases these come.
+pytest-benchmark would time one candidate after the other. Here our call is the one it times, and the peers run in the
+set-up of each of its rounds, so all of them are interleaved as in `python -m benchmarks`, from whose cases these come.
 """
 
 from __future__ import annotations
@@ -16,42 +15,24 @@ import pytest
 import torch
 
 from benchmarks.case import Case
-from benchmarks.device import HostDevice
-from benchmarks.measure import (
-    CaseResult,
-    Contest,
-    CopyYardstick,
-    settle_allocator,
-)
-from benchmarks.report import cases_table
+from benchmarks.measure import Contest, CopyYardstick, HostDevice, settle_allocator
 from benchmarks.timer import collector_paused
 
 _SECONDS_PER_CASE = 2.0
-_RESULTS = pytest.StashKey[list[CaseResult]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--threads", type=int, default=min(2, os.cpu_count() or 1), help="threads of both sides"
-    )
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_RESULTS] = []
-
-
-@pytest.fixture(scope="session", autouse=True)
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.config.getoption("--threads"))
-    settle_allocator()
-    yield torch.get_num_threads()
-    torch.set_num_threads(before)
+    threads = min(2, os.cpu_count() or 1)
+    parser.addoption("--threads", type=int, default=threads, help="threads of both sides")
 
 
 @pytest.fixture(scope="session")
-def device(threads: int) -> HostDevice:
-    return HostDevice()
+def device(request: pytest.FixtureRequest) -> Iterator[HostDevice]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.config.getoption("--threads"))
+    settle_allocator()
+    yield HostDevice()
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -61,18 +42,15 @@ def yardstick(device: HostDevice) -> CopyYardstick:
 
 @pytest.fixture
 def side_by_side(
-    request: pytest.FixtureRequest,
-    benchmark: Any,
-    device: HostDevice,
-    yardstick: CopyYardstick,
+    benchmark: Any, device: HostDevice, yardstick: CopyYardstick
 ) -> Callable[[Case], None]:
-    """Races a case; its numbers go to pytest-benchmark's `extra_info` and to the final table."""
+    """Races a case; its numbers go to pytest-benchmark's `extra_info`."""
 
     def run(case: Case) -> None:
-        needed = case.memory_needed(device.ground.sets(case))
+        needed = case.memory_needed(device.sets(case))
         if needed > device.free_bytes():
             pytest.skip(f"needs {needed / 2**30:.1f} GiB of memory")
-        contest = Contest(case, yardstick, device.ground)
+        contest = Contest(case, yardstick, device)
         contest.warm_up()
         start = time.perf_counter()
         contest.race.warm_up(1)
@@ -88,22 +66,8 @@ def side_by_side(
                 lambda: contest.race.lap(0), setup=run_peers, rounds=max(5, min(rounds, 200))
             )
         result = contest.result()
-        benchmark.extra_info.update(
-            floor_bytes=case.floor_bytes,
-            gigabytes_per_second=result.gigabytes_per_second,
-            share_of_copy=result.share_of_copy,
-            nanoseconds_per_tensor=result.nanoseconds_per_tensor,
-            ratios={peer.timing.name: peer.ratio for peer in result.peers},
-        )
-        request.config.stash[_RESULTS].append(result)
+        told = ("floor_bytes", "gigabytes_per_second", "share_of_copy", "nanoseconds_per_tensor")
+        benchmark.extra_info.update({name: result[name] for name in told})
+        benchmark.extra_info["ratios"] = {p["name"]: p["ratio"] for p in result["peers"]}
 
     return run
-
-
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
-    results = config.stash[_RESULTS]
-    if results:
-        threads = config.getoption("--threads")
-        terminalreporter.write(f"\n{cases_table(results, f'threads: {threads}')}\n")

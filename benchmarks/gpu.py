@@ -1,13 +1,16 @@
-"""Build, tests, sanitizers and benchmarks on a machine with a GPU, in under nine minutes.
+"""Builds, tests and measures on a machine with a GPU, in two calls that lose nothing when they are cut short.
 
-    make gpu                    # or: python -m benchmarks.gpu
-    make gpu ARGS=--rehearse    # the same without a GPU, on emulated kernels
-    make gpu ARGS=--dry         # only says what would run
+    make gpu-carry                  # before, on a machine without a GPU: a wheel that travels, in build/carry
+    make gpu ARGS=correctness       # at most 330 s: doctor, memcheck, tests, racecheck, initcheck
+    make gpu ARGS=figures           # at most 240 s: the benchmark, what matters most first, then ncu
+    make gpu                        # both, one after the other
+    make gpu ARGS=--rehearse        # the same without a GPU, on the emulated kernels of `make test`
+    make gpu ARGS=--dry             # only says what would run
 
-Nothing is fetched: the Python that runs this needs torch, numpy, pybind11, scikit-build-core,
-ninja, cmake, pytest, pytest-benchmark and hypothesis. Every stage runs, also after one that failed,
-and ends on a schedule; time that one leaves over goes to those behind it. Where the source came
-without its history, STEADYGRAD_REVISION names the commit for the result file.
+Nothing is fetched: the Python that runs this needs torch, numpy, pytest, pytest-xdist, hypothesis, rich, jinja2 and
+matplotlib, and, where no carried wheel loads, pybind11, scikit-build-core, ninja and cmake. Every stage runs, also
+after one that failed, and ends on a schedule, by SIGINT and then by SIGKILL; time that one leaves over goes to those
+behind it. Where the source came without its history, STEADYGRAD_REVISION names the commit for the result files.
 """
 
 from __future__ import annotations
@@ -16,25 +19,35 @@ import argparse
 import importlib.util
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from benchmarks.result_files import RESULTS, file_name
+from threading import Thread
+from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILD_MODULES = ("pybind11", "scikit_build_core")
-BUILD_TOOLS = ("cmake", "ninja")
-# Patterns of the test files that cannot do without packages that the rest can do without.
-TESTS_THAT_NEED = {
-    "mlxtend": ("tests/study/test_*.py",),
-    "rich": ("tests/benchmarks/test_*.py", "tests/study/test_*.py"),
+CARRIED = ROOT / "build" / "carry"
+RESULTS = ROOT / "benchmarks" / "results"
+# Seconds of each call, and the files that it writes.
+LIMITS = {"correctness": 330, "figures": 240}
+LOGS = {
+    "correctness": ("build.log", "machine.json", "sanitizers.log", "tests.log", "correctness.txt"),
+    "figures": ("build.log", "benchmark.log", "benchmark.json", "ncu.csv", "figures.txt"),
 }
+# The tests of a GPU that fit in 120 s on 8 workers: every kernel, dtype and policy, streams, graphs, sync-debug mode.
+TESTS = "gpu and not (ranks or compile or integration or slow)"
+# Found in the output while a stage runs, and said at once.
+FAILURE = re.compile(rb"\bFAILED\b|^WRONG |^ERROR tests|^========= +(Invalid|Uninit|Error:|Race)")
+# Seconds between SIGINT, at which pytest and the benchmark say what they have, and SIGKILL.
+GRACE = 8.0
 METRICS = (
     "gpu__time_duration.sum",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed",
@@ -43,11 +56,17 @@ METRICS = (
     "sm__warps_active.avg.pct_of_peak_sustained_active",
     "launch__registers_per_thread",
 )
+# What ncu looks at; a test compares it with the kernels in csrc/cuda.
+KERNELS = (
+    "(grad_norm|norm_scale|decide|update|transform|upload|unit_clip|policy_norms|add_penalty|penalty_value"
+    "|soft_threshold|statistics|normalize|gradient_sums|input_gradient|one_read_forward|one_read_backward"
+    "|finish_gradients|combine)_kernel"
+)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of the run.
+    """One command of a call.
 
     Attributes:
         name: what the summary calls it.
@@ -56,7 +75,8 @@ class Stage:
         log: file in the output folder that its output is added to.
         modules: Python modules without which it cannot run.
         tools: programs without which it cannot run.
-        optional: whether it is left out where something is missing, and that is no failure.
+        optional: whether the call goes well without it.
+        unless: name of the stage whose success makes this one needless.
         environment: variables on top of this process's.
     """
 
@@ -67,6 +87,7 @@ class Stage:
     modules: tuple[str, ...] = ()
     tools: tuple[str, ...] = ()
     optional: bool = False
+    unless: str = ""
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -80,194 +101,227 @@ class Outcome:
 
     @property
     def failed(self) -> bool:
-        return self.verdict != "ok" and not self.verdict.startswith("left out")
+        """Whether the call failed with it."""
+        return self.verdict != "ok" and not self.stage.optional and not self.needless
+
+    @property
+    def needless(self) -> bool:
+        """Whether another stage has made it so."""
+        return self.verdict.startswith("not needed")
 
 
-def _install(python: str, build: str, limit: float, *, rehearse: bool = False) -> Stage:
-    options: tuple[str, ...] = ()
-    if rehearse:
-        # One architecture: without a GPU, all of a release would be compiled.
-        options = ("-C", "cmake.define.CMAKE_CUDA_ARCHITECTURES=90-real")
-        options += ("-C", "cmake.define.STEADYGRAD_EMULATION=ON")
-    return Stage(
-        "build",
-        (
-            *(python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index"),
-            *("-C", f"build-dir={ROOT / 'build' / build}", *options, "."),
-        ),
-        limit,
-        "build.log",
-        ("pip", *BUILD_MODULES),
-        BUILD_TOOLS,
-        optional=rehearse,
+def _architectures() -> str:
+    """Return what to compile for: CUDAARCHS, else the GPUs that are there, else Hopper."""
+    if chosen := os.environ.get("CUDAARCHS"):
+        return chosen
+    query = ("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        found = []
+    return ";".join(sorted({f"{each.replace('.', '')}-real" for each in found})) or "90-real"
+
+
+def _installs(python: str, limit: float) -> list[Stage]:
+    """Install the carried wheel, if it loads here, else build one for the GPU that is here."""
+    install = (python, "-m", "pip", "install", "--no-deps", "--no-index", "--force-reinstall")
+    loads = "import steadygrad as s; assert s._kernels.build_info()['cuda']['compiled']"
+    stages = []
+    for wheel in sorted(CARRIED.glob("steadygrad-*.whl"))[-1:]:
+        both = (shlex.join((*install, str(wheel))), shlex.join((python, "-c", loads)))
+        command = ("sh", "-c", " && ".join(both))
+        stages.append(Stage("carried wheel", command, 15, "build.log", ("pip",), optional=True))
+    build: tuple[str, ...] = (
+        *install,
+        "--no-build-isolation",
+        "-C",
+        f"build-dir={ROOT / 'build' / 'gpu'}",
     )
+    build += ("-C", "cmake.define.STEADYGRAD_CUDA=REQUIRED", ".")
+    modules, tools = ("pip", "pybind11", "scikit_build_core"), ("cmake", "ninja")
+    variables = {"CUDAARCHS": _architectures()}
+    seconds = limit - sum(stage.limit for stage in stages)
+    return [
+        *stages,
+        Stage(
+            *("build", build, seconds, "build.log", modules, tools),
+            unless="carried wheel",
+            environment=variables,
+        ),
+    ]
 
 
-def _doctor(python: str) -> Stage:
-    command = (python, "-m", "steadygrad", "doctor")
-    return Stage("doctor", command, 20, "build.log", ("numpy", "torch"), optional=True)
+def _tests(python: str, which: str, limit: float, workers: int, *folders: str) -> Stage:
+    # One line a test as it ends; what failed is shown in full at the end, or at SIGINT.
+    options: tuple[str, ...] = (
+        "-v",
+        "-rN",
+        "--maxfail=50",
+        "--durations=10",
+        "-p",
+        "no:cacheprovider",
+    )
+    options += ("-n", str(workers), "--dist", "worksteal", "--hypothesis-profile", "gpu")
+    # Their imports need packages that are not here.
+    for folder in ("benchmarks", "integrations", "study"):
+        options += (f"--ignore=tests/{folder}",)
+    command = (python, "-m", "pytest", *options, "-m", which, *folders)
+    return Stage("tests", command, limit, "tests.log", ("torch", "pytest", "hypothesis", "xdist"))
 
 
-def _tests(python: str, name: str, which: str, limit: float) -> Stage:
-    options = ("-q", "--maxfail=25", "--durations=5", "-p", "no:cacheprovider")
-    without = tuple(f"--ignore={path}" for path in untestable())
-    command = (python, "-m", "pytest", *options, *without, "-m", which)
-    return Stage(name, command, limit, "tests.log", ("torch", "pytest", "hypothesis"))
-
-
-def untestable() -> list[str]:
-    """Test files that are left out for want of a package."""
-    lacking = (name for name in TESTS_THAT_NEED if importlib.util.find_spec(name) is None)
-    return sorted({path for name in lacking for path in _test_files(name)})
-
-
-def _test_files(package: str) -> list[str]:
-    """Those that need the package; a pattern that no file fits any more is an error, as its tests would run."""
-    paths: list[str] = []
-    for pattern in TESTS_THAT_NEED[package]:
-        found = [path.relative_to(ROOT).as_posix() for path in ROOT.glob(pattern)]
-        if not found:
-            raise FileNotFoundError(f"TESTS_THAT_NEED[{package!r}]: no file fits {pattern}")
-        paths += found
-    return paths
-
-
-def _sanitizer(python: str, tool: str, *dtypes: str) -> Stage:
+def _sanitizer(python: str, tool: str, limit: float, *dtypes: str) -> Stage:
     command = (
         *("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"),
         # torch asks the driver for functions that it may not have; that is not our error.
         *("--report-api-errors", "no"),
-        *(python, "-m", "benchmarks.sanitized_steps", "--dtypes", *dtypes),
+        *(python, "-m", "tests.sanitize.every_kernel_once", "--dtypes", *dtypes),
     )
     return Stage(
-        tool, command, 35, "sanitizers.log", ("torch",), ("compute-sanitizer",),
+        *(tool, command, limit, "sanitizers.log", ("torch",), ("compute-sanitizer",)),
         environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-    )  # fmt: skip
-
-
-def plan(python: str, out: Path) -> list[Stage]:
-    """What runs on a machine with a GPU; what matters least comes last."""
-    metrics = ("--metrics", ",".join(METRICS), "--clock-control", "none", "--csv", "--page", "raw")
-    kernels = (
-        "--profile-from-start",
-        "off",
-        "--kernel-name",
-        "regex:grad_norm_kernel|update_kernel|batch_norm",
     )
-    return [
-        _install(python, "gpu", 120),
-        _doctor(python),
-        _tests(python, "tests on the GPU", "gpu", 100),
-        _sanitizer(python, "memcheck", "float32", "float64", "bfloat16", "float16"),
-        _sanitizer(python, "racecheck", "float32", "bfloat16"),
-        _sanitizer(python, "initcheck", "float32", "bfloat16"),
-        Stage(
-            "benchmark",
-            (
-                *(python, "-m", "benchmarks", "--device", "cuda", "--limit", "95"),
-                *("--out", str(out / "benchmark.json")),
-            ),
-            125,
-            "benchmark.log",
-            ("torch",),
-        ),
-        Stage(
-            "profile",
-            (
-                *("ncu", *metrics, *kernels, "--log-file", str(out / "ncu.csv")),
-                *(python, "-m", "benchmarks.profiled_step"),
-            ),
-            30,
-            "benchmark.log",
-            ("torch",),
-            ("ncu",),
-            optional=True,
-        ),
-        _tests(python, "other tests", "not gpu", 35),
-    ]
 
 
-def rehearsal(python: str, out: Path) -> list[Stage]:
-    """The same without a GPU. Where build tools are missing, what is installed is used."""
-    return [
-        _install(python, "rehearsal", 480, rehearse=True),
-        _doctor(python),
-        _tests(python, "tests", "emulated", 400),
-        Stage(
-            "each operation once",
-            (python, "-m", "benchmarks.sanitized_steps", "--emulate"),
-            60,
-            "sanitizers.log",
-            ("torch", "steadygrad_emulated"),
-        ),
-        Stage(
-            "benchmark",
-            (python, "-m", "benchmarks.rehearsal", "--out", str(out / "rehearsal.json")),
-            120,
-            "benchmark.log",
-            ("torch", "steadygrad_emulated"),
-        ),
-    ]
+def _machine(python: str, out: Path) -> Stage:
+    command = (python, "-m", "benchmarks.environment", str(out / "machine.json"))
+    return Stage("machine", command, 10, "build.log", ("torch",))
+
+
+def plan(python: str, out: Path) -> dict[str, list[Stage]]:
+    """Return what runs on a machine with a GPU; what matters least comes last."""
+    doctor = Stage("doctor", (python, "-m", "steadygrad", "doctor"), 15, "build.log", ("torch",))
+    metrics = ("--metrics", ",".join(METRICS), "--clock-control", "none", "--csv", "--page", "raw")
+    kernels = ("--profile-from-start", "off", "--kernel-name", f"regex:{KERNELS}")
+    benchmark = ("--device", "cuda", "--limit", "135", "--out", str(out / "benchmark.json"))
+    ncu = ("ncu", *metrics, *kernels, "--log-file", str(out / "ncu.csv"))
+    all_dtypes = ("float32", "bfloat16", "float16", "float64")
+    return {
+        "correctness": [
+            *_installs(python, 75),
+            doctor,
+            _machine(python, out),
+            _sanitizer(python, "memcheck", 45, *all_dtypes),
+            _tests(python, TESTS, 120, 8, "tests"),
+            _sanitizer(python, "racecheck", 40, "float32", "bfloat16"),
+            _sanitizer(python, "initcheck", 25, "float32", "bfloat16"),
+        ],
+        "figures": [
+            *_installs(python, 50),
+            Stage(
+                *("benchmark", (python, "-m", "benchmarks", *benchmark), 150, "benchmark.log"),
+                modules=("torch", "rich"),
+            ),
+            Stage(
+                *("profile", (*ncu, python, "-m", "benchmarks.profiled_step"), 40, "benchmark.log"),
+                modules=("torch",),
+                tools=("ncu",),
+                optional=True,
+            ),
+        ],
+    }
+
+
+def rehearsal(python: str, out: Path) -> dict[str, list[Stage]]:
+    """Return the same without a GPU: the emulated kernels are slower, so of the tests only those run that fit."""
+    once = (python, "-m", "tests.sanitize.every_kernel_once", "--emulate")
+    benchmark = ("--device", "emulated", "--out", str(out / "benchmark.json"))
+    needs = ("torch", "steadygrad_emulated")
+    which = TESTS.replace("gpu", "emulated")
+    return {
+        "correctness": [
+            Stage("doctor", (python, "-m", "steadygrad", "doctor"), 30, "build.log", ("torch",)),
+            _machine(python, out),
+            Stage("each operation once", once, 120, "sanitizers.log", needs),
+            _tests(python, which, 300, 1, "tests/clip", "tests/penalty", "tests/policies"),
+        ],
+        "figures": [
+            Stage(
+                *("benchmark", (python, "-m", "benchmarks", *benchmark), 300, "benchmark.log"),
+                modules=needs,
+            ),
+        ],
+    }
 
 
 def extend_path() -> None:
-    """Let programs be found beside this Python and in the CUDA toolkit."""
+    """Let stages find programs that lie beside this Python, and nvcc where it usually is."""
     cuda = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     beside = Path(sys.executable).parent
     os.environ["PATH"] = os.pathsep.join([str(beside), os.environ["PATH"], f"{cuda}/bin"])
 
 
 def missing(stage: Stage) -> list[str]:
-    """The modules and tools that a stage needs and this machine lacks."""
+    """Return the modules and tools that a stage needs and this machine lacks."""
+    importlib.invalidate_caches()  # an earlier stage may have installed what this one needs
     modules = [name for name in stage.modules if importlib.util.find_spec(name) is None]
     return modules + [name for name in stage.tools if shutil.which(name) is None]
 
 
-def run_stage(stage: Stage, out: Path, seconds: float) -> Outcome:
-    """Run one stage for at most `seconds`; its whole process group ends with it."""
-    importlib.invalidate_caches()  # an earlier stage may have installed what this one needs
+def run_stage(stage: Stage, out: Path, seconds: float, say: Callable[[str], None]) -> Outcome:
+    """Run one stage for at most `seconds`; its whole process group ends with it.
+
+    Its output goes to its log line by line, and what looks like a failure is said at once.
+    """
     if lacks := missing(stage):
-        reason = f"{', '.join(lacks)} not found"
-        return Outcome(stage, f"left out: {reason}" if stage.optional else reason, 0.0)
+        return Outcome(stage, f"{', '.join(lacks)} not found", 0.0)
     start = time.monotonic()
-    environment = {**os.environ, "COLUMNS": "140", "PIP_NO_INDEX": "1", **stage.environment}
+    environment = {**os.environ, "COLUMNS": "140", "PIP_NO_INDEX": "1", "PYTHONUNBUFFERED": "1"}
     # pip refuses constraints for a build that has no environment of its own.
     environment.pop("PIP_BUILD_CONSTRAINT", None)
-    with (out / stage.log).open("a", encoding="utf-8") as log:
-        log.write(f"\n== {stage.name}: {' '.join(stage.command)}\n")
-        log.flush()
-        process = subprocess.Popen(
-            stage.command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+    process = subprocess.Popen(
+        stage.command, cwd=ROOT, env={**environment, **stage.environment}, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    reader = Thread(target=_copy, args=(process.stdout, stage, out, say), daemon=True)
+    reader.start()
+    verdict = f"stopped after {seconds:.0f} s"
+    try:
+        code = process.wait(timeout=max(seconds - GRACE, 1.0))
+        verdict = "ok" if code == 0 else f"exit status {code}"
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGINT)
         try:
-            code = process.wait(timeout=max(seconds, 1.0))
-            verdict = "ok" if code == 0 else f"exit status {code}"
+            process.wait(timeout=GRACE)
         except subprocess.TimeoutExpired:
-            verdict = f"stopped after {seconds:.0f} s"
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            verdict += ", killed"
+    finally:
+        with suppress(ProcessLookupError):  # nothing of it is left
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        reader.join(GRACE)
     return Outcome(stage, verdict, time.monotonic() - start)
+
+
+def _copy(output: IO[bytes], stage: Stage, out: Path, say: Callable[[str], None]) -> None:
+    with (out / stage.log).open("ab") as log, output:
+        log.write(f"\n== {stage.name}: {shlex.join(stage.command)}\n".encode())
+        for line in output:
+            log.write(line)
+            log.flush()
+            if FAILURE.search(line):
+                say(f"    {line.decode(errors='replace').rstrip()}")
 
 
 def run_all(
     stages: Iterable[Stage],
     out: Path,
     say: Callable[[str], None],
-    runner: Callable[[Stage, Path, float], Outcome] = run_stage,
+    runner: Callable[[Stage, Path, float, Callable[[str], None]], Outcome] = run_stage,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[Outcome]:
     """Run the stages in turn, each until its end on the schedule."""
     start, end = clock(), 0.0
-    outcomes = []
+    outcomes: list[Outcome] = []
     for stage in stages:
         end += stage.limit
-        say(f"{stage.name} ...")
-        outcome = runner(stage, out, start + end - clock())
-        say(f"{stage.name}: {outcome.verdict}, {outcome.seconds:.1f} s")
-        if outcome.failed and (out / stage.log).exists():
+        if any(o.stage.name == stage.unless and o.verdict == "ok" for o in outcomes):
+            outcome = Outcome(stage, f"not needed: {stage.unless}", 0.0)
+        else:
+            say(f"{stage.name} ...")
+            outcome = runner(stage, out, start + end - clock(), say)
+        say(f"{stage.name}: {outcome.seconds:.1f} s, {outcome.verdict}")
+        if outcome.verdict != "ok" and not outcome.needless and (out / stage.log).exists():
             lines = (out / stage.log).read_text(encoding="utf-8", errors="replace").splitlines()
             say("\n".join(f"    {line}" for line in lines[-25:]))
         outcomes.append(outcome)
@@ -276,6 +330,9 @@ def run_all(
 
 def keep_result(out: Path, results: Path = RESULTS) -> Path | None:
     """Copy the benchmark's numbers to the results; None if there are none, or not of a GPU."""
+    # torch is needed for it, which the driver of the stages does without.
+    from benchmarks.results import file_name
+
     try:
         result = json.loads((out / "benchmark.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -286,55 +343,64 @@ def keep_result(out: Path, results: Path = RESULTS) -> Path | None:
     return Path(shutil.copy(out / "benchmark.json", results / file_name(result)))
 
 
-def summary(outcomes: Sequence[Outcome]) -> str:
-    """One line a stage, and one for all."""
-    width = max(len(outcome.stage.name) for outcome in outcomes)
-    lines = [f"{o.stage.name:<{width}}  {o.seconds:6.1f} s  {o.verdict}" for o in outcomes]
-    failed = sum(outcome.failed for outcome in outcomes)
-    total = sum(outcome.seconds for outcome in outcomes)
-    lines.append(f"{failed} of {len(outcomes)} stages failed, {total:.0f} s in all")
-    return "\n".join(lines)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rehearse", action="store_true", help="emulated kernels, without a GPU")
-    parser.add_argument("--dry", action="store_true", help="only say what would run")
-    parser.add_argument(
-        "--out", type=Path, default=Path("out/gpu"), metavar="DIR", help="folder (default: out/gpu)"
-    )
+    option = parser.add_argument
+    option("call", nargs="?", choices=LIMITS, help="which of the two (default: both in turn)")
+    option("--rehearse", action="store_true", help="emulated kernels, without a GPU")
+    option("--dry", action="store_true", help="only say what would run")
+    option("--out", type=Path, default=Path("out/gpu"), metavar="DIR", help="default: out/gpu")
     options = parser.parse_args(argv)
     extend_path()
     out = options.out.resolve()
-    stages = (rehearsal if options.rehearse else plan)(sys.executable, out)
+    calls = (rehearsal if options.rehearse else plan)(sys.executable, out)
+    failed = 0
+    for call, stages in calls.items():
+        if options.call in (None, call):
+            failed += (_describe if options.dry else _run)(call, stages, out)
+    if not options.dry and not options.rehearse and (kept := keep_result(out)):
+        sys.stdout.write(f"Numbers copied to {kept}; make performance renews the page\n")
+    return 1 if failed else 0
 
-    def say(text: str) -> None:
-        sys.stdout.write(f"{text}\n")
-        sys.stdout.flush()
 
-    for path in untestable():
-        say(f"{path} is left out: a package that it needs is missing")
-    if options.dry:
-        for stage in stages:
-            lacks = f"  (not found: {', '.join(missing(stage))})" if missing(stage) else ""
-            say(f"{stage.name}, {stage.limit:.0f} s{lacks}\n    {' '.join(stage.command)}")
-        say(f"{sum(stage.limit for stage in stages):.0f} s at most")
-        return 0
+def _describe(call: str, stages: Sequence[Stage], out: Path) -> int:
+    total = sum(stage.limit for stage in stages)
+    lines = [f"{call}: {total:.0f} s at most, into {', '.join(LOGS[call])}"]
+    for stage in stages:
+        lacks = f"  (not found: {', '.join(missing(stage))})" if missing(stage) else ""
+        unless = f", unless {stage.unless} went well" if stage.unless else ""
+        lines.append(f"  {stage.name}, {stage.limit:.0f} s{unless}{lacks}")
+        lines.append(f"      {shlex.join(stage.command)}")
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
+def _run(call: str, stages: Sequence[Stage], out: Path) -> int:
+    """Run a call; return how many of its stages failed. What was said is in a file, too, as it comes."""
     out.mkdir(parents=True, exist_ok=True)
-    for name in (*{stage.log for stage in stages}, "benchmark.json", "ncu.csv", "rehearsal.json"):
+    for name in LOGS[call]:
         (out / name).unlink(missing_ok=True)
-    outcomes = run_all(stages, out, say)
-    text = summary(outcomes)
-    if options.rehearse:
-        text = f"Rehearsal: no GPU was used.\n{text}"
-    elif kept := keep_result(out):
-        text += f"\nNumbers written to {kept.relative_to(ROOT)}; make performance renews the page"
-    (out / "summary.txt").write_text(f"{text}\n", encoding="utf-8")
-    say(f"\n{text}\nLogs are in {options.out}")
-    return 1 if any(outcome.failed for outcome in outcomes) else 0
+    with (out / f"{call}.txt").open("w", encoding="utf-8") as file:
+
+        def say(text: str) -> None:
+            for stream in (sys.stdout, file):
+                stream.write(f"{text}\n")
+                stream.flush()
+
+        outcomes = run_all(stages, out, say)
+        say(f"\n{call}")
+        for outcome in outcomes:
+            say(f"{outcome.stage.name:<20} {outcome.seconds:6.1f} s  {outcome.verdict}")
+        failed = sum(outcome.failed for outcome in outcomes)
+        total = sum(outcome.seconds for outcome in outcomes)
+        say(f"{failed} of {len(outcomes)} stages failed, {total:.0f} s in all; logs are in {out}")
+    return failed
 
 
 if __name__ == "__main__":
+    # A program in the background ignores SIGINT, and so would all that it starts; SIGTERM would leave them behind.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     sys.exit(main())

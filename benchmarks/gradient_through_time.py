@@ -1,7 +1,7 @@
 """Why the temporal-order problem stops being solvable: what a gradient says, by length.
 
-For several lengths, at the start and after 300 steps with clipping at 1: how the gradient changes on
-its way back to the marks, and how much the gradients of two batches have in common. Prints Markdown.
+For several lengths, at the start and after 300 steps with clipping at 1: how the gradient changes on its way back to
+the marks, and how much the gradients of two batches have in common. Prints Markdown.
 
 Run it with: python -m benchmarks.gradient_through_time
 """
@@ -9,6 +9,7 @@ Run it with: python -m benchmarks.gradient_through_time
 from __future__ import annotations
 
 import sys
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -17,29 +18,23 @@ from torch.nn.functional import cross_entropy
 import steadygrad as sg
 import study
 
-LENGTHS = (20, 30, 50, 100)
-GAINS = (1.0, 1.5)
-SEEDS = 3
-STEPS = 300
+LENGTHS, GAINS, SEEDS, STEPS = (20, 30, 50, 100), (1.0, 1.5), 3, 300
 HEADER = (
     "| recurrent gain | length | after | decades to the first mark | to the second "
     "| cosine of two batches | median norm |"
 )
 
 
-def decades_to_the_marks(model: nn.Module, task: study.TemporalOrder) -> tuple[float, float]:
-    """Median over sequences of log10 |dL/dh_t| / |dL/dh_T|, at the two marks."""
+def decades_to_the_marks(model: nn.Module, task: study.TemporalOrder) -> tuple[float, ...]:
+    """Return the median over sequences of log10 |dL/dh_t| / |dL/dh_T|, at the two marks."""
     inputs, targets = next(task.batches(200, torch.Generator().manual_seed(99)))
     weights = dict(model.named_parameters())
     state = torch.zeros(len(inputs), 50)
     states: list[Tensor] = []
+    bias = weights["recurrent.bias_ih_l0"] + weights["recurrent.bias_hh_l0"]
     for step in inputs.unbind(1):
-        state = torch.tanh(
-            step @ weights["recurrent.weight_ih_l0"].T
-            + weights["recurrent.bias_ih_l0"]
-            + state @ weights["recurrent.weight_hh_l0"].T
-            + weights["recurrent.bias_hh_l0"]
-        )
+        recurrent = state @ weights["recurrent.weight_hh_l0"].T
+        state = torch.tanh(step @ weights["recurrent.weight_ih_l0"].T + recurrent + bias)
         state.retain_grad()
         states.append(state)
     outputs = state @ weights["output.weight"].T + weights["output.bias"]
@@ -47,12 +42,11 @@ def decades_to_the_marks(model: nn.Module, task: study.TemporalOrder) -> tuple[f
     norms = torch.stack([each.grad.norm(dim=1) for each in states if each.grad is not None], 1)
     decades = (norms / norms[:, -1:]).log10()
     marks = (inputs[:, :, :2].sum(2) > 0).nonzero()[:, 1].view(-1, 2)
-    first, second = decades.gather(1, marks).median(0).values.tolist()
-    return first, second
+    return tuple(decades.gather(1, marks).median(0).values.tolist())
 
 
 def agreement(model: nn.Module, task: study.TemporalOrder) -> tuple[float, float]:
-    """Mean cosine between the gradients of batches of 20, and the median of their norms."""
+    """Return the mean cosine between the gradients of batches of 20, and the median of their norms."""
     batches = task.batches(20, torch.Generator().manual_seed(98))
     gradients = []
     for _ in range(30):
@@ -69,7 +63,7 @@ def agreement(model: nn.Module, task: study.TemporalOrder) -> tuple[float, float
 
 
 def train(model: nn.Module, task: study.TemporalOrder, seed: int) -> None:
-    """SGD at 0.1 with clipping at 1, as in the experiment."""
+    """Take steps of SGD at 0.1 with clipping at 1, as in the experiment."""
     optimizer = sg.optim.SGD(model.parameters(), lr=0.1, max_norm=1.0)
     batches = task.batches(20, torch.Generator().manual_seed(seed))
     for _ in range(STEPS):
@@ -83,22 +77,20 @@ def main() -> None:
     """Print a row per gain, length and state of training: means over seeds."""
     torch.set_num_threads(1)
     sys.stdout.write(f"{HEADER}\n{'| ---: ' * 7}|\n")
-    for gain in GAINS:
-        for length in LENGTHS:
-            task = study.TemporalOrder(length)
-            rows: dict[str, list[tuple[float, ...]]] = {"0 steps": [], f"{STEPS} steps": []}
-            for seed in range(SEEDS):
-                spec = study.Recurrent(hidden=50, recurrent_gain=gain)
-                model = spec.build(task.inputs, task.outputs, torch.Generator().manual_seed(seed))
-                for after, found in rows.items():
-                    if after != "0 steps":
-                        train(model, task, seed)
-                    found.append((*decades_to_the_marks(model, task), *agreement(model, task)))
-            for after, found in rows.items():
-                first, second, cosine, norm = torch.tensor(found).mean(0).tolist()
-                numbers = f"{first:.1f} | {second:.1f} | {cosine:.2f} | {norm:.2g}"
-                sys.stdout.write(f"| {gain:g} | {length} | {after} | {numbers} |\n")
-                sys.stdout.flush()
+    for gain, length in product(GAINS, LENGTHS):
+        task = study.TemporalOrder(length)
+        untrained, trained = [], []
+        for seed in range(SEEDS):
+            spec = study.Recurrent(hidden=50, recurrent_gain=gain)
+            model = spec.build(task.inputs, task.outputs, torch.Generator().manual_seed(seed))
+            untrained.append((*decades_to_the_marks(model, task), *agreement(model, task)))
+            train(model, task, seed)
+            trained.append((*decades_to_the_marks(model, task), *agreement(model, task)))
+        for steps, found in ((0, untrained), (STEPS, trained)):
+            first, second, cosine, norm = torch.tensor(found).mean(0).tolist()
+            numbers = f"{first:.1f} | {second:.1f} | {cosine:.2f} | {norm:.2g}"
+            sys.stdout.write(f"| {gain:g} | {length} | {steps} steps | {numbers} |\n")
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":

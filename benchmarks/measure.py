@@ -1,85 +1,66 @@
-"""Runs cases: races the candidates beside a copy of memory and derives the numbers."""
+"""Runs cases: races the candidates beside a copy of memory and derives the numbers of a result file."""
 
 from __future__ import annotations
 
 import ctypes
+import datetime
+import gc
+import math
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 
+from benchmarks import environment
 from benchmarks.case import Build, Case
+from benchmarks.cases import CASES, CUDA_CASES
+from benchmarks.results import SCHEMA, Result, judge, summaries
 from benchmarks.timer import (
     Candidate,
+    CudaEvents,
+    DeviceRace,
+    Events,
     Race,
     Timing,
+    once_over,
     quartiles,
-    ratio,
     rotating,
-    round_ratios,
 )
 
 # Bytes of the yardstick's buffers where the caches are small.
 _SMALLEST_BUFFER = 256 * 2**20
+# A buffer comes back after this many times the cache was written elsewhere: nothing of it is left.
+_CACHES_BETWEEN = 4
+# Seconds of a race, and the least and most rounds.
+Effort = tuple[float, int, int]
+QUICK: Effort = (1.5, 5, 200)
+FULL: Effort = (6.0, 9, 1000)
+# How the reason begins why a case was skipped that raised.
+FAILED = "failed"
 
 
-@dataclass(frozen=True)
-class Effort:
-    """How long a case is measured: seconds per race, and bounds on its rounds."""
-
-    seconds: float
-    min_rounds: int
-    max_rounds: int
-
-
-QUICK = Effort(seconds=1.5, min_rounds=5, max_rounds=200)
-FULL = Effort(seconds=6.0, min_rounds=9, max_rounds=1000)
-# A GPU is steadier than a shared host, and a lap there is many calls.
-CUDA_QUICK = Effort(seconds=0.5, min_rounds=5, max_rounds=50)
-CUDA_FULL = Effort(seconds=1.0, min_rounds=7, max_rounds=75)
-
-
-@dataclass(frozen=True)
-class CopyBandwidth:
-    """The memory bandwidth that torch reaches with the same threads, in GB/s.
-
-    Attributes:
-        copy: `target.copy_(source)`, counted as 8 bytes an fp32 element: one read, one write.
-        scale: `target.mul_(x)` in place, counted alike; None on a GPU.
-    """
-
-    copy: float
-    scale: float | None = None
-
-    @property
-    def yardstick(self) -> float:
-        """The larger of the two; what "share of copy" is a share of.
-
-        A CPU's copy reads the destination's cache lines before it overwrites them unless it uses
-        streaming stores, so it may move 12 bytes where 8 are counted. An in-place scaling really
-        moves 8. Taking the larger is the stricter yardstick on every such machine.
-        """
-        return self.copy if self.scale is None else max(self.copy, self.scale)
+class DeviceUnusable(RuntimeError):
+    """A device was asked for that torch or steadygrad cannot use; the message says why."""
 
 
 class CopyYardstick:
     """Two plain copies of memory that take part in every race of a memory-bound case.
 
-    They measure the bandwidth in the same rounds as the candidates, so that a machine that slows
-    down for a minute slows the yardstick too. And they flush the caches once a round: each
-    candidate finds its buffers cold when its turn comes again.
+    They measure the bandwidth in the same rounds as the candidates, so that a machine that slows down for a minute
+    slows the yardstick too. And they flush the caches once a round: each candidate finds its buffers cold when its turn
+    comes. The larger bandwidth counts: a CPU's copy reads the destination's cache lines before it overwrites them
+    unless it uses streaming stores, so it may move 12 bytes where 8 are counted; an in-place scaling really moves 8.
     """
 
     candidates: tuple[Candidate, ...]
 
     def __init__(self, cache_bytes: int) -> None:
-        """Reserve the buffers.
-
-        Args:
-            cache_bytes: size of the last-level cache; each of the two buffers is at least four
-                times as large, and at least 256 MiB.
-        """
+        """Reserve two buffers of at least four times `cache_bytes`, the last-level cache, and of at least 256 MiB."""
         elements = max(_SMALLEST_BUFFER // 4, cache_bytes)
         source, target = torch.ones(elements), torch.ones(elements)
         self._evicting = source[:cache_bytes]
@@ -90,145 +71,154 @@ class CopyYardstick:
         )
 
     def joins(self, case: Case) -> bool:
-        """Whether it takes part in the race of `case`: not where the host's work is the bound."""
+        """Return whether it takes part in the race of `case`: not where the host's work is the bound."""
         return not case.host_cost
 
     def flush(self) -> None:
         """Read four times the cache, so that no candidate finds in it what another has freed."""
         self._evicting.sum()
 
-    def bandwidth(self, timings: Sequence[Timing]) -> CopyBandwidth:
-        """The bandwidth from the laps of `candidates`, in their order."""
+    def bandwidth(self, timings: Sequence[Timing]) -> Result:
+        """Return the bandwidths from the laps of `candidates`, in their order; a GPU has no `mul_`."""
         moved = 2 * self.buffer_bytes / 1e9
-        return CopyBandwidth(*(moved / _busy(timing).median for timing in timings))
-
-    def measure(self, effort: Effort, race: Race) -> CopyBandwidth:
-        """Run `race`, which is between the yardstick's candidates alone."""
-        race.warm_up(1)
-        race.calibrate()
-        return self.bandwidth(race.run(effort.seconds, effort.min_rounds, effort.max_rounds))
+        copy, *scaled = (moved / timing.median("device") for timing in timings)
+        return {
+            "copy_gigabytes_per_second": copy,
+            "mul_gigabytes_per_second": scaled[0] if scaled else None,
+            "yardstick_gigabytes_per_second": max(copy, *scaled) if scaled else copy,
+        }
 
 
 class GpuYardstick(CopyYardstick):
     """torch's copy of 2^28 fp32 elements on the GPU, in every race: no case is without a share."""
 
     def __init__(self, device: torch.device, elements: int = 2**28) -> None:
-        """Reserve the buffers.
-
-        Args:
-            device: where.
-            elements: of each of the two fp32 buffers.
-        """
+        """Reserve two buffers of so many fp32 elements."""
         source, target = torch.randn(elements, device=device), torch.ones(elements, device=device)
         self.buffer_bytes = 4 * elements
         self.candidates = (Candidate("copy_", lambda: target.copy_(source)),)
 
     def joins(self, case: Case) -> bool:
-        """Always."""
+        """Always take part."""
         return True
 
     def flush(self) -> None:
-        """Nothing: a lap is many calls of one candidate, which take turns over sets of buffers."""
+        """Do nothing: a lap is many calls of one candidate, which take turns over sets of buffers."""
 
 
-def _busy(timing: Timing) -> Timing:
-    """The laps in which the memory was busy: by the GPU's clock where there is one."""
-    return timing.counting("device") if timing.device else timing
+class HostDevice:
+    """The CPU: what is measured there, against which memory, how timed."""
+
+    rehearsal = False
+    place = torch.device("cpu")
+    over: Callable[[Sequence[Candidate]], Candidate] = staticmethod(once_over)
+    race: Callable[[Sequence[Candidate]], Race] = staticmethod(Race)
+
+    def __init__(self) -> None:
+        self.environment = environment.this_machine()
+
+    def sets(self, case: Case) -> int:
+        """Return how many sets of buffers keep the caches cold; the yardstick flushes them between calls in place."""
+        return self._beyond_cache(case) if case.allocates else 1
+
+    def _beyond_cache(self, case: Case) -> int:
+        cache = self.environment["cache_bytes"]
+        return max(1, math.ceil(_CACHES_BETWEEN * int(cache) / case.working_set_bytes))
+
+    def cases(self) -> Sequence[Case]:
+        """Return all cases, in their order: on a GPU what matters most first."""
+        return CASES
+
+    def effort(self, quick: bool) -> Effort:
+        """Return for how long a case is measured."""
+        return QUICK if quick else FULL
+
+    def free_bytes(self) -> int:
+        """Return the memory free for buffers."""
+        return environment.available_memory_bytes()
+
+    def yardstick(self) -> CopyYardstick:
+        """Reserve the buffers to measure the copy bandwidth with."""
+        return CopyYardstick(self.environment["cache_bytes"])
+
+    def peak_bytes(self, call: Callable[[], object]) -> int | None:
+        """Run a call; return the most that torch's allocator held beyond what was there, None where it is silent."""
+        call()
+        return None
+
+    def release(self) -> None:
+        """Give back memory that the last case left."""
 
 
-@dataclass(frozen=True)
-class PeerResult:
-    """One peer's laps, and ours against it.
+class CudaDevice(HostDevice):
+    """The current CUDA device, timed by its events."""
 
-    Attributes:
-        timing: the peer's laps.
-        ratio: median(peer) / median(ours).
-        round_ratio: median over the rounds of peer / ours.
-        round_ratio_quartiles: lower and upper quartile of the same.
-    """
+    place = torch.device("cuda")
+    over = staticmethod(rotating)
 
-    timing: Timing
-    ratio: float
-    round_ratio: float
-    round_ratio_quartiles: tuple[float, float]
+    def __init__(self) -> None:
+        """Look at the device.
 
-
-@dataclass(frozen=True)
-class CaseResult:
-    """What was measured for one case.
-
-    Attributes:
-        case: the case.
-        ours: our laps.
-        peers: one result per peer.
-        bandwidth: the copy bandwidth in the same race; None for a case of host cost on the CPU.
-        clock: "wall" or "device": the clock whose laps count.
-        buffer_sets: sets of buffers that every candidate has called over.
-        unavailable: why peers are missing that this torch does not have.
-    """
-
-    case: Case
-    ours: Timing
-    peers: tuple[PeerResult, ...]
-    bandwidth: CopyBandwidth | None
-    clock: str = "wall"
-    buffer_sets: int = 1
-    unavailable: tuple[str, ...] = ()
-
-    @property
-    def gigabytes_per_second(self) -> float:
-        """The case's `floor_bytes` over our median time, on a GPU the median GPU time.
-
-        Passes that find data in cache can lift it above the copy bandwidth.
+        Raises:
+            DeviceUnusable: torch or steadygrad cannot use one; says which, and why.
         """
-        return self.case.floor_bytes / _busy(self.ours).median / 1e9
+        if problem := environment.cuda_problem():
+            raise DeviceUnusable(f"benchmarks: --device cuda: {problem}")
+        self._prepare(environment.this_machine(environment.this_gpu()), CudaEvents())
 
-    @property
-    def share_of_copy(self) -> float | None:
-        """`gigabytes_per_second` over the copy bandwidth; None where that was not measured."""
-        if self.bandwidth is None:
-            return None
-        return self.gigabytes_per_second / self.bandwidth.yardstick
+    def _prepare(self, described: Result, events: Events) -> None:
+        self.environment = described
+        self.race = partial(DeviceRace, events=events)
 
-    @property
-    def nanoseconds_per_tensor(self) -> float:
-        """Our median time over the number of tensors: the cost of a tensor when data is small."""
-        return self.ours.median / self.case.tensors * 1e9
+    def sets(self, case: Case) -> int:
+        # The small ones stay in cache anyway.
+        return 1 if case.host_cost else self._beyond_cache(case)
+
+    def cases(self) -> Sequence[Case]:
+        return CUDA_CASES
+
+    def effort(self, quick: bool) -> Effort:
+        # A GPU is steadier than a shared host, and a lap there is many calls.
+        return (0.5, 5, 50) if quick else (0.6, 7, 75)
+
+    def free_bytes(self) -> int:
+        return int(torch.cuda.mem_get_info()[0])
+
+    def yardstick(self) -> CopyYardstick:
+        return GpuYardstick(self.place)
+
+    def peak_bytes(self, call: Callable[[], object]) -> int | None:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return int(torch.cuda.max_memory_allocated()) - before
+
+    def release(self) -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
-@dataclass(frozen=True)
-class Ground:
-    """Where a race takes place.
+def device_named(name: str) -> HostDevice:
+    """Return the device called "cpu" or "cuda".
 
-    Attributes:
-        device: where the tensors live.
-        race: makes the race from its candidates.
-        sets: how many sets of buffers a candidate has in a case.
-        over: makes one candidate of those over each set.
+    Raises:
+        DeviceUnusable: there is no usable CUDA device; says why.
+        ValueError: the name is another.
     """
-
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    race: Callable[[Sequence[Candidate]], Race] = Race
-    sets: Callable[[Case], int] = lambda case: 1
-    over: Callable[[Sequence[Candidate]], Candidate] = rotating
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"benchmarks: device must be 'cpu' or 'cuda', got {name!r}")
+    return CudaDevice() if name == "cuda" else HostDevice()
 
 
 class Contest:
     """The race of one case: ours, the peers that this torch has, and the yardstick."""
 
-    def __init__(self, case: Case, yardstick: CopyYardstick, ground: Ground | None = None) -> None:
-        """Build the candidates, each over buffers of its own, and call each once.
-
-        Args:
-            case: what is measured.
-            yardstick: takes part where memory is the bound.
-            ground: where; the CPU by default.
-        """
-        self._ground = ground or Ground()
-        self.case = case
-        self.buffer_sets = self._ground.sets(case)
-        self._yardstick = yardstick
-        unavailable = []
+    def __init__(self, case: Case, yardstick: CopyYardstick, device: HostDevice) -> None:
+        """Build the candidates, each over buffers of its own, and call each once."""
+        self.case, self._yardstick, self._device = case, yardstick, device
+        self.buffer_sets = device.sets(case)
+        self.unavailable: list[str] = []
+        self._peaks: list[int | None] = []
         build_ours, *build_peers = case.builds
         candidates = [self._candidate(build_ours)]
         for build in build_peers:
@@ -236,102 +226,183 @@ class Contest:
                 candidates.append(self._candidate(build))
             except (NotImplementedError, RuntimeError) as error:
                 reason = str(error).partition("\n")[0]
-                unavailable.append(f"{type(error).__name__}: {reason}")
-        self.unavailable = tuple(unavailable)
+                self.unavailable.append(f"{type(error).__name__}: {reason}")
         if yardstick.joins(case):
             candidates.extend(yardstick.candidates)
-        self.race = self._ground.race(candidates)
+        self.race = device.race(candidates)
 
     def _candidate(self, build: Build) -> Candidate:
-        sets = [build(self._ground.device) for _ in range(self.buffer_sets)]
+        sets = [build(self._device.place) for _ in range(self.buffer_sets)]
         for candidate in sets:
             candidate.prepare()
             candidate.run()
-        over_all = self._ground.over(sets)
+        sets[0].prepare()
+        self._peaks.append(self._device.peak_bytes(sets[0].run))
+        over_all = self._device.over(sets)
         if self.case.allocates:
             return replace(over_all, prepare=self._yardstick.flush)
         return over_all
 
     def warm_up(self) -> None:
-        """Two untimed calls of every candidate, and as many as the race needs to know its lap."""
+        """Make two untimed calls of every candidate, and as many as the race needs to know its lap."""
         self.race.warm_up(2)
         self.race.calibrate()
 
-    def result(self) -> CaseResult:
-        """The numbers from the laps so far."""
-        return summarise(
-            self.case,
-            self.race.timings(),
-            self._yardstick,
-            buffer_sets=self.buffer_sets,
-            unavailable=self.unavailable,
-        )
+    def result(self) -> Result:
+        """Return the numbers from the laps so far."""
+        found = case_result(self.case, self.race.timings(), self._yardstick)
+        found |= {"buffer_sets": self.buffer_sets, "unavailable": self.unavailable}
+        found["fits_cache"] = self.case.working_set_bytes <= self._device.environment["cache_bytes"]
+        for side, peak in zip((found["ours"], *found["peers"]), self._peaks, strict=True):
+            if peak is not None:
+                side["peak_bytes"] = peak
+        return found
 
 
-def summarise(
-    case: Case,
-    timings: Sequence[Timing],
-    yardstick: CopyYardstick,
-    *,
-    buffer_sets: int = 1,
-    unavailable: tuple[str, ...] = (),
-) -> CaseResult:
-    """The numbers of a case from the laps of its race, the yardstick's last."""
-    joined = len(yardstick.candidates) if yardstick.joins(case) else 0
-    count = len(timings) - joined
-    clock = case.clock if timings[0].device else "wall"
-    ours, *others = (
-        timing.counting(clock) if timing.device else timing for timing in timings[:count]
-    )
-    peers = []
-    for peer in others:
-        per_round = round_ratios(peer, ours)
-        peers.append(
-            PeerResult(peer, ratio(peer, ours), statistics.median(per_round), quartiles(per_round))
-        )
-    bandwidth = yardstick.bandwidth(timings[count:]) if joined else None
-    return CaseResult(case, ours, tuple(peers), bandwidth, clock, buffer_sets, unavailable)
+def case_result(case: Case, timings: Sequence[Timing], yardstick: CopyYardstick) -> Result:
+    """Derive the numbers of a case from the laps of its race, the yardstick's last.
 
-
-def measure_case(
-    case: Case,
-    effort: Effort,
-    yardstick: CopyYardstick,
-    on_round: Callable[[], object],
-    ground: Ground | None = None,
-) -> CaseResult:
-    """Measure one case.
-
-    Args:
-        case: what to measure.
-        effort: for how long.
-        yardstick: takes part in the race where memory is the bound.
-        on_round: called between rounds, outside the timed region.
-        ground: where; the CPU by default.
+    GB/s are the floor's bytes over our median, on a GPU the median GPU time: passes that find data in cache can lift
+    them above the copy bandwidth.
     """
-    contest = Contest(case, yardstick, ground)
-    contest.warm_up()
-    contest.race.run(effort.seconds, effort.min_rounds, effort.max_rounds, on_round)
-    return contest.result()
+    count = len(timings) - (len(yardstick.candidates) if yardstick.joins(case) else 0)
+    ours, *peers = timings[:count]
+    clock = case.clock if ours.device else "wall"
+    bandwidth = yardstick.bandwidth(timings[count:]) if timings[count:] else None
+    speed = case.floor_bytes / ours.median("device") / 1e9
+    share = None if bandwidth is None else speed / bandwidth["yardstick_gigabytes_per_second"]
+    return {
+        "key": case.key,
+        "operation": case.title,
+        "shapes": case.subject,
+        "tensors": case.tensors,
+        "elements": case.elements,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "bytes_per_element": case.bytes_per_element,
+        "floor_bytes": case.floor_bytes,
+        "working_set_bytes": case.working_set_bytes,
+        "averaged": case.averaged,
+        "cold_buffers": not case.host_cost,
+        "clock": clock,
+        "copy_bandwidth": bandwidth,
+        "gigabytes_per_second": speed,
+        "share_of_copy": share,
+        "nanoseconds_per_tensor": ours.median(clock) / case.tensors * 1e9,
+        "ours": _side(ours, clock),
+        "peers": [_peer(peer, ours, clock) for peer in peers],
+    }
 
 
-# glibc's names for what `mallopt` sets, and the largest threshold that it reaches by itself.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_LARGEST_MMAP_THRESHOLD = 32 * 2**20
+def _side(timing: Timing, clock: str) -> Result:
+    lower, upper = quartiles(timing.laps(clock))
+    both = ("wall", "device") if timing.device else ()
+    return {
+        "name": timing.name,
+        "rounds": len(timing.laps(clock)),
+        "median_seconds": timing.median(clock),
+        "lower_quartile_seconds": lower,
+        "upper_quartile_seconds": upper,
+        **{f"{each}_median_seconds": timing.median(each) for each in both},
+    }
+
+
+def _peer(peer: Timing, ours: Timing, clock: str) -> Result:
+    # Both laps of a round are neighbours in time.
+    rounds = [p / o for p, o in zip(peer.laps(clock), ours.laps(clock), strict=True)]
+    both = ("wall", "device") if ours.device else ()
+    return {
+        **_side(peer, clock),
+        "ratio": peer.median(clock) / ours.median(clock),
+        **{f"{each}_ratio": peer.median(each) / ours.median(each) for each in both},
+        "round_ratio": statistics.median(rounds),
+        "round_ratio_quartiles": list(quartiles(rounds)),
+    }
 
 
 def settle_allocator() -> None:
     """Let the C allocator keep what is freed, as far as a training process would.
 
-    glibc raises its threshold for blocks of their own, by itself, when one of up to 32 MiB is first
-    freed. It still returns the end of the heap to the system whenever 64 MiB of it are free, and
-    which candidate that happens to is luck: some fault the same pages in again at every call, which
-    makes them up to four times slower, and others never.
+    glibc raises its threshold for blocks of their own, by itself, when one of up to 32 MiB is first freed. It still
+    returns the end of the heap to the system whenever 64 MiB of it are free, and which candidate that happens to is
+    luck: some fault the same pages in again at every call, which makes them up to four times slower, others never.
     """
+    trim_threshold, mmap_threshold = -1, -3  # glibc's numbers for `mallopt`
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another C library
         torch.empty(31 * 2**20, dtype=torch.uint8)
         return
-    mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(mmap_threshold, 32 * 2**20)
+    mallopt(trim_threshold, 2**31 - 1)
+
+
+def measure_all(
+    device: HostDevice,
+    *,
+    quick: bool,
+    limit: float | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    on_case: Callable[[str], object] = lambda key: None,
+    on_round: Callable[[], object] = lambda: None,
+) -> Iterator[Result]:
+    """Measure the cases of one device; yield the result file after each case, so that a kill loses one case at most.
+
+    Args:
+        device: what is measured.
+        quick: only the cases of the short table.
+        limit: seconds after which no further case is begun; None has no limit.
+        clock: the time in seconds; replaced in tests.
+        on_case: called with the key of each case that begins.
+        on_round: called between rounds, outside the timed region.
+    """
+    began = clock()
+    settle_allocator()
+    yardstick = device.yardstick()
+    free = device.free_bytes()
+    alone = device.race(yardstick.candidates)
+    alone.warm_up(1)
+    alone.calibrate()
+    found: Result = {
+        "schema": SCHEMA,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command_line": list(sys.orig_argv),
+        "quick": quick,
+        "rehearsal": device.rehearsal,
+        "environment": dict(device.environment),
+        "copy_bandwidth": {
+            **yardstick.bandwidth(alone.run(*(device.effort(True)))),
+            "buffer_bytes": yardstick.buffer_bytes,
+        },
+        "cases": [],
+        "skipped": [],
+    }
+    for case in device.cases():
+        if quick and not case.quick:
+            continue
+        needed = case.memory_needed(device.sets(case))
+        if needed > free:
+            reason = f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB available"
+        elif limit is not None and clock() - began > limit:
+            reason = f"the limit of {limit:g} s was reached"
+        else:
+            on_case(case.key)
+            try:
+                contest = Contest(case, yardstick, device)
+                contest.warm_up()
+                contest.race.run(*device.effort(quick), on_round)
+                found["cases"].append(contest.result())
+                reason = ""
+            except RuntimeError as error:  # the other cases' numbers are worth having
+                reason = f"{FAILED}: {error}"
+            contest = None  # type: ignore[assignment]
+            device.release()
+        if reason:
+            found["skipped"].append({"case": case.key, "reason": reason})
+        yield _judged(found)
+    yield _judged(found)
+
+
+def _judged(found: Result) -> Result:
+    known: list[Any] = [] if found["rehearsal"] else found["cases"]
+    verdicts = judge(known, found["environment"]["device"])
+    return {**found, "summaries": summaries(found["cases"]), "targets": verdicts}

@@ -1,45 +1,35 @@
-"""One clipped AdamW step on a large tensor, then batch norm with ReLU, alone and behind a sum.
+"""One clipped AdamW step on a large tensor of each dtype, then batch norms, marked for a profiler.
 
-They are marked for a profiler that starts when it is told:
+    ncu --profile-from-start off --kernel-name regex:EXPRESSION python -m benchmarks.profiled_step
 
-ncu --profile-from-start off --kernel-name 'regex:norm_kernel|update_kernel|batch_norm' python FILE
+`benchmarks.gpu.KERNELS` is the expression that finds our kernels among torch's.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 
 import torch
 
-import steadygrad as sg
-from benchmarks.batch_norm_candidates import Layer, ours
+from benchmarks.batch_norm import STEADYGRAD, Layer
+from benchmarks.case import DTYPES
+from benchmarks.cases import OPERATIONS
+from benchmarks.shapes import one_tensor
 
-_ELEMENTS = 2**27
 # Of ResNet-50 at batch 256: behind the first 3 x 3 convolutions, and at the end of their blocks.
-_WIDTH = (256, 64, 56, 56)
-_SUM = (256, 256, 56, 56)
-
-
-def _step() -> Callable[[], object]:
-    param = torch.nn.Parameter(torch.randn(_ELEMENTS, device="cuda"))
-    param.grad = torch.randn(_ELEMENTS, device="cuda")
-    optimizer = sg.Stabilizer(torch.optim.AdamW([param], lr=1e-4), max_norm=1.0)
-    return optimizer.step
-
-
-def _batch_norm(shape: tuple[int, ...], dtype: torch.dtype, add: bool) -> Callable[[], object]:
-    layer = Layer(shape, dtype, channels_last=True, add=add, relu=True)
-    return ours(layer, torch.device("cuda")).run
+_WIDTH, _SUM = (256, 64, 56, 56), (256, 256, 56, 56)
 
 
 def main() -> int:
-    calls = (
-        _step(),
-        _batch_norm(_WIDTH, torch.float16, add=False),
-        _batch_norm(_SUM, torch.float16, add=True),
-        _batch_norm(_SUM, torch.float32, add=True),
+    device, adamw = torch.device("cuda"), OPERATIONS["adamw"]
+    steps = [adamw.builds[0](adamw.workload(one_tensor(27), dtype, device)) for dtype in DTYPES]
+    layers = (
+        Layer(_WIDTH, torch.float16, channels_last=True, relu=True),
+        Layer(_SUM, torch.float16, channels_last=True, add=True, relu=True),
+        Layer(_SUM, torch.float32, channels_last=True, add=True, relu=True),
     )
+    calls = [candidate.run for candidate in steps]
+    calls += [STEADYGRAD.build(layer, device).run for layer in layers]
     for _ in range(3):
         for call in calls:
             call()

@@ -5,24 +5,17 @@ It shows that every kind of case runs and that the result file can be written, a
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
-from pathlib import Path
 
 import torch
 
 from benchmarks import environment
 from benchmarks.case import Case
 from benchmarks.cases import CUDA_CASES
-from benchmarks.device import CudaDevice
-from benchmarks.environment import Gpu
-from benchmarks.measure import CopyYardstick, Effort, GpuYardstick
-from benchmarks.run import measure_all, show
+from benchmarks.measure import CopyYardstick, CudaDevice, Effort, GpuYardstick
 from steadygrad import _kernels
-from study.console import open_console
 
 
 class HostEvents:
@@ -45,33 +38,30 @@ class EmulatedDevice(CudaDevice):
     """A CUDA device whose kernels run on the CPU; every case is cut down to a few elements."""
 
     rehearsal = True
+    place = torch.device("cpu")
 
     def __init__(self) -> None:
-        gpu = Gpu(
-            name="emulated",
-            architecture="none",
-            multiprocessors=0,
-            memory_bytes=0,
-            l2_bytes=2**13,
-            driver="none",
-            torch_cuda="none",
-            kernels_runtime="none",
-            nvcc=environment.nvcc_version(),
-        )
-        self._prepare(environment.this_machine(gpu), torch.device("cpu"), HostEvents())
+        emulate()
+        none = dict.fromkeys(("architecture", "driver", "torch_cuda", "kernels_runtime"), "none")
+        gpu = {"name": "emulated", "multiprocessors": 0, "memory_bytes": 0, "l2_bytes": 2**13}
+        gpu |= {**none, "nvcc": environment.nvcc_version()}
+        self._prepare(environment.this_machine(gpu), HostEvents())
 
     def cases(self) -> Sequence[Case]:
-        cut = [case.cut() for case in CUDA_CASES]
-        return list({case.key: case for case in cut}.values())
+        return list({case.key: case for case in (each.cut() for each in CUDA_CASES)}.values())
 
     def effort(self, quick: bool) -> Effort:
-        return Effort(seconds=0.0, min_rounds=1, max_rounds=1)
+        return 0.0, 1, 1
 
     def free_bytes(self) -> int:
         return environment.available_memory_bytes()
 
     def yardstick(self) -> CopyYardstick:
-        return GpuYardstick(self.ground.device, elements=2**14)
+        return GpuYardstick(self.place, elements=2**14)
+
+    def peak_bytes(self, call: Callable[[], object]) -> int | None:
+        call()
+        return None
 
     def release(self) -> None:
         pass
@@ -83,20 +73,3 @@ def emulate() -> None:
     for name in dir(_kernels):
         if not name.startswith("__"):
             setattr(_kernels, name, getattr(emulated, name))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="file for the numbers")
-    options = parser.parse_args(argv)
-    if options.out.resolve().parent == (Path(__file__).parent / "results").resolve():
-        parser.error("--out: a rehearsal has no place among the results")
-    emulate()
-    console = open_console()
-    found = measure_all(console, EmulatedDevice(), quick=False)
-    show(console, found, options.out)
-    return 0 if found.results and not found.skipped else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -14,7 +14,7 @@ class ModelShapes:
     """The parameter shapes of one model, in the order in which the model lists them.
 
     Attributes:
-        key: short name used in case keys and on the command line.
+        key: short name used in case keys.
         title: name for people.
         shapes: one shape per parameter tensor.
     """
@@ -34,45 +34,35 @@ class ModelShapes:
         return sum(math.prod(shape) for shape in self.shapes)
 
     def cut(self, tensors: int = 8, longest: int = 2**11) -> ModelShapes:
-        """The first tensors, flattened and cut to `longest` elements each, under the same key."""
+        """Return the first tensors, flattened and cut to `longest` elements each, under the same key."""
         shapes = tuple((min(math.prod(shape), longest),) for shape in self.shapes[:tensors])
         return ModelShapes(self.key, f"{self.title}, cut", shapes)
 
 
-def _convolution(channels_out: int, channels_in: int, size: int) -> Iterator[Shape]:
-    """A convolution without bias, then the weight and bias of its batch norm."""
-    yield (channels_out, channels_in, size, size)
-    yield (channels_out,)
-    yield (channels_out,)
-
-
 def _resnet50() -> Iterator[Shape]:
-    expansion = 4
-    yield from _convolution(64, 3, 7)
+    def convolution(channels_out: int, channels_in: int, size: int) -> Iterator[Shape]:
+        yield from ((channels_out, channels_in, size, size), (channels_out,), (channels_out,))
+
+    yield from convolution(64, 3, 7)
     channels = 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
         for block in range(blocks):
-            yield from _convolution(width, channels, 1)
-            yield from _convolution(width, width, 3)
-            yield from _convolution(expansion * width, width, 1)
+            yield from convolution(width, channels, 1)
+            yield from convolution(width, width, 3)
+            yield from convolution(4 * width, width, 1)
             if block == 0:
-                yield from _convolution(expansion * width, channels, 1)
-            channels = expansion * width
-    yield (1000, channels)
-    yield (1000,)
+                yield from convolution(4 * width, channels, 1)
+            channels = 4 * width
+    yield from ((1000, channels), (1000,))
 
 
 def _gpt2_small() -> Iterator[Shape]:
     width = 768
-    yield (50257, width)
-    yield (1024, width)
+    yield from ((50257, width), (1024, width))
     for _ in range(12):
-        yield from ((width,), (width,))
-        yield from ((width, 3 * width), (3 * width,))
-        yield from ((width, width), (width,))
-        yield from ((width,), (width,))
-        yield from ((width, 4 * width), (4 * width,))
-        yield from ((4 * width, width), (width,))
+        yield from ((width,), (width,), (width, 3 * width), (3 * width,), (width, width), (width,))
+        yield from ((width,), (width,), (width, 4 * width), (4 * width,), (4 * width, width))
+        yield (width,)
     yield from ((width,), (width,))
 
 
@@ -84,6 +74,23 @@ def resnet50() -> ModelShapes:
 def gpt2_small() -> ModelShapes:
     """GPT-2 small with tied embeddings (Radford et al. 2019): 148 tensors, 124,439,808 elements."""
     return ModelShapes("gpt2", "GPT-2 small", tuple(_gpt2_small()))
+
+
+def policy_network() -> ModelShapes:
+    """A policy of reinforcement learning, 17 observations to 6 actions over two layers of 64: 6 tensors."""
+    shapes = ((64, 17), (64,), (64, 64), (64,), (6, 64), (6,))
+    return ModelShapes("policy", "policy network", shapes)
+
+
+def digits_mlp() -> ModelShapes:
+    """A perceptron for 28 x 28 digits over two layers of 128: 6 tensors, 118,282 elements."""
+    shapes = ((128, 784), (128,), (128, 128), (128,), (10, 128), (10,))
+    return ModelShapes("digits", "digits MLP", shapes)
+
+
+def lora(count: int = 96, width: int = 768) -> ModelShapes:
+    """Low-rank adapters (Hu et al. 2021) of rank 8: `count` matrices of 8 x `width`."""
+    return ModelShapes(f"lora{count}", f"LoRA {count} x 8 x {width}", ((8, width),) * count)
 
 
 def many_small(count: int = 2000, size: int = 32) -> ModelShapes:

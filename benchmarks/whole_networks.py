@@ -8,47 +8,51 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-import sys
 from collections.abc import Callable
 from itertools import accumulate
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: its profiler would announce itself
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.networks import NETWORKS, BasicBlock, Bottleneck
-from benchmarks.table import Table
+from benchmarks.tables import show
 from benchmarks.timer import Candidate, Race
 from steadygrad.nn.conversion_report import conversion_report
 from steadygrad.nn.convert import convert_batchnorm
+from tests.nn.networks import NETWORKS, BasicBlock, Bottleneck
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels last": torch.channels_last}
-SEED = 20240229
-
-
-def unconverted(model: nn.Module) -> nn.Module:
-    return model
-
-
-def converted(model: nn.Module) -> nn.Module:
-    return convert_batchnorm(model, fuse=False)
-
-
-def fused(model: nn.Module) -> nn.Module:
-    return convert_batchnorm(model)
-
-
 KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "torch": unconverted,
-    "converted": converted,
-    "fused": fused,
+    "torch": lambda model: model,
+    "converted": lambda model: convert_batchnorm(model, fuse=False),
+    "fused": convert_batchnorm,
 }
 
 
+def _own(model: nn.Module, layout: str) -> nn.Module:
+    """Copy a model, with its convolutions in a layout."""
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        if parameter.dim() == 4:
+            parameter.data = parameter.data.contiguous(memory_format=LAYOUTS[layout])
+    return model
+
+
+def _table(title: str, names: tuple[str, ...], numbers: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in names:
+        table.add_column(name, no_wrap=True)
+    for number in numbers:
+        table.add_column(number, justify="right")
+    return table
+
+
 def training_step(model: nn.Module, input: Tensor, target: Tensor) -> Callable[[], object]:
-    """Forward, backward and an SGD step on one batch."""
+    """Return a forward, backward and SGD step on one batch."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     loss = nn.CrossEntropyLoss()
 
@@ -61,43 +65,40 @@ def training_step(model: nn.Module, input: Tensor, target: Tensor) -> Callable[[
 
 
 def speed(batch: int, size: int, seconds: float, only: str | None) -> Table:
-    """Interleaved medians of a training step, before and after the conversion."""
-    title = (
-        f"Training step, batch {batch} at {size}x{size}, fp32, {torch.get_num_threads()} threads"
-    )
-    counts = ("batch norms", "+ReLU", "+add+ReLU", "+add", "not fused")
-    times = ("torch ms", "converted ms", "fused ms", "torch / converted", "torch / fused")
-    table = Table(title, ("network", "layout"), (*counts, *times))
+    """Measure interleaved medians of a training step, before and after the conversion."""
+    threads = torch.get_num_threads()
+    title = f"Training step, batch {batch} at {size}x{size}, fp32, {threads} threads"
+    counts = ("batch\nnorms", "+ReLU", "+add\n+ReLU", "+add", "not\nfused")
+    times = ("torch\nms", "converted\nms", "fused\nms", "torch /\nconverted", "torch /\nfused")
+    table = _table(title, ("network", "layout"), (*counts, *times))
     for name, make in NETWORKS.items():
         if only not in (None, name):
             continue
-        torch.manual_seed(SEED)
+        torch.manual_seed(20240229)
         model = make()
-        report = conversion_report(fused(copy.deepcopy(model)))
-        operations = [
+        report = conversion_report(convert_batchnorm(copy.deepcopy(model)))
+        fused = (
             report.operations.get(f"batch norm + {o}", 0) for o in ("ReLU", "add + ReLU", "add")
-        ]
-        numbers = (len(report.findings), *operations, len(report.not_fused) + len(report.left))
+        )
+        numbers = (len(report.findings), *fused, len(report.not_fused) + len(report.left))
         for layout, memory_format in LAYOUTS.items():
             input = torch.randn(batch, 3, size, size).contiguous(memory_format=memory_format)
             target = torch.randint(1000, (batch,))
-            candidates = []
-            for kind, convert in KINDS.items():
-                own = copy.deepcopy(model)
-                for parameter in own.parameters():
-                    if parameter.dim() == 4:
-                        parameter.data = parameter.data.contiguous(memory_format=memory_format)
-                candidates.append(Candidate(kind, training_step(convert(own), input, target)))
-            race = Race(candidates)
+            race = Race(
+                [
+                    Candidate(kind, training_step(convert(_own(model, layout)), input, target))
+                    for kind, convert in KINDS.items()
+                ]
+            )
             race.warm_up(2)
-            ms = [1e3 * timing.median for timing in race.run(seconds, 5, 1000)]
-            row = [name, layout, *map(str, numbers), *(f"{t:.1f}" for t in ms)]
-            table.add(*row, f"{ms[0] / ms[1]:.2f}", f"{ms[0] / ms[2]:.2f}")
+            ms = [1e3 * timing.median() for timing in race.run(seconds, 5, 1000)]
+            ratios = (f"{ms[0] / ms[1]:.2f}", f"{ms[0] / ms[2]:.2f}")
+            table.add_row(name, layout, *map(str, numbers), *(f"{t:.1f}" for t in ms), *ratios)
     return table
 
 
 def held_bytes(run: Callable[[], object]) -> list[int]:
-    """What a call holds beyond what was there, after each allocation and release that torch's allocator counts."""
+    """Return what a call holds beyond what was there, after each allocation and release that torch counts."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         kept = run()
     assert profiled.profiler is not None and profiled.profiler.kineto_results is not None
@@ -108,14 +109,10 @@ def held_bytes(run: Callable[[], object]) -> list[int]:
 
 
 def block_memory(block: nn.Module, shape: tuple[int, ...], layout: str) -> tuple[int, int]:
-    """Bytes that a block's forward leaves for backward, its output included; the most during both."""
-    block = copy.deepcopy(block)
-    for parameter in block.parameters():
-        if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=LAYOUTS[layout])
-    input = torch.randn(shape).contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
-    grad = torch.randn(shape).contiguous(memory_format=LAYOUTS[layout])
-    inputs = [input, *block.parameters()]
+    """Return bytes that a block's forward leaves for backward, its output included, and the most during both."""
+    block = _own(block, layout)
+    input, grad = (torch.randn(shape).contiguous(memory_format=LAYOUTS[layout]) for _ in range(2))
+    inputs = [input.requires_grad_(), *block.parameters()]
 
     def forward() -> Tensor:
         output: Tensor = block(input.view_as(input))
@@ -129,10 +126,13 @@ def block_memory(block: nn.Module, shape: tuple[int, ...], layout: str) -> tuple
 
 
 def memory(batch: int, size: int) -> Table:
-    """What a residual block holds, in MiB and in units of its input."""
-    title = f"Memory of a residual block, batch {batch} at {size}x{size}, fp32: MiB (sizes of the input)"
-    kinds = [f"{kind}, {what}" for what in ("kept for backward", "peak") for kind in KINDS]
-    table = Table(title, ("block", "layout"), ("input", *kinds, "peak: fused / torch"))
+    """Measure what a residual block holds, in MiB and in units of its input."""
+    title = (
+        f"Memory of a residual block, batch {batch} at {size}x{size}, fp32, kept for backward and "
+        "at most:\nMiB (sizes of the input)"
+    )
+    kinds = [f"{kind},\n{what}" for what in ("kept", "peak") for kind in KINDS]
+    table = _table(title, ("block", "layout"), ("input", *kinds, "peak: fused\n/ torch"))
     blocks = {
         "basic, 64 channels": (BasicBlock(64, 64), (batch, 64, size, size)),
         "bottleneck, 256 channels": (Bottleneck(256, 64), (batch, 256, size, size)),
@@ -146,11 +146,11 @@ def memory(batch: int, size: int) -> Table:
             ]
             kept, peaks = zip(*found, strict=True)
             cells = [f"{held / 2**20:.1f} ({held / one:.2f})" for held in (*kept, *peaks)]
-            table.add(name, layout, f"{one / 2**20:.1f}", *cells, f"{peaks[-1] / peaks[0]:.2f}")
+            table.add_row(name, layout, f"{one / 2**20:.1f}", *cells, f"{peaks[-1] / peaks[0]:.2f}")
     return table
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=64)
@@ -159,10 +159,9 @@ def main() -> int:
     parser.add_argument("--only", choices=NETWORKS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    sys.stdout.write(f"{memory(options.batch, options.size)}\n")
-    sys.stdout.write(f"{speed(options.batch, options.size, options.seconds, options.only)}\n")
-    return 0
+    show(Console(), [memory(options.batch, options.size)])
+    show(Console(), [speed(options.batch, options.size, options.seconds, options.only)])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -30,6 +30,10 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 
 # Examples are derived from each test's source, so that every run draws the same ones.
 hypothesis.settings.register_profile("steadygrad", derandomize=True, deadline=None)
+# Where time is short, as on a borrowed GPU, the first example that fails is enough: pytest --hypothesis-profile gpu.
+hypothesis.settings.register_profile(
+    "gpu", derandomize=True, deadline=None, max_examples=30, phases=["explicit", "generate"]
+)
 hypothesis.settings.load_profile("steadygrad")
 
 

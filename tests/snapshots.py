@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -15,7 +16,10 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """Return the bits of a tensor, so that NaN equals NaN and -0 differs from 0."""
+    """Return the bits of a tensor, so that NaN equals NaN and -0 differs from 0.
+
+    A NaN that a GPU makes has other bits than one of a CPU; all are given the bits of one.
+    """
     values = tensor.detach().cpu()
     if values.is_sparse:
         values = values.coalesce().values()
@@ -24,6 +28,8 @@ def bits(tensor: Tensor) -> Tensor:
     if not values.is_floating_point():
         return values.clone()
     values = values.clone(memory_format=torch.contiguous_format)
+    if values.element_size() > 1:  # torch does not look for NaN in all dtypes of one byte
+        values.masked_fill_(values.isnan(), math.nan)
     return values.reshape(-1).view(_INTEGERS[values.element_size()])
 
 

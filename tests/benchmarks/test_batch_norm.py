@@ -1,27 +1,25 @@
-"""The batch-norm cases of the benchmark: equal work, bytes, plans, means and floors."""
+"""The batch-norm cases of the benchmark: equal work, bytes and plans."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import itertools
+import os
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 import torch
 
-from benchmarks import batch_norm_candidates as candidates
-from benchmarks import cases, measure, report, summary, targets
-from benchmarks.batch_norm import BatchNormCase
-from benchmarks.batch_norm_candidates import Layer
-from benchmarks.timer import Candidate, Timing
+from benchmarks import batch_norm, cases, environment, measure
+from benchmarks.batch_norm import Layer, batch_norm_case
+from benchmarks.case import Case
 
 CPU = torch.device("cpu")
 ADDS = {"bn": (False, False), "bn+relu": (False, True), "bn+add+relu": (True, True)}
 
 
-def batch_norms(plan: tuple[cases.Case, ...]) -> list[BatchNormCase]:
-    return [case for case in plan if isinstance(case, BatchNormCase)]
+def batch_norms(plan: tuple[Case, ...]) -> list[Case]:
+    return [case for case in plan if case.group.startswith("batch_norm")]
 
 
 def layer(fusion: str = "bn", dtype: torch.dtype = torch.float32, **options: bool) -> Layer:
@@ -46,7 +44,7 @@ def test_every_peer_does_the_same_work(
     """Equal outputs and gradients, of the inputs' dtype and layout."""
     chosen = layer(fusion, dtype, training=training)
     found: dict[str, tuple[torch.Tensor, ...]] = {}
-    for build in BatchNormCase(chosen, cuda=cuda).builds:
+    for build in batch_norm_case(chosen, cuda=cuda).builds:
         candidate = build(CPU)
         candidate.run()
         found[candidate.name] = candidate.run()  # type: ignore[assignment]
@@ -69,22 +67,24 @@ def test_every_peer_does_the_same_work(
 
 
 def test_candidates_share_no_tensor_and_draw_the_same_numbers() -> None:
-    first, second = (candidates.Tensors(layer("bn+add+relu"), CPU) for _ in range(2))
-    for name in ("input", "residual", "grad_output", "weight", "bias"):
-        one, another = getattr(first, name), getattr(second, name)
+    chosen = layer("bn+add+relu")
+    first, second = (batch_norm.STEADYGRAD.build(chosen, CPU).run() for _ in range(2))
+    for one, another in zip(first, second, strict=True):  # type: ignore[call-overload]
         assert torch.equal(one, another)
         assert one.data_ptr() != another.data_ptr()
-    assert not torch.equal(first.input, first.residual)
 
 
 @pytest.mark.parametrize(
     ("fusion", "in_place"), [("bn", 0), ("bn+relu", 1), ("bn+add+relu", 1)], ids=str
 )
 def test_peers_in_place_are_there_where_something_can_be(fusion: str, in_place: int) -> None:
-    assert sum(peer.in_place for peer in candidates.peers(layer(fusion), cuda=False)) == in_place
-    on_gpu = candidates.peers(layer(fusion), cuda=True)
+    assert sum(peer.in_place for peer in batch_norm.peers(layer(fusion), cuda=False)) == in_place
+    on_gpu = batch_norm.peers(layer(fusion), cuda=True)
     assert sum(peer.in_place for peer in on_gpu) == 2 * in_place
-    assert {peer.cudnn for peer in on_gpu} == {True, False}
+    names = [peer.name for peer in on_gpu]
+    assert names[:2] == [batch_norm.CUDNN, batch_norm.NATIVE]
+    assert names[-2:] == ["steadygrad, two reads", "steadygrad, one read"]
+    assert not [p for p in batch_norm.peers(layer(training=False), cuda=True) if "reads" in p.name]
 
 
 def test_a_peer_without_cudnn_runs_without(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,7 @@ def test_a_peer_without_cudnn_runs_without(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(torch.nn.BatchNorm2d, "forward", watched)
     before = torch.backends.cudnn.enabled
-    for peer in candidates.peers(layer(), cuda=True):
+    for peer in batch_norm.peers(layer(), cuda=True)[:2]:
         peer.build(layer(), CPU).run()
     assert seen == [True, False]
     assert torch.backends.cudnn.enabled == before
@@ -118,7 +118,7 @@ def test_a_peer_without_cudnn_runs_without(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_floor_counts_each_tensor_once(
     fusion: str, training: bool, dtype: torch.dtype, bytes_per_element: float
 ) -> None:
-    case = BatchNormCase(layer(fusion, dtype, training=training))
+    case = batch_norm_case(layer(fusion, dtype, training=training))
     assert case.bytes_per_element == bytes_per_element
     assert case.floor_bytes == 4 * 6 * 5 * 5 * bytes_per_element
     assert case.floor_bytes >= case.working_set_bytes - 4 * 6 * 5 * 5 * dtype.itemsize
@@ -142,33 +142,37 @@ def test_the_plan_on_a_cpu_has_every_layer_in_every_fusion() -> None:
     assert {case.group for case in plan if case.quick} == trained
 
 
+def test_each_path_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEADYGRAD_BATCH_NORM_PATH", "from outside")
+    for name in ("two_reads", "one_read", None):
+        with batch_norm.path(name):
+            assert os.environ.get("STEADYGRAD_BATCH_NORM_PATH") == name
+    assert os.environ["STEADYGRAD_BATCH_NORM_PATH"] == "from outside"
+
+
 def test_the_plan_on_a_gpu_is_resnet50_by_the_gpus_clock() -> None:
     plan = batch_norms(cases.CUDA_CASES)
     assert {case.clock for case in plan} == {"device"}
-    assert {case.layer.shape[0] for case in plan} == {256}
-    trained = [case for case in plan if case.layer.training]
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        for channels_last in (True, False):
-            groups = {
-                case.group
-                for case in trained
-                if case.dtype == dtype and case.layer.channels_last == channels_last
-            }
-            assert groups == {"batch_norm", "batch_norm_relu", "batch_norm_add_relu"}
-    assert any(case.quick for case in plan)
-    # What counts most comes first, in case that the time is up.
-    first = plan[:26]
-    assert {case.dtype for case in first} == {torch.float16, torch.bfloat16}
-    assert all(case.layer.channels_last and case.layer.training for case in first)
+    assert {case.key.partition("/")[2].partition("x")[0] for case in plan} == {"256"}
+    fusions = {"batch_norm", "batch_norm_relu", "batch_norm_add_relu"}
+    # Each fusion, dtype and layout comes before the rest, in case that the time is up.
+    first = plan[: cases._FIRST]
+    found = {(case.group, case.dtype, case.subject.split()[-1]) for case in first}
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    assert found == set(itertools.product(fusions, dtypes, ("NHWC", "NCHW")))
+    assert {case.group for case in plan} == fusions | {f"{name}_eval" for name in fusions}
+    assert {case.group for case in plan if case.quick} == {"batch_norm", "batch_norm_add_relu"}
 
 
 def test_a_plan_is_cut_to_one_case_of_a_kind() -> None:
+    def kind(case: Case) -> tuple[str, ...]:
+        return (case.group, *case.subject.split()[1:])
+
     plan = batch_norms(cases.CUDA_CASES)
     cut = {case.key: case for case in (case.cut() for case in plan)}
-    kinds = {(case.group, case.dtype, case.layer.channels_last) for case in plan}
-    assert {(case.group, case.dtype, case.layer.channels_last) for case in cut.values()} == kinds
-    assert len(cut) == len(kinds) < len(plan)
-    assert {case.layer.shape for case in cut.values()} == {(4, 19, 5, 5)}
+    assert {kind(case) for case in cut.values()} == {kind(case) for case in plan}
+    assert len(cut) < len(plan)
+    assert {case.subject.split()[0] for case in cut.values()} == {"4x19x5x5"}
 
 
 class Yardstick(measure.CopyYardstick):
@@ -181,123 +185,19 @@ class Yardstick(measure.CopyYardstick):
         super().flush()
 
 
-@pytest.fixture
-def yardstick(monkeypatch: pytest.MonkeyPatch) -> Iterator[Yardstick]:
+def test_no_candidate_finds_in_cache_what_another_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "_SMALLEST_BUFFER", 2**10)
-    yield Yardstick(cache_bytes=2**10)
-
-
-def test_no_candidate_finds_in_cache_what_another_freed(yardstick: Yardstick) -> None:
-    contest = measure.Contest(BatchNormCase(layer("bn+relu")), yardstick)
+    monkeypatch.setattr(environment, "cache_bytes", lambda: 2**10)
+    yardstick = Yardstick(cache_bytes=2**10)
+    case = batch_norm_case(layer("bn+relu"))
+    contest = measure.Contest(case, yardstick, measure.HostDevice())
     assert [candidate.name for candidate in contest.race.candidates] == [
         "steadygrad", "torch", "torch in-place", "copy_", "mul_",
     ]  # fmt: skip
     contest.race.run(0.0, 4, 4)
     assert yardstick.flushed == 3 * 4
     result = contest.result()
-    assert len(result.peers) == 2 and result.share_of_copy is not None
-
-
-def result_of(case: cases.Case, *ratios: float) -> measure.CaseResult:
-    peers = tuple(
-        measure.PeerResult(Timing(name, (ratio,)), ratio, ratio, (ratio, ratio))
-        for name, ratio in zip((candidates.TORCH, candidates.TORCH_IN_PLACE), ratios, strict=False)
-    )
-    return measure.CaseResult(
-        case, Timing("steadygrad", (1.0,)), peers, measure.CopyBandwidth(100.0)
-    )
-
-
-def plan_of(group: str) -> list[cases.Case]:
-    return [case for case in cases.CASES if case.group == group]
-
-
-def test_means_and_the_slowest_case() -> None:
-    first, second = plan_of("batch_norm_relu")[:2]
-    results = [result_of(first, 2.0, 1.0), result_of(second, 8.0, 9.0)]
-    found = {entry.peer: entry for entry in summary.summaries(results)}
-    assert list(found) == [candidates.TORCH, candidates.TORCH_IN_PLACE, summary.FASTEST]
-    assert found[candidates.TORCH].mean == pytest.approx(4.0)
-    assert found[candidates.TORCH_IN_PLACE].mean == pytest.approx(3.0)
-    assert found[summary.FASTEST].mean == pytest.approx(math.sqrt(8.0))
-    assert found[summary.FASTEST].least == 1.0
-    assert found[summary.FASTEST].least_case == first.key
-    (only,) = summary.summaries([result_of(plan_of("batch_norm")[0], 3.0)])
-    assert (only.peer, only.cases, only.mean) == (candidates.TORCH, 1, pytest.approx(3.0))
-    assert summary.summaries([result_of(plan_of("adamw")[0], 3.0)]) == []
-
-
-def test_floors_over_a_group_need_all_of_it() -> None:
-    plan = plan_of("batch_norm_relu")
-
-    def verdicts(*results: measure.CaseResult) -> dict[tuple[str, str], targets.Verdict]:
-        judged = targets.judge(results)
-        return {(entry.target.name, entry.target.peer): entry for entry in judged}
-
-    mean = ("batch_norm_relu, geometric mean", candidates.TORCH_IN_PLACE)
-    slowest = ("batch_norm_relu, slowest case", summary.FASTEST)
-    all_of_it = [result_of(case, 2.0, 1.9) for case in plan]
-    found = verdicts(*all_of_it)
-    assert found[mean].ratio == pytest.approx(1.9)
-    assert found[mean].met is True and found[slowest].met is True
-    assert found["batch_norm, geometric mean", candidates.TORCH].met is None
-
-    found = verdicts(*all_of_it[1:])
-    assert (found[mean].cases, found[mean].of, found[mean].met) == (10, 11, None)
-    found = verdicts(
-        result_of(plan[0], 2.0, 0.99), *[result_of(case, 2.0, 2.5) for case in plan[1:]]
-    )
-    assert found[mean].met is True and found[slowest].met is False
-    text = str(report.targets_table(targets.judge(all_of_it[1:])))
-    assert "10 of 11 run" in text and "not run" in text
-
-
-def test_the_table_has_bytes_and_means() -> None:
-    plan = plan_of("batch_norm_relu")
-    text = str(report.cases_table([result_of(case, 2.0, 1.5) for case in plan], "test"))
-    rows = [line.split() for line in text.splitlines()]
-    first = "32x64x56x56 fp32 NHWC torch 1000 2000 2.00 128 0.1 0 %"
-    assert first.split() in rows
-    assert "geometric mean of 11" in text
-    assert ["torch", "in-place", "1.50"] in rows
-    assert "moves 5 x input" in text
-
-
-def test_the_record_has_dtype_bytes_and_means() -> None:
-    plan = plan_of("batch_norm_add_relu")[2:3]
-    results = tuple(result_of(case, 2.0, 1.5) for case in plan)
-    run = report.Run(_environment(), False, measure.CopyBandwidth(1.0), 1, results)
-    found = report.to_json(run)
-    (case,) = found["cases"]
-    assert case["key"] == "batch_norm_add_relu/32x64x56x56_bf16_nhwc"
-    assert (case["dtype"], case["bytes_per_element"], case["averaged"]) == ("bfloat16", 14.25, True)
-    assert case["floor_bytes"] == 32 * 64 * 56 * 56 * 14.25
-    assert [entry["peer"] for entry in found["summaries"]] == [
-        candidates.TORCH, candidates.TORCH_IN_PLACE, summary.FASTEST,
-    ]  # fmt: skip
-    (mean,) = [
-        entry
-        for entry in found["targets"]
-        if entry["case"] == "batch_norm_add_relu, geometric mean" and entry["peer"] == "torch"
-    ]
-    assert (mean["measured"], mean["met"]) == (pytest.approx(2.0), None)
-    assert (mean["cases"], mean["of"]) == (1, 11)
-
-
-def _environment() -> report.Environment:
-    from benchmarks import environment
-
-    return environment.this_machine()
-
-
-def test_group_floors_name_groups_and_peers_of_the_plan() -> None:
-    for plan, floors in ((cases.CASES, targets.TARGETS), (cases.CUDA_CASES, targets.CUDA_TARGETS)):
-        for target in (target for target in floors if target.over):
-            members = [case for case in batch_norms(plan) if case.group == target.case]
-            assert members
-            for case in members:
-                names = {peer.name for peer in candidates.peers(case.layer, case.cuda)}
-                assert target.peer in names | {summary.FASTEST}
+    assert len(result["peers"]) == 2 and result["share_of_copy"] is not None
 
 
 def test_keys_are_unique() -> None:
@@ -307,10 +207,8 @@ def test_keys_are_unique() -> None:
 
 
 def test_one_dimensional_layers_have_no_layout() -> None:
-    flat = BatchNormCase(dataclasses.replace(layer("bn+relu"), shape=(9, 4), channels_last=False))
-    assert flat.key == "batch_norm_relu/9x4_fp32"
-    outputs = []
-    for build in flat.builds:
-        candidate: Candidate = build(CPU)
-        outputs.append(candidate.run()[0])  # type: ignore[index]
-    torch.testing.assert_close(outputs[0], outputs[1])
+    flat = dataclasses.replace(layer("bn+relu"), shape=(9, 4), channels_last=False)
+    case = batch_norm_case(flat)
+    assert case.key == "batch_norm_relu/9x4_fp32"
+    first, second = (build(CPU).run()[0] for build in case.builds[:2])  # type: ignore[index]
+    torch.testing.assert_close(first, second)

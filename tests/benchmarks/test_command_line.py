@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import environment
-from benchmarks import run as benchmark
+import benchmarks.__main__ as command_line
+from benchmarks import environment, measure, results
 from benchmarks.__main__ import main
 
-
-@pytest.fixture(autouse=True)
-def plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wide and without colours, so that lines can be compared."""
-    monkeypatch.setenv("COLUMNS", "300")
-    monkeypatch.setenv("TERM", "dumb")
-    monkeypatch.delenv("FORCE_COLOR", raising=False)
+COMMITTED = sorted(results.RESULTS.glob("*.json"))[0]
 
 
 def ends(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
@@ -46,9 +44,16 @@ def test_help(capsys: Any) -> None:
             ["--from", "a.json", "--page", "a.html", "--quick", "--threads", "1"],
             "--from measures nothing: leave out --quick, --threads",
         ),
+        (
+            ["--device", "emulated", "--out", str(results.RESULTS / "x.json")],
+            "a rehearsal has no place among the results",
+        ),
     ],
 )
-def test_bad_arguments_are_code_2(capsys: Any, argv: list[str], message: str) -> None:
+def test_bad_arguments_are_code_2(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch, argv: list[str], message: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
     code, text = ends(capsys, *argv)
     assert code == 2
     assert message in text
@@ -67,38 +72,43 @@ def test_out_that_cannot_be_written_is_refused_first(capsys: Any, tmp_path: Path
         assert f"{argv[-2]} {argv[-1]}: " in text and "name " in text
 
 
-@pytest.mark.parametrize("code", [0, 1])
-def test_bench_is_wired(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int) -> None:
-    calls = []
+@pytest.mark.parametrize(("reason", "code"), [("needs 9 GiB", 0), ("failed: out of luck", 1)])
+def test_a_run_prints_writes_and_draws(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path, reason: str, code: int
+) -> None:
+    asked: dict[str, Any] = {}
+    found = {**results.read_result(COMMITTED), "summaries": []}
+    found["skipped"] = [{"case": "a/b", "reason": reason}]
 
-    def run(console: Any, **options: Any) -> int:
-        calls.append(options)
-        return code
+    def measured(device: measure.HostDevice, **options: Any) -> Any:
+        asked.update(options)
+        assert device.environment["threads"] == torch.get_num_threads() == 2
+        yield {**found, "cases": found["cases"][:1]}
+        assert len(json.loads(out.read_text())["cases"]) == 1  # as it comes
+        yield found
 
-    monkeypatch.setattr(benchmark, "run", run)
+    monkeypatch.setattr(command_line, "measure_all", measured)
     out, page = tmp_path / "new" / "bench.json", tmp_path / "newer" / "bench.html"
-    assert main(["--quick", "--out", str(out), "--threads", "1"]) == code
-    more = ["--limit", "90", "--page", str(page), "--targets"]
-    assert main(["--device", "cuda", *more]) == code
-    assert calls == [
-        {"quick": True, "out": out, "page": None, "threads": 1, "device": "cpu", "limit": None}
-        | {"targets": False},
-        {"quick": False, "out": None, "page": page, "threads": None, "device": "cuda", "limit": 90}
-        | {"targets": True},
-    ]
-    assert out.parent.is_dir() and page.parent.is_dir()
+    options = ["--quick", "--limit", "90", "--threads", "2", "--out", str(out)]
+    assert main([*options, "--page", str(page), "--targets"]) == code
+    assert asked["quick"] is True and asked["limit"] == 90
+    assert json.loads(out.read_text()) == found
+    text = capsys.readouterr().out
+    for expected in ("clip_grad_norm_, active", f"skipped a/b: {reason}", "Floors", "written to"):
+        assert expected in text
+    assert "a/b" in page.read_text()
 
 
 def test_interrupt_is_code_130(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    def run(*_: Any, **options: Any) -> int:
+    def interrupted(*_: Any, **options: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(benchmark, "run", run)
+    monkeypatch.setattr(command_line, "measure", interrupted)
     assert main([]) == 130
     assert "Interrupted" in capsys.readouterr().err
 
 
-def test_bench_says_why_a_device_cannot_be_used(
+def test_a_device_that_cannot_be_used_says_why(
     monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr(environment, "cuda_info", dict)
@@ -106,3 +116,14 @@ def test_bench_says_why_a_device_cannot_be_used(
     assert (
         capsys.readouterr().err == "benchmarks: --device cuda: steadygrad was built without CUDA\n"
     )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_standard_output_that_takes_nothing_is_said(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    command = [sys.executable, "-m", "benchmarks", "--from", str(COMMITTED), "--page", str(page)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "benchmarks: standard output takes nothing: No space left on device\n"
+    assert page.exists()

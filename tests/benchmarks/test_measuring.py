@@ -1,54 +1,38 @@
-"""The benchmark harness: shapes, interleaved timer, derived numbers, equal work, reports."""
+"""Cases on parameters: shapes, equal work, plans; and how they are measured and written down."""
 
 from __future__ import annotations
 
 import dataclasses
-import gc
-import io
 import json
 import re
 import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
-from benchmarks import cases as bench_cases
-from benchmarks import device as bench_device
-from benchmarks import environment, measure, peers, report, shapes, targets
-from benchmarks import run as bench
-from benchmarks.table import Table
-from benchmarks.timer import Candidate, Race, Timing, quartiles, ratio, round_ratios
-from benchmarks.workload import Workload
-from tests.study.pages_read_back import parsed, text_of
+from benchmarks import candidates, cases, environment, measure, results, shapes
+from benchmarks.__main__ import measure as measure_into
+from benchmarks.candidates import Workload
+from benchmarks.case import Case
+from benchmarks.timer import Candidate, DeviceRace, Timing
+from tests.benchmarks.test_timer import Queue, launching
 
 TINY = shapes.ModelShapes("tiny", "tiny", ((5,), (3, 7), (2, 3, 4)))
-
-
-class FakeClock:
-    """A clock that stands still unless it is told to move."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def scripted(name: str, clock: FakeClock, durations: list[float], log: list[str]) -> Candidate:
-    """A candidate whose calls take the given times, in turn, and whose preparation takes 100 s."""
-    remaining = list(durations)
-
-    def prepare() -> None:
-        log.append(f"prepare {name}")
-        clock.now += 100.0
-
-    def run() -> None:
-        log.append(name)
-        clock.now += remaining.pop(0)
-
-    return Candidate(name, run, prepare)
+GPU = {
+    "name": "NVIDIA Test",
+    "architecture": "sm_90",
+    "multiprocessors": 132,
+    "memory_bytes": 2**37,
+    "l2_bytes": 2**12,
+    "driver": "580.1",
+    "torch_cuda": "13.0",
+    "kernels_runtime": "13.0",
+    "nvcc": "13.0.88",
+}
 
 
 @pytest.mark.parametrize(
@@ -56,6 +40,10 @@ def scripted(name: str, clock: FakeClock, durations: list[float], log: list[str]
     [
         (shapes.resnet50(), 161, 25_557_032),
         (shapes.gpt2_small(), 148, 124_439_808),
+        (shapes.policy_network(), 6, 5_702),
+        (shapes.digits_mlp(), 6, 118_282),
+        (shapes.lora(), 96, 589_824),
+        (shapes.lora(448, 4096), 448, 14_680_064),
         (shapes.many_small(), 2000, 64_000),
         (shapes.one_tensor(26), 1, 2**26),
     ],
@@ -66,63 +54,6 @@ def test_shapes_have_the_published_sizes(
 ) -> None:
     assert model.tensors == tensors
     assert model.elements == elements
-
-
-def test_race_interleaves_and_times_only_the_calls() -> None:
-    clock, log = FakeClock(), []
-    race = Race(
-        [
-            scripted("ours", clock, [1.0, 2.0, 9.0], log),
-            scripted("peer", clock, [4.0, 4.0, 27.0], log),
-        ],
-        clock,
-    )
-    rounds: list[int] = []
-    ours, peer = race.run(0.0, 3, 3, lambda: rounds.append(len(rounds)))
-    assert log == ["prepare ours", "ours", "prepare peer", "peer"] * 3
-    assert ours.seconds == (1.0, 2.0, 9.0)
-    assert peer.seconds == (4.0, 4.0, 27.0)
-    assert rounds == [0, 1, 2]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "least", "most", "expected"),
-    [(0.0, 3, 10, 3), (5.0, 1, 10, 5), (1e9, 1, 4, 4)],
-    ids=["at least", "budget", "at most"],
-)
-def test_race_keeps_its_budget(seconds: float, least: int, most: int, expected: int) -> None:
-    clock = FakeClock()
-
-    def run() -> None:
-        clock.now += 1.0
-
-    (timing,) = Race([Candidate("ours", run)], clock).run(seconds, least, most)
-    assert len(timing.seconds) == expected
-
-
-def test_race_warms_up_untimed_and_pauses_the_collector() -> None:
-    enabled: list[bool] = []
-    race = Race([Candidate("ours", lambda: enabled.append(gc.isenabled()))])
-    race.warm_up(2)
-    assert race.timings()[0].seconds == ()
-    race.run(0.0, 2, 2)
-    assert enabled == [True, True, False, False]
-    assert gc.isenabled()
-
-
-def test_race_refuses_to_run_empty() -> None:
-    with pytest.raises(ValueError, match="at least one candidate"):
-        Race([])
-
-
-def test_medians_quartiles_and_ratios() -> None:
-    ours = Timing("ours", (1.0, 2.0, 3.0, 4.0, 10.0))
-    peer = Timing("peer", (4.0, 4.0, 9.0, 16.0, 10.0))
-    assert ours.median == 3.0
-    assert ours.quartiles == (2.0, 4.0)
-    assert quartiles([7.0]) == (7.0, 7.0)
-    assert ratio(peer, ours) == 3.0
-    assert round_ratios(peer, ours) == [4.0, 2.0, 3.0, 4.0, 1.0]
 
 
 def test_workload_keeps_the_clip_active() -> None:
@@ -138,13 +69,13 @@ def test_workload_keeps_the_clip_active() -> None:
     assert idle.limit == limit > torch.nn.utils.get_total_norm(idle.grads)
 
 
-@pytest.mark.parametrize("key", bench_cases.OPERATIONS)
+@pytest.mark.parametrize("key", cases.OPERATIONS)
 def test_every_peer_does_the_same_work(key: str) -> None:
     """Equal parameters after a step, equal gradients after a clip or a penalty."""
-    operation = bench_cases.OPERATIONS[key]
+    operation = cases.OPERATIONS[key]
     left: dict[str, list[torch.Tensor]] = {}
     for build in operation.builds:
-        load = operation.workload(TINY)
+        load = operation.workload(TINY, torch.float32)
         candidate = build(load)
         for _ in range(3):
             candidate.prepare()
@@ -159,19 +90,28 @@ def test_every_peer_does_the_same_work(key: str) -> None:
         torch.testing.assert_close(left["steadygrad"], left[name], rtol=1e-5, atol=1e-6)
 
 
-def test_case_keys_are_unique_and_targets_refer_to_them() -> None:
-    for plan, floors in (
-        (bench_cases.CASES, targets.TARGETS),
-        (bench_cases.CUDA_CASES, targets.CUDA_TARGETS),
-    ):
-        keys = [case.key for case in plan]
-        assert len(set(keys)) == len(keys)
-        for target in (target for target in floors if not target.over):
-            (case,) = [case for case in plan if case.key == target.case]
-            assert isinstance(case, bench_cases.ModelCase)
-            load = case.operation.workload(TINY)
-            names = {build(load).name for build in case.operation.peers}
-            assert target.peer in names | {targets.COPY}
+def test_floors_of_cases_name_peers_that_they_have() -> None:
+    for name, peer, _, over in (*results.TARGETS, *results.CUDA_TARGETS):
+        if not over:
+            operation = cases.OPERATIONS[name.partition("/")[0]]
+            load = operation.workload(TINY, torch.float32)
+            assert peer in {build(load).name for build in operation.builds[1:]} | {results.COPY}
+
+
+def test_the_plans_have_the_shapes_and_dtypes_that_matter() -> None:
+    on_cpu = {case.key for case in cases.CASES}
+    for model in ("resnet50", "gpt2", "policy", "digits", "lora96", "lora448", "small"):
+        assert {f"adamw/{model}", f"clip_active/{model}"} <= on_cpu
+    first = [case.key for case in cases.CUDA_CASES[:9]]
+    assert first == [
+        f"adamw/{model}{dtype}"
+        for dtype in ("", "_bf16", "_fp16")
+        for model in ("gpt2", "resnet50", "one_2e28")
+    ]
+    assert cases.CUDA_CASES[3].bytes_per_element == cases.CUDA_CASES[0].bytes_per_element / 2 == 16
+    clocks = {case.key: case.clock for case in cases.CUDA_CASES}
+    assert clocks["adamw/resnet50"] == clocks["adamw/small"] == "wall"
+    assert clocks["adamw/gpt2"] == clocks["adamw/one_2e28"] == "device"
 
 
 @pytest.fixture
@@ -181,75 +121,62 @@ def yardstick(monkeypatch: pytest.MonkeyPatch) -> measure.CopyYardstick:
 
 
 def test_derived_numbers(yardstick: measure.CopyYardstick) -> None:
-    case = bench_cases.ModelCase(bench_cases.OPERATIONS["adamw"], shapes.one_tensor(20))
+    case = cases.model_case(cases.OPERATIONS["adamw"], shapes.one_tensor(20))
     laps = {"ours": 1e-3, "a": 2e-3, "b": 3e-3, "c": 5e-3, "copy_": 4e-6, "mul_": 2e-6}
     timings = [Timing(name, (lap, lap)) for name, lap in laps.items()]
-    result = measure.summarise(case, timings, yardstick)
-    assert [peer.ratio for peer in result.peers] == [2.0, 3.0, 5.0]
-    assert case.floor_bytes == 32 * 2**20
-    assert result.gigabytes_per_second == pytest.approx(32 * 2**20 / 1e-3 / 1e9)
-    assert result.nanoseconds_per_tensor == pytest.approx(1e6)
-    assert result.bandwidth is not None
-    assert result.bandwidth.yardstick == 2 * yardstick.buffer_bytes / 2e-6 / 1e9
-    assert result.share_of_copy == result.gigabytes_per_second / result.bandwidth.yardstick
+    result = measure.case_result(case, timings, yardstick)
+    assert [peer["ratio"] for peer in result["peers"]] == [2.0, 3.0, 5.0]
+    assert result["floor_bytes"] == 32 * 2**20
+    assert result["gigabytes_per_second"] == pytest.approx(32 * 2**20 / 1e-3 / 1e9)
+    assert result["nanoseconds_per_tensor"] == pytest.approx(1e6)
+    bandwidth = result["copy_bandwidth"]["yardstick_gigabytes_per_second"]
+    assert bandwidth == 2 * yardstick.buffer_bytes / 2e-6 / 1e9
+    assert result["share_of_copy"] == result["gigabytes_per_second"] / bandwidth
 
 
-def test_verdicts() -> None:
-    case = next(case for case in bench_cases.CASES if case.key == "clip_active/small")
-    peer = Timing(peers.TORCH_FOREACH, (12.0,))
-    result = measure.CaseResult(
-        case,
-        Timing("steadygrad", (1.0,)),
-        (measure.PeerResult(peer, 12.0, 12.0, (12.0, 12.0)),),
-        None,
-    )
-    verdicts = {verdict.target.case: verdict for verdict in targets.judge([result])}
-    assert verdicts["clip_active/small"].met is True
-    assert verdicts["clip_active/resnet50"].met is None
+class Host(measure.HostDevice):
+    """The CPU with a plan of its own and little patience."""
+
+    def __init__(self, plan: Sequence[Case], rounds: int = 3) -> None:
+        super().__init__()
+        self._plan, self._rounds = plan, rounds
+
+    def cases(self) -> Sequence[Case]:
+        return self._plan
+
+    def effort(self, quick: bool) -> measure.Effort:
+        return 0.0, self._rounds, self._rounds
 
 
-def test_run_reports_and_writes_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    chosen = tuple(
-        bench_cases.ModelCase(bench_cases.OPERATIONS[key], TINY, quick=True, host_cost=host)
-        for key, host in (("clip_active", False), ("adamw", True))
-    )
-    hungry = bench_cases.ModelCase(
-        bench_cases.OPERATIONS["adam"], shapes.one_tensor(50), quick=True
-    )
-    monkeypatch.setattr(bench_device, "CASES", (*chosen, hungry))
-    effort = measure.Effort(seconds=0.0, min_rounds=3, max_rounds=3)
-    monkeypatch.setattr(bench_device, "QUICK", effort)
-    monkeypatch.setattr(bench, "QUICK", effort)
+@pytest.fixture
+def small_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "_SMALLEST_BUFFER", 2**16)
     monkeypatch.setattr(environment, "cache_bytes", lambda: 2**10)
-    threads = torch.get_num_threads()
-    console = Console(file=io.StringIO(), width=100)
-    out = tmp_path / "results" / "bench.json"
-    page = tmp_path / "pages" / "bench.html"
-    assert bench.run(console, quick=True, out=out, page=page, threads=1, targets=True) == 0
-    assert torch.get_num_threads() == threads
 
-    assert isinstance(console.file, io.StringIO)
-    text = console.file.getvalue()
-    for expected in ("clip_grad_norm_, active", "torch foreach", "of copy", "not run", "GB/s"):
-        assert expected in text
-    assert f"skipped {hungry.key}: needs" in text
-    shown = parsed(page.read_text(encoding="utf-8"))
-    for expected in ("clip + AdamW", f"{hungry.key}: needs", "those of the quick table"):
-        assert expected in text_of(shown)
 
-    found = json.loads(out.read_text())
-    assert found["schema"] == report.SCHEMA
-    assert found["environment"]["threads"] == 1
+@pytest.mark.usefixtures("small_caches")
+def test_a_run_writes_what_it_found(tmp_path: Path) -> None:
+    chosen = [
+        cases.model_case(cases.OPERATIONS[key], TINY, quick=True, host_cost=host)
+        for key, host in (("clip_active", False), ("adamw", True))
+    ]
+    hungry = cases.model_case(cases.OPERATIONS["adam"], shapes.one_tensor(50), quick=True)
+    slow = cases.model_case(cases.OPERATIONS["sgd"], TINY)
+    out = tmp_path / "bench.json"
+    measure_into(Host([*chosen, hungry, slow]), quick=True, out=out)
+    found = results.read_result(out)
+    assert found["schema"] == results.SCHEMA
+    assert found["environment"]["threads"] == torch.get_num_threads()
     assert found["environment"]["device"] == "cpu"
     assert found["environment"]["gpu"] is None
     assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?|unknown", found["environment"]["revision"])
     assert re.fullmatch(r"[0-9a-f]{40}|unknown", found["environment"]["csrc_tree"])
-    assert found["rehearsal"] is False
+    assert found["rehearsal"] is False and found["quick"] is True
     assert found["command_line"] == sys.orig_argv
     assert found["copy_bandwidth"]["yardstick_gigabytes_per_second"] > 0
     assert [case["key"] for case in found["cases"]] == [case.key for case in chosen]
     assert [entry["case"] for entry in found["skipped"]] == [hungry.key]
+    assert "needs " in found["skipped"][0]["reason"]
     assert {entry["met"] for entry in found["targets"]} == {None}
     clip, step = found["cases"]
     assert clip["share_of_copy"] > 0
@@ -260,48 +187,145 @@ def test_run_reports_and_writes_json(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         assert side["rounds"] == 3
         lower, upper = side["lower_quartile_seconds"], side["upper_quartile_seconds"]
         assert 0 < lower <= side["median_seconds"] <= upper
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
 
 
-def test_a_case_that_fails_costs_only_itself(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def failing(error: BaseException) -> Case:
     def broken(load: Workload) -> Candidate:
-        raise RuntimeError("out of luck")
+        raise error
 
-    operation = dataclasses.replace(bench_cases.OPERATIONS["clip_value"], build=broken)
-    plan = (
-        bench_cases.ModelCase(operation, TINY, host_cost=True),
-        bench_cases.ModelCase(bench_cases.OPERATIONS["clip_active"], TINY, host_cost=True),
-    )
-    monkeypatch.setattr(bench_device, "CASES", plan)
-    effort = measure.Effort(seconds=0.0, min_rounds=2, max_rounds=2)
-    monkeypatch.setattr(bench_device, "FULL", effort)
-    monkeypatch.setattr(bench, "QUICK", effort)
-    out = tmp_path / "bench.json"
-    assert bench.run(Console(file=io.StringIO()), quick=False, out=out, threads=1) == 1
-    found = json.loads(out.read_text())
+    operation = dataclasses.replace(cases.OPERATIONS["clip_value"], builds=(broken,))
+    return cases.model_case(operation, TINY, host_cost=True)
+
+
+@pytest.mark.usefixtures("small_caches")
+def test_a_case_that_fails_costs_only_itself() -> None:
+    good = cases.model_case(cases.OPERATIONS["clip_active"], TINY, host_cost=True)
+    *_, found = measure.measure_all(Host([failing(RuntimeError("out of luck")), good]), quick=False)
     assert [case["key"] for case in found["cases"]] == ["clip_active/tiny"]
     assert found["skipped"] == [{"case": "clip_value/tiny", "reason": "failed: out of luck"}]
 
 
-@pytest.mark.parametrize("width", [40, 80])
-def test_a_narrow_console_cuts_nothing_off(width: int) -> None:
-    table = Table("Times", ("case", "peer"), ("ours ms", "ratio"))
-    table.add(
-        "a case of a rather long name, of which nothing is to be lost",
-        "torch foreach",
-        "12.3",
-        "4.56",
-    )
-    shown = io.StringIO()
-    bench._print_whole(Console(file=shown, width=width), table)
-    assert str(table) in shown.getvalue()
-    shown = io.StringIO()
-    bench._print_whole(Console(file=shown, width=table.width), table)
-    assert re.search(r"nothing is to be lost +torch foreach +12\.3 +4\.56", shown.getvalue())
-    assert str(table) not in shown.getvalue()
+@pytest.mark.usefixtures("small_caches")
+def test_an_interrupt_loses_the_case_under_way_alone(tmp_path: Path) -> None:
+    good = cases.model_case(cases.OPERATIONS["clip_active"], TINY, host_cost=True)
+    out = tmp_path / "bench.json"
+    with pytest.raises(KeyboardInterrupt):
+        measure_into(Host([good, failing(KeyboardInterrupt())]), quick=False, out=out)
+    assert [case["key"] for case in results.read_result(out)["cases"]] == [good.key]
 
 
-def test_run_refuses_no_threads() -> None:
-    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
-        bench.run(Console(file=io.StringIO()), quick=True, out=None, threads=0)
+class FakeDevice(measure.CudaDevice):
+    """A GPU whose tensors are the host's, and whose clock and queue are a script's."""
+
+    place = torch.device("cpu")
+
+    def __init__(self, plan: Sequence[Case] = ()) -> None:
+        self.queue, self._plan = Queue(), plan
+        self._prepare(environment.this_machine(GPU), self.queue)
+        self.race = partial(DeviceRace, events=self.queue, clock=self.queue.clock)
+
+    def cases(self) -> Sequence[Case]:
+        return self._plan
+
+    def effort(self, quick: bool) -> measure.Effort:
+        return 0.0, 2, 2
+
+    def free_bytes(self) -> int:
+        return 2**40
+
+    def yardstick(self) -> measure.CopyYardstick:
+        stick = measure.GpuYardstick(torch.device("cpu"), elements=2**10)
+        stick.candidates = (launching(self.queue, "copy_", 0.0, 1e-6),)
+        return stick
+
+    def peak_bytes(self, call: Callable[[], object]) -> int | None:
+        call()
+        return 77
+
+    def release(self) -> None:
+        pass
+
+
+def scripted_run(monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[str, Any]:
+    """Two cases, one on each side of the size where the clock changes, and one without memory."""
+    device = FakeDevice()
+
+    def ticking(name: str, host: float, gpu: float) -> Any:
+        return lambda load: launching(device.queue, name, host, gpu)
+
+    def broken(load: object) -> Candidate:
+        raise RuntimeError("`fused=True` is not supported here\nby this torch")
+
+    # Buffers of these sizes are not drawn: no candidate looks at them.
+    monkeypatch.setattr(cases.Operation, "workload", lambda *_: None)
+    ours, fused = ticking("steadygrad", 1e-5, 2e-5), ticking(candidates.CLIP_FUSED, 2e-4, 3e-5)
+    operation = cases.Operation("adamw", "clip + AdamW", 8, 4, (ours, fused, broken))
+    small = shapes.ModelShapes("small", "small", ((8,),) * 4)
+    device._plan = [
+        cases.model_case(operation, model, host_cost=model is small)
+        for model in (small, shapes.one_tensor(28), shapes.one_tensor(50))
+    ]
+    *_, found = measure.measure_all(device, quick=False, **options)
+    return dict(json.loads(json.dumps(found)))
+
+
+def test_a_result_file_has_both_clocks_and_what_the_gpu_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = scripted_run(monkeypatch)
+    assert written["environment"]["device"] == "cuda"
+    assert written["environment"]["gpu"]["name"] == "NVIDIA Test"
+    assert written["environment"]["cache_bytes"] == GPU["l2_bytes"]
+    small, large = written["cases"]
+    assert (small["clock"], large["clock"]) == ("wall", "device")
+    assert small["buffer_sets"] == large["buffer_sets"] == 1
+    assert small["peers"][0]["ratio"] == small["peers"][0]["wall_ratio"]
+    assert large["peers"][0]["ratio"] == large["peers"][0]["device_ratio"] == pytest.approx(1.5)
+    for case, elements in ((small, 32), (large, 2**28)):
+        assert case["floor_bytes"] == 32 * elements
+        assert case["ours"]["device_median_seconds"] == pytest.approx(2e-5)
+        assert case["ours"]["peak_bytes"] == case["peers"][0]["peak_bytes"] == 77
+        assert case["gigabytes_per_second"] == pytest.approx(32 * elements / 2e-5 / 1e9)
+        assert case["share_of_copy"] == pytest.approx(
+            case["gigabytes_per_second"] / (2 * 4 * 2**10 / 1e-6 / 1e9)
+        )
+        assert case["unavailable"] == ["RuntimeError: `fused=True` is not supported here"]
+    assert written["copy_bandwidth"]["mul_gigabytes_per_second"] is None
+    assert [entry["case"] for entry in written["skipped"]] == ["adamw/one_2e50"]
+    assert [entry["peer"] for entry in written["targets"]] == [
+        peer for _, peer, _, _ in results.CUDA_TARGETS
+    ]
+
+
+def test_a_limit_leaves_later_cases_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 5.0, 11.0])
+    written = scripted_run(monkeypatch, limit=10.0, clock=lambda: next(times))
+    assert [case["key"] for case in written["cases"]] == ["adamw/small"]
+    reasons = {entry["case"]: entry["reason"] for entry in written["skipped"]}
+    assert reasons["adamw/one_2e28"] == "the limit of 10 s was reached"
+
+
+def test_a_rehearsal_judges_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "adamw/one_2e28"
+    met = {entry["case"]: entry["met"] for entry in scripted_run(monkeypatch)["targets"]}
+    assert met[key] is True
+    monkeypatch.setattr(FakeDevice, "rehearsal", True)
+    assert {entry["met"] for entry in scripted_run(monkeypatch)["targets"]} == {None}
+
+
+def test_small_sets_of_buffers_rotate_past_the_cache() -> None:
+    device, clip = FakeDevice(), cases.OPERATIONS["clip_active"]
+    few = shapes.ModelShapes("few", "few", ((2**9,),))
+    assert device.sets(cases.model_case(clip, few)) == 4 * GPU["l2_bytes"] // (4 * 2**9)
+    assert device.sets(cases.model_case(clip, few, host_cost=True)) == 1
+    assert device.sets(cases.model_case(clip, shapes.one_tensor(28))) == 1
+
+
+@pytest.mark.parametrize("key", ["batch_norm/32x512x7x7_fp32_nhwc", "adam/resnet50"])
+def test_what_allocates_is_called_over_more_buffers_than_a_cache_holds(key: str) -> None:
+    device = measure.HostDevice()
+    (case,) = (case for case in device.cases() if case.key == key)
+    sets = device.sets(case)
+    if case.allocates:
+        assert sets * case.working_set_bytes >= 4 * device.environment["cache_bytes"]
+    else:
+        assert sets == 1

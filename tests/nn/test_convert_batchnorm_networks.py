@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.networks import NETWORKS, BasicBlock, ResNet, mobilenet_v2, resnet18
 from steadygrad.nn.conversion_report import conversion_report
 from steadygrad.nn.convert import convert_batchnorm
+from tests.nn.networks import NETWORKS, BasicBlock, ResNet, mobilenet_v2, resnet18
 
 COUNTS = {
     "ResNet-18": {"batch norm + ReLU": 9, "batch norm + add + ReLU": 8},

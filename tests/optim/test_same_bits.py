@@ -28,7 +28,7 @@ from tests.optim.parameter_sets import (
     mixed_parameters,
     with_gradients,
 )
-from tests.snapshots import assert_same_tree, bits
+from tests.snapshots import assert_same_tree, bits, same_bits
 
 CPU, EMULATED, _ = BACKENDS
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -274,6 +274,14 @@ def steps_of(
         counters = (optimizer.skipped_steps, optimizer.clipped_steps)
         found = [bits(p) for p in params], tensor_state(optimizer), norms, grads, counters
         return as_bits(found)
+
+
+@pytest.mark.once
+def test_a_nan_has_the_same_bits_wherever_it_was_made() -> None:
+    of_a_cpu = torch.tensor([-0x400000], dtype=torch.int32).view(torch.float32)
+    of_a_gpu = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
+    assert same_bits(of_a_cpu, of_a_gpu)
+    assert not same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
 
 
 def as_bits(found: Any) -> Any:

@@ -1,7 +1,7 @@
 """ResNet-18, ResNet-50 and a network in the style of MobileNetV2, written out for tests and benchmarks.
 
-Sources: He et al. 2016, Deep Residual Learning; Sandler et al. 2018, MobileNetV2. The modules and their names are
-those of torchvision, so that its checkpoints fit.
+torchvision's compiled part loads beside the torch alone that it was built for. Sources: He et al. 2016, Deep Residual
+Learning; Sandler et al. 2018, MobileNetV2. Modules and their names are torchvision's, so that its checkpoints fit.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ import torch
 from torch import Tensor, nn
 
 
-def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+def _conv(inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False)
 
 
-def _conv1x1(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+def _initialised(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 class BasicBlock(nn.Module):
-    """Two convolutions of 3x3 and a residual."""
+    """Two convolutions of 3x3 and a residual: (N, inputs, H, W) to (N, width, H / stride, W / stride)."""
 
     expansion = 1
 
@@ -29,15 +31,14 @@ class BasicBlock(nn.Module):
         self, inputs: int, width: int, stride: int = 1, downsample: nn.Module | None = None
     ) -> None:
         super().__init__()
-        self.conv1 = _conv3x3(inputs, width, stride)
+        self.conv1 = _conv(inputs, width, 3, stride)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
-        self.conv2 = _conv3x3(width, width)
+        self.conv2 = _conv(width, width, 3)
         self.bn2 = nn.BatchNorm2d(width)
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, inputs, H, W) to (N, width, H / stride, W / stride)."""
         identity = x
         out = self.conv1(x)
         out = self.bn1(out)
@@ -52,7 +53,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Convolutions of 1x1, 3x3 and 1x1, and a residual."""
+    """Convolutions of 1x1, 3x3 and 1x1, and a residual: to (N, 4 width, H / stride, W / stride)."""
 
     expansion = 4
 
@@ -60,17 +61,16 @@ class Bottleneck(nn.Module):
         self, inputs: int, width: int, stride: int = 1, downsample: nn.Module | None = None
     ) -> None:
         super().__init__()
-        self.conv1 = _conv1x1(inputs, width)
+        self.conv1 = _conv(inputs, width, 1)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = _conv3x3(width, width, stride)
+        self.conv2 = _conv(width, width, 3, stride)
         self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = _conv1x1(width, width * self.expansion)
+        self.conv3 = _conv(width, width * self.expansion, 1)
         self.bn3 = nn.BatchNorm2d(width * self.expansion)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, inputs, H, W) to (N, 4 width, H / stride, W / stride)."""
         identity = x
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
@@ -83,7 +83,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A stem, four stages of residual blocks, and a linear layer."""
+    """A stem, four stages of residual blocks, and a linear layer: (N, 3, H, W) to (N, classes)."""
 
     def __init__(
         self, block: type[BasicBlock | Bottleneck], depths: tuple[int, ...], classes: int
@@ -100,26 +100,21 @@ class ResNet(nn.Module):
         self.layer4 = self._stage(block, 512, depths[3], 2)
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(512 * block.expansion, classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        _initialised(self)
 
     def _stage(
         self, block: type[BasicBlock | Bottleneck], width: int, depth: int, stride: int
     ) -> nn.Sequential:
-        outputs = width * block.expansion
-        downsample = None
+        outputs, downsample = width * block.expansion, None
         if stride != 1 or self.inputs != outputs:
-            downsample = nn.Sequential(
-                _conv1x1(self.inputs, outputs, stride), nn.BatchNorm2d(outputs)
-            )
+            shortcut = _conv(self.inputs, outputs, 1, stride)
+            downsample = nn.Sequential(shortcut, nn.BatchNorm2d(outputs))
         blocks = [block(self.inputs, width, stride, downsample)]
         blocks += [block(outputs, width) for _ in range(1, depth)]
         self.inputs = outputs
         return nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) to (N, classes)."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         x = self.fc(torch.flatten(self.avgpool(x), 1))
@@ -129,14 +124,9 @@ class ResNet(nn.Module):
 class ConvNormActivation(nn.Sequential):
     """A convolution, a batch norm and ReLU6."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, groups: int) -> None:
-        super().__init__(
-            nn.Conv2d(
-                inputs, outputs, kernel, stride, (kernel - 1) // 2, groups=groups, bias=False
-            ),
-            nn.BatchNorm2d(outputs),
-            nn.ReLU6(inplace=True),
-        )
+    def __init__(self, inputs: int, outputs: int, size: int, stride: int, groups: int) -> None:
+        convolution = _conv(inputs, outputs, size, stride, groups)
+        super().__init__(convolution, nn.BatchNorm2d(outputs), nn.ReLU6(inplace=True))
 
 
 class InvertedResidual(nn.Module):
@@ -149,47 +139,39 @@ class InvertedResidual(nn.Module):
         layers: list[nn.Module] = []
         if expansion != 1:
             layers.append(ConvNormActivation(inputs, width, 1, 1, 1))
-        layers += [
-            ConvNormActivation(width, width, 3, stride, width),
-            nn.Conv2d(width, outputs, 1, bias=False),
-            nn.BatchNorm2d(outputs),
-        ]
+        layers.append(ConvNormActivation(width, width, 3, stride, width))
+        layers += [_conv(width, outputs, 1), nn.BatchNorm2d(outputs)]
         self.conv = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, inputs, H, W) to (N, outputs, H / stride, W / stride)."""
         out: Tensor = x + self.conv(x) if self.use_res_connect else self.conv(x)
         return out
 
 
 class MobileNetV2(nn.Module):
-    """Inverted residuals between two convolutions, and a linear layer."""
+    """Inverted residuals between two convolutions, and a linear layer: (N, 3, H, W) to (N, classes)."""
+
+    # expansion, channels, blocks, stride of the first.
+    STAGES = (
+        *((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2)),
+        *((6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)),
+    )
 
     def __init__(self, classes: int) -> None:
         super().__init__()
         layers: list[nn.Module] = [ConvNormActivation(3, 32, 3, 2, 1)]
         inputs = 32
-        stages = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2))
-        for expansion, outputs, depth, stride in (
-            *stages,
-            (6, 96, 3, 1),
-            (6, 160, 3, 2),
-            (6, 320, 1, 1),
-        ):
+        for expansion, outputs, depth, stride in self.STAGES:
             for index in range(depth):
-                layers.append(
-                    InvertedResidual(inputs, outputs, stride if index == 0 else 1, expansion)
-                )
+                step = stride if index == 0 else 1
+                layers.append(InvertedResidual(inputs, outputs, step, expansion))
                 inputs = outputs
         layers.append(ConvNormActivation(inputs, 1280, 1, 1, 1))
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(1280, classes))
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        _initialised(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, 3, H, W) to (N, classes)."""
         x = self.features(x)
         x = nn.functional.adaptive_avg_pool2d(x, (1, 1))
         x = self.classifier(torch.flatten(x, 1))
@@ -211,7 +193,7 @@ def mobilenet_v2(classes: int = 1000) -> MobileNetV2:
     return MobileNetV2(classes)
 
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "ResNet-18": resnet18,
     "ResNet-50": resnet50,
     "MobileNetV2": mobilenet_v2,

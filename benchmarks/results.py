@@ -1,0 +1,205 @@
+"""What a result file says: where the files are, what groups of cases say together, and whether floors were met.
+
+A result is what `python -m benchmarks --out FILE` writes, as JSON has it; tables, page and docs/performance.md are made
+of it alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import batch_norm as norms
+from benchmarks import candidates as sides
+from benchmarks.cases import CASES, CUDA_CASES
+
+RESULTS = Path(__file__).resolve().parent / "results"
+# Goes up when a key changes its meaning.
+SCHEMA = 3
+
+# A result file, or a case, peer, summary or target in it.
+Result = dict[str, Any]
+
+# Stands for the fastest of torch's in each case.
+FASTEST = "fastest of torch's"
+# Names the copy bandwidth in the place of a peer.
+COPY = "copy bandwidth"
+# What of a group of cases is compared.
+MEAN = "geometric mean"
+SLOWEST = "slowest case"
+
+
+def read_result(path: Path) -> Result:
+    """Read a result file.
+
+    Raises:
+        ValueError: the file cannot be read, or is no result of the benchmark.
+    """
+    expected = f"expected a result of the benchmark with schema 1 to {SCHEMA}"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON: {error}") from error
+    schema = found.get("schema") if isinstance(found, dict) else None
+    if schema not in range(1, SCHEMA + 1) or "cases" not in found:
+        raise ValueError(f"{path}: {expected}, got {schema}")
+    return dict(found)
+
+
+def machine_of(result: Result) -> str:
+    """Return the GPU's name, or the CPU's with its cores."""
+    environment = result["environment"]
+    if gpu := environment.get("gpu"):
+        return str(gpu["name"])
+    return f"{environment['cpu']}, {environment['cores']} cores"
+
+
+def file_name(result: Result) -> str:
+    """Return a name such as `nvidia-h200-2026-01-31.json`."""
+    machine = re.sub(r"[^a-z0-9]+", "-", machine_of(result).lower()).strip("-")
+    return f"{machine}-{result['created'][:10]}.json"
+
+
+def newest_results(folder: Path = RESULTS) -> dict[str, Result]:
+    """Return the newest result of each machine, by the machine's name. Rehearsals do not count."""
+    newest: dict[str, Result] = {}
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        machine = machine_of(result)
+        if result.get("rehearsal") or newest.get(machine, result)["created"] > result["created"]:
+            continue
+        newest[machine] = result
+    return dict(sorted(newest.items()))
+
+
+def operations(cases: Iterable[Result]) -> dict[str, list[Result]]:
+    """Return cases by the name of their operation, in their order."""
+    found: dict[str, list[Result]] = {}
+    for case in cases:
+        found.setdefault(case["operation"], []).append(case)
+    return found
+
+
+def summaries(cases: Iterable[Result]) -> list[Result]:
+    """Compare ours with each peer over the cases of an operation, and with the fastest where there are several.
+
+    Returns:
+        A geometric mean of the ratios and the least of them for each; only of operations whose cases are of one kind.
+    """
+    found = []
+    averaged = (case for case in cases if case.get("averaged") and case["peers"])
+    for members in operations(averaged).values():
+        ratios: dict[str, dict[str, float]] = {}
+        fastest: dict[str, float] = {}
+        for case in members:
+            own = {peer["name"]: peer["ratio"] for peer in case["peers"]}
+            for name, ratio in own.items():
+                ratios.setdefault(name, {})[case["key"]] = ratio
+            torchs = [own[name] for name in own if not name.startswith(sides.OURS)]
+            fastest[case["key"]] = min(torchs, default=min(own.values()))
+        if len(ratios) > 1:
+            ratios[FASTEST] = fastest
+        for peer, by_case in ratios.items():
+            least = min(by_case, key=by_case.__getitem__)
+            found.append(
+                {
+                    "group": least.partition("/")[0],
+                    "title": members[0]["operation"],
+                    "peer": peer,
+                    "cases": len(by_case),
+                    "mean": statistics.geometric_mean(by_case.values()),
+                    "least": by_case[least],
+                    "least_case": least,
+                }
+            )
+    return found
+
+
+# A case or group, the peer, how many times as fast ours has to be (or which share of `COPY` it has to reach), and,
+# where the first names a group, what of it counts.
+Target = tuple[str, str, float, str]
+
+
+def _case(case: str, peer: str, at_least: float) -> Target:
+    return case, peer, at_least, ""
+
+
+def _fusion(group: str, mean: float, *names: str) -> Iterator[Target]:
+    """Ask for the mean against each peer, and that no case is slower than any of them."""
+    for name in names:
+        yield group, name, mean, MEAN
+    yield group, FASTEST if len(names) > 1 else names[0], 1.0, SLOWEST
+
+
+_CUDNN = (norms.CUDNN, norms.NATIVE)
+_IN_PLACE = (norms.CUDNN_IN_PLACE, norms.NATIVE_IN_PLACE)
+
+TARGETS: tuple[Target, ...] = (
+    _case("clip_active/resnet50", sides.TORCH_FOREACH, 1.5),
+    _case("clip_inactive/resnet50", sides.TORCH_FOREACH, 2.8),
+    _case("clip_active/small", sides.TORCH_FOREACH, 10.0),
+    _case("clip_inactive/small", sides.TORCH_FOREACH, 10.0),
+    _case("adamw/resnet50", sides.CLIP_FUSED, 1.4),
+    _case("adamw/gpt2", sides.CLIP_FUSED, 1.2),
+    _case("adamw/small", sides.CLIP_FUSED, 20.0),
+    _case("adamw/resnet50", sides.CLIP_DEFAULT, 3.0),
+    _case("adamw/gpt2", sides.CLIP_DEFAULT, 3.0),
+    *_fusion("batch_norm", 1.5, norms.TORCH),
+    *_fusion("batch_norm_relu", 1.8, norms.TORCH, norms.TORCH_IN_PLACE),
+    *_fusion("batch_norm_add_relu", 2.0, norms.TORCH, norms.TORCH_IN_PLACE),
+)
+
+CUDA_TARGETS: tuple[Target, ...] = (
+    _case("clip_inactive/one_2e28", sides.TORCH_FOREACH, 2.5),
+    _case("clip_inactive/one_2e28", COPY, 0.9),
+    _case("clip_active/one_2e28", sides.TORCH_FOREACH, 1.05),
+    _case("clip_active/one_2e28", COPY, 0.9),
+    _case("adamw/gpt2", sides.CLIP_FUSED, 1.2),
+    _case("adamw/one_2e28", sides.CLIP_FUSED, 1.2),
+    _case("adamw/gpt2", sides.FUSED_FOLDED, 1.08),
+    _case("adamw/resnet50", sides.CLIP_FUSED, 2.0),
+    _case("adamw/small", sides.CLIP_FUSED, 5.0),
+    *_fusion("batch_norm", 1.3, *_CUDNN),
+    *_fusion("batch_norm_relu", 2.0, *_CUDNN, *_IN_PLACE),
+    *_fusion("batch_norm_add_relu", 2.0, *_CUDNN, *_IN_PLACE),
+)
+
+
+def judge(cases: Sequence[Result], device: str = "cpu") -> list[Result]:
+    """Return what was measured for each target of the device, "cpu" or "cuda", in their order.
+
+    `met` is None where the target was not measured, or not over all cases of its group.
+    """
+    measured: dict[tuple[str, str, str], tuple[float, int]] = {}
+    for case in cases:
+        for peer in case["peers"]:
+            measured[case["key"], peer["name"], ""] = peer["ratio"], 1
+        if case["share_of_copy"] is not None:
+            measured[case["key"], COPY, ""] = case["share_of_copy"], 1
+    for entry in summaries(cases):
+        for over, value in ((MEAN, entry["mean"]), (SLOWEST, entry["least"])):
+            measured[entry["group"], entry["peer"], over] = value, entry["cases"]
+    sizes = Counter(case.group for case in (CUDA_CASES if device == "cuda" else CASES))
+    found = []
+    for name, peer, at_least, over in CUDA_TARGETS if device == "cuda" else TARGETS:
+        ratio, count = measured.get((name, peer, over), (None, 0))
+        size = sizes[name] if over else 1
+        found.append(
+            {
+                "case": f"{name}, {over}" if over else name,
+                "peer": peer,
+                "at_least": at_least,
+                "measured": ratio,
+                "met": None if ratio is None or count < size else ratio >= at_least,
+                "cases": count,
+                "of": size,
+            }
+        )
+    return found
