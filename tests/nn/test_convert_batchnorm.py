@@ -224,6 +224,32 @@ def test_hooks_see_what_they_saw_before(hooked: int, register: str) -> None:
     assert "hooks" in reason(twins[0], "0")
 
 
+class Counted(nn.Sequential):
+    """A chain with a call of its own."""
+
+    calls = 0
+
+    def __call__(self, *args: Any) -> Any:
+        self.calls += 1
+        return super().__call__(*args)
+
+
+def test_a_chain_with_a_call_of_its_own_is_called() -> None:
+    model = convert_batchnorm(nn.Sequential(Counted(nn.BatchNorm2d(3)), nn.ReLU()))
+    model(batch(torch.float32))
+    assert model[0].calls == 1 and operations(model) == []
+
+
+def test_a_hook_that_comes_during_a_call_is_called() -> None:
+    model = convert_batchnorm(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()))
+    seen: list[nn.Module] = []
+    model[0].register_forward_hook(
+        lambda *_: model[2].register_forward_hook(lambda module, *_: seen.append(module)) and None
+    )
+    model(batch(torch.float32))
+    assert seen == [model[2]]
+
+
 def test_a_member_compiled_in_place_is_called() -> None:
     model = convert_batchnorm(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
     model[1]._compiled_call_impl = lambda x: torch.full_like(x, 7)

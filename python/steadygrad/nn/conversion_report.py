@@ -172,10 +172,10 @@ def _seen(module: nn.Module) -> Iterator[tuple[nn.Module, str, str, str]]:
             yield norm, "", f"the forward registered for {kind.__name__} calls it", ""
         return
     why = ""
-    if kind is type(module):
-        why = "fuse was False"
-    elif forward is not None and not stands(module, forward):
+    if forward is not None and not stands(module, forward):
         why = f"a member of {kind.__name__} has hooks or a forward of its own, or is None"
+    elif kind is type(module):
+        why = "fuse was False"
     for norm, operation, reason in found(module, forward):
         yield norm, "" if why else operation, why if why and operation else reason, ""
 

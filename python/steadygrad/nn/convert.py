@@ -234,7 +234,7 @@ def _is_to_fuse(module: nn.Module) -> bool:
     known = known_forward(type(module))
     if known is None or not isinstance(known[1], Steps):
         return known is not None
-    return known[1].fits(module) and any(operation for _, operation, _ in found(module, known[1]))
+    return any(operation for _, operation, _ in found(module, known[1]))
 
 
 def original_class(module: nn.Module) -> Kind:
@@ -295,7 +295,7 @@ def _stepping_aside(kind: Kind, method: str, known: Any) -> Any:
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         own = getattr(kind, method)
-        if own is original and stands(self, known):
+        if own is original and stands(self, known, args, kwargs):
             return known(self, *args, **kwargs)
         return own(self, *args, **kwargs)
 

@@ -6,7 +6,7 @@ they are by then. The modules themselves do no more than before: what fuses is t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from steadygrad.nn.batch_norm import _BatchNorm as BatchNorm
 
 RELU, ADD, ADD_RELU = "batch norm + ReLU", "batch norm + add", "batch norm + add + ReLU"
 
+_CALL: Any = nn.Module.__call__
 _SEQUENTIAL: Callable[..., Any] = nn.Sequential.forward
 _FUNCTIONS = (F.relu, torch.relu)
 _RELU = {nn.ReLU: nn.ReLU.forward}
@@ -32,7 +33,7 @@ _STILL = {
     for kind in (getattr(nn, f"{name}{dimensions}") for name in ("Conv", "AvgPool", "MaxPool"))
 } | _IDENTITY
 # A module, and those after it that its call takes the place of: up to a ReLU, behind a batch norm.
-Calls = list[tuple[Any, list[Any]]]
+Call = tuple[Any, list[Any]]
 # `Steps`, or a function of one's own, which takes the module and what its forward takes.
 Forward = Callable[..., Any]
 
@@ -50,6 +51,7 @@ def is_plain(module: Any) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or module._compiled_call_impl is not None
+        or type(module).__call__ is not _CALL
         or "forward" in module.__dict__
     )
 
@@ -99,10 +101,9 @@ def leaves(modules: Iterable[Any]) -> list[Any]:
     return found
 
 
-def planned(modules: Iterable[Any]) -> Calls:
-    """Returns the calls that stand for calling the modules one after the other."""
+def planned(modules: Iterable[Any]) -> Iterator[Call]:
+    """Yields the calls that stand for calling the modules one after the other, looking at each when it is reached."""
     rest = leaves(modules)
-    calls: Calls = []
     at = 0
     while at < len(rest):
         end = at + 1
@@ -111,16 +112,15 @@ def planned(modules: Iterable[Any]) -> Calls:
                 end += 1
             fuses = end < len(rest) and is_relu(rest[end])
             end = end + 1 if fuses else at + 1
-        calls.append((rest[at], rest[at + 1 : end]))
+        yield rest[at], rest[at + 1 : end]
         at = end
-    return calls
 
 
-def run(calls: Calls, input: Any) -> Any:
+def run(calls: Iterable[Call], input: Any) -> Any:
     """Carries out planned calls."""
     for module, taken in calls:
         if taken and isinstance(input, Tensor):
-            input = module._normalize(input, None, "relu")
+            input = BatchNorm.forward(module, input, None, True)
         else:
             input = module(input)
             for after in taken:
@@ -140,7 +140,7 @@ def norm_act(self: Any, x: Any) -> Any:
     if isinstance(x, Proxy):
         return self._record(x, None)
     if acts(self, is_relu) and not any_global_hook():
-        return self._normalize(x, None, "relu")
+        return BatchNorm.forward(self, x, None, True)
     return self.act(self.drop(BatchNorm.forward(self, x)))
 
 
@@ -180,9 +180,9 @@ def batch_norm_add_relu(
     one = is_norm(norm) and isinstance(input, Tensor) and not any_global_hook()
     if one and (residual is None or _fits(residual, input)):
         called: Any = norm
-        activation = "relu" if relu is not None and is_relu(relu) else None
-        output: Tensor = called._normalize(input, residual, activation)
-        return output if relu is None or activation else relu(output)
+        is_last = relu is not None and is_relu(relu)
+        output = BatchNorm.forward(called, input, residual, is_last)
+        return output if relu is None or is_last else relu(output)
     output = norm(input)
     if residual is not None:
         output = output.add_(residual) if in_place else output + residual
@@ -206,6 +206,8 @@ class Steps:
     ``Steps("conv1 bn1 relu conv2 bn2", add=True, shortcut="downsample?", last="relu")`` is that of a residual block.
     Names are separated by spaces; one with a question mark may be None, and is then left out.
 
+    A call with keyword arguments, or with more than the one input, takes the block's own forward.
+
     Attributes:
         body: the layers.
         add: whether the block's input is added to what they return; or the name of the attribute that says so.
@@ -228,7 +230,9 @@ class Steps:
 
     def fits(self, block: nn.Module) -> bool:
         """Returns whether the block's members are there, and are modules on whose calls nobody waits."""
-        if self.unless and getattr(block, self.unless):
+        if self.unless and getattr(block, self.unless, True):
+            return False
+        if isinstance(self.add, str) and not hasattr(block, self.add):
             return False
         names = f"{self.body} {self.before_add} {self.shortcut} {self.last}"
         for name in names.split():
@@ -240,10 +244,11 @@ class Steps:
                 return False
         return True
 
-    def plan(self, block: nn.Module) -> tuple[Calls, Any, list[Any] | None, Any]:
+    def plan(self, block: nn.Module) -> tuple[list[Call], Any, list[Any] | None, Any]:
         """Returns the layers' calls, the batch norm that adds, the shortcut (None: no addition) and the activation."""
-        adds = getattr(block, self.add) if isinstance(self.add, str) else self.add
-        calls = planned(_members(block, f"{self.body} {self.before_add}" if adds else self.body))
+        adds = getattr(block, self.add, False) if isinstance(self.add, str) else self.add
+        names = f"{self.body} {self.before_add}" if adds else self.body
+        calls = list(planned(_members(block, names)))
         norm = None
         shortcut = _members(block, self.shortcut) if adds else None
         if shortcut is not None:
@@ -278,7 +283,7 @@ def found(module: nn.Module, forward: Forward | None) -> list[tuple[nn.Module, s
         calls, norm, shortcut, last = forward.plan(module)
         after = "an addition" if shortcut is not None else _described(last)
     else:
-        calls, norm, shortcut, after = planned(module._modules.values()), None, None, ""
+        calls, norm, shortcut, after = list(planned(module._modules.values())), None, None, ""
         last = None
     seen: list[tuple[nn.Module, str, str]] = []
     for called, taken in reversed(calls):

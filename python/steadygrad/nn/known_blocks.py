@@ -175,10 +175,12 @@ def source_digest(function: FunctionType) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def stands(block: nn.Module, forward: Forward) -> bool:
-    """Returns whether a known forward stands for that of the block's class, as the block is now."""
+def stands(
+    block: nn.Module, forward: Forward, args: tuple[Any, ...] = (None,), kwargs: Any = None
+) -> bool:
+    """Returns whether a known forward stands for that of the block's class, as block and arguments are now."""
     if any_global_hook():
         return False
     if isinstance(forward, Steps):
-        return forward.fits(block)
+        return len(args) == 1 and not kwargs and forward.fits(block)
     return all(child is not None and is_plain(child) for child in block._modules.values())
