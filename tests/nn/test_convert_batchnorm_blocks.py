@@ -392,7 +392,7 @@ def test_another_version_is_not_fused(
     assert operations(twin) == []
     found = {f.name: f for f in sg.nn.conversion_report(twin).findings}["layer1.0.bn1"]
     assert found.reason == (
-        "timm.models.resnet.BasicBlock.forward is not the source that is known, of another version"
+        "timm.models.resnet.BasicBlock.forward has another source than the version that is known"
     )
     left = sg.nn.conversion_report(sg.nn.convert_batchnorm(made(libraries, "timm.mobilenetv2_100")))
     assert len(left.left) == 52

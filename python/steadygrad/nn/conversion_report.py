@@ -25,7 +25,7 @@ from steadygrad.nn.fusion import (
     leaves,
     norm_act,
 )
-from steadygrad.nn.known_blocks import changed_source, known_forward, stands
+from steadygrad.nn.known_blocks import known_forward, stands
 
 FUSED, CONVERTED, LEFT = "fused", "converted", "left"
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
@@ -91,7 +91,7 @@ class ConversionReport:
             f"{len(self.not_fused)} converted only, {len(self.left)} left"
         ]
         rows = [
-            (f.name or "(model)", f.kind, f.status, f.operation or f.reason + f.line)
+            (f.name or "(model)", f.kind, f.status, f.operation or f.reason + _by_hand(f.line))
             for f in self.findings
         ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)] if rows else []
@@ -160,16 +160,18 @@ def _seen(module: nn.Module) -> Iterator[tuple[nn.Module, str, str, str]]:
             after = type(act if is_passed(drop) else drop).__name__
             yield module, RELU if acts(module, is_relu) else "", f"it is followed by {after}", ""
         return
+    changed, forward = known_forward(kind)
     if kind in _CONTAINERS:
         return
-    known = (kind.__name__, None) if is_chain(module) else known_forward(kind)
-    if known is None:
-        yield from _unknown(module, kind)
-        return
-    forward = known[1]
-    if forward is not None and not isinstance(forward, Steps):
-        for norm, _ in _called(module):
-            yield norm, "", f"the forward registered for {kind.__name__} calls it", ""
+    if not is_chain(module) and not isinstance(forward, Steps):
+        why = f"the forward of {kind.__name__} is not known: steadygrad.nn.register_block tells it"
+        if forward is not None:
+            why = f"the forward registered for {kind.__name__} calls it"
+        elif changed:
+            why = f"{changed} has another source than the version that is known"
+        for norm, path in _called(module):
+            line = f"steadygrad.nn.batch_norm_add_relu(self.{path}, x, residual, self.relu)"
+            yield norm, "", why, "" if forward is not None else line
         return
     why = ""
     if forward is not None and not stands(module, forward):
@@ -180,22 +182,8 @@ def _seen(module: nn.Module) -> Iterator[tuple[nn.Module, str, str, str]]:
         yield norm, "" if why else operation, why if why and operation else reason, ""
 
 
-def _unknown(module: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[nn.Module, str, str, str]]:
-    name, changed = kind.__name__, changed_source(kind)
-    for norm, path in _called(module):
-        if changed:
-            reason = f"{changed} is not the source that is known, of another version"
-        else:
-            reason = f"the forward of {name} is not known"
-        line = f"steadygrad.nn.batch_norm_add_relu(self.{path}, x, residual, self.relu)"
-        names = " ".join(vars(module)["_modules"])
-        yield (
-            norm,
-            "",
-            reason,
-            f'; where its calls are in order: steadygrad.nn.register_block({name}, steadygrad.nn.Steps("{names}")); '
-            f"else write in it {line}",
-        )
+def _by_hand(line: str) -> str:
+    return f"; or write in it {line}" if line else ""
 
 
 def _called(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:

@@ -231,10 +231,10 @@ def _is_to_fuse(module: nn.Module) -> bool:
         return False
     if is_chain(module):
         return any(operation for _, operation, _ in found(module, None))
-    known = known_forward(type(module))
-    if known is None or not isinstance(known[1], Steps):
-        return known is not None
-    return any(operation for _, operation, _ in found(module, known[1]))
+    _, forward = known_forward(type(module))
+    if not isinstance(forward, Steps):
+        return forward is not None
+    return any(operation for _, operation, _ in found(module, forward))
 
 
 def original_class(module: nn.Module) -> Kind:
@@ -250,7 +250,7 @@ def derived(kind: Kind, ours: Kind | None = None) -> Kind:
     """
     bases = (kind,) if ours is None else (kind, ours)
     forward: Any
-    known = None
+    is_block = False
     if ours is not None:
         method, forward = "forward", ours.forward
         if kind.forward not in (nn.SyncBatchNorm.forward, _BatchNorm.forward):
@@ -260,10 +260,10 @@ def derived(kind: Kind, ours: Kind | None = None) -> Kind:
     elif kind.forward is nn.Sequential.forward:
         method, forward = "forward", run_chain
     else:
-        known = known_forward(kind)
-        if known is None:
+        method, forward = known_forward(kind)
+        is_block = forward is not None
+        if not is_block:
             return kind
-        method, forward = known
     key = (*bases, forward)
     known_class = _DERIVED.get(key)
     if known_class is not None:
@@ -280,7 +280,7 @@ def derived(kind: Kind, ours: Kind | None = None) -> Kind:
         "__module__": kind.__module__,
         "__reduce_ex__": __reduce_ex__,
         _MARK: True,
-        method: forward if known is None else _stepping_aside(kind, method, forward),
+        method: _stepping_aside(kind, method, forward) if is_block else forward,
     }
     name = kind.__name__ if ours is not None else f"Fused{kind.__name__}"
     made: Kind = new_class(name, bases, exec_body=lambda body: body.update(members))

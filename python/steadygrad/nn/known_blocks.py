@@ -126,33 +126,25 @@ def register_block(block: type[nn.Module], forward: Forward) -> None:
     _REGISTERED[block.forward] = forward
 
 
-def known_forward(kind: type[nn.Module]) -> tuple[str, Forward] | None:
-    """Returns the name of the method of a class that is known, and what it does."""
+def known_forward(kind: type[nn.Module]) -> tuple[str, Forward | None]:
+    """Returns the name of the method of a class that is known, and what it does.
+
+    Where its source is not the known one: the method's full name, and None. Where there is none: nothing, and None.
+    """
+    changed = ""
     for method in _METHODS:
         function = getattr(kind, method, None)
         if not isinstance(function, FunctionType):
             continue
         if function in _REGISTERED:
             return method, _REGISTERED[function]
-        digest, forward = _KNOWN.get(_name(function), ("", None))
-        if forward is not None and source_digest(function) == digest:
-            return method, forward
-    return None
-
-
-def changed_source(kind: type[nn.Module]) -> str:
-    """Returns the method of a class that has a known name and another source than the known one; empty for none."""
-    for method in _METHODS:
-        function = getattr(kind, method, None)
-        if isinstance(function, FunctionType) and function not in _REGISTERED:
-            name = _name(function)
-            if name in _KNOWN and source_digest(function) != _KNOWN[name][0]:
-                return name
-    return ""
-
-
-def _name(function: FunctionType) -> str:
-    return f"{function.__module__}.{function.__qualname__}"
+        name = f"{function.__module__}.{function.__qualname__}"
+        if name in _KNOWN:
+            digest, forward = _KNOWN[name]
+            if source_digest(function) == digest:
+                return method, forward
+            changed = name
+    return changed, None
 
 
 @functools.cache
