@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from steadygrad.nn import synchronized
+from steadygrad.nn.gradient import Options
 from steadygrad.nn.synchronized import synchronized_batch_norm
 from tests.backends import BACKENDS
 from tests.nn.synchronized_cases import (
@@ -46,9 +47,8 @@ def norm(
     group: Any = None,
 ) -> Tensor:
     group = dist.group.WORLD if group is None else group
-    return synchronized_batch_norm(
-        input, residual, weight, bias, *running, momentum, EPS, relu, group
-    )
+    options = Options(*running, True, momentum, EPS, relu)
+    return synchronized_batch_norm(input, residual, weight, bias, options, group)
 
 
 def new_running(channels: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,6 +6,8 @@ import copy
 import inspect
 import io
 import pickle
+import sys
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 
 import steadygrad as sg
+from steadygrad import _kernels
 from tests.backends import Backend
 from tests.nn.batch_norm_modules import FUSIONS, LAYOUTS, SHAPES, Pair, laid_out
 
@@ -330,3 +333,25 @@ def test_symbolic_tracing_refuses_hooks_that_would_run_twice() -> None:
     block.outer.register_forward_hook(lambda module, inputs, output: output * 2)
     with pytest.raises(torch.fx.proxy.TraceError, match="BatchNorm2d: expected no hooks"):
         torch.fx.symbolic_trace(block)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_way_in_is_short(training: bool, grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the module to the kernel's binding: the function, autograd's function, and nothing else."""
+    kernel = "batch_norm_forward" if training else "batch_norm_normalize"
+    original = getattr(_kernels, kernel)
+    seen: list[str] = []
+
+    def watched(*arguments: Any) -> Any:
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code.co_name != "_call_impl":
+            seen.append(frame.f_code.co_name)
+            frame = frame.f_back
+        return original(*arguments)
+
+    monkeypatch.setattr(_kernels, kernel, watched)
+    norm = sg.nn.BatchNorm2d(3).train(training)
+    with torch.set_grad_enabled(grad):
+        norm(torch.randn(2, 3, 4, 4))
+    assert seen == ["forward", "batch_norm", "forward"]

@@ -109,8 +109,8 @@ def test_opcheck_of_backward(
     _, mask, statistics = OPERATORS.batch_norm_training(x, r, w, b, 1e-5, relu, relu and adds)
     kept = mask if relu and adds else None
     needed = [needed[0], needed[1] and adds, *needed[2:]]
-    arguments = (torch.randn_like(x), x, kept, w, b, b.dtype, statistics, None, None)
-    torch.library.opcheck(OPERATORS.batch_norm_backward.default, (*arguments, 1e-5, relu, needed))
+    arguments = (torch.randn_like(x), x, kept, w, b, statistics, None, None, 1e-5, relu)
+    torch.library.opcheck(OPERATORS.batch_norm_backward.default, (*arguments, b.dtype, needed))
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -1,18 +1,15 @@
-"""convert_batchnorm on single modules: what it keeps, what it fuses, and when the original forward must run."""
+"""convert_batchnorm on batch norms and chains: what it keeps, what it fuses, what its report says."""
 
 from __future__ import annotations
 
 import copy
 import gc
-import operator
 import pickle
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steadygrad.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
@@ -24,26 +21,6 @@ KINDS = [
     (nn.BatchNorm2d, BatchNorm2d, (2, 3, 4, 4)),
     (nn.BatchNorm3d, BatchNorm3d, (2, 3, 2, 2, 2)),
 ]
-
-
-class Block(nn.Module):
-    """A batch norm, a ReLU and a body to test."""
-
-    def __init__(self, body: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 3, 1)
-        self.bn = nn.BatchNorm2d(3)
-        self.other = nn.BatchNorm2d(3)
-        self.relu = nn.ReLU()
-        self.flag = True
-        self.body = body
-
-    def forward(self, x: Tensor, scale: float | None = None) -> Tensor:
-        return type_free_call(self, x, scale)
-
-
-def type_free_call(block: Block, x: Tensor, scale: float | None) -> Tensor:
-    return block.body(block, x) if scale is None else block.body(block, x) * scale
 
 
 def operations(model: nn.Module) -> list[str]:
@@ -71,6 +48,14 @@ def assert_same(model: nn.Module, twin: nn.Module, *args: Any, **kwargs: Any) ->
             torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
         for name, value in model.named_buffers():
             torch.testing.assert_close(twin.get_buffer(name), value)
+
+
+HOOKS = [
+    "register_forward_hook",
+    "register_forward_pre_hook",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+]
 
 
 def batch(dtype: torch.dtype = torch.float64) -> Tensor:
@@ -152,160 +137,6 @@ def test_only_modules_are_taken() -> None:
             function(3)
 
 
-BODIES: dict[str, tuple[Callable[[Block, Tensor], Tensor], list[str]]] = {
-    "module": (lambda m, x: m.relu(m.bn(m.conv(x))), ["batch norm + ReLU"]),
-    "F.relu": (lambda m, x: F.relu(m.bn(m.conv(x)), inplace=True), ["batch norm + ReLU"]),
-    "torch.relu": (lambda m, x: torch.relu(m.bn(m.conv(x))), ["batch norm + ReLU"]),
-    "relu_": (lambda m, x: m.bn(m.conv(x)).relu_(), ["batch norm + ReLU"]),
-    "add": (lambda m, x: x + m.bn(m.conv(x)), ["batch norm + add"]),
-    "torch.add": (
-        lambda m, x: F.relu(torch.add(m.bn(m.conv(x)), x)),
-        ["batch norm + add + ReLU"],
-    ),
-    "add_": (lambda m, x: m.bn(m.conv(x)).add_(x).relu(), ["batch norm + add + ReLU"]),
-    "iadd": (
-        lambda m, x: m.relu(operator.iadd(m.bn(m.conv(x)), x)),
-        ["batch norm + add + ReLU"],
-    ),
-    "two batch norms": (
-        lambda m, x: m.relu(m.bn(m.conv(x)) + m.other(x)),
-        ["batch norm + add + ReLU"],
-    ),
-    "twice": (
-        lambda m, x: m.relu(m.other(m.relu(m.bn(m.conv(x))))),
-        ["batch norm + ReLU", "batch norm + ReLU"],
-    ),
-    "used twice": (lambda m, x: (lambda y: F.relu(y) + y)(m.bn(m.conv(x))), []),
-    "in place into another": (lambda m, x: operator.iadd(x * 1, m.bn(m.conv(x))), []),
-    "alpha": (lambda m, x: torch.add(m.bn(m.conv(x)), x, alpha=2), []),
-    "to itself": (lambda m, x: (lambda y: y + y)(m.bn(m.conv(x))), []),
-    "number": (lambda m, x: F.relu(m.bn(m.conv(x)) + 1.0), []),
-    "dropout": (lambda m, x: F.relu(F.dropout(m.bn(m.conv(x)), 0.0)), []),
-    "ReLU6": (lambda m, x: F.relu6(m.bn(m.conv(x))), []),
-    "input changes in between": (
-        lambda m, x: (lambda h: (lambda y: y + h.mul_(2))(m.bn(h)))(m.conv(x)),
-        [],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BODIES)
-def test_each_form(name: str) -> None:
-    body, expected = BODIES[name]
-    model = Block(body).double()
-    twin = copy.deepcopy(model)
-    convert_batchnorm(twin)
-    assert operations(twin) == expected
-    if name == "input changes in between":
-        for m in (model, twin):
-            m.eval()
-        x = batch()
-        with torch.no_grad():
-            torch.testing.assert_close(twin(x), model(x))
-        return
-    assert_same(model, twin, batch())
-
-
-def test_a_broadcast_or_wider_residual_is_added_as_written() -> None:
-    model = Block(lambda m, x: F.relu(m.bn(m.conv(x)) + m.residual)).double()
-    model.residual = nn.Parameter(torch.randn(3, 1, 1, dtype=torch.float64))
-    twin = convert_batchnorm(copy.deepcopy(model))
-    assert operations(twin) == ["batch norm + add + ReLU"]
-    assert_same(model, twin, batch())
-    model = Block(lambda m, x: F.relu(m.bn(m.conv(x)) + m.residual))
-    model.residual = nn.Parameter(torch.randn(4, 3, 5, 5, dtype=torch.float64))
-    twin = convert_batchnorm(copy.deepcopy(model))
-    x = batch(torch.float32)
-    assert twin(x).dtype == torch.float64
-    torch.testing.assert_close(twin(x), model(x), rtol=1e-5, atol=1e-6)
-
-
-def test_an_attribute_that_steers_the_forward_is_watched() -> None:
-    model = Block(lambda m, x: m.relu(m.bn(m.conv(x))) if m.flag else m.bn(x) * 3).double()
-    twin = convert_batchnorm(copy.deepcopy(model))
-    assert operations(twin) == ["batch norm + ReLU"]
-    assert_same(model, twin, batch())
-    model.flag = twin.flag = False
-    assert_same(model, twin, batch())
-
-
-def test_both_modes_are_traced() -> None:
-    def body(m: Block, x: Tensor) -> Tensor:
-        return m.relu(m.bn(m.conv(x))) if m.training else m.bn(m.conv(x)) - 1
-
-    model = Block(body).double()
-    twin = convert_batchnorm(copy.deepcopy(model))
-    assert operations(twin) == ["batch norm + ReLU"]
-    assert_same(model, twin, batch())
-
-
-def test_optional_arguments_take_the_original_forward() -> None:
-    model = Block(BODIES["module"][0]).double()
-    twin = convert_batchnorm(copy.deepcopy(model))
-    assert_same(model, twin, batch(), scale=3.0)
-    x = batch()
-    torch.testing.assert_close(twin(x, 2.0), model(x, 2.0))
-    torch.testing.assert_close(twin(x=x), model(x=x))
-
-
-def test_a_replaced_activation_takes_effect() -> None:
-    model = Block(BODIES["iadd"][0]).double()
-    twin = convert_batchnorm(copy.deepcopy(model))
-    model.relu, twin.relu = nn.GELU(), nn.GELU()
-    assert_same(model, twin, batch())
-
-
-@pytest.mark.parametrize("hooked", ["bn", "relu"])
-def test_hooks_see_what_they_saw_before(hooked: str) -> None:
-    model = Block(BODIES["iadd"][0]).double()
-    twins = [copy.deepcopy(model), copy.deepcopy(model)]
-    convert_batchnorm(twins[0])
-    seen: list[list[Tensor]] = []
-    for m in (model, *twins):
-        seen.append([])
-        m.get_submodule(hooked).register_forward_hook(
-            lambda _, args, out, to=seen[-1]: to.extend((args[0].clone(), out.clone()))
-        )
-    convert_batchnorm(twins[1])
-    assert operations(twins[0]) == []
-    assert "hooks" in reason(twins[0], "bn")
-    assert operations(twins[1]) == (["batch norm + add"] if hooked == "relu" else [])
-    x = batch()
-    for m in (model, *twins):
-        m(x)
-    for ours in seen[1:]:
-        assert len(ours) == 2
-        for a, b in zip(ours, seen[0], strict=True):
-            torch.testing.assert_close(a, b)
-
-
-UNTRACEABLE: dict[str, Callable[[Block, Tensor], Tensor]] = {
-    "depends on values": lambda m, x: m.relu(m.bn(x)) if x.sum() > 0 else m.bn(x),
-    "without gradients": lambda m, x: m.relu(torch.no_grad()(m.bn)(x)),
-    "random": lambda m, x: m.relu(m.bn(x)) * (torch.rand(1).item() + 1),
-    "isinstance": lambda m, x: m.relu(m.bn(x)) if isinstance(x, Tensor) else x,
-    "sets": lambda m, x: (setattr(m, "last", x), m.relu(m.bn(x)))[1],
-}
-
-
-@pytest.mark.parametrize("name", UNTRACEABLE)
-def test_what_a_graph_would_forget_is_not_traced(name: str) -> None:
-    model = convert_batchnorm(Block(UNTRACEABLE[name]))
-    assert operations(model) == [] and type(model) is Block
-    assert "cannot be traced" in reason(model, "bn")
-    assert not hasattr(model, "last")
-    assert type(model.bn) is BatchNorm2d
-
-
-def test_the_largest_parts_that_can_be_traced_are() -> None:
-    model = Block(UNTRACEABLE["depends on values"])
-    model.inner = Block(BODIES["add_"][0])
-    model.chain = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
-    convert_batchnorm(model)
-    assert operations(model) == ["batch norm + add + ReLU", "batch norm + ReLU"]
-    assert type(model) is Block and isinstance(model.inner, Block)
-
-
 def test_chains() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 3, 1),
@@ -333,6 +164,115 @@ def test_chains() -> None:
     torch.testing.assert_close(copy.deepcopy(twin)(x), twin(x))
 
 
+@pytest.mark.parametrize(
+    ("between", "fuses"),
+    [
+        (nn.Identity(), True),
+        (nn.Dropout2d(0.0), True),
+        (nn.Dropout(0.5).eval(), True),
+        (nn.Sequential(nn.Identity(), nn.Dropout(0.0)), True),
+        (nn.Dropout(0.5), False),
+        (nn.Conv2d(3, 3, 1), False),
+    ],
+)
+def test_what_does_nothing_between_a_batch_norm_and_its_relu(
+    between: nn.Module, fuses: bool
+) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), between, nn.ReLU()).double()
+    twin = convert_batchnorm(copy.deepcopy(model))
+    assert operations(twin) == ["batch norm + ReLU"] * fuses
+    x = batch()
+    for m in (model, twin):
+        torch.manual_seed(1)
+        m.output = m(x)
+    torch.testing.assert_close(twin.output, model.output)
+
+
+def test_a_dropout_that_becomes_active_is_called() -> None:
+    model = convert_batchnorm(nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(1.0), nn.ReLU()).eval())
+    x = batch(torch.float32)
+    assert operations(model) == ["batch norm + ReLU"] and bool((model(x) != 0).any())
+    model.train()
+    assert operations(model) == [] and reason(model, "0") == "it is followed by Dropout"
+    assert bool((model(x) == 0).all())
+
+
+@pytest.mark.parametrize("hooked", [0, 1, 2])
+@pytest.mark.parametrize("register", HOOKS)
+def test_hooks_see_what_they_saw_before(hooked: int, register: str) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Identity(), nn.ReLU()).double()
+    twins = [copy.deepcopy(model), copy.deepcopy(model)]
+    convert_batchnorm(twins[0])
+    seen: list[list[Tensor]] = []
+    for m in (model, *twins):
+        seen.append([])
+
+        def hook(_: nn.Module, *values: Any, to: list[Tensor] = seen[-1]) -> None:
+            for value in values:
+                to.append((value[0] if isinstance(value, tuple) else value).clone())
+
+        getattr(m[hooked], register)(hook)
+    convert_batchnorm(twins[1])
+    x = batch()
+    for m in (model, *twins):
+        m(x.clone().requires_grad_()).square().sum().backward()
+    for ours in seen[1:]:
+        assert len(ours) == len(seen[0]) > 0
+        for a, b in zip(ours, seen[0], strict=True):
+            torch.testing.assert_close(a, b)
+    assert operations(twins[0]) == operations(twins[1]) == []
+    assert "hooks" in reason(twins[0], "0")
+
+
+class Counted(nn.Sequential):
+    """A chain with a call of its own."""
+
+    calls = 0
+
+    def __call__(self, *args: Any) -> Any:
+        self.calls += 1
+        return super().__call__(*args)
+
+
+def test_a_chain_with_a_call_of_its_own_is_called() -> None:
+    model = convert_batchnorm(nn.Sequential(Counted(nn.BatchNorm2d(3)), nn.ReLU()))
+    model(batch(torch.float32))
+    assert model[0].calls == 1 and operations(model) == []
+
+
+def test_a_hook_that_comes_during_a_call_is_called() -> None:
+    model = convert_batchnorm(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()))
+    seen: list[nn.Module] = []
+    model[0].register_forward_hook(
+        lambda *_: model[2].register_forward_hook(lambda module, *_: seen.append(module)) and None
+    )
+    model(batch(torch.float32))
+    assert seen == [model[2]]
+
+
+def test_a_member_compiled_in_place_is_called() -> None:
+    model = convert_batchnorm(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
+    model[1]._compiled_call_impl = lambda x: torch.full_like(x, 7)
+    assert bool((model(batch(torch.float32)) == 7).all())
+
+
+def test_the_report_says_what_to_write() -> None:
+    class Unknown(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+            self.bn = nn.BatchNorm2d(3)
+            self.layers = nn.ModuleList([nn.BatchNorm2d(3)])
+
+    report = conversion_report(convert_batchnorm(Unknown()))
+    first, second = report.findings
+    assert first.status == second.status == "converted"
+    assert first.reason.startswith("the forward of Unknown is not known: steadygrad.nn.register_b")
+    assert first.line == "steadygrad.nn.batch_norm_add_relu(self.bn, x, residual, self.relu)"
+    assert "batch_norm_add_relu(self.layers[0], " in second.line
+    assert first.line in str(report)
+
+
 def test_classes_made_at_run_time_go_with_their_models() -> None:
     def classes() -> list[weakref.ref[type]]:
         class Norm(nn.BatchNorm2d):
@@ -352,13 +292,12 @@ def test_classes_made_at_run_time_go_with_their_models() -> None:
 
 
 def test_without_fuse_only_the_batch_norms_change() -> None:
-    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), Block(BODIES["iadd"][0]))
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
     convert_batchnorm(model, fuse=False)
-    assert type(model) is nn.Sequential and type(model[2]) is Block
-    assert type(model[0]) is type(model[2].bn) is BatchNorm2d
-    assert reason(model, "0") == reason(model, "2.bn") == "fuse was False"
+    assert type(model) is nn.Sequential and type(model[0]) is BatchNorm2d
+    assert reason(model, "0") == "fuse was False"
 
 
 def test_nothing_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    conversion_report(convert_batchnorm(Block(BODIES["iadd"][0])))
+    conversion_report(convert_batchnorm(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())))
     assert capsys.readouterr() == ("", "")

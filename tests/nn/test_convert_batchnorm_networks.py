@@ -10,9 +10,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from steadygrad.nn import known_blocks
 from steadygrad.nn.conversion_report import conversion_report
 from steadygrad.nn.convert import convert_batchnorm
-from tests.nn.networks import NETWORKS, BasicBlock, ResNet, mobilenet_v2, resnet18
+from steadygrad.nn.fusion import Steps
+from steadygrad.nn.known_blocks import register_block
+from tests.nn.networks import (
+    NETWORKS,
+    BasicBlock,
+    Bottleneck,
+    InvertedResidual,
+    ResNet,
+    mobilenet_v2,
+    resnet18,
+)
 
 COUNTS = {
     "ResNet-18": {"batch norm + ReLU": 9, "batch norm + add + ReLU": 8},
@@ -20,6 +31,32 @@ COUNTS = {
     "MobileNetV2": {"batch norm + add": 10},
 }
 NOT_FUSED = {"ResNet-18": 3, "ResNet-50": 4, "MobileNetV2": 42}
+
+
+STEPS = {
+    BasicBlock: Steps(
+        "conv1 bn1 relu conv2 bn2", True, shortcut="downsample?", last="relu", in_place=True
+    ),
+    Bottleneck: Steps(
+        "conv1 bn1 relu conv2 bn2 relu conv3 bn3",
+        True,
+        shortcut="downsample?",
+        last="relu",
+        in_place=True,
+    ),
+    InvertedResidual: Steps("conv", "use_res_connect"),
+    ResNet: Steps(
+        "conv1 bn1 relu maxpool layer1 layer2 layer3 layer4 avgpool",
+        end=lambda model, x: model.fc(torch.flatten(x, 1)),
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known_blocks, "_REGISTERED", {})
+    for block, steps in STEPS.items():
+        register_block(block, steps)
 
 
 def small() -> ResNet:
@@ -79,7 +116,7 @@ def test_the_report_names_the_reasons() -> None:
     assert found["layer2.0.downsample.1"].reason == "it is what another batch norm adds"
     found = {f.name: f for f in conversion_report(convert_batchnorm(mobilenet_v2())).findings}
     assert found["features.0.1"].reason == "it is followed by ReLU6"
-    assert found["features.1.conv.2"].reason == "its output leaves the module"
+    assert found["features.1.conv.2"].reason == "nothing that could be fused follows it"
     assert found["features.3.conv.3"].operation == "batch norm + add"
 
 

@@ -99,16 +99,12 @@ class _BatchNorm(batchnorm._BatchNorm):
     def process_group(self, group: ProcessGroup | None) -> None:
         vars(self)["process_group"] = SharedGroup.of(group)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Normalises ``input``, adds ``residual`` and applies the activation."""
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, relu: bool | None = None
+    ) -> Tensor:
+        """Normalises ``input``, adds ``residual`` and applies ReLU, or the module's own activation for None."""
         if isinstance(input, Proxy):
             return self._record(input, residual)
-        return self._normalize(input, residual, self.activation)
-
-    def _normalize(
-        self, input: Tensor, residual: Tensor | None, activation: Activation | None
-    ) -> Tensor:
-        """The forward, with an activation that the caller chooses."""
         checked: Any = self._check_input_dim
         checked(input)
         training = self.training
@@ -139,7 +135,7 @@ class _BatchNorm(batchnorm._BatchNorm):
             momentum,
             vars(self)["eps"],
             residual=residual,
-            activation=activation,
+            activation=self.activation if relu is None else "relu" if relu else None,
             num_batches_tracked=batches,
             # Never in evaluation, whose ranks may come alone; not even with the batch's statistics.
             process_group=self.process_group if self.training else None,
@@ -176,8 +172,8 @@ class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
 
     Arguments, parameters, buffers and ``state_dict`` are torch's, and so are the outputs but for rounding, where
     these are the closer ones; but a channel of a batch whose statistics are not finite stays out of the running ones.
-    ``forward(input, residual=None)`` also takes what is to be added before the activation, of the input's shape and
-    dtype.
+    ``forward(input, residual=None, relu=None)`` also takes what is to be added before the activation, of the input's
+    shape and dtype, and whether ReLU follows; None leaves that to ``activation``.
 
     Args:
         num_features: C.

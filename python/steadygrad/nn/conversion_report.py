@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from steadygrad.nn.batch_norm import _BatchNorm as BatchNorm
-from steadygrad.nn.convert import why_left
-from steadygrad.nn.fused_calls import is_chain, is_plain_relu, is_unhooked
-from steadygrad.nn.fused_modules import (
-    is_fused,
-    original_class,
-    owned_batch_norms,
-    owns_batch_norms,
-    pairs,
-    stored_fusion,
+from steadygrad.nn.convert import original_class, why_left
+from steadygrad.nn.fusion import (
+    ADD,
+    ADD_RELU,
+    RELU,
+    Steps,
+    acts,
+    found,
+    is_chain,
+    is_passed,
+    is_plain,
+    is_relu,
+    leaves,
+    norm_act,
 )
-from steadygrad.nn.fusion import ADD, ADD_RELU, RELU, find_fusion
+from steadygrad.nn.known_blocks import known_forward, stands
 
 FUSED, CONVERTED, LEFT = "fused", "converted", "left"
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class Finding:
         status: "fused", "converted" (to ours, and not fused) or "left" (as it was).
         operation: what is computed at once, "batch norm + ReLU" and the like; empty if not fused.
         reason: why it was not fused or not converted; empty if fused.
+        line: what to write by hand to have it fused; empty where there is nothing to write.
     """
 
     name: str
@@ -42,6 +49,7 @@ class Finding:
     status: str
     operation: str = ""
     reason: str = ""
+    line: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,8 @@ class ConversionReport:
             f"{len(self.not_fused)} converted only, {len(self.left)} left"
         ]
         rows = [
-            (f.name or "(model)", f.kind, f.status, f.operation or f.reason) for f in self.findings
+            (f.name or "(model)", f.kind, f.status, f.operation or f.reason + _by_hand(f.line))
+            for f in self.findings
         ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)] if rows else []
         for row in rows:
@@ -95,10 +104,11 @@ class ConversionReport:
 
 
 def conversion_report(model: nn.Module) -> ConversionReport:
-    """What `convert_batchnorm` fused in a model, what it could not, and why.
+    """What `convert_batchnorm` fused in a model, what it could not, why, and what to write by hand.
 
-    It looks at the model as it is now, and changes nothing: modules that were given hooks since the conversion are
-    reported as what they are now, not fused. Before the conversion everything is reported as left.
+    It looks at the modules as they are now, in their present mode, runs none of them and changes nothing: modules that
+    were given hooks since the conversion are reported as what they are now, not fused. Before the conversion everything
+    is reported as left.
 
     Args:
         model: a model that `convert_batchnorm` has converted, or a part of one.
@@ -110,93 +120,81 @@ def conversion_report(model: nn.Module) -> ConversionReport:
         raise TypeError(
             f"conversion_report: model: expected a torch.nn.Module, got {type(model).__name__}"
         )
-    survey = _Survey()
+    operations: dict[nn.Module, str] = {}
+    reasons: dict[nn.Module, tuple[str, str]] = {}
     for module in model.modules():
-        survey.look_at(module)
+        for norm, operation, reason, line in _seen(module):
+            if operation:
+                operations.setdefault(norm, operation)
+            elif reason:
+                reasons[norm] = (reason, line)
     return ConversionReport(
         tuple(
-            survey.finding(name, module)
+            _finding(name, module, operations.get(module, ""), reasons.get(module))
             for name, module in model.named_modules()
             if isinstance(module, _BatchNorm)
         )
     )
 
 
-class _Survey:
-    def __init__(self) -> None:
-        self._operations: dict[nn.Module, str] = {}
-        self._reasons: dict[nn.Module, str] = {}
-
-    def look_at(self, module: nn.Module) -> None:
-        if is_chain(module):
-            self._look_at_chain(module)
-        elif owns_batch_norms(module):
-            self._look_at_owner(module)
-
-    def finding(self, name: str, norm: nn.Module) -> Finding:
-        kind = type(norm).__name__
-        if not isinstance(norm, BatchNorm):
-            return Finding(name, kind, LEFT, reason=why_left(norm) or "not converted")
-        operation = self._operations.get(norm)
-        if operation:
-            return Finding(name, kind, FUSED, operation)
-        reason = self._reasons.get(norm, "nothing that could be fused follows it")
-        if not is_unhooked(norm):
-            reason = "it has hooks"
-        elif norm.activation is not None:
-            reason = f"it has its own activation, {norm.activation}"
-        return Finding(name, kind, CONVERTED, reason=reason)
-
-    def _look_at_chain(self, chain: nn.Module) -> None:
-        fused = {_last(module) for module, _ in pairs(chain)} if is_fused(chain) else set()
-        children = [child for child in chain._modules.values() if child is not None]
-        for child, after in pairwise(children):
-            norm = _last(child)
-            if norm is None:
-                continue
-            if norm in fused:
-                self._operations[norm] = RELU
-            else:
-                self._reasons[norm] = _followed_by(after)
-
-    def _look_at_owner(self, owner: nn.Module) -> None:
-        name = type(owner).__name__
-        now, stored = find_fusion(owner, original_class(owner).forward), stored_fusion(owner)
-        for norm in owned_batch_norms(owner):
-            why = f"the forward of {name} cannot be traced: {now.problem}"
-            self._reasons.setdefault(
-                norm, why if now.problem else f"{name} does not call it itself"
-            )
-        for mode in ("evaluation", "training"):
-            found, effective = getattr(now, mode), getattr(stored, mode, None)
-            if found is None:
-                continue
-            for called, why in found.reasons.items():
-                self._note(owner, called, self._reasons, why)
-            for site in found.sites:
-                if effective is not None and site in effective.sites:
-                    self._note(owner, site.norm, self._operations, site.operation)
-                else:
-                    why = (
-                        "a module that it needs has hooks" if is_fused(owner) else "fuse was False"
-                    )
-                    self._note(owner, site.norm, self._reasons, why)
-
-    def _note(self, owner: nn.Module, called: str, notes: dict[nn.Module, str], text: str) -> None:
-        norm = _last(owner.get_submodule(called))
-        if norm is not None:
-            notes[norm] = text
+def _finding(name: str, norm: nn.Module, operation: str, reason: tuple[str, str] | None) -> Finding:
+    kind = type(norm).__name__
+    if not isinstance(norm, BatchNorm):
+        return Finding(name, kind, LEFT, reason=why_left(norm) or "not converted")
+    if operation:
+        return Finding(name, kind, FUSED, operation)
+    if not is_plain(norm):
+        reason = ("it has hooks or a forward of its own", "")
+    elif norm.activation is not None:
+        reason = (f"it has its own activation, {norm.activation}", "")
+    why, line = reason or ("nothing that could be fused follows it", "")
+    return Finding(name, kind, CONVERTED, reason=why, line=line)
 
 
-def _last(module: nn.Module | None) -> nn.Module | None:
-    """The batch norm that a module is or, as a chain, ends in."""
-    while module is not None and is_chain(module) and module._modules:
-        module = module._modules[next(reversed(module._modules))]
-    return module if isinstance(module, BatchNorm) else None
+def _seen(module: nn.Module) -> Iterator[tuple[nn.Module, str, str, str]]:
+    """What is known of the batch norms that a module itself calls: operation or reason, and the line to write."""
+    kind = original_class(module)
+    if isinstance(module, BatchNorm):
+        if type(module).forward is norm_act and not acts(module, is_passed):
+            drop, act = module._modules["drop"], module._modules["act"]
+            after = type(act if is_passed(drop) else drop).__name__
+            yield module, RELU if acts(module, is_relu) else "", f"it is followed by {after}", ""
+        return
+    changed, forward = known_forward(kind)
+    if kind in _CONTAINERS:
+        return
+    if not is_chain(module) and not isinstance(forward, Steps):
+        why = f"the forward of {kind.__name__} is not known: steadygrad.nn.register_block tells it"
+        if forward is not None:
+            why = f"the forward registered for {kind.__name__} calls it"
+        elif changed:
+            why = f"{changed} has another source than the version that is known"
+        for norm, path in _called(module):
+            line = f"steadygrad.nn.batch_norm_add_relu(self.{path}, x, residual, self.relu)"
+            yield norm, "", why, "" if forward is not None else line
+        return
+    why = ""
+    if forward is not None and not stands(module, forward):
+        why = f"a member of {kind.__name__} has hooks or a forward of its own, or is None"
+    elif kind is type(module):
+        why = "fuse was False"
+    for norm, operation, reason in found(module, forward):
+        yield norm, "" if why else operation, why if why and operation else reason, ""
 
 
-def _followed_by(module: nn.Module) -> str:
-    if is_plain_relu(module):
-        return "fuse was False"
-    hooks = "" if is_unhooked(module) else " with hooks"
-    return f"it is followed by {type(module).__name__}{hooks}"
+def _by_hand(line: str) -> str:
+    return f"; or write in it {line}" if line else ""
+
+
+def _called(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """The batch norms that a module can call itself, with their path: below it there are only containers."""
+    for name, child in module.named_children():
+        if isinstance(child, BatchNorm):
+            yield child, name
+        elif type(child) in _CONTAINERS:
+            for inner, path in _called(child):
+                yield inner, f"{name}[{path if type(child) is nn.ModuleList else repr(path)}]"
+        elif is_chain(child):
+            *_, last = [None, *leaves([child])]
+            if isinstance(last, BatchNorm):
+                yield last, name

@@ -1,25 +1,33 @@
-"""`convert_batchnorm`: a model's batch norms become ours, in place, and take on what follows them."""
+"""`convert_batchnorm`: a model's batch norms become ours, in place, and take on what follows them; and back again."""
 
 from __future__ import annotations
 
+import copyreg
+import functools
+from types import new_class
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
-from steadygrad.nn import fused_modules
 from steadygrad.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from steadygrad.nn.batch_norm import _BatchNorm as BatchNorm
-from steadygrad.nn.derived_classes import derived_class
+from steadygrad.nn.fusion import Steps, found, is_chain, norm_act, run_chain
+from steadygrad.nn.known_blocks import known_forward, stands
 
 Model = TypeVar("Model", bound=nn.Module)
+Kind = type[nn.Module]
 
-_KINDS: dict[type[nn.Module], type[nn.Module]] = {
+_KINDS: dict[Kind, Kind] = {
     nn.BatchNorm1d: BatchNorm1d,
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
 }
+# A derived class lives as long as its instances, and its key, with the bases in it, no longer than that.
+_DERIVED: WeakValueDictionary[tuple[Any, ...], Kind] = WeakValueDictionary()
+_MARK = "_made_by_steadygrad"
 
 
 class SynchronizedBatchNorm(BatchNorm):
@@ -37,20 +45,23 @@ def convert_batchnorm(
 
     Modules are changed in place and stay the objects that they are: parameters, buffers, hooks, attributes and
     names are the very same, so that optimizers, checkpoints and references go on working. Only their class
-    changes, to a subclass of what it was.
+    changes, to a subclass of what it was; :func:`restore_batchnorm` changes it back.
 
     - ``torch.nn.BatchNorm1d/2d/3d`` become `BatchNorm1d`, `BatchNorm2d`, `BatchNorm3d`. A ``torch.nn.SyncBatchNorm``
       becomes a `SynchronizedBatchNorm`, over its own process group if none is given.
-    - Left as they are: subclasses with a ``forward`` of their own, lazy ones, parametrized and scripted ones.
-    - With ``fuse`` a batch norm, an addition and a ReLU that follow each other are computed as one operation:
-      in every ``nn.Sequential``, and in every module whose own ``forward`` `torch.fx` can trace. Such a module
-      becomes an instance of a subclass, ``FusedBasicBlock`` for ``BasicBlock``, which differs in nothing but how it
-      computes. `conversion_report` says what was fused and what was not.
+    - Left as they are: subclasses with a ``forward`` of their own (timm's ``BatchNormAct2d`` is known, and taken), lazy
+      ones, parametrized and scripted ones.
+    - With ``fuse`` a batch norm, an addition and a ReLU that follow each other are computed as one operation where
+      the structure shows them: in every ``nn.Sequential``, also with an ``nn.Identity`` or an inactive dropout in
+      between, and in the blocks whose forward is known: torchvision's and timm's residual blocks, inverted residuals
+      and ResNets, and what :func:`register_block` was told. Such a module becomes an instance of a subclass,
+      ``FusedBasicBlock`` for ``BasicBlock``, which differs in nothing but how it computes. `conversion_report` says
+      what was fused, what was not, and what to write then.
 
-    Numbers stay those of the unfused modules, up to rounding. The fused forward runs only where it stands for the
-    original one; otherwise the original runs: when an attribute that steered the traced path has another value, when
-    an optional argument is given, when a module has hooks or was replaced, when the operands of an
-    addition are not of one shape and dtype. What a ``forward`` reads from global variables is taken to be constant.
+    Numbers stay those of the unfused modules, up to rounding. No forward of the model is run here, and none is
+    guessed at: one whose source is not the known one is left alone. At each call a fused module takes the forward that
+    it had where a member has hooks or a forward of its own, is None or of another class than expected, or where there
+    are global module hooks.
 
     Args:
         model: any module, also a batch norm itself.
@@ -66,17 +77,57 @@ def convert_batchnorm(
 
     Source: Ioffe and Szegedy 2015; He et al. 2016 for the residual block.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"convert_batchnorm: model: expected a torch.nn.Module, got {type(model).__name__}"
-        )
+    _check_module("convert_batchnorm", model)
     for module in model.modules():
         if isinstance(module, _BatchNorm) and not why_left(module, process_group):
             _convert(module, process_group)
-    if fuse:
-        for module in list(model.modules()):
-            fused_modules.fuse(module)
+    for module in model.modules() if fuse else ():
+        if _is_to_fuse(module):
+            _set_class(module, derived(type(module)))
     return model
+
+
+def restore_batchnorm(model: Model) -> Model:
+    """Makes a converted model one of torch's modules again, in place: for export, quantization, folding, TorchScript.
+
+    Parameters and buffers are the same tensors, and fused blocks and chains get the class that they had. `BatchNorm2d`
+    becomes ``torch.nn.BatchNorm2d``, or ``torch.nn.SyncBatchNorm`` where it has a process group; likewise the others.
+    A subclass of one's own becomes that class again, without a process group. A batch norm with an activation becomes
+    an ``nn.Sequential`` of it and ``nn.ReLU``, so that its keys in the state dict change from ``bn.weight`` to
+    ``bn.0.weight``, and it no longer takes a residual.
+
+    Args:
+        model: any module; what is torch's already stays as it is.
+
+    Returns:
+        ``model``, where every batch norm may be trained on and converted again.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: a batch norm is parametrized, or of a class of one's own that is derived from ours. Nothing has
+            changed then.
+    """
+    _check_module("restore_batchnorm", model)
+    modules = list(model.named_modules())
+    for name, module in modules:
+        if isinstance(module, BatchNorm) and _torch_class(module) is None:
+            raise ValueError(
+                f"restore_batchnorm: {name or 'model'}: expected a class that convert_batchnorm makes, got "
+                f"{type(module).__name__}: remove its parametrization first, or replace the module by one of torch.nn"
+            )
+    for _, module in modules:
+        if isinstance(module, BatchNorm):
+            _restore(module)
+        else:
+            _set_class(module, original_class(module))
+    return model
+
+
+def _check_module(function: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{function}: model: expected a torch.nn.Module, got {type(model).__name__}"
+        )
 
 
 def why_left(module: nn.Module, process_group: dist.ProcessGroup | None = None) -> str:
@@ -94,7 +145,9 @@ def why_left(module: nn.Module, process_group: dist.ProcessGroup | None = None) 
     if base is None:
         return f"{kind.__name__} is not a kind that is known"
     changed = [
-        name for name in ("forward", "__call__") if getattr(kind, name) is not getattr(base, name)
+        name
+        for name in ("forward", "__call__")
+        if getattr(kind, name) is not getattr(base, name) and not _is_norm_act(kind, name)
     ]
     if changed:
         return f"{kind.__name__} has a {changed[0]} of its own"
@@ -126,16 +179,129 @@ def _convert(module: nn.Module, process_group: dist.ProcessGroup | None) -> None
     ours = _KINDS.get(base, SynchronizedBatchNorm)
     if base is nn.SyncBatchNorm and process_group is None:
         process_group = _own_group(module)
-    object.__setattr__(module, "__class__", ours if kind is base else _mixed(kind, ours))
+    _set_class(module, ours if kind is base else derived(kind, ours))
     converted: Any = module
     converted.activation = None
     converted.process_group = process_group
 
 
-def _mixed(kind: type[nn.Module], ours: type[nn.Module]) -> type[nn.Module]:
-    """A class that is both: it has what a user's subclass adds, and our forward."""
-    return derived_class(kind.__name__, (kind, ours), _our_forward, _mixed)
+def _torch_class(norm: BatchNorm) -> Kind | None:
+    """The class of torch's, or of the user's, that a batch norm of ours goes back to; None where there is none."""
+    kind = original_class(norm)
+    if kind is not type(norm):
+        return kind
+    if kind is SynchronizedBatchNorm:
+        return nn.SyncBatchNorm
+    theirs = {ours: base for base, ours in _KINDS.items()}.get(kind)
+    return nn.SyncBatchNorm if theirs is not None and norm.process_group is not None else theirs
 
 
-def _our_forward(kind: type[nn.Module], ours: type[nn.Module]) -> dict[str, object]:
-    return {"forward": ours.forward}
+def _restore(norm: BatchNorm) -> None:
+    kind = _torch_class(norm)
+    assert kind is not None
+    state = vars(norm)
+    shared, activation = state.pop("process_group", None), state.pop("activation", None)
+    if issubclass(kind, nn.SyncBatchNorm):
+        state["process_group"] = None if shared is None else shared.held
+    if activation is None:
+        return _set_class(norm, kind)
+    inner = kind.__new__(kind)
+    chain = nn.Sequential(inner, nn.ReLU())
+    vars(inner).update(state)
+    for name, empty in vars(nn.Module()).items():
+        if "hook" in name:  # they saw what came out of the activation
+            vars(inner)[name], vars(chain)[name] = empty, state[name]
+    chain.train(norm.training)
+    state.clear()
+    state.update(vars(chain))
+    _set_class(norm, nn.Sequential)
+
+
+def _set_class(module: nn.Module, kind: Kind) -> None:
+    if type(module) is not kind:
+        object.__setattr__(module, "__class__", kind)
+
+
+def _is_norm_act(kind: Kind, method: str = "forward") -> bool:
+    return known_forward(kind) == (method, norm_act)
+
+
+def _is_to_fuse(module: nn.Module) -> bool:
+    if original_class(module) is not type(module) or isinstance(module, _BatchNorm):
+        return False
+    if is_chain(module):
+        return any(operation for _, operation, _ in found(module, None))
+    _, forward = known_forward(type(module))
+    if not isinstance(forward, Steps):
+        return forward is not None
+    return any(operation for _, operation, _ in found(module, forward))
+
+
+def original_class(module: nn.Module) -> Kind:
+    """The class that a module had before it was derived from here."""
+    kind: Kind = type(module)
+    return kind.__mro__[1] if _MARK in vars(kind) else kind
+
+
+def derived(kind: Kind, ours: Kind | None = None) -> Kind:
+    """The subclass of a class whose forward is fused; or, with one of our batch norms, the class that is both.
+
+    Where its forward is not known, as when a file is loaded without what was registered, it is the class itself.
+    """
+    bases = (kind,) if ours is None else (kind, ours)
+    forward: Any
+    is_block = False
+    if ours is not None:
+        method, forward = "forward", ours.forward
+        if kind.forward not in (nn.SyncBatchNorm.forward, _BatchNorm.forward):
+            if not _is_norm_act(kind):
+                return kind
+            forward = norm_act
+    elif kind.forward is nn.Sequential.forward:
+        method, forward = "forward", run_chain
+    else:
+        method, forward = known_forward(kind)
+        is_block = forward is not None
+        if not is_block:
+            return kind
+    key = (*bases, forward)
+    known_class = _DERIVED.get(key)
+    if known_class is not None:
+        return known_class
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
+        reduced = super(made, self).__reduce_ex__(protocol)
+        if isinstance(reduced, tuple) and reduced[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
+            return (_new, (kind, ours), *reduced[2:])
+        return reduced
+
+    members = {
+        "__doc__": kind.__doc__,
+        "__module__": kind.__module__,
+        "__reduce_ex__": __reduce_ex__,
+        _MARK: True,
+        method: _stepping_aside(kind, method, forward) if is_block else forward,
+    }
+    name = kind.__name__ if ours is not None else f"Fused{kind.__name__}"
+    made: Kind = new_class(name, bases, exec_body=lambda body: body.update(members))
+    _DERIVED[key] = made
+    return made
+
+
+def _stepping_aside(kind: Kind, method: str, known: Any) -> Any:
+    """A method that does what is known of a class' own, wherever that stands for it."""
+    original = getattr(kind, method)
+
+    @functools.wraps(original)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        own = getattr(kind, method)
+        if own is original and stands(self, known, args, kwargs):
+            return known(self, *args, **kwargs)
+        return own(self, *args, **kwargs)
+
+    return forward
+
+
+def _new(kind: Kind, ours: Kind | None) -> nn.Module:
+    made = derived(kind, ours)
+    return made.__new__(made)

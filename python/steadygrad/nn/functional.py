@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +25,6 @@ _PLAIN = (Tensor, Parameter)
 _TRACED = (Tensor, Parameter, FakeTensor, FunctionalTensor)
 _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, torch.float64, *_HALF)
-# Weight, bias, running mean and running variance.
-_Vectors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 # A wheel without CUDA leaves CUDA tensors to torch; so does one for CUDA under a torch for ROCm.
 _ON_CUDA = _kernels.is_asynchronous("cuda") and torch.version.hip is None
 
@@ -110,30 +107,35 @@ def batch_norm(
         raise ValueError(f"batch_norm: eps: expected a number that is {least}, got {eps}")
     if residual is not None:
         _check_residual(residual, input)
-    vectors = (weight, bias, running_mean, running_var)
-    options = (running_mean, running_var, num_batches_tracked, training, momentum, eps, relu)
-    # Transforms rewrite operations; the order counts: under a tracer no more is evaluated than the first two.
-    transformed = torch._C._are_functorch_transforms_active()
-    if torch.compiler.is_exporting():
-        pass  # what is exported runs without this package
-    elif (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or type(input) is FakeTensor
-    ):
-        if not transformed and _fits(_TRACED, input, vectors, options):
-            return _normalized(
-                operators.batch_norm, input, residual, vectors, options, process_group
-            )
-    elif not transformed and not _has_tangents_or_trace():
-        try:
-            if _is_uniform(input, vectors) or _fits(_PLAIN, input, vectors, options):
-                return _normalized(_eager, input, residual, vectors, options, process_group)
-        except (AttributeError, TypeError):
-            # The kernels look at everything before they change anything: the long look is for what they refuse.
-            if _fits(_PLAIN, input, vectors, options):
-                raise
-    if training and process_group is not None:
+    options = Options(running_mean, running_var, num_batches_tracked, training, momentum, eps, relu)
+    group = process_group if training else None
+    traced = _is_traced(input)
+    try:
+        if _kernels_take(input, weight, bias, options, traced, group):
+            if residual is not None and residual.dtype != input.dtype:
+                return _promoted(input, residual, weight, bias, options, group)
+            if training:
+                _check_training(input, options, group)
+            input = gradient.dense(input)
+            if residual is not None:
+                residual = gradient.as_dense_as(residual, input)
+            if group is not None:
+                return synchronized_batch_norm(input, residual, weight, bias, options, group)
+            if traced:
+                return operators.batch_norm(input, residual, weight, bias, options)
+            if torch.is_grad_enabled() and (
+                input.requires_grad
+                or (weight is not None and weight.requires_grad)
+                or (bias is not None and bias.requires_grad)
+                or (residual is not None and residual.requires_grad)
+            ):
+                return gradient.apply(input, residual, weight, bias, options)
+            return gradient.BatchNorm.forward(None, input, residual, weight, bias, options)
+    except (AttributeError, TypeError):
+        # The kernels look at everything before they change anything: the long look is for what they refuse.
+        if traced or _fits(_PLAIN, input, weight, bias, options):
+            raise
+    if group is not None:
         raise TypeError(
             "batch_norm: process_group: expected tensors that the kernels take, got an input of "
             f"{type(input).__name__} or parameters that they do not"
@@ -141,70 +143,51 @@ def batch_norm(
             else "batch_norm: process_group: expected None where a module is exported or traced in training, got a "
             "group: call model.eval() first"
         )
-    return _of_torch(input, residual, vectors, options)
+    return _of_torch(input, residual, weight, bias, options)
 
 
-_Run = Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None, Options], Tensor]
+def _is_traced(input: Tensor) -> bool:
+    """Whether operations are written down instead of carried out at once, or seen by a mode of torch's."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or type(input) is FakeTensor
+    )
 
 
-def _normalized(
-    run: _Run,
+def _kernels_take(
     input: Tensor,
-    residual: Tensor | None,
-    vectors: _Vectors,
-    options: Options,
-    process_group: ProcessGroup | None,
-) -> Tensor:
-    """What the kernels take, in the memory formats they take."""
-    _, _, num_batches_tracked, training, momentum, eps, relu = options
-    if not training:
-        process_group = None
-    if input.numel() == 0 and process_group is None:
-        return _of_torch(input, residual, vectors, options)
-    if residual is not None and residual.dtype != input.dtype:
-        return _promoted(run, input, residual, vectors, options, process_group)
-    if training:
-        if momentum is None:
-            _check_counted(vectors[2], num_batches_tracked)
-        if process_group is None and input.numel() == input.shape[1]:
-            raise ValueError(
-                "batch_norm: input: expected more than 1 value per channel when training, got input size "
-                f"{input.shape}"
-            )
-    input = gradient.dense(input)
-    if residual is not None:
-        residual = gradient.as_dense_as(residual, input)
-    if process_group is not None:
-        return synchronized_batch_norm(
-            input,
-            residual,
-            *vectors,
-            num_batches_tracked,
-            momentum,
-            eps,
-            relu,
-            process_group,
-        )
-    return run(input, residual, vectors[0], vectors[1], options)
-
-
-def _eager(
-    input: Tensor,
-    residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     options: Options,
-) -> Tensor:
-    if torch.compiler.is_compiling():  # of a frame of its own, after a graph break in the caller
-        return operators.batch_norm(input, residual, weight, bias, options)
-    if torch.is_grad_enabled() and (
-        input.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-        or (residual is not None and residual.requires_grad)
-    ):
-        return gradient.apply(input, residual, weight, bias, options)
-    return gradient.forward(input, residual, weight, bias, *options, keep_mask=False)[0]
+    traced: bool,
+    group: ProcessGroup | None,
+) -> bool:
+    """Decides between the kernels and torch's operation.
+
+    Eager calls get a short look, that most of them pass; the kernels see the rest for themselves.
+    """
+    # Transforms rewrite operations; the order counts: under a tracer no more is evaluated than the first two.
+    transformed = torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_exporting() or transformed:
+        return False  # what is exported runs without this package
+    if traced:
+        fits = _fits(_TRACED, input, weight, bias, options)
+    else:
+        fits = not _has_tangents_or_trace() and (
+            _is_uniform(input, weight, bias, options) or _fits(_PLAIN, input, weight, bias, options)
+        )
+    return fits and (input.numel() > 0 or group is not None)
+
+
+def _check_training(input: Tensor, options: Options, group: ProcessGroup | None) -> None:
+    if options.momentum is None:
+        _check_counted(options)
+    if group is None and input.numel() == input.shape[1]:
+        raise ValueError(
+            "batch_norm: input: expected more than 1 value per channel when training, got input size "
+            f"{input.shape}"
+        )
 
 
 def _check_residual(residual: Tensor, input: Tensor) -> None:
@@ -229,8 +212,8 @@ def _check_residual(residual: Tensor, input: Tensor) -> None:
         )
 
 
-def _check_counted(running_mean: Tensor | None, num_batches_tracked: Tensor | None) -> None:
-    if running_mean is not None and num_batches_tracked is None:
+def _check_counted(options: Options) -> None:
+    if options.running_mean is not None and options.num_batches_tracked is None:
         raise TypeError(
             "batch_norm: momentum: expected a number where no batches are counted, got None"
         )
@@ -246,12 +229,14 @@ def _is_recorded() -> bool:
     return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
 
 
-def _is_uniform(input: Tensor, vectors: _Vectors) -> bool:
+def _is_uniform(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options
+) -> bool:
     """A short look that most calls pass: all of one dtype. The rest of :func:`_fits` the kernels see for themselves."""
     if type(input) not in _PLAIN or input.layout is not torch.strided or input.dim() < 2:
         return False
     dtype = input.dtype
-    weight, bias, running_mean, running_var = vectors
+    running_mean, running_var, *_ = options
     if (weight is not None and weight.dtype is not dtype) or (
         bias is not None and bias.dtype is not dtype
     ):
@@ -266,7 +251,13 @@ def _is_uniform(input: Tensor, vectors: _Vectors) -> bool:
     )
 
 
-def _fits(kinds: tuple[type, ...], input: Tensor, vectors: _Vectors, options: Options) -> bool:
+def _fits(
+    kinds: tuple[type, ...],
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    options: Options,
+) -> bool:
     """Whether the kernels take these arguments."""
     if type(input) not in kinds or input.layout != torch.strided or input.dim() < 2:
         return False
@@ -276,7 +267,8 @@ def _fits(kinds: tuple[type, ...], input: Tensor, vectors: _Vectors, options: Op
         return False
     wider = torch.float32 if dtype in _HALF else dtype
     shape = (input.shape[1],)
-    for vector in vectors:
+    running_mean, running_var, num_batches_tracked, training, *_ = options
+    for vector in (weight, bias, running_mean, running_var):
         if vector is not None and (
             type(vector) not in kinds
             or vector.shape != shape
@@ -285,7 +277,6 @@ def _fits(kinds: tuple[type, ...], input: Tensor, vectors: _Vectors, options: Op
             or not vector.is_contiguous()
         ):
             return False
-    running_mean, running_var, num_batches_tracked, training, *_ = options
     if running_mean is None or running_var is None:
         if not training or running_mean is not running_var:
             return False
@@ -300,7 +291,11 @@ def _fits(kinds: tuple[type, ...], input: Tensor, vectors: _Vectors, options: Op
 
 
 def _of_torch(
-    input: Tensor, residual: Tensor | None, vectors: _Vectors, options: Options
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    options: Options,
 ) -> Tensor:
     """The same by torch's operations, which also have the last word on what cannot be."""
     if not isinstance(input, Tensor):
@@ -310,20 +305,24 @@ def _of_torch(
             f"batch_norm: input: expected 2 dimensions or more, got the shape {tuple(input.shape)}"
         )
     channels = input.shape[1]
-    names = ("weight", "bias", "running_mean", "running_var")
-    for name, vector in zip(names, vectors, strict=True):
+    running_mean, running_var, num_batches_tracked, training, momentum, eps, relu = options
+    vectors = {
+        "weight": weight,
+        "bias": bias,
+        "running_mean": running_mean,
+        "running_var": running_var,
+    }
+    for name, vector in vectors.items():
         if isinstance(vector, Tensor) and vector.numel() != channels and input.numel() > 0:
             raise RuntimeError(
                 f"batch_norm: {name}: expected {channels} elements, one for each channel of the input, "
                 f"got {vector.numel()}"
             )
-    weight, bias, running_mean, running_var = vectors
-    _, _, num_batches_tracked, training, momentum, eps, relu = options
     factor = momentum
     if factor is None:
         factor = 0.0
         if training and running_mean is not None:
-            _check_counted(running_mean, num_batches_tracked)
+            _check_counted(options)
             if num_batches_tracked is not None and input.numel() > 0:
                 factor = 1 / (float(num_batches_tracked) + 1)
     updated: list[tuple[Tensor, Tensor]] = []
@@ -345,15 +344,26 @@ def _of_torch(
 
 
 def _promoted(
-    run: _Run,
     input: Tensor,
     residual: Tensor,
-    vectors: _Vectors,
+    weight: Tensor | None,
+    bias: Tensor | None,
     options: Options,
-    process_group: ProcessGroup | None,
+    group: ProcessGroup | None,
 ) -> Tensor:
     """With a residual of another dtype, as autocast leaves them: the sum has the wider one."""
-    *others, relu = options
-    alone: Any = (*others, False)
-    output = _normalized(run, input, None, vectors, alone, process_group) + residual
+    running_mean, running_var, num_batches_tracked, training, momentum, eps, relu = options
+    output = batch_norm(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        num_batches_tracked=num_batches_tracked,
+        process_group=group,
+    )
+    output = output + residual
     return F.relu(output) if relu else output

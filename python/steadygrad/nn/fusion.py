@@ -1,319 +1,320 @@
-"""Finds batch norms that are followed by an addition or a ReLU, and makes them one call in a module's graph."""
+"""Which calls of a network's layers become one: a batch norm with an addition and a ReLU that follow it.
+
+What is fused is what can be seen in the modules. Nothing is run to find out, and every call looks at the modules as
+they are by then. The modules themselves do no more than before: what fuses is the chain or the block that calls them.
+"""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from types import FunctionType
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, nn
+from torch.fx.proxy import Proxy
+from torch.nn.modules.module import _has_any_global_hook
 
 from steadygrad.nn.batch_norm import _BatchNorm as BatchNorm
-from steadygrad.nn.fused_calls import (
-    batch_norm_add_relu,
-    ends_in_batch_norm,
-    is_chain,
-    is_plain_relu,
-    is_unhooked,
-)
-from steadygrad.nn.tracing import IN_PLACE_OPERATORS, Conditions, NotTraceable, trace
 
 RELU, ADD, ADD_RELU = "batch norm + ReLU", "batch norm + add", "batch norm + add + ReLU"
 
-_RELU_FUNCTIONS = (F.relu, F.relu_, torch.relu, torch.relu_)
-_IADD = IN_PLACE_OPERATORS["add"]
-# Modules that change nothing but what they return, draw no numbers, and return a tensor of their own.
-_FRESH = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Linear,
-    nn.AvgPool1d,
-    nn.AvgPool2d,
-    nn.AvgPool3d,
-    nn.MaxPool1d,
-    nn.MaxPool2d,
-    nn.MaxPool3d,
-)
-
-# By source and the ids of the globals, which the functions keep alive.
-_FUNCTIONS: WeakValueDictionary[tuple[object, ...], Callable[..., Any]] = WeakValueDictionary()
+_CALL: Any = nn.Module.__call__
+_SEQUENTIAL: Callable[..., Any] = nn.Sequential.forward
+_FUNCTIONS = (F.relu, torch.relu)
+_RELU = {nn.ReLU: nn.ReLU.forward}
+_DROPOUT = {k: k.forward for k in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)}
+_IDENTITY = {nn.Identity: nn.Identity.forward}
+# These change nothing but what they return, so that a batch norm may as well be called after them.
+_STILL = {
+    kind: kind.forward
+    for dimensions in ("1d", "2d", "3d")
+    for kind in (getattr(nn, f"{name}{dimensions}") for name in ("Conv", "AvgPool", "MaxPool"))
+} | _IDENTITY
+# A module, and those after it that its call takes the place of: up to a ReLU, behind a batch norm.
+Call = tuple[Any, list[Any]]
+# `Steps`, or a function of one's own, which takes the module and what its forward takes.
+Forward = Callable[..., Any]
 
 
-@dataclass(frozen=True)
-class Site:
-    """One place in a forward where a batch norm takes on what follows it.
-
-    Attributes:
-        norm: name of the batch norm, or of the `nn.Sequential` that ends in it, within the module.
-        operation: `RELU`, `ADD` or `ADD_RELU`.
-    """
-
-    norm: str
-    operation: str
+def any_global_hook() -> bool:
+    """Returns whether somebody waits for the call of every module there is."""
+    return bool(_has_any_global_hook())
 
 
-@dataclass
-class Variant:
-    """A module's forward in one mode, with the batch norms fused.
-
-    Attributes:
-        run: takes the module and its arguments.
-        conditions: under which `run` stands for the forward.
-        sites: what was fused, in the order of the forward.
-        reasons: why not, by the name of the batch norm or of the `nn.Sequential` that ends in it.
-    """
-
-    run: Callable[..., Any]
-    conditions: Conditions
-    sites: list[Site]
-    reasons: dict[str, str]
-
-
-@dataclass
-class Fusion:
-    """What was found in a module's own forward.
-
-    Attributes:
-        training: the forward in training mode; None where nothing was fused.
-        evaluation: the same in evaluation mode.
-        problem: why there is no graph, where there is none.
-    """
-
-    training: Variant | None = None
-    evaluation: Variant | None = None
-    problem: str = ""
-
-    @property
-    def is_useful(self) -> bool:
-        """Whether anything was fused in either mode."""
-        return any(v is not None and v.sites for v in (self.training, self.evaluation))
-
-
-def find_fusion(module: nn.Module, forward: object) -> Fusion:
-    """Trace a module's own forward in both modes and fuse what can be; changes nothing."""
-    if "forward" in vars(module):
-        return Fusion(problem="its forward was replaced")
-    if not isinstance(forward, FunctionType) or isinstance(module, fx.GraphModule):
-        return Fusion(problem="its forward is no plain Python function")
-    try:
-        return Fusion(
-            _fused(module, *trace(module, forward, training=True)),
-            _fused(module, *trace(module, forward, training=False)),
-        )
-    except NotTraceable as error:
-        return Fusion(problem=str(error))
-
-
-def _fused(module: nn.Module, graph: fx.Graph, conditions: Conditions) -> Variant:
-    matcher = _Matcher(module, graph)
-    matcher.fuse()
-    return Variant(_compiled(graph), conditions, matcher.sites, matcher.reasons)
-
-
-def _compiled(graph: fx.Graph) -> Callable[..., Any]:
-    """Equal blocks of a network share one function, so that torch.compile sees one."""
-    code = graph.python_code("self")
-    key = (code.src, *sorted((name, id(value)) for name, value in code.globals.items()))
-    function = _FUNCTIONS.get(key)
-    if function is None:
-        names = dict(code.globals)
-        exec(compile(code.src, "<fused forward>", "exec"), names)
-        function = _FUNCTIONS[key] = names["forward"]
-    return function
-
-
-@dataclass
-class _Matcher:
-    module: nn.Module
-    graph: fx.Graph
-    sites: list[Site] = field(default_factory=list)
-    reasons: dict[str, str] = field(default_factory=dict)
-
-    def fuse(self) -> None:
-        """Rewrite the graph."""
-        order = {node: index for index, node in enumerate(self.graph.nodes)}
-        self._order = order
-        for node in list(self.graph.nodes):
-            if _is_add(node):
-                self._fuse_add(node)
-        for node in list(self.graph.nodes):
-            if self._norm(node) is not None:
-                self._fuse_relu(node)
-
-    def _norm(self, node: object) -> nn.Module | None:
-        """The batch norm, or the chain that ends in one, that this node calls with one tensor."""
-        if not isinstance(node, fx.Node) or node.op != "call_module":
-            return None
-        module = self._called(node)
-        one = len(node.args) == 1 and isinstance(node.args[0], fx.Node) and not node.kwargs
-        return module if one and ends_in_batch_norm(module) else None
-
-    def _called(self, node: fx.Node) -> nn.Module:
-        return self.module.get_submodule(str(node.target))
-
-    def _fuse_add(self, add: fx.Node) -> None:
-        left, right = (add.args[0], add.args[1]) if len(add.args) == 2 else (None, None)
-        if not isinstance(left, fx.Node) or not isinstance(right, fx.Node) or left is right:
-            for operand in (left, right):
-                self._explain(operand, "what is added to it is no other tensor")
-            return
-        in_place = add.target in (_IADD, "add_")
-        # A batch norm itself before a chain that ends in one: less work changes its place.
-        pairs = sorted(
-            ((left, right), (right, left)), key=lambda pair: _is_chain_call(self, pair[0])
-        )
-        for norm, residual in pairs:
-            if self._norm(norm) is None:
-                continue
-            why = self._why_not_add(norm, add)
-            if in_place and norm is not left:
-                why = "it is added in place to another tensor"
-            if why:
-                self._explain(norm, why)
-                continue
-            self._explain(residual, "it is what another batch norm adds")
-            self._replace(norm, residual, add, in_place)
-            return
-
-    def _why_not_add(self, norm: fx.Node, add: fx.Node) -> str:
-        if len(norm.users) != 1:
-            return _used_often(norm)
-        between = [n for n in self._order if self._order[norm] < self._order[n] < self._order[add]]
-        moved = set(self._called(norm).modules())
-        for node in between:
-            if node.op == "call_module" and moved.intersection(self._called(node).modules()):
-                return "it is called again before the addition"
-        if not between or (self._norm_is_pure(norm) and all(map(self._is_pure, between))):
-            return ""
-        source = norm.args[0]
-        if (
-            isinstance(source, fx.Node)
-            and isinstance(self._called(norm), BatchNorm)
-            and source.op == "call_module"
-            and type(self._called(source)) in _FRESH
-            and len(source.users) == 1
-        ):
-            return ""
-        return "what runs before the addition might change its input"
-
-    def _norm_is_pure(self, norm: fx.Node) -> bool:
-        return _is_pure_module(self._called(norm))
-
-    def _is_pure(self, node: fx.Node) -> bool:
-        if node.op in ("get_attr", "placeholder"):
-            return True
-        if node.op == "call_module":
-            return _is_pure_module(self._called(node))
-        if node.op == "call_function":
-            module = getattr(node.target, "__module__", None)
-            return module in ("_operator", "math") and not node.kwargs
-        return False
-
-    def _fuse_relu(self, norm: fx.Node) -> None:
-        if str(norm.target) in self.reasons:
-            return
-        users = list(norm.users)
-        if len(users) != 1:
-            self._explain(norm, _used_often(norm))
-        elif users[0].op == "output":
-            self._explain(norm, "its output leaves the module")
-        elif self._is_relu(users[0], norm):
-            self._replace(norm, None, users[0], False)
-        else:
-            self._explain(norm, f"it is followed by {self._described(users[0])}")
-
-    def _is_relu(self, node: fx.Node, norm: fx.Node) -> bool:
-        if node.all_input_nodes != [norm]:
-            return False
-        if node.op == "call_module":
-            return is_plain_relu(self._called(node))
-        if node.op == "call_method":
-            return node.target in ("relu", "relu_")
-        return node.op == "call_function" and node.target in _RELU_FUNCTIONS and _no_out(node)
-
-    def _replace(
-        self, norm: fx.Node, residual: fx.Node | None, last: fx.Node, in_place: bool
-    ) -> None:
-        """Put one call in the place of `last`, or of the ReLU after it."""
-        relu = last if residual is None else None
-        if residual is not None and len(last.users) == 1:
-            (user,) = last.users
-            relu = user if self._is_relu(user, last) else None
-        # Alone with a ReLU a batch norm stays in its place; with a residual it waits for that.
-        with self.graph.inserting_before(norm if residual is None else last):
-            module = self.graph.get_attr(str(norm.target))
-            called: Any = relu is not None
-            if relu is not None and relu.op == "call_module":
-                called = self.graph.get_attr(str(relu.target))
-            args = (module, norm.args[0], residual, in_place, called)
-            fused = self.graph.call_function(batch_norm_add_relu, args)
-        self._order[fused] = self._order[norm if residual is None else last]
-        end = last if relu is None else relu
-        end.replace_all_uses_with(fused)
-        for node in dict.fromkeys((end, last, norm)):
-            self.graph.erase_node(node)
-            del self._order[node]
-        operation = RELU if residual is None else ADD if relu is None else ADD_RELU
-        self.sites.append(Site(str(norm.target), operation))
-        self.reasons.pop(str(norm.target), None)
-
-    def _explain(self, node: object, why: str) -> None:
-        if isinstance(node, fx.Node) and self._norm(node) is not None:
-            self.reasons.setdefault(str(node.target), why)
-
-    def _described(self, node: fx.Node) -> str:
-        if node.op != "call_module":
-            return str(getattr(node.target, "__name__", node.target))
-        module = self._called(node)
-        hooks = "" if is_unhooked(module) else " with hooks"
-        return f"{type(module).__name__}{hooks}"
-
-
-def _is_chain_call(matcher: _Matcher, node: fx.Node) -> bool:
-    return node.op == "call_module" and not isinstance(matcher._called(node), BatchNorm)
-
-
-def _is_add(node: fx.Node) -> bool:
-    if node.op == "call_method":
-        return node.target in ("add", "add_") and not node.kwargs
-    if node.op != "call_function":
-        return False
-    return node.target in (operator.add, _IADD, torch.add) and not node.kwargs
-
-
-def _no_out(node: fx.Node) -> bool:
-    return "out" not in node.kwargs
-
-
-def _used_often(norm: fx.Node) -> str:
-    return f"its output is used {len(norm.users)} times" if norm.users else "its output is not used"
-
-
-def _is_pure_module(module: nn.Module) -> bool:
-    leaves = list(_leaves(module))
-    return all(
-        is_unhooked(leaf)
-        and (
-            type(leaf) in _FRESH
-            or isinstance(leaf, (BatchNorm, nn.Identity))
-            or (type(leaf) is nn.ReLU and not leaf.inplace)
-        )
-        for leaf in leaves
+def is_plain(module: Any) -> bool:
+    """Returns whether calling a module is no more than calling its class' forward."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl is not None
+        or type(module).__call__ is not _CALL
+        or "forward" in module.__dict__
     )
 
 
-def _leaves(module: nn.Module) -> Iterator[nn.Module]:
-    if is_chain(module) and is_unhooked(module):
-        for child in module.children():
-            yield from _leaves(child)
+def is_relu(module: Any) -> bool:
+    """Returns whether it is ReLU, as a function or as a module that may go uncalled."""
+    return module in _FUNCTIONS or (_is_one_of(_RELU, module) and is_plain(module))
+
+
+def is_passed(module: Any) -> bool:
+    """Returns whether a call of it would return its input: an identity, or a dropout that is inactive."""
+    if _is_one_of(_IDENTITY, module):
+        return is_plain(module)
+    inactive = _is_one_of(_DROPOUT, module) and (not module.training or module.p == 0)
+    return inactive and is_plain(module)
+
+
+def is_norm(module: Any) -> bool:
+    """Returns whether it is one of our batch norms that may take on what follows it."""
+    return (
+        isinstance(module, BatchNorm)
+        and module.activation is None
+        and is_plain(module)
+        and (type(module).forward is BatchNorm.forward or acts(module, is_passed))
+    )
+
+
+def is_chain(module: Any) -> bool:
+    """Returns whether it calls its children one after the other and does nothing else."""
+    forward = getattr(type(module), "forward", None)
+    return forward is nn.Sequential.forward or forward is run_chain
+
+
+def _is_one_of(kinds: dict[Any, Any], module: Any) -> bool:
+    kind = type(module)
+    return kind in kinds and kinds[kind] is kind.forward
+
+
+def leaves(modules: Iterable[Any]) -> list[Any]:
+    """Returns the modules with the children of chains in the place of the chains."""
+    found: list[Any] = []
+    for module in modules:
+        if is_chain(module) and is_plain(module):
+            found += leaves(module._modules.values())
+        else:
+            found.append(module)
+    return found
+
+
+def planned(modules: Iterable[Any]) -> Iterator[Call]:
+    """Yields the calls that stand for calling the modules one after the other, looking at each when it is reached."""
+    rest = leaves(modules)
+    at = 0
+    while at < len(rest):
+        end = at + 1
+        if is_norm(rest[at]):
+            while end < len(rest) and is_passed(rest[end]):
+                end += 1
+            fuses = end < len(rest) and is_relu(rest[end])
+            end = end + 1 if fuses else at + 1
+        yield rest[at], rest[at + 1 : end]
+        at = end
+
+
+def run(calls: Iterable[Call], input: Any) -> Any:
+    """Carries out planned calls."""
+    for module, taken in calls:
+        if taken and isinstance(input, Tensor):
+            input = BatchNorm.forward(module, input, None, True)
+        else:
+            input = module(input)
+            for after in taken:
+                input = after(input)
+    return input
+
+
+def run_chain(self: Any, input: Any) -> Any:
+    """Is the forward of an ``nn.Sequential`` that calls each ReLU together with the batch norm before it."""
+    if any_global_hook():
+        return _SEQUENTIAL(self, input)
+    return run(planned(self._modules.values()), input)
+
+
+def norm_act(self: Any, x: Any) -> Any:
+    """Is the forward of timm's ``BatchNormAct2d``: batch norm, ``drop`` and ``act``."""
+    if isinstance(x, Proxy):
+        return self._record(x, None)
+    if acts(self, is_relu) and not any_global_hook():
+        return BatchNorm.forward(self, x, None, True)
+    return self.act(self.drop(BatchNorm.forward(self, x)))
+
+
+def acts(module: Any, how: Callable[[Any], bool]) -> bool:
+    """Returns whether it is timm's ``BatchNormAct2d`` with an activation that is ReLU, or none (``is_passed``)."""
+    inner = module._modules
+    return (
+        type(module).forward is norm_act and is_passed(inner.get("drop")) and how(inner.get("act"))
+    )
+
+
+def batch_norm_add_relu(
+    norm: Callable[[Tensor], Tensor],
+    input: Tensor,
+    residual: Tensor | None = None,
+    relu: Callable[[Tensor], Tensor] | None = None,
+    *,
+    in_place: bool = False,
+) -> Tensor:
+    """Computes ``relu(norm(input) + residual)``, as one operation where that gives the same.
+
+    It is what a forward given to :func:`~steadygrad.nn.register_block` is written with. Where ``norm`` is no batch norm
+    of `steadygrad.nn`, where it or ``relu`` has hooks or a forward of its own, where there are global hooks, or where
+    the sum has another shape or dtype, it calls the modules one after the other.
+
+    Args:
+        norm: the batch norm.
+        input: what it is called with, (N, C, ...).
+        residual: what is added; None for nothing.
+        relu: the module, or ``torch.nn.functional.relu``; None for no activation. Any other activation is called
+            behind the sum.
+        in_place: whether the sum is written into the batch norm's output, where they are not one operation.
+
+    Raises:
+        What the modules raise.
+    """
+    one = is_norm(norm) and isinstance(input, Tensor) and not any_global_hook()
+    if one and (residual is None or _fits(residual, input)):
+        called: Any = norm
+        is_last = relu is not None and is_relu(relu)
+        output = BatchNorm.forward(called, input, residual, is_last)
+        return output if relu is None or is_last else relu(output)
+    output = norm(input)
+    if residual is not None:
+        output = output.add_(residual) if in_place else output + residual
+    return output if relu is None else relu(output)
+
+
+def _fits(residual: Any, input: Tensor) -> bool:
+    return (
+        isinstance(residual, Tensor)
+        and residual.shape == input.shape
+        and residual.dtype == input.dtype
+        and residual.device == input.device
+        and residual.layout == input.layout
+    )
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A block's forward, told by the names of its members: layers one after the other, an addition, an activation.
+
+    ``Steps("conv1 bn1 relu conv2 bn2", add=True, shortcut="downsample?", last="relu")`` is that of a residual block.
+    Names are separated by spaces; one with a question mark may be None, and is then left out.
+
+    A call with keyword arguments, or with more than the one input, takes the block's own forward.
+
+    Attributes:
+        body: the layers.
+        add: whether the block's input is added to what they return; or the name of the attribute that says so.
+        before_add: what is called between the layers and the addition, and only where there is one.
+        shortcut: what the input goes through before it is added.
+        last: the activation after the addition.
+        in_place: whether the addition is written ``y += x``.
+        unless: name of an attribute; where it is true the block takes its own forward.
+        end: takes the block and the result, returns the block's output.
+    """
+
+    body: str
+    add: bool | str = False
+    before_add: str = ""
+    shortcut: str = ""
+    last: str = ""
+    in_place: bool = False
+    unless: str = ""
+    end: Callable[[Any, Any], Any] | None = None
+
+    def fits(self, block: nn.Module) -> bool:
+        """Returns whether the block's members are there, and are modules on whose calls nobody waits."""
+        if self.unless and getattr(block, self.unless, True):
+            return False
+        if isinstance(self.add, str) and not hasattr(block, self.add):
+            return False
+        names = f"{self.body} {self.before_add} {self.shortcut} {self.last}"
+        for name in names.split():
+            module = block._modules.get(name.rstrip("?"))
+            if module is None:
+                if not name.endswith("?") or block.__dict__.get(name[:-1]) is not None:
+                    return False
+            elif not is_plain(module):
+                return False
+        return True
+
+    def plan(self, block: nn.Module) -> tuple[list[Call], Any, list[Any] | None, Any]:
+        """Returns the layers' calls, the batch norm that adds, the shortcut (None: no addition) and the activation."""
+        adds = getattr(block, self.add, False) if isinstance(self.add, str) else self.add
+        names = f"{self.body} {self.before_add}" if adds else self.body
+        calls = list(planned(_members(block, names)))
+        norm = None
+        shortcut = _members(block, self.shortcut) if adds else None
+        if shortcut is not None:
+            inner = leaves(shortcut)
+            while calls and is_passed(calls[-1][0]):
+                calls.pop()
+            last = calls[-1] if calls else (None, [])
+            still = all(_is_still(module) and module is not last[0] for module in inner)
+            if is_norm(last[0]) and not last[1] and still:
+                norm, _ = calls.pop()
+        return calls, norm, shortcut, block._modules.get(self.last)
+
+    def __call__(self, block: nn.Module, input: Any) -> Any:
+        """Calls the members, each batch norm with what it takes on."""
+        calls, norm, shortcut, last = self.plan(block)
+        output = run(calls, input)
+        if shortcut is not None:
+            residual = input
+            for module in shortcut:
+                residual = module(residual)
+            output = batch_norm_add_relu(
+                norm or _unchanged, output, residual, last, in_place=self.in_place
+            )
+        elif last is not None:
+            output = last(output)
+        return output if self.end is None else self.end(block, output)
+
+
+def found(module: nn.Module, forward: Forward | None) -> list[tuple[nn.Module, str, str]]:
+    """Returns what becomes of each batch norm that a chain or a block calls: it, its operation or why there is none."""
+    if isinstance(forward, Steps):
+        calls, norm, shortcut, last = forward.plan(module)
+        after = "an addition" if shortcut is not None else _described(last)
     else:
-        yield module
+        calls, norm, shortcut, after = list(planned(module._modules.values())), None, None, ""
+        last = None
+    seen: list[tuple[nn.Module, str, str]] = []
+    for called, taken in reversed(calls):
+        if isinstance(called, BatchNorm):
+            why = f"it is followed by {after}" if after else ""
+            seen.append((called, RELU if taken or acts(called, is_relu) else "", why))
+        if not is_passed(called):
+            after = _described(called)
+    if norm is not None:
+        seen.append((norm, ADD if last is None or not is_relu(last) else ADD_RELU, ""))
+    for inner in leaves(shortcut or []):
+        if isinstance(inner, BatchNorm):
+            seen.append((inner, "", "it is what another batch norm adds" if norm else ""))
+    return seen
+
+
+def _described(module: Any) -> str:
+    if module is None:
+        return ""
+    hooks = "" if is_plain(module) else " with hooks or a forward of its own"
+    return f"{type(module).__name__}{hooks}"
+
+
+def _unchanged(input: Any) -> Any:
+    return input
+
+
+def _members(block: nn.Module, names: str) -> list[Any]:
+    found = (block._modules.get(name.rstrip("?")) for name in names.split())
+    return [module for module in found if module is not None]
+
+
+def _is_still(module: Any) -> bool:
+    return is_norm(module) or (_is_one_of(_STILL, module) and is_plain(module))

@@ -3,19 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from steadygrad import _kernels
 from steadygrad.memory import allocator
-from steadygrad.nn.relu_mask import let_through, new_mask
+from steadygrad.nn.relu_mask import new_mask, unpacked
 
 # Of input, residual, weight and bias.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-# running_mean, running_var, num_batches_tracked, training, momentum, eps, relu.
-Options = tuple[Tensor | None, Tensor | None, Tensor | None, bool, float | None, float, bool]
+
+
+class Options(NamedTuple):
+    """What a forward is told beside its input, its residual, weight and bias."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    training: bool
+    momentum: float | None
+    eps: float
+    relu: bool
+
+
+class Saved(NamedTuple):
+    """What backward knows of a forward, in the order in which the kernels and the operators take it.
+
+    The bias is needed only where ReLU kept no mask; statistics are those of the batch, (2 C + 1), and None where the
+    running ones were constants.
+    """
+
+    input: Tensor
+    mask: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    statistics: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    eps: float
+    relu: bool
 
 
 def is_channels_last(tensor: Tensor) -> bool:
@@ -49,64 +77,11 @@ def with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     return placed.copy_(tensor)
 
 
-def forward(
-    input: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    relu: bool,
-    keep_mask: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Output; the mask of ReLU, where it is to be kept; and the statistics of the batch, when training."""
-    output = torch.empty_like(input)
-    mask = new_mask(input) if keep_mask else None
-    if not training:
-        _kernels.batch_norm_normalize(
-            input, residual, weight, bias, None, running_mean, running_var, eps, relu, output, mask
-        )
-        return output, mask, None
-    device = input.device
-    statistics = torch.empty(2 * input.shape[1] + 1, dtype=torch.float64, device=device)
-    _kernels.batch_norm_forward(
-        input,
-        residual,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        momentum,
-        eps,
-        relu,
-        output,
-        mask,
-        statistics,
-        allocator(device),
-    )
-    return output, mask, statistics
-
-
 def backward(
-    grad_output: Tensor,
-    input: Tensor,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    bias_dtype: torch.dtype | None,
-    statistics: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    eps: float,
-    relu: bool,
-    needed: Sequence[bool],
+    grad_output: Tensor, saved: Saved, bias_dtype: torch.dtype | None, needed: Sequence[bool]
 ) -> Gradients:
-    """The gradients that are needed, by the kernels. ``bias`` itself is read only where ReLU kept no mask."""
+    """The gradients that are needed, by the kernels."""
+    input, _, weight, *_, relu = saved
     grad_output = with_strides(grad_output, input.stride())
     channels = input.shape[1]
     needs_residual = needed[1]
@@ -123,15 +98,7 @@ def backward(
     if needed[0] or needed[2] or needed[3] or grad_residual is not None:
         _kernels.batch_norm_backward(
             grad_output,
-            input,
-            mask,
-            weight,
-            bias,
-            statistics,
-            running_mean,
-            running_var,
-            eps,
-            relu,
+            *saved,
             grad_input,
             grad_residual,
             grad_weight,
@@ -145,14 +112,9 @@ def backward(
 
 def differentiable_backward(
     grad_output: Tensor,
-    input: Tensor,
+    saved: Saved,
     passed: Tensor | None,
-    weight: Tensor | None,
     bias_dtype: torch.dtype | None,
-    statistics: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    eps: float,
     needed: Sequence[bool],
 ) -> Gradients:
     r"""The same gradients as a formula of torch operations, for derivatives of any order.
@@ -162,6 +124,7 @@ def differentiable_backward(
     :math:`\nabla x = w / \sigma \, (g - \langle g \rangle - \hat x \langle g \hat x \rangle)`, where the last two
     terms are absent if the statistics are constants.
     """
+    input, _, weight, _, statistics, running_mean, running_var, eps, _ = saved
     wide = torch.float64 if input.dtype == torch.float64 else torch.float32
     reduced = [0, *range(2, input.dim())]
     shape = (1, -1) + (1,) * (input.dim() - 2)
@@ -197,6 +160,24 @@ def differentiable_backward(
     return grad_input, grad_residual, grad_weight, grad_bias
 
 
+def let_through(saved: Saved) -> Tensor:
+    """Where ReLU let the gradient through, by the kernels' own arithmetic, so that no element changes sides."""
+    input, mask, weight, bias, statistics, running_mean, running_var, eps, _ = saved
+    if mask is None:
+        mask = new_mask(input)
+        output = torch.empty_like(input)
+        constants = (statistics, running_mean, running_var)
+        _kernels.batch_norm_normalize(
+            input, None, weight, bias, *constants, eps, True, output, mask
+        )
+    return unpacked(mask, input)
+
+
+def new_statistics(input: Tensor) -> Tensor:
+    """Memory for means, biased variances and the number of elements of a channel."""
+    return torch.empty(2 * input.shape[1] + 1, dtype=torch.float64, device=input.device)
+
+
 class BatchNorm(torch.autograd.Function):
     """Batch normalization for eager autograd; :mod:`steadygrad.nn.operators` has it for compiled code."""
 
@@ -209,47 +190,62 @@ class BatchNorm(torch.autograd.Function):
         bias: Tensor | None,
         options: Options,
     ) -> Tensor:
-        """The output; keeps the input, and no more of its size."""
-        running_mean, running_var, _, training, _, eps, relu = options
-        keep_mask = relu and residual is not None
-        output, mask, statistics = forward(input, residual, weight, bias, *options, keep_mask)
-        # What tells backward where ReLU let through: its mask, or else the bias, to find it again.
-        known = mask if keep_mask else bias if relu else None
+        """The output; keeps the input, and no more of its size. ``ctx`` is None where no gradient will be asked for."""
+        running_mean, running_var, num_batches_tracked, training, momentum, eps, relu = options
+        output = torch.empty_like(input)
+        keep_mask = ctx is not None and relu and residual is not None
+        mask = new_mask(input) if keep_mask else None
+        statistics = None
         if training:
-            # Not the running statistics: the next batch changes them, and these gradients do not depend on them.
-            ctx.save_for_backward(input, weight, known, statistics)
+            statistics = new_statistics(input)
+            _kernels.batch_norm_forward(
+                input,
+                residual,
+                weight,
+                bias,
+                running_mean,
+                running_var,
+                num_batches_tracked,
+                momentum,
+                eps,
+                relu,
+                output,
+                mask,
+                statistics,
+                allocator(input.device),
+            )
+            # Not to be saved: the next batch changes them, and these gradients do not depend on them.
+            running_mean = running_var = None
         else:
-            ctx.save_for_backward(input, weight, known, running_mean, running_var)
-        bias_dtype = None if bias is None else bias.dtype
-        ctx.arguments = (training, eps, relu, keep_mask, bias_dtype, input.stride())
+            constants = (None, running_mean, running_var)
+            _kernels.batch_norm_normalize(
+                input, residual, weight, bias, *constants, eps, relu, output, mask
+            )
+        if ctx is not None:
+            # Without a mask, backward finds again what ReLU let through; else bias is free to change before.
+            read_bias = bias if relu and not keep_mask else None
+            ctx.save_for_backward(
+                input, mask, weight, read_bias, statistics, running_mean, running_var
+            )
+            ctx.arguments = (eps, relu, None if bias is None else bias.dtype, input.stride())
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the first four arguments."""
-        training, eps, relu, keep_mask, bias_dtype, strides = ctx.arguments
-        statistics = running_mean = running_var = None
-        if training:
-            input, weight, known, statistics = ctx.saved_tensors
-        else:
-            input, weight, known, running_mean, running_var = ctx.saved_tensors
-        mask, bias = (known, None) if keep_mask else (None, known)
+        input, *others = ctx.saved_tensors
+        eps, relu, bias_dtype, strides = ctx.arguments
         # Hooks on saved tensors may bring them back in another memory format, which the mask does not have.
-        input = with_strides(input, strides)
-        constants = (statistics, running_mean, running_var)
+        saved = Saved._make((with_strides(input, strides), *others, eps, relu))
         needed = ctx.needs_input_grad
         if torch.is_grad_enabled() or not _is_single(grad_output):
             passed = None
             if relu:
                 with torch.no_grad():
-                    passed = let_through(input, mask, weight, bias, *constants, eps)
-            grads = differentiable_backward(
-                grad_output, input, passed, weight, bias_dtype, *constants, eps, needed
-            )
+                    passed = let_through(saved)
+            grads = differentiable_backward(grad_output, saved, passed, bias_dtype, needed)
         else:
-            grads = backward(
-                grad_output, input, mask, weight, bias, bias_dtype, *constants, eps, relu, needed
-            )
+            grads = backward(grad_output, saved, bias_dtype, needed)
         return *grads, None
 
 

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from steadygrad import _kernels
+from steadygrad.memory import allocator
 from steadygrad.nn.gradient import (
     Options,
+    Saved,
     as_dense_as,
     backward,
     dense,
     differentiable_backward,
-    forward,
+    new_statistics,
 )
 from steadygrad.nn.relu_mask import new_mask
 
@@ -69,10 +71,11 @@ def batch_norm_training(
     input = dense(input)
     if residual is not None:
         residual = as_dense_as(residual, input)
-    output, mask, statistics = forward(
-        input, residual, weight, bias, None, None, None, True, 0.0, eps, relu, keep_mask
-    )
-    assert statistics is not None
+    output, statistics = torch.empty_like(input), new_statistics(input)
+    mask = new_mask(input) if keep_mask else None
+    running = (None, None, None, 0.0)
+    made = (output, mask, statistics, allocator(input.device))
+    _kernels.batch_norm_forward(input, residual, weight, bias, *running, eps, relu, *made)
     return output, _or_empty(mask, input, torch.uint8), statistics
 
 
@@ -92,19 +95,10 @@ def batch_norm_inference(
     input = dense(input)
     if residual is not None:
         residual = as_dense_as(residual, input)
-    output, mask, _ = forward(
-        input,
-        residual,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        None,
-        False,
-        0.0,
-        eps,
-        relu,
-        keep_mask,
+    output, mask = torch.empty_like(input), new_mask(input) if keep_mask else None
+    constants = (None, running_mean, running_var)
+    _kernels.batch_norm_normalize(
+        input, residual, weight, bias, *constants, eps, relu, output, mask
     )
     return output, _or_empty(mask, input, torch.uint8)
 
@@ -138,31 +132,20 @@ def batch_norm_backward(
     mask: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    bias_dtype: torch.dtype | None,
     statistics: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     eps: float,
     relu: bool,
+    bias_dtype: torch.dtype | None,
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, residual (with ReLU only), weight and bias; empty where they are not needed."""
     input = dense(input)
+    constants = (statistics, running_mean, running_var)
+    saved = Saved(input, mask, weight, bias, *constants, eps, relu)
     needed = [needed[0], needed[1] and relu, needed[2], needed[3]]
-    grads = backward(
-        grad_output,
-        input,
-        mask,
-        weight,
-        bias,
-        bias_dtype,
-        statistics,
-        running_mean,
-        running_var,
-        eps,
-        relu,
-        needed,
-    )
+    grads = backward(grad_output, saved, bias_dtype, needed)
     grad_input, grad_residual, grad_weight, grad_bias = (_or_empty(g, input) for g in grads)
     return grad_input, grad_residual, grad_weight, grad_bias
 
@@ -220,12 +203,12 @@ def _(
     mask: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    bias_dtype: torch.dtype | None,
     statistics: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     eps: float,
     relu: bool,
+    bias_dtype: torch.dtype | None,
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     input = dense(input)
@@ -267,69 +250,34 @@ def _save(
 
 def _gradients(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
     """Of input, residual, weight and bias, from what :func:`_save` kept."""
-    input, mask, weight, bias, statistics, running_mean, running_var = ctx.saved_tensors
     eps, relu, bias_dtype = ctx.arguments
+    saved = Saved._make((*ctx.saved_tensors, eps, relu))
     needed = list(ctx.needs_input_grad[:4])
     if torch.is_grad_enabled():
-        input = dense(input)
+        saved = saved._replace(input=dense(saved.input))
         passed = None
         if relu:
-            constants = (statistics, running_mean, running_var)
             with torch.no_grad():
-                passed = _let_through(input, mask, weight, bias, constants, eps)
-        return list(
-            differentiable_backward(
-                grad_output,
-                input,
-                passed,
-                weight,
-                bias_dtype,
-                statistics,
-                running_mean,
-                running_var,
-                eps,
-                needed,
-            )
-        )
-    grads = batch_norm_backward(
-        grad_output,
-        input,
-        mask,
-        weight,
-        bias,
-        bias_dtype,
-        statistics,
-        running_mean,
-        running_var,
-        eps,
-        relu,
-        needed,
-    )
+                passed = _let_through(saved)
+        return list(differentiable_backward(grad_output, saved, passed, bias_dtype, needed))
+    grads = batch_norm_backward(grad_output, *saved, bias_dtype, needed)
     found = [grad if wanted else None for grad, wanted in zip(grads, needed, strict=True)]
     if needed[1] and not relu:
         found[1] = grad_output
     return found
 
 
-def _let_through(
-    input: Tensor,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    constants: tuple[Tensor | None, Tensor | None, Tensor | None],
-    eps: float,
-) -> Tensor:
+def _let_through(saved: Saved) -> Tensor:
     """What ReLU makes of a gradient of ones."""
-    statistics, mean, var = constants
+    input, mask, weight, bias, statistics, mean, var, eps, _ = saved
     if mask is None:
         if statistics is not None:
             mean, var = statistics[:-1].chunk(2)
         assert mean is not None and var is not None
         _, mask = batch_norm_inference(input, None, weight, bias, mean, var, eps, True, True)
     needed = [False, True, False, False]
-    passed: Tensor = batch_norm_backward(
-        torch.ones_like(input), input, mask, weight, bias, None, *constants, eps, True, needed
-    )[1]
+    saved = saved._replace(mask=mask, relu=True)
+    passed: Tensor = batch_norm_backward(torch.ones_like(input), *saved, None, needed)[1]
     return passed
 
 

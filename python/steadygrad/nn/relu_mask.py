@@ -52,24 +52,3 @@ def unpacked(mask: Tensor, input: Tensor) -> Tensor:
         allocator(input.device),
     )
     return passed != 0
-
-
-def let_through(
-    input: Tensor,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    statistics: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    eps: float,
-) -> Tensor:
-    """Where ReLU let the gradient through, by the kernels' own arithmetic, so that no element changes sides."""
-    if mask is None:
-        mask = new_mask(input)
-        output = torch.empty_like(input)
-        constants = (statistics, running_mean, running_var)
-        _kernels.batch_norm_normalize(
-            input, None, weight, bias, *constants, eps, True, output, mask
-        )
-    return unpacked(mask, input)

@@ -37,6 +37,11 @@ class SharedGroup:
         """Returns the group; None where it is the default one and ``torch.distributed`` is not initialized."""
         return _default_group() if self._group is None else self._group
 
+    @property
+    def held(self) -> ProcessGroup | None:
+        """What ``torch.nn.SyncBatchNorm`` holds for the same group: None for the default one."""
+        return self._group
+
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedGroup:
         return self
 

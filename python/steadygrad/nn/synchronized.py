@@ -12,12 +12,9 @@ from torch import Tensor
 from steadygrad import _kernels
 from steadygrad.distributed.groups import check_process_group
 from steadygrad.memory import allocator, is_asynchronous
-from steadygrad.nn.gradient import with_strides
+from steadygrad.nn.gradient import Options, with_strides
 from steadygrad.nn.relu_mask import new_mask
 from steadygrad.nn.synchronized_gradient import Call, anchor, differentiable_gradients, gradients
-
-# Weight, bias, running_mean, running_var, num_batches_tracked.
-Vectors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 # What a rank tells the others about its graph, beside its statistics.
 _FOLLOWS = 0.0  # nothing here requires a gradient
@@ -30,12 +27,7 @@ def synchronized_batch_norm(
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-    eps: float,
-    relu: bool,
+    options: Options,
     process_group: dist.ProcessGroup,
 ) -> Tensor:
     r"""Training batch normalization over the elements of all ranks of ``process_group``.
@@ -58,12 +50,7 @@ def synchronized_batch_norm(
         residual: as ``input``, added before ReLU; or None.
         weight: (C) or None.
         bias: (C) or None.
-        running_mean: (C), updated in place, or None.
-        running_var: (C), updated in place, or None.
-        num_batches_tracked: 0-d int64, goes up by one, or None.
-        momentum: weight of the new statistics in the running ones; None for the average of all batches.
-        eps: added to the variance.
-        relu: whether ReLU follows.
+        options: running statistics, momentum, eps and whether ReLU follows.
         process_group: the ranks; ``torch.distributed.group.WORLD`` for all.
 
     Returns:
@@ -76,27 +63,24 @@ def synchronized_batch_norm(
         ValueError: on the CPU, when all ranks together have one value per channel. On a CUDA device, where the host
             does not know, the variance is then 0.
     """
-    vectors = (weight, bias, running_mean, running_var, num_batches_tracked)
-    arguments = (input, residual, vectors, momentum, eps, relu, process_group)
     if torch.compiler.is_compiling():
         eagerly: Callable[..., Tensor] = torch.compiler.disable(_synchronized)
-        return eagerly(*arguments)
-    return _synchronized(*arguments)
+        return eagerly(input, residual, weight, bias, options, process_group)
+    return _synchronized(input, residual, weight, bias, options, process_group)
 
 
 def _synchronized(
     input: Tensor,
     residual: Tensor | None,
-    vectors: Vectors,
-    momentum: float | None,
-    eps: float,
-    relu: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    options: Options,
     process_group: dist.ProcessGroup,
 ) -> Tensor:
     check_process_group("batch_norm: process_group", process_group)
-    weight, bias = vectors[:2]
     if process_group.size() == 1 and input.numel() > 0:
-        return _alone(input, residual, vectors, momentum, eps, relu)
+        return _alone(input, residual, weight, bias, options)
+    running_mean, running_var, num_batches_tracked, _, momentum, eps, relu = options
     graph = _ABSENT
     if torch.is_grad_enabled():
         wanted = any(t is not None and t.requires_grad for t in (input, residual, weight, bias))
@@ -119,11 +103,12 @@ def _synchronized(
         follows = graph == _FOLLOWS and _RECORDS in graphs
     if total != 0:
         parts = gathered[:, :-1].contiguous()
-        _kernels.batch_norm_combine(parts, statistics, *vectors[2:], momentum)
+        running = (running_mean, running_var, num_batches_tracked)
+        _kernels.batch_norm_combine(parts, statistics, *running, momentum)
     else:
         statistics.zero_()
-        if vectors[4] is not None:
-            vectors[4].add_(1)
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
     follower = anchor() if follows else None
     call = Call(eps, relu, process_group, follows or graph == _RECORDS, absent)
     return _normalize(input, residual, weight, bias, follower, statistics, call)
@@ -132,15 +117,14 @@ def _synchronized(
 def _alone(
     input: Tensor,
     residual: Tensor | None,
-    vectors: Vectors,
-    momentum: float | None,
-    eps: float,
-    relu: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    options: Options,
 ) -> Tensor:
     """What a process without a group does."""
     from steadygrad.nn.functional import batch_norm  # it imports this module
 
-    weight, bias, running_mean, running_var, num_batches_tracked = vectors
+    running_mean, running_var, num_batches_tracked, _, momentum, eps, relu = options
     return batch_norm(
         input,
         running_mean,

@@ -13,8 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from steadygrad import _kernels
 from steadygrad.memory import allocator
-from steadygrad.nn.gradient import Gradients, with_strides
-from steadygrad.nn.relu_mask import let_through
+from steadygrad.nn.gradient import Gradients, Saved, let_through, with_strides
 
 
 @dataclass(frozen=True)
@@ -146,8 +145,8 @@ def _second_gradients(
 
     passed = torch.ones_like(input, dtype=torch.float64)
     if call.relu and input.numel() > 0:
-        constants = (statistics, None, None)
-        passed = let_through(input, mask, weight, bias, *constants, call.eps).double()
+        saved = Saved(input, mask, weight, bias, statistics, None, None, call.eps, True)
+        passed = let_through(saved).double()
     n = statistics[-1]
     inverse = torch.rsqrt(of_channel(statistics[channels:-1]) + call.eps)
     g = grad_output.double() * passed

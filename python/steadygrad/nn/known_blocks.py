@@ -1,0 +1,178 @@
+"""Blocks whose forward is known: torchvision's, timm's, and those that users register."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import inspect
+import textwrap
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steadygrad.nn.fusion import Forward, Steps, any_global_hook, is_plain, norm_act
+
+
+def _classified(model: Any, pooled: Tensor) -> Any:
+    return model.fc(torch.flatten(pooled, 1))
+
+
+_BASIC = Steps("conv1 bn1 relu conv2 bn2", True, "", "downsample?", "relu", in_place=True)
+_BOTTLENECK = Steps(
+    "conv1 bn1 relu conv2 bn2 relu conv3 bn3", True, "", "downsample?", "relu", in_place=True
+)
+_TIMM_BASIC = Steps(
+    "conv1 bn1 drop_block act1 aa? conv2 bn2 se? drop_path?",
+    True,
+    "",
+    "downsample?",
+    "act2",
+    in_place=True,
+)
+_TIMM_BOTTLENECK = Steps(
+    "conv1 bn1 act1 conv2 bn2 drop_block act2 aa? conv3 bn3 se? drop_path?",
+    True,
+    "",
+    "downsample?",
+    "act3",
+    in_place=True,
+)
+_LAYERS = "maxpool layer1 layer2 layer3 layer4"
+_TIMM = "timm.models._efficientnet_blocks"
+
+# The module and qualified name of a method, what `source_digest` says of the source that is known, what it does.
+# A method of that name with another source, of an older or newer version, is not fused.
+_KNOWN: dict[str, tuple[str, Forward]] = {
+    "torchvision.models.resnet.BasicBlock.forward": ("3dc6cc10fd1c", _BASIC),
+    "torchvision.models.resnet.Bottleneck.forward": ("afb5737210b6", _BOTTLENECK),
+    "torchvision.models.resnet.ResNet._forward_impl": (
+        "785290f02817",
+        Steps(f"conv1 bn1 relu {_LAYERS} avgpool", end=_classified),
+    ),
+    "torchvision.models.mobilenetv2.InvertedResidual.forward": (
+        "be2bdd39a506",
+        Steps("conv", "use_res_connect"),
+    ),
+    "torchvision.models.mobilenetv3.InvertedResidual.forward": (
+        "3b1d2ab2b0fe",
+        Steps("block", "use_res_connect", in_place=True),
+    ),
+    "torchvision.models.mnasnet._InvertedResidual.forward": (
+        "dcbe8ff8336a",
+        Steps("layers", "apply_residual"),
+    ),
+    "timm.models.resnet.BasicBlock.forward": ("30ffe319d2c4", _TIMM_BASIC),
+    "timm.models.resnet.Bottleneck.forward": ("0d600af7f83c", _TIMM_BOTTLENECK),
+    "timm.models.resnet.ResNet.forward_features": (
+        "fbf65d89acd2",
+        Steps(f"conv1 bn1 act1 {_LAYERS}", unless="grad_checkpointing"),
+    ),
+    f"{_TIMM}.DepthwiseSeparableConv.forward": (
+        "caedef4ea77a",
+        Steps("conv_s2d? bn_s2d? conv_dw bn1 aa se conv_pw bn2", "has_skip", "drop_path"),
+    ),
+    f"{_TIMM}.InvertedResidual.forward": (
+        "b4c676d3bbaf",
+        Steps(
+            "conv_s2d? bn_s2d? conv_pw bn1 conv_dw bn2 aa se conv_pwl bn3", "has_skip", "drop_path"
+        ),
+    ),
+    f"{_TIMM}.EdgeResidual.forward": (
+        "32048ec696a3",
+        Steps("conv_exp bn1 aa se conv_pwl bn2", "has_skip", "drop_path"),
+    ),
+    # A batch norm that is a block: timm's ConvNormAct and ConvBnAct have it, and need no more than that.
+    "timm.layers.norm_act.BatchNormAct2d.forward": ("b1e6468008c6", norm_act),
+}
+_METHODS = ("forward", "_forward_impl", "forward_features")
+_REGISTERED: dict[Any, Forward] = {}
+
+
+def register_block(block: type[nn.Module], forward: Forward) -> None:
+    """Tells `convert_batchnorm` what the forward of a class does, so that its batch norms are fused.
+
+    ::
+
+        register_block(Block, Steps("conv bn relu"))
+
+        def forward(self, x):  # or, where names are not enough, its own lines
+            y = self.conv(x)
+            return sg.nn.batch_norm_add_relu(self.bn, y, residual=x, relu=self.relu)
+
+        register_block(Block, forward)
+
+    It holds for models that are converted afterwards, also for subclasses that inherit the forward. At each call a
+    block takes the forward of its class where a member has hooks or a forward of its own, where one is None that may
+    not be, or where there are global module hooks. A function reads the members at each call, as the class does.
+
+    Args:
+        block: the class.
+        forward: :class:`~steadygrad.nn.Steps`, or a function that takes what the class' forward takes.
+
+    Raises:
+        TypeError: ``block`` is no class of modules, or ``forward`` cannot be called.
+    """
+    if not (isinstance(block, type) and issubclass(block, nn.Module)):
+        raise TypeError(
+            f"register_block: block: expected a subclass of torch.nn.Module, got {block!r}"
+        )
+    if not callable(forward):
+        raise TypeError(
+            f"register_block: forward: expected steadygrad.nn.Steps or a function, got {forward!r}"
+        )
+    _REGISTERED[block.forward] = forward
+
+
+def known_forward(kind: type[nn.Module]) -> tuple[str, Forward | None]:
+    """Returns the name of the method of a class that is known, and what it does.
+
+    Where its source is not the known one: the method's full name, and None. Where there is none: nothing, and None.
+    """
+    changed = ""
+    for method in _METHODS:
+        function = getattr(kind, method, None)
+        if not isinstance(function, FunctionType):
+            continue
+        if function in _REGISTERED:
+            return method, _REGISTERED[function]
+        name = f"{function.__module__}.{function.__qualname__}"
+        if name in _KNOWN:
+            digest, forward = _KNOWN[name]
+            if source_digest(function) == digest:
+                return method, forward
+            changed = name
+    return changed, None
+
+
+@functools.cache
+def source_digest(function: FunctionType) -> str:
+    """Returns a digest of a function's arguments and statements: not of layout, comments, annotations or docstring.
+
+    Empty where there is no source to read.
+    """
+    try:
+        # Of the code, since a wrapper passes itself off as what it wraps.
+        source = inspect.getsource(function.__code__)
+        (definition,) = ast.parse(textwrap.dedent(source)).body
+    except (OSError, SyntaxError, ValueError):
+        return ""
+    if not isinstance(definition, ast.FunctionDef):
+        return ""
+    statements = definition.body[ast.get_docstring(definition) is not None :]
+    names = ", ".join(argument.arg for argument in definition.args.args)
+    text = "\n".join([names, *map(ast.unparse, statements)])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def stands(
+    block: nn.Module, forward: Forward, args: tuple[Any, ...] = (None,), kwargs: Any = None
+) -> bool:
+    """Returns whether a known forward stands for that of the block's class, as block and arguments are now."""
+    if any_global_hook():
+        return False
+    if isinstance(forward, Steps):
+        return len(args) == 1 and not kwargs and forward.fits(block)
+    return all(child is not None and is_plain(child) for child in block._modules.values())
