@@ -46,7 +46,7 @@ class Selection:
             SelectionError: there is no such experiment or arm, or a file is none.
             DataFileError: the folder holds no data.
         """
-        from .experiments import EXPERIMENTS, ON_IMAGES, QUICK, on_data
+        from .experiments import EXPERIMENTS, MNIST, QUICK, on_data
 
         known = {experiment.name: experiment for experiment in EXPERIMENTS}
         if self.names:
@@ -57,7 +57,7 @@ class Selection:
         elif self.mode == "quick":
             chosen = [QUICK]
         else:
-            chosen = [known[name] for name in ON_IMAGES] if self.data else list(known.values())
+            chosen = [MNIST] if self.data else list(known.values())
         names = [experiment.name for experiment in chosen]
         if len(set(names)) < len(names):
             raise SelectionError(f"study: expected experiments of different names, got {names}")

