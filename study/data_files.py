@@ -76,9 +76,9 @@ def mnist(folder: Path) -> Dataset:
         DataFileError: a file is missing, damaged or another one, or the files do not fit together.
     """
     paths = {part: _mnist_file(folder, name) for part, name in _MNIST.items()}
-    for part, path in paths.items():
+    for which, path in paths.items():
         if path is None:
-            file = folder / _MNIST[part]
+            file = folder / _MNIST[which]
             raise DataFileError(f"{file}: no such file, and none with .gz or in MNIST/raw")
     arrays = {p: read_idx(path, 3 if p[1] == "images" else 1) for p, path in paths.items() if path}
     sizes = {}
@@ -152,7 +152,8 @@ def read_idx(path: Path, dimensions: int) -> Bytes:
             f"{path}: {'truncated' if found < elements else 'too long'}: its header says "
             f"{' x '.join(map(str, shape))}, expected {elements} bytes after it, got {found}"
         )
-    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+    array: Bytes = np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+    return array
 
 
 def read_cifar(content: bytes, name: str) -> tuple[Bytes, Bytes]:
