@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import hashlib
+import math
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -50,28 +43,22 @@ _PRINTED = (
     "ms a step",
 )
 
+Tasks = Mapping[str, Mapping[str, Task]]  # name of an experiment -> of a problem -> its task
+
 
 @dataclass(frozen=True)
 class Settings:
     """How a study is carried out; none of it changes a number but times, and ``threads`` last digits.
 
-    Attributes:
-        out: folder of the files, made if need be.
-        jobs: processes side by side; None: one for each core that this process may use.
-        threads: of torch in each process; None: 1.
-        limit_s: no run is begun once this many seconds have gone by; None: no limit, 200 s for the
-            quick study.
-        restart: drops what an unfinished study has left in ``out``, which is otherwise gone on with.
-
     Raises:
         ValueError: a count is less than 1.
     """
 
-    out: Path
-    jobs: int | None = None
-    threads: int | None = None
-    limit_s: float | None = None
-    restart: bool = False
+    out: Path  # folder of the files, made if need be
+    jobs: int | None = None  # processes side by side; None: one for each core
+    threads: int | None = None  # of torch in each process; None: 1
+    limit_s: float | None = None  # after which no run is begun; None: never, 200 s if quick
+    restart: bool = False  # drops what an unfinished study has left, which is else gone on with
 
     def __post_init__(self) -> None:
         for name in ("jobs", "threads"):
@@ -98,39 +85,38 @@ def run_study(selection: Selection, settings: Settings, console: Console) -> int
         experiments = selection.experiments()
         tasks = {experiment.name: _load(experiment) for experiment in experiments}
         settings.out.mkdir(parents=True, exist_ok=True)
-        _spare_results(experiments, settings)
+        if not settings.restart:
+            _spare_results(experiments, settings.out / record.NAME)
         plan = _what_decides_the_numbers(selection, experiments, tasks, settings)
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         with Journal(settings.out / journal.NAME, plan, now, settings.restart) as made:
             return _carry_out(selection, experiments, tasks, settings, made, console)
     except (MissingDependencyError, ValueError, WorkerError) as error:
-        _complain(console, str(error))
+        return _complain(console, str(error))
     except OSError as error:
-        _complain(console, f"study: {error.filename or settings.out}: {error.strerror or error}")
-    return 1
+        name = error.filename or settings.out
+        return _complain(console, f"study: {name}: {error.strerror or error}")
 
 
 def _load(experiment: Experiment) -> dict[str, Task]:
     """Load the task of every problem and make all once: what is wrong is said before anything is trained."""
     tasks = {problem.name: problem.task() for problem in experiment.problems}
-    for problem in experiment.problems:
+    for name, task in tasks.items():
         for arm in experiment.arms:
-            rates, seeds = experiment.learning_rates, experiment.seeds
-            key = RunKey(problem.name, arm.name, rates[0], seeds[0])
+            key = RunKey(name, arm.name, experiment.learning_rates[0], experiment.seeds[0])
             try:
-                rehearse(experiment, key, tasks[problem.name], measure=arm is experiment.arms[0])
+                rehearse(experiment, key, task, measure=arm is experiment.arms[0])
             except Exception as error:
                 raise SelectionError(
-                    f"study: {experiment.name}, {problem.name}, arm {arm.name!r}: "
+                    f"study: {experiment.name}, {name}, arm {arm.name!r}: "
                     f"{type(error).__name__}: {error}"
                 ) from error
     return tasks
 
 
-def _spare_results(experiments: Sequence[Experiment], settings: Settings) -> None:
+def _spare_results(experiments: Sequence[Experiment], path: Path) -> None:
     """Refuse to write over the results of another study."""
-    path = settings.out / record.NAME
-    if settings.restart or not path.exists():
+    if not path.exists():
         return
     try:
         there = [experiment["name"] for experiment in record.read([path])[0]["experiments"]]
@@ -144,20 +130,13 @@ def _spare_results(experiments: Sequence[Experiment], settings: Settings) -> Non
 
 
 def _what_decides_the_numbers(
-    selection: Selection,
-    experiments: Sequence[Experiment],
-    tasks: dict[str, dict[str, Task]],
-    settings: Settings,
+    selection: Selection, experiments: Sequence[Experiment], tasks: Tasks, settings: Settings
 ) -> dict[str, Any]:
     files = [Path(name) for name in selection.names if name.endswith(".py")]
     return {
         "experiments": [experiment.describe() for experiment in experiments],
         "files": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],
-        "data": [
-            _first_batch(tasks[experiment.name][problem.name], problem)
-            for experiment in experiments
-            for problem in experiment.problems
-        ],
+        "data": [_first_batch(tasks[e.name][p.name], p) for e in experiments for p in e.problems],
         "versions": record.versions(),
         "threads": settings.threads or _DEFAULT_THREADS,
     }
@@ -171,8 +150,8 @@ def _first_batch(task: Task, problem: Problem) -> str:
 
 def _carry_out(
     selection: Selection,
-    experiments: list[Experiment],
-    tasks: dict[str, dict[str, Task]],
+    experiments: Sequence[Experiment],
+    tasks: Tasks,
     settings: Settings,
     made: Journal,
     console: Console,
@@ -183,61 +162,58 @@ def _carry_out(
     seeds = {experiment.name: experiment.seeds for experiment in experiments}
     plan = [(experiment.name, key) for experiment in experiments for key in experiment.plan()]
     plan.sort(key=lambda item: seeds[item[0]].index(item[1].seed))
+    limit = settings.limit_s or (_QUICK_LIMIT_S if selection.mode == "quick" else math.inf)
     status = "complete"
     try:
-        _make_runs(selection, settings, made, plan, console)
+        _make_runs(selection, settings, limit, made, plan, console)
         if len(made.runs) < len(plan):
             status = "time limit"
     except KeyboardInterrupt:
         status = "interrupted"
-    with _impatience_ignored() if status == "interrupted" else contextlib.nullcontext():
-        document = _document(selection, experiments, tasks, settings, made, status)
-        files = [settings.out / record.NAME]
-        record.write(document, files[0])
-        from . import page  # with its libraries, which the processes that train do without
+        # Writing takes a second or two, and a second Ctrl-C is to stop what has stopped.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    document = _document(selection, experiments, tasks, settings, made, status)
+    files = [settings.out / record.NAME]
+    record.write(document, files[0])
+    from . import page  # with its libraries, which the processes that train do without
 
-        files += page.write_pages([document], settings.out)
+    files += page.write_pages([document], settings.out)
+    if status == "interrupted":
+        signal.signal(signal.SIGINT, before)
     if status == "complete":
         made.path.unlink(missing_ok=True)  # all of it is in the record
-    if made.runs:
-        console.print()
-        print_tables(document, console)
     console.print()
+    print_tables(document, console)
+    console.print()
+    count, where = len(made.runs), " and ".join(map(str, files))
     if status != "complete":
         why = {"interrupted": "Interrupted", "time limit": "Stopped at the time limit"}
         console.print(
-            f"{why[status]} after {len(made.runs)} of {len(plan)} runs: the results are partial. "
+            f"{why[status]} after {count} of {len(plan)} runs: the results are partial. "
             "The same command goes on from here.",
             style="bold yellow",
         )
-    count = len(made.runs)
-    summary = f"{count:,} run{'' if count == 1 else 's'} in {sum(made.sessions):.0f} s, written to "
-    console.print(summary + " and ".join(map(str, files)), markup=False, soft_wrap=True)
+    made_in = f"{count:,} run{'' if count == 1 else 's'} in {sum(made.sessions):.0f} s"
+    console.print(f"{made_in}, written to {where}", markup=False, soft_wrap=True)
     return 130 if status == "interrupted" else 0
 
 
-@contextlib.contextmanager
-def _impatience_ignored() -> Iterator[None]:
-    """Writing takes a second or two, and a second Ctrl-C is to stop what has stopped."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def _make_runs(
-    selection: Selection, settings: Settings, made: Journal, plan: list[Item], console: Console
+    selection: Selection,
+    settings: Settings,
+    limit: float,
+    made: Journal,
+    plan: Sequence[Item],
+    console: Console,
 ) -> None:
     """Make the runs that the journal does not have, with a progress bar."""
-    limit = settings.limit_s or (_QUICK_LIMIT_S if selection.mode == "quick" else float("inf"))
     deadline = time.perf_counter() + limit
     left = [item for item in plan if item not in made.runs]
     jobs = min(_jobs(settings), max(1, len(left)))
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.description}"), console=console) as progress:
+    threads = settings.threads or _DEFAULT_THREADS
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with Progress(*columns, console=console) as progress:
         bar = progress.add_task("", total=len(plan), completed=len(made.runs))
-        threads = settings.threads or _DEFAULT_THREADS
         for (name, key), run in make_all(
             selection, jobs, threads, left, lambda: time.perf_counter() > deadline
         ):
@@ -253,13 +229,16 @@ def _jobs(settings: Settings) -> int:
 def _document(
     selection: Selection,
     experiments: Sequence[Experiment],
-    tasks: dict[str, dict[str, Task]],
+    tasks: Tasks,
     settings: Settings,
     made: Journal,
     status: str,
 ) -> dict[str, Any]:
     own_file = any(name.endswith(".py") for name in selection.names)
-    threads = settings.threads or _DEFAULT_THREADS
+    runs: dict[str, list[dict[str, Any]]] = {experiment.name: [] for experiment in experiments}
+    for (name, _), run in made.runs.items():
+        runs[name].append(run)
+    threads, curves = settings.threads or _DEFAULT_THREADS, 3 if len(experiments) == 1 else 1
     return {
         "schema": record.SCHEMA,
         "status": status,
@@ -272,18 +251,12 @@ def _document(
         "versions": record.versions(),
         "definitions": record.DEFINITIONS,
         "experiments": [
-            record.describe(
-                experiment,
-                tasks[experiment.name],
-                [run for (name, _), run in made.runs.items() if name == experiment.name],
-                curves=3 if len(experiments) == 1 else 1,
-            )
-            for experiment in experiments
+            record.describe(e, tasks[e.name], runs[e.name], curves) for e in experiments
         ],
     }
 
 
-def print_tables(document: dict[str, Any], console: Console) -> None:
+def print_tables(document: Mapping[str, Any], console: Console) -> None:
     """Print a table for each problem, arm by arm, and what its words mean."""
     from . import table as tables
 
@@ -291,22 +264,19 @@ def print_tables(document: dict[str, Any], console: Console) -> None:
         if not experiment["runs"]:
             continue
         rows = tables.summarise(experiment, tables.runs_of(experiment))
-        for problem, own in rows.groupby("problem", observed=True):
-            title = next(p["title"] for p in experiment["problems"] if p["name"] == problem)
-            metric = tables.metric_of(experiment, str(problem))["name"]
-            grid = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
+        for problem in experiment["problems"]:
+            grid = Table(title=Text(problem["title"]), title_justify="left", box=box.SIMPLE_HEAD)
             grid.pad_edge, grid.collapse_padding = False, True  # it then fits 80 columns
             grid.add_column("arm", max_width=18)
             for name in _PRINTED:
-                heading = metric if name == "metric" else name
+                heading = problem["metric"]["name"] if name == "metric" else name
                 grid.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
-            last = None
-            for row in own.itertuples():
-                if last is not None and row.arm != last:
-                    grid.add_section()
-                cells = [tables.COLUMNS[name](row) for name in _PRINTED]
-                grid.add_row(Text(row.arm if row.arm != last else "", style="bold"), *cells)
-                last = row.arm
+            for arm, own in rows[rows["problem"] == problem["name"]].groupby("arm", observed=True):
+                names = [str(arm)] + [""] * (len(own) - 1)
+                for text, row in zip(names, own.itertuples(), strict=True):
+                    cells = (tables.COLUMNS[name](row) for name in _PRINTED)
+                    grid.add_row(Text(text, style="bold"), *cells)
+                grid.add_section()
             console.print(grid)
     for term in ("survived", "learned", "exploded"):
         console.print(f"{term}: {document['definitions'][term]}.", style="dim", highlight=False)
@@ -318,20 +288,20 @@ def report_again(files: Sequence[Path], out: Path, console: Console) -> int:
 
     names = ", ".join(map(str, files))
     if len({file.resolve() for file in files}) < len(files):
-        _complain(console, f"study: --report: expected each file once, got {names}")
-        return 1
+        return _complain(console, f"study: --report: expected each file once, got {names}")
     try:
         written = page.write_pages(record.read(files), out)
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         found = f"{type(error).__name__}: {error}"
-        _complain(console, f"{names}: expected whole records of studies, got one with {found}")
-        return 1
+        return _complain(
+            console, f"{names}: expected whole records of studies, got one with {found}"
+        )
     except (OSError, ValueError) as error:
-        _complain(console, str(error))
-        return 1
+        return _complain(console, str(error))
     console.print(f"Written: {' and '.join(map(str, written))}", markup=False, soft_wrap=True)
     return 0
 
 
-def _complain(console: Console, message: str) -> None:
+def _complain(console: Console, message: str) -> int:
     console.print(message, style="bold red", markup=False, highlight=False)
+    return 1
