@@ -13,7 +13,6 @@ import time
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from .experiment import RunKey
@@ -35,11 +34,6 @@ class Journal:
         started: when this session began; the first one's is kept.
         restart: drops what is there.
 
-    Attributes:
-        runs: the finished ones as JSON values, by experiment and key.
-        sessions: seconds from the start of each session to its last finished run.
-        started: when the first session began.
-
     Raises:
         JournalError: what is there is damaged, or belongs to another study or to one that is running.
         OSError: the file cannot be written.
@@ -48,15 +42,17 @@ class Journal:
     def __init__(
         self, path: Path, plan: Mapping[str, Any], started: str, restart: bool = False
     ) -> None:
-        self.path, self.started = path, started
-        self.runs: dict[tuple[str, RunKey], dict[str, Any]] = {}
-        self.sessions: list[float] = []
+        self.path, self.started = path, started  # the latter: of the first session
+        self.runs: dict[
+            tuple[str, RunKey], dict[str, Any]
+        ] = {}  # the finished ones, as JSON has them
+        self.sessions: list[float] = []  # seconds from the start of each to its last finished run
         self._began = time.perf_counter()
         self._file = path.open("a+b")
         try:
-            self._open(encode(plan), restart)
+            self._open(encode(dict(plan)), restart)
         except BaseException:
-            self._file.close()
+            self.close()
             raise
 
     def _open(self, plan: dict[str, Any], restart: bool) -> None:
@@ -66,15 +62,12 @@ class Journal:
             raise JournalError(
                 f"{self.path}: a study is running in this folder; name another --out"
             ) from error
-        if restart:
-            self._file.truncate(0)
         self._file.seek(0)
-        whole, _, _ = self._file.read().rpartition(b"\n")  # the last line may have been cut in two
-        if whole:
-            self._read(whole.split(b"\n"), plan)
-            self._file.truncate(len(whole) + 1)
-        else:
-            self._file.truncate(0)
+        lines = [] if restart else self._file.read().split(b"\n")[:-1]  # the rest was cut in two
+        if lines:
+            self._read(lines, plan)
+        self._file.truncate(sum(len(line) + 1 for line in lines))
+        if not lines:
             self._append({"plan": plan, "started": self.started})
         self._append({"session": self.started})
         self.sessions.append(0.0)
@@ -100,9 +93,9 @@ class Journal:
             )
 
     def add(self, experiment: str, run: Mapping[str, Any]) -> None:
-        """Write a finished run; it is on disk when this returns."""
+        """Write a finished run, which :func:`encode` made; it is on disk when this returns."""
         seconds = time.perf_counter() - self._began
-        entry = {"experiment": experiment, "run": encode(dict(run)), "session_s": seconds}
+        entry = {"experiment": experiment, "run": dict(run), "session_s": seconds}
         self._append(entry)
         self._keep(entry)
 
@@ -117,15 +110,8 @@ class Journal:
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Let others have the file."""
         self._file.close()
 
 

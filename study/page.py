@@ -129,13 +129,10 @@ def _report(documents: Sequence[Json]) -> dict[str, Any]:
 
 def _named_apart(experiments: Sequence[Json]) -> list[Json]:
     """Number the experiments that have the name of another."""
-    seen: dict[str, int] = {}
-    apart: list[Json] = []
-    for experiment in experiments:
-        name = experiment["name"]
-        seen[name] = seen.get(name, 0) + 1
-        apart.append({**experiment, "name": f"{name} {seen[name]}" if seen[name] > 1 else name})
-    return apart
+    names = [experiment["name"] for experiment in experiments]
+    counts = [names[:place].count(name) + 1 for place, name in enumerate(names)]
+    numbered = [f"{name} {k}" if k > 1 else name for name, k in zip(names, counts, strict=True)]
+    return [{**e, "name": name} for e, name in zip(experiments, numbered, strict=True)]
 
 
 def _count(count: int, noun: str) -> str:
@@ -178,19 +175,16 @@ def _heat(runs: int, good: int, learned: int) -> Cell:
     if not runs:
         return Cell(NOTHING)
     cell = Cell(f"{good}/{runs}, learned {learned}")
-    cell.style = "heat0" if not good else "heat1" if 2 * good < runs else "heat2"
-    if good == runs:
-        cell.style = "heat4" if learned == runs else "heat3"
+    level = (good > 0) + (2 * good >= runs) + (good == runs) + (good == learned == runs)
+    cell.style = f"heat{level}"
     return cell
 
 
 def _section(experiment: Json, runs: pd.DataFrame) -> dict[str, Any]:
     rows = tables.summarise(experiment, runs)
-    drawn = [
-        ("On held-out data", _RESULTS, charts.results(experiment, runs, rows), "results"),
-        ("Loss and gradient norm", _CURVES, charts.curves(experiment, runs), "curves"),
-    ]
-    drawn = [chart for chart in drawn if chart[2] is not None]
+    drawn = [("On held-out data", _RESULTS, charts.results(experiment, runs, rows), "results")]
+    if (curves := charts.curves(experiment, runs)) is not None:
+        drawn.append(("Loss and gradient norm", _CURVES, curves, "curves"))
     stem = re.sub(r"[^a-z0-9]+", "-", experiment["name"].lower()).strip("-")
     same = "; ".join(" = ".join(names) for names in tables.same_runs(experiment, runs))
     twins = list(tables.twins(experiment, runs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import math
@@ -89,7 +90,8 @@ def run_study(selection: Selection, settings: Settings, console: Console) -> int
             _spare_results(experiments, settings.out / record.NAME)
         plan = _what_decides_the_numbers(selection, experiments, tasks, settings)
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-        with Journal(settings.out / journal.NAME, plan, now, settings.restart) as made:
+        path = settings.out / journal.NAME
+        with contextlib.closing(Journal(path, plan, now, settings.restart)) as made:
             return _carry_out(selection, experiments, tasks, settings, made, console)
     except (MissingDependencyError, ValueError, WorkerError) as error:
         return _complain(console, str(error))
@@ -165,7 +167,8 @@ def _carry_out(
     limit = settings.limit_s or (_QUICK_LIMIT_S if selection.mode == "quick" else math.inf)
     status = "complete"
     try:
-        _make_runs(selection, settings, limit, made, plan, console)
+        loaded = {e.name: (e, tasks[e.name]) for e in experiments}
+        _make_runs(selection, loaded, settings, limit, made, plan, console)
         if len(made.runs) < len(plan):
             status = "time limit"
     except KeyboardInterrupt:
@@ -200,6 +203,7 @@ def _carry_out(
 
 def _make_runs(
     selection: Selection,
+    loaded: Mapping[str, tuple[Experiment, Mapping[str, Task]]],
     settings: Settings,
     limit: float,
     made: Journal,
@@ -215,7 +219,7 @@ def _make_runs(
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("", total=len(plan), completed=len(made.runs))
         for (name, key), run in make_all(
-            selection, jobs, threads, left, lambda: time.perf_counter() > deadline
+            selection, loaded, jobs, threads, left, lambda: time.perf_counter() > deadline
         ):
             made.add(name, run)
             done = f"{key.problem}: {key.arm}, {key.learning_rate:g}, seed {key.seed}"

@@ -174,12 +174,14 @@ class _Training:
         self.stepper.optimizer.zero_grad()
         losses = []
         saved = _Saved() if not self.losses else None
-        with saved or contextlib.nullcontext():
-            for batch in micro_batches:
-                with accumulate(self.stepper.optimizer) if ours else contextlib.nullcontext():
-                    loss, total = self.loss(batch)
-                    (total if ours or count == 1 else total / count).backward()
-                losses.append(loss.detach())
+        for batch in micro_batches:
+            # The first of them is enough: another one takes the memory that it has given back.
+            counted = saved if saved and not losses else contextlib.nullcontext()
+            summed = accumulate(self.stepper.optimizer) if ours else contextlib.nullcontext()
+            with counted, summed:
+                loss, total = self.loss(batch)
+                (total if ours or count == 1 else total / count).backward()
+            losses.append(loss.detach())
         paused = time.perf_counter()
         scale = 1.0 / count if ours else 1.0  # there .grad is the sum
         gradients = [p.grad for p in self.parameters if p.grad is not None]

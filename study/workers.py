@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
@@ -16,73 +16,82 @@ from typing import Any
 
 import torch
 
-from .experiment import RunKey
+from .experiment import Experiment, RunKey
 from .record import encode
 from .selection import Selection
 from .tasks import Task
 from .training import train
 
 Item = tuple[str, RunKey]
-Made = tuple[Item, dict[str, Any]]
+Run = dict[str, Any]  # as JSON values
 
 
 class WorkerError(RuntimeError):
     """A run could not be made; the message says which and why."""
 
 
-@lru_cache(maxsize=1)
-def _experiments(selection: Selection) -> dict[str, Any]:
-    return {experiment.name: experiment for experiment in selection.experiments()}
-
-
-@lru_cache
-def _task(selection: Selection, experiment: str, problem: str) -> Task:
-    """Load the task of a problem, once in every process."""
-    task: Task = _experiments(selection)[experiment].problem(problem).task()
-    return task
-
-
-def make(selection: Selection, item: Item) -> dict[str, Any]:
-    """Make one run, as JSON values.
-
-    Raises:
-        WorkerError: it raised something; the message has its last lines.
-    """
-    name, key = item
+def _make(experiment: Experiment, task: Task, key: RunKey) -> Run:
     try:
-        task = _task(selection, name, key.problem)
-        run: dict[str, Any] = encode(train(_experiments(selection)[name], key, task))
+        run: Run = encode(train(experiment, key, task))
+    except Exception as error:
+        named = _named((experiment.name, key))
+        raise WorkerError(f"{named}: {traceback.format_exc(limit=-3)}") from error
+    return run
+
+
+@lru_cache  # a process works for one study
+def _load(selection: Selection, name: str, problem: str) -> tuple[Experiment, Task]:
+    experiment = next(e for e in selection.experiments() if e.name == name)
+    return experiment, experiment.problem(problem).task()
+
+
+def _make_there(selection: Selection, item: Item) -> Run:
+    try:
+        experiment, task = _load(selection, item[0], item[1].problem)
     except Exception as error:
         raise WorkerError(f"{_named(item)}: {traceback.format_exc(limit=-3)}") from error
-    return run
+    return _make(experiment, task, item[1])
 
 
 def make_all(
     selection: Selection,
+    loaded: Mapping[str, tuple[Experiment, Mapping[str, Task]]],
     jobs: int,
     threads: int,
     items: Sequence[Item],
     is_over: Callable[[], bool],
-) -> Iterator[Made]:
+) -> Iterator[tuple[Item, Run]]:
     """Make runs in ``jobs`` processes, one alone in this process; they come as they are finished.
 
     Once ``is_over`` says so, what has begun is finished and nothing begun.
 
+    Args:
+        selection: what to load in other processes.
+        loaded: the same for this one: name of an experiment -> it, and the tasks of its problems.
+        jobs: processes side by side.
+        threads: of torch in each.
+        items: experiments by name, and the runs of them to make.
+        is_over: whether time is up.
+
     Raises:
         WorkerError: a process died, or a run raised.
     """
+    waiting, under_way = list(reversed(items)), dict[Future[Run], Item]()
     if jobs == 1:
-        yield from _here(selection, threads, items, is_over)
+        torch.set_num_threads(threads)
+        while waiting and not is_over():
+            name, key = item = waiting.pop()
+            experiment, tasks = loaded[name]
+            yield item, _make(experiment, tasks[key.problem], key)
         return
     context = multiprocessing.get_context("spawn")
-    waiting, under_way = list(reversed(items)), dict[Future[dict[str, Any]], Item]()
     pool = ProcessPoolExecutor(jobs, context, _begin, (threads,))
     try:
         while True:
             # No more than there are processes: what waits in the pool would be begun after the end.
             while waiting and len(under_way) < jobs and not is_over():
                 item = waiting.pop()
-                under_way[pool.submit(make, selection, item)] = item
+                under_way[pool.submit(_make_there, selection, item)] = item
             if not under_way:
                 return
             children = multiprocessing.active_children()
@@ -103,29 +112,16 @@ def make_all(
         pool.shutdown(cancel_futures=True)
 
 
-def _here(
-    selection: Selection, threads: int, items: Sequence[Item], is_over: Callable[[], bool]
-) -> Iterator[Made]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for item in items:
-            if is_over():
-                return
-            yield item, make(selection, item)
-    finally:
-        torch.set_num_threads(before)
-
-
 def _begin(threads: int) -> None:
     """Prepare a process: Ctrl-C is its parent's to answer, and it ends when its parent is gone, killed even."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()
     assert parent is not None
+    sentinel = parent.sentinel
 
     def end_with_parent() -> None:
-        connection.wait([parent.sentinel])
+        connection.wait([sentinel])
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -151,11 +152,11 @@ def test_interrupt_and_time_limit_keep_what_is_finished(
 
 def test_a_journal_of_another_study_is_refused(tmp_path: Path, console: Console) -> None:
     path, plan = tmp_path / NAME, {"experiments": [1], "versions": {}}
-    with Journal(path, plan, "now") as first:
+    with contextlib.closing(Journal(path, plan, "now")) as first:
         first.add("tiny", encode(a_run()))
         assert first.sessions[0] > 0.0
         first.add("tiny", encode(EXPLODED))
-    with Journal(path, plan, "later") as again:
+    with contextlib.closing(Journal(path, plan, "later")) as again:
         assert (again.started, len(again.runs), len(again.sessions)) == ("now", 2, 2)
         assert again.runs["tiny", EXPLODED.key] == encode(EXPLODED)
         with pytest.raises(JournalError, match="a study is running in this folder"):
@@ -170,7 +171,7 @@ def test_a_journal_of_another_study_is_refused(tmp_path: Path, console: Console)
         with pytest.raises(JournalError, match=r"line \d is not what was written"):
             Journal(path, plan, "later")
     path.write_bytes(whole[:-9])  # the last line was cut in two: its run is made again
-    with Journal(path, plan, "later") as again:
+    with contextlib.closing(Journal(path, plan, "later")) as again:
         assert len(again.runs) == 2
     path.write_text("not a journal\n")
     with pytest.raises(JournalError, match="is not the journal of a study"):
