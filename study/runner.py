@@ -34,15 +34,14 @@ from .workers import Item, WorkerError, make_all
 # One thread each: matrices of 100 x 100 gain 5 % from a second one, and lose a factor when it is busy.
 _DEFAULT_THREADS = 1
 _QUICK_LIMIT_S = 200.0
-_PRINTED = (
-    "learning rate",
-    "survived",
-    "learned",
-    "metric",
-    "clipped",
-    "largest norm",
-    "ms a step",
-)
+# Columns of the printed table, and what heads them.
+_PRINTED = {
+    "learning rate": "lr",
+    "survived": "sur-\nvived",
+    "learned": "\nlearned",
+    "clipped": "steps\nclipped",
+    "largest norm": "largest\nnorm",
+}
 
 Tasks = Mapping[str, Mapping[str, Task]]  # name of an experiment -> of a problem -> its task
 
@@ -272,13 +271,14 @@ def print_tables(document: Mapping[str, Any], console: Console) -> None:
             grid = Table(title=Text(problem["title"]), title_justify="left", box=box.SIMPLE_HEAD)
             grid.pad_edge, grid.collapse_padding = False, True  # it then fits 80 columns
             grid.add_column("arm", max_width=18)
-            for name in _PRINTED:
-                heading = problem["metric"]["name"] if name == "metric" else name
-                grid.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
+            metric = "\n".join(problem["metric"]["name"].rsplit(" ", 1))
+            for heading in (*_PRINTED.values(), f"{metric}\n(95 %)", "ms a\nstep"):
+                grid.add_column(heading, justify="right", no_wrap=True)
             for arm, own in rows[rows["problem"] == problem["name"]].groupby("arm", observed=True):
                 names = [str(arm)] + [""] * (len(own) - 1)
                 for text, row in zip(names, own.itertuples(), strict=True):
-                    cells = (tables.COLUMNS[name](row) for name in _PRINTED)
+                    cells = [tables.COLUMNS[name](row) for name in _PRINTED]
+                    cells += [row.metric.short(), row.seconds.text(1e3).partition(" ")[0]]
                     grid.add_row(Text(text, style="bold"), *cells)
                 grid.add_section()
             console.print(grid)

@@ -42,6 +42,13 @@ class Mean(NamedTuple):
         mean, low, high = (figure(factor * value) for value in self[:3])
         return mean if math.isnan(self.low) else f"{mean} ({low} to {high})"
 
+    def short(self) -> str:
+        """The same with two places after the point, for a terminal."""
+        if not self.finite:
+            return NOTHING
+        mean, low, high = (f"{value:.2f}" for value in self[:3])
+        return mean if math.isnan(self.low) else f"{mean} ({low}-{high})"
+
 
 def mean_of(values: pd.Series, least: float = -math.inf, most: float = math.inf) -> Mean:
     """Return the mean of the values that are finite numbers; its interval ends at ``least`` and ``most``."""

@@ -172,7 +172,7 @@ class _Training:
         ours = count > 1 and isinstance(self.stepper, OurStepper)
         began = time.perf_counter()
         self.stepper.optimizer.zero_grad()
-        losses = []
+        losses: list[Tensor] = []
         saved = _Saved() if not self.losses else None
         for batch in micro_batches:
             # The first of them is enough: another one takes the memory that it has given back.
