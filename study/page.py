@@ -175,7 +175,7 @@ def _heat(runs: int, good: int, learned: int) -> Cell:
     if not runs:
         return Cell(NOTHING)
     cell = Cell(f"{good}/{runs}, learned {learned}")
-    level = (good > 0) + (2 * good >= runs) + (good == runs) + (good == learned == runs)
+    level = sum((good > 0, 2 * good >= runs, good == runs, good == learned == runs))
     cell.style = f"heat{level}"
     return cell
 

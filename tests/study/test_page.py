@@ -96,8 +96,10 @@ def test_survival_map_and_overview(study: dict[str, Any], tmp_path: Path) -> Non
         ],
         ["L1 <b> (penalty)", "0/5, learned 0", "-", "0/5 (0.00 to 0.43), learned 0", "-"],
     ]
-    styles = [cell.attrib.get("class") for cell in tree.iter("td")]
-    assert {"heat0", "heat3", "heat4"} <= set(styles)
+    styles = [[cell.attrib.get("class") for cell in each.iter("td")] for each in tree.iter("table")]
+    assert styles[0][1::5] == ["heat0", "heat3", "heat0"]
+    assert list(filter(None, styles[1])) == ["heat3", "heat0", "heat3", "heat3", "heat3", "heat0"]
+    assert set(filter(None, styles[4])) == {"heat4"}
     assert "2 experiments, 55 runs, 4 minutes of training, 2026-01-02." in text_of(tree)
 
 
