@@ -74,6 +74,14 @@ def numbers(document: dict[str, Any]) -> Any:
 # --- going on after a kill ---
 
 
+def lives(process: str) -> bool:
+    """Whether a process runs; one that has ended and was not asked for has no command line."""
+    try:
+        return bool(Path(f"/proc/{process}/cmdline").read_bytes())
+    except OSError:
+        return False
+
+
 def test_a_killed_study_goes_on_to_the_same_table(
     own_file: Path, console: Console, tmp_path: Path
 ) -> None:
@@ -88,8 +96,12 @@ def test_a_killed_study_goes_on_to_the_same_table(
     while not journal.exists() or journal.read_bytes().count(b"\n") < 4:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.send_signal(signal.SIGKILL)
     process.wait()
+    while any(map(lives, children)):  # they end with it
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     left = journal.read_bytes()
     assert not (killed / "study.json").exists()
     with journal.open("ab") as file:
