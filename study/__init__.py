@@ -18,7 +18,6 @@ from .models import Mlp, PlainCnn, Recurrent
 from .runner import Settings, run_study
 from .selection import Selection
 from .sequences import Addition, NextCharacter, TemporalOrder
-from .summary import Row, summarise
 from .tasks import Classification, Metric, Task
 from .training import Curve, Run, train
 
@@ -38,7 +37,6 @@ __all__ = [
     "PlainCnn",
     "Problem",
     "Recurrent",
-    "Row",
     "Run",
     "RunKey",
     "Selection",
@@ -48,6 +46,5 @@ __all__ = [
     "digits",
     "remedies",
     "run_study",
-    "summarise",
     "train",
 ]

@@ -3,13 +3,18 @@
 A NaN test alone misses what happens to saturating networks: a tanh network that was thrown far away
 by one step has bounded outputs, and its gradient all but vanishes. So the gradient norm is looked
 at, too, and where the run ended.
+
+This is not the definition of ``Stabilizer.report()``, which calls ten times the usual norm of a
+parameter an explosion. That one sees norms alone, while training goes on, and points a person to a
+step that is worth a look; many a run that has such steps learns. This one passes judgement on a
+whole run, of which it also knows the losses and the end, and is counted: it has to be strict.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,17 +42,11 @@ DEFINITION = (
 )
 
 
-@dataclass(frozen=True)
-class Explosion:
-    """Where a run exploded.
+class Explosion(NamedTuple):
+    """Where a run exploded."""
 
-    Attributes:
-        step: the first step is 1.
-        parameter: name of the parameter, None where nothing is known of the parameters.
-    """
-
-    step: int
-    parameter: str | None
+    step: int  # the first one is 1
+    parameter: str | None  # its name, None where nothing is known of the parameters
 
 
 def first_explosion(

@@ -1,8 +1,7 @@
 """Finished runs on disk, one line each, so that a killed study goes on where it was.
 
-A line is written and synchronised when its run is finished and never changed; it begins with its
-checksum. A line that a kill cut in two is dropped and its run made again. The first line says which
-study it is.
+A line is written and synchronised when its run is finished and never changed; it begins with its checksum. A line that
+a kill cut in two is dropped and its run made again. The first line says which study it is.
 """
 
 from __future__ import annotations
@@ -10,14 +9,14 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import pathlib
 import time
 import zlib
-from typing import Any, BinaryIO
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-from .encoding import decode_run, encode
 from .experiment import RunKey
-from .training import Run
+from .record import encode
 
 NAME = "journal.jsonl"
 
@@ -27,96 +26,59 @@ class JournalError(ValueError):
 
 
 class Journal:
-    """The finished runs of a study.
+    """The finished runs of a study; no other process may open them until this one has closed them.
 
     Args:
-        path: the file; made by :meth:`open`.
+        path: of the file, which is made if need be.
         plan: what decides the numbers: a study goes on only where this is the same.
+        started: when this session began; the first one's is kept.
+        restart: drops what is there.
 
-    Attributes:
-        runs: the finished ones, by experiment and key.
-        sessions: seconds from the start of each session to its last finished run.
-        started: when the first session began.
+    Raises:
+        JournalError: what is there is damaged, or belongs to another study or to one that is running.
+        OSError: the file cannot be written.
     """
 
-    def __init__(self, path: pathlib.Path, plan: dict[str, Any]) -> None:
-        self.path = path
-        self._plan = encode(plan)
-        self._file: BinaryIO | None = None
-        self.sessions: list[float] = []
-        self._began = 0.0
-        self.started: str | None = None
-        self.runs: dict[tuple[str, RunKey], Run] = {}
-
-    def open(self, started: str, restart: bool = False) -> None:
-        """Read what is there, or begin; no other process may until this one has ended.
-
-        Args:
-            started: when this session began; the first one's is kept.
-            restart: drops what is there.
-
-        Raises:
-            JournalError: what is there belongs to another study, or to one that is running.
-            OSError: the file cannot be written.
-        """
-        self._file = self.path.open("a+b")
+    def __init__(
+        self, path: Path, plan: Mapping[str, Any], started: str, restart: bool = False
+    ) -> None:
+        self.path, self.started = path, started  # the latter: of the first session
+        self.runs: dict[
+            tuple[str, RunKey], dict[str, Any]
+        ] = {}  # the finished ones, as JSON has them
+        self.sessions: list[float] = []  # seconds from the start of each to its last finished run
+        self._began = time.perf_counter()
+        self._file = path.open("a+b")
         try:
-            self._begin(self._file, started, restart)
+            self._open(encode(dict(plan)), restart)
         except BaseException:
             self.close()
             raise
 
-    def _begin(self, file: BinaryIO, started: str, restart: bool) -> None:
+    def _open(self, plan: dict[str, Any], restart: bool) -> None:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise JournalError(
                 f"{self.path}: a study is running in this folder; name another --out"
             ) from error
-        if restart:
-            file.truncate(0)
-        file.seek(0)
-        text = file.read()
-        # Whole lines only: the last one may have been cut in two.
-        whole = text[: text.rfind(b"\n") + 1]
-        lines = whole.splitlines()
+        self._file.seek(0)
+        lines = [] if restart else self._file.read().split(b"\n")[:-1]  # the rest was cut in two
         if lines:
-            self._read(lines)
-        if len(whole) < len(text):
-            file.truncate(len(whole))
+            self._read(lines, plan)
+        self._file.truncate(sum(len(line) + 1 for line in lines))
         if not lines:
-            self.started = started
-            self._append({"plan": self._plan, "started": started})
-        self._append({"session": started})
+            self._append({"plan": plan, "started": self.started})
+        self._append({"session": self.started})
         self.sessions.append(0.0)
-        self._began = time.perf_counter()
 
-    def add(self, experiment: str, run: Run) -> None:
-        """Write a finished run; it is on disk when this returns."""
-        seconds = time.perf_counter() - self._began
-        self._append({"experiment": experiment, "run": encode(run), "session_s": seconds})
-        self.runs[experiment, run.key] = run
-        self.sessions[-1] = seconds
-
-    def close(self) -> None:
-        """Let others have the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def remove(self) -> None:
-        """Remove the file, once everything is written elsewhere."""
-        self.path.unlink(missing_ok=True)
-
-    def _read(self, lines: list[bytes]) -> None:
+    def _read(self, lines: list[bytes], plan: dict[str, Any]) -> None:
         try:
-            first, *rest = [json.loads(_checked(line, i)) for i, line in enumerate(lines, 1)]
-            plan, self.started = first["plan"], first["started"]
+            first, *rest = [_checked(line, number) for number, line in enumerate(lines, 1)]
+            theirs, self.started = first["plan"], first["started"]
             for entry in rest:
                 if "run" in entry:
-                    run = decode_run(entry["run"])
-                    self.runs[entry["experiment"], run.key] = run
-                    self.sessions[-1] = entry["session_s"]
+                    self._keep(entry)
                 else:
                     self.sessions.append(0.0)
         except (ValueError, KeyError, TypeError, IndexError) as error:
@@ -124,27 +86,37 @@ class Journal:
                 f"{self.path} is not the journal of a study ({error}); name another --out, or add "
                 "--restart to replace it"
             ) from error
-        if plan != self._plan:
-            names = [key for key in self._plan if plan.get(key) != self._plan[key]]
+        if names := [key for key in plan if theirs.get(key) != plan[key]]:
             raise JournalError(
                 f"{self.path} holds an unfinished study with other {' and '.join(names)}; go on with "
                 "the command it was started with, name another --out, or add --restart to drop it"
             )
 
-    def _append(self, entry: dict[str, Any]) -> None:
-        assert self._file is not None
+    def add(self, experiment: str, run: Mapping[str, Any]) -> None:
+        """Write a finished run, which :func:`encode` made; it is on disk when this returns."""
+        seconds = time.perf_counter() - self._began
+        entry = {"experiment": experiment, "run": dict(run), "session_s": seconds}
+        self._append(entry)
+        self._keep(entry)
+
+    def _keep(self, entry: dict[str, Any]) -> None:
+        run = entry["run"]
+        self.runs[entry["experiment"], RunKey(*(run[name] for name in RunKey._fields))] = run
+        self.sessions[-1] = entry["session_s"]
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
         content = json.dumps(entry, allow_nan=False, separators=(",", ":")).encode()
-        self._file.write(_checksum(content) + b" " + content + b"\n")
+        self._file.write(b"%08x %s\n" % (zlib.crc32(content), content))
         self._file.flush()
         os.fsync(self._file.fileno())
 
+    def close(self) -> None:
+        """Let others have the file."""
+        self._file.close()
 
-def _checksum(content: bytes) -> bytes:
-    return b"%08x" % zlib.crc32(content)
 
-
-def _checked(line: bytes, number: int) -> bytes:
+def _checked(line: bytes, number: int) -> Any:
     checksum, _, content = line.partition(b" ")
-    if checksum != _checksum(content):
+    if checksum != b"%08x" % zlib.crc32(content):
         raise ValueError(f"line {number} is not what was written")
-    return content
+    return json.loads(content)

@@ -38,12 +38,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 class ActivationTerm(nn.Module):
-    """Keeps the penalty of what passes through, for the loss: the same by torch alone.
-
-    Args:
-        l1: weight of the sum of magnitudes.
-        l2: weight of half the sum of squares.
-    """
+    """Keeps ``l1 sum |a| + l2 sum a^2 / 2`` of what passes through, for the loss, by torch alone."""
 
     def __init__(self, l1: float, l2: float) -> None:
         super().__init__()
@@ -59,34 +54,23 @@ class ActivationTerm(nn.Module):
 
 @dataclass(frozen=True)
 class _Layers:
-    """What follows a layer, and how its weights are drawn.
+    """What follows a layer, and how its weights are drawn."""
 
-    Attributes:
-        init: ``"he"`` (He et al. 2015), ``"xavier"`` (Glorot and Bengio 2010), ``"orthogonal"``
-            (Saxe et al. 2013), ``"torch"`` (what ``reset_parameters`` of its layers draws) or
-            ``"zero last"`` (He, with the last layer at zero).
-        init_gain: factor of the initial weights. With ``"he"`` they are drawn from
-            ``N(0, (init_gain * sqrt(2 / fan_in))^2)``: 1 keeps the scale of activations and
-            gradients from layer to layer under ReLU. Any other gain multiplies both by
-            ``init_gain`` per layer: 1.5 makes them ``1.5^20 = 3325`` times too large over 20 layers.
-        activation: a key of :data:`ACTIVATIONS`.
-        norm: whose batch norm goes before each activation; None: no normalization.
-        dropout: probability that a unit is dropped after its activation.
-        activation_l1: weight of the sum of magnitudes of the activations, a mean over the batch.
-        activation_l2: weight of half the sum of squares of the activations, a mean over the batch.
-        activation_by: who penalises activations.
-        batch_size: what the penalty of activations is divided by.
-    """
-
+    # "he" (He et al. 2015), "xavier" (Glorot and Bengio 2010), "orthogonal" (Saxe et al. 2013),
+    # "torch" (what reset_parameters draws) or "zero last" (He, with the last layer at zero).
     init: str = "he"
+    # Factor of the initial weights. With "he" they are drawn from
+    # N(0, (init_gain * sqrt(2 / fan_in))^2): 1 keeps the scale of activations and gradients from
+    # layer to layer under ReLU. Any other gain multiplies both by init_gain per layer: 1.5 makes
+    # them 1.5^20 = 3325 times too large over 20 layers.
     init_gain: float = 1.0
-    activation: str = "relu"
-    norm: By | None = None
-    dropout: float = 0.0
-    activation_l1: float = 0.0
-    activation_l2: float = 0.0
-    activation_by: By = "steadygrad"
-    batch_size: int = 32
+    activation: str = "relu"  # a key of ACTIVATIONS
+    norm: By | None = None  # whose batch norm goes before each activation
+    dropout: float = 0.0  # probability that a unit is dropped after its activation
+    activation_l1: float = 0.0  # weight of the sum of magnitudes of activations, a batch mean
+    activation_l2: float = 0.0  # weight of half the sum of squares of activations, a batch mean
+    activation_by: By = "steadygrad"  # who penalises activations
+    batch_size: int = 32  # what the penalty of activations is divided by
 
     def after(self, channels: int, norms: tuple[Any, Any]) -> list[nn.Module]:
         """What follows a hidden layer of that many outputs; ``norms`` are ours and torch's."""
@@ -129,25 +113,13 @@ class _Layers:
 
 @dataclass(frozen=True)
 class Mlp(_Layers):
-    """A fully connected network without skip connections.
+    """A fully connected network without skip connections."""
 
-    Attributes:
-        layers: number of linear layers, output layer included; an activation follows each but the
-            last.
-        width: units of each hidden layer.
-    """
-
-    layers: int = 20
-    width: int = 100
+    layers: int = 20  # linear ones, output layer included; an activation follows each but the last
+    width: int = 100  # units of each hidden layer
 
     def build(self, inputs: int, outputs: int, generator: torch.Generator) -> nn.Sequential:
-        """Build the network with weights drawn from ``generator`` and zero biases.
-
-        Args:
-            inputs: size of an input.
-            outputs: number of outputs.
-            generator: source of the weights; the same draws serve every ``init_gain``.
-        """
+        """Build the network with zero biases; the same draws serve every ``init_gain``."""
         sizes = [inputs, *[self.width] * (self.layers - 1), outputs]
         modules: list[nn.Module] = []
         for place, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
@@ -166,14 +138,10 @@ class PlainCnn(_Layers):
 
     Two convolutions of stride 2, then those of stride 1, all 3 x 3, and a linear layer over the
     mean of each channel.
-
-    Attributes:
-        layers: number of layers with weights, the linear one included.
-        channels: of each convolution.
     """
 
-    layers: int = 9
-    channels: int = 16
+    layers: int = 9  # with weights, the linear one included
+    channels: int = 16  # of each convolution
 
     def build(self, inputs: int, outputs: int, generator: torch.Generator) -> nn.Sequential:
         """Build the network for flat images of ``inputs`` features."""
@@ -194,27 +162,18 @@ class PlainCnn(_Layers):
 
 @dataclass(frozen=True)
 class Recurrent:
-    """A recurrent network of one layer, with a linear layer over its states.
+    """A recurrent network of one layer, with a linear layer over its states."""
 
-    Attributes:
-        hidden: number of units.
-        cell: ``"tanh"``, ``"relu"``, ``"lstm"`` or ``"gru"``.
-        embedding: inputs are codes, each of which has a vector of this size; 0: they are vectors.
-        every_step: whether there is an output for each state or for the last one.
-        recurrent_gain: recurrent weights are drawn from ``N(0, (recurrent_gain / sqrt(hidden))^2)``,
-            whose largest eigenvalue is about ``recurrent_gain`` in size; None: as torch draws them,
-            uniformly within ``1 / sqrt(hidden)``, which makes it about 0.58.
-        orthogonal: recurrent weights are an orthogonal matrix times ``recurrent_gain`` (or 1).
-        input_gain: factor of the input weights, which are drawn as torch draws them.
-    """
-
-    hidden: int = 50
-    cell: str = "tanh"
-    embedding: int = 0
-    every_step: bool = False
+    hidden: int = 50  # number of units
+    cell: str = "tanh"  # or "relu", "lstm", "gru"
+    embedding: int = 0  # inputs are codes, each of which has a vector of this size; 0: vectors
+    every_step: bool = False  # whether there is an output for each state or for the last one
+    # Recurrent weights are drawn from N(0, (recurrent_gain / sqrt(hidden))^2), whose largest
+    # eigenvalue is about recurrent_gain in size; None: as torch draws them, uniformly within
+    # 1 / sqrt(hidden), which makes it about 0.58.
     recurrent_gain: float | None = None
-    orthogonal: bool = False
-    input_gain: float = 1.0
+    orthogonal: bool = False  # recurrent weights: an orthogonal matrix times recurrent_gain (or 1)
+    input_gain: float = 1.0  # factor of the input weights, which are drawn as torch draws them
 
     def build(self, inputs: int, outputs: int, generator: torch.Generator) -> nn.Module:
         """Build the network; biases are zero but for those that torch draws along."""

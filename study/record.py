@@ -1,29 +1,29 @@
-"""The study as a JSON file; docs/study-format.md has the schema."""
+"""The study as a JSON file: what was declared, every run, and what all words mean."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
-import pathlib
 import platform
+import shlex
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from study.pages.document import write_text
+import torch
 
-from .conclusions import conclusions, findings
-from .encoding import encode
-from .experiment import Experiment, Problem
+from .experiment import Experiment
 from .explosion import DEFINITION
-from .summary import summarise, twins
 from .tasks import Task
-from .training import Run
 
-SCHEMA = 2
+NAME = "study.json"
+SCHEMA = 3
+_SCHEMAS = (2, SCHEMA)  # 2 also had rows and sentences that follow from the runs
 _PACKAGES = ("steadygrad", "torch", "numpy", "mlxtend")
 
 DEFINITIONS = {
@@ -48,95 +48,54 @@ DEFINITIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Study:
-    """Experiments that were carried out, as far as they got.
-
-    Attributes:
-        status: ``"complete"``, ``"interrupted"`` or ``"time limit"``.
-        mode: ``"quick"``, ``"default"``, ``"full"`` or ``"file"``.
-        started: ISO 8601, UTC.
-        wall_s: seconds of training over all sessions.
-        sessions: how often it was started.
-        jobs: processes side by side.
-        threads: of torch in each.
-        experiments: their descriptions with runs, rows, twins and conclusions, see
-            :func:`describe`.
-    """
-
-    status: str
-    mode: str
-    started: str
-    wall_s: float
-    sessions: int
-    jobs: int
-    threads: int
-    experiments: tuple[dict[str, Any], ...]
+def encode(value: Any) -> Any:
+    """Return ``value`` with dataclasses as objects, tuples as lists and non-finite numbers as strings."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: encode(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [encode(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
 
 
 def describe(
-    experiment: Experiment, tasks: Mapping[str, Task], runs: Sequence[Run], curves: int = 3
+    experiment: Experiment,
+    tasks: Mapping[str, Task],
+    runs: Sequence[Mapping[str, Any]],
+    curves: int = 3,
 ) -> dict[str, Any]:
-    """Return an experiment and all that follows from its runs, as JSON values.
+    """Return an experiment and its runs as JSON values.
 
     Args:
         experiment: the declaration.
         tasks: the task of each problem, by its name.
-        runs: in any order.
+        runs: as :func:`encode` gives them, in any order.
         curves: how many seeds keep theirs: those of all would make the file large. For the same
             reason only arms that are compared with torch's keep their first losses.
     """
-    order = {key: place for place, key in enumerate(experiment.plan())}
-    runs = sorted(runs, key=lambda run: order[run.key])
-    rows = summarise(sorted(runs, key=lambda run: _display(experiment, run)))
-    metrics = {name: task.metric for name, task in tasks.items()}
+    order = {tuple(key): place for place, key in enumerate(experiment.plan())}
     described = experiment.describe()
     for problem, stored in zip(experiment.problems, described["problems"], strict=True):
         task = tasks[problem.name]
+        model = problem.model.build(task.inputs, task.outputs, torch.Generator().manual_seed(0))
         stored["data"] = task.name
         stored["metric"] = dataclasses.asdict(task.metric)
-        stored["parameters"] = _parameter_count(problem, task)
-    seeds = experiment.seeds[:curves]
+        stored["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     compared = {name for arm in experiment.arms if arm.twin for name in (arm.name, arm.twin)}
-    value: dict[str, Any] = encode(
+    kept = [
         {
-            **described,
-            "runs": [_kept(run, run.seed in seeds, run.arm in compared) for run in runs],
-            "rows": rows,
-            "twins": twins(experiment, runs),
-            "conclusions": [
-                {"problem": problem.name, "arm": arm, "text": text}
-                for problem in experiment.problems
-                for arm, text in conclusions(
-                    [row for row in rows if row.problem == problem.name], metrics[problem.name]
-                )
-            ],
-            "findings": findings(experiment, rows, metrics),
+            **run,
+            "curve": run["curve"] if run["seed"] in experiment.seeds[:curves] else None,
+            "first_losses": run["first_losses"] if run["arm"] in compared else [],
         }
-    )
+        for run in runs
+    ]
+    kept.sort(key=lambda run: order[run["problem"], run["arm"], run["learning_rate"], run["seed"]])
+    value: dict[str, Any] = encode({**described, "runs": kept})
     return value
-
-
-def _kept(run: Run, curve: bool, first_losses: bool) -> Run:
-    return dataclasses.replace(
-        run,
-        curve=run.curve if curve else None,
-        first_losses=run.first_losses if first_losses else (),
-    )
-
-
-def _display(experiment: Experiment, run: Run) -> tuple[int, int]:
-    """Problem by problem, and in each the arms in the order of the declaration."""
-    problems = [problem.name for problem in experiment.problems]
-    arms = [arm.name for arm in experiment.arms]
-    return problems.index(run.problem), arms.index(run.arm)
-
-
-def _parameter_count(problem: Problem, task: Task) -> int:
-    import torch
-
-    model = problem.model.build(task.inputs, task.outputs, torch.Generator().manual_seed(0))
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def versions() -> dict[str, str]:
@@ -150,46 +109,66 @@ def versions() -> dict[str, str]:
     return found
 
 
-def document(study: Study) -> dict[str, Any]:
-    """Return the study as JSON values."""
-    return {
-        "schema": SCHEMA,
-        "status": study.status,
-        "mode": study.mode,
-        "started": study.started,
-        "wall_s": study.wall_s,
-        "sessions": study.sessions,
-        "command_line": [_without_folder(word) for word in sys.orig_argv],
-        "machine": {
-            "system": platform.platform(),
-            "processor": _processor(),
-            "cores": os.cpu_count() or 0,
-            "jobs": study.jobs,
-            "threads": study.threads,
-        },
-        "versions": versions(),
-        "definitions": DEFINITIONS,
-        "experiments": list(study.experiments),
-    }
+def machine() -> dict[str, Any]:
+    """Return what the study ran on."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text(encoding="utf-8", errors="replace") if info.exists() else ""
+    names = [line.partition(":")[2] for line in text.splitlines() if line.startswith("model name")]
+    processor = names[0].strip() if names else platform.processor() or platform.machine()
+    return {"system": platform.platform(), "processor": processor, "cores": os.cpu_count() or 0}
 
 
-def _without_folder(word: str) -> str:
-    """An absolute path says nothing to others."""
-    return pathlib.Path(word).name if pathlib.Path(word).is_absolute() else word
+def command_line() -> list[str]:
+    """Return the words of this process's command; an absolute path says nothing to others."""
+    return [Path(word).name if Path(word).is_absolute() else word for word in sys.orig_argv]
 
 
-def write(document: Mapping[str, Any], path: pathlib.Path) -> None:
-    """Write a document to ``path``, whole or not at all."""
+def command_text(arguments: Sequence[str]) -> str:
+    """Return a command line as one would type it; a script by its name, without its folder."""
+    programs = 1 + (len(arguments) > 1 and not arguments[1].startswith("-"))
+    names = [Path(argument).name for argument in arguments[:programs]]
+    return shlex.join([*names, *arguments[programs:]]) or "not recorded"
+
+
+def write(document: Mapping[str, Any], path: Path) -> None:
+    """Write a record, whole or not at all."""
     text = json.dumps(document, indent=None, allow_nan=False, separators=(",", ":"))
-    # One run or row a line: small, and a diff still shows what changed.
-    text = text.replace('},{"problem"', '},\n{"problem"')
-    write_text(text + "\n", path)
+    # One run a line: small, and a diff still shows what changed.
+    write_text(text.replace('},{"problem"', '},\n{"problem"') + "\n", path)
 
 
-def _processor() -> str:
-    info = pathlib.Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def write_text(text: str, path: Path) -> None:
+    """Write a file whole or not at all; its folder is created."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A new file of a name that nobody can have made a link of before.
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Read records of studies.
+
+    Raises:
+        ValueError: a file cannot be read, or is no record of a study; the message names it.
+    """
+    documents = []
+    for path in paths:
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: expected JSON, got: {error}") from error
+        schema = record.get("schema") if isinstance(record, dict) else None
+        if schema not in _SCHEMAS or "experiments" not in record:
+            raise ValueError(f"{path}: expected a study of schema {SCHEMA} or 2, got {schema!r}")
+        documents.append(record)
+    return documents

@@ -134,3 +134,10 @@ ACTIVATION_L2_TORCH = ACTIVATION_L2.by_torch(
     about="in the loss", model={"activation_l2": 1e-3, "activation_by": "torch"}
 )
 ACCUMULATE_TORCH = ACCUMULATE.by_torch(about="backward of loss / 4, four times")
+
+_BY_NAME = {arm.name: arm for arm in list(globals().values()) if isinstance(arm, Arm)}
+
+
+def named(names: str) -> tuple[Arm, ...]:
+    """Return the arms of some names, parted by commas."""
+    return tuple(_BY_NAME[name.strip()] for name in names.split(","))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import pathlib
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from .experiment import Experiment
+from .experiments import EXPERIMENTS, MNIST, QUICK, on_data
 
 Mode = Literal["quick", "default", "full"]
 
@@ -23,21 +23,13 @@ class SelectionError(ValueError):
 
 @dataclass(frozen=True)
 class Selection:
-    """What to run.
+    """What to run."""
 
-    Attributes:
-        names: of experiments, or paths of Python files that hold an ``EXPERIMENT``; empty: all.
-        mode: ``"quick"``: the quick one; ``"full"``: ten seeds, and further problems.
-        seeds: how many, in the place of the experiment's own; 0: its own.
-        arms: names of the arms, besides the baseline; empty: all.
-        data: folder with MNIST or CIFAR-10, in the place of the 5,000 digits.
-    """
-
-    names: tuple[str, ...] = ()
-    mode: Mode = "default"
-    seeds: int = 0
-    arms: tuple[str, ...] = ()
-    data: str | None = None
+    names: tuple[str, ...] = ()  # of experiments, or Python files that hold one; empty: all
+    mode: Mode = "default"  # "quick": the quick one; "full": ten seeds, and further problems
+    seeds: int = 0  # how many, in the place of the experiment's own; 0: its own
+    arms: tuple[str, ...] = ()  # names, besides the baseline; empty: all
+    data: str | None = None  # folder with MNIST or CIFAR-10, in the place of the 5,000 digits
 
     def experiments(self) -> list[Experiment]:
         """Return the experiments, as changed by mode, seeds, arms and data.
@@ -46,46 +38,36 @@ class Selection:
             SelectionError: there is no such experiment or arm, or a file is none.
             DataFileError: the folder holds no data.
         """
-        from .experiments import EXPERIMENTS, ON_IMAGES, QUICK, on_data
-
-        known = {experiment.name: experiment for experiment in EXPERIMENTS}
         if self.names:
-            chosen = [
-                from_file(pathlib.Path(name)) if name.endswith(".py") else _known(name, known)
-                for name in self.names
-            ]
+            chosen = [from_file(Path(n)) if n.endswith(".py") else _known(n) for n in self.names]
         elif self.mode == "quick":
             chosen = [QUICK]
         else:
-            chosen = [known[name] for name in ON_IMAGES] if self.data else list(known.values())
+            chosen = [MNIST] if self.data else list(EXPERIMENTS)
         names = [experiment.name for experiment in chosen]
         if len(set(names)) < len(names):
             raise SelectionError(f"study: expected experiments of different names, got {names}")
         if self.data is not None:
-            chosen = on_data(chosen, pathlib.Path(self.data))
-        chosen = [self._changed(experiment) for experiment in chosen]
-        return self._with_arms(chosen) if self.arms else chosen
-
-    def _changed(self, experiment: Experiment) -> Experiment:
+            chosen = on_data(chosen, Path(self.data))
         if self.mode == "full":
-            experiment = experiment.full(_FULL_SEEDS)
+            chosen = [experiment.full(_FULL_SEEDS) for experiment in chosen]
         if self.seeds:
-            experiment = dataclasses.replace(experiment, seeds=tuple(range(self.seeds)))
-        return experiment
-
-    def _with_arms(self, experiments: Sequence[Experiment]) -> list[Experiment]:
-        """Leave the arms asked for; an experiment that has none of them is left out."""
-        own = {e.name: [arm.name for arm in e.arms if arm.name in self.arms] for e in experiments}
-        there = list(dict.fromkeys(arm.name for e in experiments for arm in e.arms))
+            seeds = tuple(range(self.seeds))
+            chosen = [dataclasses.replace(experiment, seeds=seeds) for experiment in chosen]
+        if not self.arms:
+            return chosen
+        # An experiment that has none of the arms is left out.
+        own = {e.name: [arm.name for arm in e.arms if arm.name in self.arms] for e in chosen}
+        there = list(dict.fromkeys(arm.name for e in chosen for arm in e.arms))
         for name in self.arms:
             if name not in there:
                 raise SelectionError(
                     f"study: --arms: unknown arm {name!r}: expected some of {', '.join(there)}"
                 )
-        return [e.with_arms(own[e.name]) for e in experiments if own[e.name]]
+        return [e.with_arms(own[e.name]) for e in chosen if own[e.name]]
 
 
-def from_file(path: pathlib.Path) -> Experiment:
+def from_file(path: Path) -> Experiment:
     """Return the ``EXPERIMENT`` of a Python file.
 
     Raises:
@@ -110,7 +92,8 @@ def from_file(path: pathlib.Path) -> Experiment:
     return experiment
 
 
-def _known(name: str, known: dict[str, Experiment]) -> Experiment:
+def _known(name: str) -> Experiment:
+    known = {experiment.name: experiment for experiment in EXPERIMENTS}
     if name not in known:
         raise SelectionError(
             f"study: unknown experiment {name!r}: there are {', '.join(known)}, "

@@ -24,21 +24,13 @@ LEARNED_TIMES_CHANCE = 3.0
 
 @dataclass(frozen=True)
 class Metric:
-    """What a task measures on held-out data.
+    """What a task measures on held-out data."""
 
-    Attributes:
-        name: in words, ``"test accuracy"`` for instance.
-        better: whether a higher or a lower number is better.
-        guessing: what a guess gets.
-        learned: from which number on a run that survived has learned.
-        target: the number that ``steps_to_target`` waits for.
-    """
-
-    name: str
-    better: Literal["higher", "lower"]
-    guessing: float
-    learned: float
-    target: float
+    name: str  # in words, "test accuracy" for instance
+    better: Literal["higher", "lower"]  # which number is
+    guessing: float  # what a guess gets
+    learned: float  # from which number on a run that survived has learned
+    target: float  # the number that steps_to_target waits for
 
     def reached(self, value: float | None, bound: float) -> bool:
         """Whether ``value`` is as good as ``bound``, or better."""
@@ -49,19 +41,12 @@ class Metric:
 
 
 class Task(ABC):
-    """Data and loss of a problem.
+    """Data and loss of a problem."""
 
-    Attributes:
-        name: what the data is, in words.
-        inputs: size of an input: features, channels of a sequence or characters of an alphabet.
-        outputs: number of outputs of the network.
-        metric: what is measured on held-out data.
-    """
-
-    name: str
-    inputs: int
-    outputs: int
-    metric: Metric
+    name: str  # what the data is, in words
+    inputs: int  # size of one: features, channels of a sequence or characters of an alphabet
+    outputs: int  # of the network
+    metric: Metric  # measured on held-out data
 
     @abstractmethod
     def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:

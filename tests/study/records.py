@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -79,6 +78,7 @@ def a_run(
         "steps_to_target": 20 if good else None,
         "seconds_per_step": 0.001 if arm == "none" else 0.002,
         "memory_bytes": 2**21,
+        "first_losses": [],
         "curve": {
             "step": list(range(1, steps + 1)),
             "loss": [_stored(v) for v in losses],
@@ -109,17 +109,14 @@ def an_experiment(
         seeds: of the runs.
     """
     problems = problems or [a_problem("p")]
-    runs, rows = [], []
+    runs = []
     for problem in problems:
         for arm in arms:
             for rate in rates:
                 found = [(s, outcomes(problem["name"], arm["name"], rate, s)) for s in seeds]
-                own = [
+                runs += [
                     a_run(problem["name"], arm["name"], rate, s, *made) for s, made in found if made
                 ]
-                if own:
-                    rows.append(a_row(own))
-                runs += own
     return {
         "name": name,
         "title": f"title of {name}",
@@ -129,75 +126,18 @@ def an_experiment(
         "problems": list(problems),
         "arms": list(arms),
         "runs": runs,
-        "rows": rows,
-        "twins": [],
-        "conclusions": [
-            {"problem": problem["name"], "arm": arm["name"], "text": f"what {arm['name']} did."}
-            for problem in problems
-            for arm in arms
-        ],
-        "findings": [f"finding of {name}"],
-    }
-
-
-def a_row(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    first = runs[0]
-    exploded = [run["exploded_step"] for run in runs if run["exploded_step"] is not None]
-    reached = [run["steps_to_target"] for run in runs if run["steps_to_target"] is not None]
-    return {
-        **{key: first[key] for key in ("problem", "arm", "learning_rate")},
-        "runs": len(runs),
-        "survived": a_rate([run["survived"] for run in runs]),
-        "learned": a_rate([run["learned"] for run in runs]),
-        "exploded": a_rate([run["exploded_step"] is not None for run in runs]),
-        "metric": a_mean([run["metric"] for run in runs]),
-        "final_loss": a_mean([run["final_loss"] for run in runs]),
-        "clip_rate": a_mean([0.25 if "clip" in first["arm"] else 0.0] * len(runs)),
-        "skip_rate": a_mean([0.0] * len(runs)),
-        "max_grad_norm": {"median": 5.0, "largest": runs[-1]["max_grad_norm"]},
-        "median_grad_norm": a_mean([run["median_grad_norm"] for run in runs]),
-        "steps_to_target": {
-            "reached": len(reached),
-            "of": len(runs),
-            "median": statistics.median(reached) if reached else None,
-        },
-        "seconds_per_step": a_mean([run["seconds_per_step"] for run in runs]),
-        "memory_bytes": first["memory_bytes"],
-        "nonfinite_steps": [r["nonfinite_step"] for r in runs if r["nonfinite_step"] is not None],
-        "exploded_steps": exploded,
-        "exploded_parameters": {"2.weight": len(exploded)} if exploded else {},
-    }
-
-
-def a_rate(outcomes: Sequence[bool]) -> dict[str, Any]:
-    count, total = sum(outcomes), len(outcomes)
-    return {"count": count, "of": total, "share": count / total, "low": 0.0, "high": 1.0}
-
-
-def a_mean(values: Sequence[Any]) -> dict[str, Any] | None:
-    kept = [value for value in values if isinstance(value, float | int)]
-    if not kept:
-        return None
-    centre = statistics.fmean(kept)
-    half = 2 * statistics.stdev(kept) if len(kept) > 1 else 0.0
-    single = len(kept) < 2
-    return {
-        "mean": centre,
-        "low": None if single else centre - half,
-        "high": None if single else centre + half,
-        "values": kept,
     }
 
 
 def a_study(*experiments: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {
-        "schema": 2,
+        "schema": 3,
         "status": "complete",
         "mode": "default",
         "started": "2026-01-02T03:04:05+00:00",
         "wall_s": 120.0,
         "sessions": 1,
-        "command_line": ["/a/bin/python", "-m", "steadygrad", "study"],
+        "command_line": ["/a/bin/python", "-m", "study"],
         "machine": {
             "system": "Linux-6",
             "processor": "Test CPU",

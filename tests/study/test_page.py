@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import matplotlib
 import pytest
 
-from study.experiment_charts import figure
-from study.page import (
-    decoded,
-    read_documents,
-    report_document,
-    write_markdown,
-    write_page,
-)
-from tests.study.pages_read_back import drawings, parsed, tables, text_of
+from study import charts, page, record
+from study import table as study_tables
 from tests.study.records import BITS, a_problem, a_study, an_arm, an_experiment
 
+ROOT = Path(__file__).parents[2]
+SVG = "{http://www.w3.org/2000/svg}"
 ARMS = [
     an_arm("none"),
     an_arm("clip 1", "clipping", limit=1.0),
@@ -38,136 +33,122 @@ def mixed(problem: str, arm: str, rate: float, seed: int) -> tuple[str, float] |
     return ("lost" if rate == 0.1 else "idle"), 0.1
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def study() -> dict[str, Any]:
-    experiment = an_experiment("digits", ARMS, mixed)
-    mean = {"mean": 0.001, "low": -0.002, "high": 0.004, "values": [0.001] * 5}
-    twin = {"problem": "p", "learning_rate": 0.01, "ours": "clip 1", "torch": "clip 1 (torch)"}
-    experiment["twins"] = [
-        {**twin, "first_difference": 3.1e-7, "metric_difference": mean, "time_ratio": None}
-    ]
-    return a_study(experiment)
+    return a_study(an_experiment("digits", ARMS, mixed))
 
 
-def page_of(*documents: dict[str, Any]) -> Any:
-    return parsed(report_document(documents).html())
+@pytest.fixture
+def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take most of the time, and tables do not depend on them."""
+    monkeypatch.setattr(charts, "results", lambda *_: "<svg/>\n")
+    monkeypatch.setattr(charts, "curves", lambda *_: None)
 
 
-def table_under(page: Any, heading: str) -> list[list[str]]:
-    """The first table of the section with that heading."""
-    for section in page.iter("section"):
-        if text_of(section[0]) == heading:
-            return tables(section)[0]
+def page_of(folder: Path, *documents: dict[str, Any]) -> ElementTree.Element:
+    """The HTML page as a tree, which has to be well-formed, and complete in itself."""
+    html = page.write_pages(documents, folder)[0].read_text(encoding="utf-8")
+    doctype, _, rest = html.partition("\n")
+    assert doctype == "<!doctype html>"
+    tree = ElementTree.fromstring(rest)
+    assert not re.search(r"@import|<script|<link|<img|<iframe|url\((?!#)", html)
+    hrefs = [value for e in tree.iter() for key, value in e.attrib.items() if key.endswith("href")]
+    names = [element.attrib["id"] for element in tree.iter() if "id" in element.attrib]
+    assert len(names) == len(set(names))
+    assert {href.removeprefix("#") for href in hrefs} <= set(names)
+    return tree
+
+
+def text_of(element: ElementTree.Element) -> str:
+    """All text within an element, with single spaces."""
+    return " ".join(" ".join(element.itertext()).split())
+
+
+def table_under(tree: ElementTree.Element, heading: str) -> list[list[str]]:
+    """The first table after the heading."""
+    found = False
+    for element in tree.iter():
+        found = found or (element.tag in ("h2", "h3") and text_of(element) == heading)
+        if found and element.tag == "table":
+            return [[text_of(cell) for cell in row] for row in element.iter("tr")]
     raise AssertionError(heading)
 
 
-def test_survival_map_has_every_remedy_and_learning_rate(study: dict[str, Any]) -> None:
-    assert table_under(page_of(study), "Survived and learned") == [
-        ["remedy", "learning rate 0.01", "learning rate 0.1"],
-        ["none", "5/5 learned 0", "0/5 learned 0"],
-        ["clip 1 clipping", "5/5 learned 4", "5/5 learned 4"],
-        ["L1 <b> penalty", "5/5 learned 0", "0/5 learned 0"],
-    ]
+# --- tables ---
 
 
-def test_overview_has_the_hard_settings_of_each_experiment(study: dict[str, Any]) -> None:
+@pytest.mark.usefixtures("no_charts")
+def test_survival_map_and_overview(study: dict[str, Any], tmp_path: Path) -> None:
     easy = an_experiment("easy", ARMS[:2], lambda *_: ("learned", 0.9))
-    page = page_of(study, a_study(easy))
-    assert table_under(page, "Remedies and experiments") == [
-        ["remedy", "digits", "easy"],
-        ["none", "0/5 learned 0", "-"],
-        ["clip 1 clipping", "5/5 learned 4", "-"],
-        ["L1 <b> penalty", "0/5 learned 0", "-"],
+    tree = page_of(tmp_path, study, a_study(easy))
+    assert table_under(tree, "Survived and learned") == [
+        ["remedy", "learning rate 0.01", "learning rate 0.1"],
+        ["none", "5/5, learned 0", "0/5, learned 0"],
+        ["clip 1 (clipping)", "5/5, learned 4", "5/5, learned 4"],
+        ["L1 <b> (penalty)", "5/5, learned 0", "0/5, learned 0"],
     ]
-    assert "2 experiments, 55 runs, 4 minutes of training" in text_of(page)
+    assert table_under(tree, "Remedies and experiments") == [
+        ["remedy", "digits", "easy", "all hard settings", "on held-out data"],
+        ["none", "0/5, learned 0", "-", "0/5 (0.00 to 0.43), learned 0", "-"],
+        [
+            *("clip 1 (clipping)", "5/5, learned 4", "-", "5/5 (0.57 to 1.00), learned 4"),
+            "better in 0, worse in 0 of 2",
+        ],
+        ["L1 <b> (penalty)", "0/5, learned 0", "-", "0/5 (0.00 to 0.43), learned 0", "-"],
+    ]
+    styles = [[cell.attrib.get("class") for cell in each.iter("td")] for each in tree.iter("table")]
+    assert styles[0][1::5] == ["heat0", "heat3", "heat0"]
+    assert list(filter(None, styles[1])) == ["heat3", "heat0", "heat3", "heat3", "heat3", "heat0"]
+    assert set(filter(None, styles[4])) == {"heat4"}
+    assert "2 experiments, 55 runs, 4 minutes of training, 2026-01-02." in text_of(tree)
 
 
-def test_all_numbers_are_in_the_table(study: dict[str, Any]) -> None:
-    table = table_under(page_of(study), "All numbers")
+@pytest.mark.usefixtures("no_charts")
+def test_all_numbers_are_in_the_table(study: dict[str, Any], tmp_path: Path) -> None:
+    tree = page_of(tmp_path, study)
+    table = table_under(tree, "All numbers")
     assert table[0] == [
-        *("arm", "learning rate", "survived", "learned", "exploded", "test accuracy"),
-        *("steps to target", "largest norm", "median norm", "clipped", "ms a step", "MiB"),
-        "exploded first in",
-    ]
-    assert len(table) == 1 + len(study["experiments"][0]["rows"])
-    assert table[2][1:6] == ["0.1", "0/5", "0/5", "5/5", "-"]
-    assert table[2][7] == "inf" and table[2][12] == "2.weight (5)"
-    assert table[3][0] == "clip 1 about clip 1" and table[4][0] == ""
-    assert table[3][5].startswith("0.92 0.88") and table[3][6] == "20 (4 of 5)"
-    assert table[3][9] == "25 %" and table[3][11] == "2"
-
-
-def test_twins(study: dict[str, Any]) -> None:
-    assert table_under(page_of(study), "Ours beside torch's own")[1] == [
-        *("clip 1", "clip 1 (torch)", "learning rate 0.01", "3.1e-7"),
-        "0.001 -0.002 to 0.004",
+        *("arm", "learning rate", "survived", "learned", "test accuracy", "largest norm"),
+        *("exploded", "first at step", "first in", "steps to target", "median norm", "MiB"),
+    ]  # what was never measured has no column
+    assert len(table) == 1 + 7
+    assert table[2][1:] == [
+        "0.1",
+        "0/5",
+        "0/5",
         "-",
+        "inf",
+        "5/5",
+        "7",
+        "2.weight (5)",
+        "-",
+        "4",
+        "2",
     ]
+    assert table[3][0] == "clip 1: about clip 1"
+    assert table[3][4].startswith("0.92 (0.9") and table[3][9] == "20 (4 of 5)"
+    twins = table_under(tree, "Ours beside torch's own")
+    assert twins[1] == ["clip 1", "clip 1 (torch)", "learning rate 0.01", "-", "0 (0 to 0)", "-"]
 
 
-def test_charts(study: dict[str, Any]) -> None:
-    svgs = {text_of(svg.find("title")): svg for svg in drawings(page_of(study))}
-    assert list(svgs) == [
-        *("learning rate 0.01", "learning rate 0.1"),
-        "none: 5 of 10 survived, 0 of 10 learned",
-        "clip 1: 10 of 10 survived, 8 of 10 learned",
-        "L1 <b>: 5 of 10 survived, 0 of 10 learned",
-    ]
-    bars = svgs["learning rate 0.1"]
-    texts = [text_of(text) for text in bars.iter("text")]
-    assert texts.count("not finite") == 2 and "0.92" in texts and "clip 1 (torch)" not in texts
-    assert [e.attrib["class"] for e in bars.iter("rect")] == ["bar pale"]  # not every run learned
-    assert len(list(bars.iter("circle"))) == 5
-    lines = svgs["none: 5 of 10 survived, 0 of 10 learned"]
-    classes = [e.attrib["class"] for e in lines.iter("path")]
-    assert classes.count("curve rank0") == classes.count("curve rank4") == 2
-    assert classes.count("cross rank4") == 2 and "cross rank0" not in classes
-    limited = svgs["clip 1: 10 of 10 survived, 8 of 10 learned"]
-    assert [e.attrib["class"] for e in limited.iter("line")].count("mark dashed") == 1
-    assert "mark dashed" not in [e.attrib["class"] for e in lines.iter("line")]
-
-
-def test_several_problems_and_learning_rates() -> None:
+@pytest.mark.usefixtures("no_charts")
+def test_several_problems(tmp_path: Path) -> None:
     problems = [a_problem("length 20", BITS), a_problem("length 30", BITS)]
     experiment = an_experiment(
         "rnn", ARMS[:2], mixed, problems=problems, rates=(0.01, 0.02, 0.1), seeds=(0, 1)
     )
-    experiment["runs"][0]["curve"] = None
-    page = page_of(a_study(experiment))
-    table = table_under(page, "Survived and learned")
-    assert table[:2] == [
-        ["", "length 20", "length 30"],
-        ["remedy", *["lr 0.01", "lr 0.02", "lr 0.1"] * 2],
-    ]
-    titles = [text_of(svg.find("title")) for svg in drawings(page)]
-    assert "length 30, learning rate 0.1" in titles
-    assert "clip 1, length 20: 6 of 6 survived, 3 of 6 learned" in titles
-    assert table_under(page, "All numbers")[0][1] == "problem"
-    assert "clip 1, length 30: what clip 1 did." in text_of(page)
-    markdown = report_document([a_study(experiment)]).markdown()
-    assert "| remedy | length 20, learning rate 0.01 |" in markdown
+    tree = page_of(tmp_path, a_study(experiment))
+    names = [f"length {length}, {rate}" for length in (20, 30) for rate in (0.01, 0.02, 0.1)]
+    assert table_under(tree, "Survived and learned")[0] == ["remedy", *names]
+    assert table_under(tree, "All numbers")[0][:2] == ["problem", "arm"]
 
 
-def test_several_problems_with_one_learning_rate() -> None:
-    problems = [a_problem(f"depth {depth}") for depth in (5, 10, 20)]
-    experiment = an_experiment("depth", ARMS[:2], mixed, problems=problems, rates=(0.1,))
-    page = page_of(a_study(experiment))
-    assert table_under(page, "Survived and learned")[0] == [
-        "remedy",
-        "depth 5",
-        "depth 10",
-        "depth 20",
-    ]
-    keys = [text_of(e) for e in page.iter("span") if e.attrib["class"] == "key"]
-    assert keys == ["depth 5", "depth 10", "depth 20", "limit of the norm"]
-
-
-def test_facts_definitions_and_findings(study: dict[str, Any]) -> None:
-    text = text_of(page_of(study))
+@pytest.mark.usefixtures("no_charts")
+def test_facts_and_definitions(study: dict[str, Any], tmp_path: Path) -> None:
+    text = text_of(page_of(tmp_path, study))
     for expected in (
-        "finding of digits",
         "about digits",
-        "survived: the final loss is finite",
+        "survived the final loss is finite",
         "Test CPU, 2 cores; Linux-6; processes side by side: 2, torch threads in each: 1",
         "python 3.12.3, torch 2.13.0",
         "Command python -m study",
@@ -179,74 +160,118 @@ def test_facts_definitions_and_findings(study: dict[str, Any]) -> None:
     assert "partial" not in text
 
 
+@pytest.mark.usefixtures("no_charts")
 @pytest.mark.parametrize("status", ["interrupted", "time limit"])
-def test_partial_results_are_called_partial(study: dict[str, Any], status: str) -> None:
-    text = text_of(page_of(study | {"status": status, "sessions": 3}))
+def test_partial_results_are_called_partial(
+    study: dict[str, Any], status: str, tmp_path: Path
+) -> None:
+    text = text_of(page_of(tmp_path, study | {"status": status, "sessions": 3}))
     assert "its results are partial" in text
     assert f"120 s over 3 sessions ({status})" in text
 
 
-def test_studies_without_runs(study: dict[str, Any]) -> None:
-    study["experiments"][0] |= {"runs": [], "rows": []}
-    text = text_of(page_of(study | {"status": "interrupted"}))
+@pytest.mark.usefixtures("no_charts")
+def test_studies_without_runs_or_without_hard_settings(tmp_path: Path) -> None:
+    empty = a_study({**an_experiment("digits", ARMS, mixed), "runs": []}, status="interrupted")
+    text = text_of(page_of(tmp_path, empty))
     assert "0 experiments, 0 runs" in text and "partial" in text
-    assert page_of(a_study()) is not None
+    page_of(tmp_path, a_study())
+    easy = an_experiment("easy", ARMS[:2], lambda *_: ("learned", 0.9))
+    tree = page_of(tmp_path, a_study({**easy, "about": ""}, wall_s=61))
+    assert table_under(tree, "Remedies and experiments")[1] == ["none", "-", "-", "-"]
+    assert "1 experiment, 20 runs, 1 minute of training" in text_of(tree)
+    assert all(text_of(paragraph) for paragraph in tree.iter("p"))
 
 
-def test_an_experiment_without_curves(study: dict[str, Any]) -> None:
-    for run in study["experiments"][0]["runs"]:
-        run["curve"] = None
-    text = text_of(page_of(study))
-    assert "Loss and gradient norm" not in text.partition("All numbers")[0]
+# --- charts ---
 
 
-def test_an_experiment_that_says_nothing_of_itself(study: dict[str, Any]) -> None:
-    study["experiments"][0] |= {"about": "", "findings": []}
-    page = page_of(study)
-    assert all(text_of(e) for name in ("p", "ul") for e in page.iter(name))
+def texts(drawing: str) -> list[str]:
+    return [text_of(text) for text in ElementTree.fromstring(drawing).iter(f"{SVG}text")]
 
 
-def test_where_no_setting_was_hard_there_is_no_map_of_them() -> None:
-    page = page_of(a_study(an_experiment("easy", ARMS[:2], lambda *_: ("learned", 0.9)), wall_s=61))
-    (section,) = [e for e in page.iter("section") if text_of(e[0]) == "Remedies and experiments"]
-    assert not tables(section) and "No setting was hard." in text_of(section)
-    assert "1 experiment, 20 runs, 1 minute of training" in text_of(page)
+def test_bars_have_every_remedy_and_setting(study: dict[str, Any]) -> None:
+    (experiment,) = study["experiments"]
+    runs = study_tables.runs_of(experiment)
+    rows = study_tables.summarise(experiment, runs)
+    found = texts(charts.results(experiment, runs, rows))
+    assert {"learning rate 0.01", "learning rate 0.1", "none", "clip 1", "L1 <b>"} <= set(found)
+    assert found.count("not finite") == 2 and found.count("0.92") == 2
+    assert "clip 1 (torch)" not in found
+    alone = experiment | {"runs": [run for run in experiment["runs"] if run["seed"] == 1]}
+    runs = study_tables.runs_of(alone)
+    charts.results(alone, runs, study_tables.summarise(alone, runs))  # no intervals: no warnings
 
 
-def test_a_single_seed_has_no_intervals() -> None:
-    experiment = an_experiment("digits", ARMS, mixed, seeds=(1,))
-    svg = drawings(page_of(a_study(experiment)))[0]
-    assert not [e for e in svg.iter("path") if e.attrib["class"] == "whisker"]
+def test_curves_have_every_remedy_a_limit_and_crosses(study: dict[str, Any]) -> None:
+    (experiment,) = study["experiments"]
+    runs = study_tables.runs_of(experiment)
+    drawing = charts.curves(experiment, runs)
+    assert drawing is not None
+    assert {"none", "clip 1", "L1 <b>", "training loss", "gradient norm"} <= set(texts(drawing))
+    assert "#a02020" in drawing  # the limit
+    unlimited = {**experiment, "arms": [{**arm, "limit": None} for arm in experiment["arms"]]}
+    assert "#a02020" not in str(charts.curves(unlimited, runs))
+    assert charts.curves(experiment, runs.assign(curve=None)) is None
+
+
+def test_curves_of_many_settings_are_drawn_problem_by_problem() -> None:
+    problems = [a_problem("length 20", BITS), a_problem("length 30", BITS)]
+    rates = (0.01, 0.02, 0.1)
+    experiment = an_experiment("rnn", ARMS[:2], mixed, problems=problems, rates=rates, seeds=(1,))
+    found = texts(str(charts.curves(experiment, study_tables.runs_of(experiment))))
+    assert {"clip 1, length 20", "none, length 30", "learning rate 0.02"} <= set(found)
+
+
+def test_drawings_are_the_same_bytes_each_time_and_load_nothing(study: dict[str, Any]) -> None:
+    (experiment,) = study["experiments"]
+    runs = study_tables.runs_of(experiment)
+    one, other = (
+        charts.results(experiment, runs, study_tables.summarise(experiment, runs)) for _ in "ab"
+    )
+    assert one == other
+    assert "0.905" in str(charts.results(experiment, *_one_value(experiment, 0.905)))
+    links = [
+        v for e in ElementTree.fromstring(one).iter() for k, v in e.attrib.items() if "href" in k
+    ]
+    assert all(link.startswith("#") for link in links)
+
+
+def _one_value(experiment: dict[str, Any], metric: float) -> tuple[Any, Any]:
+    runs = study_tables.runs_of(experiment).assign(metric=metric)
+    return runs, study_tables.summarise(experiment, runs)
+
+
+# --- files ---
 
 
 def test_markdown_has_the_tables_and_links_to_drawings(
     study: dict[str, Any], tmp_path: Path
 ) -> None:
-    write_markdown([study, study], tmp_path / "docs" / "study.md")
+    tree = page_of(tmp_path / "docs", study, study)
+    assert len([svg for svg in tree.iter(f"{SVG}svg")]) == 4
     text = (tmp_path / "docs" / "study.md").read_text(encoding="utf-8")
     assert text.startswith("# What keeps training steady: remedies compared\n")
-    assert "| clip 1 (clipping) | **5/5** (learned 4) | **5/5** (learned 4) |" in text
+    assert "| clip 1 (clipping) | 5/5, learned 4 | 5/5, learned 4 |" in text
     assert "| remedy | digits | digits 2 |" in text
     assert r"L1 \<b>" in text and "<svg" not in text
+    assert not re.search(r"\n\n\n|[ \t]\n|[^\n]\n#|\n#.*\n[^\n]", text)
     links = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
     names = [f"study/digits-{name}.svg" for name in ("results", "curves", "2-results", "2-curves")]
     assert links == names
+    assert {f"study/{file.name}" for file in (tmp_path / "docs" / "study").iterdir()} == set(names)
     for link in links:
-        drawing = (tmp_path / "docs" / link).read_text(encoding="utf-8")
-        root = ElementTree.fromstring(drawing)
-        assert root.tag == "{http://www.w3.org/2000/svg}svg"
-        assert not re.search(r"https?:(?!//www.w3.org/2000/svg)|@import|<script", drawing)
-    assert len(list((tmp_path / "docs" / "study").iterdir())) == 4
+        root = ElementTree.fromstring((tmp_path / "docs" / link).read_text(encoding="utf-8"))
+        assert root.tag == f"{SVG}svg"
 
 
-def test_page_is_written_and_read_back(study: dict[str, Any], tmp_path: Path) -> None:
-    record = tmp_path / "study.json"
-    record.write_text(json.dumps(study))
-    documents = read_documents([record, record])
+@pytest.mark.usefixtures("no_charts")
+def test_records_are_written_and_read_back(study: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "study.json"
+    record.write(study, path)
+    assert json.loads(path.read_text(), parse_constant=pytest.fail) == study
+    documents = record.read([path, path])
     assert documents == [study, study]
-    write_page(documents, tmp_path / "new" / "study.html")
-    page = parsed((tmp_path / "new" / "study.html").read_text(encoding="utf-8"))
-    assert len(list(page.iter("section"))) > 5
 
 
 @pytest.mark.parametrize(
@@ -254,8 +279,8 @@ def test_page_is_written_and_read_back(study: dict[str, Any], tmp_path: Path) ->
     [
         (None, "cannot be read: No such file"),
         ("{", "expected JSON"),
-        ("[]", "expected a study of schema 2, got None"),
-        ('{"schema": 1, "experiments": []}', "expected a study of schema 2, got 1"),
+        ("[]", "expected a study of schema 3 or 2, got None"),
+        ('{"schema": 1, "experiments": []}', "expected a study of schema 3 or 2, got 1"),
     ],
 )
 def test_what_is_no_record_is_refused(tmp_path: Path, content: str | None, message: str) -> None:
@@ -263,37 +288,101 @@ def test_what_is_no_record_is_refused(tmp_path: Path, content: str | None, messa
     if content is not None:
         path.write_text(content)
     with pytest.raises(ValueError, match=message) as info:
-        read_documents([path])
+        record.read([path])
     assert str(path) in str(info.value)
 
 
-def test_numbers_that_json_has_not(study: dict[str, Any]) -> None:
-    (experiment,) = study["experiments"]
-    experiment |= {"name": "inf", "title": "nan", "about": "-inf"}
-    experiment["runs"][0] |= {"arm": "inf", "final_loss": "-inf", "peak_loss": "nan"}
-    (found,) = decoded(study)["experiments"]
-    assert [found[key] for key in ("name", "title", "about")] == ["inf", "nan", "-inf"]
-    run = found["runs"][0]
-    assert (run["arm"], run["final_loss"]) == ("inf", -math.inf) and math.isnan(run["peak_loss"])
+def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "page.html"
+    record.write_text("é", path)
+    with pytest.raises(UnicodeEncodeError):
+        record.write_text("\ud800", path)
+    assert path.read_text(encoding="utf-8") == "é"
+    assert [p.name for p in path.parent.iterdir()] == ["page.html"]
+    others = tmp_path / "others"
+    others.write_text("theirs")
+    path.unlink()
+    path.symlink_to(others)  # no link is followed
+    record.write_text("ours", path)
+    assert (others.read_text(), path.read_text()) == ("theirs", "ours")
 
 
-def test_figures() -> None:
-    values = (0.0, 0.9123, 12.34, 1234.5, 2.5e7, 3.1e-7, math.inf, math.nan, -0.002)
-    assert [figure(v) for v in values] == [
-        *("0", "0.912", "12.3", "1,234", "2.5e7", "3.1e-7", "inf", "nan", "-0.002")
-    ]
+def test_command_text() -> None:
+    assert (
+        record.command_text(["/a/python3", "-m", "study", "my file"])
+        == "python3 -m study 'my file'"
+    )
+    assert record.command_text(["/a/python3", "/b/bin/study", "/c"]) == "python3 study /c"
+    assert record.command_text([]) == "not recorded"
 
 
-def test_the_documentation_is_made_of_the_committed_record(tmp_path: Path) -> None:
+# --- colours ---
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_text_stands_out_from_what_is_behind_it_in_light_and_dark() -> None:
+    style = (ROOT / "study" / "page.html.jinja").read_text()
+    schemes = [dict(re.findall(r"--(\w+): #(\w+)", part)) for part in style.split("@media")[:2]]
+    assert schemes[0]["paper"] != schemes[1]["paper"]
+    for colours in schemes:
+        for behind in ("paper", "head"):
+            assert contrast(colours["ink"], colours[behind]) > 10
+        for ink in ("quiet", "link"):
+            assert contrast(colours[ink], colours["paper"]) > 4.5  # WCAG 2, level AA
+    heats = re.findall(r"\.heat\d { background: #(\w+); color: #(\w+); }", style)
+    assert len(heats) == 5 and all(contrast(*pair) > 4.5 for pair in heats)
+
+
+def test_curves_differ_in_lightness_and_dashes() -> None:
+    looks = [charts._look(place, 5) for place in range(5)]
+    order = [luminance(look["color"][1:]) for look in looks]
+    assert order == sorted(order, reverse=True)  # seen without colour vision
+    assert contrast(looks[0]["color"][1:], "ffffff") > 2.9
+    assert len({str(look["ls"]) for look in looks}) == 5
+
+
+# --- the documentation ---
+
+
+@pytest.fixture(scope="module")
+def committed() -> dict[str, Any]:
+    (path,) = (ROOT / "benchmarks" / "results" / "study").glob("*.json")
+    (document,) = record.read([path])
+    return document
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_the_documentation_has_the_tables_of_the_committed_record(
+    committed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After a new record: python -m study --report RECORD --out docs."""
-    root = Path(__file__).parents[2]
-    (record,) = (root / "benchmarks" / "results" / "study").glob("*.json")
-    documents = read_documents([record])
-    assert (documents[0]["mode"], documents[0]["status"]) == ("full", "complete")
-    write_markdown(documents, tmp_path / "study.md")
-    assert (root / "docs" / "study.md").read_text() == (tmp_path / "study.md").read_text()
-    drawings_of = [
-        {file.name: file.read_text() for file in (folder / "study").iterdir()}
-        for folder in (root / "docs", tmp_path)
+    monkeypatch.setattr(charts, "curves", lambda *_: "<svg/>\n")
+    assert (committed["mode"], committed["status"]) == ("full", "complete")
+    page.write_pages([committed], tmp_path)
+    assert (ROOT / "docs" / "study.md").read_text() == (tmp_path / "study.md").read_text()
+    folders = [
+        {file.name for file in (where / "study").iterdir()} for where in (ROOT / "docs", tmp_path)
     ]
-    assert drawings_of[0] == drawings_of[1]
+    assert folders[0] == folders[1]
+
+
+def test_the_documentation_has_the_charts_of_the_committed_record(
+    committed: dict[str, Any],
+) -> None:
+    experiment = next(e for e in committed["experiments"] if e["name"] == "rnn")
+    runs = study_tables.runs_of(experiment)
+    drawing = charts.results(experiment, runs, study_tables.summarise(experiment, runs))
+    stored = (ROOT / "docs" / "study" / "rnn-results.svg").read_text()
+    assert texts(drawing) == texts(stored)
+    if f"Matplotlib v{matplotlib.__version__}," in stored:  # another version may draw otherwise
+        assert drawing == stored

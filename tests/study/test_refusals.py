@@ -15,7 +15,8 @@ import study
 from study import Arm, Classification, Experiment, Problem, Selection, Settings, runner
 from study import remedies as r
 from study.journal import NAME
-from study.runner import RECORD, report_again
+from study.record import NAME as RECORD
+from study.runner import report_again
 from tests.study.runs import blobs, tiny
 from tests.study.runs import one_thread as one_thread
 
@@ -182,9 +183,9 @@ def test_markup_in_names_is_text(tmp_path: Path, console: Console) -> None:
 @pytest.mark.parametrize(
     "broken",
     [
-        {"schema": 2, "experiments": []},
-        {"schema": 2, "experiments": "abc", "wall_s": 1.0},
-        {"schema": 2, "experiments": [{"name": "e"}], "wall_s": 1.0},
+        {"schema": 3, "experiments": []},
+        {"schema": 3, "experiments": "abc", "wall_s": 1.0},
+        {"schema": 3, "experiments": [{"name": "e"}], "wall_s": 1.0},
     ],
 )
 def test_damaged_records_are_refused(

