@@ -9,11 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from steadygrad.optim.adagrad import RULE as ADAGRAD_RULE
-from steadygrad.optim.adam import ADAM_RULE, ADAMW_RULE
-from steadygrad.optim.closures import Closure, other_update_methods
-from steadygrad.optim.direct_steps import own_step, watch
-from steadygrad.optim.loaded_state import check_loaded
+from steadygrad.optim.classes import (
+    ADAGRAD_RULE,
+    ADAM_RULE,
+    ADAMW_RULE,
+    RMSPROP_RULE,
+    SGD_RULE,
+    StabilizedClass,
+)
+from steadygrad.optim.groups import check_loaded
+from steadygrad.optim.hooks import own_step, watch
+from steadygrad.optim.in_place import Closure, other_update_methods
 from steadygrad.optim.options import (
     COUNTERS,
     LIMITS,
@@ -21,15 +27,13 @@ from steadygrad.optim.options import (
     L1Mode,
     Nonfinite,
     PenaltyOrder,
+    Rounding,
     StabilizerOptions,
 )
-from steadygrad.optim.param_storage import Rounding
-from steadygrad.optim.parameter_groups import named_alike
-from steadygrad.optim.rmsprop import RULE as RMSPROP_RULE
-from steadygrad.optim.sgd import RULE as SGD_RULE
-from steadygrad.optim.stabilized import Stabilized, StepOutcome
-from steadygrad.optim.stepper import Stepper
-from steadygrad.policies import ClipAdaptive, ClipPolicy, Policy, SkipSpikes
+from steadygrad.optim.stabilized import StabilizedOptimizer
+from steadygrad.optim.step import Stepper
+from steadygrad.parameter_names import named_alike
+from steadygrad.policies import ClipAdaptive, ClipPolicy, SkipSpikes
 from steadygrad.policies.adaptive import CLIPPING
 from steadygrad.telemetry.settings import Level, Telemetry
 
@@ -39,9 +43,9 @@ _RULES = {
 }
 
 
-def _kind(optimizer: Stabilizer | Stabilized) -> str:
+def _kind(optimizer: Stabilizer | StabilizedClass) -> str:
     """What a stabilized optimizer is, and what to do in the place of wrapping it."""
-    if isinstance(optimizer, Stabilized):
+    if isinstance(optimizer, StabilizedClass):
         name = optimizer.rule.optimizer.__name__
         return (
             f"a steadygrad.optim.{name}, whose own step is stabilized: give it max_norm and the other options, "
@@ -51,7 +55,7 @@ def _kind(optimizer: Stabilizer | Stabilized) -> str:
     return f"a steadygrad.Stabilizer around {name}: give that one the options, or wrap the {name}"
 
 
-class Stabilizer(StepOutcome, torch.optim.Optimizer):
+class Stabilizer(StabilizedOptimizer, torch.optim.Optimizer):
     r"""A ``torch.optim.Optimizer`` around another one, whose steps survive exploding gradients.
 
     One step, in this order: unscale the gradient (``torch.amp.GradScaler``), add the penalty, take the norm
@@ -130,7 +134,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
         optimizer: torch.optim.Optimizer,
         *,
         max_norm: float | None = None,
-        clip: Policy | ClipPolicy | None = None,
+        clip: ClipPolicy | None = None,
         skip: SkipSpikes | None = None,
         norm_type: float = 2.0,
         clip_value: float | None = None,
@@ -153,7 +157,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
                 "Stabilizer: optimizer: expected a torch.optim.Optimizer, "
                 f"got {type(optimizer).__name__}"
             )
-        if isinstance(optimizer, (Stabilizer, Stabilized)):
+        if isinstance(optimizer, (Stabilizer, StabilizedClass)):
             raise ValueError(
                 f"Stabilizer: optimizer: expected one that is not stabilized yet, got {_kind(optimizer)}"
             )
