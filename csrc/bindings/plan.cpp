@@ -302,28 +302,35 @@ bool Plan::step(const py::list& param_groups, const py::dict& state, const Scali
   options_.unscale = scaling != nullptr ? scaling->unscale : 1;
   options_.found_inf = scaling != nullptr && scaling->found_inf;
   options_.nonfinite = skips_nonfinite ? NonfinitePolicy::skip : nonfinite_policy_;
-  StepMemory known;
-  const Reduction all = reduction_for(reduction);
-  known.policies = with_rows(policies_, clip_rows, skip_row, scopes(), device_);
-  known.telemetry = telemetry_of(telemetry, params_.size(), device_);
+  StepMemory all = memory != nullptr ? device_memory(*memory, scaling) : host_memory();
+  const Reduction combined = reduction_for(reduction);
+  all.policies = with_rows(policies_, clip_rows, skip_row, scopes(), device_);
+  all.telemetry = telemetry_of(telemetry, params_.size(), device_);
   if (memory != nullptr) {
-    const auto number = [&](const py::object& tensor, const char* name) {
-      return memory_of<const float>(tensor, {kFunction, name, -1}, {kDLFloat, 32, 1}, 1, device_);
-    };
-    if (scaling != nullptr) known.grad_scale = number(scaling->grad_scale_tensor, "grad_scale");
-    if (scaling != nullptr) known.found_inf = number(scaling->found_inf_tensor, "found_inf");
-    step_on_device(known, *memory, all);
+    std::vector<cuda::DeviceGroup> groups;
+    for (size_t g = 0; g < groups_.size(); ++g) groups.push_back({group_options_[g], learning_rates_[g]});
+    announce_step(!updates() || options_.write_grads);
+    const auto scratch = [&](int64_t bytes) { return scratch_of(memory->allocate, bytes); };
+    device_plan_.step(tensors_, counters_, groups, options_, all, combined, scratch, current_stream(device_));
     return true;
   }
   if (options_.rounding == Rounding::stochastic) options_.rounded_steps = rounded_steps_of(param_groups);
-  step_on_host(known, all);
+  adopt_torch_threads();
+  {
+    const auto announce = [&](bool writes_grads) {
+      const py::gil_scoped_acquire acquire;
+      announce_step(writes_grads);
+    };
+    const py::gil_scoped_release release;
+    cpu::step(tensors_, counters_, group_options_, options_, all, combined, announce);
+  }
   // Of other processes' gradients it is not known that they are zero.
   count_on_host(param_groups, creates_state && (reduction == nullptr || outcome_.norm == 0));
   return true;
 }
 
-void Plan::step_on_host(StepMemory memory, const Reduction& reduction) {
-  adopt_torch_threads();
+StepMemory Plan::host_memory() {
+  StepMemory memory;
   memory.output.outcome = &outcome_;
   memory.taken = taken_.data();
   nonfinite_.clear();
@@ -331,13 +338,41 @@ void Plan::step_on_host(StepMemory memory, const Reduction& reduction) {
     nonfinite_.resize(tensors_.size());
     memory.nonfinite = nonfinite_.data();
   }
-  const auto announce = [&](bool writes_grads) {
-    const py::gil_scoped_acquire acquire;
-    if (writes_grads) announce_write(py::cast(grads_));
-    if (updates()) announce_update();
+  return memory;
+}
+
+StepMemory Plan::device_memory(const DeviceMemory& given, const Scaling* scaling) {
+  const int64_t count = static_cast<int64_t>(params_.size());
+  const auto address = [&](const py::object& tensor, const char* name, DLDataTypeCode code, uint8_t bits,
+                           int64_t numel) {
+    return memory_of<void>(tensor, {kFunction, name, -1}, {static_cast<uint8_t>(code), bits, 1}, numel,
+                           device_);
   };
-  const py::gil_scoped_release release;
-  cpu::step(tensors_, counters_, group_options_, options_, memory, reduction, announce);
+  const auto number = [&](const py::object& tensor, const char* name) {
+    return static_cast<const float*>(address(tensor, name, kDLFloat, 32, 1));
+  };
+  constexpr int64_t kDoubles = sizeof(Outcome) / sizeof(double);
+  StepMemory memory;
+  if (scaling != nullptr) memory.grad_scale = number(scaling->grad_scale_tensor, "grad_scale");
+  if (scaling != nullptr) memory.found_inf = number(scaling->found_inf_tensor, "found_inf");
+  memory.output.outcome = static_cast<Outcome*>(address(given.outcome, "outcome", kDLFloat, 64, kDoubles));
+  memory.taken = static_cast<int32_t*>(address(given.taken, "taken", kDLInt, 32, count));
+  memory.counts = static_cast<int64_t*>(address(given.counts, "counts", kDLInt, 64, 2));
+  memory.nonfinite = static_cast<int64_t*>(address(given.nonfinite, "nonfinite", kDLInt, 64, count));
+  memory.rounded_steps = static_cast<uint64_t*>(address(given.rounded_steps, "rounded_steps", kDLInt, 64, 1));
+  if (memory.output.outcome == nullptr || memory.taken == nullptr) {
+    throw py::type_error("step: memory: expected tensors 'outcome' and 'taken', got None");
+  }
+  return memory;
+}
+
+void* Plan::scratch_of(const py::object& allocate, int64_t bytes) {
+  std::vector<py::object> kept;
+  void* const scratch = allocated(allocate, bytes, device_, kept);
+  // What a captured graph uses must stay where it is.
+  if (!captured()) device_memory_.clear();
+  device_memory_.push_back(std::move(kept.back()));
+  return scratch;
 }
 
 // What somebody else updates is counted by whoever has that done.
@@ -350,46 +385,15 @@ void Plan::count_on_host(const py::list& param_groups, bool only_creates_state) 
   }
 }
 
-void Plan::step_on_device(StepMemory memory, const DeviceMemory& given, const Reduction& reduction) {
-  const int64_t count = static_cast<int64_t>(params_.size());
-  const auto address = [&](const py::object& tensor, const char* name, DLDataTypeCode code, uint8_t bits,
-                           int64_t numel) {
-    return memory_of<void>(tensor, {kFunction, name, -1}, {static_cast<uint8_t>(code), bits, 1}, numel,
-                           device_);
-  };
-  constexpr int64_t kDoubles = sizeof(Outcome) / sizeof(double);
-  memory.output.outcome = static_cast<Outcome*>(address(given.outcome, "outcome", kDLFloat, 64, kDoubles));
-  memory.taken = static_cast<int32_t*>(address(given.taken, "taken", kDLInt, 32, count));
-  memory.counts = static_cast<int64_t*>(address(given.counts, "counts", kDLInt, 64, 2));
-  memory.nonfinite = static_cast<int64_t*>(address(given.nonfinite, "nonfinite", kDLInt, 64, count));
-  memory.rounded_steps = static_cast<uint64_t*>(address(given.rounded_steps, "rounded_steps", kDLInt, 64, 1));
-  if (memory.output.outcome == nullptr || memory.taken == nullptr) {
-    throw py::type_error("step: memory: expected tensors 'outcome' and 'taken', got None");
-  }
-  std::vector<cuda::DeviceGroup> groups;
-  for (size_t g = 0; g < groups_.size(); ++g) groups.push_back({group_options_[g], learning_rates_[g]});
-  if (!updates() || options_.write_grads) announce_write(py::cast(grads_));
-  if (updates()) announce_update();
-  device_plan_.step(
-      tensors_, counters_, groups, options_, memory, reduction,
-      [&](int64_t bytes) {
-        std::vector<py::object> kept;
-        void* const scratch = allocated(given.allocate, bytes, device_, kept);
-        // What a captured graph uses must stay where it is.
-        if (!captured()) device_memory_.clear();
-        device_memory_.push_back(std::move(kept.back()));
-        return scratch;
-      },
-      current_stream(device_));
-}
-
 py::list Plan::active() const {
   py::list params(active_.size());
   for (size_t i = 0; i < active_.size(); ++i) params[i] = params_[active_[i]];
   return params;
 }
 
-void Plan::announce_update() const {
+void Plan::announce_step(bool writes_grads) const {
+  if (writes_grads) announce_write(py::cast(grads_));
+  if (!updates()) return;
   announce_write(active());
   if (!locals_.empty()) announce_write(py::cast(locals_));
 }

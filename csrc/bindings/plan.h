@@ -84,10 +84,13 @@ class Plan {
   // How many scopes the clip has.
   int64_t scopes() const;
   Reduction reduction_for(const ReductionMemory* reduction);
-  void step_on_host(StepMemory memory, const Reduction& reduction);
+  // What this plan and Python have for a step, still without policies and telemetry.
+  StepMemory host_memory();
+  StepMemory device_memory(const DeviceMemory& given, const Scaling* scaling);
+  void* scratch_of(const py::object& allocate, int64_t bytes);
   void count_on_host(const py::list& param_groups, bool only_creates_state);
-  void step_on_device(StepMemory memory, const DeviceMemory& given, const Reduction& reduction);
-  void announce_update() const;
+  // Bumps the versions of what the step writes.
+  void announce_step(bool writes_grads) const;
   Argument argument(size_t index, const char* attribute) const;
 
   const RuleEntry* rule_;

@@ -78,6 +78,22 @@ def test_no_policy_where_one_is_expected() -> None:
             made(skip=skip)
 
 
+def test_every_clip_policy_is_one() -> None:
+    policies = (
+        sg.ClipNorm(1.0),
+        sg.ClipPercentile(),
+        sg.ClipZScore(),
+        sg.ClipRelative(),
+        sg.ClipAdaptive(),
+        sg.Damp(1.0),
+    )
+    for policy in policies:
+        assert isinstance(policy, sg.ClipPolicy)
+        with pytest.raises(NotImplementedError, match=rf"{type(policy).__name__}\.limits: "):
+            policy.limits(torch.ones(1))
+    assert not isinstance(sg.SkipSpikes(), sg.ClipPolicy)
+
+
 @pytest.mark.parametrize("clip", [sg.ClipNorm(1.0), sg.ClipZScore()], ids=str)
 def test_two_limits_at_once(clip: Any) -> None:
     with pytest.raises(

@@ -173,7 +173,9 @@ class Stepper:
             loss = None
             if closure is not None or watched or self._why_in_place is not None:
                 loss = self._step_around(optimizer, closure, request, watched)
-            elif self._fused(optimizer, request) is None:
+            elif (self._plan is None or self._run(optimizer, request) is None) and (
+                self._fused_anew(optimizer, request) is None
+            ):
                 self._in_place(optimizer, None, request)
             own.pop("_accumulated", None)
             self._tell()
@@ -357,12 +359,21 @@ class Stepper:
         self,
         optimizer: torch.optim.Optimizer,
         request: Request,
-        grads: list[Tensor | None] | None,
-        read_back: bool,
+        in_place: tuple[list[Tensor | None], bool] | None = None,
     ) -> _kernels.Outcome | Outcome | None:
-        """One call into the kernels; None where a new plan is needed. ``read_back``: whether to wait for a device."""
+        """One call into the kernels, which take the step; None where nothing was done, as a new plan is needed.
+
+        ``in_place``: the gradients, and whether to wait for a device, where the update is the optimizer's own.
+        """
         plan, groups, state = self._plan, optimizer.param_groups, optimizer.state
         assert plan is not None
+        if in_place is not None:
+            grads, read_back = in_place
+        else:
+            grads = None
+            if self._sharding is not None or request.accumulated is not None:
+                grads = self._grads(request)
+            read_back = self._options.nonfinite == "raise" and not request.skips_nonfinite
         device_steps, sharding, recorder = self._device_steps, self._sharding, self.recorder
         device = None if device_steps is None else device_steps.device
         creates_state = not (state or request.sums) and is_state_creation(
@@ -380,23 +391,34 @@ class Stepper:
             if self._options.storage.is_stochastic:
                 device_steps.count_rounded_steps(self._options.storage.rounded_steps(groups))
             # Whoever reads the outcome of a step that is not his own counts it.
-            counts = self._why_in_place is None or not read_back
+            counts = in_place is None or not read_back
             memory = device_steps.memory(on_device, counts, nonfinite)
-        if not plan.step(
-            groups,
-            state,
-            request.scaling,
-            grads,
-            reduction,
-            clip_rows,
-            skip_row,
-            None
-            if recorder is None or creates_state
-            else recorder.memory(groups, self._parameters, device),
-            request.skips_nonfinite,
-            creates_state,
-            memory,
-        ):
+        record = None
+        if recorder is not None and not creates_state:
+            record = recorder.memory(groups, self._parameters, device)
+        try:
+            taken = plan.step(
+                groups,
+                state,
+                request.scaling,
+                grads,
+                reduction,
+                clip_rows,
+                skip_row,
+                record,
+                request.skips_nonfinite,
+                creates_state,
+                memory,
+            )
+        except TypeError:
+            if in_place is not None:
+                raise
+            # Gradients may have become sparse since the plan was made.
+            self._prepare(optimizer, request)
+            if self._why_in_place is None:
+                raise
+            return None
+        if not taken:
             return None
         outcome = known = plan.outcome if on_device is None else on_device
         self.outcome = outcome
@@ -411,6 +433,14 @@ class Stepper:
             counted = plan.nonfinite() if nonfinite is None else nonfinite.tolist()
             indices, total = plan.active_indices(), known.nonfinite
             raise NonfiniteGradientError(nonfinite_message(groups, indices, counted, total))
+        if in_place is not None or known.skipped:
+            return known
+        if self._options.write_grads:
+            request.hand_over()
+        if self._new_state:
+            self._enter_new_state(optimizer)
+        # A scheduler made for the wrapped optimizer looks for this mark of its own step.
+        optimizer._opt_called = True  # type: ignore[attr-defined]
         return known
 
     # -- fused ----------------------------------------------------------------------------------
@@ -419,34 +449,20 @@ class Stepper:
         self, optimizer: torch.optim.Optimizer, request: Request
     ) -> _kernels.Outcome | Outcome | None:
         """Takes the step, update and all; None where only the optimizer's own step can."""
-        outcome = None
-        if self._plan is not None:
-            try:
-                outcome = self._run(optimizer, request, self._grads(request), self._reads(request))
-            except TypeError:
-                # Gradients may have become sparse since the plan was made.
-                self._prepare(optimizer, request)
-                if self._why_in_place is None:
-                    raise
-                return None
-        if outcome is None:
-            self._prepare(optimizer, request)
-            if self._why_in_place is not None:
-                return None
-            outcome = self._run(optimizer, request, self._grads(request), self._reads(request))
-            assert outcome is not None
-        if outcome.skipped:
-            return outcome
-        if self._options.write_grads:
-            request.hand_over()
-        if self._new_state:
-            self._enter_new_state(optimizer)
-        # A scheduler made for the wrapped optimizer looks for this mark of its own step.
-        optimizer._opt_called = True  # type: ignore[attr-defined]
-        return outcome
+        outcome = None if self._plan is None else self._run(optimizer, request)
+        return self._fused_anew(optimizer, request) if outcome is None else outcome
 
-    def _reads(self, request: Request) -> bool:
-        return self._options.nonfinite == "raise" and not request.skips_nonfinite
+    def _fused_anew(
+        self, optimizer: torch.optim.Optimizer, request: Request
+    ) -> _kernels.Outcome | Outcome | None:
+        """The same where the plan is not, or no longer, one for what is there."""
+        if self._why_in_place is None:
+            self._prepare(optimizer, request)
+        if self._why_in_place is not None:
+            return None
+        outcome = self._run(optimizer, request)
+        assert outcome is not None
+        return outcome
 
     def _grads(self, request: Request) -> list[Tensor | None] | None:
         """What to step by in the place of the parameters' ``.grad``, or None."""
@@ -546,7 +562,7 @@ class Stepper:
             or evaluates_closure(optimizer)
         )
         apply_proximal(optimizer.param_groups, options, only_check=True)
-        outcome = self._run(optimizer, request, grads, read_back)
+        outcome = self._run(optimizer, request, (grads, read_back))
         if outcome is None:
             self._prepare(optimizer, request, why_in_place=self._why_in_place)
             return self._stabilize_grads(optimizer, request)
