@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import sys
 import types
 from typing import Any
 
@@ -17,6 +18,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import lr_scheduler
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 import steadygrad as sg
 from tests.backends import Backend
@@ -134,6 +139,61 @@ def test_point_2_hooks_of_the_subclass_run_once(backend: Backend) -> None:
     give(params)
     optimizer.step()
     assert events == ["pre", "post"]
+
+
+@all_kinds
+def test_point_2_a_profiler_sees_the_step_and_global_hooks_run_once(
+    backend: Backend, kind: str
+) -> None:
+    params = dense_parameters(device=backend.device)
+    optimizer = MAKERS[kind](params, max_norm=1.0)
+    inner = getattr(optimizer, "optimizer", optimizer)
+    seen: list[Any] = []
+    handles = [
+        register_optimizer_step_pre_hook(lambda which, args, kwargs: seen.append(which)),
+        register_optimizer_step_post_hook(lambda which, args, kwargs: seen.append(which)),
+    ]
+    try:
+        for seed in range(2):
+            give(params, seed)
+            with torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU]
+            ) as profile:
+                optimizer.step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert seen == [inner] * 4
+    name = f"Optimizer.step#{type(inner).__name__}.step"
+    assert [event.name for event in profile.events()].count(name) == 1
+    give(params, 3)
+    optimizer.step()
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "subclass"])
+def test_a_plain_step_is_one_call_into_the_kernels(backend: Backend, kind: str) -> None:
+    """From the optimizer's step it is two calls to the kernels, and nothing else of ours is deep."""
+    params = dense_parameters(device=backend.device)
+    optimizer = MAKERS[kind](params, max_norm=1.0)
+    calls: list[tuple[str, int]] = []
+
+    def note(frame: Any, event: str, function: Any) -> None:
+        if event == "c_call" and getattr(function, "__name__", "") == "step":
+            depth = 0
+            while frame is not None and frame.f_code.co_filename != __file__:
+                depth, frame = depth + 1, frame.f_back
+            calls.append((type(function.__self__).__name__, depth))
+
+    for seed in range(3):
+        give(params, seed)
+        sys.setprofile(note if seed == 2 else None)
+        try:
+            optimizer.step()
+        finally:
+            sys.setprofile(None)
+    # Stabilizer.step or AdamW.step, Stepper.step, Stepper._run
+    assert len(calls) == 1 and calls[0][1] == 3
 
 
 @all_kinds

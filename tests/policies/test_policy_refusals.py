@@ -11,7 +11,7 @@ import torch
 from torch.nn import Parameter
 
 import steadygrad as sg
-from steadygrad.policies import Policy
+from steadygrad.policies import KernelPolicy
 from steadygrad.reference import policies as reference
 from tests.backends import Backend
 
@@ -70,12 +70,28 @@ def made(**ours: Any) -> Any:
 
 
 def test_no_policy_where_one_is_expected() -> None:
-    for clip in (1.0, "ClipNorm", sg.ClipNorm, sg.SkipSpikes(), Policy()):
+    for clip in (1.0, "ClipNorm", sg.ClipNorm, sg.SkipSpikes(), KernelPolicy()):
         with pytest.raises(TypeError, match=r"Stabilizer: clip: expected a clip policy such as"):
             made(clip=clip)
     for skip in (6, True, sg.SkipSpikes, sg.ClipZScore()):
         with pytest.raises(TypeError, match=r"Stabilizer: skip: expected a SkipSpikes or None"):
             made(skip=skip)
+
+
+def test_every_clip_policy_is_one() -> None:
+    policies = (
+        sg.ClipNorm(1.0),
+        sg.ClipPercentile(),
+        sg.ClipZScore(),
+        sg.ClipRelative(),
+        sg.ClipAdaptive(),
+        sg.Damp(1.0),
+    )
+    for policy in policies:
+        assert isinstance(policy, sg.ClipPolicy)
+        with pytest.raises(NotImplementedError, match=rf"{type(policy).__name__}\.limits: "):
+            policy.limits(torch.ones(1))
+    assert not isinstance(sg.SkipSpikes(), sg.ClipPolicy)
 
 
 @pytest.mark.parametrize("clip", [sg.ClipNorm(1.0), sg.ClipZScore()], ids=str)

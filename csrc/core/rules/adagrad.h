@@ -8,6 +8,13 @@
 
 namespace steadygrad {
 
+inline constexpr NumberField kAdagradNumbers[] = {{"lr", &RuleHyper::lr},
+                                                  {"lr_decay", &RuleHyper::lr_decay},
+                                                  {"eps", &RuleHyper::eps},
+                                                  {"weight_decay", &RuleHyper::weight_decay}};
+inline constexpr FlagField kAdagradFlags[] = {{"maximize", &RuleHyper::maximize}};
+inline constexpr StateField kAdagradStates[] = {{"sum"}};
+
 template <class T, bool kDecay>
 struct Adagrad {
   static constexpr int kStateCount = 1;

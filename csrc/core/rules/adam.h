@@ -8,6 +8,17 @@
 
 namespace steadygrad {
 
+inline constexpr NumberField kAdamNumbers[] = {{"lr", &RuleHyper::lr},
+                                               {"betas", &RuleHyper::beta1, 0, 1, 0},
+                                               {"betas", &RuleHyper::beta2, 0, 1, 1},
+                                               {"eps", &RuleHyper::eps},
+                                               {"weight_decay", &RuleHyper::weight_decay}};
+inline constexpr FlagField kAdamFlags[] = {{"amsgrad", &RuleHyper::amsgrad},
+                                           {"maximize", &RuleHyper::maximize},
+                                           {"decoupled_weight_decay", &RuleHyper::decoupled_weight_decay}};
+inline bool is_amsgrad(const RuleHyper& hyper) { return hyper.amsgrad; }
+inline constexpr StateField kAdamStates[] = {{"exp_avg"}, {"exp_avg_sq"}, {"max_exp_avg_sq", is_amsgrad}};
+
 template <class T, bool kDecay, bool kAmsgrad>
 struct Adam {
   static constexpr int kStateCount = kAmsgrad ? 3 : 2;

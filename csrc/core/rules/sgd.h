@@ -6,6 +6,14 @@
 
 namespace steadygrad {
 
+inline constexpr NumberField kSgdNumbers[] = {{"lr", &RuleHyper::lr},
+                                              {"momentum", &RuleHyper::momentum},
+                                              {"dampening", &RuleHyper::dampening, -INFINITY},
+                                              {"weight_decay", &RuleHyper::weight_decay}};
+inline constexpr FlagField kSgdFlags[] = {{"nesterov", &RuleHyper::nesterov},
+                                          {"maximize", &RuleHyper::maximize}};
+inline constexpr StateField kSgdStates[] = {{"momentum_buffer", has_momentum}};
+
 template <class T, bool kDecay, bool kMomentum, bool kNesterov>
 struct Sgd {
   static constexpr int kStateCount = kMomentum ? 1 : 0;

@@ -15,13 +15,19 @@ struct RuleEntry {
   std::string_view name;
   RuleKind kind;
   bool has_step;  // keeps a step counter per parameter
+  // How torch's class keeps its options and its state.
+  FieldList<NumberField> numbers;
+  FieldList<FlagField> flags;
+  FieldList<StateField> states;
 };
 
 // "none" leaves the update to somebody else: only the gradients are transformed.
 constexpr RuleEntry kRules[] = {
-    {"none", RuleKind::none, false},      {"sgd", RuleKind::sgd, false},
-    {"adam", RuleKind::adam, true},       {"adagrad", RuleKind::adagrad, true},
-    {"rmsprop", RuleKind::rmsprop, true},
+    {"none", RuleKind::none, false, {}, {}, {}},
+    {"sgd", RuleKind::sgd, false, kSgdNumbers, kSgdFlags, kSgdStates},
+    {"adam", RuleKind::adam, true, kAdamNumbers, kAdamFlags, kAdamStates},
+    {"adagrad", RuleKind::adagrad, true, kAdagradNumbers, kAdagradFlags, kAdagradStates},
+    {"rmsprop", RuleKind::rmsprop, true, kRmsPropNumbers, kRmsPropFlags, kRmsPropStates},
 };
 
 STEADYGRAD_INLINE StepScalars step_scalars(RuleKind kind, const RuleHyper& hyper, double step) {

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from steadygrad.optim.adagrad import Adagrad
-from steadygrad.optim.adam import Adam, AdamW
-from steadygrad.optim.rmsprop import RMSprop
-from steadygrad.optim.sgd import SGD
+from steadygrad.optim.classes import SGD, Adagrad, Adam, AdamW, RMSprop
 
 __all__ = ["SGD", "Adagrad", "Adam", "AdamW", "RMSprop"]

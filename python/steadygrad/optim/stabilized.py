@@ -2,40 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import functools
-import inspect
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from steadygrad.distributed.parts import zero_redundancy_optimizer
 from steadygrad.memory import Outcome
-from steadygrad.optim.accumulated import Accumulated
-from steadygrad.optim.closures import Closure
-from steadygrad.optim.device_steps import decision_device
-from steadygrad.optim.interruptions import NonfiniteGradientError
-from steadygrad.optim.limits import SettableLimits, make_plain, warn_of_other_limits
-from steadygrad.optim.loaded_state import check_loaded
+from steadygrad.optim.accumulation import Accumulated
+from steadygrad.optim.groups import SettableLimits, make_plain, warn_of_other_limits
 from steadygrad.optim.options import COUNTERS, SHARED_KEYS, StabilizerOptions
-from steadygrad.optim.parameter_groups import named_alike, set_parameter_names
-from steadygrad.optim.rule import UpdateRule
-from steadygrad.optim.stepper import Stepper
+from steadygrad.optim.state import decision_device
+from steadygrad.optim.step import Stepper
+from steadygrad.parameter_names import set_parameter_names
 from steadygrad.telemetry.history import History
 from steadygrad.telemetry.recorder import Recorder
 from steadygrad.telemetry.report import Report
 
-# Set by torch.amp.GradScaler for the time of a step.
-AMP_KEYS = ("grad_scale", "found_inf")
 
-
-class StepOutcome(SettableLimits):
+class StabilizedOptimizer(SettableLimits):
     """What can be read off a stabilized optimizer, and how its extra param group keys are kept."""
 
     _options: StabilizerOptions
@@ -50,12 +39,12 @@ class StepOutcome(SettableLimits):
     def _make_stepper(self) -> Stepper:
         raise NotImplementedError
 
-    def _genuine(self) -> StepOutcome:
+    def _genuine(self) -> StabilizedOptimizer:
         """This object; where a wrapper only imitates the class, as Lightning's optimizers do, the one it wraps."""
         if "_options" in self.__dict__:
             return self
         wrapped = getattr(self, "optimizer", None)
-        return wrapped if isinstance(wrapped, StepOutcome) else self
+        return wrapped if isinstance(wrapped, StabilizedOptimizer) else self
 
     def _current_stepper(self) -> Stepper:
         genuine = self._genuine()
@@ -63,29 +52,6 @@ class StepOutcome(SettableLimits):
         if stepper is None:
             stepper = genuine.__dict__["_stepper"] = genuine._make_stepper()
         return stepper
-
-    def _stabilized_step(self, closure: Closure | None) -> Any:
-        stepper, accumulated = self._current_stepper(), self.accumulated
-        found_inf = self.__dict__.get("found_inf")
-        # torch's scaler looks for infinities in .grad only, and would not lower its scale for those in the sums.
-        accumulated.check_ready(closure, None if self._finds_inf else found_inf)
-        stepper.accumulated = accumulated
-        stepper.nonfinite = "skip" if self._finds_inf else self._options.nonfinite
-        try:
-            try:
-                loss = stepper.step(closure, self.__dict__.get("grad_scale"), found_inf)
-            finally:
-                stepper.accumulated = Accumulated()
-            self.__dict__.pop("_accumulated", None)
-            stepper.tell()
-        except BaseException as error:
-            # Left behind by a scaler, the scale would be multiplied into the next step's.
-            for key in AMP_KEYS:
-                self.__dict__.pop(key, None)
-            if isinstance(error, NonfiniteGradientError):
-                stepper.tell()
-            raise
-        return loss
 
     @property
     def accumulated(self) -> Accumulated:
@@ -112,12 +78,12 @@ class StepOutcome(SettableLimits):
 
         Does not wait for the device. None if the step did not come as far as that.
         """
-        report = self._current_stepper().report
-        if report is None:
+        outcome = self._current_stepper().outcome
+        if outcome is None:
             return None
-        if isinstance(report.norm, Outcome):
-            return report.norm.found_nonfinite()
-        found = (report.skipped and not report.spiked) or report.nonfinite_count > 0
+        if isinstance(outcome, Outcome):
+            return outcome.found_nonfinite()
+        found = (outcome.skipped and not outcome.spiked) or outcome.nonfinite > 0
         return torch.tensor(float(found), dtype=torch.float32, device="cpu")
 
     def _join_zero_redundancy(self, own: Iterable[str]) -> None:
@@ -182,7 +148,7 @@ class StepOutcome(SettableLimits):
     @property
     def has_stepped(self) -> bool:
         """Whether there was a step, skipped or not, since the optimizer was made, copied or loaded."""
-        return self._current_stepper().grad_norm is not None
+        return self._current_stepper().last_outcome is not None
 
     @property
     def grad_norm(self) -> Tensor:
@@ -192,16 +158,16 @@ class StepOutcome(SettableLimits):
         fp32, or fp64 if any parameter is fp64; infinite for finite gradients whose norm is beyond that dtype's range
         (they are clipped right all the same).
         """
-        norm = self._current_stepper().grad_norm
+        outcome = self._current_stepper().last_outcome
         params = [p for group in self.param_groups for p in group["params"]]
         wide = any(p.dtype in (torch.float64, torch.complex128) for p in params)
-        if isinstance(norm, Outcome):
-            return norm.norm(wide)
+        if isinstance(outcome, Outcome):
+            return outcome.norm(wide)
         dtype = torch.float64 if wide else torch.float32
-        if norm is None:
+        if outcome is None:
             device = decision_device(self.param_groups) or torch.device("cpu")
             return torch.full((), math.nan, dtype=dtype, device=device)
-        return torch.tensor(norm, dtype=dtype, device="cpu")
+        return torch.tensor(outcome.norm, dtype=dtype, device="cpu")
 
     @property
     def path(self) -> str:
@@ -317,112 +283,3 @@ class StepOutcome(SettableLimits):
     def _counter(self, name: str) -> int:
         self._flush(policies=False)
         return max((int(group.get(name, 0)) for group in self.param_groups), default=0)
-
-
-Constructor = TypeVar("Constructor", bound=Callable[..., None])
-
-
-def written_out(signature: Constructor) -> Constructor:
-    """Decorates a constructor that is a signature without a body: :class:`Stabilized` takes its arguments.
-
-    So editors, type checkers and ``inspect`` see the parameters of a class, while what was not given stays what the
-    torch that is there makes of it.
-    """
-
-    @functools.wraps(signature)
-    def __init__(self: Stabilized, *args: Any, **kwargs: Any) -> None:
-        Stabilized.__init__(self, *args, **kwargs)
-
-    return __init__  # type: ignore[return-value]
-
-
-class Stabilized(StepOutcome):
-    """Mixed into a torch optimizer class: the same optimizer with a stabilized step.
-
-    Takes torch's arguments, and the keyword arguments of :class:`steadygrad.Stabilizer`.
-    """
-
-    rule: ClassVar[UpdateRule]
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        own = {field.name for field in dataclasses.fields(StabilizerOptions)}
-        self._check_keywords(kwargs, own)
-        given = own & set(kwargs)
-        self._options = StabilizerOptions(**{name: kwargs.pop(name) for name in given})
-        self._stepper = None
-        super().__init__(*args, **kwargs)
-        self._join_zero_redundancy(given)
-
-    def _check_keywords(self, given: Iterable[str], own: set[str]) -> None:
-        """Refuses unknown names. Torch's are those of the torch that is there, which may have more than we list."""
-        known = own | set(inspect.signature(self.rule.optimizer).parameters)
-        for name in given:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                advice = f"; did you mean {near[0]!r}?" if near else ""
-                raise TypeError(
-                    f"{type(self).__name__}: unexpected keyword argument {name!r}{advice}"
-                )
-
-    def _make_stepper(self) -> Stepper:
-        assert isinstance(self, torch.optim.Optimizer)
-        torch_step = self.rule.optimizer.step
-        # torch hooks each class's step; this object's hooks run around our own.
-        if getattr(torch_step, "hooked", False):
-            torch_step = torch_step.__wrapped__  # type: ignore[attr-defined]
-        return Stepper(
-            self,
-            self._options,
-            self.rule,
-            lambda optimizer, *closure: optimizer._torch_step(torch_step, *closure),
-            runs_hooks=False,
-        )
-
-    def _torch_step(self, torch_step: Any, *closure: Closure) -> Any:
-        # torch's own step would unscale the gradients a second time.
-        amp = {key: self.__dict__.pop(key) for key in AMP_KEYS if key in self.__dict__}
-        try:
-            return torch_step(self, *closure)
-        finally:
-            self.__dict__.update(amp)
-
-    def step(self, closure: Closure | None = None) -> Any:
-        """One stabilized step; see :meth:`steadygrad.Stabilizer.step`."""
-        return self._stabilized_step(closure)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Sets or zeroes gradients as torch does; drops what :func:`steadygrad.accumulate` has gathered."""
-        self._drop_accumulated()
-        super().zero_grad(set_to_none=set_to_none)  # type: ignore[misc]
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a param group; keys it does not set get this optimizer's defaults."""
-        self._flush()
-        super().add_param_group(named_alike(self.param_groups, param_group))  # type: ignore[misc]
-        self._enter_last_group()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict of this class or of torch's; what torch's lacks stays as it is."""
-        check_loaded(state_dict, self._options)
-        self._flush()
-        kept = self._kept_group_keys()
-        super().load_state_dict(state_dict)  # type: ignore[misc]
-        self._after_load(state_dict, kept)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Torch's state dict, with this class's keys in its param groups; torch can load it."""
-        with self._saving():
-            state_dict: dict[str, Any] = super().state_dict()  # type: ignore[misc]
-        return state_dict
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For pickle and deepcopy: torch's, and the options."""
-        self._flush_to_save()
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]
-        return {**state, "_options": self._options}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Takes whole or partial states, as torch's ``load_state_dict`` passes them."""
-        self._flush()
-        super().__setstate__(state)  # type: ignore[misc]
-        self._stepper = None

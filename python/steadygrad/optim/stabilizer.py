@@ -9,11 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from steadygrad.optim.adagrad import RULE as ADAGRAD_RULE
-from steadygrad.optim.adam import ADAM_RULE, ADAMW_RULE
-from steadygrad.optim.closures import Closure, other_update_methods
-from steadygrad.optim.direct_steps import own_step, watch
-from steadygrad.optim.loaded_state import check_loaded
+from steadygrad.optim.classes import (
+    ADAGRAD_RULE,
+    ADAM_RULE,
+    ADAMW_RULE,
+    RMSPROP_RULE,
+    SGD_RULE,
+    StabilizedClass,
+)
+from steadygrad.optim.groups import check_loaded
+from steadygrad.optim.hooks import own_step, watch
+from steadygrad.optim.in_place import Closure, other_update_methods
 from steadygrad.optim.options import (
     COUNTERS,
     LIMITS,
@@ -21,15 +27,13 @@ from steadygrad.optim.options import (
     L1Mode,
     Nonfinite,
     PenaltyOrder,
+    Rounding,
     StabilizerOptions,
 )
-from steadygrad.optim.param_storage import Rounding
-from steadygrad.optim.parameter_groups import named_alike
-from steadygrad.optim.rmsprop import RULE as RMSPROP_RULE
-from steadygrad.optim.sgd import RULE as SGD_RULE
-from steadygrad.optim.stabilized import Stabilized, StepOutcome
-from steadygrad.optim.stepper import Stepper
-from steadygrad.policies import ClipAdaptive, ClipPolicy, Policy, SkipSpikes
+from steadygrad.optim.stabilized import StabilizedOptimizer
+from steadygrad.optim.step import Stepper
+from steadygrad.parameter_names import named_alike
+from steadygrad.policies import ClipAdaptive, ClipPolicy, SkipSpikes
 from steadygrad.policies.adaptive import CLIPPING
 from steadygrad.telemetry.settings import Level, Telemetry
 
@@ -39,9 +43,9 @@ _RULES = {
 }
 
 
-def _kind(optimizer: Stabilizer | Stabilized) -> str:
+def _kind(optimizer: Stabilizer | StabilizedClass) -> str:
     """What a stabilized optimizer is, and what to do in the place of wrapping it."""
-    if isinstance(optimizer, Stabilized):
+    if isinstance(optimizer, StabilizedClass):
         name = optimizer.rule.optimizer.__name__
         return (
             f"a steadygrad.optim.{name}, whose own step is stabilized: give it max_norm and the other options, "
@@ -51,7 +55,7 @@ def _kind(optimizer: Stabilizer | Stabilized) -> str:
     return f"a steadygrad.Stabilizer around {name}: give that one the options, or wrap the {name}"
 
 
-class Stabilizer(StepOutcome, torch.optim.Optimizer):
+class Stabilizer(StabilizedOptimizer, torch.optim.Optimizer):
     r"""A ``torch.optim.Optimizer`` around another one, whose steps survive exploding gradients.
 
     One step, in this order: unscale the gradient (``torch.amp.GradScaler``), add the penalty, take the norm
@@ -130,7 +134,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
         optimizer: torch.optim.Optimizer,
         *,
         max_norm: float | None = None,
-        clip: Policy | ClipPolicy | None = None,
+        clip: ClipPolicy | None = None,
         skip: SkipSpikes | None = None,
         norm_type: float = 2.0,
         clip_value: float | None = None,
@@ -153,7 +157,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
                 "Stabilizer: optimizer: expected a torch.optim.Optimizer, "
                 f"got {type(optimizer).__name__}"
             )
-        if isinstance(optimizer, (Stabilizer, Stabilized)):
+        if isinstance(optimizer, (Stabilizer, StabilizedClass)):
             raise ValueError(
                 f"Stabilizer: optimizer: expected one that is not stabilized yet, got {_kind(optimizer)}"
             )
@@ -236,6 +240,9 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
         either way, and a ``grad_scale`` or ``lr`` in a tensor there that is negative or not finite skips the step where
         a number would have been refused.
         """
+        stepper = self.__dict__.get("_stepper") or self._current_stepper()
+        if not (self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks):
+            return stepper.step(self, closure)
         args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
         kwargs: dict[str, Any] = {}
         for pre_hook in list(self._optimizer_step_pre_hooks.values()):
@@ -243,7 +250,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
             if changed is not None:
                 args, kwargs = changed
                 closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        loss = self._stabilized_step(closure)
+        loss = stepper.step(self, closure)
         for post_hook in list(self._optimizer_step_post_hooks.values()):
             post_hook(self, args, kwargs)
         return loss

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from steadygrad.policies.policy import Numbers, Policy
+from steadygrad import _kernels
+from steadygrad.policies.clip_policy import KernelClipPolicy
 
 
 @dataclass(frozen=True)
-class ClipNorm(Policy):
+class ClipNorm(KernelClipPolicy):
     r"""A constant limit: :math:`c = \min(1, \text{max\_norm} / (N + 10^{-6}))`.
 
     ``clip=ClipNorm(1.0)`` is ``max_norm=1.0``. Source: Pascanu et al. 2013, "On the difficulty of training recurrent
@@ -30,7 +31,7 @@ class ClipNorm(Policy):
 
 
 @dataclass(frozen=True)
-class Damp(Policy):
+class Damp(KernelClipPolicy):
     r"""Shrinks large norms instead of cutting them: :math:`c = (\text{max\_norm} / N)^\text{power}` for N > max_norm.
 
     The clipped norm is :math:`\text{max\_norm}^\text{power} N^{1 - \text{power}}`, so that larger gradients still make
@@ -56,6 +57,6 @@ class Damp(Policy):
             raise ValueError(f"Damp: power: expected a number > 0 and <= 1, got {self.power!r}")
 
     @property
-    def kernel_numbers(self) -> Numbers:
+    def for_kernels(self) -> _kernels.ClipPolicy:
         """Its name, limit and power."""
-        return ("damp", float(self.max_norm), float(self.power), 0.0, 1.0, 0, 0)
+        return _kernels.ClipPolicy("damp", max_norm=float(self.max_norm), level=float(self.power))

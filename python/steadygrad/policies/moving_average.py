@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from steadygrad.policies.policy import LEARNT, Numbers, Policy, Scope
+from steadygrad import _kernels
+from steadygrad.policies.clip_policy import KernelClipPolicy
+from steadygrad.policies.policy import LEARNT, Scope
 
 
 def _restored(saved: Sequence[float], size: int) -> list[float] | None:
@@ -19,7 +21,7 @@ def _restored(saved: Sequence[float], size: int) -> list[float] | None:
 
 
 @dataclass(frozen=True)
-class ClipZScore(Policy):
+class ClipZScore(KernelClipPolicy):
     r"""ZClip: norms that deviate too much from their moving average are clipped, the more the more they deviate.
 
     With mean :math:`\mu`, variance :math:`\sigma^2` and :math:`z = (N - \mu) / (\sigma + 10^{-6})`, where
@@ -65,15 +67,16 @@ class ClipZScore(Policy):
         self._positive("clip_factor")
 
     @property
-    def kernel_numbers(self) -> Numbers:
+    def for_kernels(self) -> _kernels.ClipPolicy:
         """Its name, cap, threshold, decay, factor and warm-up."""
-        z, alpha, factor = float(self.z_threshold), float(self.alpha), float(self.clip_factor)
-        return ("zscore", self._cap("max_norm"), z, alpha, factor, self.warmup, 0)
-
-    @property
-    def row_size(self) -> int:
-        """Count, mean and variance."""
-        return LEARNT + 3
+        return _kernels.ClipPolicy(
+            "zscore",
+            max_norm=self._cap("max_norm"),
+            level=float(self.z_threshold),
+            decay=float(self.alpha),
+            factor=float(self.clip_factor),
+            warmup=self.warmup,
+        )
 
     def saved(self, row: list[float]) -> list[float]:
         """Count, mean and variance."""
@@ -85,7 +88,7 @@ class ClipZScore(Policy):
 
 
 @dataclass(frozen=True)
-class ClipRelative(Policy):
+class ClipRelative(KernelClipPolicy):
     r"""AdaGC: each parameter's norm is limited relative to the moving average of its own clipped norms.
 
     After the warm-up, per scope (by default each parameter):
@@ -131,15 +134,15 @@ class ClipRelative(Policy):
         self._cap("max_norm")
 
     @property
-    def kernel_numbers(self) -> Numbers:
+    def for_kernels(self) -> _kernels.ClipPolicy:
         """Its name, cap, ratio, decay and warm-up."""
-        cap = self._cap("max_norm")
-        return ("relative", cap, float(self.relative), float(self.beta), 1.0, self.warmup, 0)
-
-    @property
-    def row_size(self) -> int:
-        """Count and average."""
-        return LEARNT + 2
+        return _kernels.ClipPolicy(
+            "relative",
+            max_norm=self._cap("max_norm"),
+            level=float(self.relative),
+            decay=float(self.beta),
+            warmup=self.warmup,
+        )
 
     def saved(self, row: list[float]) -> list[float]:
         """Count and average."""

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steadygrad import _kernels
 from steadygrad.distributed.units import check_whole_units
 from steadygrad.memory import keep_for_graphs
-from steadygrad.optim.asked_policy import AskedPolicy
 from steadygrad.policies.adaptive import CLIPPING, ClipAdaptive
+from steadygrad.policies.asked_policy import AskedPolicy
 from steadygrad.policies.clip_policy import ClipPolicy
-from steadygrad.policies.policy import Policy
+from steadygrad.policies.policy import KernelPolicy
 
 Groups = list[dict[str, Any]]
 
@@ -33,7 +34,7 @@ class PolicyState:
         policy: whose rows they are.
     """
 
-    def __init__(self, key: str, policy: Policy) -> None:
+    def __init__(self, key: str, policy: KernelPolicy) -> None:
         self._key = key
         self._policy = policy
         self._rows: Tensor | None = None
@@ -110,7 +111,7 @@ def _shortened(saved: Any) -> str:
     return f"{text[:-1]}, ...]" if len(saved) > 4 else text
 
 
-def _rows_of(key: str, policy: Policy, saved: Any) -> list[list[float]]:
+def _rows_of(key: str, policy: KernelPolicy, saved: Any) -> list[list[float]]:
     """The rows of a list; none where it is another policy's, or one's with other numbers.
 
     Raises:
@@ -148,17 +149,17 @@ class PolicyStates:
 
     def __init__(
         self,
-        clip: Policy | ClipPolicy | None,
-        skip: Policy | None,
+        clip: ClipPolicy | None,
+        skip: KernelPolicy | None,
         scope: str,
         per_tensor: bool,
         fresh: str | None = None,
     ) -> None:
         self._clip: PolicyState | AskedPolicy | None = None
-        if isinstance(clip, ClipPolicy):
+        if isinstance(clip, KernelPolicy):
+            self._clip = None if clip.for_kernels is None else PolicyState(CLIP_STATE, clip)
+        elif clip is not None:
             self._clip = AskedPolicy(CLIP_STATE, clip, fresh)
-        elif clip is not None and clip.kernel_numbers is not None:
-            self._clip = PolicyState(CLIP_STATE, clip)
         self._skip = None if skip is None else PolicyState(SKIP_STATE, skip)
         self._scope = scope
         self._per_tensor = per_tensor
@@ -170,12 +171,14 @@ class PolicyStates:
         """The state that a policy in Python had when the optimizer took it over."""
         return self._clip.fresh if isinstance(self._clip, AskedPolicy) else None
 
+    def __bool__(self) -> bool:
+        """Whether there is a policy that keeps rows."""
+        return self._clip is not None or self._skip is not None
+
     def rows(
         self, groups: Groups, device: torch.device | None
-    ) -> tuple[Tensor | None, Tensor | None] | None:
+    ) -> tuple[Tensor | None, Tensor | None]:
         """For a step: the rows of both; ``device``: where decisions are taken, None for the CPU."""
-        if self._clip is None and self._skip is None:
-            return None
         if self._adaptive is not None:
             left_out = [group.get(CLIPPING, 0.0) is None for group in groups]
             if left_out != self._left_out:
@@ -190,9 +193,11 @@ class PolicyStates:
             None if self._skip is None else self._skip.rows(groups, 1, device),
         )
 
-    def reduction(self, of_processes: Any, rows: Any, groups: Groups) -> Any:
+    def reduction(
+        self, of_processes: _kernels.Reduction | None, groups: Groups
+    ) -> _kernels.Reduction | None:
         """What happens between the passes: that of several processes, and the question to a policy in Python."""
-        if rows is None or not isinstance(self._clip, AskedPolicy):
+        if not isinstance(self._clip, AskedPolicy):
             return of_processes
         slots = sum(len(group["params"]) for group in groups)
         sums = 1 + len(groups) + (slots if self._per_tensor else 0)

@@ -1,8 +1,8 @@
-"""Steps whose outcome stays on the device: nothing here waits for it unless it is asked to."""
+"""The state that is stepped with each parameter: which there is, how it is made, and what of it a device decides."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,31 +10,168 @@ import torch
 from torch import Tensor
 
 from steadygrad import _kernels
+from steadygrad.arguments import as_float
+from steadygrad.distributed.dtensors import local_tensor
 from steadygrad.memory import Outcome, allocator, is_asynchronous, is_number_on
-from steadygrad.optim.options import checked_number
+from steadygrad.optim.options import HALF_DTYPES, ParamStorage, checked_number
+
+Group = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Scaling:
-    """``torch.amp.GradScaler``'s numbers, as numbers or, where waiting for them would cost, as tensors."""
+class UpdateRule:
+    """A fused update rule and how torch's optimizer of that name keeps its options and state.
 
-    unscale: float = 1.0
-    found_inf: bool = False
-    grad_scale_tensor: Tensor | None = None
-    found_inf_tensor: Tensor | None = None
+    Attributes:
+        name: the rule's name in the kernels.
+        optimizer: torch's class. Subclasses may override anything, so only this very type is fused.
+        takes_sparse: whether torch's class accepts sparse gradients.
+        initial_value: what a new state tensor is filled with.
+    """
+
+    name: str
+    optimizer: type[torch.optim.Optimizer]
+    takes_sparse: bool = False
+    initial_value: Callable[[Group], float] = lambda group: 0.0
 
     @property
-    def numbers(self) -> tuple[float, bool]:
-        """What the host knows of them."""
-        return self.unscale, self.found_inf
+    def has_step(self) -> bool:
+        """Whether the state has a ``step`` counter."""
+        return _kernels.has_step(self.name)
+
+    def state_names(self, group: Group) -> tuple[str, ...]:
+        """The state tensors in the kernels' order, for the options of a group."""
+        return tuple(_kernels.state_names(self.name, group))
+
+    def new_state(self, param: Tensor, group: Group, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The state torch's class creates before a parameter's first step, but for its dtype."""
+        state: dict[str, Tensor] = {}
+        if self.has_step:
+            wide = torch.get_default_dtype() == torch.float64 and not group.get("fused")
+            # On the CPU, as torch has it without fused=True; where steps are decided on the device, on the device.
+            there = param.device if is_asynchronous(param.device) else torch.device("cpu")
+            step_dtype = (
+                torch.float64 if wide and not is_asynchronous(param.device) else torch.float32
+            )
+            state["step"] = torch.zeros((), dtype=step_dtype, device=there)
+        for name in self.state_names(group):
+            state[name] = torch.full_like(
+                param, self.initial_value(group), dtype=dtype, memory_format=torch.preserve_format
+            ).detach()
+        return state
 
 
-State = dict[Tensor, dict[str, Any]]
+State = dict[str, Any]
+
+
+def slot_of(
+    rule: UpdateRule,
+    storage: ParamStorage,
+    param: Tensor,
+    group: Group,
+    names: tuple[str, ...],
+    state: State,
+    *,
+    has_grad: bool,
+    on_device: bool,
+) -> tuple[_kernels.Slot | None, dict[str, Tensor]]:
+    """A parameter's slot, and what of it is to be entered into its state once the step has been taken.
+
+    None without a gradient, also none that was accumulated, and without state. ``on_device``: whether the decision to
+    step is taken there. ``names``: of the states that the group's options ask
+    for.
+    """
+    extra = storage.extra_name(param)
+    if not names and not rule.has_step and extra is None:
+        return None, {}
+    # SGD keeps the key with None as its value until there is momentum.
+    first = any(state.get(name) is None for name in names)
+    # A checkpoint from elsewhere has none; the rest of its state stays.
+    lacks_extra = extra is not None and not storage.is_extra(state.get(extra), param)
+    if (first or lacks_extra) and not has_grad:
+        return None, {}
+    made: dict[str, Tensor] = {}
+    widened: dict[str, Tensor] = {}
+    if first:
+        made = rule.new_state(param, group, storage.dtype_for(param))
+    else:
+        widened = _widened(state, names, storage.dtype_for(param))
+    if extra is not None and lacks_extra:
+        made[extra] = storage.new_extra(param)
+    if rule.has_step and not first and on_device and state["step"].device != param.device:
+        # Where the decision to step is taken, as with fused=True and capturable=True.
+        state["step"] = state["step"].to(param.device, torch.float32, non_blocking=True)
+    # Only SGD's momentum begins otherwise than it goes on. Elsewhere the mark says what a skipped step takes back.
+    first = first or (bool(made) and (rule.has_step or not names))
+    made = {**made, **widened}
+    whole = {**state, **made}
+    step = whole["step"] if rule.has_step else None
+    kept = whole[extra] if extra is not None else None
+    states = [whole[name] for name in names]
+    return _kernels.Slot(states=states, step=step, extra=kept, first=first), made
+
+
+def _widened(state: State, names: tuple[str, ...], dtype: torch.dtype) -> dict[str, Tensor]:
+    """State that was made in half precision in the dtype asked for: the same values."""
+    return {
+        name: state[name].float()
+        for name in names
+        if dtype == torch.float32 and state[name].dtype in HALF_DTYPES
+    }
+
+
+def is_state_creation(
+    param_groups: list[dict[str, Any]],
+    defaults: dict[str, Any],
+    asynchronous_device: torch.device | None,
+    told: bool,
+) -> bool:
+    """Whether a step without state has zero gradients and no learning rate.
+
+    Args:
+        param_groups: of the optimizer.
+        defaults: of limits that a group lacks.
+        asynchronous_device: where decisions are taken, or None.
+        told: whether writers are told of each step.
+    """
+    for group in param_groups:
+        rate = group.get("lr", 1)
+        if is_number_on(rate, asynchronous_device):
+            return False
+        if not isinstance(rate, (int, float, Tensor)) or float(rate) != 0:
+            return False
+    # On a device to look at the gradients is to wait for them: only where a penalty, a clip to nothing or writers would
+    # leave traces. Without writers the ring has a row for it.
+    waits = asynchronous_device is not None
+    leaves_traces = told or any(_leaves_traces({**defaults, **group}) for group in param_groups)
+    if waits and not leaves_traces:
+        return False
+    grads = [
+        local_tensor(param.grad)
+        for group in param_groups
+        for param in group["params"]
+        if param.grad is not None
+    ]
+    return all(not grad.is_sparse and _has_memory(grad) and not bool(grad.any()) for grad in grads)
+
+
+def _leaves_traces(group: dict[str, Any]) -> bool:
+    limit = as_float(group["max_norm"])
+    clips_to_nothing = isinstance(limit, (int, float)) and limit < 1e-6
+    return bool(group["l1"] or group["l2"] or clips_to_nothing)
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether torch may read it: one whose storage was freed would crash it, and the step says so in words."""
+    return tensor.numel() == 0 or tensor.untyped_storage().nbytes() > 0
+
+
+States = dict[Tensor, dict[str, Any]]
 
 
 def scaling(
     grad_scale: Any, found_inf: Any, divisor: float | Tensor, device: torch.device | None
-) -> Scaling:
+) -> _kernels.Scaling:
     """The scaler's numbers, checked where the host has them; ``divisor`` is that of accumulated gradients."""
     if isinstance(divisor, Tensor):
         grad_scale, divisor = divisor if grad_scale is None else grad_scale * divisor, 1.0
@@ -43,7 +180,7 @@ def scaling(
     scale = 1.0 if grad_scale is None or scale_there else _checked_grad_scale(grad_scale)
     if scale_there:
         grad_scale = grad_scale.float() if divisor == 1 else grad_scale.float() * divisor
-    return Scaling(
+    return _kernels.Scaling(
         unscale=1.0 if scale_there else 1.0 / (scale * divisor),
         found_inf=found_inf is not None
         and not found_there
@@ -71,31 +208,6 @@ def decision_device(param_groups: list[dict[str, Any]]) -> torch.device | None:
     return first.device if first is not None and is_asynchronous(first.device) else None
 
 
-class DeviceReport:
-    """A step's report. One that is not read back says that nothing happened: the device keeps the counts."""
-
-    spiked = False  # asked of the outcome
-
-    def __init__(self, outcome: Outcome, counted: Tensor | None, read_back: bool) -> None:
-        self.norm = outcome
-        self._counted = counted
-        self.skipped, self.refused, self.clipped = (
-            outcome.flags() if read_back else (False, False, False)
-        )
-
-    @property
-    def nonfinite_count(self) -> int:
-        """The number of non-finite elements; waits for the device."""
-        return self.norm.nonfinite()
-
-    @property
-    def nonfinite(self) -> list[int]:
-        """The same per tensor."""
-        assert self._counted is not None
-        counts: list[int] = self._counted.tolist()
-        return counts
-
-
 class DeviceSteps:
     """What one optimizer's steps keep on the device between them.
 
@@ -119,7 +231,7 @@ class DeviceSteps:
         self._rounded_steps: Tensor | None = None
         self._known_rounded_steps = 0
 
-    def settle(self, params: list[Tensor], state: State) -> None:
+    def settle(self, params: list[Tensor], state: States) -> None:
         """Before a new plan: state that was replaced is somebody else's, and flags go by the parameters' places."""
         self._unproven = {
             index: (param, entered)
@@ -154,7 +266,7 @@ class DeviceSteps:
         if made:
             self._unproven[index] = param, made
 
-    def take_back(self, state: State) -> None:
+    def take_back(self, state: States) -> None:
         """Removes state that no step has used; waits for the device if there may be any."""
         for param, name, wide, dtype in self._widened:
             # What still is a number of the dtype that it had loses nothing by going back.
@@ -174,49 +286,19 @@ class DeviceSteps:
                 del state[param]
         self._unproven = {}
 
-    def run(
-        self,
-        plan: _kernels.Plan,
-        numbers: list[tuple[float, ...]],
-        learning_rates: list[Tensor | None],
-        scaling: Scaling,
-        grads: list[Tensor | None] | None,
-        read_back: bool,
-        reduction: _kernels.Reduction = None,
-        policy_rows: _kernels.PolicyRows = None,
-        telemetry: _kernels.TelemetryMemory | None = None,
-    ) -> DeviceReport | None:
-        """One step; None when a parameter has a gradient and no slot yet."""
-        outcome = Outcome(self.device)
-        counted = (
-            torch.empty(len(self.taken), dtype=torch.int64, device=self.device)
-            if read_back
-            else None
+    def memory(
+        self, outcome: Outcome, counts: bool, nonfinite: Tensor | None
+    ) -> _kernels.DeviceMemory:
+        """For one step; ``counts``: whether the device is to count it."""
+        self._counting = self._counting or counts
+        return _kernels.DeviceMemory(
+            outcome=outcome.record,
+            taken=self.taken,
+            counts=self._counts if counts else None,
+            nonfinite=nonfinite,
+            rounded_steps=self._rounded_steps,
+            allocate=allocator(self.device),
         )
-        self._counting = self._counting or not read_back
-        memory = {
-            "outcome": outcome.record,
-            "counts": None if read_back else self._counts,
-            "taken": self.taken,
-            "nonfinite": counted,
-            "rounded_steps": self._rounded_steps,
-            "grad_scale": scaling.grad_scale_tensor,
-            "found_inf": scaling.found_inf_tensor,
-        }
-        ran = plan.step_on_device(
-            numbers,
-            *scaling.numbers,
-            grads,
-            memory,
-            learning_rates,
-            allocator(self.device),
-            reduction,
-            policy_rows,
-            telemetry,
-        )
-        if not ran:
-            return None
-        return DeviceReport(outcome, counted, read_back)
 
     def take_counts(self) -> list[int]:
         """Skipped and clipped steps since the last call; waits for the device once steps have been taken there."""

@@ -1,0 +1,36 @@
+"""What a step raises of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from steadygrad.parameter_names import parameter_names
+
+
+class NonfiniteGradientError(RuntimeError):
+    """Raised under ``nonfinite="raise"``; nothing was changed."""
+
+
+def nonfinite_message(
+    param_groups: list[dict[str, Any]],
+    indices: list[int],
+    counts: list[int],
+    total: int,
+) -> str:
+    """Names the parameters whose gradients are not finite.
+
+    Args:
+        param_groups: of the optimizer.
+        indices: of the parameters that took part, in the order of the groups.
+        counts: of the non-finite elements of each of them.
+        total: of all ranks.
+    """
+    names = parameter_names(param_groups)
+    found = [
+        f"{names[index]} ({count})" for index, count in zip(indices, counts, strict=False) if count
+    ]
+    shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+    return (
+        f"step: gradients: expected finite elements, got {total} non-finite ones in "
+        f"{shown or 'gradients of other ranks'}; parameters, state and step counters were left as they are"
+    )

@@ -1,0 +1,571 @@
+"""One stabilized step of a torch optimizer: fused where its rule has a kernel, else around its own ``step``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from threading import RLock
+from typing import Any
+from weakref import WeakValueDictionary, ref
+
+import torch
+from torch import Tensor
+
+from steadygrad import _kernels
+from steadygrad.distributed.sharding import Sharding, sharding_of
+from steadygrad.memory import Outcome
+from steadygrad.optim.accumulation import Accumulated
+from steadygrad.optim.errors import NonfiniteGradientError, nonfinite_message
+from steadygrad.optim.hooks import is_watched, run_hooked
+from steadygrad.optim.in_place import (
+    Closure,
+    apply_proximal,
+    check_own_numbers,
+    dense_grad,
+    evaluated,
+    evaluates_closure,
+    snapshot,
+    why_not_fused,
+)
+from steadygrad.optim.options import COUNTERS, ROUNDED_STEPS, StabilizerOptions
+from steadygrad.optim.state import (
+    DeviceSteps,
+    UpdateRule,
+    decision_device,
+    is_state_creation,
+    scaling,
+    slot_of,
+)
+from steadygrad.telemetry.recorder import Recorder, recorder_of
+from steadygrad.telemetry.settings import Telemetry
+
+# The last one to step each optimizer, by the id of the optimizer, which lives at least as long as the stepper.
+_steppers: WeakValueDictionary[int, Stepper] = WeakValueDictionary()
+
+# Set by torch.amp.GradScaler for the time of a step.
+AMP_KEYS = ("grad_scale", "found_inf")
+# Attributes of an optimizer that ask for more than a plain step.
+_REQUESTS = frozenset((*AMP_KEYS, "_accumulated"))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one step is asked for besides its closure.
+
+    Attributes:
+        accumulated: what it is the mean of, or None.
+        scaling: of a ``GradScaler``, and what accumulated sums are divided by; None for neither.
+        skips_nonfinite: whether non-finite gradients skip it whatever the options say.
+    """
+
+    accumulated: Accumulated | None = None
+    scaling: _kernels.Scaling | None = None
+    skips_nonfinite: bool = False
+
+    @property
+    def sums(self) -> dict[Tensor, Tensor]:
+        """Of the accumulated gradients that are not in ``.grad``."""
+        return {} if self.accumulated is None else self.accumulated.sums
+
+    def hand_over(self) -> None:
+        """Sums that have become the update's gradients go to ``.grad``."""
+        if self.accumulated is not None:
+            self.accumulated.hand_over()
+
+
+_PLAIN = Request()
+
+
+class _EvaluationSkippedError(Exception):
+    """Leaves the step of an optimizer that evaluates the model itself, which has no other way out."""
+
+    def __init__(self, loss: Any) -> None:
+        super().__init__()
+        self.loss = loss
+
+
+class Stepper:
+    """Takes steps for one optimizer; its plan is rebuilt whenever parameters, state or options are exchanged.
+
+    It holds the optimizer by a weak reference, and nothing that refers back to the stepper: a model and its optimizer
+    are freed when the last name for them goes, and not when the cycle collector runs.
+
+    Args:
+        optimizer: whose ``param_groups`` and ``state`` are stepped; whoever keeps the stepper keeps it alive.
+        options: what a step does besides the update.
+        rule: the fused rule, or None for an optimizer that has none.
+        base_step: the optimizer's own step, for the in-place path, which is given the optimizer, and the closure if
+            there is one; it runs the optimizer's hooks itself.
+        runs_hooks: whether the fused path must run the optimizer's step hooks.
+
+    Attributes:
+        outcome: of the last step, None where it did not come as far as that.
+        last_outcome: of the last step that was more than one that only makes state.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        options: StabilizerOptions,
+        rule: UpdateRule | None,
+        base_step: Callable[..., Any],
+        runs_hooks: bool,
+    ) -> None:
+        self._optimizer_ref = ref(optimizer)
+        self._options = options
+        self._limits = options.limits()
+        self._rule = rule
+        self._base_step = base_step
+        self._runs_hooks = runs_hooks
+        self._plan: _kernels.Plan | None = None
+        self._parameters = 0
+        self._sharding: Sharding | None = None
+        self._captured_shardings: list[Sharding | None] = []
+        self._why_in_place: str | None = None
+        self._new_state: dict[Tensor, dict[str, Tensor]] = {}
+        self.outcome: _kernels.Outcome | Outcome | None = None
+        self.last_outcome: _kernels.Outcome | Outcome | None = None
+        # Only where decisions stay on the device.
+        self._device_steps: DeviceSteps | None = None
+        self.policies = options.policy_states()
+        self.recorder: Recorder | None = None
+        if isinstance(options.telemetry, Telemetry):
+            self.recorder = recorder_of(optimizer, options.telemetry)
+        self._flushing = RLock()
+        self._take_over(optimizer)
+
+    def __del__(self) -> None:
+        """Leaves what it knows with a wrapped optimizer that outlives its wrapper."""
+        if (optimizer := self._optimizer_ref()) and _steppers.get(id(optimizer)) is self:
+            self.flush()
+
+    @property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        optimizer = self._optimizer_ref()
+        assert optimizer is not None
+        return optimizer
+
+    @property
+    def path(self) -> str:
+        """``"fused"`` or ``"in-place: <why>"``."""
+        why = self._why()
+        return "fused" if why is None else f"in-place: {why}"
+
+    def set_limit(self, key: str, value: float | None, options: StabilizerOptions) -> None:
+        """Where a param group that was added past this object has no limit of its own, ``value`` holds."""
+        self._options = options
+        self._limits[key] = value
+
+    # -- a step ---------------------------------------------------------------------------------
+
+    def step(self, owner: Any, closure: Closure | None) -> Any:
+        """One step for ``owner``, the stabilized optimizer that was asked to; returns the closure's loss."""
+        optimizer = self._optimizer
+        if _steppers.get(id(optimizer)) is not self:
+            self._take_over(optimizer)
+        self.outcome = None
+        own: dict[str, Any] = owner.__dict__
+        try:
+            request = _PLAIN
+            if own.keys() & _REQUESTS or owner._finds_inf:
+                request = self._request(owner, closure)
+            watched = self._runs_hooks and is_watched(optimizer)
+            loss = None
+            if closure is not None or watched or self._why_in_place is not None:
+                loss = self._step_around(optimizer, closure, request, watched)
+            elif (self._plan is None or self._run(optimizer, request) is None) and (
+                self._fused_anew(optimizer, request) is None
+            ):
+                self._in_place(optimizer, None, request)
+            own.pop("_accumulated", None)
+            self._tell()
+        except BaseException as error:
+            # Left behind by a scaler, the scale would be multiplied into the next step's.
+            for key in AMP_KEYS:
+                own.pop(key, None)
+            if isinstance(error, NonfiniteGradientError):
+                self._tell()
+            raise
+        return loss
+
+    def _request(self, owner: Any, closure: Closure | None) -> Request:
+        accumulated: Accumulated = owner.accumulated
+        found_inf = owner.__dict__.get("found_inf")
+        # torch's scaler looks for infinities in .grad only, and would not lower its scale for those in the sums.
+        accumulated.check_ready(closure, None if owner._finds_inf else found_inf)
+        device = decision_device(self._optimizer.param_groups)
+        grad_scale = owner.__dict__.get("grad_scale")
+        return Request(
+            accumulated,
+            scaling(grad_scale, found_inf, accumulated.divisor, device),
+            owner._finds_inf,
+        )
+
+    def _step_around(
+        self,
+        optimizer: torch.optim.Optimizer,
+        closure: Closure | None,
+        request: Request,
+        watched: bool,
+    ) -> Any:
+        """A step with a closure or hooks, which may exchange anything, or around the optimizer's own step."""
+        self._look_ahead(optimizer, request)
+        if self._why_in_place is not None:
+            return self._in_place(optimizer, closure, request)
+        took = False
+
+        def fused(closure: Closure | None) -> tuple[Any, bool]:
+            nonlocal took
+            loss = evaluated(closure)
+            outcome = self._fused(optimizer, request)
+            took = outcome is not None
+            return loss, outcome is not None and not outcome.skipped
+
+        loss = run_hooked(optimizer, fused, closure) if watched else fused(closure)[0]
+        if not took:
+            # The wrapped optimizer's pre-hooks run again with its own step, this one time.
+            self._in_place(optimizer, None, request)
+        return loss
+
+    def _tell(self) -> None:
+        """After a step that was decided: telemetry looks whether there is somebody to tell."""
+        if self.recorder is not None and self.outcome is not None:
+            known = self.outcome.skipped if self._device_steps is None else None
+            self.recorder.after_step(self._optimizer.param_groups, known)
+
+    def _take_over(self, optimizer: torch.optim.Optimizer) -> None:
+        """Lets the last stepper of the same optimizer say all it knows."""
+        previous = _steppers.get(id(optimizer))
+        if previous is not None and previous is not self:
+            previous.flush()
+        _steppers[id(optimizer)] = self
+
+    def flush_last(self, policies: bool = True) -> Stepper:
+        """:meth:`flush` of whichever stepper stepped the optimizer last; the ones before it have said all they know."""
+        last = _steppers.get(id(self._optimizer), self)
+        last.flush(policies)
+        return last
+
+    def flush(self, policies: bool = True) -> None:
+        """Brings what the device has counted to the param groups, and takes back state that no step has used.
+
+        And what policies have learnt, unless told not to. Waits for the device, once steps have been taken there.
+        """
+        groups = self._optimizer.param_groups
+        with self._flushing:
+            if policies:
+                self.policies.save(groups)
+                if self.recorder is not None:
+                    self.recorder.save(groups)
+            if self._device_steps is None:
+                return
+            for counter, steps in zip(COUNTERS, self._device_steps.take_counts(), strict=True):
+                if steps:
+                    _kernels.count_steps(groups, counter, steps)
+            if self._options.storage.is_stochastic:
+                steps = self._device_steps.take_rounded_steps()
+                _kernels.count_steps(groups, ROUNDED_STEPS, steps)
+            self._device_steps.take_back(self._optimizer.state)
+
+    def _why(self) -> str | None:
+        # Only a wrapper would pass over a step that somebody put in the wrapped optimizer's place.
+        return why_not_fused(self._optimizer, self._rule, bypasses_step=self._runs_hooks)
+
+    # -- the plan -------------------------------------------------------------------------------
+
+    def _look_ahead(self, optimizer: torch.optim.Optimizer, request: Request) -> None:
+        """Refuses wrong numbers, and makes the plan if there is none for what is there now."""
+        self._check_own_numbers(optimizer)
+        plan = self._plan
+        if plan is None or not plan.matches(optimizer.param_groups, optimizer.state):
+            self._prepare(optimizer, request)
+
+    def _check_own_numbers(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._rule is None:
+            device = decision_device(optimizer.param_groups)
+            for number in range(len(optimizer.param_groups)):
+                check_own_numbers(optimizer, number, self._options, device)
+
+    def _prepare(
+        self,
+        optimizer: torch.optim.Optimizer,
+        request: Request,
+        why_in_place: str | None = None,
+    ) -> None:
+        """Makes the plan for what is there now; ``why_in_place`` where a step has begun that cannot be fused."""
+        groups = optimizer.param_groups
+        device = decision_device(groups)
+        rule = "none" if self._rule is None else self._rule.name
+        clips_units = self._options.unit_clipping is not None
+        _kernels.check_param_groups(rule, groups, self._limits, clips_units, device)
+        params = [param for group in groups for param in group["params"]]
+        why_in_place = why_in_place or self._why()
+        self._options.storage.check_fits(params, why_in_place)
+        if self._device_steps is not None:
+            self._device_steps.settle(params, optimizer.state)
+        self._why_in_place = why_in_place
+        self._parameters = len(params)
+        self._new_state = {}
+        if (
+            device is not None
+            and device.type == "cuda"
+            and torch.cuda.is_current_stream_capturing()
+        ):
+            raise RuntimeError(
+                "step: expected at least one step before a graph is captured (a captured first step would start anew "
+                "in each replay), got a first step, or one after parameters or state were exchanged, inside a capture"
+            )
+        if device is None or self._device_steps is None or self._device_steps.device != device:
+            self.flush()
+            self._device_steps = None if device is None else DeviceSteps(device)
+        fused = why_in_place is None
+        slots = self._slots(optimizer, request) if fused else [None] * len(params)
+        if self._device_steps is not None:
+            first = [slot is None or slot.first for slot in slots]
+            self._device_steps.prepare(first, self._plan)
+        if self._plan is not None and self._plan.captured:
+            self._captured_shardings.append(self._sharding)
+        self._sharding = sharding_of(groups, self._options, self._sharding)
+        self._plan = _kernels.Plan(
+            rule, fused, groups, slots, self._options.kernel_options(), self._limits, device
+        )
+        self._plan.seal(optimizer.state)
+
+    def _slots(
+        self, optimizer: torch.optim.Optimizer, request: Request
+    ) -> list[_kernels.Slot | None]:
+        assert self._rule is not None
+        slots: list[_kernels.Slot | None] = []
+        storage, sums = self._options.storage, request.sums
+        for group in optimizer.param_groups:
+            names = self._rule.state_names(group)
+            for param in group["params"]:
+                slot, made = slot_of(
+                    self._rule,
+                    storage,
+                    param,
+                    group,
+                    names,
+                    optimizer.state.get(param, {}),
+                    has_grad=param.grad is not None or param in sums,
+                    on_device=self._device_steps is not None,
+                )
+                slots.append(slot)
+                if made:
+                    self._new_state[param] = made
+        return slots
+
+    def _run(
+        self,
+        optimizer: torch.optim.Optimizer,
+        request: Request,
+        in_place: tuple[list[Tensor | None], bool] | None = None,
+    ) -> _kernels.Outcome | Outcome | None:
+        """One call into the kernels, which take the step; None where nothing was done, as a new plan is needed.
+
+        ``in_place``: the gradients, and whether to wait for a device, where the update is the optimizer's own.
+        """
+        plan, groups, state = self._plan, optimizer.param_groups, optimizer.state
+        assert plan is not None
+        if in_place is not None:
+            grads, read_back = in_place
+        else:
+            grads = None
+            if self._sharding is not None or request.accumulated is not None:
+                grads = self._grads(request)
+            read_back = self._options.nonfinite == "raise" and not request.skips_nonfinite
+        device_steps, sharding, recorder = self._device_steps, self._sharding, self.recorder
+        device = None if device_steps is None else device_steps.device
+        creates_state = not (state or request.sums) and is_state_creation(
+            groups, self._limits, device, recorder is not None and recorder.tells
+        )
+        clip_rows = skip_row = memory = on_device = nonfinite = None
+        reduction = None if sharding is None else sharding.reduction
+        if self.policies and not creates_state:
+            clip_rows, skip_row = self.policies.rows(groups, device)
+            reduction = self.policies.reduction(reduction, groups)
+        if device_steps is not None:
+            on_device = Outcome(device_steps.device)
+            if read_back:
+                nonfinite = torch.empty(self._parameters, dtype=torch.int64, device=device)
+            if self._options.storage.is_stochastic:
+                device_steps.count_rounded_steps(self._options.storage.rounded_steps(groups))
+            # Whoever reads the outcome of a step that is not his own counts it.
+            counts = in_place is None or not read_back
+            memory = device_steps.memory(on_device, counts, nonfinite)
+        record = None
+        if recorder is not None and not creates_state:
+            record = recorder.memory(groups, self._parameters, device)
+        try:
+            taken = plan.step(
+                groups,
+                state,
+                request.scaling,
+                grads,
+                reduction,
+                clip_rows,
+                skip_row,
+                record,
+                request.skips_nonfinite,
+                creates_state,
+                memory,
+            )
+        except TypeError:
+            if in_place is not None:
+                raise
+            # Gradients may have become sparse since the plan was made.
+            self._prepare(optimizer, request)
+            if self._why_in_place is None:
+                raise
+            return None
+        if not taken:
+            return None
+        outcome = known = plan.outcome if on_device is None else on_device
+        self.outcome = outcome
+        if on_device is None:
+            # Of other ranks' gradients it is not known that they are zero.
+            creates_state = creates_state and (sharding is None or known.norm == 0)
+        elif read_back:
+            known = on_device.read()
+        if not creates_state:
+            self.last_outcome = outcome
+        if isinstance(known, _kernels.Outcome) and known.refused:
+            counted = plan.nonfinite() if nonfinite is None else nonfinite.tolist()
+            indices, total = plan.active_indices(), known.nonfinite
+            raise NonfiniteGradientError(nonfinite_message(groups, indices, counted, total))
+        if in_place is not None or known.skipped:
+            return known
+        if self._options.write_grads:
+            request.hand_over()
+        if self._new_state:
+            self._enter_new_state(optimizer)
+        # A scheduler made for the wrapped optimizer looks for this mark of its own step.
+        optimizer._opt_called = True  # type: ignore[attr-defined]
+        return known
+
+    # -- fused ----------------------------------------------------------------------------------
+
+    def _fused(
+        self, optimizer: torch.optim.Optimizer, request: Request
+    ) -> _kernels.Outcome | Outcome | None:
+        """Takes the step, update and all; None where only the optimizer's own step can."""
+        outcome = None if self._plan is None else self._run(optimizer, request)
+        return self._fused_anew(optimizer, request) if outcome is None else outcome
+
+    def _fused_anew(
+        self, optimizer: torch.optim.Optimizer, request: Request
+    ) -> _kernels.Outcome | Outcome | None:
+        """The same where the plan is not, or no longer, one for what is there."""
+        if self._why_in_place is None:
+            self._prepare(optimizer, request)
+        if self._why_in_place is not None:
+            return None
+        outcome = self._run(optimizer, request)
+        assert outcome is not None
+        return outcome
+
+    def _grads(self, request: Request) -> list[Tensor | None] | None:
+        """What to step by in the place of the parameters' ``.grad``, or None."""
+        if self._sharding is not None:
+            grads = self._sharding.gradients(request.sums)
+            if grads is not None:
+                return grads
+        if request.accumulated is None:
+            return None
+        return request.accumulated.gradients(self._optimizer.param_groups)
+
+    def _enter_new_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """What the first steps of some parameters have made becomes their state."""
+        assert self._plan is not None
+        for index, param in zip(self._plan.active_indices(), self._plan.active(), strict=True):
+            if param not in self._new_state:
+                continue
+            state = self._new_state.pop(param)
+            held = optimizer.state[param]
+            if self._device_steps is not None:
+                self._device_steps.enter(index, param, state, held)
+            held.update(state)
+        self._plan.seal(optimizer.state)
+
+    # -- in place -------------------------------------------------------------------------------
+
+    def _in_place(
+        self, optimizer: torch.optim.Optimizer, closure: Closure | None, request: Request
+    ) -> Any:
+        """The optimizer's own step, with gradients that are stabilized before it; returns the closure's loss."""
+        if evaluates_closure(optimizer):
+            loss, skipped, clipped = self._evaluating(optimizer, closure, request)
+        else:
+            loss = evaluated(closure)
+            outcome = self._stabilize_grads(optimizer, request)
+            skipped, clipped = outcome.skipped, outcome.clipped
+            if not skipped:
+                self._base_step(optimizer)
+        groups = optimizer.param_groups
+        if not skipped:
+            apply_proximal(groups, self._options)
+        if skipped or clipped:
+            _kernels.count_steps(groups, COUNTERS[0] if skipped else COUNTERS[1], 1)
+        return loss
+
+    def _evaluating(
+        self, optimizer: torch.optim.Optimizer, closure: Closure | None, request: Request
+    ) -> tuple[Any, bool, bool]:
+        """The step of an optimizer that evaluates the model itself: the loss, and whether it was skipped or clipped."""
+        if closure is None:
+            name = type(optimizer).__name__
+            raise TypeError(
+                f"step: closure: expected one, as {name} evaluates the model itself, got None"
+            )
+        clipped = False
+
+        def stabilized_closure() -> Any:
+            nonlocal clipped
+            loss = evaluated(closure)
+            outcome = self._stabilize_grads(optimizer, request)
+            if outcome.skipped:
+                raise _EvaluationSkippedError(loss)
+            clipped = clipped or outcome.clipped
+            return loss
+
+        # It evaluates again in the middle of its step, where it has already moved.
+        restore = snapshot(optimizer)
+        try:
+            return self._base_step(optimizer, stabilized_closure), False, clipped
+        except _EvaluationSkippedError as skipped:
+            restore()
+            return skipped.loss, True, False
+        except BaseException:
+            restore()
+            raise
+
+    @torch.no_grad()
+    def _stabilize_grads(
+        self, optimizer: torch.optim.Optimizer, request: Request
+    ) -> _kernels.Outcome | Outcome:
+        # Hooks and the closure may have exchanged anything.
+        self._check_own_numbers(optimizer)
+        options, sums = self._options, request.sums
+        grads = None if self._sharding is None else self._sharding.gradients(sums)
+        if grads is None:
+            grads = [
+                dense_grad(param, group, options, sums)
+                for group in optimizer.param_groups
+                for param in group["params"]
+            ]
+        # The wrapped step cannot be taken back, so whether to take it must be known.
+        read_back = (
+            options.nonfinite in ("skip", "raise")
+            or request.skips_nonfinite
+            or options.skip is not None
+            or (request.scaling is not None and request.scaling.found_inf_tensor is not None)
+            or evaluates_closure(optimizer)
+        )
+        apply_proximal(optimizer.param_groups, options, only_check=True)
+        outcome = self._run(optimizer, request, (grads, read_back))
+        if outcome is None:
+            self._prepare(optimizer, request, why_in_place=self._why_in_place)
+            return self._stabilize_grads(optimizer, request)
+        if not outcome.skipped:
+            request.hand_over()
+        return outcome
