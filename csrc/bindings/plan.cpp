@@ -49,7 +49,8 @@ Plan::Plan(const std::string& rule, const py::list& groups, const py::list& slot
     slot.objects = parts[1].cast<std::vector<py::object>>();
     if (!parts[3].is_none()) slot.objects.push_back(parts[3]);
     slot.has_extra = !parts[3].is_none();
-    if (!parts[0].is_none()) slot.objects.push_back(parts[0]);
+    for (const py::handle number : parts[0])
+      slot.objects.push_back(py::reinterpret_borrow<py::object>(number));
     slot.first = parts[2].cast<bool>();
   }
 }
@@ -124,7 +125,8 @@ PyObject* Plan::local(const py::object& tensor) {
 bool Plan::add_tensor(size_t index, PyObject* grad, const GroupOptions& group, int32_t group_index) {
   const Slot& slot = slots_[index];
   const size_t states = state_count(options_.rule, group.hyper);
-  if (slot.objects.size() != states + (slot.has_extra ? 1 : 0) + (rule_->has_step ? 1 : 0)) return false;
+  if (slot.objects.size() != states + (slot.has_extra ? 1 : 0) + (rule_->has_step ? 1 : 0) + rule_->numbers)
+    return false;
   const View grad_view = view_of(grad, argument(index, ".grad"), device_);
   const bool updates = options_.rule != RuleKind::none;
   if (!updates || options_.write_grads) check_writable(grad_view, argument(index, ".grad"));
@@ -179,16 +181,18 @@ bool Plan::add_tensor(size_t index, PyObject* grad, const GroupOptions& group, i
   }
   cpu::StepCounter& counter = counters_.emplace_back();
   counter.first = slot.first;
-  if (rule_->has_step) {
-    const Argument where = argument(index, " state 'step'");
-    const View step = view_of(slot.objects.back().ptr(), where, device_);
-    check_not_negated(slot.objects.back().ptr(), where);
-    if (step.numel != 1 || (step.dtype != DType::float32 && step.dtype != DType::float64)) {
-      throw_type_error(where, "a float32 or float64 tensor of one element", slot.objects.back().ptr());
+  const auto number = [&](const py::object& object, const char* name) {
+    const Argument where = argument(index, name);
+    const View view = view_of(object.ptr(), where, device_);
+    check_not_negated(object.ptr(), where);
+    if (view.numel != 1 || (view.dtype != DType::float32 && view.dtype != DType::float64)) {
+      throw_type_error(where, "a float32 or float64 tensor of one element", object.ptr());
     }
-    counter.data = step.data;
-    counter.dtype = step.dtype;
-  }
+    return StateNumber{view.data, view.dtype};
+  };
+  auto object = slot.objects.end() - rule_->numbers - (rule_->has_step ? 1 : 0);
+  if (rule_->has_step) counter.step = number(*object++, " state 'step'");
+  for (int i = 0; i < rule_->numbers; ++i) counter.numbers[i] = number(*object++, " state");
   return true;
 }
 
@@ -322,7 +326,10 @@ bool Plan::step_on_device(const py::list& groups, double unscale, bool found_inf
     group.lr = {view.data, view.dtype};
   }
   std::vector<cuda::StepCounter> counters;
-  for (const cpu::StepCounter& counter : counters_) counters.push_back({counter.data, counter.dtype});
+  for (const cpu::StepCounter& counter : counters_) {
+    counters.push_back({counter.step, {}});
+    std::copy_n(counter.numbers, kMaxNumbers, counters.back().numbers);
+  }
   const std::vector<int32_t> slots(active_.begin(), active_.end());
   addresses.policies = with_rows(policies_, policy_rows, scopes(), device_);
   addresses.telemetry = telemetry_of(telemetry, params_.size(), device_);

@@ -21,8 +21,10 @@ GroupOptions group_options(const py::handle& numbers) {
   };
   GroupOptions group;
   RuleHyper& hyper = group.hyper;
-  for (double* field : {&hyper.lr, &hyper.weight_decay, &hyper.momentum, &hyper.dampening, &hyper.beta1,
-                        &hyper.beta2, &hyper.eps, &hyper.alpha, &hyper.lr_decay}) {
+  for (double* field :
+       {&hyper.lr, &hyper.weight_decay, &hyper.momentum, &hyper.dampening, &hyper.beta1, &hyper.beta2,
+        &hyper.eps, &hyper.alpha, &hyper.lr_decay, &hyper.rho, &hyper.lambd, &hyper.t0, &hyper.momentum_decay,
+        &hyper.etaminus, &hyper.etaplus, &hyper.step_size_min, &hyper.step_size_max}) {
     *field = number();
   }
   for (bool* field :

@@ -15,10 +15,33 @@
 namespace steadygrad::bindings {
 
 // The numbers of a param group, in the order in which a step takes them.
-inline constexpr const char* kGroupFields[] = {
-    "lr",       "weight_decay", "momentum", "dampening", "beta1",   "beta2",    "eps",
-    "alpha",    "lr_decay",     "nesterov", "maximize",  "amsgrad", "centered", "decoupled_weight_decay",
-    "max_norm", "clip_value",   "l1",       "l2",        "clipping"};
+inline constexpr const char* kGroupFields[] = {"lr",
+                                               "weight_decay",
+                                               "momentum",
+                                               "dampening",
+                                               "beta1",
+                                               "beta2",
+                                               "eps",
+                                               "alpha",
+                                               "lr_decay",
+                                               "rho",
+                                               "lambd",
+                                               "t0",
+                                               "momentum_decay",
+                                               "etaminus",
+                                               "etaplus",
+                                               "step_size_min",
+                                               "step_size_max",
+                                               "nesterov",
+                                               "maximize",
+                                               "amsgrad",
+                                               "centered",
+                                               "decoupled_weight_decay",
+                                               "max_norm",
+                                               "clip_value",
+                                               "l1",
+                                               "l2",
+                                               "clipping"};
 
 // One per param group; refuses any number of them but `expected`.
 std::vector<GroupOptions> group_options_of(const py::list& groups, size_t expected);

@@ -75,11 +75,11 @@ double add_penalty(const Tensors& tensors, double l1, double l2);
 // param = sign(param) * max(|param| - amount, 0)
 void soft_threshold(const Tensors& tensors, double amount);
 
-// A tensor's step counter, if its rule keeps one, and whether this is its first step (SGD's momentum buffer
-// starts as the gradient).
+// A tensor's step counter and numbers, if its rule keeps them, and whether this is its first step (SGD's
+// momentum buffer starts as the gradient).
 struct StepCounter {
-  void* data = nullptr;
-  DType dtype = DType::float32;
+  StateNumber step;
+  StateNumber numbers[kMaxNumbers];
   bool first = false;
 };
 

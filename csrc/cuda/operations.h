@@ -70,10 +70,10 @@ void add_penalty(const Tensors& tensors, double l1, double l2, double* value, co
 
 void soft_threshold(const Tensors& tensors, double amount, const Allocate& allocate, Stream stream);
 
-// A tensor's step counter, if its rule keeps one.
+// A tensor's step counter and numbers, if its rule keeps them.
 struct StepCounter {
-  void* data = nullptr;
-  DType dtype = DType::float32;
+  StateNumber step;
+  StateNumber numbers[kMaxNumbers];
 };
 
 // A param group whose learning rate may live on the device, so that a captured graph follows it.

@@ -66,7 +66,7 @@ class StepReport:
     @property
     def clipped(self) -> bool: ...
 
-Slot = tuple[Tensor | None, list[Tensor], bool, Tensor | None]
+Slot = tuple[list[Tensor], list[Tensor], bool, Tensor | None]
 
 class Plan:
     def __init__(

@@ -30,7 +30,7 @@ def _state_names(group: Group) -> tuple[str, ...]:
     return ("sum",)
 
 
-def _initial_value(group: Group) -> float:
+def _initial_value(group: Group, name: str) -> float:
     return float(group["initial_accumulator_value"])
 
 

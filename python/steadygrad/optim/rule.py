@@ -26,7 +26,8 @@ class UpdateRule:
         numbers: the group's hyper-parameters by the kernels' names, checked; ``where`` starts the messages.
         state_names: the state tensors in the kernels' order, for the options of a group.
         takes_sparse: whether torch's class accepts sparse gradients.
-        initial_value: what a new state tensor is filled with.
+        initial_value: what a new tensor or number of the state is filled with, by its name.
+        numbers_of_state: the state's numbers beside ``step``, in the kernels' order.
     """
 
     name: str
@@ -35,7 +36,13 @@ class UpdateRule:
     numbers: Callable[[Group, str], dict[str, float]]
     state_names: Callable[[Group], tuple[str, ...]]
     takes_sparse: bool = False
-    initial_value: Callable[[Group], float] = lambda group: 0.0
+    initial_value: Callable[[Group, str], float] = lambda group, name: 0.0
+    numbers_of_state: tuple[str, ...] = ()
+
+    @property
+    def number_names(self) -> tuple[str, ...]:
+        """The names of all numbers that a state has."""
+        return ("step", *self.numbers_of_state) if self.has_step else ()
 
     def structure(self, param_groups: Sequence[Group]) -> tuple[object, ...]:
         """What of the groups' options decides which state there is and whether the kernels can step it."""
@@ -57,9 +64,12 @@ class UpdateRule:
                 torch.float64 if wide and not is_asynchronous(param.device) else torch.float32
             )
             state["step"] = torch.zeros((), dtype=step_dtype, device=there)
+            for name in self.numbers_of_state:
+                first = self.initial_value(group, name)
+                state[name] = torch.full((), first, dtype=step_dtype, device=there)
         for name in self.state_names(group):
             state[name] = torch.full_like(
-                param, self.initial_value(group), dtype=dtype, memory_format=torch.preserve_format
+                param, self.initial_value(group, name), dtype=dtype, memory_format=torch.preserve_format
             ).detach()
         return state
 

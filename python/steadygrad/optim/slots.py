@@ -47,16 +47,19 @@ def slot_of(
         widened = _widened(state, names, storage.dtype_for(param))
     if extra is not None and lacks_extra:
         made[extra] = storage.new_extra(param)
-    if rule.has_step and not first and on_device and state["step"].device != param.device:
-        # Where the decision to step is taken, as with fused=True and capturable=True.
-        state["step"] = state["step"].to(param.device, torch.float32, non_blocking=True)
+    for name in () if first else rule.number_names:
+        if on_device and state[name].device != param.device:
+            # Where the decision to step is taken, as with fused=True and capturable=True.
+            state[name] = state[name].to(param.device, torch.float32, non_blocking=True)
+        elif state[name].dtype in HALF_DTYPES:  # loading a checkpoint, torch rounds all but the step counter
+            widened[name] = state[name].float()
     # Only SGD's momentum begins otherwise than it goes on. Elsewhere the mark says what a skipped step takes back.
     first = first or (bool(made) and (rule.has_step or not names))
     made = {**made, **widened}
     whole = {**state, **made}
-    step = whole["step"] if rule.has_step else None
+    numbers = [whole[name] for name in rule.number_names]
     kept = whole[extra] if extra is not None else None
-    return (step, [whole[name] for name in names], first, kept), made
+    return (numbers, [whole[name] for name in names], first, kept), made
 
 
 def _widened(state: State, names: tuple[str, ...], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from steadygrad.optim.options import (
 )
 from steadygrad.optim.param_storage import Rounding
 from steadygrad.optim.parameter_groups import named_alike
+from steadygrad.optim.more_rules import MORE_RULES
 from steadygrad.optim.rmsprop import RULE as RMSPROP_RULE
 from steadygrad.optim.sgd import RULE as SGD_RULE
 from steadygrad.optim.stabilized import Stabilized, StepOutcome
@@ -35,7 +36,8 @@ from steadygrad.telemetry.settings import Level, Telemetry
 
 # A subclass may override anything, so the type must be torch's own.
 _RULES = {
-    rule.optimizer: rule for rule in (SGD_RULE, ADAM_RULE, ADAMW_RULE, ADAGRAD_RULE, RMSPROP_RULE)
+    rule.optimizer: rule
+    for rule in (SGD_RULE, ADAM_RULE, ADAMW_RULE, ADAGRAD_RULE, RMSPROP_RULE, *MORE_RULES)
 }
 
 
