@@ -5,7 +5,7 @@ get_filename_component(csrc ${CMAKE_CURRENT_LIST_DIR}/../csrc ABSOLUTE)
 # csrc/cpu: the operations as threaded C++; *_kernels.cpp are compiled once per instruction set and chosen at run time.
 set(cpu_sources
   ${csrc}/cpu/batch_norm.cpp
-  ${csrc}/cpu/fused_step.cpp
+  ${csrc}/cpu/step.cpp
   ${csrc}/cpu/grad_norm.cpp
   ${csrc}/cpu/gradient.cpp
   ${csrc}/cpu/instruction_set.cpp
@@ -47,7 +47,7 @@ set(cuda_sources
   ${csrc}/cuda/decide.cu
   ${csrc}/cuda/device.cu
   ${csrc}/cuda/functions.cu
-  ${csrc}/cuda/fused_step.cu
+  ${csrc}/cuda/step.cu
   ${csrc}/cuda/grad_norm.cu
   ${csrc}/cuda/gradient.cu
   ${csrc}/cuda/penalty.cu

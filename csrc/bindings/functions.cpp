@@ -58,6 +58,7 @@ GradList grads_of(const py::list& grads, const char* function, const char* name,
     if (view.is_complex && !complex_allowed) throw_type_error(argument, "a real tensor", object);
     if (use == Use::write) check_writable(view, argument);
     list.tensors.push_back(operands_of(view, &TensorOperands::grad));
+    list.tensors.back().place = static_cast<int32_t>(list.tensors.size()) - 1;
     if (view.is_complex && list.tensors.back().grad.strides != nullptr) {
       throw_type_error(argument, "a complex tensor that fills its memory (contiguous() makes one)", object);
     }
@@ -86,26 +87,26 @@ py::tuple norm_result(const Norm& norm, const GradList& list) {
 }
 
 // `output`: the tensors that an asynchronous backend fills, which then knows nothing to return.
-cuda::NormOutput norm_output(const char* function, const py::tuple& output, Device& device) {
-  static_assert(sizeof(cuda::Outcome) == 3 * sizeof(double), "Python makes room for an outcome");
+NormOutput norm_output(const char* function, const py::tuple& output, Device& device) {
+  constexpr int64_t kDoubles = sizeof(Outcome) / sizeof(double);
   const Argument argument{function, "output", -1};
-  return {memory_of<cuda::Outcome>(output[0], argument, {kDLFloat, 64, 1}, 3, device),
+  return {memory_of<Outcome>(output[0], argument, {kDLFloat, 64, 1}, kDoubles, device),
           memory_of<float>(output[1], argument, {kDLFloat, 32, 1}, 1, device),
           memory_of<double>(output[2], argument, {kDLFloat, 64, 1}, 1, device)};
 }
 
 // Functions have one scope, and every tensor of the list is a slot.
-Reduction reduction_for(const char* function, const py::object& reduction, GradList& list) {
+Reduction reduction_for(const char* function, const ReductionMemory* reduction, GradList& list) {
   return reduction_of(function, reduction, 1, list.tensors.size(), false, list.device);
 }
 
 // `reduction`: see reduction_of(); it runs also where this process has no tensors.
 py::tuple grad_norm(const py::list& tensors, double p, const py::object& output, const py::object& allocate,
-                    const py::object& reduction) {
+                    const ReductionMemory* reduction) {
   constexpr const char* kName = "get_total_norm";
   const NormType type = checked_norm_type(kName, p);
   GradList list =
-      grads_of(tensors, kName, "tensors", Use::read, type.kind == NormKind::two, !reduction.is_none());
+      grads_of(tensors, kName, "tensors", Use::read, type.kind == NormKind::two, reduction != nullptr);
   const Reduction all = reduction_for(kName, reduction, list);
   Norm norm;
   if (list.device.is_cuda()) {
@@ -124,16 +125,17 @@ py::tuple grad_norm(const py::list& tensors, double p, const py::object& output,
 
 // With error_if_nonfinite a non-finite norm leaves the gradients alone.
 py::tuple clip_grad_norm(const py::list& grads, double max_norm, double p, bool error_if_nonfinite,
-                         const py::object& output, const py::object& allocate, const py::object& reduction) {
+                         const py::object& output, const py::object& allocate,
+                         const ReductionMemory* reduction) {
   constexpr const char* kName = "clip_grad_norm_";
   check_not_negative(kName, "max_norm", max_norm);
   const NormType type = checked_norm_type(kName, p);
   GradList list =
-      grads_of(grads, kName, "parameters.grad", Use::write, type.kind == NormKind::two, !reduction.is_none());
+      grads_of(grads, kName, "parameters.grad", Use::write, type.kind == NormKind::two, reduction != nullptr);
   const Reduction all = reduction_for(kName, reduction, list);
   Norm norm;
   if (list.device.is_cuda()) {
-    const cuda::NormOutput to = norm_output(kName, output, list.device);
+    const NormOutput to = norm_output(kName, output, list.device);
     if (max_norm < INFINITY) announce_write(grads);  // what may be written: the device decides
     Allocator allocator(allocate, list.device);
     cuda::clip_grad_norm(list.tensors, max_norm, type, error_if_nonfinite, to, all, std::ref(allocator),

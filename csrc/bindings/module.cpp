@@ -3,6 +3,7 @@
 
 #include "bindings/batch_norm.h"
 #include "bindings/functions.h"
+#include "bindings/param_groups.h"
 #include "bindings/plan.h"
 #include "bindings/tensor.h"
 #include "cpu/parallel.h"
@@ -61,6 +62,8 @@ PYBIND11_MODULE(STEADYGRAD_MODULE, module) {
   module.def("build_info", &build_info);
   module.def("launch_count", &cuda::launch_count);
   bindings::define_batch_norm(module);
+  bindings::define_plan_options(module);
   bindings::define_functions(module);
+  bindings::define_param_groups(module);
   bindings::define_plan(module);
 }

@@ -2,7 +2,6 @@
 
 #include <pybind11/stl.h>
 
-#include "bindings/plan_options.h"
 #include "bindings/signature.h"
 
 namespace steadygrad::bindings {
@@ -28,31 +27,44 @@ bool walk_state(const py::dict& state, Visit visit) {
 
 }  // namespace
 
-Plan::Plan(const std::string& rule, const py::list& groups, const py::list& slots, const py::dict& options)
-    : rule_(rule_named(rule)),
-      options_(step_options(*rule_, options)),
+Plan::Plan(const std::string& rule, bool fused, const py::list& param_groups, const py::list& slots,
+           const py::dict& options, const py::dict& defaults, const py::object& device)
+    : rule_(&rule_named(fused ? rule : "none")),
+      reader_(rule_named(rule), defaults, policies_of(options).clip.kind == PolicyKind::adaptive),
+      options_(step_options(rule_->kind, options)),
+      nonfinite_policy_(options_.nonfinite),
       policies_(policies_of(options)),
-      per_tensor_(options["per_tensor"].cast<bool>()) {
-  for (const py::handle group : groups) {
+      per_tensor_(options["per_tensor"].cast<bool>()),
+      where_(device_named(device)) {
+  for (const py::handle group : param_groups) {
     std::vector<py::object>& params = groups_.emplace_back();
-    for (const py::handle param : group) {
+    for (const py::handle param : group["params"]) {
       params.push_back(py::reinterpret_borrow<py::object>(param));
       params_.push_back(params.back());
     }
   }
   hints_.resize(params_.size());
+  taken_.assign(params_.size(), 1);
   if (slots.size() != params_.size()) throw py::value_error("Plan: slots: expected one per parameter");
   for (const py::handle item : slots) {
-    Slot& slot = slots_.emplace_back();
+    Kept& kept = slots_.emplace_back();
     if (item.is_none()) continue;
-    const auto parts = item.cast<py::tuple>();
-    slot.objects = parts[1].cast<std::vector<py::object>>();
-    if (!parts[3].is_none()) slot.objects.push_back(parts[3]);
-    slot.has_extra = !parts[3].is_none();
-    for (const py::handle number : parts[0])
-      slot.objects.push_back(py::reinterpret_borrow<py::object>(number));
-    slot.first = parts[2].cast<bool>();
+    const Slot& slot = item.cast<const Slot&>();
+    kept.objects = slot.states;
+    kept.has_extra = !slot.extra.is_none();
+    if (kept.has_extra) kept.objects.push_back(slot.extra);
+    kept.objects.insert(kept.objects.end(), slot.numbers.begin(), slot.numbers.end());
+    if (slot.first) taken_[slots_.size() - 1] = 0;
   }
+  learning_rates_.resize(groups_.size());
+  device_ = where_;
+  Py_ssize_t index = 0;
+  for (const py::handle group : param_groups) {
+    const GroupOptions read = reader_.read(group.ptr(), index, device_, learning_rates_[index]);
+    structure_.push_back(reader_.structure_of(group.ptr(), read.hyper));
+    ++index;
+  }
+  device_.looked.clear();
 }
 
 void Plan::seal(const py::dict& state) {
@@ -64,15 +76,31 @@ void Plan::seal(const py::dict& state) {
 }
 
 bool Plan::matches(const py::list& param_groups, const py::dict& state) const {
+  if (!holds_the_same(param_groups, state)) return false;
+  Device device = where_;
+  for (size_t g = 0; g < groups_.size(); ++g) {
+    PyObject* const group = PyList_GET_ITEM(param_groups.ptr(), g);
+    cuda::DeviceNumber lr;
+    const GroupOptions read = reader_.read(group, static_cast<Py_ssize_t>(g), device, lr);
+    if (reader_.structure_of(group, read.hyper) != structure_[g]) return false;
+  }
+  return true;
+}
+
+bool Plan::holds_the_same(const py::list& param_groups, const py::dict& state) const {
   if (static_cast<size_t>(PyList_GET_SIZE(param_groups.ptr())) != groups_.size()) return false;
   for (size_t g = 0; g < groups_.size(); ++g) {
-    const py::object params = param_groups[g]["params"];
-    if (!PyList_Check(params.ptr())) return false;
-    if (static_cast<size_t>(PyList_GET_SIZE(params.ptr())) != groups_[g].size()) return false;
+    static PyObject* const kParams = PyUnicode_InternFromString("params");
+    PyObject* const group = PyList_GET_ITEM(param_groups.ptr(), g);
+    PyObject* const params = PyDict_Check(group) ? PyDict_GetItemWithError(group, kParams) : nullptr;
+    if (params == nullptr || !PyList_Check(params)) return false;
+    if (static_cast<size_t>(PyList_GET_SIZE(params)) != groups_[g].size()) return false;
     for (size_t i = 0; i < groups_[g].size(); ++i) {
-      if (PyList_GET_ITEM(params.ptr(), i) != groups_[g][i].ptr()) return false;
+      if (PyList_GET_ITEM(params, i) != groups_[g][i].ptr()) return false;
     }
   }
+  // A wrapped optimizer that updates by itself may do with its state what it likes.
+  if (!updates()) return true;
   size_t position = 0;
   const bool same = walk_state(
       state, [&](PyObject* object) { return position < sealed_.size() && sealed_[position++] == object; });
@@ -108,8 +136,8 @@ int64_t Plan::scopes() const {
          1;
 }
 
-Reduction Plan::reduction_for(const py::object& reduction) {
-  if (!reduction.is_none() && options_.clip_scope == ClipScope::tensor && !per_tensor_) {
+Reduction Plan::reduction_for(const ReductionMemory* reduction) {
+  if (reduction != nullptr && options_.clip_scope == ClipScope::tensor && !per_tensor_) {
     throw py::value_error("step: reduction: expected a row per tensor where each is clipped by itself");
   }
   return reduction_of(kFunction, reduction, groups_.size(), params_.size(), per_tensor_, device_);
@@ -122,19 +150,27 @@ PyObject* Plan::local(const py::object& tensor) {
   return locals_.back().ptr();
 }
 
-bool Plan::add_tensor(size_t index, PyObject* grad, const GroupOptions& group, int32_t group_index) {
-  const Slot& slot = slots_[index];
+StateNumber Plan::number_of(const py::object& tensor, const Argument& where) {
+  const View view = view_of(tensor.ptr(), where, device_);
+  check_not_negated(tensor.ptr(), where);
+  if (view.numel != 1 || (view.dtype != DType::float32 && view.dtype != DType::float64)) {
+    throw_type_error(where, "a float32 or float64 tensor of one element", tensor.ptr());
+  }
+  return {view.data, view.dtype};
+}
+
+bool Plan::add_tensor(size_t index, PyObject* grad, int32_t group_index) {
+  const GroupOptions& group = group_options_[group_index];
+  const Kept& slot = slots_[index];
   const size_t states = state_count(options_.rule, group.hyper);
-  if (slot.objects.size() != states + (slot.has_extra ? 1 : 0) + (rule_->has_step ? 1 : 0) + rule_->numbers)
-    return false;
+  if (slot.objects.size() != states + (slot.has_extra ? 1 : 0) + rule_->number_count()) return false;
   const View grad_view = view_of(grad, argument(index, ".grad"), device_);
-  const bool updates = options_.rule != RuleKind::none;
-  if (!updates || options_.write_grads) check_writable(grad_view, argument(index, ".grad"));
+  if (!updates() || options_.write_grads) check_writable(grad_view, argument(index, ".grad"));
 
   TensorOperands& tensor = tensors_.emplace_back();
   const bool penalty = group.l2 != 0 || (group.l1 != 0 && !options_.proximal);
   const bool by_unit = policies_.clip.kind == PolicyKind::adaptive && group.clipping != INFINITY;
-  if (!updates && !penalty && !by_unit) {
+  if (!updates() && !penalty && !by_unit) {
     tensor = operands_of(grad_view, &TensorOperands::grad);
   } else {
     View views[3 + kMaxStates];
@@ -143,7 +179,7 @@ bool Plan::add_tensor(size_t index, PyObject* grad, const GroupOptions& group, i
     PyObject* objects[3 + kMaxStates] = {local(params_[index]), grad};
     views[0] = view_of(objects[0], argument(index, ""), device_);
     views[1] = grad_view;
-    if (updates) {
+    if (updates()) {
       check_writable(views[0], argument(index, ""));
       // A parameter whose dtype has changed has another slot.
       if (slot.has_extra != (keeps_extra(options_.rounding) && is_half(views[0].dtype))) return false;
@@ -163,7 +199,7 @@ bool Plan::add_tensor(size_t index, PyObject* grad, const GroupOptions& group, i
             object);
       }
       const bool is_resolved = i == 1 && reads_resolved_grads();
-      if ((updates || penalty) && !is_resolved) check_not_negated(object, where);
+      if ((updates() || penalty) && !is_resolved) check_not_negated(object, where);
       if (!same_sizes(views[0], views[i])) {
         throw py::value_error(where.text() + ": expected the shape of the parameter, " +
                               std::string(py::str(params_[index].attr("shape"))) + ", got " +
@@ -179,20 +215,14 @@ bool Plan::add_tensor(size_t index, PyObject* grad, const GroupOptions& group, i
     throw_type_error(argument(index, ".grad"),
                      "a real tensor, or a complex one that fills its memory and a 2-norm", grad);
   }
-  cpu::StepCounter& counter = counters_.emplace_back();
-  counter.first = slot.first;
-  const auto number = [&](const py::object& object, const char* name) {
-    const Argument where = argument(index, name);
-    const View view = view_of(object.ptr(), where, device_);
-    check_not_negated(object.ptr(), where);
-    if (view.numel != 1 || (view.dtype != DType::float32 && view.dtype != DType::float64)) {
-      throw_type_error(where, "a float32 or float64 tensor of one element", object.ptr());
-    }
-    return StateNumber{view.data, view.dtype};
-  };
-  auto object = slot.objects.end() - rule_->numbers - (rule_->has_step ? 1 : 0);
-  if (rule_->has_step) counter.step = number(*object++, " state 'step'");
-  for (int i = 0; i < rule_->numbers; ++i) counter.numbers[i] = number(*object++, " state");
+  StepCounter& counter = counters_.emplace_back();
+  auto object = slot.objects.end() - static_cast<std::ptrdiff_t>(rule_->number_count());
+  if (rule_->has_step) counter.step = number_of(*object++, argument(index, " state 'step'"));
+  StateNumber* number = counter.numbers;
+  for (const char* name : rule_->state_numbers) {
+    const std::string where = std::string(" state '") + name + "'";
+    *number++ = number_of(*object++, argument(index, where.c_str()));
+  }
   return true;
 }
 
@@ -219,7 +249,18 @@ class Plan::Stepping {
   Plan& plan_;
 };
 
-bool Plan::gather(const std::vector<GroupOptions>& groups, const std::optional<py::list>& grads) {
+bool Plan::read_groups(const py::list& param_groups) {
+  group_options_.clear();
+  for (size_t g = 0; g < groups_.size(); ++g) {
+    PyObject* const group = PyList_GET_ITEM(param_groups.ptr(), g);
+    learning_rates_[g] = {};
+    group_options_.push_back(reader_.read(group, static_cast<Py_ssize_t>(g), device_, learning_rates_[g]));
+    if (reader_.structure_of(group, group_options_.back().hyper) != structure_[g]) return false;
+  }
+  return true;
+}
+
+bool Plan::gather(const std::optional<py::list>& grads) {
   if (grads && grads->size() != params_.size())
     throw py::value_error("step: grads: expected one per parameter");
   static PyObject* const kGrad = PyUnicode_InternFromString("grad");
@@ -238,8 +279,10 @@ bool Plan::gather(const std::vector<GroupOptions>& groups, const std::optional<p
                 : py::reinterpret_steal<py::object>(PyObject_GetAttr(params_[index].ptr(), kGrad));
       if (!grad) throw py::error_already_set();
       if (grad.is_none()) continue;
+      // Where the first one is all others have to be, so they have moved together.
+      if (active_.empty() && is_elsewhere(where_, local(params_[index]))) return false;
       if (reads_resolved_grads()) grad = resolved(grad.ptr());
-      if (!add_tensor(index, grad.ptr(), groups[g], static_cast<int32_t>(g))) return false;
+      if (!add_tensor(index, grad.ptr(), static_cast<int32_t>(g))) return false;
       active_.push_back(static_cast<int64_t>(index));
       grads_.push_back(std::move(grad));
     }
@@ -247,108 +290,103 @@ bool Plan::gather(const std::vector<GroupOptions>& groups, const std::optional<p
   return true;
 }
 
-std::optional<cpu::StepReport> Plan::step(const py::list& groups, double unscale, bool found_inf,
-                                          const std::optional<py::list>& grads, uint64_t rounded_steps,
-                                          const py::object& reduction, const py::object& policy_rows,
-                                          const py::object& telemetry) {
-  const std::vector<GroupOptions> group_list = group_options_of(groups, groups_.size());
-  adopt_torch_threads();
+bool Plan::step(const py::list& param_groups, const py::dict& state, const Scaling* scaling,
+                const std::optional<py::list>& grads, const ReductionMemory* reduction,
+                const py::object& clip_rows, const py::object& skip_row, const TelemetryMemory* telemetry,
+                bool skips_nonfinite, bool creates_state, const DeviceMemory* memory) {
   const Stepping stepping(*this);
-  device_ = Device();
-  device_.calls_python = !reduction.is_none();
-  if (!gather(group_list, grads)) return std::nullopt;
-  if (device_.is_cuda()) {
-    throw py::type_error("step: parameters: expected tensors on the device that the step was prepared for");
+  if (!holds_the_same(param_groups, state)) return false;
+  device_ = where_;
+  device_.calls_python = reduction != nullptr;
+  if (!read_groups(param_groups)) return false;
+  for (GroupOptions& group : group_options_) {
+    if (!creates_state) break;
+    group.l1 = group.l2 = 0;
+    group.max_norm = INFINITY;
   }
-  options_.unscale = unscale;
-  options_.found_inf = found_inf;
-  options_.rounded_steps = rounded_steps;
-  const Telemetry record = telemetry_of(telemetry, params_.size(), device_);
+  if (!gather(grads)) return false;
+  options_.unscale = scaling != nullptr ? scaling->unscale : 1;
+  options_.found_inf = scaling != nullptr && scaling->found_inf;
+  options_.nonfinite = skips_nonfinite ? NonfinitePolicy::skip : nonfinite_policy_;
+  StepMemory known;
   const Reduction all = reduction_for(reduction);
-  const Policies policies = with_rows(policies_, policy_rows, scopes(), device_);
-  const auto announce = [&](const cpu::StepReport& decided) {
-    const py::gil_scoped_acquire acquire;
-    if (decided.grads_written) announce_write(py::cast(grads_));
-    if (options_.rule != RuleKind::none) announce_update();
-  };
-  cpu::StepReport report;
-  {
-    const py::gil_scoped_release release;
-    report =
-        cpu::fused_step(tensors_, counters_, group_list, options_, announce, all, &active_, policies, record);
+  known.policies = with_rows(policies_, clip_rows, skip_row, scopes(), device_);
+  known.telemetry = telemetry_of(telemetry, params_.size(), device_);
+  if (memory != nullptr) {
+    const auto number = [&](const py::object& tensor, const char* name) {
+      return memory_of<const float>(tensor, {kFunction, name, -1}, {kDLFloat, 32, 1}, 1, device_);
+    };
+    if (scaling != nullptr) known.grad_scale = number(scaling->grad_scale_tensor, "grad_scale");
+    if (scaling != nullptr) known.found_inf = number(scaling->found_inf_tensor, "found_inf");
+    step_on_device(known, *memory, all);
+    return true;
   }
-  return report;
+  if (options_.rounding == Rounding::stochastic) options_.rounded_steps = rounded_steps_of(param_groups);
+  step_on_host(known, all);
+  // Of other processes' gradients it is not known that they are zero.
+  count_on_host(param_groups, creates_state && (reduction == nullptr || outcome_.norm == 0));
+  return true;
 }
 
-cuda::StepMemory Plan::step_memory(const py::dict& memory) {
+void Plan::step_on_host(StepMemory memory, const Reduction& reduction) {
+  adopt_torch_threads();
+  memory.output.outcome = &outcome_;
+  memory.taken = taken_.data();
+  nonfinite_.clear();
+  if (options_.nonfinite == NonfinitePolicy::raise) {
+    nonfinite_.resize(tensors_.size());
+    memory.nonfinite = nonfinite_.data();
+  }
+  const auto announce = [&](bool writes_grads) {
+    const py::gil_scoped_acquire acquire;
+    if (writes_grads) announce_write(py::cast(grads_));
+    if (updates()) announce_update();
+  };
+  const py::gil_scoped_release release;
+  cpu::step(tensors_, counters_, group_options_, options_, memory, reduction, announce);
+}
+
+// What somebody else updates is counted by whoever has that done.
+void Plan::count_on_host(const py::list& param_groups, bool only_creates_state) {
+  if (!updates() || outcome_.refused != 0) return;
+  if (outcome_.skipped != 0) return count_steps(param_groups, kSkippedSteps, 1);
+  if (outcome_.clipped != 0) count_steps(param_groups, kClippedSteps, 1);
+  if (options_.rounding == Rounding::stochastic && !only_creates_state) {
+    count_steps(param_groups, kRoundedSteps, 1);
+  }
+}
+
+void Plan::step_on_device(StepMemory memory, const DeviceMemory& given, const Reduction& reduction) {
   const int64_t count = static_cast<int64_t>(params_.size());
-  const auto memory_at = [&](const char* name, DLDataTypeCode code, uint8_t bits, int64_t numel) {
-    return memory_of<void>(memory[name], {kFunction, name, -1}, {static_cast<uint8_t>(code), bits, 1}, numel,
+  const auto address = [&](const py::object& tensor, const char* name, DLDataTypeCode code, uint8_t bits,
+                           int64_t numel) {
+    return memory_of<void>(tensor, {kFunction, name, -1}, {static_cast<uint8_t>(code), bits, 1}, numel,
                            device_);
   };
-  cuda::StepMemory addresses;
-  addresses.output.outcome = static_cast<cuda::Outcome*>(memory_at("outcome", kDLFloat, 64, 3));
-  addresses.counts = static_cast<int64_t*>(memory_at("counts", kDLInt, 64, 2));
-  addresses.taken = static_cast<int32_t*>(memory_at("taken", kDLInt, 32, count));
-  addresses.nonfinite = static_cast<int64_t*>(memory_at("nonfinite", kDLInt, 64, count));
-  addresses.rounded_steps = static_cast<uint64_t*>(memory_at("rounded_steps", kDLInt, 64, 1));
-  addresses.grad_scale = static_cast<const float*>(memory_at("grad_scale", kDLFloat, 32, 1));
-  addresses.found_inf = static_cast<const float*>(memory_at("found_inf", kDLFloat, 32, 1));
-  if (addresses.output.outcome == nullptr || addresses.taken == nullptr) {
+  constexpr int64_t kDoubles = sizeof(Outcome) / sizeof(double);
+  memory.output.outcome = static_cast<Outcome*>(address(given.outcome, "outcome", kDLFloat, 64, kDoubles));
+  memory.taken = static_cast<int32_t*>(address(given.taken, "taken", kDLInt, 32, count));
+  memory.counts = static_cast<int64_t*>(address(given.counts, "counts", kDLInt, 64, 2));
+  memory.nonfinite = static_cast<int64_t*>(address(given.nonfinite, "nonfinite", kDLInt, 64, count));
+  memory.rounded_steps = static_cast<uint64_t*>(address(given.rounded_steps, "rounded_steps", kDLInt, 64, 1));
+  if (memory.output.outcome == nullptr || memory.taken == nullptr) {
     throw py::type_error("step: memory: expected tensors 'outcome' and 'taken', got None");
   }
-  return addresses;
-}
-
-bool Plan::step_on_device(const py::list& groups, double unscale, bool found_inf,
-                          const std::optional<py::list>& grads, const py::dict& memory,
-                          const py::list& learning_rates, const py::object& allocate,
-                          const py::object& reduction, const py::object& policy_rows,
-                          const py::object& telemetry) {
-  const std::vector<GroupOptions> group_list = group_options_of(groups, groups_.size());
-  const Stepping stepping(*this);
-  // Also a step without any gradient has a device and its stream.
-  device_ = Device();
-  cuda::StepMemory addresses = step_memory(memory);
-  if (!gather(group_list, grads)) return false;
-  std::vector<cuda::DeviceGroup> device_groups;
-  for (size_t g = 0; g < group_list.size(); ++g) {
-    cuda::DeviceGroup& group = device_groups.emplace_back();
-    group.options = group_list[g];
-    const py::object lr = learning_rates[g];
-    if (lr.is_none()) continue;
-    const Argument where{kFunction, "lr", static_cast<Py_ssize_t>(g)};
-    const View view = view_of(lr.ptr(), where, device_);
-    if (view.numel != 1 || (view.dtype != DType::float32 && view.dtype != DType::float64)) {
-      throw_type_error(where, "a float32 or float64 tensor of one element", lr.ptr());
-    }
-    check_not_negated(lr.ptr(), where);
-    group.lr = {view.data, view.dtype};
-  }
-  std::vector<cuda::StepCounter> counters;
-  for (const cpu::StepCounter& counter : counters_) {
-    counters.push_back({counter.step, {}});
-    std::copy_n(counter.numbers, kMaxNumbers, counters.back().numbers);
-  }
-  const std::vector<int32_t> slots(active_.begin(), active_.end());
-  addresses.policies = with_rows(policies_, policy_rows, scopes(), device_);
-  addresses.telemetry = telemetry_of(telemetry, params_.size(), device_);
-  options_.unscale = unscale;
-  options_.found_inf = found_inf;
-  if (options_.rule == RuleKind::none || options_.write_grads) announce_write(py::cast(grads_));
-  if (options_.rule != RuleKind::none) announce_update();
+  std::vector<cuda::DeviceGroup> groups;
+  for (size_t g = 0; g < groups_.size(); ++g) groups.push_back({group_options_[g], learning_rates_[g]});
+  if (!updates() || options_.write_grads) announce_write(py::cast(grads_));
+  if (updates()) announce_update();
   device_plan_.step(
-      tensors_, counters, slots, device_groups, options_, addresses, reduction_for(reduction),
+      tensors_, counters_, groups, options_, memory, reduction,
       [&](int64_t bytes) {
         std::vector<py::object> kept;
-        void* const address = allocated(allocate, bytes, device_, kept);
+        void* const scratch = allocated(given.allocate, bytes, device_, kept);
         // What a captured graph uses must stay where it is.
         if (!captured()) device_memory_.clear();
         device_memory_.push_back(std::move(kept.back()));
-        return address;
+        return scratch;
       },
       current_stream(device_));
-  return true;
 }
 
 py::list Plan::active() const {
@@ -362,16 +400,12 @@ void Plan::announce_update() const {
   if (!locals_.empty()) announce_write(py::cast(locals_));
 }
 
-void Plan::mark_first_steps_done() {
-  for (const int64_t index : active_) slots_[index].first = false;
-}
-
 int Plan::visit(visitproc visit, void* arg) const {
   for (const std::vector<py::object>& group : groups_) {
     for (const py::object& param : group) Py_VISIT(param.ptr());
   }
   for (const py::object& param : params_) Py_VISIT(param.ptr());
-  for (const Slot& slot : slots_) {
+  for (const Kept& slot : slots_) {
     for (const py::object& object : slot.objects) Py_VISIT(object.ptr());
   }
   for (const py::object& grad : grads_) Py_VISIT(grad.ptr());
@@ -405,34 +439,44 @@ void collect_garbage(PyHeapTypeObject* heap_type) {
 
 void define_plan(py::module_& module) {
   // Local to the module: the emulated one has the same classes.
-  py::class_<cpu::StepReport>(module, "StepReport", py::module_local())
-      .def_property_readonly("norm", [](const cpu::StepReport& report) { return report.norm.norm; })
-      .def_property_readonly("nonfinite_count",
-                             [](const cpu::StepReport& report) { return report.norm.nonfinite; })
-      .def_readonly("nonfinite", &cpu::StepReport::nonfinite)
-      .def_readonly("refused", &cpu::StepReport::refused)
-      .def_readonly("skipped", &cpu::StepReport::skipped)
-      .def_readonly("spiked", &cpu::StepReport::spiked)
-      .def_readonly("clipped", &cpu::StepReport::clipped);
+  py::class_<Outcome>(module, "Outcome", py::module_local())
+      .def(py::init([](const py::object& record) {
+             Device device;
+             const Argument argument{"Outcome", "record", -1};
+             constexpr int64_t kDoubles = sizeof(Outcome) / sizeof(double);
+             return *memory_of<Outcome>(record, argument, {kDLFloat, 64, 1}, kDoubles, device);
+           }),
+           py::arg("record"))
+      .def_readonly("norm", &Outcome::norm)
+      .def_readonly("nonfinite", &Outcome::nonfinite)
+      .def_property_readonly("refused", [](const Outcome& outcome) { return outcome.refused != 0; })
+      .def_property_readonly("skipped", [](const Outcome& outcome) { return outcome.skipped != 0; })
+      .def_property_readonly("spiked", [](const Outcome& outcome) { return outcome.spiked != 0; })
+      .def_property_readonly("clipped", [](const Outcome& outcome) { return outcome.clipped != 0; });
+  // Where in bytes the parts of an outcome lie, for those who read one on a device that is not waited for.
+  using py::literals::operator""_a;
+  module.attr("OUTCOME_OFFSETS") =
+      py::dict("norm"_a = offsetof(Outcome, norm), "norm_float32"_a = offsetof(Outcome, norm_float32),
+               "skipped"_a = offsetof(Outcome, skipped), "spiked"_a = offsetof(Outcome, spiked),
+               "nonfinite"_a = offsetof(Outcome, nonfinite));
+  module.attr("OUTCOME_BYTES") = sizeof(Outcome);
   py::class_<Plan> plan(module, "Plan", py::module_local(), py::custom_type_setup(collect_garbage));
-  plan.def(py::init<const std::string&, const py::list&, const py::list&, const py::dict&>(), py::arg("rule"),
-           py::arg("groups"), py::arg("slots"), py::arg("options"))
+  plan.def(py::init<const std::string&, bool, const py::list&, const py::list&, const py::dict&,
+                    const py::dict&, const py::object&>(),
+           py::arg("rule"), py::arg("fused"), py::arg("param_groups"), py::arg("slots"), py::arg("options"),
+           py::arg("defaults"), py::arg("device"))
       .def("seal", &Plan::seal, py::arg("state"))
       .def("matches", &Plan::matches, py::arg("param_groups"), py::arg("state"))
       .def_property_readonly("captured", &Plan::captured)
+      .def_property_readonly("outcome", [](const Plan& plan) { return plan.outcome(); })
+      .def("nonfinite", &Plan::nonfinite)
       .def("active", &Plan::active)
-      .def("active_indices", &Plan::active_indices)
-      .def("mark_first_steps_done", &Plan::mark_first_steps_done);
-  define(plan, "step", &Plan::step, py::arg("groups"), py::arg("unscale"), py::arg("found_inf"),
-         py::arg("grads") = py::none(), py::arg("rounded_steps") = 0, py::arg("reduction") = py::none(),
-         py::arg("policy_rows") = py::none(), py::arg("telemetry") = py::none());
-  define(plan, "step_on_device", &Plan::step_on_device, py::arg("groups"), py::arg("unscale"),
-         py::arg("found_inf"), py::arg("grads"), py::arg("memory"), py::arg("learning_rates"),
-         py::arg("allocate"), py::arg("reduction") = py::none(), py::arg("policy_rows") = py::none(),
-         py::arg("telemetry") = py::none());
-  py::list fields;
-  for (const char* field : kGroupFields) fields.append(field);
-  module.attr("GROUP_FIELDS") = py::tuple(fields);
+      .def("active_indices", &Plan::active_indices);
+  define(plan, "step", &Plan::step, py::arg("param_groups"), py::arg("state"),
+         py::arg("scaling") = py::none(), py::arg("grads") = py::none(), py::arg("reduction") = py::none(),
+         py::arg("clip_rows") = py::none(), py::arg("skip_row") = py::none(),
+         py::arg("telemetry") = py::none(), py::arg("skips_nonfinite") = false,
+         py::arg("creates_state") = false, py::arg("memory") = py::none());
 }
 
 }  // namespace steadygrad::bindings

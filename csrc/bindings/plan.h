@@ -8,44 +8,48 @@
 
 #include <pybind11/pybind11.h>
 
+#include "bindings/param_groups.h"
+#include "bindings/plan_options.h"
 #include "bindings/tensor.h"
 #include "core/rules/table.h"
+#include "core/step_memory.h"
 #include "cpu/operations.h"
 
 namespace steadygrad::bindings {
 
 class Plan {
  public:
-  // `groups`: per param group the list of its parameters. `slots`: per parameter, in order, None (no state
-  // yet) or (step tensor or None, [state tensors in the rule's order], first step?, what is kept beside a
-  // half-precision parameter or None).
-  Plan(const std::string& rule, const py::list& groups, const py::list& slots, const py::dict& options);
+  // `rule`: whose options the param groups hold. `fused`: whether the plan takes its update, and not only
+  // what comes before. `groups`: per param group the list of its parameters. `slots`: per parameter, in
+  // order, None where it has no state yet. `options`: see step_options() and policies_of(). `defaults`: of
+  // limits that a group lacks. `device`: where decisions are taken, None for the host.
+  Plan(const std::string& rule, bool fused, const py::list& param_groups, const py::list& slots,
+       const py::dict& options, const py::dict& defaults, const py::object& device);
 
   // Remembers which objects `state` holds, so that a change of any of them is noticed.
   void seal(const py::dict& state);
 
-  // Whether param_groups and state still hold the very objects this plan was made from.
+  // Whether param_groups and state still hold the very objects this plan was made from, and the options that
+  // decide what state there is.
   bool matches(const py::list& param_groups, const py::dict& state) const;
 
-  // One step on the CPU, or nothing when a parameter has a gradient and no slot yet. `groups`: per param
-  // group the numbers of kGroupFields. `grads`: what to use in place of the parameters' .grad (None: no part
-  // in this step). `rounded_steps`: steps taken before this one, for stochastic rounding. `reduction`: see
-  // reduction_of(); what it throws leaves everything as it was. `policy_rows`: see with_rows(). `telemetry`:
-  // see telemetry_of().
-  std::optional<cpu::StepReport> step(const py::list& groups, double unscale, bool found_inf,
-                                      const std::optional<py::list>& grads, uint64_t rounded_steps,
-                                      const py::object& reduction, const py::object& policy_rows,
-                                      const py::object& telemetry);
+  // One step, whose outcome is in `memory`, or without it in outcome(). False, and nothing has happened,
+  // where a new plan is needed: parameters, state or options were exchanged, or a parameter has a gradient
+  // and no slot yet. `grads`: what to use in place of the parameters' .grad (None: no part in this step).
+  // `reduction`: what it throws leaves everything as it was. `skips_nonfinite`: whatever the options say.
+  // `creates_state`: zero gradients are to make state and to leave no other trace.
+  bool step(const py::list& param_groups, const py::dict& state, const Scaling* scaling,
+            const std::optional<py::list>& grads, const ReductionMemory* reduction,
+            const py::object& clip_rows, const py::object& skip_row, const TelemetryMemory* telemetry,
+            bool skips_nonfinite, bool creates_state, const DeviceMemory* memory);
 
-  // One step on the CUDA backend; false when a parameter has a gradient and no slot yet. `memory`: the
-  // tensors it reads and fills. `learning_rates`: per param group None or a tensor on the device that
-  // replaces lr.
-  bool step_on_device(const py::list& groups, double unscale, bool found_inf,
-                      const std::optional<py::list>& grads, const py::dict& memory,
-                      const py::list& learning_rates, const py::object& allocate, const py::object& reduction,
-                      const py::object& policy_rows, const py::object& telemetry);
   // Whether a captured graph uses this plan's device memory.
   bool captured() const { return device_plan_.captured(); }
+
+  // Of the last step on the host.
+  const Outcome& outcome() const { return outcome_; }
+  // The same: non-finite elements of each parameter that took part, where they are errors.
+  const std::vector<int64_t>& nonfinite() const { return nonfinite_; }
 
   // The parameters that took part in the last step.
   py::list active() const;
@@ -56,42 +60,49 @@ class Plan {
   int visit(visitproc visit, void* arg) const;
   void clear();
 
-  // After a first step, SGD's momentum buffers hold values.
-  void mark_first_steps_done();
-
  private:
   class Stepping;
-  struct Slot {
-    std::vector<py::object> objects;  // the states, then the extra and the step counter if there are any
+  struct Kept {
+    std::vector<py::object> objects;  // the states, then the extra and the numbers if there are any
     bool has_extra = false;
-    bool first = false;
   };
 
+  bool updates() const { return options_.rule != RuleKind::none; }
+  bool holds_the_same(const py::list& param_groups, const py::dict& state) const;
+  // False where options have changed what state there is.
+  bool read_groups(const py::list& param_groups);
   // Looks at every tensor that takes part; false when a slot is missing.
-  bool gather(const std::vector<GroupOptions>& groups, const std::optional<py::list>& grads);
+  bool gather(const std::optional<py::list>& grads);
   void prefetch(size_t index) const;
   void remember(size_t index, const View* views, int count, PyObject* grad);
   // False when the slot does not fit.
-  bool add_tensor(size_t index, PyObject* grad, const GroupOptions& group, int32_t group_index);
+  bool add_tensor(size_t index, PyObject* grad, int32_t group_index);
+  // One of a state's numbers, such as its step counter.
+  StateNumber number_of(const py::object& tensor, const Argument& where);
   PyObject* local(const py::object& tensor);
   // Whether gradients are read alone: those that torch negates lazily are then copied, and else refused where
   // their sign matters.
-  bool reads_resolved_grads() const { return options_.rule != RuleKind::none && !options_.write_grads; }
+  bool reads_resolved_grads() const { return updates() && !options_.write_grads; }
   // How many scopes the clip has.
   int64_t scopes() const;
-  Reduction reduction_for(const py::object& reduction);
-  // What of a device's memory Python has made for the step.
-  cuda::StepMemory step_memory(const py::dict& memory);
+  Reduction reduction_for(const ReductionMemory* reduction);
+  void step_on_host(StepMemory memory, const Reduction& reduction);
+  void count_on_host(const py::list& param_groups, bool only_creates_state);
+  void step_on_device(StepMemory memory, const DeviceMemory& given, const Reduction& reduction);
   void announce_update() const;
   Argument argument(size_t index, const char* attribute) const;
 
   const RuleEntry* rule_;
+  GroupReader reader_;
   StepOptions options_;
+  NonfinitePolicy nonfinite_policy_;
   Policies policies_;  // without their rows
   bool per_tensor_;    // whether reductions have a row for each parameter
+  Device where_;
   std::vector<std::vector<py::object>> groups_;
   std::vector<py::object> params_;
-  std::vector<Slot> slots_;
+  std::vector<Kept> slots_;
+  std::vector<uint32_t> structure_;  // per param group
   std::vector<const void*> sealed_;
 
   // Where the last step found each parameter's tensors. Never dereferenced: thousands of small tensors are a
@@ -101,12 +112,19 @@ class Plan {
   bool stepping_ = false;
 
   // Filled anew by every step; members only to reuse their memory.
+  std::vector<GroupOptions> group_options_;
+  std::vector<cuda::DeviceNumber> learning_rates_;
   std::vector<int64_t> active_;
   std::vector<py::object> grads_;
   std::vector<py::object> locals_;  // what DTensors hold
   std::vector<TensorOperands> tensors_;
-  std::vector<cpu::StepCounter> counters_;
+  std::vector<StepCounter> counters_;
   Device device_;
+
+  // The host's memory of steps.
+  Outcome outcome_;
+  std::vector<int32_t> taken_;
+  std::vector<int64_t> nonfinite_;
 
   // The CUDA backend's part, and the device memory it was given.
   cuda::StepPlan device_plan_;

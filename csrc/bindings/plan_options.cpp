@@ -1,70 +1,33 @@
 #include "bindings/plan_options.h"
 
-#include <iterator>
 #include <string>
 #include <utility>
+
+#include <pybind11/stl.h>
 
 namespace steadygrad::bindings {
 namespace {
 
-GroupOptions group_options(const py::handle& numbers) {
-  const auto sequence = py::reinterpret_borrow<py::tuple>(numbers);
-  if (!py::isinstance<py::tuple>(numbers) || sequence.size() != std::size(kGroupFields)) {
-    throw py::value_error("step: groups: expected a tuple of " + std::to_string(std::size(kGroupFields)) +
-                          " numbers");
-  }
-  size_t next = 0;
-  const auto number = [&] {
-    const double value = PyFloat_AsDouble(PyTuple_GET_ITEM(sequence.ptr(), next++));
-    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
-    return value;
-  };
-  GroupOptions group;
-  RuleHyper& hyper = group.hyper;
-  for (double* field :
-       {&hyper.lr, &hyper.weight_decay, &hyper.momentum, &hyper.dampening, &hyper.beta1, &hyper.beta2,
-        &hyper.eps, &hyper.alpha, &hyper.lr_decay, &hyper.rho, &hyper.lambd, &hyper.t0, &hyper.momentum_decay,
-        &hyper.etaminus, &hyper.etaplus, &hyper.step_size_min, &hyper.step_size_max}) {
-    *field = number();
-  }
-  for (bool* field :
-       {&hyper.nesterov, &hyper.maximize, &hyper.amsgrad, &hyper.centered, &hyper.decoupled_weight_decay}) {
-    *field = number() != 0;
-  }
-  for (double* field : {&group.max_norm, &group.clip_value, &group.l1, &group.l2, &group.clipping})
-    *field = number();
-  return group;
-}
-
 template <class Value>
-Value one_of(const py::dict& options, const char* key,
-             const std::vector<std::pair<const char*, Value>>& choices) {
-  const std::string name = py::str(options[key]);
+Value named_one(const char* key, const std::string& name,
+                const std::vector<std::pair<const char*, Value>>& choices) {
   for (const auto& [choice, value] : choices) {
     if (name == choice) return value;
   }
   throw py::value_error("Plan: unknown " + std::string(key) + ": " + name);
 }
 
+template <class Value>
+Value one_of(const py::dict& options, const char* key,
+             const std::vector<std::pair<const char*, Value>>& choices) {
+  return named_one<Value>(key, py::str(options[key]), choices);
+}
+
 }  // namespace
 
-std::vector<GroupOptions> group_options_of(const py::list& groups, size_t expected) {
-  if (groups.size() != expected) throw py::value_error("step: groups: expected one entry per param group");
-  std::vector<GroupOptions> list;
-  for (const py::handle group : groups) list.push_back(group_options(group));
-  return list;
-}
-
-const RuleEntry* rule_named(const std::string& name) {
-  for (const RuleEntry& entry : kRules) {
-    if (entry.name == name) return &entry;
-  }
-  throw py::value_error("Plan: rule: expected the name of an update rule, got " + name);
-}
-
-StepOptions step_options(const RuleEntry& rule, const py::dict& options) {
+StepOptions step_options(RuleKind rule, const py::dict& options) {
   StepOptions step;
-  step.rule = rule.kind;
+  step.rule = rule;
   step.norm_type = norm_type(options["norm_type"].cast<double>());
   step.clip_scope = one_of<ClipScope>(
       options, "clip_scope",
@@ -97,66 +60,130 @@ int64_t checked_window(const char* policy, const py::object& number, int64_t lea
                         std::to_string(least) + ", got " + std::to_string(window));
 }
 
+ClipPolicy clip_policy(const std::string& kind, double max_norm, double level, double decay, double factor,
+                       int64_t warmup, const py::object& window) {
+  ClipPolicy clip;
+  clip.kind = named_one<PolicyKind>("clip_policy", kind,
+                                    {{"percentile", PolicyKind::percentile},
+                                     {"zscore", PolicyKind::zscore},
+                                     {"relative", PolicyKind::relative},
+                                     {"damp", PolicyKind::damp},
+                                     {"given", PolicyKind::given},
+                                     {"adaptive", PolicyKind::adaptive}});
+  clip.max_norm = max_norm;
+  clip.level = level;
+  clip.decay = decay;
+  clip.factor = factor;
+  clip.warmup = warmup;
+  clip.window = checked_window("clip_policy", window, clip.kind == PolicyKind::percentile ? 1 : 0);
+  return clip;
+}
+
+SpikePolicy spike_policy(double sigma, const py::object& window) {
+  return {sigma, checked_window("skip_policy", window, 2)};
+}
+
 }  // namespace
 
 Policies policies_of(const py::dict& options) {
   Policies policies;
-  if (options.contains("clip_policy") && !options["clip_policy"].is_none()) {
-    const auto numbers = options["clip_policy"].cast<py::tuple>();
-    ClipPolicy& clip = policies.clip;
-    clip.kind = one_of<PolicyKind>(py::dict(py::arg("clip_policy") = numbers[0]), "clip_policy",
-                                   {{"percentile", PolicyKind::percentile},
-                                    {"zscore", PolicyKind::zscore},
-                                    {"relative", PolicyKind::relative},
-                                    {"damp", PolicyKind::damp},
-                                    {"given", PolicyKind::given},
-                                    {"adaptive", PolicyKind::adaptive}});
-    size_t next = 1;
-    for (double* field : {&clip.max_norm, &clip.level, &clip.decay, &clip.factor}) {
-      *field = numbers[next++].cast<double>();
-    }
-    clip.warmup = numbers[next++].cast<int64_t>();
-    clip.window = checked_window("clip_policy", numbers[next++], clip.kind == PolicyKind::percentile ? 1 : 0);
-  }
-  if (options.contains("skip_policy") && !options["skip_policy"].is_none()) {
-    const auto numbers = options["skip_policy"].cast<py::tuple>();
-    policies.skip.sigma = numbers[0].cast<double>();
-    policies.skip.window = checked_window("skip_policy", numbers[1], 2);
-  }
+  const auto given = [&](const char* key) {
+    return options.contains(key) ? py::object(options[key]) : py::object(py::none());
+  };
+  const py::object clip = given("clip_policy");
+  const py::object skip = given("skip_policy");
+  if (!clip.is_none()) policies.clip = clip.cast<ClipPolicy>();
+  if (!skip.is_none()) policies.skip = skip.cast<SpikePolicy>();
   return policies;
 }
 
-Policies with_rows(Policies policies, const py::object& rows, int64_t scopes, Device& device) {
-  if (rows.is_none()) return policies;
-  const auto pair = rows.cast<py::tuple>();
-  const auto memory = [&](size_t i, const char* name, int64_t numel) {
-    const py::object tensor = pair[i];
-    if (tensor.is_none()) return static_cast<double*>(nullptr);
-    return static_cast<double*>(
-        vector_of(tensor.ptr(), {"step", name, -1}, {kDLFloat, 64, 1}, numel, device));
+Policies with_rows(Policies policies, const py::object& clip_rows, const py::object& skip_row, int64_t scopes,
+                   Device& device) {
+  const auto memory = [&](const py::object& rows, const char* name, int64_t numel) {
+    return memory_of<double>(rows, {"step", name, -1}, {kDLFloat, 64, 1}, numel, device);
   };
   if (policies.clip.kind != PolicyKind::none) {
-    policies.clip_rows = memory(0, "clip state", scopes * row_size(policies.clip));
+    policies.clip_rows = memory(clip_rows, "clip state", scopes * row_size(policies.clip));
   }
-  if (policies.skip.window > 0) policies.skip_row = memory(1, "skip state", row_size(policies.skip));
+  if (policies.skip.window > 0) policies.skip_row = memory(skip_row, "skip state", row_size(policies.skip));
   return policies;
 }
 
-Telemetry telemetry_of(const py::object& telemetry, size_t parameters, Device& device) {
-  Telemetry memory;
-  if (telemetry.is_none()) return memory;
-  const auto parts = telemetry.cast<py::tuple>();
-  memory.history = parts[2].cast<int64_t>();
-  memory.parameters = parts[3].cast<bool>() ? static_cast<int64_t>(parameters) : 0;
-  if (memory.history < 1) throw py::value_error("step: telemetry: expected at least one row");
-  const auto vector = [&](size_t i, DLDataTypeCode code, int64_t numel) {
-    const py::object tensor = parts[i];
-    return vector_of(tensor.ptr(), {"step", "telemetry", -1}, {static_cast<uint8_t>(code), 64, 1}, numel,
-                     device);
-  };
-  memory.rows = static_cast<double*>(vector(0, kDLFloat, memory.history * row_size(memory)));
-  memory.recorded = static_cast<int64_t*>(vector(1, kDLInt, 1));
-  return memory;
+Telemetry telemetry_of(const TelemetryMemory* memory, size_t parameters, Device& device) {
+  Telemetry telemetry;
+  if (memory == nullptr) return telemetry;
+  telemetry.history = memory->history;
+  telemetry.parameters = memory->per_tensor ? static_cast<int64_t>(parameters) : 0;
+  if (telemetry.history < 1) throw py::value_error("step: telemetry: expected at least one row");
+  const Argument argument{"step", "telemetry", -1};
+  telemetry.rows = memory_of<double>(memory->rows, argument, {kDLFloat, 64, 1},
+                                     telemetry.history * row_size(telemetry), device);
+  telemetry.recorded = memory_of<int64_t>(memory->recorded, argument, {kDLInt, 64, 1}, 1, device);
+  return telemetry;
+}
+
+// Local to the module: the emulated one has the same classes.
+void define_plan_options(py::module_& module) {
+  const auto local = py::module_local();
+  const py::none none;
+  py::class_<Slot>(module, "Slot", local)
+      .def(py::init([](const py::list& states, const py::list& numbers, py::object extra, bool first) {
+             return Slot{states.cast<std::vector<py::object>>(), numbers.cast<std::vector<py::object>>(),
+                         std::move(extra), first};
+           }),
+           py::kw_only(), py::arg("states"), py::arg("numbers"), py::arg("extra"), py::arg("first"))
+      .def_readonly("first", &Slot::first);
+  py::class_<Scaling>(module, "Scaling", local)
+      .def(py::init([](double unscale, bool found_inf, py::object grad_scale, py::object found) {
+             return Scaling{unscale, found_inf, std::move(grad_scale), std::move(found)};
+           }),
+           py::kw_only(), py::arg("unscale") = 1.0, py::arg("found_inf") = false,
+           py::arg("grad_scale_tensor") = none, py::arg("found_inf_tensor") = none)
+      .def_readonly("found_inf_tensor", &Scaling::found_inf_tensor);
+  py::class_<DeviceMemory>(module, "DeviceMemory", local)
+      .def(py::init([](py::object outcome, py::object taken, py::object counts, py::object nonfinite,
+                       py::object rounded_steps, py::object allocate) {
+             return DeviceMemory{std::move(outcome),   std::move(taken),         std::move(counts),
+                                 std::move(nonfinite), std::move(rounded_steps), std::move(allocate)};
+           }),
+           py::kw_only(), py::arg("outcome"), py::arg("taken"), py::arg("counts") = none,
+           py::arg("nonfinite") = none, py::arg("rounded_steps") = none, py::arg("allocate"));
+  py::class_<TelemetryMemory>(module, "Telemetry", local)
+      .def(py::init([](py::object rows, py::object recorded, int64_t history, bool per_tensor) {
+             return TelemetryMemory{std::move(rows), std::move(recorded), history, per_tensor};
+           }),
+           py::kw_only(), py::arg("rows"), py::arg("recorded"), py::arg("history"), py::arg("per_tensor"))
+      .def_readonly("rows", &TelemetryMemory::rows);
+  py::class_<ReductionMemory>(module, "Reduction", local)
+      .def(py::init([](py::object rows, py::object counted, py::object reduce, py::object ask_policy) {
+             return ReductionMemory{std::move(rows), std::move(counted), std::move(reduce),
+                                    std::move(ask_policy)};
+           }),
+           py::kw_only(), py::arg("rows"), py::arg("counted"), py::arg("reduce") = none,
+           py::arg("ask_policy") = none)
+      .def_readonly("rows", &ReductionMemory::rows)
+      .def_readonly("counted", &ReductionMemory::counted)
+      .def_readonly("reduce", &ReductionMemory::reduce);
+  py::class_<ClipPolicy>(module, "ClipPolicy", local)
+      .def(py::init(&clip_policy), py::arg("kind"), py::kw_only(), py::arg("max_norm") = INFINITY,
+           py::arg("level") = 0.0, py::arg("decay") = 0.0, py::arg("factor") = 1.0, py::arg("warmup") = 0,
+           py::arg("window") = 0)
+      .def_property_readonly("row_size", [](const ClipPolicy& policy) { return row_size(policy); });
+  py::class_<SpikePolicy>(module, "SpikePolicy", local)
+      .def(py::init(&spike_policy), py::kw_only(), py::arg("sigma"), py::arg("window"))
+      .def_property_readonly("row_size", [](const SpikePolicy& policy) { return row_size(policy); });
+  // Where in rows of numbers things lie.
+  using py::literals::operator""_a;
+  module.attr("POLICY_ROW") =
+      py::dict("coefficient"_a = kCoefficient, "limit"_a = kLimit, "norm"_a = kGivenNorm, "learnt"_a = kCount,
+               "count"_a = kCount, "oldest"_a = kOldest, "norms"_a = kNorms);
+  module.attr("TELEMETRY_COLUMNS") =
+      py::dict("norm"_a = kTelemetryNorm, "clipped_norm"_a = kTelemetryClippedNorm,
+               "limit"_a = kTelemetryLimit, "flags"_a = kTelemetryFlags, "nonfinite"_a = kTelemetryNonfinite);
+  module.attr("TELEMETRY_FLAGS") = py::dict("clipped"_a = kRecordedClipped, "skipped"_a = kRecordedSkipped,
+                                            "refused"_a = kRecordedRefused, "spiked"_a = kRecordedSpiked);
+  module.attr("SCOPE_COLUMNS") = py::make_tuple("small", "medium", "large", "nonfinite", "nan");
+  static_assert(kScopeColumns == 5, "SCOPE_COLUMNS names them all");
 }
 
 }  // namespace steadygrad::bindings

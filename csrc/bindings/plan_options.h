@@ -1,4 +1,4 @@
-// What a plan is told in numbers and names, as the kernels take it.
+// What a plan is told: numbers and names as the kernels take them, and structs that Python fills by name.
 #pragma once
 
 #include <string>
@@ -14,51 +14,52 @@
 
 namespace steadygrad::bindings {
 
-// The numbers of a param group, in the order in which a step takes them.
-inline constexpr const char* kGroupFields[] = {"lr",
-                                               "weight_decay",
-                                               "momentum",
-                                               "dampening",
-                                               "beta1",
-                                               "beta2",
-                                               "eps",
-                                               "alpha",
-                                               "lr_decay",
-                                               "rho",
-                                               "lambd",
-                                               "t0",
-                                               "momentum_decay",
-                                               "etaminus",
-                                               "etaplus",
-                                               "step_size_min",
-                                               "step_size_max",
-                                               "nesterov",
-                                               "maximize",
-                                               "amsgrad",
-                                               "centered",
-                                               "decoupled_weight_decay",
-                                               "max_norm",
-                                               "clip_value",
-                                               "l1",
-                                               "l2",
-                                               "clipping"};
+// The state that a plan steps with one parameter.
+struct Slot {
+  std::vector<py::object> states;   // in the rule's order
+  std::vector<py::object> numbers;  // the step counter and the rule's other numbers, if it has any
+  py::object extra;                 // what is kept beside a half-precision parameter, or None
+  bool first = false;               // whether its first step is still to come
+};
 
-// One per param group; refuses any number of them but `expected`.
-std::vector<GroupOptions> group_options_of(const py::list& groups, size_t expected);
+// torch.amp.GradScaler's numbers, as numbers or as tensors on a device that is not waited for.
+struct Scaling {
+  double unscale = 1;
+  bool found_inf = false;
+  py::object grad_scale_tensor;
+  py::object found_inf_tensor;
+};
 
-const RuleEntry* rule_named(const std::string& name);
+// Tensors on a device where steps are decided; each may be None but `outcome` and `taken`. See StepMemory.
+struct DeviceMemory {
+  py::object outcome;
+  py::object taken;
+  py::object counts;
+  py::object nonfinite;
+  py::object rounded_steps;
+  py::object allocate;  // makes scratch space
+};
 
-StepOptions step_options(const RuleEntry& rule, const py::dict& options);
+// The ring that steps are recorded in (core/telemetry.h).
+struct TelemetryMemory {
+  py::object rows;
+  py::object recorded;
+  int64_t history = 0;
+  bool per_tensor = false;
+};
 
-// Their numbers: options["clip_policy"], None or (name, max_norm, level, decay, factor, warmup, window), and
-// options["skip_policy"], None or (sigma, window).
+// What stays the same from step to step, by the names of StabilizerOptions.
+StepOptions step_options(RuleKind rule, const py::dict& options);
+
+// options["clip_policy"] and options["skip_policy"], each of which may be None.
 Policies policies_of(const py::dict& options);
 
-// Their state: None, or (rows of the clip policy or None, row of the skip policy or None), float64.
-Policies with_rows(Policies policies, const py::object& rows, int64_t scopes, Device& device);
+// With their state, float64: rows of the clip policy and row of the skip policy, or None.
+Policies with_rows(Policies policies, const py::object& clip_rows, const py::object& skip_row, int64_t scopes,
+                   Device& device);
 
-// Where to record a step: None, or (rows in float64, steps so far in int64, how many rows, whether they have
-// columns for each of the parameters).
-Telemetry telemetry_of(const py::object& telemetry, size_t parameters, Device& device);
+Telemetry telemetry_of(const TelemetryMemory* memory, size_t parameters, Device& device);
+
+void define_plan_options(py::module_& module);
 
 }  // namespace steadygrad::bindings

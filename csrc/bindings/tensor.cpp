@@ -86,9 +86,18 @@ std::string supported_devices() {
                                         : " on the CPU, the only backend compiled in";
 }
 
+// Pinned memory is the CPU's.
+int host_type(const DLDevice& found) {
+  return found.device_type == kDLCUDAHost ? kDLCPU : static_cast<int>(found.device_type);
+}
+
+bool is_on(const DLDevice& found, const Device& device) {
+  const int type = host_type(found);
+  return type == device.type && (type == kDLCPU || found.device_id == device.index);
+}
+
 void check_device(const DLDevice& found, Device& device, PyObject* object, const Argument& argument) {
-  // Pinned memory is the CPU's.
-  const int type = found.device_type == kDLCUDAHost ? kDLCPU : found.device_type;
+  const int type = host_type(found);
   if (type != kDLCPU && type != cuda_backend_type()) {
     throw_type_error(argument, "a tensor" + supported_devices(), object);
   }
@@ -263,22 +272,65 @@ py::object local_tensor(const py::object& tensor) {
   return tensor;
 }
 
-Reduction reduction_of(const char* function, const py::object& tensors, size_t groups, size_t slots,
+Reduction reduction_of(const char* function, const ReductionMemory* memory, size_t groups, size_t slots,
                        bool per_tensor, Device& device) {
   Reduction reduction;
-  if (tensors.is_none()) return reduction;
-  const auto parts = tensors.cast<py::tuple>();
+  if (memory == nullptr) return reduction;
   const int64_t rows = static_cast<int64_t>(1 + groups + (per_tensor ? slots : 0));
-  reduction.rows = static_cast<ScopeSums*>(vector_of(py::object(parts[0]).ptr(), {function, "rows", -1},
-                                                     {kDLFloat, 64, 1}, rows * kScopeColumns, device));
+  reduction.rows = static_cast<ScopeSums*>(
+      vector_of(memory->rows.ptr(), {function, "rows", -1}, {kDLFloat, 64, 1}, rows * kScopeColumns, device));
   reduction.counted =
-      static_cast<const int32_t*>(vector_of(py::object(parts[1]).ptr(), {function, "counted", -1},
-                                            {kDLInt, 32, 1}, static_cast<int64_t>(slots), device));
+      static_cast<const int32_t*>(vector_of(memory->counted.ptr(), {function, "counted", -1}, {kDLInt, 32, 1},
+                                            static_cast<int64_t>(slots), device));
   reduction.slots = static_cast<int32_t>(slots);
   reduction.per_tensor = per_tensor;
-  reduction.reduce = called_without_arguments(parts[2], device);
-  if (parts.size() > 3) reduction.ask_policy = called_without_arguments(parts[3], device);
+  reduction.reduce = called_without_arguments(memory->reduce, device);
+  if (!memory->ask_policy.is_none()) {
+    reduction.ask_policy = called_without_arguments(memory->ask_policy, device);
+  }
   return reduction;
+}
+
+Device device_named(const py::object& device) {
+  Device named;
+  named.type = kDLCPU;
+  if (device.is_none() || std::string(py::str(device.attr("type"))) == "cpu") return named;
+  named.type = std::string(py::str(device.attr("type"))) == "cuda" ? kDLCUDA : -1;
+  const py::object index = device.attr("index");
+  named.index = index.is_none() ? 0 : index.cast<int>();
+  return named;
+}
+
+bool is_number_on(const Device& device, PyObject* value) {
+  DLTensor tensor;
+  if (!is_tensor(value)) return false;
+  if (torch.api->dltensor_from_py_object_no_sync(value, &tensor) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  const bool is_there = is_on(tensor.device, device);
+  return is_there && numel_of(tensor) == 1 && tensor.dtype.code == kDLFloat &&
+         (tensor.dtype.bits == 32 || tensor.dtype.bits == 64);
+}
+
+cuda::DeviceNumber number_on(PyObject* tensor, const Argument& argument, Device& device) {
+  const View view = view_of(tensor, argument, device);
+  check_not_negated(tensor, argument);
+  if (view.numel != 1 || (view.dtype != DType::float32 && view.dtype != DType::float64)) {
+    throw_type_error(argument, "a float32 or float64 tensor of one element", tensor);
+  }
+  return {view.data, view.dtype};
+}
+
+bool is_elsewhere(const Device& device, PyObject* tensor) {
+  DLTensor found;
+  if (!is_tensor(tensor)) return false;
+  if (torch.api->dltensor_from_py_object_no_sync(tensor, &found) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  const bool is_taken = host_type(found.device) == kDLCPU || found.device.device_type == cuda_backend_type();
+  return is_taken && !is_on(found.device, device);
 }
 
 void check_writable(const View& view, const Argument& argument) {

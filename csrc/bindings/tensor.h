@@ -47,6 +47,16 @@ struct Device {
   bool is_cuda() const { return type != 0 && type == cuda_backend_type(); }
 };
 
+// Of a torch.device; None is the CPU.
+Device device_named(const py::object& device);
+
+// Whether it is a number in a tensor on this device: one of float32 or float64 with one element.
+bool is_number_on(const Device& device, PyObject* value);
+cuda::DeviceNumber number_on(PyObject* tensor, const Argument& argument, Device& device);
+
+// Whether a tensor lies on another device that a backend takes.
+bool is_elsewhere(const Device& device, PyObject* tensor);
+
 // After Python has run: throws RuntimeError where one of the tensors has other memory than it had.
 void look_again(const Device& device);
 
@@ -77,10 +87,16 @@ void* vector_of(PyObject* object, const Argument& argument, DLDataType dtype, in
 // A DTensor's part of this process, else the tensor itself; the DTensor keeps it alive.
 py::object local_tensor(const py::object& tensor);
 
-// `tensors`: None, or (rows, counted, function without arguments that combines the rows of all processes or
-// None) and perhaps another one that asks a policy, see core/scope_sums.h. `slots`: how many tensors may take
-// part.
-Reduction reduction_of(const char* function, const py::object& tensors, size_t groups, size_t slots,
+// What Python gives for a reduction (core/scope_sums.h): tensors, and functions without arguments or None.
+struct ReductionMemory {
+  py::object rows;
+  py::object counted;
+  py::object reduce;
+  py::object ask_policy;
+};
+
+// `memory`: null where there is nothing to reduce. `slots`: how many tensors may take part.
+Reduction reduction_of(const char* function, const ReductionMemory* memory, size_t groups, size_t slots,
                        bool per_tensor, Device& device);
 
 // torch's current stream on a device of the CUDA backend.

@@ -181,7 +181,7 @@ Norm grad_norm(const Tensors& tensors, const ChunkTable& table, NormType type, c
   const GradNorms norms(tensors, table, {TransformOptions{}}, type);
   StepOptions options;
   options.norm_type = type;
-  return scope_norms(tensors, norms, 1, options, reduction, nullptr).total;
+  return scope_norms(tensors, norms, 1, options, reduction).total;
 }
 
 }  // namespace steadygrad::cpu

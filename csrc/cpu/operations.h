@@ -5,10 +5,9 @@
 #include <functional>
 #include <vector>
 
-#include "core/policy.h"
 #include "core/scope_sums.h"
 #include "core/step.h"
-#include "core/telemetry.h"
+#include "core/step_memory.h"
 #include "core/tensors.h"
 #include "core/unit_clip.h"
 #include "cpu/parallel.h"
@@ -75,33 +74,13 @@ double add_penalty(const Tensors& tensors, double l1, double l2);
 // param = sign(param) * max(|param| - amount, 0)
 void soft_threshold(const Tensors& tensors, double amount);
 
-// A tensor's step counter and numbers, if its rule keeps them, and whether this is its first step (SGD's
-// momentum buffer starts as the gradient).
-struct StepCounter {
-  StateNumber step;
-  StateNumber numbers[kMaxNumbers];
-  bool first = false;
-};
-
-struct StepReport {
-  Norm norm;             // over all tensors
-  bool refused = false;  // non-finite under NonfinitePolicy::raise: nothing was written
-  bool skipped = false;
-  bool spiked = false;  // skipped for its norm
-  bool clipped = false;
-  bool grads_written = false;
-  std::vector<int64_t> nonfinite;  // per tensor; empty when all elements are finite
-};
-
-// One whole step in two passes: the norm, the decision, the update. Before anything is written, and only if
-// something will be, before_write is called with what is known by then; if it throws, nothing has changed.
-// `slots`: per tensor its place in the reduction. Policies learn from the norm before that call; what it
-// stops is not recorded.
-using BeforeWrite = std::function<void(const StepReport&)>;
-StepReport fused_step(const Tensors& tensors, const std::vector<StepCounter>& counters,
-                      const std::vector<GroupOptions>& groups, const StepOptions& given,
-                      const BeforeWrite& before_write, const Reduction& reduction = Reduction(),
-                      const std::vector<int64_t>* slots = nullptr, const Policies& policies = Policies(),
-                      const Telemetry& telemetry = Telemetry());
+// One whole step in two passes: the norm, the decision, the update. `memory` is the host's, and its outcome
+// is known on return. Before anything is written, and only if something will be, before_write is called; if
+// it throws, nothing has changed. Policies learn from the norm before that call; what it stops is not
+// recorded.
+using BeforeWrite = std::function<void(bool writes_grads)>;
+void step(const Tensors& tensors, const std::vector<StepCounter>& counters,
+          const std::vector<GroupOptions>& groups, const StepOptions& options, const StepMemory& memory,
+          const Reduction& reduction, const BeforeWrite& before_write);
 
 }  // namespace steadygrad::cpu

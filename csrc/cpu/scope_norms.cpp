@@ -6,9 +6,8 @@ namespace steadygrad::cpu {
 namespace {
 
 void fill_rows(const Tensors& tensors, const GradNorms& norms, size_t groups, const StepOptions& options,
-               const Reduction& reduction, const std::vector<int64_t>* slots) {
-  const auto slot = [&](size_t t) { return slots != nullptr ? (*slots)[t] : static_cast<int64_t>(t); };
-  const auto counted = [&](size_t t) { return reduction.counted[slot(t)] != 0; };
+               const Reduction& reduction) {
+  const auto counted = [&](size_t t) { return reduction.counted[tensors[t].place] != 0; };
   ScopeSums& flags = reduction.rows[0];
   flags = ScopeSums();
   flags.medium = options.found_inf ? 1 : 0;
@@ -22,12 +21,12 @@ void fill_rows(const Tensors& tensors, const GradNorms& norms, size_t groups, co
   ScopeSums* const tensor_rows = group_rows + groups;
   std::fill_n(tensor_rows, reduction.slots, no_sums(options.norm_type));
   for (size_t t = 0; t < tensors.size(); ++t) {
-    if (counted(t)) tensor_rows[slot(t)] = norms.sums_of_one(t);
+    if (counted(t)) tensor_rows[tensors[t].place] = norms.sums_of_one(t);
   }
 }
 
 ScopeNorms reduced_norms(const Tensors& tensors, size_t groups, const StepOptions& options,
-                         const Reduction& reduction, const std::vector<int64_t>* slots) {
+                         const Reduction& reduction) {
   const NormType type = options.norm_type;
   const ScopeSums& flags = reduction.rows[0];
   const ScopeSums* const group_rows = reduction.rows + 1;
@@ -40,9 +39,7 @@ ScopeNorms reduced_norms(const Tensors& tensors, size_t groups, const StepOption
       scopes.slots.push_back(norm_of(type, group_rows[groups + s]));
   }
   if (options.clip_scope == ClipScope::tensor) {
-    for (size_t t = 0; t < tensors.size(); ++t) {
-      scopes.tensors.push_back(scopes.slots[slots != nullptr ? static_cast<size_t>((*slots)[t]) : t]);
-    }
+    for (const TensorOperands& tensor : tensors) scopes.tensors.push_back(scopes.slots[tensor.place]);
   }
   return scopes;
 }
@@ -62,12 +59,11 @@ const Norm& ScopeNorms::of(ClipScope scope, int32_t tensor, int32_t group) const
 }
 
 ScopeNorms scope_norms(const Tensors& tensors, const GradNorms& norms, size_t groups,
-                       const StepOptions& options, const Reduction& reduction,
-                       const std::vector<int64_t>* slots) {
+                       const StepOptions& options, const Reduction& reduction) {
   if (reduction.rows != nullptr) {
-    fill_rows(tensors, norms, groups, options, reduction, slots);
+    fill_rows(tensors, norms, groups, options, reduction);
     reduction.reduce();
-    return reduced_norms(tensors, groups, options, reduction, slots);
+    return reduced_norms(tensors, groups, options, reduction);
   }
   ScopeNorms scopes;
   scopes.found_inf = options.found_inf;

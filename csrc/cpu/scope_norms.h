@@ -18,9 +18,7 @@ struct ScopeNorms {
   const Norm& of(ClipScope scope, int32_t tensor, int32_t group) const;
 };
 
-// `slots`: per tensor its place in the reduction; null: its own place.
 ScopeNorms scope_norms(const Tensors& tensors, const GradNorms& norms, size_t groups,
-                       const StepOptions& options, const Reduction& reduction,
-                       const std::vector<int64_t>* slots);
+                       const StepOptions& options, const Reduction& reduction);
 
 }  // namespace steadygrad::cpu

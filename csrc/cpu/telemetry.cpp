@@ -78,11 +78,11 @@ std::vector<bool> groups_with_elements(const Tensors& tensors, const ScopeNorms&
 
 void record(const Telemetry& telemetry, const Tensors& tensors, const GradNorms& norms,
             const ScopeNorms& scopes, const std::vector<GroupOptions>& groups, const StepOptions& options,
-            const Policies& policies, const StepReport& report) {
+            const Policies& policies, const Outcome& outcome) {
   RecordedStep step;
   step.total = scopes.total;
-  step.flags = (report.clipped ? kRecordedClipped : 0) | (report.skipped ? kRecordedSkipped : 0) |
-               (report.refused ? kRecordedRefused : 0) | (report.spiked ? kRecordedSpiked : 0);
+  step.flags = (outcome.clipped != 0 ? kRecordedClipped : 0) | (outcome.skipped != 0 ? kRecordedSkipped : 0) |
+               (outcome.refused != 0 ? kRecordedRefused : 0) | (outcome.spiked != 0 ? kRecordedSpiked : 0);
   const std::vector<bool> has_group = groups_with_elements(tensors, scopes, groups.size());
   if (has_clipped_norm(step, policies)) {
     step.clipped_norm = clipped_norm(tensors, norms, scopes, groups, options, policies, has_group);

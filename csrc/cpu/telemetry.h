@@ -11,6 +11,6 @@ namespace steadygrad::cpu {
 // For a step that has been decided, after its policies were asked.
 void record(const Telemetry& telemetry, const Tensors& tensors, const GradNorms& norms,
             const ScopeNorms& scopes, const std::vector<GroupOptions>& groups, const StepOptions& options,
-            const Policies& policies, const StepReport& report);
+            const Policies& policies, const Outcome& outcome);
 
 }  // namespace steadygrad::cpu

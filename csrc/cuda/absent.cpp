@@ -22,9 +22,8 @@ void clip_grads_with_norm(const Tensors&, double, DeviceNumber, const Allocate&,
 void transform_grads(const Tensors&, const TransformOptions&, const Allocate&, Stream) { refuse(); }
 void add_penalty(const Tensors&, double, double, double*, const Allocate&, Stream) { refuse(); }
 void soft_threshold(const Tensors&, double, const Allocate&, Stream) { refuse(); }
-void StepPlan::step(const Tensors&, const std::vector<StepCounter>&, const std::vector<int32_t>&,
-                    const std::vector<DeviceGroup>&, const StepOptions&, const StepMemory&, const Reduction&,
-                    const Allocate&, Stream) {
+void StepPlan::step(const Tensors&, const std::vector<StepCounter>&, const std::vector<DeviceGroup>&,
+                    const StepOptions&, const StepMemory&, const Reduction&, const Allocate&, Stream) {
   refuse();
 }
 

@@ -7,10 +7,9 @@
 #include <string>
 #include <vector>
 
-#include "core/policy.h"
 #include "core/scope_sums.h"
 #include "core/step.h"
-#include "core/telemetry.h"
+#include "core/step_memory.h"
 #include "core/tensors.h"
 
 namespace steadygrad::cuda {
@@ -24,24 +23,6 @@ struct Stream {
 
 // Device memory for one call. Its owner is the caller: nothing here allocates on the device.
 using Allocate = std::function<void*(int64_t bytes)>;
-
-// What an operation leaves in device memory.
-struct Outcome {
-  double norm;
-  float norm_float32;
-  uint8_t skipped;
-  uint8_t refused;
-  uint8_t clipped;
-  uint8_t spiked;  // skipped for its norm
-  int64_t nonfinite;
-};
-
-// Where a norm goes, in the dtypes that a caller may want; null: nowhere.
-struct NormOutput {
-  Outcome* outcome = nullptr;
-  float* float32 = nullptr;
-  double* float64 = nullptr;
-};
 
 // A reduction's `rows` and `counted` are device memory, and what it queues follows on the same stream.
 void grad_norm(const Tensors& tensors, NormType type, const NormOutput& output, const Reduction& reduction,
@@ -70,40 +51,19 @@ void add_penalty(const Tensors& tensors, double l1, double l2, double* value, co
 
 void soft_threshold(const Tensors& tensors, double amount, const Allocate& allocate, Stream stream);
 
-// A tensor's step counter and numbers, if its rule keeps them.
-struct StepCounter {
-  StateNumber step;
-  StateNumber numbers[kMaxNumbers];
-};
-
 // A param group whose learning rate may live on the device, so that a captured graph follows it.
 struct DeviceGroup {
   GroupOptions options;
   DeviceNumber lr;
 };
 
-// The device memory that a step reads and writes besides its tensors.
-struct StepMemory {
-  const float* grad_scale = nullptr;  // null: options.unscale holds
-  const float* found_inf = nullptr;   // null: options.found_inf holds
-  NormOutput output;
-  int64_t* counts = nullptr;          // skipped steps, clipped steps
-  int32_t* taken = nullptr;           // per slot: whether a first step has been taken
-  int64_t* nonfinite = nullptr;       // per tensor, may be null
-  uint64_t* rounded_steps = nullptr;  // steps taken so far; null: options.rounded_steps holds
-  Policies policies;                  // their rows are device memory too
-  Telemetry telemetry;                // and its
-};
-
 // Steps one set of tensors again and again. What does not change from step to step stays in device memory;
 // every step compares it with the tensors it is given.
 class StepPlan {
  public:
-  // `slots`: per tensor its place in memory.taken.
   void step(const Tensors& tensors, const std::vector<StepCounter>& counters,
-            const std::vector<int32_t>& slots, const std::vector<DeviceGroup>& groups,
-            const StepOptions& options, const StepMemory& memory, const Reduction& reduction,
-            const Allocate& allocate, Stream stream);
+            const std::vector<DeviceGroup>& groups, const StepOptions& options, const StepMemory& memory,
+            const Reduction& reduction, const Allocate& allocate, Stream stream);
 
   // Whether a step was captured into a graph, whose replays use this plan's device memory.
   bool captured() const { return captured_; }

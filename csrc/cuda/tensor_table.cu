@@ -111,14 +111,14 @@ TensorTable build_table(const Tensors& tensors, int32_t groups, const StepEntrie
     head.ndim = tensor.ndim;
     head.group = tensor.group;
     head.first_chunk = checked_chunks(chunks);
-    head.slot = step.slots != nullptr ? (*step.slots)[t] : static_cast<int32_t>(t);
+    head.slot = step.is_step ? tensor.place : static_cast<int32_t>(t);
     head.sizes = geometry_size(tensor) > 0 ? keep_sizes(tensor) : nullptr;
     for (int role = 0; role < kRoles; ++role) {
       if (!has[role]) continue;
       const Operand& operand = operand_of(tensor, role);
       Operand& kept = *host(operands[role] + t);
       // Gradients come anew with each step: their addresses travel with the launch of pass 1.
-      kept.data = role == kGrad && step.slots != nullptr ? nullptr : operand.data;
+      kept.data = role == kGrad && step.is_step ? nullptr : operand.data;
       kept.dtype = operand.dtype;
       kept.strides = operand.strides != nullptr ? keep(operand.strides, tensor.ndim) : nullptr;
     }

@@ -102,7 +102,7 @@ class Arena {
 // What only a step has to say about its tensors.
 struct StepEntries {
   const std::vector<StepCounter>* counters = nullptr;
-  const std::vector<int32_t>* slots = nullptr;
+  bool is_step = false;
 };
 
 // Builds the table of `tensors` as it will stand at the arena's next address; `image` gets its words.

@@ -1,21 +1,26 @@
 """The compiled kernels and the checks in front of them; called by the public functions only."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 Allocate = Callable[[int], Tensor]
 NormTensors = tuple[Tensor, Tensor, Tensor] | None
-# Rows of sums, which tensors this process counts, what combines the rows of all processes, and what asks a policy.
-Reduction = (
-    tuple[Tensor, Tensor, Callable[[], None] | None]
-    | tuple[Tensor, Tensor, Callable[[], None] | None, Callable[[], None]]
-    | None
-)
-PolicyRows = tuple[Tensor | None, Tensor | None] | None
-TelemetryMemory = tuple[Tensor, Tensor, int, bool]
 VERSION: str
-GROUP_FIELDS: tuple[str, ...]
+# Keys of every param group: what limits it, and what its steps count.
+LIMITS: tuple[str, ...]
+CLIPPING: str
+COUNTERS: tuple[str, str]
+ROUNDED_STEPS: str
+# Where things lie in rows of numbers, and in the bytes of an outcome.
+POLICY_ROW: dict[str, int]
+TELEMETRY_COLUMNS: dict[str, int]
+TELEMETRY_FLAGS: dict[str, int]
+SCOPE_COLUMNS: tuple[str, ...]
+OUTCOME_OFFSETS: dict[str, int]
+OUTCOME_BYTES: int
 
 def launch_count() -> int: ...
 def build_info() -> dict[str, object]: ...
@@ -25,7 +30,7 @@ def grad_norm(
     norm_type: float,
     output: NormTensors,
     allocate: Allocate,
-    reduction: Reduction = None,
+    reduction: Reduction | None = None,
 ) -> tuple[float, int, bool]: ...
 def clip_grad_norm_(
     grads: list[Tensor],
@@ -34,7 +39,7 @@ def clip_grad_norm_(
     error_if_nonfinite: bool,
     output: NormTensors,
     allocate: Allocate,
-    reduction: Reduction = None,
+    reduction: Reduction | None = None,
 ) -> tuple[float, int, bool]: ...
 def clip_grads_with_norm_(
     grads: list[Tensor], max_norm: float, total_norm: float | Tensor, allocate: Allocate
@@ -50,13 +55,83 @@ def add_penalty_(
 ) -> float: ...
 def soft_threshold_(params: list[Tensor], amount: float, allocate: Allocate) -> None: ...
 
-class StepReport:
+class Reduction:
+    """Rows of sums, which tensors this process counts, what combines the rows of all processes, what asks a policy."""
+
+    rows: Tensor
+    counted: Tensor
+    reduce: Callable[[], None] | None
+    def __init__(
+        self,
+        *,
+        rows: Tensor,
+        counted: Tensor,
+        reduce: Callable[[], None] | None = None,
+        ask_policy: Callable[[], None] | None = None,
+    ) -> None: ...
+
+class ClipPolicy:
+    def __init__(
+        self,
+        kind: str,
+        *,
+        max_norm: float = ...,
+        level: float = 0.0,
+        decay: float = 0.0,
+        factor: float = 1.0,
+        warmup: int = 0,
+        window: int = 0,
+    ) -> None: ...
+    @property
+    def row_size(self) -> int: ...
+
+class SpikePolicy:
+    def __init__(self, *, sigma: float, window: int) -> None: ...
+    @property
+    def row_size(self) -> int: ...
+
+class Telemetry:
+    rows: Tensor
+    def __init__(
+        self, *, rows: Tensor, recorded: Tensor, history: int, per_tensor: bool
+    ) -> None: ...
+
+class Scaling:
+    @property
+    def found_inf_tensor(self) -> Tensor | None: ...
+    def __init__(
+        self,
+        *,
+        unscale: float = 1.0,
+        found_inf: bool = False,
+        grad_scale_tensor: Tensor | None = None,
+        found_inf_tensor: Tensor | None = None,
+    ) -> None: ...
+
+class DeviceMemory:
+    def __init__(
+        self,
+        *,
+        outcome: Tensor,
+        taken: Tensor,
+        counts: Tensor | None = None,
+        nonfinite: Tensor | None = None,
+        rounded_steps: Tensor | None = None,
+        allocate: Allocate,
+    ) -> None: ...
+
+class Slot:
+    first: bool
+    def __init__(
+        self, *, states: list[Tensor], numbers: list[Tensor], extra: Tensor | None, first: bool
+    ) -> None: ...
+
+class Outcome:
+    def __init__(self, record: Tensor) -> None: ...
     @property
     def norm(self) -> float: ...
     @property
-    def nonfinite_count(self) -> int: ...
-    @property
-    def nonfinite(self) -> list[int]: ...
+    def nonfinite(self) -> int: ...
     @property
     def refused(self) -> bool: ...
     @property
@@ -66,49 +141,53 @@ class StepReport:
     @property
     def clipped(self) -> bool: ...
 
-Slot = tuple[list[Tensor], list[Tensor], bool, Tensor | None]
+def check_param_groups(
+    rule: str,
+    param_groups: list[dict[str, Any]],
+    defaults: dict[str, float | None],
+    clips_units: bool,
+    device: torch.device | None,
+) -> None: ...
+def count_steps(param_groups: list[dict[str, Any]], counter: str, steps: int) -> None: ...
+def state_names(rule: str, group: Mapping[str, Any]) -> list[str]: ...
+def state_numbers(rule: str) -> list[str]: ...
 
 class Plan:
     def __init__(
         self,
         rule: str,
-        groups: list[list[Tensor]],
-        slots: list[Slot | None],
+        fused: bool,
+        param_groups: list[dict[str, Any]],
+        slots: Sequence[Slot | None],
         options: dict[str, object],
+        defaults: dict[str, float | None],
+        device: torch.device | None,
     ) -> None: ...
-    def seal(self, state: dict[Tensor, dict[str, object]]) -> None: ...
+    def seal(self, state: dict[Tensor, dict[str, Any]]) -> None: ...
     def matches(
-        self, param_groups: list[dict[str, object]], state: dict[Tensor, dict[str, object]]
+        self, param_groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]
     ) -> bool: ...
     def step(
         self,
-        groups: list[tuple[float, ...]],
-        unscale: float,
-        found_inf: bool,
+        param_groups: list[dict[str, Any]],
+        state: dict[Tensor, dict[str, Any]],
+        scaling: Scaling | None = None,
         grads: list[Tensor | None] | None = None,
-        rounded_steps: int = 0,
-        reduction: Reduction = None,
-        policy_rows: PolicyRows = None,
-        telemetry: TelemetryMemory | None = None,
-    ) -> StepReport | None: ...
-    def step_on_device(
-        self,
-        groups: list[tuple[float, ...]],
-        unscale: float,
-        found_inf: bool,
-        grads: list[Tensor | None] | None,
-        memory: dict[str, Tensor | None],
-        learning_rates: list[Tensor | None],
-        allocate: Allocate,
-        reduction: Reduction = None,
-        policy_rows: PolicyRows = None,
-        telemetry: TelemetryMemory | None = None,
+        reduction: Reduction | None = None,
+        clip_rows: Tensor | None = None,
+        skip_row: Tensor | None = None,
+        telemetry: Telemetry | None = None,
+        skips_nonfinite: bool = False,
+        creates_state: bool = False,
+        memory: DeviceMemory | None = None,
     ) -> bool: ...
     @property
     def captured(self) -> bool: ...
+    @property
+    def outcome(self) -> Outcome: ...
+    def nonfinite(self) -> list[int]: ...
     def active(self) -> list[Tensor]: ...
     def active_indices(self) -> list[int]: ...
-    def mark_first_steps_done(self) -> None: ...
 
 def batch_norm_layout(input: Tensor) -> int: ...
 def batch_norm_statistics(input: Tensor, statistics: Tensor, allocate: Allocate) -> None: ...

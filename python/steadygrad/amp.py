@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from steadygrad.arguments import checked_count, checked_number
-from steadygrad.optim.stabilized import AMP_KEYS, StepOutcome
+from steadygrad.optim.stabilized import StepOutcome
+from steadygrad.optim.stepper import AMP_KEYS
 from steadygrad.telemetry.recorder import TooManySkippedSteps
 
 

@@ -39,30 +39,32 @@ def allocator(device: torch.device | None) -> Callable[[int], Tensor]:
 
 
 class Outcome:
-    """What a norm, a clip or a step leaves on an asynchronous device, to be read with or without waiting for it."""
+    """What a norm, a clip or a step leaves on an asynchronous device; :class:`_kernels.Outcome` is that of the host.
+
+    Until it is read it says that nothing happened: the device keeps the counts.
+    """
+
+    skipped = refused = clipped = False
 
     def __init__(self, device: torch.device) -> None:
-        self.record = torch.empty(3, dtype=torch.float64, device=device)
+        self.record = torch.empty(_kernels.OUTCOME_BYTES // 8, dtype=torch.float64, device=device)
+
+    def _part(self, name: str, dtype: torch.dtype) -> Tensor:
+        return self.record.view(dtype)[_kernels.OUTCOME_OFFSETS[name] // dtype.itemsize]
 
     def norm(self, wide: bool) -> Tensor:
         """The norm, 0-d, without waiting: float64 or float32."""
-        return (self.record[0] if wide else self.record.view(torch.float32)[2]).clone()
-
-    def nonfinite(self) -> int:
-        """The number of non-finite elements; waits for the device."""
-        return int(self.record.view(torch.int64)[2])
+        part = ("norm", torch.float64) if wide else ("norm_float32", torch.float32)
+        return self._part(*part).clone()
 
     def found_nonfinite(self) -> Tensor:
         """1.0 if there were non-finite elements or the step was skipped for such, else 0.0, without waiting."""
-        counted = self.record.view(torch.int64)[2] > 0
-        flags = self.record.view(torch.uint8)
-        # The last flag says that it was skipped for its norm.
-        return (counted | (flags[12] > flags[15])).float()
+        skipped, spiked = (self._part(name, torch.uint8) for name in ("skipped", "spiked"))
+        return ((self._part("nonfinite", torch.int64) > 0) | (skipped > spiked)).float()
 
-    def flags(self) -> tuple[bool, bool, bool]:
-        """Whether the step was skipped, refused, clipped; waits for the device."""
-        skipped, refused, clipped = self.record.view(torch.uint8)[12:15].tolist()
-        return bool(skipped), bool(refused), bool(clipped)
+    def read(self) -> _kernels.Outcome:
+        """The same on the host; waits for the device."""
+        return _kernels.Outcome(self.record.cpu())
 
 
 class NormOutput:
@@ -86,4 +88,4 @@ class NormOutput:
 
     def nonfinite(self, count: int) -> int:
         """The number of non-finite elements; waits for the device."""
-        return count if self.tensors is None else self.outcome.nonfinite()
+        return count if self.tensors is None else self.outcome.read().nonfinite

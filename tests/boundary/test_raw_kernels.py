@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from steadygrad import _kernels
 from steadygrad.memory import NormOutput, allocator
+from steadygrad.optim.options import StabilizerOptions
 from tests.backends import Backend
 
 OPTIONS: dict[str, Any] = {
@@ -34,20 +36,19 @@ def test_lists_of_unequal_length(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize(
-    "policies",
+    "policy",
     [
-        {"clip_policy": ("percentile", 1.0, 0.5, 0.0, 1.0, 0, 0)},
-        {"clip_policy": ("percentile", 1.0, 0.5, 0.0, 1.0, 0, -3)},
-        {"clip_policy": ("percentile", 1.0, 0.5, 0.0, 1.0, 0, 2**62)},
-        {"clip_policy": ("percentile", 1.0)},
-        {"skip_policy": (6.0, -128)},
-        {"skip_policy": (6.0, 1)},
+        lambda: _kernels.ClipPolicy("percentile", level=0.5, window=0),
+        lambda: _kernels.ClipPolicy("percentile", level=0.5, window=-3),
+        lambda: _kernels.ClipPolicy("percentile", level=0.5, window=2**62),
+        lambda: _kernels.ClipPolicy("percentiles", level=0.5, window=3),
+        lambda: _kernels.SpikePolicy(sigma=6.0, window=-128),
+        lambda: _kernels.SpikePolicy(sigma=6.0, window=1),
     ],
-    ids=str,
 )
-def test_windows_and_tuples_of_policies(policies: dict[str, Any]) -> None:
-    with pytest.raises((ValueError, IndexError)):
-        _kernels.Plan("none", [[torch.ones(2)]], [None], {**OPTIONS, **policies})
+def test_names_and_windows_of_policies(policy: Callable[[], object]) -> None:
+    with pytest.raises(ValueError, match="Plan: "):
+        policy()
 
 
 @pytest.mark.parametrize("count", [-5.0, 1e300, float("nan")])
@@ -56,25 +57,22 @@ def test_rows_that_hold_nonsense_stay_in_their_memory(count: float) -> None:
     param = torch.ones(2)
     param.grad = torch.ones(2)
     policies = {
-        "clip_policy": ("percentile", 1.0, 0.5, 0.0, 1.0, 0, window),
-        "skip_policy": (6.0, window),
+        "clip_policy": _kernels.ClipPolicy("percentile", max_norm=1.0, level=0.5, window=window),
+        "skip_policy": _kernels.SpikePolicy(sigma=6.0, window=window),
     }
-    plan = _kernels.Plan("none", [[param]], [None], {**OPTIONS, **policies})
+    groups: list[dict[str, Any]] = [{"params": [param]}]
+    limits = StabilizerOptions().limits()
+    plan = _kernels.Plan("none", False, groups, [None], {**OPTIONS, **policies}, limits, None)
     memory = torch.full((2 * guard + 4 + 2 * window,), 7.0, dtype=torch.float64)
     rows = memory[guard:-guard]
     rows.zero_()
     rows[2:4] = count
     spikes = torch.full((4 + window,), count, dtype=torch.float64)
-    group = tuple(
-        [
-            float("inf") if f in ("max_norm", "clip_value", "clipping") else 0.0
-            for f in _kernels.GROUP_FIELDS
-        ]
-    )
     recorded = torch.tensor([-7])
     ring = torch.zeros(3 * 5, dtype=torch.float64)
     for _ in range(6):
-        plan.step([group], 1.0, False, None, 0, None, (rows, spikes), (ring, recorded, 3, False))
+        telemetry = _kernels.Telemetry(rows=ring, recorded=recorded, history=3, per_tensor=False)
+        plan.step(groups, {}, clip_rows=rows, skip_row=spikes, telemetry=telemetry)
     assert torch.all(memory[:guard] == 7) and torch.all(memory[-guard:] == 7)
     assert int(recorded) == -1
 

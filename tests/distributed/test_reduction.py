@@ -35,8 +35,8 @@ class Hook:
         self.counted = torch.tensor(counted, dtype=torch.int32, device=device)
 
     @property
-    def reduction(self) -> tuple[Tensor, Tensor, Hook]:
-        return self.rows, self.counted, self
+    def reduction(self) -> _kernels.Reduction:
+        return _kernels.Reduction(rows=self.rows, counted=self.counted, reduce=self)
 
     def __call__(self) -> None:
         self.seen.append(self.rows.clone())

@@ -133,29 +133,27 @@ def test_a_gradient_on_another_device_than_its_parameter(backend: Backend, rule:
     # torch lets nobody assign one, so it is handed to the kernels themselves.
     device = asynchronous_device(backend)
     params = params_on(device, device)
-    options = StabilizerOptions(l2=0.1).kernel_options()
-    plan = _kernels.Plan(rule, [params], [None, None], options)
-    numbers = {"lr": 0.1, "max_norm": 1.0, "clip_value": math.inf, "l2": 0.1}
-    memory = {
-        "outcome": Outcome(device).record,
-        "counts": torch.zeros(2, dtype=torch.int64, device=device),
-        "taken": torch.zeros(2, dtype=torch.int32, device=device),
-        "nonfinite": None,
-        "rounded_steps": None,
-        "grad_scale": None,
-        "found_inf": None,
-    }
+    options = StabilizerOptions(l2=0.1)
+    groups = torch.optim.SGD(params, lr=0.1).param_groups
+    plan = _kernels.Plan(
+        rule,
+        rule != "none",
+        groups,
+        [_kernels.Slot(states=[], numbers=[], extra=None, first=False)] * 2,
+        options.kernel_options(),
+        options.limits(),
+        device,
+    )
+    counts = torch.zeros(2, dtype=torch.int64, device=device)
+    memory = _kernels.DeviceMemory(
+        outcome=Outcome(device).record,
+        taken=torch.zeros(2, dtype=torch.int32, device=device),
+        counts=counts,
+        allocate=allocator(device),
+    )
     grads = [params[0].grad, torch.ones(9, device="meta")]
     assert_refused(
-        lambda: plan.step_on_device(
-            [tuple(numbers.get(field, 0.0) for field in _kernels.GROUP_FIELDS)],
-            1.0,
-            False,
-            grads,
-            memory,
-            [None],
-            allocator(device),
-        ),
+        lambda: plan.step(groups, {}, grads=grads, memory=memory),
         TypeError,
         function="step",
         argument=r"parameters\[1\]\.grad",
@@ -163,7 +161,7 @@ def test_a_gradient_on_another_device_than_its_parameter(backend: Backend, rule:
         got="got.*meta",
         unchanged=[Snapshot(params)],
     )
-    assert memory["counts"] is not None and not memory["counts"].any()
+    assert not counts.any()
 
 
 @pytest.mark.parametrize("place", [0, 2])

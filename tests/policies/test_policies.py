@@ -208,7 +208,7 @@ class LoneReduction:
 
     @property
     def reduction(self) -> Any:
-        return self.rows, self.counted, self
+        return _kernels.Reduction(rows=self.rows, counted=self.counted, reduce=self)
 
     def __call__(self) -> None:
         pass

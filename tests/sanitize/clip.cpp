@@ -33,7 +33,7 @@ std::string compare_clip(const Specs& specs, Values values, double max_norm, dou
   options.clip_coefficient = clip_coefficient(max_norm, norm.norm);
   const bool refused = refuse && norm.nonfinite > 0;
   if (options.clip_coefficient != 1 && !refused) transform_on_cpu(cpu, options);
-  const Single<cuda::Outcome> outcome;
+  const Single<Outcome> outcome;
   DeviceMemory memory;
   cuda::clip_grad_norm(emulated.operands(), max_norm, type, refuse, {outcome.get()}, Reduction(),
                        memory.allocate(), cuda::Stream());

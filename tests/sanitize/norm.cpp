@@ -16,7 +16,7 @@ constexpr Uses kGradients{false, true};
 std::string compare(const Specs& specs, Values values, double p) {
   const TensorSet tensors(specs, kGradients, values);
   const Norm cpu = cpu::grad_norm(tensors.operands(), norm_type(p));
-  const Single<cuda::Outcome> outcome;
+  const Single<Outcome> outcome;
   DeviceMemory memory;
   cuda::grad_norm(tensors.operands(), norm_type(p), {outcome.get()}, Reduction(), memory.allocate(),
                   cuda::Stream());

@@ -155,7 +155,8 @@ class Comparison {
         emulated_(step_case.specs, uses_, Values::ordinary),
         cpu_counters_(count_, has_counter(step_case.rule.kind)),
         emulated_counters_(count_, has_counter(step_case.rule.kind)),
-        first_(count_, true),
+        cpu_taken_(array_of<int32_t>(count_, 0)),
+        cpu_counts_(array_of<int64_t>(2, 0)),
         taken_(array_of<int32_t>(count_, 0)),
         counts_(array_of<int64_t>(2, 0)),
         rounded_steps_(array_of<uint64_t>(1, 0)),
@@ -205,12 +206,15 @@ class Comparison {
       if (!absent) chosen.push_back(static_cast<int32_t>(t));
     }
     records_ = number % 2 == 0;
-    const cpu::StepReport report = step_on_cpu(chosen);
-    const Single<cuda::Outcome> outcome;
-    const Block nonfinite(static_cast<int64_t>(chosen.size() * sizeof(int64_t)));
-    step_emulated(chosen, outcome.get(), nonfinite.as<int64_t>());
-    std::string problem =
-        difference_in_reports(report, outcome.value(), nonfinite.as<int64_t>(), chosen.size());
+    const int64_t bytes = static_cast<int64_t>(chosen.size() * sizeof(int64_t));
+    const Single<Outcome> outcome;
+    const Block counted(bytes);
+    step_on_cpu(chosen, outcome.get(), counted.as<int64_t>());
+    const Single<Outcome> emulated;
+    const Block nonfinite(bytes);
+    step_emulated(chosen, emulated.get(), nonfinite.as<int64_t>());
+    std::string problem = difference_in_outcomes(outcome.value(), emulated.value(), counted.as<int64_t>(),
+                                                 nonfinite.as<int64_t>(), chosen.size());
     if (problem.empty()) problem = cpu_.difference_from(emulated_);
     if (problem.empty()) problem = cpu_counters_.difference_from(emulated_counters_);
     if (problem.empty()) problem = difference_in_learnt(cpu_learnt_.clip, emulated_learnt_.clip);
@@ -228,34 +232,36 @@ class Comparison {
 
   bool per_tensor() const { return options_.clip_scope == ClipScope::tensor || records_; }
 
-  cpu::StepReport step_on_cpu(const std::vector<int32_t>& chosen) {
-    std::vector<cpu::StepCounter> counters;
-    for (const int32_t t : chosen) {
-      counters.push_back(cpu_counters_.of<cpu::StepCounter>(t));
-      counters.back().first = first_[t];
-    }
+  void step_on_cpu(const std::vector<int32_t>& chosen, Outcome* outcome, int64_t* nonfinite) {
+    std::vector<StepCounter> counters;
+    for (const int32_t t : chosen) counters.push_back(cpu_counters_.of<StepCounter>(t));
     Rows rows(options_, groups_.size(), count_, per_tensor());
     if (!case_.two_processes) rows.reduction = Reduction();
-    const std::vector<int64_t> slots(chosen.begin(), chosen.end());
-    cpu::Tensors tensors = chosen_of(cpu_.operands(), chosen);
-    for (size_t t = 0; t < chosen.size(); ++t) tensors[t].place = chosen[t];
-    const cpu::StepReport report = cpu::fused_step(
-        tensors, counters, groups_, options_, [](const cpu::StepReport&) {}, rows.reduction, &slots,
-        cpu_learnt_.policies, records_ ? cpu_ring_.telemetry : Telemetry());
-    if (!report.skipped && !report.refused && options_.rule != RuleKind::none) {
-      for (const int32_t t : chosen) first_[t] = false;
-    }
-    options_.rounded_steps += report.skipped || report.refused ? 0 : 1;
-    return report;
+    StepMemory memory;
+    memory.output.outcome = outcome;
+    memory.counts = cpu_counts_.as<int64_t>();
+    memory.taken = cpu_taken_.as<int32_t>();
+    memory.nonfinite = nonfinite;
+    memory.policies = cpu_learnt_.policies;
+    if (records_) memory.telemetry = cpu_ring_.telemetry;
+    cpu::step(placed(cpu_, chosen), counters, groups_, options_, memory, rows.reduction, [](bool) {});
+    options_.rounded_steps += outcome->skipped != 0 || outcome->refused != 0 ? 0 : 1;
   }
 
-  void step_emulated(const std::vector<int32_t>& chosen, cuda::Outcome* outcome, int64_t* nonfinite) {
-    std::vector<cuda::StepCounter> counters;
-    for (const int32_t t : chosen) counters.push_back(emulated_counters_.of<cuda::StepCounter>(t));
+  // Those of the tensors that take part, with their places among all.
+  static cpu::Tensors placed(const TensorSet& set, const std::vector<int32_t>& chosen) {
+    cpu::Tensors tensors = chosen_of(set.operands(), chosen);
+    for (size_t t = 0; t < chosen.size(); ++t) tensors[t].place = chosen[t];
+    return tensors;
+  }
+
+  void step_emulated(const std::vector<int32_t>& chosen, Outcome* outcome, int64_t* nonfinite) {
+    std::vector<StepCounter> counters;
+    for (const int32_t t : chosen) counters.push_back(emulated_counters_.of<StepCounter>(t));
     StepOptions options = options_;
     const Single<float> scale(static_cast<float>(1 / options.unscale));
     const Single<float> found_inf(options.found_inf ? 2.0F : 0.0F);
-    cuda::StepMemory memory;
+    StepMemory memory;
     memory.output.outcome = outcome;
     memory.counts = counts_.as<int64_t>();
     memory.taken = taken_.as<int32_t>();
@@ -281,35 +287,32 @@ class Comparison {
     }
     Rows rows(options, groups_.size(), count_, per_tensor());
     if (!case_.two_processes) rows.reduction = Reduction();
-    plan_.step(chosen_of(emulated_.operands(), chosen), counters, chosen, groups, options, memory,
-               rows.reduction, memory_.allocate(), cuda::Stream());
+    plan_.step(placed(emulated_, chosen), counters, groups, options, memory, rows.reduction,
+               memory_.allocate(), cuda::Stream());
   }
 
-  std::string difference_in_reports(const cpu::StepReport& report, const cuda::Outcome& outcome,
-                                    const int64_t* nonfinite, size_t tensors) {
-    skipped_ += report.skipped ? 1 : 0;
-    clipped_ += report.clipped ? 1 : 0;
+  std::string difference_in_outcomes(const Outcome& outcome, const Outcome& emulated, const int64_t* counted,
+                                     const int64_t* nonfinite, size_t tensors) {
     std::vector<std::string> problems = {
-        difference("norm", report.norm.norm, outcome.norm),
-        difference("fp32 norm", static_cast<float>(report.norm.norm), outcome.norm_float32),
-        difference_of_counts("nonfinite", report.norm.nonfinite, outcome.nonfinite),
-        difference_of_counts("skipped", report.skipped, outcome.skipped),
-        difference_of_counts("spiked", report.spiked, outcome.spiked),
-        difference_of_counts("refused", report.refused, outcome.refused),
-        difference_of_counts("clipped", report.clipped, outcome.clipped),
-        difference_of_counts("skipped steps", skipped_, counts_.as<int64_t>()[0]),
-        difference_of_counts("clipped steps", clipped_, counts_.as<int64_t>()[1]),
+        difference("norm", outcome.norm, emulated.norm),
+        difference("fp32 norm", outcome.norm_float32, emulated.norm_float32),
+        difference_of_counts("nonfinite", outcome.nonfinite, emulated.nonfinite),
+        difference_of_counts("skipped", outcome.skipped, emulated.skipped),
+        difference_of_counts("spiked", outcome.spiked, emulated.spiked),
+        difference_of_counts("refused", outcome.refused, emulated.refused),
+        difference_of_counts("clipped", outcome.clipped, emulated.clipped),
+        difference_of_counts("skipped steps", cpu_counts_.as<int64_t>()[0], counts_.as<int64_t>()[0]),
+        difference_of_counts("clipped steps", cpu_counts_.as<int64_t>()[1], counts_.as<int64_t>()[1]),
         difference_of_counts("rounded steps", static_cast<int64_t>(options_.rounded_steps),
                              static_cast<int64_t>(*rounded_steps_.as<uint64_t>())),
     };
     for (size_t t = 0; t < tensors; ++t) {
-      const int64_t expected = report.nonfinite.empty() ? 0 : report.nonfinite[t];
       problems.push_back(
-          difference_of_counts("nonfinite of tensor " + std::to_string(t), expected, nonfinite[t]));
+          difference_of_counts("nonfinite of tensor " + std::to_string(t), counted[t], nonfinite[t]));
     }
     for (size_t t = 0; t < count_; ++t) {
-      problems.push_back(difference_of_counts("steps taken, slot " + std::to_string(t), first_[t] ? 0 : 1,
-                                              taken_.as<int32_t>()[t]));
+      problems.push_back(difference_of_counts("steps taken, slot " + std::to_string(t),
+                                              cpu_taken_.as<int32_t>()[t], taken_.as<int32_t>()[t]));
     }
     for (const std::string& problem : problems) {
       if (!problem.empty()) return problem;
@@ -326,7 +329,8 @@ class Comparison {
   TensorSet emulated_;
   Counters cpu_counters_;
   Counters emulated_counters_;
-  std::vector<bool> first_;
+  Block cpu_taken_;
+  Block cpu_counts_;
   Block taken_;
   Block counts_;
   Block rounded_steps_;
@@ -337,8 +341,6 @@ class Comparison {
   bool records_ = false;
   cuda::StepPlan plan_;
   DeviceMemory memory_;
-  int64_t skipped_ = 0;
-  int64_t clipped_ = 0;
 };
 
 }  // namespace

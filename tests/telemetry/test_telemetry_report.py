@@ -216,6 +216,6 @@ def test_how_many_steps_the_ring_holds(settings: Any, parameters: int, kept: int
     assert telemetry.steps_kept(8 * numbers) == kept
     recorder = Recorder(telemetry)
     groups = [{"params": [nn.Parameter(torch.zeros(1))] * parameters}]
-    assert recorder.memory(groups, None)[0].shape == (kept, numbers)
+    assert recorder.memory(groups, parameters, None).rows.shape == (kept, numbers)
     if parameters <= 12_000 and not settings:
         assert 8 * kept * numbers <= 4_000_000

@@ -9,6 +9,13 @@
 
 namespace steadygrad {
 
+inline constexpr NumberField kAdadeltaNumbers[] = {{"lr", &RuleHyper::lr},
+                                                   {"rho", &RuleHyper::rho},
+                                                   {"eps", &RuleHyper::eps},
+                                                   {"weight_decay", &RuleHyper::weight_decay}};
+inline constexpr FlagField kAdadeltaFlags[] = {{"maximize", &RuleHyper::maximize}};
+inline constexpr StateField kAdadeltaStates[] = {{"square_avg"}, {"acc_delta"}};
+
 template <class T, bool kDecay>
 struct Adadelta {
   static constexpr int kStateCount = 2;
@@ -38,7 +45,10 @@ struct AdadeltaRule {
   static constexpr RuleKind kKind = RuleKind::adadelta;
   static constexpr std::string_view kName = "adadelta";
   static constexpr bool kHasStep = true;
-  static constexpr int kNumbers = 0;
+  static constexpr FieldList<NumberField> kNumbers = kAdadeltaNumbers;
+  static constexpr FieldList<FlagField> kFlags = kAdadeltaFlags;
+  static constexpr FieldList<StateField> kStates = kAdadeltaStates;
+  static constexpr FieldList<const char*> kStateNumbers = {};
   // With all terms.
   template <class T>
   using Full = Adadelta<T, true>;

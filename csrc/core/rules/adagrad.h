@@ -9,6 +9,13 @@
 
 namespace steadygrad {
 
+inline constexpr NumberField kAdagradNumbers[] = {{"lr", &RuleHyper::lr},
+                                                  {"lr_decay", &RuleHyper::lr_decay},
+                                                  {"eps", &RuleHyper::eps},
+                                                  {"weight_decay", &RuleHyper::weight_decay}};
+inline constexpr FlagField kAdagradFlags[] = {{"maximize", &RuleHyper::maximize}};
+inline constexpr StateField kAdagradStates[] = {{"sum"}};
+
 template <class T, bool kDecay>
 struct Adagrad {
   static constexpr int kStateCount = 1;
@@ -34,7 +41,10 @@ struct AdagradRule {
   static constexpr RuleKind kKind = RuleKind::adagrad;
   static constexpr std::string_view kName = "adagrad";
   static constexpr bool kHasStep = true;
-  static constexpr int kNumbers = 0;
+  static constexpr FieldList<NumberField> kNumbers = kAdagradNumbers;
+  static constexpr FieldList<FlagField> kFlags = kAdagradFlags;
+  static constexpr FieldList<StateField> kStates = kAdagradStates;
+  static constexpr FieldList<const char*> kStateNumbers = {};
   // With all terms.
   template <class T>
   using Full = Adagrad<T, true>;

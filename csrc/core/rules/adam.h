@@ -9,6 +9,17 @@
 
 namespace steadygrad {
 
+inline constexpr NumberField kAdamNumbers[] = {{"lr", &RuleHyper::lr},
+                                               {"betas", &RuleHyper::beta1, 0, 1, 0},
+                                               {"betas", &RuleHyper::beta2, 0, 1, 1},
+                                               {"eps", &RuleHyper::eps},
+                                               {"weight_decay", &RuleHyper::weight_decay}};
+inline constexpr FlagField kAdamFlags[] = {{"amsgrad", &RuleHyper::amsgrad},
+                                           {"maximize", &RuleHyper::maximize},
+                                           {"decoupled_weight_decay", &RuleHyper::decoupled_weight_decay}};
+inline bool is_amsgrad(const RuleHyper& hyper) { return hyper.amsgrad; }
+inline constexpr StateField kAdamStates[] = {{"exp_avg"}, {"exp_avg_sq"}, {"max_exp_avg_sq", is_amsgrad}};
+
 template <class T, bool kDecay, bool kAmsgrad>
 struct Adam {
   static constexpr int kStateCount = kAmsgrad ? 3 : 2;
@@ -48,7 +59,10 @@ struct AdamRule {
   static constexpr RuleKind kKind = RuleKind::adam;
   static constexpr std::string_view kName = "adam";
   static constexpr bool kHasStep = true;
-  static constexpr int kNumbers = 0;
+  static constexpr FieldList<NumberField> kNumbers = kAdamNumbers;
+  static constexpr FieldList<FlagField> kFlags = kAdamFlags;
+  static constexpr FieldList<StateField> kStates = kAdamStates;
+  static constexpr FieldList<const char*> kStateNumbers = {};
   // With all terms.
   template <class T>
   using Full = Adam<T, true, true>;

@@ -9,6 +9,14 @@
 
 namespace steadygrad {
 
+inline constexpr NumberField kAdamaxNumbers[] = {{"lr", &RuleHyper::lr},
+                                                 {"betas", &RuleHyper::beta1, 0, 1, 0},
+                                                 {"betas", &RuleHyper::beta2, 0, 1, 1},
+                                                 {"eps", &RuleHyper::eps},
+                                                 {"weight_decay", &RuleHyper::weight_decay}};
+inline constexpr FlagField kAdamaxFlags[] = {{"maximize", &RuleHyper::maximize}};
+inline constexpr StateField kAdamaxStates[] = {{"exp_avg"}, {"exp_inf"}};
+
 template <class T, bool kDecay>
 struct Adamax {
   static constexpr int kStateCount = 2;
@@ -41,7 +49,10 @@ struct AdamaxRule {
   static constexpr RuleKind kKind = RuleKind::adamax;
   static constexpr std::string_view kName = "adamax";
   static constexpr bool kHasStep = true;
-  static constexpr int kNumbers = 0;
+  static constexpr FieldList<NumberField> kNumbers = kAdamaxNumbers;
+  static constexpr FieldList<FlagField> kFlags = kAdamaxFlags;
+  static constexpr FieldList<StateField> kStates = kAdamaxStates;
+  static constexpr FieldList<const char*> kStateNumbers = {};
   // With all terms.
   template <class T>
   using Full = Adamax<T, true>;

@@ -9,6 +9,15 @@
 
 namespace steadygrad {
 
+inline constexpr NumberField kAsgdNumbers[] = {{"lr", &RuleHyper::lr},
+                                               {"lambd", &RuleHyper::lambd, -INFINITY},
+                                               {"alpha", &RuleHyper::alpha, -INFINITY},
+                                               {"t0", &RuleHyper::t0, -INFINITY},
+                                               {"weight_decay", &RuleHyper::weight_decay}};
+inline constexpr FlagField kAsgdFlags[] = {{"maximize", &RuleHyper::maximize}};
+inline constexpr StateField kAsgdStates[] = {{"ax"}};
+inline constexpr const char* kAsgdStateNumbers[] = {"eta", "mu"};
+
 template <class T, bool kDecay>
 struct Asgd {
   static constexpr int kStateCount = 1;
@@ -31,12 +40,14 @@ struct Asgd {
   }
 };
 
-// The state's numbers are eta and mu, for the next step.
 struct AsgdRule {
   static constexpr RuleKind kKind = RuleKind::asgd;
   static constexpr std::string_view kName = "asgd";
   static constexpr bool kHasStep = true;
-  static constexpr int kNumbers = 2;
+  static constexpr FieldList<NumberField> kNumbers = kAsgdNumbers;
+  static constexpr FieldList<FlagField> kFlags = kAsgdFlags;
+  static constexpr FieldList<StateField> kStates = kAsgdStates;
+  static constexpr FieldList<const char*> kStateNumbers = kAsgdStateNumbers;
   // With all terms.
   template <class T>
   using Full = Asgd<T, true>;

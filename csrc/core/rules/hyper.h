@@ -1,6 +1,8 @@
 // The hyper-parameters of an update rule: one struct for all rules, a rule reads the fields it has.
 #pragma once
 
+#include <cmath>
+#include <cstddef>
 #include <cstdint>
 
 namespace steadygrad {
@@ -49,6 +51,41 @@ struct RuleHyper {
   bool centered = false;
   bool decoupled_weight_decay = false;
 };
+
+// A number of a param group: in [low, below), and finite.
+struct NumberField {
+  const char* key;
+  double RuleHyper::* to;
+  double low = 0;
+  double below = INFINITY;
+  int index = -1;  // within a key that holds several numbers, as betas does; -1: it holds one
+};
+
+struct FlagField {
+  const char* key;
+  bool RuleHyper::* to;
+};
+
+// A state tensor, in the rule's order; null: it is always there.
+struct StateField {
+  const char* name;
+  bool (*is_kept)(const RuleHyper& hyper) = nullptr;
+};
+
+// A list whose elements lie in static memory.
+template <class T>
+struct FieldList {
+  constexpr FieldList() = default;
+  template <size_t kSize>
+  constexpr FieldList(const T (&fields)[kSize]) : first(fields), last(fields + kSize) {}
+  constexpr const T* begin() const { return first; }
+  constexpr const T* end() const { return last; }
+
+  const T* first = nullptr;
+  const T* last = nullptr;
+};
+
+inline bool has_momentum(const RuleHyper& hyper) { return hyper.momentum != 0; }
 
 // What follows from the step counter of one tensor, in double as torch computes it in Python.
 struct StepScalars {

@@ -8,6 +8,13 @@
 
 namespace steadygrad {
 
+inline constexpr NumberField kLionNumbers[] = {{"lr", &RuleHyper::lr},
+                                               {"betas", &RuleHyper::beta1, 0, 1, 0},
+                                               {"betas", &RuleHyper::beta2, 0, 1, 1},
+                                               {"weight_decay", &RuleHyper::weight_decay}};
+inline constexpr FlagField kLionFlags[] = {{"maximize", &RuleHyper::maximize}};
+inline constexpr StateField kLionStates[] = {{"exp_avg"}};
+
 template <class T>
 struct Lion {
   static constexpr int kStateCount = 1;
@@ -36,7 +43,10 @@ struct LionRule {
   static constexpr RuleKind kKind = RuleKind::lion;
   static constexpr std::string_view kName = "lion";
   static constexpr bool kHasStep = false;
-  static constexpr int kNumbers = 0;
+  static constexpr FieldList<NumberField> kNumbers = kLionNumbers;
+  static constexpr FieldList<FlagField> kFlags = kLionFlags;
+  static constexpr FieldList<StateField> kStates = kLionStates;
+  static constexpr FieldList<const char*> kStateNumbers = {};
   // With all terms.
   template <class T>
   using Full = Lion<T>;

@@ -9,6 +9,17 @@
 
 namespace steadygrad {
 
+inline constexpr NumberField kNAdamNumbers[] = {{"lr", &RuleHyper::lr},
+                                                {"betas", &RuleHyper::beta1, 0, 1, 0},
+                                                {"betas", &RuleHyper::beta2, 0, 1, 1},
+                                                {"eps", &RuleHyper::eps},
+                                                {"weight_decay", &RuleHyper::weight_decay},
+                                                {"momentum_decay", &RuleHyper::momentum_decay}};
+inline constexpr FlagField kNAdamFlags[] = {{"decoupled_weight_decay", &RuleHyper::decoupled_weight_decay},
+                                            {"maximize", &RuleHyper::maximize}};
+inline constexpr StateField kNAdamStates[] = {{"exp_avg"}, {"exp_avg_sq"}};
+inline constexpr const char* kNAdamStateNumbers[] = {"mu_product"};
+
 template <class T, bool kDecay>
 struct NAdam {
   static constexpr int kStateCount = 2;
@@ -40,12 +51,14 @@ struct NAdam {
   }
 };
 
-// The state's number is mu_product.
 struct NAdamRule {
   static constexpr RuleKind kKind = RuleKind::nadam;
   static constexpr std::string_view kName = "nadam";
   static constexpr bool kHasStep = true;
-  static constexpr int kNumbers = 1;
+  static constexpr FieldList<NumberField> kNumbers = kNAdamNumbers;
+  static constexpr FieldList<FlagField> kFlags = kNAdamFlags;
+  static constexpr FieldList<StateField> kStates = kNAdamStates;
+  static constexpr FieldList<const char*> kStateNumbers = kNAdamStateNumbers;
   // With all terms.
   template <class T>
   using Full = NAdam<T, true>;

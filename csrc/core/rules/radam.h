@@ -9,6 +9,15 @@
 
 namespace steadygrad {
 
+inline constexpr NumberField kRAdamNumbers[] = {{"lr", &RuleHyper::lr},
+                                                {"betas", &RuleHyper::beta1, 0, 1, 0},
+                                                {"betas", &RuleHyper::beta2, 0, 1, 1},
+                                                {"eps", &RuleHyper::eps},
+                                                {"weight_decay", &RuleHyper::weight_decay}};
+inline constexpr FlagField kRAdamFlags[] = {{"decoupled_weight_decay", &RuleHyper::decoupled_weight_decay},
+                                            {"maximize", &RuleHyper::maximize}};
+inline constexpr StateField kRAdamStates[] = {{"exp_avg"}, {"exp_avg_sq"}};
+
 template <class T, bool kDecay>
 struct RAdam {
   static constexpr int kStateCount = 2;
@@ -44,7 +53,10 @@ struct RAdamRule {
   static constexpr RuleKind kKind = RuleKind::radam;
   static constexpr std::string_view kName = "radam";
   static constexpr bool kHasStep = true;
-  static constexpr int kNumbers = 0;
+  static constexpr FieldList<NumberField> kNumbers = kRAdamNumbers;
+  static constexpr FieldList<FlagField> kFlags = kRAdamFlags;
+  static constexpr FieldList<StateField> kStates = kRAdamStates;
+  static constexpr FieldList<const char*> kStateNumbers = {};
   // With all terms.
   template <class T>
   using Full = RAdam<T, true>;

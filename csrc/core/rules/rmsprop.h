@@ -9,7 +9,17 @@
 
 namespace steadygrad {
 
-// States: square_avg, then grad_avg if centered, then momentum_buffer if there is momentum.
+inline constexpr NumberField kRmsPropNumbers[] = {{"lr", &RuleHyper::lr},
+                                                  {"alpha", &RuleHyper::alpha},
+                                                  {"eps", &RuleHyper::eps},
+                                                  {"weight_decay", &RuleHyper::weight_decay},
+                                                  {"momentum", &RuleHyper::momentum}};
+inline constexpr FlagField kRmsPropFlags[] = {{"centered", &RuleHyper::centered},
+                                              {"maximize", &RuleHyper::maximize}};
+inline bool is_centered(const RuleHyper& hyper) { return hyper.centered; }
+inline constexpr StateField kRmsPropStates[] = {
+    {"square_avg"}, {"grad_avg", is_centered}, {"momentum_buffer", has_momentum}};
+
 template <class T, bool kDecay, bool kCentered, bool kMomentum>
 struct RmsProp {
   static constexpr int kStateCount = 1 + (kCentered ? 1 : 0) + (kMomentum ? 1 : 0);
@@ -51,7 +61,10 @@ struct RmsPropRule {
   static constexpr RuleKind kKind = RuleKind::rmsprop;
   static constexpr std::string_view kName = "rmsprop";
   static constexpr bool kHasStep = true;
-  static constexpr int kNumbers = 0;
+  static constexpr FieldList<NumberField> kNumbers = kRmsPropNumbers;
+  static constexpr FieldList<FlagField> kFlags = kRmsPropFlags;
+  static constexpr FieldList<StateField> kStates = kRmsPropStates;
+  static constexpr FieldList<const char*> kStateNumbers = {};
   // With all terms.
   template <class T>
   using Full = RmsProp<T, true, true, true>;

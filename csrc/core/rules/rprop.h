@@ -8,6 +8,14 @@
 
 namespace steadygrad {
 
+inline constexpr NumberField kRpropNumbers[] = {{"lr", &RuleHyper::lr},
+                                                {"etas", &RuleHyper::etaminus, 0, INFINITY, 0},
+                                                {"etas", &RuleHyper::etaplus, 0, INFINITY, 1},
+                                                {"step_sizes", &RuleHyper::step_size_min, 0, INFINITY, 0},
+                                                {"step_sizes", &RuleHyper::step_size_max, 0, INFINITY, 1}};
+inline constexpr FlagField kRpropFlags[] = {{"maximize", &RuleHyper::maximize}};
+inline constexpr StateField kRpropStates[] = {{"prev"}, {"step_size"}};
+
 template <class T>
 struct Rprop {
   static constexpr int kStateCount = 2;
@@ -38,7 +46,10 @@ struct RpropRule {
   static constexpr RuleKind kKind = RuleKind::rprop;
   static constexpr std::string_view kName = "rprop";
   static constexpr bool kHasStep = true;
-  static constexpr int kNumbers = 0;
+  static constexpr FieldList<NumberField> kNumbers = kRpropNumbers;
+  static constexpr FieldList<FlagField> kFlags = kRpropFlags;
+  static constexpr FieldList<StateField> kStates = kRpropStates;
+  static constexpr FieldList<const char*> kStateNumbers = {};
   // With all terms.
   template <class T>
   using Full = Rprop<T>;

@@ -8,6 +8,14 @@
 
 namespace steadygrad {
 
+inline constexpr NumberField kSgdNumbers[] = {{"lr", &RuleHyper::lr},
+                                              {"momentum", &RuleHyper::momentum},
+                                              {"dampening", &RuleHyper::dampening, -INFINITY},
+                                              {"weight_decay", &RuleHyper::weight_decay}};
+inline constexpr FlagField kSgdFlags[] = {{"nesterov", &RuleHyper::nesterov},
+                                          {"maximize", &RuleHyper::maximize}};
+inline constexpr StateField kSgdStates[] = {{"momentum_buffer", has_momentum}};
+
 template <class T, bool kDecay, bool kMomentum, bool kNesterov>
 struct Sgd {
   static constexpr int kStateCount = kMomentum ? 1 : 0;
@@ -39,7 +47,10 @@ struct SgdRule {
   static constexpr RuleKind kKind = RuleKind::sgd;
   static constexpr std::string_view kName = "sgd";
   static constexpr bool kHasStep = false;
-  static constexpr int kNumbers = 0;
+  static constexpr FieldList<NumberField> kNumbers = kSgdNumbers;
+  static constexpr FieldList<FlagField> kFlags = kSgdFlags;
+  static constexpr FieldList<StateField> kStates = kSgdStates;
+  static constexpr FieldList<const char*> kStateNumbers = {};
   // With all terms.
   template <class T>
   using Full = Sgd<T, true, true, true>;

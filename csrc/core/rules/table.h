@@ -29,13 +29,22 @@ struct RuleEntry {
   std::string_view name;
   RuleKind kind;
   bool has_step;  // keeps a step counter per parameter
-  int numbers;    // and numbers beside it
+  // How torch's class keeps its options and its state.
+  FieldList<NumberField> numbers;
+  FieldList<FlagField> flags;
+  FieldList<StateField> states;
+  FieldList<const char*> state_numbers;  // numbers beside the step counter
+
+  constexpr size_t number_count() const {
+    return (has_step ? 1 : 0) + static_cast<size_t>(state_numbers.end() - state_numbers.begin());
+  }
 };
 
 template <class... Rule>
 constexpr std::array<RuleEntry, 1 + sizeof...(Rule)> rule_entries(RuleList<Rule...>) {
-  return {RuleEntry{"none", RuleKind::none, false, 0},
-          RuleEntry{Rule::kName, Rule::kKind, Rule::kHasStep, Rule::kNumbers}...};
+  return {RuleEntry{"none", RuleKind::none, false, {}, {}, {}, {}},
+          RuleEntry{Rule::kName, Rule::kKind, Rule::kHasStep, Rule::kNumbers, Rule::kFlags, Rule::kStates,
+                    Rule::kStateNumbers}...};
 }
 
 constexpr auto kRules = rule_entries(Rules());

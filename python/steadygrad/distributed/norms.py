@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from steadygrad import _kernels
 from steadygrad.arguments import converted_to_float
 from steadygrad.distributed.groups import (
     as_process_group,
@@ -17,9 +18,9 @@ from steadygrad.distributed.groups import (
     check_process_group,
 )
 
-# A row holds the numbers of core/scope_sums.h: small, medium, large, nonfinite, nan.
-COLUMNS = 5
-_MEDIUM = 1
+# A row holds the numbers of core/scope_sums.h.
+COLUMNS = len(_kernels.SCOPE_COLUMNS)
+_MEDIUM = _kernels.SCOPE_COLUMNS.index("medium")
 
 
 def reduce_norm(norm: Tensor | float, group: Any = None, norm_type: float = 2.0) -> Tensor:
@@ -159,12 +160,12 @@ class NormReduction:
         self._parts = _parts(extra, per_group=scope == "group")
 
     @property
-    def for_kernels(self) -> tuple[Tensor, Tensor, NormReduction]:
+    def for_kernels(self) -> _kernels.Reduction:
         """What the kernels take: the rows they fill, who counts what, and this."""
         for group in (self._group, *self._extra):
             if group is not None:
                 check_process_group(f"{self._function}: process group", group)
-        return self._rows, self._counted, self
+        return _kernels.Reduction(rows=self._rows, counted=self._counted, reduce=self)
 
     def __call__(self) -> None:
         """Combines the rows in place."""

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from steadygrad import _kernels
 from steadygrad.distributed.agreement import agreed_meshes
 from steadygrad.distributed.dtensors import has_dtensors, local_gradients
 from steadygrad.distributed.groups import as_process_group, check_process_group
@@ -69,7 +70,7 @@ class Sharding:
             )
 
     @property
-    def reduction(self) -> tuple[Tensor, Tensor, NormReduction] | None:
+    def reduction(self) -> _kernels.Reduction | None:
         """For the kernels; None where there is nothing to add up."""
         return None if self._reduction is None else self._reduction.for_kernels
 

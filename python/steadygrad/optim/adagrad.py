@@ -10,39 +10,17 @@ from torch.optim.optimizer import ParamsT
 
 from steadygrad.optim.options import ClipScope, L1Mode, Nonfinite, PenaltyOrder
 from steadygrad.optim.param_storage import Rounding
-from steadygrad.optim.rule import Group, UpdateRule, group_number
+from steadygrad.optim.rule import Group, UpdateRule
 from steadygrad.optim.stabilized import Stabilized, written_out
 from steadygrad.policies import ClipPolicy, Policy, SkipSpikes
 from steadygrad.telemetry.settings import Level, Telemetry
 
 
-def _numbers(group: Group, where: str) -> dict[str, float]:
-    return {
-        "lr": group_number(group, where, "lr"),
-        "lr_decay": group_number(group, where, "lr_decay"),
-        "eps": group_number(group, where, "eps"),
-        "weight_decay": group_number(group, where, "weight_decay"),
-        "maximize": float(group["maximize"]),
-    }
-
-
-def _state_names(group: Group) -> tuple[str, ...]:
-    return ("sum",)
-
-
 def _initial_value(group: Group, name: str) -> float:
-    return float(group["initial_accumulator_value"])
+    return float(group["initial_accumulator_value"]) if name == "sum" else 0.0
 
 
-RULE = UpdateRule(
-    "adagrad",
-    torch.optim.Adagrad,
-    True,
-    _numbers,
-    _state_names,
-    takes_sparse=True,
-    initial_value=_initial_value,
-)
+RULE = UpdateRule("adagrad", torch.optim.Adagrad, takes_sparse=True, initial_value=_initial_value)
 
 
 class Adagrad(Stabilized, torch.optim.Adagrad):

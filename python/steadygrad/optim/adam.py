@@ -8,35 +8,15 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from steadygrad.optim.options import ClipScope, L1Mode, Nonfinite, PenaltyOrder, checked_number
+from steadygrad.optim.options import ClipScope, L1Mode, Nonfinite, PenaltyOrder
 from steadygrad.optim.param_storage import Rounding
-from steadygrad.optim.rule import Group, UpdateRule, group_number
+from steadygrad.optim.rule import UpdateRule
 from steadygrad.optim.stabilized import Stabilized, written_out
 from steadygrad.policies import ClipPolicy, Policy, SkipSpikes
 from steadygrad.telemetry.settings import Level, Telemetry
 
-
-def _numbers(group: Group, where: str) -> dict[str, float]:
-    beta1, beta2 = group["betas"]
-    return {
-        "lr": group_number(group, where, "lr"),
-        "beta1": checked_number(where + "betas[0]", beta1, below=1.0),
-        "beta2": checked_number(where + "betas[1]", beta2, below=1.0),
-        "eps": group_number(group, where, "eps"),
-        "weight_decay": group_number(group, where, "weight_decay"),
-        "amsgrad": float(group["amsgrad"]),
-        "maximize": float(group["maximize"]),
-        "decoupled_weight_decay": float(group["decoupled_weight_decay"]),
-    }
-
-
-def _state_names(group: Group) -> tuple[str, ...]:
-    names = ("exp_avg", "exp_avg_sq")
-    return (*names, "max_exp_avg_sq") if group["amsgrad"] else names
-
-
-ADAM_RULE = UpdateRule("adam", torch.optim.Adam, True, _numbers, _state_names)
-ADAMW_RULE = UpdateRule("adam", torch.optim.AdamW, True, _numbers, _state_names)
+ADAM_RULE = UpdateRule("adam", torch.optim.Adam)
+ADAMW_RULE = UpdateRule("adam", torch.optim.AdamW)
 
 
 class Adam(Stabilized, torch.optim.Adam):

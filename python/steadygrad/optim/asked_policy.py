@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steadygrad import _kernels
 from steadygrad.arguments import checked_number
-from steadygrad.distributed.norms import COLUMNS, NormReduction
+from steadygrad.distributed.norms import COLUMNS
 from steadygrad.memory import is_asynchronous, keep_for_graphs
 from steadygrad.policies.clip_policy import ClipPolicy
 from steadygrad.policies.state_text import state_of, text_of
 
 Groups = list[dict[str, Any]]
 
-# A row per scope, as in csrc/core/policy.h: coefficient, limit, norm.
-_LIMIT, _NORM, _COLUMNS = 1, 2, 3
+# A row per scope.
+_LIMIT, _NORM = (_kernels.POLICY_ROW[name] for name in ("limit", "norm"))
 
 # What a policy may give in a tensor; not all that torch stores can be compared.
 _NUMBERS = (
@@ -53,7 +54,7 @@ class AskedPolicy:
         self.fresh = self._text() if fresh is None else fresh
         self._unsaved: Exception | None = None
         self._rows: Tensor | None = None
-        self._lone: tuple[Tensor, Tensor, None] | None = None
+        self._lone: tuple[Tensor, Tensor] | None = None
         self._replaced: list[Tensor] = []
 
     def rows(self, groups: Groups, scopes: int, device: torch.device) -> Tensor:
@@ -62,7 +63,9 @@ class AskedPolicy:
         if rows is None or rows.shape[0] != scopes or rows.device != device:
             if rows is not None:
                 keep_for_graphs(self._replaced, rows)
-            self._rows = rows = torch.zeros(scopes, _COLUMNS, dtype=torch.float64, device=device)
+            self._rows = rows = torch.zeros(
+                scopes, self._policy.for_kernels.row_size, dtype=torch.float64, device=device
+            )
         saved = groups[0].get(self._key) if groups else None
         if saved is not self._known:
             state = self._state_of(saved, device)
@@ -87,16 +90,21 @@ class AskedPolicy:
                 f"{error}"
             ) from error
 
-    def reduction(self, of_processes: Any, sums: int, slots: int) -> tuple[Any, ...]:
+    def reduction(
+        self, of_processes: _kernels.Reduction | None, sums: int, slots: int
+    ) -> _kernels.Reduction:
         """What the kernels take: how processes combine their sums, if there are several, and this policy's question.
 
         Args:
-            of_processes: rows of sums, which tensors this process counts, and what combines the rows; or None.
+            of_processes: how they do, or None where there is one.
             sums: rows of sums that one process alone needs.
             slots: parameters.
         """
-        others: NormReduction | None = None if of_processes is None else of_processes[2]
-        if of_processes is None:
+        if of_processes is not None:
+            others = of_processes.reduce
+            rows, counted = of_processes.rows, of_processes.counted
+        else:
+            others = None
             assert self._rows is not None
             device, lone = self._rows.device, self._lone
             fits = lone is not None and (len(lone[0]), len(lone[1])) == (sums, slots)
@@ -104,10 +112,12 @@ class AskedPolicy:
                 made = torch.empty(sums, COLUMNS, dtype=torch.float64, device=device)
                 counted = torch.ones(slots, dtype=torch.int32, device=device)
                 if lone is not None:
-                    keep_for_graphs(self._replaced, *lone[:2])
-                self._lone = (made, counted, None)
-            of_processes = self._lone
-        return (*of_processes, lambda: self._ask_alike(others))
+                    keep_for_graphs(self._replaced, *lone)
+                lone = self._lone = (made, counted)
+            rows, counted = lone
+        return _kernels.Reduction(
+            rows=rows, counted=counted, reduce=others, ask_policy=lambda: self._ask_alike(others)
+        )
 
     def save(self, groups: Groups) -> None:
         """Brings the state to the param groups, unless one was loaded there; waits for the device.
@@ -141,7 +151,7 @@ class AskedPolicy:
     def _text(self) -> str:
         return text_of(f"{self._name}.state_dict", self._policy.state_dict())
 
-    def _ask_alike(self, others: NormReduction | None) -> None:
+    def _ask_alike(self, others: Any) -> None:
         """Asks the policy. Where it raises on one rank, all ranks of the step raise, or their parameters would part."""
         rows = self._rows
         capturing = rows is not None and rows.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,28 +12,12 @@ from steadygrad import _kernels
 from steadygrad.memory import Outcome, allocator, is_asynchronous, is_number_on
 from steadygrad.optim.options import checked_number
 
-
-@dataclass(frozen=True)
-class Scaling:
-    """``torch.amp.GradScaler``'s numbers, as numbers or, where waiting for them would cost, as tensors."""
-
-    unscale: float = 1.0
-    found_inf: bool = False
-    grad_scale_tensor: Tensor | None = None
-    found_inf_tensor: Tensor | None = None
-
-    @property
-    def numbers(self) -> tuple[float, bool]:
-        """What the host knows of them."""
-        return self.unscale, self.found_inf
-
-
 State = dict[Tensor, dict[str, Any]]
 
 
 def scaling(
     grad_scale: Any, found_inf: Any, divisor: float | Tensor, device: torch.device | None
-) -> Scaling:
+) -> _kernels.Scaling:
     """The scaler's numbers, checked where the host has them; ``divisor`` is that of accumulated gradients."""
     if isinstance(divisor, Tensor):
         grad_scale, divisor = divisor if grad_scale is None else grad_scale * divisor, 1.0
@@ -43,7 +26,7 @@ def scaling(
     scale = 1.0 if grad_scale is None or scale_there else _checked_grad_scale(grad_scale)
     if scale_there:
         grad_scale = grad_scale.float() if divisor == 1 else grad_scale.float() * divisor
-    return Scaling(
+    return _kernels.Scaling(
         unscale=1.0 if scale_there else 1.0 / (scale * divisor),
         found_inf=found_inf is not None
         and not found_there
@@ -69,31 +52,6 @@ def decision_device(param_groups: list[dict[str, Any]]) -> torch.device | None:
                 return param.device if is_asynchronous(param.device) else None
             first = param if first is None else first
     return first.device if first is not None and is_asynchronous(first.device) else None
-
-
-class DeviceReport:
-    """A step's report. One that is not read back says that nothing happened: the device keeps the counts."""
-
-    spiked = False  # asked of the outcome
-
-    def __init__(self, outcome: Outcome, counted: Tensor | None, read_back: bool) -> None:
-        self.norm = outcome
-        self._counted = counted
-        self.skipped, self.refused, self.clipped = (
-            outcome.flags() if read_back else (False, False, False)
-        )
-
-    @property
-    def nonfinite_count(self) -> int:
-        """The number of non-finite elements; waits for the device."""
-        return self.norm.nonfinite()
-
-    @property
-    def nonfinite(self) -> list[int]:
-        """The same per tensor."""
-        assert self._counted is not None
-        counts: list[int] = self._counted.tolist()
-        return counts
 
 
 class DeviceSteps:
@@ -174,49 +132,19 @@ class DeviceSteps:
                 del state[param]
         self._unproven = {}
 
-    def run(
-        self,
-        plan: _kernels.Plan,
-        numbers: list[tuple[float, ...]],
-        learning_rates: list[Tensor | None],
-        scaling: Scaling,
-        grads: list[Tensor | None] | None,
-        read_back: bool,
-        reduction: _kernels.Reduction = None,
-        policy_rows: _kernels.PolicyRows = None,
-        telemetry: _kernels.TelemetryMemory | None = None,
-    ) -> DeviceReport | None:
-        """One step; None when a parameter has a gradient and no slot yet."""
-        outcome = Outcome(self.device)
-        counted = (
-            torch.empty(len(self.taken), dtype=torch.int64, device=self.device)
-            if read_back
-            else None
+    def memory(
+        self, outcome: Outcome, counts: bool, nonfinite: Tensor | None
+    ) -> _kernels.DeviceMemory:
+        """For one step; ``counts``: whether the device is to count it."""
+        self._counting = self._counting or counts
+        return _kernels.DeviceMemory(
+            outcome=outcome.record,
+            taken=self.taken,
+            counts=self._counts if counts else None,
+            nonfinite=nonfinite,
+            rounded_steps=self._rounded_steps,
+            allocate=allocator(self.device),
         )
-        self._counting = self._counting or not read_back
-        memory = {
-            "outcome": outcome.record,
-            "counts": None if read_back else self._counts,
-            "taken": self.taken,
-            "nonfinite": counted,
-            "rounded_steps": self._rounded_steps,
-            "grad_scale": scaling.grad_scale_tensor,
-            "found_inf": scaling.found_inf_tensor,
-        }
-        ran = plan.step_on_device(
-            numbers,
-            *scaling.numbers,
-            grads,
-            memory,
-            learning_rates,
-            allocator(self.device),
-            reduction,
-            policy_rows,
-            telemetry,
-        )
-        if not ran:
-            return None
-        return DeviceReport(outcome, counted, read_back)
 
     def take_counts(self) -> list[int]:
         """Skipped and clipped steps since the last call; waits for the device once steps have been taken there."""

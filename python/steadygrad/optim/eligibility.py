@@ -40,6 +40,7 @@ def why_not_fused(
             return "differentiable=True"
         if group.get("capturable") and not all(is_asynchronous(p.device) for p in group["params"]):
             return "capturable=True"
+    names = {id(group): rule.state_names(group) for group in optimizer.param_groups}
     seen: set[int] = set()
     for param, group in params:
         if is_lazy(param):
@@ -49,7 +50,7 @@ def why_not_fused(
         if why is None and local.numel() > 0 and local.data_ptr() in seen:
             why = "a parameter appears twice, or two share memory"
         if why is None:
-            why = _why_not_state(optimizer, param, rule, rule.state_names(group))
+            why = _why_not_state(optimizer, param, rule, names[id(group)])
         if why is not None:
             return why
         seen.add(local.data_ptr())

@@ -87,8 +87,7 @@ class SettableLimits:
         genuine._options = genuine._options.changed(**{key: number})
         stepper = genuine.__dict__.get("_stepper")
         if stepper is not None:
-            # Steps read limits anew, where a group that was added past this object has none of its own.
-            stepper._options = genuine._options
+            stepper.set_limit(key, number, genuine._options)
 
 
 def make_plain(groups: Groups) -> None:

@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from steadygrad.arguments import as_int, checked_count
+from steadygrad import _kernels
+from steadygrad.arguments import as_int
 from steadygrad.arguments import checked_number as checked_number
 from steadygrad.optim.param_storage import ROUNDED_STEPS, ParamStorage, Rounding
 from steadygrad.optim.policy_state import CLIP_STATE, SKIP_STATE, PolicyStates
@@ -47,10 +48,10 @@ _CLIP_POLICIES = (
 # Where options keep the state that a policy in Python had at first, in every copy and for every stepper.
 _FRESH = "_fresh"
 
-COUNTERS = ("skipped_steps", "clipped_steps")
+COUNTERS = _kernels.COUNTERS
 
 # Keys of every param group that can also be set for all of them at once; the first two may be None, for no limit.
-LIMITS = ("max_norm", "clip_value", "l1", "l2")
+LIMITS = _kernels.LIMITS
 
 # What is the optimizer's and not a param group's: every group has the same, so that any of them may be removed.
 SHARED_KEYS = (*COUNTERS, ROUNDED_STEPS, RECORDED_STEPS, CLIP_STATE, SKIP_STATE)
@@ -171,8 +172,7 @@ class StabilizerOptions:
     def group_defaults(self) -> dict[str, Any]:
         """The keys that every param group carries, so that they can differ per group and be saved."""
         return {
-            **{key: getattr(self, key) for key in LIMITS},
-            **({CLIPPING: self.clip.clipping} if isinstance(self.clip, ClipAdaptive) else {}),
+            **self.limits(),
             **dict.fromkeys(COUNTERS, 0),
             **({ROUNDED_STEPS: 0} if self.storage.is_stochastic else {}),
             **({RECORDED_STEPS: 0} if self.telemetry is not None else {}),
@@ -181,7 +181,7 @@ class StabilizerOptions:
 
     def learnt_defaults(self) -> dict[str, None]:
         """The keys for what policies have learnt."""
-        learns = self.clip is not None and self.clip.kernel_numbers is not None
+        learns = self.clip is not None and self.clip.for_kernels is not None
         return {
             **({CLIP_STATE: None} if learns else {}),
             **({SKIP_STATE: None} if self.skip is not None else {}),
@@ -194,24 +194,12 @@ class StabilizerOptions:
         clipping = group.get(CLIPPING, self.clip.clipping)
         return clipping is not None and float(clipping) != math.inf
 
-    def group_numbers(self, group: Mapping[str, Any], where: str) -> dict[str, float]:
-        """The group's limits and penalties as the kernels take them: no limit is infinity."""
-        numbers = {CLIPPING: math.inf}
-        for key in COUNTERS:
-            # Set by hand, or loaded by the wrapped optimizer: counting on would fail after the update.
-            if type(group.get(key, 0)) is not int:
-                checked_count(where + key, group[key])
-        limits = [("max_norm", self.max_norm), ("clip_value", self.clip_value)]
+    def limits(self) -> dict[str, float | None]:
+        """What limits and penalties are where a param group has none of its own."""
+        limits = {key: getattr(self, key) for key in LIMITS}
         if isinstance(self.clip, ClipAdaptive):
-            limits.append((CLIPPING, self.clip.clipping))
-        for key, default in limits:
-            value = group.get(key, default)
-            numbers[key] = (
-                math.inf if value is None else checked_number(where + key, value, finite=False)
-            )
-        for key in ("l1", "l2"):
-            numbers[key] = checked_number(where + key, group.get(key, getattr(self, key)))
-        return numbers
+            limits[CLIPPING] = self.clip.clipping
+        return limits
 
     def kernel_options(self) -> dict[str, object]:
         """What stays the same from step to step, for a plan."""
@@ -225,8 +213,8 @@ class StabilizerOptions:
             "rounding": self.rounding,
             "rounding_seed": self.rounding_seed,
             "per_tensor": self.per_tensor,
-            "clip_policy": None if self.clip is None else self.clip.kernel_numbers,
-            "skip_policy": None if self.skip is None else self.skip.kernel_numbers,
+            "clip_policy": None if self.clip is None else self.clip.for_kernels,
+            "skip_policy": None if self.skip is None else self.skip.for_kernels,
         }
 
     @property

@@ -8,13 +8,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from steadygrad import _kernels
 from steadygrad.arguments import checked_count
 
 Rounding = Literal["nearest", "stochastic", "kahan", "master"]
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 # Steps taken with stochastic rounding: a key of every param group then, and what its random bits start from.
-ROUNDED_STEPS = "rounded_steps"
+ROUNDED_STEPS = _kernels.ROUNDED_STEPS
 # What the state keeps beside a half-precision parameter, by rounding.
 _EXTRAS = {"master": "master_param", "kahan": "kahan_compensation"}
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steadygrad import _kernels
 from steadygrad.distributed.units import check_whole_units
 from steadygrad.memory import keep_for_graphs
 from steadygrad.optim.asked_policy import AskedPolicy
@@ -157,7 +158,7 @@ class PolicyStates:
         self._clip: PolicyState | AskedPolicy | None = None
         if isinstance(clip, ClipPolicy):
             self._clip = AskedPolicy(CLIP_STATE, clip, fresh)
-        elif clip is not None and clip.kernel_numbers is not None:
+        elif clip is not None and clip.for_kernels is not None:
             self._clip = PolicyState(CLIP_STATE, clip)
         self._skip = None if skip is None else PolicyState(SKIP_STATE, skip)
         self._scope = scope
@@ -170,12 +171,14 @@ class PolicyStates:
         """The state that a policy in Python had when the optimizer took it over."""
         return self._clip.fresh if isinstance(self._clip, AskedPolicy) else None
 
+    def __bool__(self) -> bool:
+        """Whether there is a policy that keeps rows."""
+        return self._clip is not None or self._skip is not None
+
     def rows(
         self, groups: Groups, device: torch.device | None
-    ) -> tuple[Tensor | None, Tensor | None] | None:
+    ) -> tuple[Tensor | None, Tensor | None]:
         """For a step: the rows of both; ``device``: where decisions are taken, None for the CPU."""
-        if self._clip is None and self._skip is None:
-            return None
         if self._adaptive is not None:
             left_out = [group.get(CLIPPING, 0.0) is None for group in groups]
             if left_out != self._left_out:
@@ -190,9 +193,11 @@ class PolicyStates:
             None if self._skip is None else self._skip.rows(groups, 1, device),
         )
 
-    def reduction(self, of_processes: Any, rows: Any, groups: Groups) -> Any:
+    def reduction(
+        self, of_processes: _kernels.Reduction | None, groups: Groups
+    ) -> _kernels.Reduction | None:
         """What happens between the passes: that of several processes, and the question to a policy in Python."""
-        if rows is None or not isinstance(self._clip, AskedPolicy):
+        if not isinstance(self._clip, AskedPolicy):
             return of_processes
         slots = sum(len(group["params"]) for group in groups)
         sums = 1 + len(groups) + (slots if self._per_tensor else 0)

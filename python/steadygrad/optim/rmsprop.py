@@ -10,34 +10,12 @@ from torch.optim.optimizer import ParamsT
 
 from steadygrad.optim.options import ClipScope, L1Mode, Nonfinite, PenaltyOrder
 from steadygrad.optim.param_storage import Rounding
-from steadygrad.optim.rule import Group, UpdateRule, group_number
+from steadygrad.optim.rule import UpdateRule
 from steadygrad.optim.stabilized import Stabilized, written_out
 from steadygrad.policies import ClipPolicy, Policy, SkipSpikes
 from steadygrad.telemetry.settings import Level, Telemetry
 
-
-def _numbers(group: Group, where: str) -> dict[str, float]:
-    return {
-        "lr": group_number(group, where, "lr"),
-        "alpha": group_number(group, where, "alpha"),
-        "eps": group_number(group, where, "eps"),
-        "weight_decay": group_number(group, where, "weight_decay"),
-        "momentum": group_number(group, where, "momentum"),
-        "centered": float(group["centered"]),
-        "maximize": float(group["maximize"]),
-    }
-
-
-def _state_names(group: Group) -> tuple[str, ...]:
-    names = ["square_avg"]
-    if group["centered"]:
-        names.append("grad_avg")
-    if group["momentum"] != 0:
-        names.append("momentum_buffer")
-    return tuple(names)
-
-
-RULE = UpdateRule("rmsprop", torch.optim.RMSprop, True, _numbers, _state_names)
+RULE = UpdateRule("rmsprop", torch.optim.RMSprop)
 
 
 class RMSprop(Stabilized, torch.optim.RMSprop):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -11,28 +10,12 @@ from torch.optim.optimizer import ParamsT
 
 from steadygrad.optim.options import ClipScope, L1Mode, Nonfinite, PenaltyOrder
 from steadygrad.optim.param_storage import Rounding
-from steadygrad.optim.rule import Group, UpdateRule, group_number
+from steadygrad.optim.rule import UpdateRule
 from steadygrad.optim.stabilized import Stabilized, written_out
 from steadygrad.policies import ClipPolicy, Policy, SkipSpikes
 from steadygrad.telemetry.settings import Level, Telemetry
 
-
-def _numbers(group: Group, where: str) -> dict[str, float]:
-    return {
-        "lr": group_number(group, where, "lr"),
-        "momentum": group_number(group, where, "momentum"),
-        "dampening": group_number(group, where, "dampening", low=-math.inf),
-        "weight_decay": group_number(group, where, "weight_decay"),
-        "nesterov": float(group["nesterov"]),
-        "maximize": float(group["maximize"]),
-    }
-
-
-def _state_names(group: Group) -> tuple[str, ...]:
-    return ("momentum_buffer",) if group["momentum"] != 0 else ()
-
-
-RULE = UpdateRule("sgd", torch.optim.SGD, False, _numbers, _state_names, takes_sparse=True)
+RULE = UpdateRule("sgd", torch.optim.SGD, takes_sparse=True)
 
 
 class SGD(Stabilized, torch.optim.SGD):

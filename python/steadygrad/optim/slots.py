@@ -19,6 +19,7 @@ def slot_of(
     storage: ParamStorage,
     param: Tensor,
     group: Group,
+    names: tuple[str, ...],
     state: State,
     *,
     has_grad: bool,
@@ -27,9 +28,9 @@ def slot_of(
     """A parameter's slot, and what of it is to be entered into its state once the step has been taken.
 
     None without a gradient, also none that was accumulated, and without state. ``on_device``: whether the decision to
-    step is taken there.
+    step is taken there. ``names``: of the states that the group's options ask
+    for.
     """
-    names = rule.state_names(group)
     extra = storage.extra_name(param)
     if not names and not rule.has_step and extra is None:
         return None, {}
@@ -59,7 +60,8 @@ def slot_of(
     whole = {**state, **made}
     numbers = [whole[name] for name in rule.number_names]
     kept = whole[extra] if extra is not None else None
-    return (numbers, [whole[name] for name in names], first, kept), made
+    states = [whole[name] for name in names]
+    return _kernels.Slot(states=states, numbers=numbers, extra=kept, first=first), made
 
 
 def _widened(state: State, names: tuple[str, ...], dtype: torch.dtype) -> dict[str, Tensor]:

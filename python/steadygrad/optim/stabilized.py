@@ -20,19 +20,16 @@ from steadygrad.memory import Outcome
 from steadygrad.optim.accumulated import Accumulated
 from steadygrad.optim.closures import Closure
 from steadygrad.optim.device_steps import decision_device
-from steadygrad.optim.interruptions import NonfiniteGradientError
+from steadygrad.optim.hooked_step import is_watched, run_hooked
 from steadygrad.optim.limits import SettableLimits, make_plain, warn_of_other_limits
 from steadygrad.optim.loaded_state import check_loaded
 from steadygrad.optim.options import COUNTERS, SHARED_KEYS, StabilizerOptions
 from steadygrad.optim.parameter_groups import named_alike, set_parameter_names
 from steadygrad.optim.rule import UpdateRule
-from steadygrad.optim.stepper import Stepper
+from steadygrad.optim.stepper import AMP_KEYS, Stepper
 from steadygrad.telemetry.history import History
 from steadygrad.telemetry.recorder import Recorder
 from steadygrad.telemetry.report import Report
-
-# Set by torch.amp.GradScaler for the time of a step.
-AMP_KEYS = ("grad_scale", "found_inf")
 
 
 class StepOutcome(SettableLimits):
@@ -64,29 +61,6 @@ class StepOutcome(SettableLimits):
             stepper = genuine.__dict__["_stepper"] = genuine._make_stepper()
         return stepper
 
-    def _stabilized_step(self, closure: Closure | None) -> Any:
-        stepper, accumulated = self._current_stepper(), self.accumulated
-        found_inf = self.__dict__.get("found_inf")
-        # torch's scaler looks for infinities in .grad only, and would not lower its scale for those in the sums.
-        accumulated.check_ready(closure, None if self._finds_inf else found_inf)
-        stepper.accumulated = accumulated
-        stepper.nonfinite = "skip" if self._finds_inf else self._options.nonfinite
-        try:
-            try:
-                loss = stepper.step(closure, self.__dict__.get("grad_scale"), found_inf)
-            finally:
-                stepper.accumulated = Accumulated()
-            self.__dict__.pop("_accumulated", None)
-            stepper.tell()
-        except BaseException as error:
-            # Left behind by a scaler, the scale would be multiplied into the next step's.
-            for key in AMP_KEYS:
-                self.__dict__.pop(key, None)
-            if isinstance(error, NonfiniteGradientError):
-                stepper.tell()
-            raise
-        return loss
-
     @property
     def accumulated(self) -> Accumulated:
         """What :func:`steadygrad.accumulate` has gathered for the next step."""
@@ -112,12 +86,12 @@ class StepOutcome(SettableLimits):
 
         Does not wait for the device. None if the step did not come as far as that.
         """
-        report = self._current_stepper().report
-        if report is None:
+        outcome = self._current_stepper().outcome
+        if outcome is None:
             return None
-        if isinstance(report.norm, Outcome):
-            return report.norm.found_nonfinite()
-        found = (report.skipped and not report.spiked) or report.nonfinite_count > 0
+        if isinstance(outcome, Outcome):
+            return outcome.found_nonfinite()
+        found = (outcome.skipped and not outcome.spiked) or outcome.nonfinite > 0
         return torch.tensor(float(found), dtype=torch.float32, device="cpu")
 
     def _join_zero_redundancy(self, own: Iterable[str]) -> None:
@@ -182,7 +156,7 @@ class StepOutcome(SettableLimits):
     @property
     def has_stepped(self) -> bool:
         """Whether there was a step, skipped or not, since the optimizer was made, copied or loaded."""
-        return self._current_stepper().grad_norm is not None
+        return self._current_stepper().last_outcome is not None
 
     @property
     def grad_norm(self) -> Tensor:
@@ -192,16 +166,16 @@ class StepOutcome(SettableLimits):
         fp32, or fp64 if any parameter is fp64; infinite for finite gradients whose norm is beyond that dtype's range
         (they are clipped right all the same).
         """
-        norm = self._current_stepper().grad_norm
+        outcome = self._current_stepper().last_outcome
         params = [p for group in self.param_groups for p in group["params"]]
         wide = any(p.dtype in (torch.float64, torch.complex128) for p in params)
-        if isinstance(norm, Outcome):
-            return norm.norm(wide)
+        if isinstance(outcome, Outcome):
+            return outcome.norm(wide)
         dtype = torch.float64 if wide else torch.float32
-        if norm is None:
+        if outcome is None:
             device = decision_device(self.param_groups) or torch.device("cpu")
             return torch.full((), math.nan, dtype=dtype, device=device)
-        return torch.tensor(norm, dtype=dtype, device="cpu")
+        return torch.tensor(outcome.norm, dtype=dtype, device="cpu")
 
     @property
     def path(self) -> str:
@@ -388,7 +362,14 @@ class Stabilized(StepOutcome):
 
     def step(self, closure: Closure | None = None) -> Any:
         """One stabilized step; see :meth:`steadygrad.Stabilizer.step`."""
-        return self._stabilized_step(closure)
+        assert isinstance(self, torch.optim.Optimizer)
+        stepper = self.__dict__.get("_stepper") or self._current_stepper()
+        if not is_watched(self):
+            return stepper.step(self, closure)
+        return run_hooked(self, lambda closure: (stepper.step(self, closure), True), closure)
+
+    # Or torch would run the hooks, too.
+    step.hooked = True  # type: ignore[attr-defined]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Sets or zeroes gradients as torch does; drops what :func:`steadygrad.accumulate` has gathered."""

@@ -238,6 +238,9 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
         either way, and a ``grad_scale`` or ``lr`` in a tensor there that is negative or not finite skips the step where
         a number would have been refused.
         """
+        stepper = self.__dict__.get("_stepper") or self._current_stepper()
+        if not (self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks):
+            return stepper.step(self, closure)
         args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
         kwargs: dict[str, Any] = {}
         for pre_hook in list(self._optimizer_step_pre_hooks.values()):
@@ -245,7 +248,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
             if changed is not None:
                 args, kwargs = changed
                 closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        loss = self._stabilized_step(closure)
+        loss = stepper.step(self, closure)
         for post_hook in list(self._optimizer_step_post_hooks.values()):
             post_hook(self, args, kwargs)
         return loss

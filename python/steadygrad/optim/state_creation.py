@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steadygrad.arguments import as_float
 from steadygrad.distributed.dtensors import local_tensor
 from steadygrad.memory import is_number_on
 
 
 def is_state_creation(
     param_groups: list[dict[str, Any]],
-    numbers: list[dict[str, float]],
+    defaults: dict[str, Any],
     asynchronous_device: torch.device | None,
     told: bool,
 ) -> bool:
@@ -21,22 +22,22 @@ def is_state_creation(
 
     Args:
         param_groups: of the optimizer.
-        numbers: those of the groups.
+        defaults: of limits that a group lacks.
         asynchronous_device: where decisions are taken, or None.
         told: whether writers are told of each step.
     """
-    if asynchronous_device is not None:
-        # To look at the gradients is to wait for them: only where a penalty, a clip to nothing or
-        # writers would leave traces. Without writers the ring has a row for it.
-        leaves_traces = told or any(n["l1"] or n["l2"] or n["max_norm"] < 1e-6 for n in numbers)
-        if not leaves_traces:
-            return False
     for group in param_groups:
         rate = group.get("lr", 1)
         if is_number_on(rate, asynchronous_device):
             return False
         if not isinstance(rate, (int, float, Tensor)) or float(rate) != 0:
             return False
+    # On a device to look at the gradients is to wait for them: only where a penalty, a clip to nothing or writers would
+    # leave traces. Without writers the ring has a row for it.
+    waits = asynchronous_device is not None
+    leaves_traces = told or any(_leaves_traces({**defaults, **group}) for group in param_groups)
+    if waits and not leaves_traces:
+        return False
     grads = [
         local_tensor(param.grad)
         for group in param_groups
@@ -44,6 +45,12 @@ def is_state_creation(
         if param.grad is not None
     ]
     return all(not grad.is_sparse and _has_memory(grad) and not bool(grad.any()) for grad in grads)
+
+
+def _leaves_traces(group: dict[str, Any]) -> bool:
+    limit = as_float(group["max_norm"])
+    clips_to_nothing = isinstance(limit, (int, float)) and limit < 1e-6
+    return bool(group["l1"] or group["l2"] or clips_to_nothing)
 
 
 def _has_memory(tensor: Tensor) -> bool:

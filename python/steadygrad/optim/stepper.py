@@ -2,47 +2,77 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from threading import RLock
 from typing import Any
 from weakref import WeakValueDictionary, ref
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from steadygrad import _kernels
 from steadygrad.distributed.sharding import Sharding, sharding_of
-from steadygrad.memory import Outcome, is_number_on
+from steadygrad.memory import Outcome
 from steadygrad.optim.accumulated import Accumulated
 from steadygrad.optim.closures import Closure, evaluated, evaluates_closure, snapshot
-from steadygrad.optim.device_steps import (
-    DeviceReport,
-    DeviceSteps,
-    Scaling,
-    decision_device,
-    scaling,
-)
+from steadygrad.optim.device_steps import DeviceSteps, decision_device, scaling
 from steadygrad.optim.eligibility import why_not_fused
-from steadygrad.optim.hooked_step import hooked
+from steadygrad.optim.hooked_step import is_watched, run_hooked
 from steadygrad.optim.in_place import apply_proximal, check_own_numbers, dense_grad
-from steadygrad.optim.interruptions import (
-    CannotFuse,
-    NonfiniteGradientError,
-    StepSkipped,
-    nonfinite_message,
-)
+from steadygrad.optim.interruptions import NonfiniteGradientError, nonfinite_message
 from steadygrad.optim.options import COUNTERS, StabilizerOptions
 from steadygrad.optim.param_storage import ROUNDED_STEPS
 from steadygrad.optim.rule import UpdateRule
 from steadygrad.optim.slots import slot_of
 from steadygrad.optim.state_creation import is_state_creation
+from steadygrad.policies.adaptive import ClipAdaptive
 from steadygrad.telemetry.recorder import Recorder, recorder_of
 from steadygrad.telemetry.settings import Telemetry
 
 # The last one to step each optimizer, by the id of the optimizer, which lives at least as long as the stepper.
 _steppers: WeakValueDictionary[int, Stepper] = WeakValueDictionary()
+
+# Set by torch.amp.GradScaler for the time of a step.
+AMP_KEYS = ("grad_scale", "found_inf")
+# Attributes of an optimizer that ask for more than a plain step.
+_REQUESTS = frozenset((*AMP_KEYS, "_accumulated"))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one step is asked for besides its closure.
+
+    Attributes:
+        accumulated: what it is the mean of, or None.
+        scaling: of a ``GradScaler``, and what accumulated sums are divided by; None for neither.
+        skips_nonfinite: whether non-finite gradients skip it whatever the options say.
+    """
+
+    accumulated: Accumulated | None = None
+    scaling: _kernels.Scaling | None = None
+    skips_nonfinite: bool = False
+
+    @property
+    def sums(self) -> dict[Tensor, Tensor]:
+        """Of the accumulated gradients that are not in ``.grad``."""
+        return {} if self.accumulated is None else self.accumulated.sums
+
+    def hand_over(self) -> None:
+        """Sums that have become the update's gradients go to ``.grad``."""
+        if self.accumulated is not None:
+            self.accumulated.hand_over()
+
+
+_PLAIN = Request()
+
+
+class _EvaluationSkippedError(Exception):
+    """Leaves the step of an optimizer that evaluates the model itself, which has no other way out."""
+
+    def __init__(self, loss: Any) -> None:
+        super().__init__()
+        self.loss = loss
 
 
 class Stepper:
@@ -58,6 +88,10 @@ class Stepper:
         base_step: the optimizer's own step, for the in-place path, which is given the optimizer, and the closure if
             there is one; it runs the optimizer's hooks itself.
         runs_hooks: whether the fused path must run the optimizer's step hooks.
+
+    Attributes:
+        outcome: of the last step, None where it did not come as far as that.
+        last_outcome: of the last step that was more than one that only makes state.
     """
 
     def __init__(
@@ -70,26 +104,18 @@ class Stepper:
     ) -> None:
         self._optimizer_ref = ref(optimizer)
         self._options = options
+        self._limits = options.limits()
         self._rule = rule
         self._base_step = base_step
         self._runs_hooks = runs_hooks
-        self._hooked_step = hooked(self._fused) if runs_hooks else None
         self._plan: _kernels.Plan | None = None
+        self._parameters = 0
         self._sharding: Sharding | None = None
         self._captured_shardings: list[Sharding | None] = []
         self._why_in_place: str | None = None
-        self._structure: tuple[object, ...] = ()
         self._new_state: dict[Tensor, dict[str, Tensor]] = {}
-        self._scaling = Scaling()
-        # Both set for the time of a step: what it is the mean of; "skip" where a GradScaler takes it.
-        self.accumulated = Accumulated()
-        self.nonfinite: str = options.nonfinite
-        self.report: _kernels.StepReport | DeviceReport | None = None
-        self._clipped = False
-        self._creates_state = False
-        # The groups' numbers where neither a closure nor a hook can have changed anything since they were read.
-        self._known_numbers: list[tuple[float, ...]] | None = None
-        self.grad_norm: float | Outcome | None = None
+        self.outcome: _kernels.Outcome | Outcome | None = None
+        self.last_outcome: _kernels.Outcome | Outcome | None = None
         # Only where decisions stay on the device.
         self._device_steps: DeviceSteps | None = None
         self.policies = options.policy_states()
@@ -97,7 +123,7 @@ class Stepper:
         if isinstance(options.telemetry, Telemetry):
             self.recorder = recorder_of(optimizer, options.telemetry)
         self._flushing = RLock()
-        self._take_over()
+        self._take_over(optimizer)
 
     def __del__(self) -> None:
         """Leaves what it knows with a wrapped optimizer that outlives its wrapper."""
@@ -116,58 +142,92 @@ class Stepper:
         why = self._why()
         return "fused" if why is None else f"in-place: {why}"
 
-    def step(self, closure: Closure | None, grad_scale: Any, found_inf: Any) -> Any:
-        """One step; returns the closure's loss."""
-        self._take_over()
-        self.report = None
-        device, divisor = decision_device(self._optimizer.param_groups), self.accumulated.divisor
-        self._scaling = scaling(grad_scale, found_inf, divisor, device)
-        numbers = self._group_numbers(device)  # refuses bad ones before a closure or a hook runs
-        if self._is_stale(device):
-            self._prepare()
-        self._known_numbers = None if closure is not None or self._has_pre_hooks() else numbers
-        self._clipped = False
+    def set_limit(self, key: str, value: float | None, options: StabilizerOptions) -> None:
+        """Where a param group that was added past this object has no limit of its own, ``value`` holds."""
+        self._options = options
+        self._limits[key] = value
+
+    # -- a step ---------------------------------------------------------------------------------
+
+    def step(self, owner: Any, closure: Closure | None) -> Any:
+        """One step for ``owner``, the stabilized optimizer that was asked to; returns the closure's loss."""
+        optimizer = self._optimizer
+        if _steppers.get(id(optimizer)) is not self:
+            self._take_over(optimizer)
+        self.outcome = None
+        own: dict[str, Any] = owner.__dict__
         try:
-            take = self._in_place if self._why_in_place is not None else self._fused_or_in_place
-            loss = take(closure)
-        except StepSkipped as skipped:
-            self._count(COUNTERS[0])
-            return skipped.loss
-        if self._clipped:
-            self._count(COUNTERS[1])
+            request = _PLAIN
+            if own.keys() & _REQUESTS or owner._finds_inf:
+                request = self._request(owner, closure)
+            watched = self._runs_hooks and is_watched(optimizer)
+            loss = None
+            if closure is not None or watched or self._why_in_place is not None:
+                loss = self._step_around(optimizer, closure, request, watched)
+            elif self._fused(optimizer, request) is None:
+                self._in_place(optimizer, None, request)
+            own.pop("_accumulated", None)
+            self._tell()
+        except BaseException as error:
+            # Left behind by a scaler, the scale would be multiplied into the next step's.
+            for key in AMP_KEYS:
+                own.pop(key, None)
+            if isinstance(error, NonfiniteGradientError):
+                self._tell()
+            raise
         return loss
 
-    def tell(self) -> None:
+    def _request(self, owner: Any, closure: Closure | None) -> Request:
+        accumulated: Accumulated = owner.accumulated
+        found_inf = owner.__dict__.get("found_inf")
+        # torch's scaler looks for infinities in .grad only, and would not lower its scale for those in the sums.
+        accumulated.check_ready(closure, None if owner._finds_inf else found_inf)
+        device = decision_device(self._optimizer.param_groups)
+        grad_scale = owner.__dict__.get("grad_scale")
+        return Request(
+            accumulated,
+            scaling(grad_scale, found_inf, accumulated.divisor, device),
+            owner._finds_inf,
+        )
+
+    def _step_around(
+        self,
+        optimizer: torch.optim.Optimizer,
+        closure: Closure | None,
+        request: Request,
+        watched: bool,
+    ) -> Any:
+        """A step with a closure or hooks, which may exchange anything, or around the optimizer's own step."""
+        self._look_ahead(optimizer, request)
+        if self._why_in_place is not None:
+            return self._in_place(optimizer, closure, request)
+        took = False
+
+        def fused(closure: Closure | None) -> tuple[Any, bool]:
+            nonlocal took
+            loss = evaluated(closure)
+            outcome = self._fused(optimizer, request)
+            took = outcome is not None
+            return loss, outcome is not None and not outcome.skipped
+
+        loss = run_hooked(optimizer, fused, closure) if watched else fused(closure)[0]
+        if not took:
+            # The wrapped optimizer's pre-hooks run again with its own step, this one time.
+            self._in_place(optimizer, None, request)
+        return loss
+
+    def _tell(self) -> None:
         """After a step that was decided: telemetry looks whether there is somebody to tell."""
-        if self.recorder is not None and self.report is not None:
-            known = self.report.skipped if self._device_steps is None else None
+        if self.recorder is not None and self.outcome is not None:
+            known = self.outcome.skipped if self._device_steps is None else None
             self.recorder.after_step(self._optimizer.param_groups, known)
 
-    def _fused_or_in_place(self, closure: Closure | None) -> Any:
-        try:
-            fused = self._fused if self._hooked_step is None else self._hooked_step
-            return fused(self._optimizer, closure)
-        except CannotFuse as found:
-            # The wrapped optimizer's pre-hooks run again with its own step, this one time.
-            try:
-                self._in_place(None)
-            except StepSkipped:
-                raise StepSkipped(found.loss) from None
-            return found.loss
-
-    def _take_over(self) -> None:
+    def _take_over(self, optimizer: torch.optim.Optimizer) -> None:
         """Lets the last stepper of the same optimizer say all it knows."""
-        previous = _steppers.get(id(self._optimizer))
-        if previous is not self:
-            if previous is not None:
-                previous.flush()
-            _steppers[id(self._optimizer)] = self
-
-    def _count(self, counter: str, steps: int = 1) -> None:
-        groups = self._optimizer.param_groups
-        total = max([group.get(counter, 0) for group in groups], default=0) + steps
-        for group in groups:
-            group[counter] = total
+        previous = _steppers.get(id(optimizer))
+        if previous is not None and previous is not self:
+            previous.flush()
+        _steppers[id(optimizer)] = self
 
     def flush_last(self, policies: bool = True) -> Stepper:
         """:meth:`flush` of whichever stepper stepped the optimizer last; the ones before it have said all they know."""
@@ -180,23 +240,21 @@ class Stepper:
 
         And what policies have learnt, unless told not to. Waits for the device, once steps have been taken there.
         """
+        groups = self._optimizer.param_groups
         with self._flushing:
             if policies:
-                self.policies.save(self._optimizer.param_groups)
+                self.policies.save(groups)
                 if self.recorder is not None:
-                    self.recorder.save(self._optimizer.param_groups)
+                    self.recorder.save(groups)
             if self._device_steps is None:
                 return
             for counter, steps in zip(COUNTERS, self._device_steps.take_counts(), strict=True):
                 if steps:
-                    self._count(counter, steps)
+                    _kernels.count_steps(groups, counter, steps)
             if self._options.storage.is_stochastic:
-                self._count(ROUNDED_STEPS, self._device_steps.take_rounded_steps())
+                steps = self._device_steps.take_rounded_steps()
+                _kernels.count_steps(groups, ROUNDED_STEPS, steps)
             self._device_steps.take_back(self._optimizer.state)
-
-    def _has_pre_hooks(self) -> bool:
-        own = self._optimizer._optimizer_step_pre_hooks
-        return self._runs_hooks and bool(own or _global_optimizer_pre_hooks)
 
     def _why(self) -> str | None:
         # Only a wrapper would pass over a step that somebody put in the wrapped optimizer's place.
@@ -204,30 +262,38 @@ class Stepper:
 
     # -- the plan -------------------------------------------------------------------------------
 
-    def _current_structure(self, device: torch.device | None) -> tuple[object, ...]:
-        groups = self._optimizer.param_groups
-        of_rule = None if self._rule is None else self._rule.structure(groups)
-        return (device, self.nonfinite, of_rule)
-
-    def _is_stale(self, device: torch.device | None) -> bool:
+    def _look_ahead(self, optimizer: torch.optim.Optimizer, request: Request) -> None:
+        """Refuses wrong numbers, and makes the plan if there is none for what is there now."""
+        self._check_own_numbers(optimizer)
         plan = self._plan
-        if plan is None or self._structure != self._current_structure(device):
-            return True
-        optimizer = self._optimizer
-        # The in-place path neither reads nor writes the optimizer's state.
-        state = optimizer.state if self._why_in_place is None else {}
-        return not plan.matches(optimizer.param_groups, state)
+        if plan is None or not plan.matches(optimizer.param_groups, optimizer.state):
+            self._prepare(optimizer, request)
 
-    def _prepare(self) -> None:
-        optimizer = self._optimizer
-        params = [param for group in optimizer.param_groups for param in group["params"]]
-        why_in_place = self._why()
+    def _check_own_numbers(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._rule is None:
+            device = decision_device(optimizer.param_groups)
+            for number in range(len(optimizer.param_groups)):
+                check_own_numbers(optimizer, number, self._options, device)
+
+    def _prepare(
+        self,
+        optimizer: torch.optim.Optimizer,
+        request: Request,
+        why_in_place: str | None = None,
+    ) -> None:
+        """Makes the plan for what is there now; ``why_in_place`` where a step has begun that cannot be fused."""
+        groups = optimizer.param_groups
+        device = decision_device(groups)
+        rule = "none" if self._rule is None else self._rule.name
+        clips_units = isinstance(self._options.clip, ClipAdaptive)
+        _kernels.check_param_groups(rule, groups, self._limits, clips_units, device)
+        params = [param for group in groups for param in group["params"]]
+        why_in_place = why_in_place or self._why()
         self._options.storage.check_fits(params, why_in_place)
         if self._device_steps is not None:
             self._device_steps.settle(params, optimizer.state)
-        device = decision_device(optimizer.param_groups)
-        self._structure = self._current_structure(device)
         self._why_in_place = why_in_place
+        self._parameters = len(params)
         self._new_state = {}
         if (
             device is not None
@@ -241,219 +307,240 @@ class Stepper:
         if device is None or self._device_steps is None or self._device_steps.device != device:
             self.flush()
             self._device_steps = None if device is None else DeviceSteps(device)
-        fused = self._rule is not None and self._why_in_place is None
-        slots = [
-            self._slot(param, group) if fused else None
-            for group in optimizer.param_groups
-            for param in group["params"]
-        ]
+        fused = why_in_place is None
+        slots = self._slots(optimizer, request) if fused else [None] * len(params)
         if self._device_steps is not None:
-            first = [slot is None or slot[2] for slot in slots]
+            first = [slot is None or slot.first for slot in slots]
             self._device_steps.prepare(first, self._plan)
         if self._plan is not None and self._plan.captured:
             self._captured_shardings.append(self._sharding)
-        self._sharding = sharding_of(optimizer.param_groups, self._options, self._sharding)
+        self._sharding = sharding_of(groups, self._options, self._sharding)
         self._plan = _kernels.Plan(
-            self._rule.name if fused and self._rule is not None else "none",
-            [group["params"] for group in optimizer.param_groups],
-            slots,
-            {**self._options.kernel_options(), "nonfinite": self.nonfinite},
+            rule, fused, groups, slots, self._options.kernel_options(), self._limits, device
         )
-        self._plan.seal(optimizer.state if fused else {})
+        self._plan.seal(optimizer.state)
 
-    def _slot(self, param: Tensor, group: dict[str, Any]) -> _kernels.Slot | None:
+    def _slots(
+        self, optimizer: torch.optim.Optimizer, request: Request
+    ) -> list[_kernels.Slot | None]:
         assert self._rule is not None
-        slot, made = slot_of(
-            self._rule,
-            self._options.storage,
-            param,
-            group,
-            self._optimizer.state.get(param, {}),
-            has_grad=param.grad is not None or param in self.accumulated.sums,
-            on_device=self._device_steps is not None,
+        slots: list[_kernels.Slot | None] = []
+        storage, sums = self._options.storage, request.sums
+        for group in optimizer.param_groups:
+            names = self._rule.state_names(group)
+            for param in group["params"]:
+                slot, made = slot_of(
+                    self._rule,
+                    storage,
+                    param,
+                    group,
+                    names,
+                    optimizer.state.get(param, {}),
+                    has_grad=param.grad is not None or param in sums,
+                    on_device=self._device_steps is not None,
+                )
+                slots.append(slot)
+                if made:
+                    self._new_state[param] = made
+        return slots
+
+    def _run(
+        self,
+        optimizer: torch.optim.Optimizer,
+        request: Request,
+        grads: list[Tensor | None] | None,
+        read_back: bool,
+    ) -> _kernels.Outcome | Outcome | None:
+        """One call into the kernels; None where a new plan is needed. ``read_back``: whether to wait for a device."""
+        plan, groups, state = self._plan, optimizer.param_groups, optimizer.state
+        assert plan is not None
+        device_steps, sharding, recorder = self._device_steps, self._sharding, self.recorder
+        device = None if device_steps is None else device_steps.device
+        creates_state = not (state or request.sums) and is_state_creation(
+            groups, self._limits, device, recorder is not None and recorder.tells
         )
-        if made:
-            self._new_state[param] = made
-        return slot
+        clip_rows = skip_row = memory = on_device = nonfinite = None
+        reduction = None if sharding is None else sharding.reduction
+        if self.policies and not creates_state:
+            clip_rows, skip_row = self.policies.rows(groups, device)
+            reduction = self.policies.reduction(reduction, groups)
+        if device_steps is not None:
+            on_device = Outcome(device_steps.device)
+            if read_back:
+                nonfinite = torch.empty(self._parameters, dtype=torch.int64, device=device)
+            if self._options.storage.is_stochastic:
+                device_steps.count_rounded_steps(self._options.storage.rounded_steps(groups))
+            # Whoever reads the outcome of a step that is not his own counts it.
+            counts = self._why_in_place is None or not read_back
+            memory = device_steps.memory(on_device, counts, nonfinite)
+        if not plan.step(
+            groups,
+            state,
+            request.scaling,
+            grads,
+            reduction,
+            clip_rows,
+            skip_row,
+            None
+            if recorder is None or creates_state
+            else recorder.memory(groups, self._parameters, device),
+            request.skips_nonfinite,
+            creates_state,
+            memory,
+        ):
+            return None
+        outcome = known = plan.outcome if on_device is None else on_device
+        self.outcome = outcome
+        if on_device is None:
+            # Of other ranks' gradients it is not known that they are zero.
+            creates_state = creates_state and (sharding is None or known.norm == 0)
+        elif read_back:
+            known = on_device.read()
+        if not creates_state:
+            self.last_outcome = outcome
+        if isinstance(known, _kernels.Outcome) and known.refused:
+            counted = plan.nonfinite() if nonfinite is None else nonfinite.tolist()
+            indices, total = plan.active_indices(), known.nonfinite
+            raise NonfiniteGradientError(nonfinite_message(groups, indices, counted, total))
+        return known
 
     # -- fused ----------------------------------------------------------------------------------
 
-    def _fused(self, optimizer: torch.optim.Optimizer, closure: Closure | None = None) -> Any:
-        loss = evaluated(closure)
-        # Hooks and the closure may have exchanged anything.
-        if self._known_numbers is None and self._is_stale(
-            decision_device(self._optimizer.param_groups)
-        ):
-            self._prepare()
-        try:
-            report = self._run_plan()
-            if report is None:  # first gradients of parameters that have no state yet
-                self._prepare()
-                report = self._run_plan()
-        except TypeError:
-            # Gradients may have become sparse since the plan was made.
-            self._prepare()
-            if self._why_in_place is None:
-                raise
-        if self._why_in_place is not None:
-            raise CannotFuse(loss)
-        assert report is not None and self._plan is not None
-        self._record(report, loss)
+    def _fused(
+        self, optimizer: torch.optim.Optimizer, request: Request
+    ) -> _kernels.Outcome | Outcome | None:
+        """Takes the step, update and all; None where only the optimizer's own step can."""
+        outcome = None
+        if self._plan is not None:
+            try:
+                outcome = self._run(optimizer, request, self._grads(request), self._reads(request))
+            except TypeError:
+                # Gradients may have become sparse since the plan was made.
+                self._prepare(optimizer, request)
+                if self._why_in_place is None:
+                    raise
+                return None
+        if outcome is None:
+            self._prepare(optimizer, request)
+            if self._why_in_place is not None:
+                return None
+            outcome = self._run(optimizer, request, self._grads(request), self._reads(request))
+            assert outcome is not None
+        if outcome.skipped:
+            return outcome
         if self._options.write_grads:
-            self.accumulated.hand_over()
-        if self._options.storage.is_stochastic and self._device_steps is None:
-            self._count(ROUNDED_STEPS, 0 if self._creates_state else 1)
+            request.hand_over()
         if self._new_state:
-            for index, param in zip(self._plan.active_indices(), self._plan.active(), strict=True):
-                if param not in self._new_state:
-                    continue
-                state = self._new_state.pop(param)
-                held = optimizer.state[param]
-                if self._device_steps is not None:
-                    self._device_steps.enter(index, param, state, held)
-                held.update(state)
-            self._plan.mark_first_steps_done()
-            self._plan.seal(optimizer.state)
+            self._enter_new_state(optimizer)
         # A scheduler made for the wrapped optimizer looks for this mark of its own step.
         optimizer._opt_called = True  # type: ignore[attr-defined]
-        return loss
+        return outcome
 
-    def _run_plan(self) -> _kernels.StepReport | DeviceReport | None:
-        if self._why_in_place is not None:
+    def _reads(self, request: Request) -> bool:
+        return self._options.nonfinite == "raise" and not request.skips_nonfinite
+
+    def _grads(self, request: Request) -> list[Tensor | None] | None:
+        """What to step by in the place of the parameters' ``.grad``, or None."""
+        if self._sharding is not None:
+            grads = self._sharding.gradients(request.sums)
+            if grads is not None:
+                return grads
+        if request.accumulated is None:
             return None
-        grads = self._sharded_gradients()
-        if grads is None:
-            grads = self.accumulated.gradients(self._optimizer.param_groups)
-        return self._run(grads, read_back=self.nonfinite == "raise")
+        return request.accumulated.gradients(self._optimizer.param_groups)
 
-    def _sharded_gradients(self) -> list[Tensor | None] | None:
-        sharding = self._sharding
-        return None if sharding is None else sharding.gradients(self.accumulated.sums)
-
-    def _run(
-        self, grads: list[Tensor | None] | None, read_back: bool
-    ) -> _kernels.StepReport | DeviceReport | None:
+    def _enter_new_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """What the first steps of some parameters have made becomes their state."""
         assert self._plan is not None
-        groups = self._optimizer.param_groups
-        numbers = self._known_numbers
-        if numbers is None:
-            numbers = self._group_numbers(decision_device(groups))
-        rounded_steps = self._options.storage.rounded_steps(groups)
-        device = None if self._device_steps is None else self._device_steps.device
-        rows = None if self._creates_state else self.policies.rows(groups, device)
-        of_processes = None if self._sharding is None else self._sharding.reduction
-        reduction = self.policies.reduction(of_processes, rows, groups)
-        record = None
-        if self.recorder is not None and not self._creates_state:
-            record = self.recorder.memory(groups, device)
-        if self._device_steps is None:
-            return self._plan.step(
-                numbers, *self._scaling.numbers, grads, rounded_steps, reduction, rows, record
-            )
-        rates = [g["lr"] if is_number_on(g.get("lr"), device) else None for g in groups]
-        if self._options.storage.is_stochastic:
-            self._device_steps.count_rounded_steps(rounded_steps)
-        return self._device_steps.run(
-            self._plan, numbers, rates, self._scaling, grads, read_back, reduction, rows, record
-        )
-
-    def _group_numbers(self, device: torch.device | None) -> list[tuple[float, ...]]:
-        optimizer = self._optimizer
-        listed: list[dict[str, float]] = []
-        for i, group in enumerate(optimizer.param_groups):
-            where = f"step: param_groups[{i}]: "
-            if self._rule is None:
-                check_own_numbers(optimizer, i, self._options, device)
-            if is_number_on(group.get("lr"), device):
-                group = {**group, "lr": 0.0}  # read by the kernels
-            numbers = self._rule.numbers(group, where) if self._rule is not None else {}
-            listed.append({**numbers, **self._options.group_numbers(group, where)})
-        # It comes before there is any.
-        self._creates_state = not (optimizer.state or self.accumulated.sums) and is_state_creation(
-            optimizer.param_groups,
-            listed,
-            device,
-            self.recorder is not None and self.recorder.tells,
-        )
-        if self._creates_state:
-            for numbers in listed:
-                numbers.update(l1=0.0, l2=0.0, max_norm=math.inf)
-        fields = _kernels.GROUP_FIELDS
-        return [tuple([numbers.get(field, 0.0) for field in fields]) for numbers in listed]
+        for index, param in zip(self._plan.active_indices(), self._plan.active(), strict=True):
+            if param not in self._new_state:
+                continue
+            state = self._new_state.pop(param)
+            held = optimizer.state[param]
+            if self._device_steps is not None:
+                self._device_steps.enter(index, param, state, held)
+            held.update(state)
+        self._plan.seal(optimizer.state)
 
     # -- in place -------------------------------------------------------------------------------
 
-    def _in_place(self, closure: Closure | None) -> Any:
-        if not evaluates_closure(self._optimizer):
+    def _in_place(
+        self, optimizer: torch.optim.Optimizer, closure: Closure | None, request: Request
+    ) -> Any:
+        """The optimizer's own step, with gradients that are stabilized before it; returns the closure's loss."""
+        if evaluates_closure(optimizer):
+            loss, skipped, clipped = self._evaluating(optimizer, closure, request)
+        else:
             loss = evaluated(closure)
-            self._stabilize_grads(loss)
-            self._base_step(self._optimizer)
-            apply_proximal(self._optimizer.param_groups, self._options)
-            return loss
+            outcome = self._stabilize_grads(optimizer, request)
+            skipped, clipped = outcome.skipped, outcome.clipped
+            if not skipped:
+                self._base_step(optimizer)
+        groups = optimizer.param_groups
+        if not skipped:
+            apply_proximal(groups, self._options)
+        if skipped or clipped:
+            _kernels.count_steps(groups, COUNTERS[0] if skipped else COUNTERS[1], 1)
+        return loss
+
+    def _evaluating(
+        self, optimizer: torch.optim.Optimizer, closure: Closure | None, request: Request
+    ) -> tuple[Any, bool, bool]:
+        """The step of an optimizer that evaluates the model itself: the loss, and whether it was skipped or clipped."""
         if closure is None:
-            name = type(self._optimizer).__name__
+            name = type(optimizer).__name__
             raise TypeError(
                 f"step: closure: expected one, as {name} evaluates the model itself, got None"
             )
+        clipped = False
 
         def stabilized_closure() -> Any:
+            nonlocal clipped
             loss = evaluated(closure)
-            self._stabilize_grads(loss)
+            outcome = self._stabilize_grads(optimizer, request)
+            if outcome.skipped:
+                raise _EvaluationSkippedError(loss)
+            clipped = clipped or outcome.clipped
             return loss
 
         # It evaluates again in the middle of its step, where it has already moved.
-        restore = snapshot(self._optimizer)
+        restore = snapshot(optimizer)
         try:
-            loss = self._base_step(self._optimizer, stabilized_closure)
+            return self._base_step(optimizer, stabilized_closure), False, clipped
+        except _EvaluationSkippedError as skipped:
+            restore()
+            return skipped.loss, True, False
         except BaseException:
             restore()
             raise
-        apply_proximal(self._optimizer.param_groups, self._options)
-        return loss
 
     @torch.no_grad()
-    def _stabilize_grads(self, loss: Any) -> None:
-        if self._known_numbers is None and self._is_stale(
-            decision_device(self._optimizer.param_groups)
-        ):
-            self._prepare()
-        assert self._plan is not None
-        grads = self._sharded_gradients()
+    def _stabilize_grads(
+        self, optimizer: torch.optim.Optimizer, request: Request
+    ) -> _kernels.Outcome | Outcome:
+        # Hooks and the closure may have exchanged anything.
+        self._check_own_numbers(optimizer)
+        options, sums = self._options, request.sums
+        grads = None if self._sharding is None else self._sharding.gradients(sums)
         if grads is None:
             grads = [
-                dense_grad(param, group, self._options, self.accumulated.sums)
-                for group in self._optimizer.param_groups
+                dense_grad(param, group, options, sums)
+                for group in optimizer.param_groups
                 for param in group["params"]
             ]
         # The wrapped step cannot be taken back, so whether to take it must be known.
         read_back = (
-            self.nonfinite in ("skip", "raise")
-            or self._options.skip is not None
-            or self._scaling.found_inf_tensor is not None
-            or evaluates_closure(self._optimizer)
+            options.nonfinite in ("skip", "raise")
+            or request.skips_nonfinite
+            or options.skip is not None
+            or (request.scaling is not None and request.scaling.found_inf_tensor is not None)
+            or evaluates_closure(optimizer)
         )
-        apply_proximal(self._optimizer.param_groups, self._options, only_check=True)
-        report = self._run(grads, read_back)
-        assert report is not None
-        self._record(report, loss)
-        self.accumulated.hand_over()
-
-    # -- the outcome ----------------------------------------------------------------------------
-
-    def _record(self, report: _kernels.StepReport | DeviceReport, loss: Any) -> None:
-        self.report = report
-        if self._sharding is not None and self._creates_state and isinstance(report.norm, float):
-            self._creates_state = (
-                report.norm == 0
-            )  # only this rank's gradients are known to be zero
-        if not self._creates_state:
-            self.grad_norm = report.norm
-        if report.refused:
-            assert self._plan is not None
-            indices = self._plan.active_indices()
-            raise NonfiniteGradientError(
-                nonfinite_message(self._optimizer.param_groups, indices, report)
-            )
-        if report.skipped:
-            raise StepSkipped(loss)
-        self._clipped = self._clipped or report.clipped
+        apply_proximal(optimizer.param_groups, options, only_check=True)
+        outcome = self._run(optimizer, request, grads, read_back)
+        if outcome is None:
+            self._prepare(optimizer, request, why_in_place=self._why_in_place)
+            return self._stabilize_grads(optimizer, request)
+        if not outcome.skipped:
+            request.hand_over()
+        return outcome

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from steadygrad.policies.policy import Numbers, Policy
+from steadygrad import _kernels
+from steadygrad.policies.policy import Policy
 
 # Key of every param group: its own ``clipping``, or None where units are not clipped.
-CLIPPING = "clipping"
+CLIPPING = _kernels.CLIPPING
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,6 @@ class ClipAdaptive(Policy):
         self._number("eps")
 
     @property
-    def kernel_numbers(self) -> Numbers:
+    def for_kernels(self) -> _kernels.ClipPolicy:
         """Its name and eps; ``clipping`` is a number of each param group."""
-        return ("adaptive", float("inf"), float(self.eps), 0.0, 1.0, 0, 0)
-
-    @property
-    def row_size(self) -> int:
-        """Coefficient and limit of a scope, which has none."""
-        return 2
+        return _kernels.ClipPolicy("adaptive", level=float(self.eps))

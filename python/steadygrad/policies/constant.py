@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from steadygrad.policies.policy import Numbers, Policy
+from steadygrad import _kernels
+from steadygrad.policies.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,6 @@ class Damp(Policy):
             raise ValueError(f"Damp: power: expected a number > 0 and <= 1, got {self.power!r}")
 
     @property
-    def kernel_numbers(self) -> Numbers:
+    def for_kernels(self) -> _kernels.ClipPolicy:
         """Its name, limit and power."""
-        return ("damp", float(self.max_norm), float(self.power), 0.0, 1.0, 0, 0)
+        return _kernels.ClipPolicy("damp", max_norm=float(self.max_norm), level=float(self.power))

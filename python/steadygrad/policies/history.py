@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from steadygrad.policies.policy import LEARNT, Numbers, Policy
+from steadygrad import _kernels
+from steadygrad.policies.policy import LEARNT, Policy
 
-_BEFORE_NORMS = LEARNT + 2  # how many norms there are, and the place of the oldest
+# How many norms there are, the place of the oldest one, and where they begin.
+_COUNT, _OLDEST, _BEFORE_NORMS = (
+    _kernels.POLICY_ROW[name] for name in ("count", "oldest", "norms")
+)
 
 
 def _restored_norms(saved: Sequence[float], window: int) -> list[float] | None:
@@ -24,8 +27,8 @@ def _restored_norms(saved: Sequence[float], window: int) -> list[float] | None:
 
 
 def _saved_norms(row: list[float]) -> list[float]:
-    count = int(row[LEARNT])
-    return [row[LEARNT + 1], *row[_BEFORE_NORMS : _BEFORE_NORMS + count]] if count else []
+    count = int(row[_COUNT])
+    return [row[_OLDEST], *row[_BEFORE_NORMS : _BEFORE_NORMS + count]] if count else []
 
 
 @dataclass(frozen=True)
@@ -60,14 +63,10 @@ class ClipPercentile(Policy):
         self._count("window", low=1)
 
     @property
-    def kernel_numbers(self) -> Numbers:
+    def for_kernels(self) -> _kernels.ClipPolicy:
         """Its name, fraction and window."""
-        return ("percentile", math.inf, float(self.percentile) / 100, 0.0, 1.0, 0, self.window)
-
-    @property
-    def row_size(self) -> int:
-        """The norms in the order of steps, and sorted."""
-        return _BEFORE_NORMS + 2 * self.window
+        level = float(self.percentile) / 100
+        return _kernels.ClipPolicy("percentile", level=level, window=self.window)
 
     def saved(self, row: list[float]) -> list[float]:
         """The place of the oldest norm, and the norms in the order of steps."""
@@ -113,14 +112,9 @@ class SkipSpikes(Policy):
         self._count("window", low=2)
 
     @property
-    def kernel_numbers(self) -> Numbers:
+    def for_kernels(self) -> _kernels.SpikePolicy:
         """Its two numbers."""
-        return (float(self.sigma), self.window)
-
-    @property
-    def row_size(self) -> int:
-        """The norms in the order of steps."""
-        return _BEFORE_NORMS + self.window
+        return _kernels.SpikePolicy(sigma=float(self.sigma), window=self.window)
 
     def saved(self, row: list[float]) -> list[float]:
         """The place of the oldest norm, and the norms in the order of steps."""

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from steadygrad.policies.policy import LEARNT, Numbers, Policy, Scope
+from steadygrad import _kernels
+from steadygrad.policies.policy import LEARNT, Policy, Scope
 
 
 def _restored(saved: Sequence[float], size: int) -> list[float] | None:
@@ -65,15 +66,16 @@ class ClipZScore(Policy):
         self._positive("clip_factor")
 
     @property
-    def kernel_numbers(self) -> Numbers:
+    def for_kernels(self) -> _kernels.ClipPolicy:
         """Its name, cap, threshold, decay, factor and warm-up."""
-        z, alpha, factor = float(self.z_threshold), float(self.alpha), float(self.clip_factor)
-        return ("zscore", self._cap("max_norm"), z, alpha, factor, self.warmup, 0)
-
-    @property
-    def row_size(self) -> int:
-        """Count, mean and variance."""
-        return LEARNT + 3
+        return _kernels.ClipPolicy(
+            "zscore",
+            max_norm=self._cap("max_norm"),
+            level=float(self.z_threshold),
+            decay=float(self.alpha),
+            factor=float(self.clip_factor),
+            warmup=self.warmup,
+        )
 
     def saved(self, row: list[float]) -> list[float]:
         """Count, mean and variance."""
@@ -131,15 +133,15 @@ class ClipRelative(Policy):
         self._cap("max_norm")
 
     @property
-    def kernel_numbers(self) -> Numbers:
+    def for_kernels(self) -> _kernels.ClipPolicy:
         """Its name, cap, ratio, decay and warm-up."""
-        cap = self._cap("max_norm")
-        return ("relative", cap, float(self.relative), float(self.beta), 1.0, self.warmup, 0)
-
-    @property
-    def row_size(self) -> int:
-        """Count and average."""
-        return LEARNT + 2
+        return _kernels.ClipPolicy(
+            "relative",
+            max_norm=self._cap("max_norm"),
+            level=float(self.relative),
+            decay=float(self.beta),
+            warmup=self.warmup,
+        )
 
     def saved(self, row: list[float]) -> list[float]:
         """Count and average."""

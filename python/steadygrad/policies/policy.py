@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from steadygrad import _kernels
 from steadygrad.arguments import checked_count, checked_number
 
 Scope = Literal["global", "group", "tensor"]
-Numbers = tuple[object, ...]
+KernelPolicy = _kernels.ClipPolicy | _kernels.SpikePolicy
 
 # Where in a row begins what was learnt: after the last step's coefficient and limit.
-LEARNT = 2
+LEARNT = _kernels.POLICY_ROW["learnt"]
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,15 @@ class Policy:
     default_scope: ClassVar[Scope] = "global"
 
     @property
-    def kernel_numbers(self) -> Numbers | None:
+    def for_kernels(self) -> KernelPolicy | None:
         """What a plan takes; None where a constant limit says it all."""
         return None
 
     @property
     def row_size(self) -> int:
         """Numbers of state per scope."""
-        return LEARNT
+        kernels = self.for_kernels
+        return 0 if kernels is None else kernels.row_size
 
     def saved(self, row: list[float]) -> list[float]:
         """What of a row a state dict keeps."""

@@ -9,9 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Columns of a row, as csrc/core/telemetry.h has them.
-NORM, CLIPPED_NORM, LIMIT, FLAGS, NONFINITE = range(5)
-TOTALS = 5
+from steadygrad import _kernels
+
+# Columns of a row: the first ones are about the step as a whole.
+_COLUMNS = _kernels.TELEMETRY_COLUMNS
+NORM, CLIPPED_NORM, LIMIT = (_COLUMNS[name] for name in ("norm", "clipped_norm", "limit"))
+FLAGS, NONFINITE = _COLUMNS["flags"], _COLUMNS["nonfinite"]
+TOTALS = len(_COLUMNS)
 TOTAL_NAMES = (
     "step",
     "norm",
@@ -23,7 +27,9 @@ TOTAL_NAMES = (
     "refused",
     "nonfinite",
 )
-_CLIPPED, _SKIPPED, _REFUSED, _SPIKED = 1, 2, 4, 8
+_CLIPPED, _SKIPPED, _REFUSED, _SPIKED = (
+    _kernels.TELEMETRY_FLAGS[name] for name in ("clipped", "skipped", "refused", "spiked")
+)
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]

@@ -117,10 +117,11 @@ class Recorder:
 
     def __init__(self, settings: Telemetry) -> None:
         self.settings = settings
+        self._per_tensor = settings.level == "tensor"
         self._rows: Tensor | None = None
         self._recorded: Tensor | None = None
         # What memory() gave last, and for how many parameters and which device that was.
-        self._memory: _kernels.TelemetryMemory | None = None
+        self._memory: _kernels.Telemetry | None = None
         self._parameters = 0
         self._device: torch.device | None = None
         self._replaced: list[Tensor] = []  # captured graphs may go on with them
@@ -150,21 +151,24 @@ class Recorder:
 
     # -- for a step -----------------------------------------------------------------------------
 
-    def memory(self, groups: Groups, device: torch.device | None) -> _kernels.TelemetryMemory:
-        """Where to record; ``device``: where decisions are taken, None for the CPU."""
-        per_tensor = self.settings.level == "tensor"
-        parameters = 0
-        if per_tensor:
-            for group in groups:
-                parameters += len(group["params"])
+    def memory(
+        self, groups: Groups, parameters: int, device: torch.device | None
+    ) -> _kernels.Telemetry:
+        """Where to record a step of so many parameters; ``device``: where decisions are taken, None for the CPU."""
         saved = groups[0].get(RECORDED_STEPS, 0) if groups else 0
-        if self._memory is None or parameters != self._parameters or device != self._device:
+        memory = self._memory
+        parameters = parameters if self._per_tensor else 0
+        if memory is None or parameters != self._parameters or device != self._device:
             rows, recorded = self._begin(groups, TOTALS + 2 * parameters, device, saved)
-            self._memory = (rows, recorded, rows.shape[0], per_tensor)
+            history = rows.shape[0]
+            self._memory = memory = _kernels.Telemetry(
+                rows=rows, recorded=recorded, history=history, per_tensor=self._per_tensor
+            )
             self._parameters, self._device = parameters, device
         elif saved != self._saved:
-            self._begin_at(saved, self._memory[1])
-        return self._memory
+            assert self._recorded is not None
+            self._begin_at(saved, self._recorded)
+        return memory
 
     def _begin(
         self, groups: Groups, columns: int, device: torch.device | None, saved: Any
@@ -211,6 +215,8 @@ class Recorder:
         judges = skipped is True
         if skipped is not None:
             self._count_skip(skipped)
+            if not (skipped or self._writers):
+                return
         if self._unseen >= self._interval and not _is_capturing(self._rows):
             stop, warn = self.settings.stop_after_skips, self.settings.warn_after_skips
             counts = skipped is None and (stop is not None or warn is not None)

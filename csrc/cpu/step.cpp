@@ -52,9 +52,10 @@ Decision decide(const Tensors& tensors, const std::vector<GroupOptions>& groups,
   return decision;
 }
 
-// One entry per tensor. Bias corrections cost two powers, so tensors in step with each other share them.
+// One entry per tensor, each of which has taken its first step from now on. Bias corrections cost two powers,
+// so tensors in step with each other share them.
 std::vector<StepScalars> advance(const Tensors& tensors, const std::vector<StepCounter>& counters,
-                                 const std::vector<GroupOptions>& groups, RuleKind rule) {
+                                 const std::vector<GroupOptions>& groups, RuleKind rule, int32_t* taken) {
   std::vector<StepScalars> steps(tensors.size());
   int32_t last_group = -1;
   double last_step = -1;
@@ -79,7 +80,9 @@ std::vector<StepScalars> advance(const Tensors& tensors, const std::vector<StepC
       if (counter.numbers[i].data != nullptr) counter.numbers[i].set(scalars.numbers[i]);
     }
     steps[t] = scalars;
-    steps[t].first = counter.first;
+    if (taken == nullptr) continue;
+    steps[t].first = taken[tensors[t].place] == 0;
+    taken[tensors[t].place] = 1;
   }
   return steps;
 }
@@ -139,41 +142,66 @@ void update_chunk(const TensorOperands& tensor, const Chunk& chunk, const RuleSt
   }
 }
 
+// What the update reads: gradients that were written are as they should be.
+void take_written(Decision& decision, UnitClips& units) {
+  std::fill(decision.group_transforms.begin(), decision.group_transforms.end(), TransformOptions());
+  std::fill(decision.clip_coefficients.begin(), decision.clip_coefficients.end(), 1.0);
+  units = UnitClips();
+}
+
+bool changes_grads(const Tensors& tensors, const Decision& decision, const UnitClips& units) {
+  if (units.clip()) return true;
+  for (size_t t = 0; t < tensors.size(); ++t) {
+    const TransformOptions transform = decision.transform(tensors[t], static_cast<int32_t>(t));
+    if (!gradient_transform<double>(transform).is_identity()) return true;
+  }
+  return false;
+}
+
+void leave(const Outcome& outcome, const StepMemory& memory) {
+  *memory.output.outcome = outcome;
+  memory.output.outcome->norm_float32 = static_cast<float>(outcome.norm);
+  if (memory.counts == nullptr) return;
+  memory.counts[0] += outcome.skipped;
+  memory.counts[1] += outcome.clipped;
+}
+
 }  // namespace
 
-StepReport fused_step(const Tensors& tensors, const std::vector<StepCounter>& counters,
-                      const std::vector<GroupOptions>& groups, const StepOptions& given,
-                      const BeforeWrite& before_write, const Reduction& reduction,
-                      const std::vector<int64_t>* slots, const Policies& policies,
-                      const Telemetry& telemetry) {
+void step(const Tensors& tensors, const std::vector<StepCounter>& counters,
+          const std::vector<GroupOptions>& groups, const StepOptions& given, const StepMemory& memory,
+          const Reduction& reduction, const BeforeWrite& before_write) {
   const ChunkTable table(tensors);
+  const Policies& policies = memory.policies;
   StepOptions options = given;
+  if (memory.rounded_steps != nullptr) options.rounded_steps = *memory.rounded_steps;
   std::vector<TransformOptions> group_transforms;
+  group_transforms.reserve(groups.size());
   for (const GroupOptions& group : groups) group_transforms.push_back(group_transform(group, options));
   const GradNorms norms(tensors, table, group_transforms, options.norm_type);
-  const ScopeNorms scopes = scope_norms(tensors, norms, groups.size(), options, reduction, slots);
+  const ScopeNorms scopes = scope_norms(tensors, norms, groups.size(), options, reduction);
   options.found_inf = scopes.found_inf;
 
-  StepReport report;
-  report.norm = scopes.total;
-  const bool nonfinite = report.norm.nonfinite > 0;
-  if (nonfinite) {
-    for (size_t t = 0; t < tensors.size(); ++t) report.nonfinite.push_back(norms.nonfinite(t));
+  Outcome outcome;
+  outcome.norm = scopes.total.norm;
+  outcome.nonfinite = scopes.total.nonfinite;
+  for (size_t t = 0; t < tensors.size() && memory.nonfinite != nullptr; ++t) {
+    memory.nonfinite[t] = norms.nonfinite(t);
   }
-  report.skipped = is_skipped(options, report.norm);
-  report.refused = is_refused(options, report.norm);
-  if (!report.skipped && !report.refused) {
-    report.spiked = report.skipped = is_spiked(policies, options, report.norm);
-    if (!report.spiked) ask_policy(policies, options, reduction, scopes);
-    enter_spike(policies, options, report.norm);
+  outcome.skipped = is_skipped(options, scopes.total) ? 1 : 0;
+  outcome.refused = is_refused(options, scopes.total) ? 1 : 0;
+  if (outcome.skipped == 0 && outcome.refused == 0) {
+    outcome.spiked = outcome.skipped = is_spiked(policies, options, scopes.total) ? 1 : 0;
+    if (outcome.spiked == 0) ask_policy(policies, options, reduction, scopes);
+    enter_spike(policies, options, scopes.total);
   }
   const auto record_step = [&] {
-    if (telemetry.rows == nullptr) return;
-    record(telemetry, tensors, norms, scopes, groups, options, policies, report);
+    if (memory.telemetry.rows == nullptr) return;
+    record(memory.telemetry, tensors, norms, scopes, groups, options, policies, outcome);
   };
-  if (report.skipped || report.refused) {
+  if (outcome.skipped != 0 || outcome.refused != 0) {
     record_step();
-    return report;
+    return leave(outcome, memory);
   }
 
   Decision decision = decide(tensors, groups, group_transforms, scopes, options, policies);
@@ -181,29 +209,23 @@ StepReport fused_step(const Tensors& tensors, const std::vector<StepCounter>& co
   if (clips_units(policies)) {
     units = UnitClips(tensors, groups, decision.group_transforms, policies.clip.level);
   }
-  report.clipped = decision.clipped || units.clip();
-  if (options.nonfinite == NonfinitePolicy::zero) report.norm.norm = report.norm.finite_norm;
-  if (options.rule == RuleKind::none || options.write_grads) {
-    report.grads_written = units.clip();
-    for (size_t t = 0; t < tensors.size() && !report.grads_written; ++t) {
-      const TransformOptions transform = decision.transform(tensors[t], static_cast<int32_t>(t));
-      report.grads_written = !gradient_transform<double>(transform).is_identity();
-    }
-  }
-  if (report.grads_written || options.rule != RuleKind::none) before_write(report);
+  outcome.clipped = decision.clipped || units.clip() ? 1 : 0;
+  if (options.nonfinite == NonfinitePolicy::zero) outcome.norm = scopes.total.finite_norm;
+  const bool may_write_grads = options.rule == RuleKind::none || options.write_grads;
+  const bool writes_grads = may_write_grads && changes_grads(tensors, decision, units);
+  if (writes_grads || options.rule != RuleKind::none) before_write(writes_grads);
   record_step();
-  if (report.grads_written) {
+  leave(outcome, memory);
+  if (memory.rounded_steps != nullptr) *memory.rounded_steps += 1;
+  if (writes_grads) {
     transform_grads(
         tensors, table, [&](int32_t t) { return decision.transform(tensors[t], t); },
         [&](int32_t t) { return units.of(t); });
-    // The update takes what was written.
-    std::fill(decision.group_transforms.begin(), decision.group_transforms.end(), TransformOptions());
-    std::fill(decision.clip_coefficients.begin(), decision.clip_coefficients.end(), 1.0);
-    units = UnitClips();
+    take_written(decision, units);
   }
-  if (options.rule == RuleKind::none) return report;
+  if (options.rule == RuleKind::none) return;
 
-  const std::vector<StepScalars> steps = advance(tensors, counters, groups, options.rule);
+  const std::vector<StepScalars> steps = advance(tensors, counters, groups, options.rule, memory.taken);
   for_each_range(table, [&](int64_t first, int64_t last) {
     // Backwards: what pass 1 read last is still in cache.
     for (int64_t c = last - 1; c >= first; --c) {
@@ -219,7 +241,6 @@ StepReport fused_step(const Tensors& tensors, const std::vector<StepCounter>& co
       });
     }
   });
-  return report;
 }
 
 }  // namespace steadygrad::cpu

@@ -42,12 +42,12 @@ bool is_capturing(Stream stream) {
 }  // namespace
 
 void StepPlan::step(const Tensors& tensors, const std::vector<StepCounter>& counters,
-                    const std::vector<int32_t>& slots, const std::vector<DeviceGroup>& groups,
-                    const StepOptions& options, const StepMemory& memory, const Reduction& reduction,
-                    const Allocate& allocate, Stream stream) {
+                    const std::vector<DeviceGroup>& groups, const StepOptions& options,
+                    const StepMemory& memory, const Reduction& reduction, const Allocate& allocate,
+                    Stream stream) {
   const DeviceGuard guard(stream.device, kFunction);
   const bool counts_steps = !counters.empty() && counters.front().step.data != nullptr;
-  const StepEntries entries{counts_steps ? &counters : nullptr, &slots};
+  const StepEntries entries{counts_steps ? &counters : nullptr, true};
   const bool by_unit = clips_units(memory.policies);
   std::vector<uint64_t> image;
   Layout layout = lay_out(tensors, entries, groups, options.norm_type, by_unit, base_, image);

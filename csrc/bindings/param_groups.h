@@ -1,0 +1,68 @@
+// Param groups as optimizers keep them, as dicts: read and checked anew in every step.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include <pybind11/pybind11.h>
+
+#include "bindings/tensor.h"
+#include "core/rules/table.h"
+#include "core/step.h"
+
+namespace steadygrad::bindings {
+
+// Keys of every param group. The first two hold None for no limit.
+inline constexpr const char* kLimits[] = {"max_norm", "clip_value", "l1", "l2"};
+inline constexpr const char* kClipping = "clipping";
+// What a step counts; the last one only where it rounds stochastically.
+inline constexpr const char* kSkippedSteps = "skipped_steps";
+inline constexpr const char* kClippedSteps = "clipped_steps";
+inline constexpr const char* kRoundedSteps = "rounded_steps";
+
+const RuleEntry& rule_named(const std::string& name);
+
+// Reads the numbers of param groups for one rule. Wrong ones are refused by the checks of
+// steadygrad.arguments, whose messages they get.
+class GroupReader {
+ public:
+  // `defaults`: for limits that a group has not. `clips_units`: whether groups have a limit for their units.
+  GroupReader(const RuleEntry& rule, py::dict defaults, bool clips_units);
+
+  // Of group `index`. A learning rate in a tensor on `device` is not waited for: `lr` gets its address.
+  GroupOptions read(PyObject* group, Py_ssize_t index, Device& device, cuda::DeviceNumber& lr) const;
+
+  // What of a group's options decides which state there is and whether kernels can step it, as bits: the
+  // states that are kept, and the flags "differentiable" and "capturable".
+  uint32_t structure_of(PyObject* group, const RuleHyper& hyper) const;
+
+ private:
+  // A key of a dict, made once.
+  template <class Field>
+  struct Keyed {
+    py::object key;
+    Field field;
+  };
+
+  PyObject* limit_of(PyObject* group, const py::object& key) const;
+
+  const RuleEntry* rule_;
+  py::dict defaults_;
+  bool clips_units_;
+  std::vector<Keyed<NumberField>> numbers_;
+  std::vector<Keyed<FlagField>> flags_;
+  std::vector<py::object> counters_;
+  std::vector<py::object> limits_;
+  py::object clipping_;
+  std::vector<py::object> structure_;
+};
+
+// Adds to a counter of all groups, which go on from the largest one.
+void count_steps(const py::list& param_groups, const char* counter, int64_t steps);
+
+// Steps taken with stochastic rounding, as far as the groups say.
+uint64_t rounded_steps_of(const py::list& param_groups);
+
+void define_param_groups(py::module_& module);
+
+}  // namespace steadygrad::bindings
