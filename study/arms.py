@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from steadygrad import ClipAdaptive, SkipSpikes, Stabilizer
-from steadygrad.policies import Policy
+from steadygrad.policies import ClipPolicy as Policy
 
 from .tasks import Task
 

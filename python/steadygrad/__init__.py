@@ -30,8 +30,8 @@ from steadygrad.clip import (
     get_total_norm,
 )
 from steadygrad.lr_backoff import LRBackoff
-from steadygrad.optim.interruptions import NonfiniteGradientError
-from steadygrad.optim.parameter_groups import param_groups
+from steadygrad.optim.errors import NonfiniteGradientError
+from steadygrad.optim.groups import param_groups
 from steadygrad.optim.stabilizer import Stabilizer
 from steadygrad.penalty import add_penalty_, soft_threshold_
 from steadygrad.policies import (

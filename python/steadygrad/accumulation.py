@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from steadygrad.optim.accumulated import checked_weight
+from steadygrad.optim.accumulation import checked_weight
 from steadygrad.optim.options import checked_number
-from steadygrad.optim.stabilized import StepOutcome
+from steadygrad.optim.stabilized import StabilizedOptimizer
 
 
 @contextmanager
@@ -65,7 +65,7 @@ def accumulate(
             ``zero_grad``: inside the block; by ``step``: with a closure, or with half-precision gradients of a backward
             outside.
     """
-    if not isinstance(optimizer, StepOutcome):
+    if not isinstance(optimizer, StabilizedOptimizer):
         raise TypeError(
             "accumulate: optimizer: expected a steadygrad.Stabilizer or one of steadygrad.optim, "
             f"got {type(optimizer).__name__}"
@@ -84,5 +84,5 @@ def accumulate(
     accumulated.complete(_params(optimizer), weight)
 
 
-def _params(optimizer: StepOutcome) -> list[Tensor]:
+def _params(optimizer: StabilizedOptimizer) -> list[Tensor]:
     return [param for group in optimizer.param_groups for param in group["params"]]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from steadygrad.arguments import checked_count, checked_number
-from steadygrad.optim.stabilized import StepOutcome
-from steadygrad.optim.stepper import AMP_KEYS
+from steadygrad.optim.stabilized import StabilizedOptimizer
+from steadygrad.optim.step import AMP_KEYS
 from steadygrad.telemetry.recorder import TooManySkippedSteps
 
 
@@ -51,7 +51,11 @@ class GradScaler(torch.amp.GradScaler):
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """Divides the gradients in ``.grad`` by the scale, as torch does; the step then does not."""
-        if self.is_enabled() and isinstance(optimizer, StepOutcome) and optimizer.accumulated.sums:
+        if (
+            self.is_enabled()
+            and isinstance(optimizer, StabilizedOptimizer)
+            and optimizer.accumulated.sums
+        ):
             raise RuntimeError(
                 "unscale_: optimizer: expected gradients in .grad, got half-precision ones that steadygrad.accumulate "
                 "sums in float32; step() unscales them"
@@ -64,7 +68,7 @@ class GradScaler(torch.amp.GradScaler):
         Returns:
             What the optimizer's ``step`` returned; for an optimizer that is not stabilized None if it was skipped.
         """
-        if not (self.is_enabled() and isinstance(optimizer, StepOutcome)):
+        if not (self.is_enabled() and isinstance(optimizer, StabilizedOptimizer)):
             return super().step(optimizer, *args, **kwargs)
         closure = args[0] if args else None  # torch refuses it by name only
         if closure is not None:
@@ -104,14 +108,14 @@ class GradScaler(torch.amp.GradScaler):
                 raise ValueError(f"{where}: expected a finite number > 0, got {value!r}")
         super().load_state_dict(state_dict)
 
-    def _hear_from(self, optimizer: StepOutcome) -> None:
+    def _hear_from(self, optimizer: StabilizedOptimizer) -> None:
         found_inf = optimizer.found_nonfinite()
         if found_inf is not None:
             self._record_found_inf(optimizer, found_inf)
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[Any, Tensor]:
         # torch's step calls this for optimizers that unscale by themselves; a stabilized one looks by itself, too.
-        if not isinstance(optimizer, StepOutcome):
+        if not isinstance(optimizer, StabilizedOptimizer):
             checked: dict[Any, Tensor] = super()._check_inf_per_device(optimizer)
             return checked
         scale = self._get_scale_async()
@@ -119,7 +123,7 @@ class GradScaler(torch.amp.GradScaler):
         return self._record_found_inf(optimizer, torch.zeros_like(scale))
 
     def _record_found_inf(
-        self, optimizer: torch.optim.Optimizer | StepOutcome, found_inf: Tensor
+        self, optimizer: torch.optim.Optimizer | StabilizedOptimizer, found_inf: Tensor
     ) -> dict[Any, Tensor]:
         # Where torch's update looks for it.
         recorded = {found_inf.device: found_inf}

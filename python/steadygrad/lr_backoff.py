@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from steadygrad.arguments import checked_count, checked_number
 from steadygrad.memory import is_asynchronous
-from steadygrad.optim.stabilized import StepOutcome
+from steadygrad.optim.stabilized import StabilizedOptimizer
 
 # How often counters are looked at where that waits for a device.
 _EVERY_ON_DEVICE = 16
@@ -66,7 +66,7 @@ class LRBackoff(LRScheduler):
         clipped: bool = False,
         every: int | None = None,
     ) -> None:
-        if not isinstance(optimizer, StepOutcome):
+        if not isinstance(optimizer, StabilizedOptimizer):
             raise TypeError(
                 "LRBackoff: optimizer: expected a steadygrad.Stabilizer or one of steadygrad.optim, "
                 f"got {type(optimizer).__name__}"
@@ -146,7 +146,7 @@ class LRBackoff(LRScheduler):
         return _EVERY_ON_DEVICE if first is not None and is_asynchronous(first.device) else 1
 
     def _bad_steps(self) -> int:
-        assert isinstance(self.optimizer, StepOutcome)
+        assert isinstance(self.optimizer, StabilizedOptimizer)
         clipped = self.optimizer.clipped_steps if self.clipped else 0
         return self.optimizer.skipped_steps + clipped
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import steadygrad as sg
-from steadygrad.optim.stabilized import StepOutcome
+from steadygrad.optim.stabilized import StabilizedOptimizer
 from tests.distributed.sharded_cases import Network, groups_of
 
 Found = dict[str, Any]
@@ -111,7 +111,7 @@ def like(param: Tensor, whole: Tensor) -> Tensor:
 def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
     for step in steps:
         give(net, step)
-        if step == _SKIPPED and not isinstance(optimizer, StepOutcome):
+        if step == _SKIPPED and not isinstance(optimizer, StabilizedOptimizer):
             continue
         optimizer.step()
     net.zero_grad()

@@ -16,7 +16,6 @@ from steadygrad import _kernels
 from steadygrad.clip import device_of
 from steadygrad.distributed.norms import COLUMNS
 from steadygrad.memory import NormOutput, allocator
-from steadygrad.optim import stepper
 from tests.backends import Backend
 
 SHAPES = ((33,), (5, 7), (0, 3), (8193,), ())
@@ -76,7 +75,9 @@ def hooked(
     per_tensor = optimizer._options.clip_scope == "tensor"
     device = optimizer.param_groups[0]["params"][0].device
     hook = Hook(change, 3 + (len(SHAPES) if per_tensor else 0), list(counted), device)
-    monkeypatch.setattr(stepper, "sharding_of", lambda *arguments: HookedSharding(hook))
+    monkeypatch.setattr(
+        "steadygrad.optim.step.sharding_of", lambda *arguments: HookedSharding(hook)
+    )
     return hook
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn import Parameter
 
 import steadygrad as sg
-from steadygrad.optim.closures import other_update_methods
+from steadygrad.optim.in_place import other_update_methods
 from tests.backends import Backend
 from tests.snapshots import Snapshot
 

@@ -382,7 +382,6 @@ def test_no_policy_where_one_is_expected() -> None:
 def test_between_the_passes_of_many_processes(
     backend: Backend, scope: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from steadygrad.optim import stepper
 
     plain, reduced = (
         Driven(3, backend.device, clip=ZScore(), clip_scope=scope, telemetry=None) for _ in range(2)
@@ -391,7 +390,7 @@ def test_between_the_passes_of_many_processes(
     expected = [plain.step(*norms) for norms in rows]
     hook = LoneReduction(reduced.params, 3)
     hook.rows = hook.rows if scope == "tensor" else hook.rows[:4]
-    monkeypatch.setattr(stepper, "sharding_of", lambda *_: hook)
+    monkeypatch.setattr("steadygrad.optim.step.sharding_of", lambda *_: hook)
     assert [reduced.step(*norms) for norms in rows] == expected
 
 

@@ -14,7 +14,6 @@ from torch.nn import Parameter
 import steadygrad as sg
 from steadygrad import _kernels
 from steadygrad.distributed.norms import COLUMNS
-from steadygrad.optim import stepper
 from steadygrad.reference import policies as reference
 from tests.backends import Backend
 from tests.optim.device_twins import asynchronous_device, no_waiting
@@ -232,7 +231,7 @@ def test_between_the_passes_of_many_processes(
     hook = LoneReduction(reduced.params, 3)
     if scope == "group":
         hook.rows = hook.rows[:4]
-    monkeypatch.setattr(stepper, "sharding_of", lambda *_: hook)
+    monkeypatch.setattr("steadygrad.optim.step.sharding_of", lambda *_: hook)
     assert [reduced.step(*norms) for norms in rows] == expected
     assert reduced.learnt() == plain.learnt()
 

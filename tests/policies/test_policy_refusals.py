@@ -11,7 +11,7 @@ import torch
 from torch.nn import Parameter
 
 import steadygrad as sg
-from steadygrad.policies import Policy
+from steadygrad.policies import KernelPolicy
 from steadygrad.reference import policies as reference
 from tests.backends import Backend
 
@@ -70,7 +70,7 @@ def made(**ours: Any) -> Any:
 
 
 def test_no_policy_where_one_is_expected() -> None:
-    for clip in (1.0, "ClipNorm", sg.ClipNorm, sg.SkipSpikes(), Policy()):
+    for clip in (1.0, "ClipNorm", sg.ClipNorm, sg.SkipSpikes(), KernelPolicy()):
         with pytest.raises(TypeError, match=r"Stabilizer: clip: expected a clip policy such as"):
             made(clip=clip)
     for skip in (6, True, sg.SkipSpikes, sg.ClipZScore()):

@@ -17,8 +17,6 @@ from steadygrad.distributed.layout import Layout, layout_of
 from steadygrad.distributed.norms import NormReduction
 from steadygrad.distributed.parts import check_parts
 from steadygrad.distributed.units import check_whole_units
-from steadygrad.policies.adaptive import CLIPPING, ClipAdaptive
-from steadygrad.policies.clip_policy import ClipPolicy
 
 if TYPE_CHECKING:
     from steadygrad.optim.options import StabilizerOptions
@@ -85,13 +83,13 @@ def sharding_of(
     """None where every parameter is this process's alone."""
     groups = [group["params"] for group in param_groups]
     params = [param for group in groups for param in group]
-    clips_parameters = options.scope == "tensor" or isinstance(options.clip, ClipAdaptive)
+    clips_parameters = options.scope == "tensor" or options.unit_clipping is not None
     check_parts(param_groups, options.reduce_norm, clips_parameters)
     # A rank without parameters has to come all the same where others wait for its norm.
     if options.reduce_norm is None and not has_dtensors(params):
         return None
-    if isinstance(options.clip, ClipAdaptive):
-        check_whole_units(param_groups, options.clip.clipping)
+    if options.unit_clipping is not None:
+        check_whole_units(param_groups, options.unit_clipping)
     return Sharding(param_groups, options, previous)
 
 
@@ -118,7 +116,7 @@ def _settings(
     lines = [f"norm_type is {float(options.norm_type)}"]
     for name in _SHARED_OPTIONS:
         shown = "clip_scope" if name == "scope" else name
-        lines.append(f"{shown} is {_shown(getattr(options, name))}")
+        lines.append(f"{shown} is {options.shown(name)}")
     lines.append(f"telemetry is {options.telemetry_level!r}")
     sizes = [None if group is None else group.size() for group in extra]
     lines.append(f"reduce_norm has groups of {sizes} ranks")
@@ -127,15 +125,10 @@ def _settings(
             value = group.get(key, getattr(options, key))
             number = None if value is None else float(value)
             lines.append(f"{key} of param_groups[{i}] is {number}")
-        if isinstance(options.clip, ClipAdaptive):
-            clipping = group.get(CLIPPING, options.clip.clipping)
-            lines.append(f"{CLIPPING} of param_groups[{i}] is {clipping}")
+        if options.unit_clipping is not None:
+            clipping = group.get(_kernels.CLIPPING, options.unit_clipping)
+            lines.append(f"{_kernels.CLIPPING} of param_groups[{i}] is {clipping}")
     return lines
-
-
-def _shown(option: object) -> str:
-    """As it is written; of a policy in Python its name alone, since nobody knows what else of it is the same."""
-    return type(option).__name__ if isinstance(option, ClipPolicy) else repr(option)
 
 
 def _agree_on_options(
@@ -151,7 +144,7 @@ def _agree_on_options(
     settings = [
         f"norm_type is {float(options.norm_type)}",
         f"clip_scope is {options.scope!r}",
-        f"clip is {_shown(options.clip)}",
+        f"clip is {options.shown('clip')}",
         f"skip is {options.skip!r}",
         f"nonfinite is {options.nonfinite!r}",
         f"reduce_norm has {', '.join(travel)}",

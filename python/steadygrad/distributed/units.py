@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from steadygrad import _kernels
 from steadygrad.distributed.dtensors import dtensor_type
-from steadygrad.policies.adaptive import CLIPPING
 
 
 def check_whole_units(param_groups: Sequence[dict[str, Any]], default: float) -> None:
@@ -24,14 +24,14 @@ def check_whole_units(param_groups: Sequence[dict[str, Any]], default: float) ->
     place = 0
     for number, group in enumerate(param_groups):
         for i, param in enumerate(group["params"]):
-            if group.get(CLIPPING, default) is not None and not _holds_whole_units(param):
+            if group.get(_kernels.CLIPPING, default) is not None and not _holds_whole_units(param):
                 names = group.get("param_names")
                 name = "" if names is None else f" ({names[i]!r})"
                 raise ValueError(
                     f"step: clip: ClipAdaptive: parameters[{place}]{name}: expected every rank to hold whole units, "
                     "Shard(0) of two or more dimensions, or replicas, got a DTensor of shape "
                     f"{tuple(param.shape)} with placements {param.placements}. Put it into a param group with "
-                    f"{CLIPPING}=None (it is in param_groups[{number}]), which leaves it out"
+                    f"{_kernels.CLIPPING}=None (it is in param_groups[{number}]), which leaves it out"
                 )
             place += 1
 

@@ -21,7 +21,7 @@ from steadygrad.integrations.readings import (
     stabilized,
     warn_of_second_clipper,
 )
-from steadygrad.optim.stabilized import StepOutcome
+from steadygrad.optim.stabilized import StabilizedOptimizer
 
 
 class StabilizerMonitor(pl.Callback):
@@ -95,6 +95,6 @@ class StabilizerMonitor(pl.Callback):
                 optimizer.flush_telemetry()
 
 
-def _stabilized_optimizers(trainer: Any) -> list[StepOutcome]:
+def _stabilized_optimizers(trainer: Any) -> list[StabilizedOptimizer]:
     found = [stabilized(optimizer) for optimizer in trainer.optimizers]
     return [optimizer for optimizer in found if optimizer is not None]

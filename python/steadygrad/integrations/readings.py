@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from steadygrad.optim.stabilized import StepOutcome
+from steadygrad.optim.stabilized import StabilizedOptimizer
 
 
-def stabilized(optimizer: Any) -> StepOutcome | None:
+def stabilized(optimizer: Any) -> StabilizedOptimizer | None:
     """The stabilized optimizer that this is, or that it wraps as its ``optimizer``; None if there is none.
 
     Args:
@@ -19,13 +19,15 @@ def stabilized(optimizer: Any) -> StepOutcome | None:
     """
     while optimizer is not None:
         inner = getattr(optimizer, "optimizer", None)
-        if isinstance(optimizer, StepOutcome) and not isinstance(inner, StepOutcome):
+        if isinstance(optimizer, StabilizedOptimizer) and not isinstance(
+            inner, StabilizedOptimizer
+        ):
             return optimizer
         optimizer = inner
     return None
 
 
-def readings(optimizer: StepOutcome) -> dict[str, float]:
+def readings(optimizer: StabilizedOptimizer) -> dict[str, float]:
     """Numbers of the last step, by name; empty before the first.
 
     ``grad_norm`` before the clip, ``skipped_steps`` and ``clipped_steps`` so far; with telemetry also ``clipped_norm``
@@ -47,7 +49,9 @@ def readings(optimizer: StepOutcome) -> dict[str, float]:
     return found
 
 
-def name_parameters(optimizer: StepOutcome, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+def name_parameters(
+    optimizer: StabilizedOptimizer, named_parameters: Iterable[tuple[str, Tensor]]
+) -> None:
     """Names the parameters, if they have no names yet; where one cannot be named, that is a warning."""
     groups = optimizer.param_groups
     if all("param_names" in group for group in groups):
@@ -58,7 +62,7 @@ def name_parameters(optimizer: StepOutcome, named_parameters: Iterable[tuple[str
         warnings.warn(f"{error}; reports number the parameters instead", stacklevel=3)
 
 
-def clips(optimizer: StepOutcome) -> bool:
+def clips(optimizer: StabilizedOptimizer) -> bool:
     """Whether the optimizer limits gradients itself."""
     return optimizer._options.clip is not None or any(
         group.get(key) is not None
@@ -67,7 +71,9 @@ def clips(optimizer: StepOutcome) -> bool:
     )
 
 
-def warn_of_second_clipper(optimizer: StepOutcome, other: str, without: str, limit: float) -> None:
+def warn_of_second_clipper(
+    optimizer: StabilizedOptimizer, other: str, without: str, limit: float
+) -> None:
     """Warns that gradients are clipped before the optimizer's own step sees them.
 
     Args:
@@ -89,7 +95,7 @@ def warn_of_second_clipper(optimizer: StepOutcome, other: str, without: str, lim
     )
 
 
-def _name(optimizer: StepOutcome) -> str:
+def _name(optimizer: StabilizedOptimizer) -> str:
     inner = getattr(optimizer, "optimizer", None)
     outer = type(optimizer).__name__
     return outer if inner is None else f"{outer}({type(inner).__name__})"

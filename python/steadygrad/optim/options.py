@@ -9,41 +9,109 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
 from steadygrad import _kernels
-from steadygrad.arguments import as_int
+from steadygrad.arguments import as_int, checked_count
 from steadygrad.arguments import checked_number as checked_number
-from steadygrad.optim.param_storage import ROUNDED_STEPS, ParamStorage, Rounding
-from steadygrad.optim.policy_state import CLIP_STATE, SKIP_STATE, PolicyStates
 from steadygrad.policies import (
     ClipAdaptive,
     ClipNorm,
-    ClipPercentile,
     ClipPolicy,
-    ClipRelative,
-    ClipZScore,
-    Damp,
-    Policy,
+    KernelPolicy,
     SkipSpikes,
 )
 from steadygrad.policies.adaptive import CLIPPING
+from steadygrad.policies.policy_state import CLIP_STATE, SKIP_STATE, PolicyStates
 from steadygrad.telemetry.recorder import RECORDED_STEPS
 from steadygrad.telemetry.settings import Level, Telemetry, telemetry_settings
+
+Rounding = Literal["nearest", "stochastic", "kahan", "master"]
+
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+# Steps taken with stochastic rounding: a key of every param group then, and what its random bits start from.
+ROUNDED_STEPS = _kernels.ROUNDED_STEPS
+# What the state keeps beside a half-precision parameter, by rounding.
+_EXTRAS = {"master": "master_param", "kahan": "kahan_compensation"}
+
+
+@dataclass(frozen=True)
+class ParamStorage:
+    """How half-precision parameters and their state are stored; all others are left alone."""
+
+    state_dtype: torch.dtype | None
+    rounding: Rounding
+    rounding_seed: int
+
+    def check(self) -> None:
+        """Refuses values that no optimizer can take; the rounding's name is checked with the other choices."""
+        if self.state_dtype not in (None, torch.float32):
+            raise ValueError(
+                f"Stabilizer: state_dtype: expected None or torch.float32, got {self.state_dtype!r}"
+            )
+        expected = "Stabilizer: rounding_seed: expected an int in [0, 2**64), got "
+        if not isinstance(self.rounding_seed, int) or isinstance(self.rounding_seed, bool):
+            raise TypeError(f"{expected}{self.rounding_seed!r}")
+        if not 0 <= self.rounding_seed < 2**64:
+            raise ValueError(f"{expected}{self.rounding_seed!r}")
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether steps are counted for random bits."""
+        return self.rounding == "stochastic"
+
+    def rounded_steps(self, param_groups: list[dict[str, Any]]) -> int:
+        """Steps taken with stochastic rounding, as far as the param groups say."""
+        if not param_groups:
+            return 0
+        where = f"step: param_groups[0][{ROUNDED_STEPS!r}]"
+        return checked_count(where, param_groups[0].get(ROUNDED_STEPS, 0))
+
+    def extra_name(self, param: Tensor) -> str | None:
+        """The state's key for what is kept beside this parameter, or None."""
+        return _EXTRAS.get(self.rounding) if param.dtype in HALF_DTYPES else None
+
+    def new_extra(self, param: Tensor) -> Tensor:
+        """The same while nothing has been lost: the parameter in float32, or no compensation."""
+        if self.rounding == "master":
+            return param.detach().to(torch.float32, copy=True)
+        return torch.zeros_like(param).detach()
+
+    def is_extra(self, value: Any, param: Tensor) -> bool:
+        """Whether a state's entry is one. Loading a master copy, torch rounds it to the parameter."""
+        dtype = torch.float32 if self.rounding == "master" else param.dtype
+        return isinstance(value, Tensor) and value.dtype == dtype
+
+    def dtype_for(self, param: Tensor) -> torch.dtype:
+        """The dtype of a parameter's state."""
+        return self.state_dtype or param.dtype if param.dtype in HALF_DTYPES else param.dtype
+
+    def check_fits(self, params: list[Tensor], why_in_place: str | None) -> None:
+        """Refuses what a step with these parameters cannot do; ``why_in_place`` is None on the fused path.
+
+        Raises:
+            ValueError: another ``rounding`` or ``state_dtype`` than torch's on the in-place path, or master copies of
+                fp64 parameters.
+        """
+        asked = {"rounding": (self.rounding, "nearest"), "state_dtype": (self.state_dtype, None)}
+        for name, (value, default) in asked.items():
+            if why_in_place is not None and value != default:
+                raise ValueError(
+                    f"step: {name}: expected {default!r} where the update is the wrapped optimizer's own "
+                    f"({why_in_place}), got {value!r}"
+                )
+        for i, param in enumerate(params if self.rounding == "master" else []):
+            if param.dtype == torch.float64:
+                raise ValueError(
+                    f"step: parameters[{i}]: expected float32, bfloat16 or float16 for rounding='master' "
+                    "(a master copy is float32), got float64"
+                )
+
 
 PenaltyOrder = Literal["before_clip", "after_clip"]
 L1Mode = Literal["subgradient", "proximal"]
 ClipScope = Literal["global", "group", "tensor"]
 Nonfinite = Literal["skip", "zero", "raise", "propagate"]
-
-_CLIP_POLICIES = (
-    ClipNorm,
-    ClipPercentile,
-    ClipZScore,
-    ClipRelative,
-    ClipAdaptive,
-    Damp,
-    ClipPolicy,
-)
 
 # Where options keep the state that a policy in Python had at first, in every copy and for every stepper.
 _FRESH = "_fresh"
@@ -76,7 +144,7 @@ class StabilizerOptions:
     """The keyword arguments of :class:`steadygrad.Stabilizer`, which documents them."""
 
     max_norm: float | None = None
-    clip: Policy | ClipPolicy | None = None
+    clip: ClipPolicy | None = None
     skip: SkipSpikes | None = None
     norm_type: float = 2.0
     clip_value: float | None = None
@@ -96,7 +164,7 @@ class StabilizerOptions:
     def __deepcopy__(self, memo: dict[int, Any]) -> StabilizerOptions:
         """Itself, since process groups cannot be copied; but policies in Python have a state, and writers a file."""
         own: dict[str, Any] = {}
-        if isinstance(self.clip, ClipPolicy):
+        if not isinstance(self.clip, (KernelPolicy, type(None))):
             own["clip"] = copy.deepcopy(self.clip, memo)
         if self.telemetry is not None:
             own["telemetry"] = copy.copy(self.telemetry)
@@ -135,7 +203,7 @@ class StabilizerOptions:
         object.__setattr__(self, "telemetry", telemetry_settings(self.telemetry))
 
     def _check_clip(self) -> None:
-        if not isinstance(self.clip, _CLIP_POLICIES):
+        if not isinstance(self.clip, ClipPolicy):
             raise TypeError(
                 f"Stabilizer: clip: expected a clip policy such as ClipPercentile(), got {self.clip!r}"
             )
@@ -161,6 +229,18 @@ class StabilizerOptions:
     def per_tensor(self) -> bool:
         """Whether the norm of every tensor, over all ranks, is asked for."""
         return self.scope == "tensor" or self.telemetry_level == "tensor"
+
+    @property
+    def unit_clipping(self) -> float | None:
+        """What limits the output units of param groups without a number of their own; None where nothing does."""
+        return self.clip.clipping if isinstance(self.clip, ClipAdaptive) else None
+
+    def shown(self, name: str) -> str:
+        """An option as it is written; of a policy in Python its name alone, since nobody knows what else it says."""
+        option = getattr(self, name)
+        if name == "clip" and not isinstance(option, (KernelPolicy, type(None))):
+            return type(option).__name__
+        return repr(option)
 
     def policy_states(self) -> PolicyStates:
         """What the policies learn, with nothing in it yet."""
@@ -189,17 +269,15 @@ class StabilizerOptions:
 
     def clips_units(self, group: Mapping[str, Any]) -> bool:
         """Whether the gradients of this param group are clipped by output unit."""
-        if not isinstance(self.clip, ClipAdaptive):
+        if self.unit_clipping is None:
             return False
-        clipping = group.get(CLIPPING, self.clip.clipping)
+        clipping = group.get(CLIPPING, self.unit_clipping)
         return clipping is not None and float(clipping) != math.inf
 
     def limits(self) -> dict[str, float | None]:
         """What limits and penalties are where a param group has none of its own."""
         limits = {key: getattr(self, key) for key in LIMITS}
-        if isinstance(self.clip, ClipAdaptive):
-            limits[CLIPPING] = self.clip.clipping
-        return limits
+        return limits if self.unit_clipping is None else {**limits, CLIPPING: self.unit_clipping}
 
     def kernel_options(self) -> dict[str, object]:
         """What stays the same from step to step, for a plan."""

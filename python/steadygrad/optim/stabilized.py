@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import functools
-import inspect
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from steadygrad.distributed.parts import zero_redundancy_optimizer
 from steadygrad.memory import Outcome
-from steadygrad.optim.accumulated import Accumulated
-from steadygrad.optim.closures import Closure
-from steadygrad.optim.device_steps import decision_device
-from steadygrad.optim.hooked_step import is_watched, run_hooked
-from steadygrad.optim.limits import SettableLimits, make_plain, warn_of_other_limits
-from steadygrad.optim.loaded_state import check_loaded
+from steadygrad.optim.accumulation import Accumulated
+from steadygrad.optim.groups import SettableLimits, make_plain, warn_of_other_limits
 from steadygrad.optim.options import COUNTERS, SHARED_KEYS, StabilizerOptions
-from steadygrad.optim.parameter_groups import named_alike, set_parameter_names
-from steadygrad.optim.rule import UpdateRule
-from steadygrad.optim.stepper import AMP_KEYS, Stepper
+from steadygrad.optim.state import decision_device
+from steadygrad.optim.step import Stepper
+from steadygrad.parameter_names import set_parameter_names
 from steadygrad.telemetry.history import History
 from steadygrad.telemetry.recorder import Recorder
 from steadygrad.telemetry.report import Report
 
 
-class StepOutcome(SettableLimits):
+class StabilizedOptimizer(SettableLimits):
     """What can be read off a stabilized optimizer, and how its extra param group keys are kept."""
 
     _options: StabilizerOptions
@@ -47,12 +39,12 @@ class StepOutcome(SettableLimits):
     def _make_stepper(self) -> Stepper:
         raise NotImplementedError
 
-    def _genuine(self) -> StepOutcome:
+    def _genuine(self) -> StabilizedOptimizer:
         """This object; where a wrapper only imitates the class, as Lightning's optimizers do, the one it wraps."""
         if "_options" in self.__dict__:
             return self
         wrapped = getattr(self, "optimizer", None)
-        return wrapped if isinstance(wrapped, StepOutcome) else self
+        return wrapped if isinstance(wrapped, StabilizedOptimizer) else self
 
     def _current_stepper(self) -> Stepper:
         genuine = self._genuine()
@@ -291,119 +283,3 @@ class StepOutcome(SettableLimits):
     def _counter(self, name: str) -> int:
         self._flush(policies=False)
         return max((int(group.get(name, 0)) for group in self.param_groups), default=0)
-
-
-Constructor = TypeVar("Constructor", bound=Callable[..., None])
-
-
-def written_out(signature: Constructor) -> Constructor:
-    """Decorates a constructor that is a signature without a body: :class:`Stabilized` takes its arguments.
-
-    So editors, type checkers and ``inspect`` see the parameters of a class, while what was not given stays what the
-    torch that is there makes of it.
-    """
-
-    @functools.wraps(signature)
-    def __init__(self: Stabilized, *args: Any, **kwargs: Any) -> None:
-        Stabilized.__init__(self, *args, **kwargs)
-
-    return __init__  # type: ignore[return-value]
-
-
-class Stabilized(StepOutcome):
-    """Mixed into a torch optimizer class: the same optimizer with a stabilized step.
-
-    Takes torch's arguments, and the keyword arguments of :class:`steadygrad.Stabilizer`.
-    """
-
-    rule: ClassVar[UpdateRule]
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        own = {field.name for field in dataclasses.fields(StabilizerOptions)}
-        self._check_keywords(kwargs, own)
-        given = own & set(kwargs)
-        self._options = StabilizerOptions(**{name: kwargs.pop(name) for name in given})
-        self._stepper = None
-        super().__init__(*args, **kwargs)
-        self._join_zero_redundancy(given)
-
-    def _check_keywords(self, given: Iterable[str], own: set[str]) -> None:
-        """Refuses unknown names. Torch's are those of the torch that is there, which may have more than we list."""
-        known = own | set(inspect.signature(self.rule.optimizer).parameters)
-        for name in given:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                advice = f"; did you mean {near[0]!r}?" if near else ""
-                raise TypeError(
-                    f"{type(self).__name__}: unexpected keyword argument {name!r}{advice}"
-                )
-
-    def _make_stepper(self) -> Stepper:
-        assert isinstance(self, torch.optim.Optimizer)
-        torch_step = self.rule.optimizer.step
-        # torch hooks each class's step; this object's hooks run around our own.
-        if getattr(torch_step, "hooked", False):
-            torch_step = torch_step.__wrapped__  # type: ignore[attr-defined]
-        return Stepper(
-            self,
-            self._options,
-            self.rule,
-            lambda optimizer, *closure: optimizer._torch_step(torch_step, *closure),
-            runs_hooks=False,
-        )
-
-    def _torch_step(self, torch_step: Any, *closure: Closure) -> Any:
-        # torch's own step would unscale the gradients a second time.
-        amp = {key: self.__dict__.pop(key) for key in AMP_KEYS if key in self.__dict__}
-        try:
-            return torch_step(self, *closure)
-        finally:
-            self.__dict__.update(amp)
-
-    def step(self, closure: Closure | None = None) -> Any:
-        """One stabilized step; see :meth:`steadygrad.Stabilizer.step`."""
-        assert isinstance(self, torch.optim.Optimizer)
-        stepper = self.__dict__.get("_stepper") or self._current_stepper()
-        if not is_watched(self):
-            return stepper.step(self, closure)
-        return run_hooked(self, lambda closure: (stepper.step(self, closure), True), closure)
-
-    # Or torch would run the hooks, too.
-    step.hooked = True  # type: ignore[attr-defined]
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Sets or zeroes gradients as torch does; drops what :func:`steadygrad.accumulate` has gathered."""
-        self._drop_accumulated()
-        super().zero_grad(set_to_none=set_to_none)  # type: ignore[misc]
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a param group; keys it does not set get this optimizer's defaults."""
-        self._flush()
-        super().add_param_group(named_alike(self.param_groups, param_group))  # type: ignore[misc]
-        self._enter_last_group()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict of this class or of torch's; what torch's lacks stays as it is."""
-        check_loaded(state_dict, self._options)
-        self._flush()
-        kept = self._kept_group_keys()
-        super().load_state_dict(state_dict)  # type: ignore[misc]
-        self._after_load(state_dict, kept)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Torch's state dict, with this class's keys in its param groups; torch can load it."""
-        with self._saving():
-            state_dict: dict[str, Any] = super().state_dict()  # type: ignore[misc]
-        return state_dict
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For pickle and deepcopy: torch's, and the options."""
-        self._flush_to_save()
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]
-        return {**state, "_options": self._options}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Takes whole or partial states, as torch's ``load_state_dict`` passes them."""
-        self._flush()
-        super().__setstate__(state)  # type: ignore[misc]
-        self._stepper = None

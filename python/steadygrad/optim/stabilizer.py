@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from steadygrad.optim.adagrad import RULE as ADAGRAD_RULE
-from steadygrad.optim.adam import ADAM_RULE, ADAMW_RULE
-from steadygrad.optim.closures import Closure, other_update_methods
-from steadygrad.optim.direct_steps import own_step, watch
-from steadygrad.optim.loaded_state import check_loaded
+from steadygrad.optim.classes import RULES, StabilizedClass
+from steadygrad.optim.groups import check_loaded
+from steadygrad.optim.hooks import own_step, watch
+from steadygrad.optim.in_place import Closure, other_update_methods
 from steadygrad.optim.options import (
     COUNTERS,
     LIMITS,
@@ -21,29 +20,20 @@ from steadygrad.optim.options import (
     L1Mode,
     Nonfinite,
     PenaltyOrder,
+    Rounding,
     StabilizerOptions,
 )
-from steadygrad.optim.param_storage import Rounding
-from steadygrad.optim.parameter_groups import named_alike
-from steadygrad.optim.more_rules import MORE_RULES
-from steadygrad.optim.rmsprop import RULE as RMSPROP_RULE
-from steadygrad.optim.sgd import RULE as SGD_RULE
-from steadygrad.optim.stabilized import Stabilized, StepOutcome
-from steadygrad.optim.stepper import Stepper
-from steadygrad.policies import ClipAdaptive, ClipPolicy, Policy, SkipSpikes
+from steadygrad.optim.stabilized import StabilizedOptimizer
+from steadygrad.optim.step import Stepper
+from steadygrad.parameter_names import named_alike
+from steadygrad.policies import ClipAdaptive, ClipPolicy, SkipSpikes
 from steadygrad.policies.adaptive import CLIPPING
 from steadygrad.telemetry.settings import Level, Telemetry
 
-# A subclass may override anything, so the type must be torch's own.
-_RULES = {
-    rule.optimizer: rule
-    for rule in (SGD_RULE, ADAM_RULE, ADAMW_RULE, ADAGRAD_RULE, RMSPROP_RULE, *MORE_RULES)
-}
 
-
-def _kind(optimizer: Stabilizer | Stabilized) -> str:
+def _kind(optimizer: Stabilizer | StabilizedClass) -> str:
     """What a stabilized optimizer is, and what to do in the place of wrapping it."""
-    if isinstance(optimizer, Stabilized):
+    if isinstance(optimizer, StabilizedClass):
         name = optimizer.rule.optimizer.__name__
         return (
             f"a steadygrad.optim.{name}, whose own step is stabilized: give it max_norm and the other options, "
@@ -53,7 +43,7 @@ def _kind(optimizer: Stabilizer | Stabilized) -> str:
     return f"a steadygrad.Stabilizer around {name}: give that one the options, or wrap the {name}"
 
 
-class Stabilizer(StepOutcome, torch.optim.Optimizer):
+class Stabilizer(StabilizedOptimizer, torch.optim.Optimizer):
     r"""A ``torch.optim.Optimizer`` around another one, whose steps survive exploding gradients.
 
     One step, in this order: unscale the gradient (``torch.amp.GradScaler``), add the penalty, take the norm
@@ -132,7 +122,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
         optimizer: torch.optim.Optimizer,
         *,
         max_norm: float | None = None,
-        clip: Policy | ClipPolicy | None = None,
+        clip: ClipPolicy | None = None,
         skip: SkipSpikes | None = None,
         norm_type: float = 2.0,
         clip_value: float | None = None,
@@ -155,7 +145,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
                 "Stabilizer: optimizer: expected a torch.optim.Optimizer, "
                 f"got {type(optimizer).__name__}"
             )
-        if isinstance(optimizer, (Stabilizer, Stabilized)):
+        if isinstance(optimizer, (Stabilizer, StabilizedClass)):
             raise ValueError(
                 f"Stabilizer: optimizer: expected one that is not stabilized yet, got {_kind(optimizer)}"
             )
@@ -205,7 +195,7 @@ class Stabilizer(StepOutcome, torch.optim.Optimizer):
         return Stepper(
             self.optimizer,
             self._options,
-            _RULES.get(type(self.optimizer)),
+            RULES.get(type(self.optimizer)),
             own_step,
             runs_hooks=True,
         )

@@ -7,7 +7,7 @@ from steadygrad.policies.clip_policy import ClipPolicy
 from steadygrad.policies.constant import ClipNorm, Damp
 from steadygrad.policies.history import ClipPercentile, SkipSpikes
 from steadygrad.policies.moving_average import ClipRelative, ClipZScore
-from steadygrad.policies.policy import Policy
+from steadygrad.policies.policy import KernelPolicy
 
 __all__ = [
     "ClipAdaptive",
@@ -17,6 +17,6 @@ __all__ = [
     "ClipRelative",
     "ClipZScore",
     "Damp",
-    "Policy",
+    "KernelPolicy",
     "SkipSpikes",
 ]

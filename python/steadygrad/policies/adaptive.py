@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from steadygrad import _kernels
-from steadygrad.policies.policy import Policy
+from steadygrad.policies.clip_policy import KernelClipPolicy
 
 # Key of every param group: its own ``clipping``, or None where units are not clipped.
 CLIPPING = _kernels.CLIPPING
 
 
 @dataclass(frozen=True)
-class ClipAdaptive(Policy):
+class ClipAdaptive(KernelClipPolicy):
     r"""AGC: the gradient of each output unit is limited relative to the norm of the unit's parameters.
 
     A unit is a row of a matrix or a filter of a convolution, in general one index of the first dimension of a parameter

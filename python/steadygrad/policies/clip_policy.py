@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from types import MemberDescriptorType
 from typing import Any, ClassVar
 
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor
 
 from steadygrad import _kernels
-from steadygrad.policies.policy import Scope
+from steadygrad.policies.policy import KernelPolicy, Scope
 
 
 class ClipPolicy(ABC):
-    r"""Base class of clip policies that are written in Python, on torch tensors.
+    r"""Base class of clip policies: of steadygrad's own, and of those that you write in Python, on torch tensors.
 
     A step calls :meth:`limits` between its two passes, with the norms of the gradients before the clip, and clips each
     scope by :math:`\min(1, \text{limit} / (N + 10^{-6}))`, as it does with ``max_norm``:
@@ -107,9 +108,25 @@ class ClipPolicy(ABC):
                 setattr(self, name, value)
 
     @property
-    def for_kernels(self) -> _kernels.ClipPolicy:
+    def for_kernels(self) -> _kernels.ClipPolicy | None:
         """For the step: limits are given."""
         return _kernels.ClipPolicy("given")
+
+
+@dataclass(frozen=True)
+class KernelClipPolicy(KernelPolicy, ClipPolicy):
+    """A clip policy that the kernels know: they find its limits, within the step."""
+
+    @property
+    def for_kernels(self) -> _kernels.ClipPolicy | None:
+        """What a plan takes; None where a constant limit says it all."""
+        return None
+
+    def limits(self, norms: Tensor) -> Tensor | float:
+        """Not asked."""
+        raise NotImplementedError(
+            f"{type(self).__name__}.limits: expected a step to find the limits, got a call from outside"
+        )
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from steadygrad import _kernels
-from steadygrad.policies.policy import Policy
+from steadygrad.policies.clip_policy import KernelClipPolicy
 
 
 @dataclass(frozen=True)
-class ClipNorm(Policy):
+class ClipNorm(KernelClipPolicy):
     r"""A constant limit: :math:`c = \min(1, \text{max\_norm} / (N + 10^{-6}))`.
 
     ``clip=ClipNorm(1.0)`` is ``max_norm=1.0``. Source: Pascanu et al. 2013, "On the difficulty of training recurrent
@@ -31,7 +31,7 @@ class ClipNorm(Policy):
 
 
 @dataclass(frozen=True)
-class Damp(Policy):
+class Damp(KernelClipPolicy):
     r"""Shrinks large norms instead of cutting them: :math:`c = (\text{max\_norm} / N)^\text{power}` for N > max_norm.
 
     The clipped norm is :math:`\text{max\_norm}^\text{power} N^{1 - \text{power}}`, so that larger gradients still make

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from steadygrad import _kernels
-from steadygrad.policies.policy import LEARNT, Policy
+from steadygrad.policies.clip_policy import KernelClipPolicy
+from steadygrad.policies.policy import LEARNT, KernelPolicy
 
 # How many norms there are, the place of the oldest one, and where they begin.
 _COUNT, _OLDEST, _BEFORE_NORMS = (
@@ -32,7 +33,7 @@ def _saved_norms(row: list[float]) -> list[float]:
 
 
 @dataclass(frozen=True)
-class ClipPercentile(Policy):
+class ClipPercentile(KernelClipPolicy):
     """AutoClip: the limit is a percentile of the norms so far, that of this step included.
 
     The percentile lies between its two neighbours as in ``numpy.percentile``. At the default only a tenth of the steps
@@ -82,7 +83,7 @@ class ClipPercentile(Policy):
 
 
 @dataclass(frozen=True)
-class SkipSpikes(Policy):
+class SkipSpikes(KernelPolicy):
     r"""Skips a step whose norm is a spike: :math:`N > \mu + \text{sigma} \cdot s` over the last ``window`` norms.
 
     :math:`\mu` and :math:`s` are their mean and standard deviation (n - 1), without this step's norm. The norm is the

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from steadygrad import _kernels
-from steadygrad.policies.policy import LEARNT, Policy, Scope
+from steadygrad.policies.clip_policy import KernelClipPolicy
+from steadygrad.policies.policy import LEARNT, Scope
 
 
 def _restored(saved: Sequence[float], size: int) -> list[float] | None:
@@ -20,7 +21,7 @@ def _restored(saved: Sequence[float], size: int) -> list[float] | None:
 
 
 @dataclass(frozen=True)
-class ClipZScore(Policy):
+class ClipZScore(KernelClipPolicy):
     r"""ZClip: norms that deviate too much from their moving average are clipped, the more the more they deviate.
 
     With mean :math:`\mu`, variance :math:`\sigma^2` and :math:`z = (N - \mu) / (\sigma + 10^{-6})`, where
@@ -87,7 +88,7 @@ class ClipZScore(Policy):
 
 
 @dataclass(frozen=True)
-class ClipRelative(Policy):
+class ClipRelative(KernelClipPolicy):
     r"""AdaGC: each parameter's norm is limited relative to the moving average of its own clipped norms.
 
     After the warm-up, per scope (by default each parameter):

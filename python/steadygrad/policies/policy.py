@@ -5,32 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from steadygrad import _kernels
 from steadygrad.arguments import checked_count, checked_number
 
 Scope = Literal["global", "group", "tensor"]
-KernelPolicy = _kernels.ClipPolicy | _kernels.SpikePolicy
+Described = _kernels.ClipPolicy | _kernels.SpikePolicy
 
 # Where in a row begins what was learnt: after the last step's coefficient and limit.
 LEARNT = _kernels.POLICY_ROW["learnt"]
 
 
 @dataclass(frozen=True)
-class Policy:
-    """A policy's parameters; its state belongs to the optimizer, one row of float64 numbers per clip scope.
+class KernelPolicy:
+    """A policy that the kernels know, by its parameters; its state is one row of float64 numbers per clip scope.
 
     The rows are those of ``csrc/core/policy.h``: the last coefficient and limit, then counts and what was learnt.
-
-    Attributes:
-        default_scope: the ``clip_scope`` of an optimizer that is given none.
     """
 
-    default_scope: ClassVar[Scope] = "global"
-
     @property
-    def for_kernels(self) -> KernelPolicy | None:
+    def for_kernels(self) -> Described | None:
         """What a plan takes; None where a constant limit says it all."""
         return None
 

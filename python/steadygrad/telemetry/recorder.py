@@ -14,7 +14,7 @@ from torch import Tensor
 from steadygrad import _kernels
 from steadygrad.arguments import checked_count
 from steadygrad.memory import is_asynchronous, keep_for_graphs
-from steadygrad.optim.parameter_groups import parameter_names
+from steadygrad.parameter_names import parameter_names
 from steadygrad.telemetry.history import TOTALS, History
 from steadygrad.telemetry.report import Report
 from steadygrad.telemetry.settings import Telemetry, Writer

@@ -1,4 +1,4 @@
-"""Param groups: the usual two, weights that are penalised and those that should not be; and the names in them."""
+"""Names of parameters, as param groups hold them: for messages, reports and plots."""
 
 from __future__ import annotations
 
@@ -6,72 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
-
-from steadygrad.arguments import as_float
-
-_NORM_LAYERS = (
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.LocalResponseNorm,
-    nn.RMSNorm,
-)
-
-
-def param_groups(
-    model: nn.Module,
-    l1: float | None = None,
-    l2: float | None = None,
-    weight_decay: float | None = None,
-) -> list[dict[str, Any]]:
-    """Splits a model's trainable parameters into two param groups: penalised weights, and the rest.
-
-    The second group holds biases, the parameters of normalization layers, and everything with fewer than two
-    dimensions (scales, gains); it gets 0 for each option given here.
-
-    Args:
-        model: any module; parameters with ``requires_grad=False`` are left out, tied ones appear once.
-        l1: ``l1`` of the first group; None leaves the key out, so that the optimizer's default holds for both.
-        l2: likewise.
-        weight_decay: likewise; the wrapped optimizer's own decay.
-
-    Returns:
-        ``[penalised, rest]``, each with ``params``, ``param_names`` and the options given; either may be empty.
-
-    Raises:
-        ValueError: a parameter of a lazy module is not initialized yet, so its dimensions are not known.
-    """
-    given = {"l1": l1, "l2": l2, "weight_decay": weight_decay}
-    options = {key: as_float(value) for key, value in given.items() if value is not None}
-    exempt_ids = {
-        id(param)
-        for module in model.modules()
-        if isinstance(module, _NORM_LAYERS)
-        for param in module.parameters(recurse=False)
-    }
-    penalised: list[tuple[str, nn.Parameter]] = []
-    rest: list[tuple[str, nn.Parameter]] = []
-    for name, param in model.named_parameters():
-        if not param.requires_grad:
-            continue
-        if is_lazy(param):
-            raise ValueError(
-                f"param_groups: model: expected initialized parameters, got an {type(param).__name__} in {name!r}, of "
-                "a lazy module; run a batch through the model first"
-            )
-        is_bias = name.rsplit(".", 1)[-1].endswith("bias")
-        exempt = is_bias or param.ndim < 2 or id(param) in exempt_ids
-        (rest if exempt else penalised).append((name, param))
-    return [
-        {
-            "params": [param for _, param in named],
-            "param_names": [name for name, _ in named],
-            **values,
-        }
-        for named, values in ((penalised, options), (rest, dict.fromkeys(options, 0.0)))
-    ]
 
 
 def _places(group_index: int, count: int) -> list[str]:

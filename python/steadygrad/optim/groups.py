@@ -1,13 +1,87 @@
-"""The limits and penalties of all param groups: read and set at once, and compared with those of a checkpoint."""
+"""Param groups: the usual two, the limits that all of them have in common, and what is checked of loaded ones."""
 
 from __future__ import annotations
 
 import warnings
 from typing import Any
 
-from steadygrad.arguments import as_float
-from steadygrad.optim.options import LIMITS, StabilizerOptions, checked_limit
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from steadygrad.arguments import as_float, checked_count
+from steadygrad.optim.options import (
+    COUNTERS,
+    LIMITS,
+    ROUNDED_STEPS,
+    StabilizerOptions,
+    checked_limit,
+)
 from steadygrad.policies.adaptive import CLIPPING
+from steadygrad.policies.policy_state import PolicyStates
+from steadygrad.telemetry.recorder import RECORDED_STEPS
+
+_NORM_LAYERS = (
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.LocalResponseNorm,
+    nn.RMSNorm,
+)
+
+
+def param_groups(
+    model: nn.Module,
+    l1: float | None = None,
+    l2: float | None = None,
+    weight_decay: float | None = None,
+) -> list[dict[str, Any]]:
+    """Splits a model's trainable parameters into two param groups: penalised weights, and the rest.
+
+    The second group holds biases, the parameters of normalization layers, and everything with fewer than two
+    dimensions (scales, gains); it gets 0 for each option given here.
+
+    Args:
+        model: any module; parameters with ``requires_grad=False`` are left out, tied ones appear once.
+        l1: ``l1`` of the first group; None leaves the key out, so that the optimizer's default holds for both.
+        l2: likewise.
+        weight_decay: likewise; the wrapped optimizer's own decay.
+
+    Returns:
+        ``[penalised, rest]``, each with ``params``, ``param_names`` and the options given; either may be empty.
+
+    Raises:
+        ValueError: a parameter of a lazy module is not initialized yet, so its dimensions are not known.
+    """
+    given = {"l1": l1, "l2": l2, "weight_decay": weight_decay}
+    options = {key: as_float(value) for key, value in given.items() if value is not None}
+    exempt_ids = {
+        id(param)
+        for module in model.modules()
+        if isinstance(module, _NORM_LAYERS)
+        for param in module.parameters(recurse=False)
+    }
+    penalised: list[tuple[str, nn.Parameter]] = []
+    rest: list[tuple[str, nn.Parameter]] = []
+    for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
+        if is_lazy(param):
+            raise ValueError(
+                f"param_groups: model: expected initialized parameters, got an {type(param).__name__} in {name!r}, of "
+                "a lazy module; run a batch through the model first"
+            )
+        is_bias = name.rsplit(".", 1)[-1].endswith("bias")
+        exempt = is_bias or param.ndim < 2 or id(param) in exempt_ids
+        (rest if exempt else penalised).append((name, param))
+    return [
+        {
+            "params": [param for _, param in named],
+            "param_names": [name for name, _ in named],
+            **values,
+        }
+        for named, values in ((penalised, options), (rest, dict.fromkeys(options, 0.0)))
+    ]
+
 
 Groups = list[dict[str, Any]]
 
@@ -128,3 +202,29 @@ def warn_of_other_limits(asked: Groups, groups: Groups) -> None:
             f"asked for, set them after loading: {'; '.join(remedies)}",
             stacklevel=4,
         )
+
+
+# Beyond it numbers of steps are no floats.
+_MOST_STEPS = 2**53
+
+
+def check_loaded(state_dict: dict[str, Any], options: StabilizerOptions) -> None:
+    """Refuses a state dict whose counters or policies' states no step could go on from.
+
+    Args:
+        state_dict: of an optimizer, stabilized or not; keys that it lacks are not missed.
+        options: of the optimizer that is to load it.
+
+    Raises:
+        TypeError: a counter is no int.
+        ValueError: a counter is negative or too large, or a policy's state malformed.
+    """
+    # Nothing is asked of a policy in Python; "{}" stands in for the state that it has.
+    policies = PolicyStates(options.clip, options.skip, options.scope, options.per_tensor, "{}")
+    for i, group in enumerate(state_dict.get("param_groups", ())):
+        for key in (*COUNTERS, ROUNDED_STEPS, RECORDED_STEPS):
+            where = f"load_state_dict: param_groups[{i}][{key!r}]"
+            steps = checked_count(where, group.get(key, 0))
+            if steps >= _MOST_STEPS:
+                raise ValueError(f"{where}: expected less than {_MOST_STEPS}, got {steps}")
+        policies.check_loaded(group)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from steadygrad import _kernels
 from steadygrad.arguments import checked_number
-from steadygrad.distributed.norms import COLUMNS
 from steadygrad.memory import is_asynchronous, keep_for_graphs
 from steadygrad.policies.clip_policy import ClipPolicy
 from steadygrad.policies.state_text import state_of, text_of
@@ -63,8 +62,10 @@ class AskedPolicy:
         if rows is None or rows.shape[0] != scopes or rows.device != device:
             if rows is not None:
                 keep_for_graphs(self._replaced, rows)
+            kernels = self._policy.for_kernels
+            assert kernels is not None
             self._rows = rows = torch.zeros(
-                scopes, self._policy.for_kernels.row_size, dtype=torch.float64, device=device
+                scopes, kernels.row_size, dtype=torch.float64, device=device
             )
         saved = groups[0].get(self._key) if groups else None
         if saved is not self._known:
@@ -109,7 +110,9 @@ class AskedPolicy:
             device, lone = self._rows.device, self._lone
             fits = lone is not None and (len(lone[0]), len(lone[1])) == (sums, slots)
             if lone is None or not fits or lone[0].device != device:
-                made = torch.empty(sums, COLUMNS, dtype=torch.float64, device=device)
+                made = torch.empty(
+                    sums, len(_kernels.SCOPE_COLUMNS), dtype=torch.float64, device=device
+                )
                 counted = torch.ones(slots, dtype=torch.int32, device=device)
                 if lone is not None:
                     keep_for_graphs(self._replaced, *lone)

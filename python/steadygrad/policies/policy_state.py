@@ -12,10 +12,10 @@ from torch import Tensor
 from steadygrad import _kernels
 from steadygrad.distributed.units import check_whole_units
 from steadygrad.memory import keep_for_graphs
-from steadygrad.optim.asked_policy import AskedPolicy
 from steadygrad.policies.adaptive import CLIPPING, ClipAdaptive
+from steadygrad.policies.asked_policy import AskedPolicy
 from steadygrad.policies.clip_policy import ClipPolicy
-from steadygrad.policies.policy import Policy
+from steadygrad.policies.policy import KernelPolicy
 
 Groups = list[dict[str, Any]]
 
@@ -34,7 +34,7 @@ class PolicyState:
         policy: whose rows they are.
     """
 
-    def __init__(self, key: str, policy: Policy) -> None:
+    def __init__(self, key: str, policy: KernelPolicy) -> None:
         self._key = key
         self._policy = policy
         self._rows: Tensor | None = None
@@ -111,7 +111,7 @@ def _shortened(saved: Any) -> str:
     return f"{text[:-1]}, ...]" if len(saved) > 4 else text
 
 
-def _rows_of(key: str, policy: Policy, saved: Any) -> list[list[float]]:
+def _rows_of(key: str, policy: KernelPolicy, saved: Any) -> list[list[float]]:
     """The rows of a list; none where it is another policy's, or one's with other numbers.
 
     Raises:
@@ -149,17 +149,17 @@ class PolicyStates:
 
     def __init__(
         self,
-        clip: Policy | ClipPolicy | None,
-        skip: Policy | None,
+        clip: ClipPolicy | None,
+        skip: KernelPolicy | None,
         scope: str,
         per_tensor: bool,
         fresh: str | None = None,
     ) -> None:
         self._clip: PolicyState | AskedPolicy | None = None
-        if isinstance(clip, ClipPolicy):
+        if isinstance(clip, KernelPolicy):
+            self._clip = None if clip.for_kernels is None else PolicyState(CLIP_STATE, clip)
+        elif clip is not None:
             self._clip = AskedPolicy(CLIP_STATE, clip, fresh)
-        elif clip is not None and clip.for_kernels is not None:
-            self._clip = PolicyState(CLIP_STATE, clip)
         self._skip = None if skip is None else PolicyState(SKIP_STATE, skip)
         self._scope = scope
         self._per_tensor = per_tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from steadygrad.optim.parameter_groups import parameter_names
+from steadygrad.parameter_names import parameter_names
 
 
 class NonfiniteGradientError(RuntimeError):

@@ -14,19 +14,28 @@ from torch import Tensor
 from steadygrad import _kernels
 from steadygrad.distributed.sharding import Sharding, sharding_of
 from steadygrad.memory import Outcome
-from steadygrad.optim.accumulated import Accumulated
-from steadygrad.optim.closures import Closure, evaluated, evaluates_closure, snapshot
-from steadygrad.optim.device_steps import DeviceSteps, decision_device, scaling
-from steadygrad.optim.eligibility import why_not_fused
-from steadygrad.optim.hooked_step import is_watched, run_hooked
-from steadygrad.optim.in_place import apply_proximal, check_own_numbers, dense_grad
-from steadygrad.optim.interruptions import NonfiniteGradientError, nonfinite_message
-from steadygrad.optim.options import COUNTERS, StabilizerOptions
-from steadygrad.optim.param_storage import ROUNDED_STEPS
-from steadygrad.optim.rule import UpdateRule
-from steadygrad.optim.slots import slot_of
-from steadygrad.optim.state_creation import is_state_creation
-from steadygrad.policies.adaptive import ClipAdaptive
+from steadygrad.optim.accumulation import Accumulated
+from steadygrad.optim.errors import NonfiniteGradientError, nonfinite_message
+from steadygrad.optim.hooks import is_watched, run_hooked
+from steadygrad.optim.in_place import (
+    Closure,
+    apply_proximal,
+    check_own_numbers,
+    dense_grad,
+    evaluated,
+    evaluates_closure,
+    snapshot,
+    why_not_fused,
+)
+from steadygrad.optim.options import COUNTERS, ROUNDED_STEPS, StabilizerOptions
+from steadygrad.optim.state import (
+    DeviceSteps,
+    UpdateRule,
+    decision_device,
+    is_state_creation,
+    scaling,
+    slot_of,
+)
 from steadygrad.telemetry.recorder import Recorder, recorder_of
 from steadygrad.telemetry.settings import Telemetry
 
@@ -285,7 +294,7 @@ class Stepper:
         groups = optimizer.param_groups
         device = decision_device(groups)
         rule = "none" if self._rule is None else self._rule.name
-        clips_units = isinstance(self._options.clip, ClipAdaptive)
+        clips_units = self._options.unit_clipping is not None
         _kernels.check_param_groups(rule, groups, self._limits, clips_units, device)
         params = [param for group in groups for param in group["params"]]
         why_in_place = why_in_place or self._why()

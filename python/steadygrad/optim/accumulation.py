@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from steadygrad.memory import is_asynchronous
-from steadygrad.optim.closures import Closure
+from steadygrad.optim.in_place import Closure
 from steadygrad.optim.options import checked_number
 
 _HALF = (torch.bfloat16, torch.float16)

@@ -1,18 +1,188 @@
-"""Steps whose outcome stays on the device: nothing here waits for it unless it is asked to."""
+"""The state that is stepped with each parameter: which there is, how it is made, and what of it a device decides."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from steadygrad import _kernels
+from steadygrad.arguments import as_float
+from steadygrad.distributed.dtensors import local_tensor
 from steadygrad.memory import Outcome, allocator, is_asynchronous, is_number_on
-from steadygrad.optim.options import checked_number
+from steadygrad.optim.options import HALF_DTYPES, ParamStorage, checked_number
 
-State = dict[Tensor, dict[str, Any]]
+Group = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """A fused update rule and how torch's optimizer of that name keeps its options and state.
+
+    Attributes:
+        name: the rule's name in the kernels.
+        optimizer: torch's class. Subclasses may override anything, so only this very type is fused.
+        takes_sparse: whether torch's class accepts sparse gradients.
+        initial_value: what a new tensor or number of the state is filled with, by its name.
+    """
+
+    name: str
+    optimizer: type[torch.optim.Optimizer]
+    takes_sparse: bool = False
+    initial_value: Callable[[Group, str], float] = lambda group, name: 0.0
+
+    @property
+    def number_names(self) -> tuple[str, ...]:
+        """The names of the numbers in a state, the ``step`` counter first."""
+        return tuple(_kernels.state_numbers(self.name))
+
+    @property
+    def has_step(self) -> bool:
+        """Whether the state has a ``step`` counter."""
+        return bool(self.number_names)
+
+    def state_names(self, group: Group) -> tuple[str, ...]:
+        """The state tensors in the kernels' order, for the options of a group."""
+        return tuple(_kernels.state_names(self.name, group))
+
+    def new_state(self, param: Tensor, group: Group, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The state torch's class creates before a parameter's first step, but for its dtype."""
+        state: dict[str, Tensor] = {}
+        numbers = self.number_names
+        if numbers:
+            wide = torch.get_default_dtype() == torch.float64 and not group.get("fused")
+            # On the CPU, as torch has it without fused=True; where steps are decided on the device, on the device.
+            there = param.device if is_asynchronous(param.device) else torch.device("cpu")
+            step_dtype = (
+                torch.float64 if wide and not is_asynchronous(param.device) else torch.float32
+            )
+            for name in numbers:
+                first = self.initial_value(group, name)
+                state[name] = torch.full((), first, dtype=step_dtype, device=there)
+        for name in self.state_names(group):
+            state[name] = torch.full_like(
+                param,
+                self.initial_value(group, name),
+                dtype=dtype,
+                memory_format=torch.preserve_format,
+            ).detach()
+        return state
+
+
+State = dict[str, Any]
+
+
+def slot_of(
+    rule: UpdateRule,
+    storage: ParamStorage,
+    param: Tensor,
+    group: Group,
+    names: tuple[str, ...],
+    state: State,
+    *,
+    has_grad: bool,
+    on_device: bool,
+) -> tuple[_kernels.Slot | None, dict[str, Tensor]]:
+    """A parameter's slot, and what of it is to be entered into its state once the step has been taken.
+
+    None without a gradient, also none that was accumulated, and without state. ``on_device``: whether the decision to
+    step is taken there. ``names``: of the states that the group's options ask
+    for.
+    """
+    extra = storage.extra_name(param)
+    if not names and not rule.has_step and extra is None:
+        return None, {}
+    # SGD keeps the key with None as its value until there is momentum.
+    first = any(state.get(name) is None for name in names)
+    # A checkpoint from elsewhere has none; the rest of its state stays.
+    lacks_extra = extra is not None and not storage.is_extra(state.get(extra), param)
+    if (first or lacks_extra) and not has_grad:
+        return None, {}
+    made: dict[str, Tensor] = {}
+    widened: dict[str, Tensor] = {}
+    if first:
+        made = rule.new_state(param, group, storage.dtype_for(param))
+    else:
+        widened = _widened(state, names, storage.dtype_for(param))
+    if extra is not None and lacks_extra:
+        made[extra] = storage.new_extra(param)
+    for name in () if first else rule.number_names:
+        if on_device and state[name].device != param.device:
+            # Where the decision to step is taken, as with fused=True and capturable=True.
+            state[name] = state[name].to(param.device, torch.float32, non_blocking=True)
+        elif (
+            state[name].dtype in HALF_DTYPES
+        ):  # loading a checkpoint, torch rounds all but the step counter
+            widened[name] = state[name].float()
+    # Only SGD's momentum begins otherwise than it goes on. Elsewhere the mark says what a skipped step takes back.
+    first = first or (bool(made) and (rule.has_step or not names))
+    made = {**made, **widened}
+    whole = {**state, **made}
+    numbers = [whole[name] for name in rule.number_names]
+    kept = whole[extra] if extra is not None else None
+    states = [whole[name] for name in names]
+    return _kernels.Slot(states=states, numbers=numbers, extra=kept, first=first), made
+
+
+def _widened(state: State, names: tuple[str, ...], dtype: torch.dtype) -> dict[str, Tensor]:
+    """State that was made in half precision in the dtype asked for: the same values."""
+    return {
+        name: state[name].float()
+        for name in names
+        if dtype == torch.float32 and state[name].dtype in HALF_DTYPES
+    }
+
+
+def is_state_creation(
+    param_groups: list[dict[str, Any]],
+    defaults: dict[str, Any],
+    asynchronous_device: torch.device | None,
+    told: bool,
+) -> bool:
+    """Whether a step without state has zero gradients and no learning rate.
+
+    Args:
+        param_groups: of the optimizer.
+        defaults: of limits that a group lacks.
+        asynchronous_device: where decisions are taken, or None.
+        told: whether writers are told of each step.
+    """
+    for group in param_groups:
+        rate = group.get("lr", 1)
+        if is_number_on(rate, asynchronous_device):
+            return False
+        if not isinstance(rate, (int, float, Tensor)) or float(rate) != 0:
+            return False
+    # On a device to look at the gradients is to wait for them: only where a penalty, a clip to nothing or writers would
+    # leave traces. Without writers the ring has a row for it.
+    waits = asynchronous_device is not None
+    leaves_traces = told or any(_leaves_traces({**defaults, **group}) for group in param_groups)
+    if waits and not leaves_traces:
+        return False
+    grads = [
+        local_tensor(param.grad)
+        for group in param_groups
+        for param in group["params"]
+        if param.grad is not None
+    ]
+    return all(not grad.is_sparse and _has_memory(grad) and not bool(grad.any()) for grad in grads)
+
+
+def _leaves_traces(group: dict[str, Any]) -> bool:
+    limit = as_float(group["max_norm"])
+    clips_to_nothing = isinstance(limit, (int, float)) and limit < 1e-6
+    return bool(group["l1"] or group["l2"] or clips_to_nothing)
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether torch may read it: one whose storage was freed would crash it, and the step says so in words."""
+    return tensor.numel() == 0 or tensor.untyped_storage().nbytes() > 0
+
+
+States = dict[Tensor, dict[str, Any]]
 
 
 def scaling(
@@ -77,7 +247,7 @@ class DeviceSteps:
         self._rounded_steps: Tensor | None = None
         self._known_rounded_steps = 0
 
-    def settle(self, params: list[Tensor], state: State) -> None:
+    def settle(self, params: list[Tensor], state: States) -> None:
         """Before a new plan: state that was replaced is somebody else's, and flags go by the parameters' places."""
         self._unproven = {
             index: (param, entered)
@@ -112,7 +282,7 @@ class DeviceSteps:
         if made:
             self._unproven[index] = param, made
 
-    def take_back(self, state: State) -> None:
+    def take_back(self, state: States) -> None:
         """Removes state that no step has used; waits for the device if there may be any."""
         for param, name, wide, dtype in self._widened:
             # What still is a number of the dtype that it had loses nothing by going back.
