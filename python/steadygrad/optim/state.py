@@ -51,17 +51,17 @@ class UpdateRule:
     def new_state(self, param: Tensor, group: Group, dtype: torch.dtype) -> dict[str, Tensor]:
         """The state torch's class creates before a parameter's first step, but for its dtype."""
         state: dict[str, Tensor] = {}
-        numbers = self.number_names
-        if numbers:
-            wide = torch.get_default_dtype() == torch.float64 and not group.get("fused")
-            # On the CPU, as torch has it without fused=True; where steps are decided on the device, on the device.
-            there = param.device if is_asynchronous(param.device) else torch.device("cpu")
-            step_dtype = (
-                torch.float64 if wide and not is_asynchronous(param.device) else torch.float32
+        for name in self.number_names:
+            wide = torch.get_default_dtype() == torch.float64
+            if name == "step":
+                wide = wide and not group.get("fused") and not is_asynchronous(param.device)
+            state[name] = torch.full(
+                (),
+                self.initial_value(group, name),
+                dtype=torch.float64 if wide else torch.float32,
+                # As torch has it without fused=True; where steps are decided on the device, on the device.
+                device=param.device if is_asynchronous(param.device) else "cpu",
             )
-            for name in numbers:
-                first = self.initial_value(group, name)
-                state[name] = torch.full((), first, dtype=step_dtype, device=there)
         for name in self.state_names(group):
             state[name] = torch.full_like(
                 param,
@@ -112,7 +112,8 @@ def slot_of(
     for name in () if first else rule.number_names:
         if on_device and state[name].device != param.device:
             # Where the decision to step is taken, as with fused=True and capturable=True.
-            state[name] = state[name].to(param.device, torch.float32, non_blocking=True)
+            dtype = torch.float32 if name == "step" else None
+            state[name] = state[name].to(param.device, dtype, non_blocking=True)
         elif (
             state[name].dtype in HALF_DTYPES
         ):  # loading a checkpoint, torch rounds all but the step counter
