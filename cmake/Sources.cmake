@@ -53,9 +53,16 @@ set(cuda_sources
   ${csrc}/cuda/penalty.cu
   ${csrc}/cuda/tensor_table.cu
   ${csrc}/cuda/unit_clip.cu
+  ${csrc}/cuda/update_adadelta.cu
   ${csrc}/cuda/update_adagrad.cu
   ${csrc}/cuda/update_adam.cu
+  ${csrc}/cuda/update_adamax.cu
+  ${csrc}/cuda/update_asgd.cu
+  ${csrc}/cuda/update_lion.cu
+  ${csrc}/cuda/update_nadam.cu
+  ${csrc}/cuda/update_radam.cu
   ${csrc}/cuda/update_rmsprop.cu
+  ${csrc}/cuda/update_rprop.cu
   ${csrc}/cuda/update_sgd.cu)
 file(GLOB emulation_sources CONFIGURE_DEPENDS ${csrc}/../tests/emulation/*.cpp)
 

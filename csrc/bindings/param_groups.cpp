@@ -222,7 +222,16 @@ void define_param_groups(py::module_& module) {
       },
       py::arg("param_groups"), py::arg("counter"), py::arg("steps"));
   module.def("state_names", &state_names, py::arg("rule"), py::arg("group"));
-  module.def("has_step", [](const std::string& rule) { return rule_named(rule).has_step; }, py::arg("rule"));
+  // The names of the numbers in a state of the rule, the step counter first.
+  module.def(
+      "state_numbers",
+      [](const std::string& name) {
+        const RuleEntry& rule = rule_named(name);
+        std::vector<std::string> names(rule.state_numbers.begin(), rule.state_numbers.end());
+        if (rule.has_step) names.insert(names.begin(), "step");
+        return names;
+      },
+      py::arg("rule"));
   py::list limits;
   for (const char* limit : kLimits) limits.append(limit);
   module.attr("LIMITS") = py::tuple(limits);

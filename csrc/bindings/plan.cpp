@@ -53,7 +53,7 @@ Plan::Plan(const std::string& rule, bool fused, const py::list& param_groups, co
     kept.objects = slot.states;
     kept.has_extra = !slot.extra.is_none();
     if (kept.has_extra) kept.objects.push_back(slot.extra);
-    if (!slot.step.is_none()) kept.objects.push_back(slot.step);
+    kept.objects.insert(kept.objects.end(), slot.numbers.begin(), slot.numbers.end());
     if (slot.first) taken_[slots_.size() - 1] = 0;
   }
   learning_rates_.resize(groups_.size());
@@ -150,11 +150,20 @@ PyObject* Plan::local(const py::object& tensor) {
   return locals_.back().ptr();
 }
 
+StateNumber Plan::number_of(const py::object& tensor, const Argument& where) {
+  const View view = view_of(tensor.ptr(), where, device_);
+  check_not_negated(tensor.ptr(), where);
+  if (view.numel != 1 || (view.dtype != DType::float32 && view.dtype != DType::float64)) {
+    throw_type_error(where, "a float32 or float64 tensor of one element", tensor.ptr());
+  }
+  return {view.data, view.dtype};
+}
+
 bool Plan::add_tensor(size_t index, PyObject* grad, int32_t group_index) {
   const GroupOptions& group = group_options_[group_index];
   const Kept& slot = slots_[index];
   const size_t states = state_count(options_.rule, group.hyper);
-  if (slot.objects.size() != states + (slot.has_extra ? 1 : 0) + (rule_->has_step ? 1 : 0)) return false;
+  if (slot.objects.size() != states + (slot.has_extra ? 1 : 0) + rule_->number_count()) return false;
   const View grad_view = view_of(grad, argument(index, ".grad"), device_);
   if (!updates() || options_.write_grads) check_writable(grad_view, argument(index, ".grad"));
 
@@ -207,15 +216,12 @@ bool Plan::add_tensor(size_t index, PyObject* grad, int32_t group_index) {
                      "a real tensor, or a complex one that fills its memory and a 2-norm", grad);
   }
   StepCounter& counter = counters_.emplace_back();
-  if (rule_->has_step) {
-    const Argument where = argument(index, " state 'step'");
-    const View step = view_of(slot.objects.back().ptr(), where, device_);
-    check_not_negated(slot.objects.back().ptr(), where);
-    if (step.numel != 1 || (step.dtype != DType::float32 && step.dtype != DType::float64)) {
-      throw_type_error(where, "a float32 or float64 tensor of one element", slot.objects.back().ptr());
-    }
-    counter.data = step.data;
-    counter.dtype = step.dtype;
+  auto object = slot.objects.end() - static_cast<std::ptrdiff_t>(rule_->number_count());
+  if (rule_->has_step) counter.step = number_of(*object++, argument(index, " state 'step'"));
+  StateNumber* number = counter.numbers;
+  for (const char* name : rule_->state_numbers) {
+    const std::string where = std::string(" state '") + name + "'";
+    *number++ = number_of(*object++, argument(index, where.c_str()));
   }
   return true;
 }

@@ -63,7 +63,7 @@ class Plan {
  private:
   class Stepping;
   struct Kept {
-    std::vector<py::object> objects;  // the states, then the extra and the step counter if there are any
+    std::vector<py::object> objects;  // the states, then the extra and the numbers if there are any
     bool has_extra = false;
   };
 
@@ -77,6 +77,8 @@ class Plan {
   void remember(size_t index, const View* views, int count, PyObject* grad);
   // False when the slot does not fit.
   bool add_tensor(size_t index, PyObject* grad, int32_t group_index);
+  // One of a state's numbers, such as its step counter.
+  StateNumber number_of(const py::object& tensor, const Argument& where);
   PyObject* local(const py::object& tensor);
   // Whether gradients are read alone: those that torch negates lazily are then copied, and else refused where
   // their sign matters.

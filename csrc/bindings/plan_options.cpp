@@ -127,10 +127,11 @@ void define_plan_options(py::module_& module) {
   const auto local = py::module_local();
   const py::none none;
   py::class_<Slot>(module, "Slot", local)
-      .def(py::init([](const py::list& states, py::object step, py::object extra, bool first) {
-             return Slot{states.cast<std::vector<py::object>>(), std::move(step), std::move(extra), first};
+      .def(py::init([](const py::list& states, const py::list& numbers, py::object extra, bool first) {
+             return Slot{states.cast<std::vector<py::object>>(), numbers.cast<std::vector<py::object>>(),
+                         std::move(extra), first};
            }),
-           py::kw_only(), py::arg("states"), py::arg("step"), py::arg("extra"), py::arg("first"))
+           py::kw_only(), py::arg("states"), py::arg("numbers"), py::arg("extra"), py::arg("first"))
       .def_readonly("first", &Slot::first);
   py::class_<Scaling>(module, "Scaling", local)
       .def(py::init([](double unscale, bool found_inf, py::object grad_scale, py::object found) {

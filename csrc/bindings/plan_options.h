@@ -16,10 +16,10 @@ namespace steadygrad::bindings {
 
 // The state that a plan steps with one parameter.
 struct Slot {
-  std::vector<py::object> states;  // in the rule's order
-  py::object step;                 // the counter, or None where the rule has none
-  py::object extra;                // what is kept beside a half-precision parameter, or None
-  bool first = false;              // whether its first step is still to come
+  std::vector<py::object> states;   // in the rule's order
+  std::vector<py::object> numbers;  // the step counter and the rule's other numbers, if it has any
+  py::object extra;                 // what is kept beside a half-precision parameter, or None
+  bool first = false;               // whether its first step is still to come
 };
 
 // torch.amp.GradScaler's numbers, as numbers or as tensors on a device that is not waited for.

@@ -5,7 +5,9 @@
 
 #include "core/dtype.h"
 #include "core/policy.h"
+#include "core/rules/hyper.h"
 #include "core/telemetry.h"
+#include "core/tensors.h"
 
 namespace steadygrad {
 
@@ -27,10 +29,10 @@ struct NormOutput {
   double* float64 = nullptr;
 };
 
-// A tensor's step counter, if its rule keeps one.
+// A tensor's step counter and the numbers beside it, if its rule keeps them.
 struct StepCounter {
-  void* data = nullptr;
-  DType dtype = DType::float32;
+  StateNumber step;
+  StateNumber numbers[kMaxNumbers];
 };
 
 struct StepMemory {

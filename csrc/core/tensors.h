@@ -36,6 +36,24 @@ struct TensorOperands {
   }
 };
 
+// A number of a parameter's state, such as its step counter, in fp32 or fp64; without data there is none.
+struct StateNumber {
+  void* data = nullptr;
+  DType dtype = DType::float32;
+
+  STEADYGRAD_INLINE double value() const {
+    return dtype == DType::float64 ? *static_cast<const double*>(data) : *static_cast<const float*>(data);
+  }
+
+  STEADYGRAD_INLINE void set(double value) const {
+    if (dtype == DType::float64) {
+      *static_cast<double*>(data) = value;
+    } else {
+      *static_cast<float*>(data) = static_cast<float>(value);
+    }
+  }
+};
+
 // Equal pieces of work. The order in which sums are formed follows from this table alone (core/norm.h).
 constexpr int64_t kChunk = 8192;
 

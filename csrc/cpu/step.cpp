@@ -52,11 +52,6 @@ Decision decide(const Tensors& tensors, const std::vector<GroupOptions>& groups,
   return decision;
 }
 
-double increment(const StepCounter& counter) {
-  if (counter.dtype == DType::float64) return *static_cast<double*>(counter.data) += 1;
-  return *static_cast<float*>(counter.data) += 1;
-}
-
 // One entry per tensor, each of which has taken its first step from now on. Bias corrections cost two powers,
 // so tensors in step with each other share them.
 std::vector<StepScalars> advance(const Tensors& tensors, const std::vector<StepCounter>& counters,
@@ -64,14 +59,25 @@ std::vector<StepScalars> advance(const Tensors& tensors, const std::vector<StepC
   std::vector<StepScalars> steps(tensors.size());
   int32_t last_group = -1;
   double last_step = -1;
+  double last_numbers[kMaxNumbers] = {};
   StepScalars scalars;
   for (size_t t = 0; t < tensors.size(); ++t) {
     const int32_t g = tensors[t].group;
-    const double step = counters[t].data == nullptr ? 0 : increment(counters[t]);
-    if (g != last_group || step != last_step) {
-      scalars = step_scalars(rule, groups[g].hyper, step);
+    const StepCounter& counter = counters[t];
+    const double step = counter.step.data == nullptr ? 0 : counter.step.value() + 1;
+    double numbers[kMaxNumbers] = {};
+    for (int i = 0; i < kMaxNumbers; ++i) {
+      if (counter.numbers[i].data != nullptr) numbers[i] = counter.numbers[i].value();
+    }
+    if (g != last_group || step != last_step || !std::equal(numbers, numbers + kMaxNumbers, last_numbers)) {
+      scalars = step_scalars(rule, groups[g].hyper, step, numbers);
       last_group = g;
       last_step = step;
+      std::copy_n(numbers, kMaxNumbers, last_numbers);
+    }
+    if (counter.step.data != nullptr) counter.step.set(step);
+    for (int i = 0; i < kMaxNumbers; ++i) {
+      if (counter.numbers[i].data != nullptr) counter.numbers[i].set(scalars.numbers[i]);
     }
     steps[t] = scalars;
     if (taken == nullptr) continue;

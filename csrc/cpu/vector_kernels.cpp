@@ -214,8 +214,11 @@ STEADYGRAD_INLINE void update_loop(const Tile<T>& tile, const Rule rule, const S
 template <class T>
 void update(const Tile<T>& tile, const RuleStep& step, const ScaleFactors<T>& scale) {
   const ScaleFactors<T> local = scale;
-  with_rule<T>(step.kind, step.hyper, step.scalars,
-               [&](auto rule) __attribute__((always_inline)) { update_loop<T>(tile, rule, local); });
+  with_rule_of(step.kind, [&](auto rule) __attribute__((always_inline)) {
+    with_functor<T, decltype(rule)>(
+        step.hyper, step.scalars,
+        [&](auto functor) __attribute__((always_inline)) { update_loop<T>(tile, functor, local); });
+  });
 }
 
 // Nothing is kept beside parameters in fp64.

@@ -212,17 +212,22 @@ __device__ bool take_units_clip(const DecideArguments& arguments) {
 }
 
 // Bias corrections for the step that may be taken: a power or two per tensor, computed by its own block.
-__device__ void prepare_step(const DecideArguments& arguments, int32_t tensor) {
+__device__ StepScalars next_scalars(const DecideArguments& arguments, int32_t tensor) {
   const TensorHead head = arguments.table.heads[tensor];
   double step = 0;
+  double numbers[kMaxNumbers] = {};
   if (arguments.table.counters != nullptr) {
     const StepCounter counter = arguments.table.counters[tensor];
-    step = 1 + (counter.dtype == DType::float64 ? *static_cast<const double*>(counter.data)
-                                                : *static_cast<const float*>(counter.data));
+    step = 1 + counter.step.value();
+#pragma unroll
+    for (int i = 0; i < kMaxNumbers; ++i) {
+      if (counter.numbers[i].data != nullptr) numbers[i] = counter.numbers[i].value();
+    }
   }
-  StepScalars scalars = step_scalars(arguments.options.rule, arguments.groups[head.group].hyper, step);
+  StepScalars scalars =
+      step_scalars(arguments.options.rule, arguments.groups[head.group].hyper, step, numbers);
   scalars.first = arguments.step.taken != nullptr && arguments.step.taken[head.slot] == 0;
-  arguments.memory.scalars[tensor] = scalars;
+  return scalars;
 }
 
 __device__ bool is_number_for(double value, bool positive) {
@@ -331,7 +336,8 @@ __device__ void advance_empty(const DecideArguments& arguments) {
   if (arguments.table.nonempty_tensors == arguments.table.tensors || !arguments.memory.decision->proceed)
     return;
   for (int32_t t = threadIdx.x; t < arguments.table.tensors; t += kLanes) {
-    if (arguments.table.heads[t].numel == 0) advance(arguments.table, t, arguments.step.taken);
+    if (arguments.table.heads[t].numel != 0) continue;
+    advance(arguments.table, t, next_scalars(arguments, t), arguments.step.taken);
   }
 }
 
@@ -354,7 +360,9 @@ __global__ void __launch_bounds__(kLanes, 1)
       // By another warp than the one that the others wait for.
       const bool updates =
           arguments.options.rule != RuleKind::none && arguments.table.heads[tensor].numel > 0;
-      if (threadIdx.x == kWarp && updates) prepare_step(arguments, tensor);
+      if (threadIdx.x == kWarp && updates) {
+        arguments.memory.scalars[tensor] = next_scalars(arguments, tensor);
+      }
     }
     if (threadIdx.x == 0) {
       __threadfence();

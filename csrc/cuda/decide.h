@@ -15,13 +15,14 @@ struct Decision {
 };
 
 // A tensor's step has been taken.
-__device__ __forceinline__ void advance(const TensorTable& table, int32_t tensor, int32_t* taken) {
+__device__ __forceinline__ void advance(const TensorTable& table, int32_t tensor, const StepScalars& scalars,
+                                        int32_t* taken) {
   if (table.counters != nullptr) {
     const StepCounter counter = table.counters[tensor];
-    if (counter.dtype == DType::float64) {
-      *static_cast<double*>(counter.data) += 1;
-    } else {
-      *static_cast<float*>(counter.data) += 1;
+    counter.step.set(counter.step.value() + 1);
+#pragma unroll
+    for (int i = 0; i < kMaxNumbers; ++i) {
+      if (counter.numbers[i].data != nullptr) counter.numbers[i].set(scalars.numbers[i]);
     }
   }
   taken[table.heads[tensor].slot] = 1;

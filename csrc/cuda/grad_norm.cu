@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kNormThreads = 128;
 constexpr int kWarps = kNormThreads / kWarp;
-constexpr int kGroupsPerLaunch = 24;
+constexpr int kGroupsPerLaunch = 22;
 constexpr int kGradsPerLaunch = 3500;
 
 struct NormArguments {

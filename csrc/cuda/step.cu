@@ -39,21 +39,6 @@ bool is_capturing(Stream stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
-void launch_rule(RuleKind rule, const UpdateArguments& arguments, Stream stream) {
-  switch (rule) {
-    case RuleKind::none:
-      return;
-    case RuleKind::sgd:
-      return update_sgd(kFunction, arguments, stream);
-    case RuleKind::adam:
-      return update_adam(kFunction, arguments, stream);
-    case RuleKind::adagrad:
-      return update_adagrad(kFunction, arguments, stream);
-    case RuleKind::rmsprop:
-      return update_rmsprop(kFunction, arguments, stream);
-  }
-}
-
 }  // namespace
 
 void StepPlan::step(const Tensors& tensors, const std::vector<StepCounter>& counters,
@@ -61,7 +46,7 @@ void StepPlan::step(const Tensors& tensors, const std::vector<StepCounter>& coun
                     const StepMemory& memory, const Reduction& reduction, const Allocate& allocate,
                     Stream stream) {
   const DeviceGuard guard(stream.device, kFunction);
-  const bool counts_steps = !counters.empty() && counters.front().data != nullptr;
+  const bool counts_steps = !counters.empty() && counters.front().step.data != nullptr;
   const StepEntries entries{counts_steps ? &counters : nullptr, true};
   const bool by_unit = clips_units(memory.policies);
   std::vector<uint64_t> image;
@@ -96,10 +81,9 @@ void StepPlan::step(const Tensors& tensors, const std::vector<StepCounter>& coun
   source.units = layout.units.tensors;
   const bool writes_grads = options.rule == RuleKind::none || options.write_grads;
   if (writes_grads) launch_transform(kFunction, layout.table, layout.broadcast.grads, source, false, stream);
-  launch_rule(
-      options.rule,
-      {layout.table, layout.broadcast.grads, source, layout.decision.scalars, memory.taken, writes_grads},
-      stream);
+  const UpdateArguments update{
+      layout.table, layout.broadcast.grads, source, layout.decision.scalars, memory.taken, writes_grads};
+  with_rule_of(options.rule, [&](auto rule) { launch_update<decltype(rule)>(kFunction, update, stream); });
 }
 
 }  // namespace steadygrad::cuda

@@ -123,8 +123,15 @@ TensorTable build_table(const Tensors& tensors, int32_t groups, const StepEntrie
       kept.strides = operand.strides != nullptr ? keep(operand.strides, tensor.ndim) : nullptr;
     }
     if (counters != nullptr) {
-      host(counters + t)->data = (*step.counters)[t].data;
-      host(counters + t)->dtype = (*step.counters)[t].dtype;
+      // Field by field: what pads a struct would make equal images differ.
+      const auto keep_number = [](const StateNumber& number, StateNumber& kept) {
+        kept.data = number.data;
+        kept.dtype = number.dtype;
+      };
+      keep_number((*step.counters)[t].step, host(counters + t)->step);
+      for (int i = 0; i < kMaxNumbers; ++i) {
+        keep_number((*step.counters)[t].numbers[i], host(counters + t)->numbers[i]);
+      }
     }
     if (tensor.numel > 0) {
       *host(nonempty + table.nonempty_tensors++) = static_cast<int32_t>(t);

@@ -1,9 +1,8 @@
-#include "cuda/update.h"
+#include "cuda/update_kernel.h"
 
 namespace steadygrad::cuda {
 
-void update_adagrad(const char* function, const UpdateArguments& arguments, Stream stream) {
-  launch_update<RuleKind::adagrad>(function, arguments, stream);
-}
+template void launch_update<AdagradRule>(const char* function, const UpdateArguments& arguments,
+                                         Stream stream);
 
 }  // namespace steadygrad::cuda

@@ -1,9 +1,7 @@
-#include "cuda/update.h"
+#include "cuda/update_kernel.h"
 
 namespace steadygrad::cuda {
 
-void update_adam(const char* function, const UpdateArguments& arguments, Stream stream) {
-  launch_update<RuleKind::adam>(function, arguments, stream);
-}
+template void launch_update<AdamRule>(const char* function, const UpdateArguments& arguments, Stream stream);
 
 }  // namespace steadygrad::cuda

@@ -1,9 +1,8 @@
-#include "cuda/update.h"
+#include "cuda/update_kernel.h"
 
 namespace steadygrad::cuda {
 
-void update_rmsprop(const char* function, const UpdateArguments& arguments, Stream stream) {
-  launch_update<RuleKind::rmsprop>(function, arguments, stream);
-}
+template void launch_update<RmsPropRule>(const char* function, const UpdateArguments& arguments,
+                                         Stream stream);
 
 }  // namespace steadygrad::cuda

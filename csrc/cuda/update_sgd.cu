@@ -1,9 +1,7 @@
-#include "cuda/update.h"
+#include "cuda/update_kernel.h"
 
 namespace steadygrad::cuda {
 
-void update_sgd(const char* function, const UpdateArguments& arguments, Stream stream) {
-  launch_update<RuleKind::sgd>(function, arguments, stream);
-}
+template void launch_update<SgdRule>(const char* function, const UpdateArguments& arguments, Stream stream);
 
 }  // namespace steadygrad::cuda

@@ -27,6 +27,10 @@ RULES: dict[str, tuple[str, Options]] = {
     "AdamW": ("AdamW", {"lr": 0.01}),
     "Adagrad": ("Adagrad", {"lr": 0.05}),
     "RMSprop-both": ("RMSprop", {"lr": 0.001, "centered": True, "momentum": 0.5, "eps": 1e-3}),
+    # The rules whose states have numbers beside the step counter, or none at all.
+    "NAdam": ("NAdam", {"lr": 0.01}),
+    "ASGD": ("ASGD", {"lr": 0.05, "t0": 3.0}),
+    "Lion": ("Lion", {"lr": 0.01}),
 }
 all_rules = pytest.mark.parametrize("rule", RULES)
 both_ways = pytest.mark.parametrize("wrap", [True, False], ids=["wrapped", "subclass"])

@@ -9,6 +9,7 @@ import torch
 from torch.nn import Parameter
 
 import steadygrad as sg
+from tests.optim import unfused
 from tests.optim.parameter_sets import assign_copies, gradient_sequence
 
 Make = Callable[..., Any]
@@ -16,7 +17,7 @@ Make = Callable[..., Any]
 
 def _wrapped(rule: str) -> Make:
     def make(params: Any, lr: Any = 0.05, **ours: Any) -> Any:
-        return sg.Stabilizer(getattr(torch.optim, rule)(params, lr=lr), **ours)
+        return sg.Stabilizer(unfused.optimizer_class(rule)(params, lr=lr), **ours)
 
     return make
 

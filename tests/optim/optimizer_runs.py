@@ -44,16 +44,22 @@ def shared_gradients(
     return sequence
 
 
+def plain_class(rule: str) -> type[Optimizer]:
+    """Return torch's class of this name, or the one that torch does not have."""
+    found: type[Optimizer] = sg.optim.lion.Lion if rule == "Lion" else getattr(torch.optim, rule)
+    return found
+
+
 def make_ours(rule: str, params: Any, options: dict[str, Any], wrap: bool, **ours: Any) -> Any:
     """Return the wrapped torch optimizer, or the class of one piece."""
     options = copy.deepcopy(options)
     if wrap:
-        return sg.Stabilizer(getattr(torch.optim, rule)(params, **options), **ours)
+        return sg.Stabilizer(plain_class(rule)(params, **options), **ours)
     return getattr(sg.optim, rule)(params, **options, **ours)
 
 
 def make_torch(rule: str, params: Any, options: dict[str, Any]) -> Optimizer:
-    optimizer: Optimizer = getattr(torch.optim, rule)(params, **copy.deepcopy(options))
+    optimizer: Optimizer = plain_class(rule)(params, **copy.deepcopy(options))
     return optimizer
 
 

@@ -21,6 +21,13 @@ HYPER: dict[str, dict[str, Any]] = {
     "AdamW": {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.05},
     "Adagrad": {"lr": 0.05, "lr_decay": 0.1, "eps": 1e-6},
     "RMSprop": {"lr": 0.001, "centered": True, "momentum": 0.5, "eps": 1e-3},
+    "Adamax": {"lr": 0.01, "weight_decay": 0.01},
+    "NAdam": {"lr": 0.01, "weight_decay": 0.01, "momentum_decay": 0.1},
+    "RAdam": {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.05},
+    "Adadelta": {"lr": 0.5, "rho": 0.8, "eps": 1e-4},
+    "ASGD": {"lr": 0.05, "lambd": 0.01, "t0": 2.0},
+    "Rprop": {"lr": 0.01, "etas": (0.6, 1.1)},
+    "Lion": {"lr": 0.01, "weight_decay": 0.05},
 }
 HALVES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 EXTRAS = {"kahan": "kahan_compensation", "master": "master_param"}

@@ -139,7 +139,7 @@ def test_a_gradient_on_another_device_than_its_parameter(backend: Backend, rule:
         rule,
         rule != "none",
         groups,
-        [_kernels.Slot(states=[], step=None, extra=None, first=False)] * 2,
+        [_kernels.Slot(states=[], numbers=[], extra=None, first=False)] * 2,
         options.kernel_options(),
         options.limits(),
         device,

@@ -15,7 +15,7 @@ import steadygrad as sg
 from tests.backends import BACKENDS, Backend, backend_parameters
 from tests.optim.device_twins import NAN, RULES, Twins, all_rules, both_ways
 from tests.optim.optimizer_kinds import give
-from tests.optim.optimizer_runs import tensor_state
+from tests.optim.optimizer_runs import plain_class, tensor_state
 from tests.optim.parameter_sets import assign, dense_parameters, gradient_sequence, mixed_parameters
 from tests.snapshots import assert_same_tree, bits
 
@@ -32,7 +32,7 @@ def made(rule: str, params: Sequence[Parameter], wrap: bool = True, **ours: Any)
         options = {**options, "capturable": True}
     ours = {"max_norm": 1.0, **ours}
     if wrap:
-        return sg.Stabilizer(getattr(torch.optim, name)(params, **options), **ours)
+        return sg.Stabilizer(plain_class(name)(params, **options), **ours)
     return getattr(sg.optim, name)(params, **options, **ours)
 
 

@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from torch.optim import lr_scheduler
 
 import steadygrad as sg
+from tests.optim import unfused
 from tests.optim.optimizer_kinds import MAKERS, give
 from tests.optim.parameter_sets import dense_parameters
 from tests.snapshots import bits
@@ -102,7 +103,7 @@ def test_an_optimizer_whose_wrapper_is_gone_is_on_its_own(kind: str) -> None:
 @pytest.mark.parametrize("scheduled_first", [True, False])
 def test_schedulers_of_the_wrapped_optimizer_go_on(kind: str, scheduled_first: bool) -> None:
     params = dense_parameters()
-    inner = torch.optim.NAdam(params) if kind == "in-place" else getattr(torch.optim, kind)(params)
+    inner = unfused.NAdam(params) if kind == "in-place" else unfused.optimizer_class(kind)(params)
     scheduler = lr_scheduler.StepLR(inner, 1) if scheduled_first else None
     optimizer = sg.Stabilizer(inner, max_norm=1.0)
     assert optimizer.path.startswith("in-place: no fused rule" if kind == "in-place" else "fused")

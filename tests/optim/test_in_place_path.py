@@ -13,6 +13,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import steadygrad as sg
 from tests.backends import Backend
+from tests.optim import unfused
 from tests.optim.optimizer_runs import assert_same_params, assert_same_state
 from tests.optim.parameter_sets import (
     assign_copies,
@@ -61,7 +62,7 @@ def test_equals_torch_with_swapped_checkpoints(
 ) -> None:
     device = backend.device
     mine, theirs = (without_empty(mixed_parameters(dtype, device), rule) for _ in range(2))
-    kind = getattr(torch.optim, rule)
+    kind = unfused.optimizer_class(rule)
     ours = sg.Stabilizer(kind(mine, **options), max_norm=1.0)
     torchs = kind(theirs, **options)
     clipped = 0
@@ -135,7 +136,7 @@ def test_sparse_gradients_equal_torch(backend: Backend, rule: str) -> None:
         ]
 
     mine, theirs = build(), build()
-    kind = getattr(torch.optim, rule)
+    kind = unfused.optimizer_class(rule)
     ours, torchs = sg.Stabilizer(kind(mine, lr=0.1), max_norm=1.0), kind(theirs, lr=0.1)
     generator = torch.Generator().manual_seed(1)
     for step in range(12):
@@ -213,7 +214,7 @@ def test_complex_parameters_go_in_place(backend: Backend, rule: str) -> None:
         return [Parameter(torch.view_as_complex(values)), Parameter(real)]
 
     mine, theirs = build(), build()
-    kind = getattr(torch.optim, rule)
+    kind = unfused.optimizer_class(rule)
     ours, torchs = sg.Stabilizer(kind(mine, lr=0.01), max_norm=1.0), kind(theirs, lr=0.01)
     for step in range(6):
         generator = torch.Generator().manual_seed(step)
@@ -257,7 +258,7 @@ def test_capturable_is_fused_where_steps_are_decided_on_the_device(
     backend: Backend, rule: str
 ) -> None:
     (param,) = (Parameter(torch.ones(3, device=backend.device)),)
-    ours = sg.Stabilizer(getattr(torch.optim, rule)([param], capturable=True), max_norm=1.0)
+    ours = sg.Stabilizer(unfused.optimizer_class(rule)([param], capturable=True), max_norm=1.0)
     param.grad = torch.ones_like(param)
     if backend.asynchronous:
         assert ours.path == "fused"
@@ -325,7 +326,7 @@ def test_an_inactive_clip_leaves_the_gradients_alone(backend: Backend, rule: str
     params = dense_parameters(device=backend.device)
     assign_copies(params, gradient_sequence(params, 1, decades=0)[0])
     before = [p.grad.clone() for p in params if p.grad is not None]
-    ours = sg.Stabilizer(getattr(torch.optim, rule)(params), max_norm=1e9)
+    ours = sg.Stabilizer(unfused.optimizer_class(rule)(params), max_norm=1e9)
     ours.step()
     for param, gradient in zip(params, before, strict=True):
         assert param.grad is not None and same_bits(param.grad, gradient)
@@ -336,7 +337,7 @@ def test_an_inactive_clip_leaves_the_gradients_alone(backend: Backend, rule: str
 def test_a_skipped_step_changes_nothing(backend: Backend, rule: str) -> None:
     params = dense_parameters(device=backend.device)
     sequence = gradient_sequence(params, 2, decades=0)
-    ours = sg.Stabilizer(getattr(torch.optim, rule)(params), max_norm=1e-3)
+    ours = sg.Stabilizer(unfused.optimizer_class(rule)(params), max_norm=1e-3)
     for warm in (False, True):
         assign_copies(params, sequence[warm])
         if warm:

@@ -13,6 +13,7 @@ from torch.nn import Parameter
 import steadygrad as sg
 from steadygrad.optim.in_place import other_update_methods
 from tests.backends import Backend
+from tests.optim import unfused
 from tests.snapshots import Snapshot
 
 NAN = math.nan
@@ -21,7 +22,9 @@ NAN = math.nan
 def stepped(backend: Backend, rule: str, **options: Any) -> sg.Stabilizer:
     """An optimizer after its first step, with a gradient that the next one would clip."""
     param = Parameter(torch.ones(3, device=backend.device))
-    optimizer = sg.Stabilizer(getattr(torch.optim, rule)([param], lr=0.1), max_norm=0.1, **options)
+    optimizer = sg.Stabilizer(
+        unfused.optimizer_class(rule)([param], lr=0.1), max_norm=0.1, **options
+    )
     param.grad = torch.full_like(param, 0.5)
     optimizer.step()
     param.grad = torch.full_like(param, 0.5)
@@ -76,7 +79,7 @@ def test_the_proximal_step_of_complex_parameters_is_refused_before_the_update(
 ) -> None:
     param = Parameter(torch.ones(3, dtype=torch.complex64, device=backend.device))
     param.grad = torch.ones_like(param)
-    optimizer = sg.Stabilizer(torch.optim.Adadelta([param]), l1=0.1, l1_mode="proximal")
+    optimizer = sg.Stabilizer(unfused.Adadelta([param]), l1=0.1, l1_mode="proximal")
     before = Snapshot(optimizer.param_groups[0]["params"], optimizer)
     with pytest.raises(TypeError, match="expected a real tensor"):
         optimizer.step()

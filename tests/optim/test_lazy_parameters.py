@@ -11,6 +11,7 @@ from torch import nn
 
 import steadygrad as sg
 from tests.backends import Backend
+from tests.optim import unfused
 
 Make = Callable[[Any], torch.optim.Optimizer]
 
@@ -32,9 +33,9 @@ KINDS: dict[str, tuple[Make, str, Make]] = {
         lambda params: torch.optim.RMSprop(params, lr=0.1),
     ),
     "in-place": (
-        lambda params: sg.Stabilizer(torch.optim.Adadelta(params), clip_scope="tensor"),
+        lambda params: sg.Stabilizer(unfused.Adadelta(params), clip_scope="tensor"),
         "in-place: no fused rule for Adadelta",
-        lambda params: torch.optim.Adadelta(params),
+        lambda params: unfused.Adadelta(params),
     ),
 }
 

@@ -12,6 +12,7 @@ from torch.nn import Parameter
 
 import steadygrad as sg
 from tests.backends import Backend
+from tests.optim import unfused
 from tests.optim.optimizer_kinds import MAKERS, give
 from tests.optim.parameter_sets import dense_parameters
 from tests.snapshots import Snapshot, assert_refused
@@ -127,7 +128,7 @@ def test_bad_hyper_parameters_set_later_are_refused_by_the_step(
     backend: Backend, argument: str, rule: str, value: float
 ) -> None:
     params = dense_parameters(device=backend.device)
-    optimizer = sg.Stabilizer(getattr(torch.optim, rule)(params), max_norm=1.0)
+    optimizer = sg.Stabilizer(unfused.optimizer_class(rule)(params), max_norm=1.0)
     good = optimizer.param_groups[0][argument]
     for warm in (False, True):
         optimizer.param_groups[0][argument] = good
@@ -152,7 +153,7 @@ def test_bad_betas_set_later_are_refused_by_the_step(
     backend: Backend, rule: str, betas: tuple[float, float]
 ) -> None:
     params = dense_parameters(device=backend.device)
-    optimizer = sg.Stabilizer(getattr(torch.optim, rule)(params), max_norm=1.0)
+    optimizer = sg.Stabilizer(unfused.optimizer_class(rule)(params), max_norm=1.0)
     optimizer.param_groups[0]["betas"] = betas
     give(params)
     wrong = next(b for b in betas if not 0 <= b < 1)
@@ -210,7 +211,7 @@ def refuse_step(
 @pytest.mark.parametrize("warm", [False, True], ids=["first-step", "later-step"])
 def test_memory_freed_under_us(backend: Backend, rule: str, warm: bool, what: str) -> None:
     params = dense_parameters(device=backend.device)
-    optimizer = sg.Stabilizer(getattr(torch.optim, rule)(params, lr=0.1), max_norm=1.0)
+    optimizer = sg.Stabilizer(unfused.optimizer_class(rule)(params, lr=0.1), max_norm=1.0)
     give(params)
     if warm:
         optimizer.step()
@@ -250,7 +251,7 @@ def test_a_parameter_of_another_shape_under_its_gradient(
     backend: Backend, rule: str, warm: bool
 ) -> None:
     params = dense_parameters(device=backend.device)
-    optimizer = sg.Stabilizer(getattr(torch.optim, rule)(params, lr=0.1), max_norm=1.0)
+    optimizer = sg.Stabilizer(unfused.optimizer_class(rule)(params, lr=0.1), max_norm=1.0)
     give(params)
     if warm:
         optimizer.step()
@@ -303,7 +304,7 @@ def test_state_of_another_shape(backend: Backend) -> None:
 @pytest.mark.parametrize("rule", ["Adam", "AdamW", "RMSprop"])
 def test_sparse_gradients_that_the_rule_does_not_take(backend: Backend, rule: str) -> None:
     params = dense_parameters(device=backend.device)
-    optimizer = sg.Stabilizer(getattr(torch.optim, rule)(params, lr=0.1), max_norm=1.0)
+    optimizer = sg.Stabilizer(unfused.optimizer_class(rule)(params, lr=0.1), max_norm=1.0)
     give(params)
     assert params[2].grad is not None
     params[2].grad = (params[2].grad * 100).to_sparse()
@@ -337,7 +338,7 @@ def test_a_parameter_on_another_device(backend: Backend, rule: str) -> None:
     params = dense_parameters(device=backend.device)
     other = Parameter(torch.ones(3, device="meta"))
     other.grad = torch.ones(3, device="meta")
-    kind = getattr(torch.optim, rule)
+    kind = unfused.optimizer_class(rule)
     optimizer = sg.Stabilizer(kind([*params, other], lr=0.1), max_norm=1.0)
     give(params)
     refuse_step(params, optimizer, params, argument="grad|param", expected="cpu", got="meta")
@@ -349,7 +350,7 @@ def test_a_fake_parameter(backend: Backend, rule: str) -> None:
     with FakeTensorMode():
         fake = Parameter(torch.ones(3))
         fake.grad = torch.ones(3)
-    optimizer = sg.Stabilizer(getattr(torch.optim, rule)([*params, fake], lr=0.1), max_norm=1.0)
+    optimizer = sg.Stabilizer(unfused.optimizer_class(rule)([*params, fake], lr=0.1), max_norm=1.0)
     give(params)
     refuse_step(
         params,
@@ -366,7 +367,7 @@ def test_an_inference_parameter(backend: Backend, rule: str) -> None:
     params = dense_parameters(device=backend.device)
     with torch.inference_mode():
         frozen = torch.ones(3, device=backend.device)
-    inner = getattr(torch.optim, rule)(params, lr=0.1)
+    inner = unfused.optimizer_class(rule)(params, lr=0.1)
     optimizer = sg.Stabilizer(inner, max_norm=1.0)
     params[1] = inner.param_groups[0]["params"][1] = frozen  # type: ignore[call-overload]
     give(params)

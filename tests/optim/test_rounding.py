@@ -16,6 +16,7 @@ from torch.nn import Parameter
 import steadygrad as sg
 from steadygrad.reference import rounding
 from tests.backends import Backend
+from tests.optim.optimizer_runs import plain_class
 from tests.optim.parameter_sets import gradient_sequence, like_layout, mixed_parameters
 from tests.optim.rounded_runs import HALVES, HYPER, BesideTwin, same, with_grad_dtype
 from tests.reference.test_rounding import any_floats, ordinary_floats
@@ -143,7 +144,7 @@ def test_half_gradients_of_fp32_parameters_and_the_reverse(backend: Backend) -> 
             plain = Parameter(start.clone().to(backend.device))
             mixed.grad, plain.grad = narrow.to(backend.device), narrow.float().to(backend.device)
             optimizers = [
-                sg.Stabilizer(getattr(torch.optim, rule)([p], **HYPER[rule]), max_norm=0.5, l2=0.1)
+                sg.Stabilizer(plain_class(rule)([p], **HYPER[rule]), max_norm=0.5, l2=0.1)
                 for p in (mixed, plain)
             ]
             for optimizer in optimizers:

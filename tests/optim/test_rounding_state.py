@@ -15,6 +15,7 @@ from torch.nn import Parameter
 import steadygrad as sg
 from steadygrad.optim.options import StabilizerOptions
 from tests.backends import Backend
+from tests.optim import unfused
 from tests.optim.device_twins import no_waiting
 from tests.optim.optimizer_runs import make_torch
 from tests.optim.parameter_sets import dense_parameters
@@ -98,7 +99,7 @@ def test_no_other_storage_on_the_in_place_path(
     elif why == "sparse":
         wrapped = torch.optim.SGD(params, lr=0.1)
     else:
-        wrapped = torch.optim.NAdam(params)
+        wrapped = unfused.NAdam(params)
     optimizer = sg.Stabilizer(wrapped, **option)
     give(params, 0)
     if why == "sparse":

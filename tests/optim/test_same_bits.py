@@ -20,6 +20,7 @@ from torch.nn import Parameter
 
 import steadygrad as sg
 from tests.backends import BACKENDS, Backend, backend_parameters
+from tests.optim import unfused
 from tests.optim.optimizer_runs import tensor_state
 from tests.optim.parameter_sets import (
     assign_copies,
@@ -321,7 +322,7 @@ def test_steps_of_parameters_of_all_dtypes_at_once(other: Backend, rule: str, sc
         params = [Parameter(d.to(DTYPES[i % 4]).to(device)) for i, d in enumerate(drawn)]
         name = rule.split("-")[0]
         groups = [{"params": params[:7]}, {"params": params[7:], "max_norm": 0.1}]
-        torchs = getattr(torch.optim, name)(groups, **STEPS.get(rule, {"eps": 1e-3}))
+        torchs = unfused.optimizer_class(name)(groups, **STEPS.get(rule, {"eps": 1e-3}))
         optimizer = sg.Stabilizer(torchs, max_norm=1.0, l2=0.01)
         found: list[Tensor] = []
         for step in range(4):

@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import steadygrad as sg
+from tests.optim import unfused
 
 
 class Marked(Parameter):
@@ -104,7 +105,7 @@ def test_a_pre_hook_may_clear_state_load_state_and_add_groups(everywhere: bool) 
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("rule", [torch.optim.SGD, torch.optim.Adamax])
+@pytest.mark.parametrize("rule", [torch.optim.SGD, unfused.Adamax])
 def test_a_closure_may_change_limits_and_add_groups(rule: Any) -> None:
     params = [Parameter(torch.zeros(2)), Parameter(torch.zeros(2))]
     optimizer = sg.Stabilizer(rule(params[:1], lr=1.0), max_norm=1e9)

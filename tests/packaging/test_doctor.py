@@ -15,6 +15,7 @@ import torch
 import steadygrad as sg
 from steadygrad import doctor
 from steadygrad.doctor import main
+from tests.optim import unfused
 
 
 def ends(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
@@ -135,9 +136,7 @@ def test_doctor_reports_nan_and_raising_kernels(
 def test_doctor_reports_a_rule_that_is_not_fused(
     monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(
-        sg.optim, "SGD", lambda params, **_: sg.Stabilizer(torch.optim.ASGD(params))
-    )
+    monkeypatch.setattr(sg.optim, "SGD", lambda params, **_: sg.Stabilizer(unfused.ASGD(params)))
     assert main([]) == 1
     assert "SGD, 2 fused steps: RuntimeError: expected the fused path, got 'in-place" in (
         capsys.readouterr().out

@@ -16,6 +16,7 @@ from steadygrad import _kernels
 from steadygrad.distributed.norms import COLUMNS
 from steadygrad.reference import policies as reference
 from tests.backends import Backend
+from tests.optim import unfused
 from tests.optim.device_twins import asynchronous_device, no_waiting
 from tests.optim.parameter_sets import dense_parameters
 from tests.policies.policy_runs import (
@@ -179,7 +180,7 @@ def test_a_param_groups_own_limit_is_a_cap(backend: Backend, scope: Any) -> None
 @pytest.mark.parametrize("scope", ["global", "tensor"])
 def test_around_an_optimizer_without_a_fused_rule(backend: Backend, name: str, scope: Any) -> None:
     def in_place(groups: Any, lr: float, **ours: Any) -> Any:
-        return sg.Stabilizer(torch.optim.Adadelta(groups, lr=lr), **ours)
+        return sg.Stabilizer(unfused.Adadelta(groups, lr=lr), **ours)
 
     norms = recorded_norms(120)
     ours = {"skip": sg.SkipSpikes(5, window=16), "clip_scope": scope}

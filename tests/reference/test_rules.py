@@ -74,14 +74,39 @@ def cases() -> Iterator[Case]:
                 maximize=maximize,
             ),
         )
+    for betas, wd, maximize in itertools.product([(0.9, 0.999), (0.3, 0.5)], decay, switch):
+        options = dict(lr=0.01, betas=betas, eps=1e-6, weight_decay=wd, maximize=maximize)
+        yield "Adamax", options
+        for decoupled in switch:
+            yield "RAdam", dict(options, decoupled_weight_decay=decoupled)
+            yield "NAdam", dict(options, decoupled_weight_decay=decoupled, momentum_decay=0.1)
+    for rho, wd, maximize in itertools.product([0.9, 0.4], decay, switch):
+        yield "Adadelta", dict(lr=0.5, rho=rho, eps=1e-5, weight_decay=wd, maximize=maximize)
+    for t0, wd, maximize in itertools.product([1e6, 7.0], decay, switch):
+        rates = dict(lr=0.1, lambd=0.01, alpha=0.6, t0=t0)
+        yield "ASGD", dict(rates, weight_decay=wd, maximize=maximize)
+    for etas, step_sizes, maximize in itertools.product(
+        [(0.5, 1.2), (0.3, 2.0)], [(1e-6, 50.0), (0.008, 0.02)], switch
+    ):
+        yield "Rprop", dict(lr=0.01, etas=etas, step_sizes=step_sizes, maximize=maximize)
 
 
 CASES = list(cases())
+# What torch has; Lion has tests of its own.
+TORCH_RULES = [name for name in reference.rules.RULES if name != "Lion"]
 
 
 def name_of(case: Case) -> str:
     name, options = case
     return "-".join([name, *(f"{key}={value}" for key, value in options.items())])
+
+
+@pytest.fixture(autouse=True)
+def float64_scalars() -> Iterator[None]:
+    """Have torch keep the numbers of NAdam's and ASGD's states in float64, too."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 class Pair:
@@ -136,7 +161,7 @@ def test_rule_equals_torch(case: Case, rng: np.random.Generator) -> None:
         pair.check()
 
 
-@pytest.mark.parametrize("name", reference.rules.RULES)
+@pytest.mark.parametrize("name", TORCH_RULES)
 def test_defaults_equal_torch(name: str, rng: np.random.Generator) -> None:
     pair = Pair(name, {"lr": 0.02}, rng)
     for step in range(STEPS):
@@ -158,11 +183,12 @@ def test_adagrad_without_state_starts_from_zero() -> None:
     assert {key: value.tolist() for key, value in state.items()} == {"step": 1.0, "sum": [4.0]}
 
 
-@pytest.mark.parametrize("name", reference.rules.RULES)
+@pytest.mark.parametrize("name", TORCH_RULES)
 def test_hyperparameters_may_change_between_steps(name: str, rng: np.random.Generator) -> None:
     pair = Pair(name, {"lr": 0.1}, rng)
     for step in range(STEPS):
-        pair.step(grads_with_gaps(step, rng), lr=0.1 / (step + 1), weight_decay=0.01 * step)
+        options = {} if name == "Rprop" else {"weight_decay": 0.01 * step}
+        pair.step(grads_with_gaps(step, rng), lr=0.1 / (step + 1), **options)
     pair.check()
 
 
@@ -174,7 +200,7 @@ def test_sgd_momentum_switched_on_late(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e200, 5e-324])
-@pytest.mark.parametrize("name", reference.rules.RULES)
+@pytest.mark.parametrize("name", TORCH_RULES)
 def test_extreme_gradients_equal_torch(name: str, value: float, rng: np.random.Generator) -> None:
     pair = Pair(name, {"lr": 0.1}, rng)
     for _ in range(3):
@@ -215,3 +241,23 @@ def test_lower_precision_inputs_are_computed_in_float64() -> None:
     new_param, state = reference.rules.sgd(param, grad, {}, lr=1e-12, momentum=0.9)
     assert new_param.dtype == state["momentum_buffer"].dtype == np.float64
     assert new_param[0] == 1.0 - 1e-12
+
+
+def test_lion_by_hand() -> None:
+    lion = reference.rules.lion
+    options: dict[str, Any] = {"lr": 0.5, "betas": (0.5, 0.75), "weight_decay": 0.1}
+    param, state = lion([2.0, -1.0, 3.0], [4.0, -2.0, 0.0], {}, **options)
+    # 2 * 0.95 - 0.5, -1 * 0.95 + 0.5, 3 * 0.95
+    assert param.tolist() == pytest.approx([1.4, -0.45, 2.85])
+    assert {key: value.tolist() for key, value in state.items()} == {"exp_avg": [1.0, -0.5, 0.0]}
+    # The average still outweighs a small gradient of the other sign.
+    param, state = lion(param, [-0.5, 2.0, 1.0], state, **options)
+    assert param.tolist() == pytest.approx([1.33 - 0.5, -0.4275 - 0.5, 2.7075 - 0.5])
+    assert state["exp_avg"].tolist() == [0.625, 0.125, 0.25]
+
+
+def test_lion_turns_round_where_it_maximizes(rng: np.random.Generator) -> None:
+    param, grad = rng.normal(size=5), rng.normal(size=5)
+    up, _ = reference.rules.lion(param, grad, {}, lr=0.1, maximize=True)
+    down, _ = reference.rules.lion(param, -grad, {}, lr=0.1)
+    assert np.array_equal(up, down) and not np.array_equal(up, param)

@@ -1,6 +1,9 @@
 #include "sanitize/rules.h"
 
+#include <algorithm>
 #include <stdexcept>
+
+#include "core/rules/table.h"
 
 namespace steadygrad::sanitize {
 namespace {
@@ -8,11 +11,17 @@ namespace {
 RuleHyper defaults_of(RuleKind kind) {
   RuleHyper hyper;
   hyper.lr = 0.01;
-  if (kind == RuleKind::adam) {
-    hyper.beta1 = 0.9;
-    hyper.beta2 = 0.999;
-  }
-  if (kind == RuleKind::rmsprop) hyper.alpha = 0.99;
+  hyper.beta1 = 0.9;
+  hyper.beta2 = 0.999;
+  hyper.alpha = kind == RuleKind::asgd ? 0.75 : 0.99;
+  hyper.rho = 0.9;
+  hyper.lambd = 1e-2;
+  hyper.t0 = 1;
+  hyper.momentum_decay = 4e-3;
+  hyper.etaminus = 0.5;
+  hyper.etaplus = 1.2;
+  hyper.step_size_min = 1e-6;
+  hyper.step_size_max = 50;
   if (kind != RuleKind::sgd) hyper.eps = 1e-8;
   return hyper;
 }
@@ -62,6 +71,17 @@ std::vector<RuleVariant> made() {
   all.centered = true;
   all.momentum = 0.9;
   all.weight_decay = 0.1;
+
+  for (const RuleEntry& rule : kRules) {
+    const bool is_new = std::none_of(variants.begin(), variants.end(),
+                                     [&](const RuleVariant& variant) { return variant.kind == rule.kind; });
+    if (!is_new) continue;
+    const std::string name(rule.name);
+    add(name.c_str(), rule.kind);
+    RuleHyper& decayed = add((name + " with decay").c_str(), rule.kind);
+    decayed.weight_decay = 0.1;
+    decayed.maximize = true;
+  }
   return variants;
 }
 

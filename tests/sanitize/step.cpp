@@ -11,33 +11,29 @@
 namespace steadygrad::sanitize {
 namespace {
 
-bool has_counter(RuleKind kind) {
-  return std::any_of(std::begin(kRules), std::end(kRules),
-                     [&](const RuleEntry& rule) { return rule.kind == kind && rule.has_step; });
+const RuleEntry& entry_of(RuleKind kind) {
+  return *std::find_if(kRules.begin(), kRules.end(),
+                       [&](const RuleEntry& rule) { return rule.kind == kind; });
 }
 
-// Step counters, of both types that torch has.
-class Counters {
+// One number of every tensor's state, in both types that torch has.
+class Numbers {
  public:
-  Counters(size_t count, bool used) : used_(used), float32_(count), float64_(count) {
+  Numbers(size_t count, double first) : float32_(count), float64_(count) {
     for (size_t t = 0; t < count; ++t) {
-      *float32_[t].get() = static_cast<float>(t % 2);
-      *float64_[t].get() = static_cast<double>(t % 2);
+      *float32_[t].get() = static_cast<float>(first + t % 2);
+      *float64_[t].get() = first + static_cast<double>(t % 2);
     }
   }
 
-  template <class Counter>
-  Counter of(size_t t) const {
-    Counter counter;
-    if (!used_) return counter;
-    counter.dtype = t % 3 == 0 ? DType::float64 : DType::float32;
-    counter.data = t % 3 == 0 ? static_cast<void*>(float64_[t].get()) : float32_[t].get();
-    return counter;
+  StateNumber of(size_t t) const {
+    if (t % 3 == 0) return {float64_[t].get(), DType::float64};
+    return {float32_[t].get(), DType::float32};
   }
 
-  std::string difference_from(const Counters& emulated) const {
+  std::string difference_from(const Numbers& emulated) const {
     for (size_t t = 0; t < float32_.size(); ++t) {
-      const std::string name = "step counter " + std::to_string(t);
+      const std::string name = "number of the state " + std::to_string(t);
       std::string problem = difference(name, float32_[t].value(), emulated.float32_[t].value());
       if (problem.empty()) problem = difference(name, float64_[t].value(), emulated.float64_[t].value());
       if (!problem.empty()) return problem;
@@ -46,9 +42,36 @@ class Counters {
   }
 
  private:
-  bool used_;
   std::vector<Single<float>> float32_;
   std::vector<Single<double>> float64_;
+};
+
+// The numbers of a rule's states, as far as it has them.
+class Counters {
+ public:
+  Counters(size_t count, const RuleEntry& rule) : rule_(rule), step_(count, 0) {
+    for (size_t i = 0; i < rule.number_count(); ++i) numbers_.emplace_back(count, 0.5);
+  }
+
+  StepCounter of(size_t t) const {
+    StepCounter counter;
+    if (rule_.has_step) counter.step = step_.of(t);
+    for (size_t i = 0; i + 1 < rule_.number_count(); ++i) counter.numbers[i] = numbers_[i].of(t);
+    return counter;
+  }
+
+  std::string difference_from(const Counters& emulated) const {
+    std::string problem = step_.difference_from(emulated.step_);
+    for (size_t i = 0; i < numbers_.size() && problem.empty(); ++i) {
+      problem = numbers_[i].difference_from(emulated.numbers_[i]);
+    }
+    return problem;
+  }
+
+ private:
+  const RuleEntry& rule_;
+  Numbers step_;
+  std::vector<Numbers> numbers_;
 };
 
 // One array in a block of its own.
@@ -153,8 +176,8 @@ class Comparison {
         count_(step_case.specs.tensors.size()),
         cpu_(step_case.specs, uses_, Values::ordinary),
         emulated_(step_case.specs, uses_, Values::ordinary),
-        cpu_counters_(count_, has_counter(step_case.rule.kind)),
-        emulated_counters_(count_, has_counter(step_case.rule.kind)),
+        cpu_counters_(count_, entry_of(step_case.rule.kind)),
+        emulated_counters_(count_, entry_of(step_case.rule.kind)),
         cpu_taken_(array_of<int32_t>(count_, 0)),
         cpu_counts_(array_of<int64_t>(2, 0)),
         taken_(array_of<int32_t>(count_, 0)),
@@ -234,7 +257,7 @@ class Comparison {
 
   void step_on_cpu(const std::vector<int32_t>& chosen, Outcome* outcome, int64_t* nonfinite) {
     std::vector<StepCounter> counters;
-    for (const int32_t t : chosen) counters.push_back(cpu_counters_.of<StepCounter>(t));
+    for (const int32_t t : chosen) counters.push_back(cpu_counters_.of(t));
     Rows rows(options_, groups_.size(), count_, per_tensor());
     if (!case_.two_processes) rows.reduction = Reduction();
     StepMemory memory;
@@ -257,7 +280,7 @@ class Comparison {
 
   void step_emulated(const std::vector<int32_t>& chosen, Outcome* outcome, int64_t* nonfinite) {
     std::vector<StepCounter> counters;
-    for (const int32_t t : chosen) counters.push_back(emulated_counters_.of<StepCounter>(t));
+    for (const int32_t t : chosen) counters.push_back(emulated_counters_.of(t));
     StepOptions options = options_;
     const Single<float> scale(static_cast<float>(1 / options.unscale));
     const Single<float> found_inf(options.found_inf ? 2.0F : 0.0F);

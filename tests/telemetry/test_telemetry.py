@@ -12,6 +12,7 @@ from torch import nn
 
 import steadygrad as sg
 from tests.backends import Backend
+from tests.optim import unfused
 from tests.optim.device_twins import asynchronous_device, no_waiting
 from tests.policies.policy_runs import CLIPS, recorded_norms
 
@@ -184,7 +185,7 @@ def test_what_the_policies_on_non_finite_elements_leave(backend: Backend) -> Non
 
 def test_the_in_place_path_records_too(backend: Backend) -> None:
     params = parameters(backend)
-    opt = sg.Stabilizer(torch.optim.Adadelta(params), max_norm=1.0, telemetry="tensor")
+    opt = sg.Stabilizer(unfused.Adadelta(params), max_norm=1.0, telemetry="tensor")
     for step in range(4):
         gradients(step, params)
         if step == 2:

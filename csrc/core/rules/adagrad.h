@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <string_view>
 
 #include "core/host_device.h"
 #include "core/rules/hyper.h"
@@ -36,8 +37,30 @@ struct Adagrad {
   }
 };
 
-STEADYGRAD_INLINE StepScalars adagrad_scalars(const RuleHyper& hyper, double step) {
-  return {hyper.lr / (1 + (step - 1) * hyper.lr_decay), 1, false};
-}
+struct AdagradRule {
+  static constexpr RuleKind kKind = RuleKind::adagrad;
+  static constexpr std::string_view kName = "adagrad";
+  static constexpr bool kHasStep = true;
+  static constexpr FieldList<NumberField> kNumbers = kAdagradNumbers;
+  static constexpr FieldList<FlagField> kFlags = kAdagradFlags;
+  static constexpr FieldList<StateField> kStates = kAdagradStates;
+  static constexpr FieldList<const char*> kStateNumbers = {};
+  // With all terms.
+  template <class T>
+  using Full = Adagrad<T, true>;
+
+  STEADYGRAD_INLINE static int state_count(const RuleHyper&) { return 1; }
+
+  STEADYGRAD_INLINE static StepScalars scalars(const RuleHyper& hyper, double step, const double*) {
+    StepScalars scalars;
+    scalars.step_size = hyper.lr / (1 + (step - 1) * hyper.lr_decay);
+    return scalars;
+  }
+
+  template <class T, bool kDecay, class Function>
+  STEADYGRAD_INLINE static void with_type(const RuleTerms&, Function function) {
+    function(RuleType<Adagrad<T, kDecay>>{});
+  }
+};
 
 }  // namespace steadygrad

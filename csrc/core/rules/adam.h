@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <string_view>
 
 #include "core/host_device.h"
 #include "core/rules/hyper.h"
@@ -54,10 +55,32 @@ struct Adam {
   }
 };
 
-STEADYGRAD_INLINE StepScalars adam_scalars(const RuleHyper& hyper, double step) {
-  const double bias_correction1 = 1 - std::pow(hyper.beta1, step);
-  const double bias_correction2 = 1 - std::pow(hyper.beta2, step);
-  return {hyper.lr / bias_correction1, 1 / std::sqrt(bias_correction2), false};
-}
+struct AdamRule {
+  static constexpr RuleKind kKind = RuleKind::adam;
+  static constexpr std::string_view kName = "adam";
+  static constexpr bool kHasStep = true;
+  static constexpr FieldList<NumberField> kNumbers = kAdamNumbers;
+  static constexpr FieldList<FlagField> kFlags = kAdamFlags;
+  static constexpr FieldList<StateField> kStates = kAdamStates;
+  static constexpr FieldList<const char*> kStateNumbers = {};
+  // With all terms.
+  template <class T>
+  using Full = Adam<T, true, true>;
+
+  STEADYGRAD_INLINE static int state_count(const RuleHyper& hyper) { return hyper.amsgrad ? 3 : 2; }
+
+  STEADYGRAD_INLINE static StepScalars scalars(const RuleHyper& hyper, double step, const double*) {
+    StepScalars scalars;
+    scalars.step_size = hyper.lr / (1 - std::pow(hyper.beta1, step));
+    scalars.inverse_sqrt_bias_correction2 = 1 / std::sqrt(1 - std::pow(hyper.beta2, step));
+    return scalars;
+  }
+
+  template <class T, bool kDecay, class Function>
+  STEADYGRAD_INLINE static void with_type(const RuleTerms& terms, Function function) {
+    if (terms.amsgrad) return function(RuleType<Adam<T, kDecay, true>>{});
+    function(RuleType<Adam<T, kDecay, false>>{});
+  }
+};
 
 }  // namespace steadygrad

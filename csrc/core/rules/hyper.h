@@ -7,7 +7,24 @@
 
 namespace steadygrad {
 
-enum class RuleKind : uint8_t { none, sgd, adam, adagrad, rmsprop };
+// "none" leaves the update to somebody else: only the gradients are transformed.
+enum class RuleKind : uint8_t {
+  none,
+  sgd,
+  adam,
+  adagrad,
+  rmsprop,
+  adamax,
+  nadam,
+  radam,
+  adadelta,
+  asgd,
+  rprop,
+  lion
+};
+
+// Numbers that the state of a parameter has beside its step counter and its tensors.
+constexpr int kMaxNumbers = 2;
 
 // Constant over a param group in one step. Names are those of torch's constructors.
 struct RuleHyper {
@@ -20,6 +37,14 @@ struct RuleHyper {
   double eps = 0;
   double alpha = 0;
   double lr_decay = 0;
+  double rho = 0;
+  double lambd = 0;
+  double t0 = 0;
+  double momentum_decay = 0;
+  double etaminus = 0;
+  double etaplus = 0;
+  double step_size_min = 0;
+  double step_size_max = 0;
   bool nesterov = false;
   bool maximize = false;
   bool amsgrad = false;
@@ -66,7 +91,23 @@ inline bool has_momentum(const RuleHyper& hyper) { return hyper.momentum != 0; }
 struct StepScalars {
   double step_size = 0;
   double inverse_sqrt_bias_correction2 = 1;
+  double weight = 0;                 // of the second term, in rules that have one
+  double numbers[kMaxNumbers] = {};  // the state's numbers once the step has been taken
   bool first = false;
+};
+
+// The options that change which operands a rule has, or whether a term exists at all.
+struct RuleTerms {
+  bool decay = false;
+  bool momentum = false;
+  bool nesterov = false;
+  bool amsgrad = false;
+  bool centered = false;
+};
+
+template <class Rule>
+struct RuleType {
+  using type = Rule;
 };
 
 }  // namespace steadygrad

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <string_view>
 
 #include "core/host_device.h"
 #include "core/rules/hyper.h"
@@ -53,6 +54,33 @@ struct RmsProp {
     } else {
       param = param - lr * update;
     }
+  }
+};
+
+struct RmsPropRule {
+  static constexpr RuleKind kKind = RuleKind::rmsprop;
+  static constexpr std::string_view kName = "rmsprop";
+  static constexpr bool kHasStep = true;
+  static constexpr FieldList<NumberField> kNumbers = kRmsPropNumbers;
+  static constexpr FieldList<FlagField> kFlags = kRmsPropFlags;
+  static constexpr FieldList<StateField> kStates = kRmsPropStates;
+  static constexpr FieldList<const char*> kStateNumbers = {};
+  // With all terms.
+  template <class T>
+  using Full = RmsProp<T, true, true, true>;
+
+  STEADYGRAD_INLINE static int state_count(const RuleHyper& hyper) {
+    return 1 + (hyper.centered ? 1 : 0) + (hyper.momentum != 0 ? 1 : 0);
+  }
+
+  STEADYGRAD_INLINE static StepScalars scalars(const RuleHyper&, double, const double*) { return {}; }
+
+  template <class T, bool kDecay, class Function>
+  STEADYGRAD_INLINE static void with_type(const RuleTerms& terms, Function function) {
+    if (terms.centered && terms.momentum) return function(RuleType<RmsProp<T, kDecay, true, true>>{});
+    if (terms.centered) return function(RuleType<RmsProp<T, kDecay, true, false>>{});
+    if (terms.momentum) return function(RuleType<RmsProp<T, kDecay, false, true>>{});
+    function(RuleType<RmsProp<T, kDecay, false, false>>{});
   }
 };
 

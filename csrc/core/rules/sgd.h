@@ -1,6 +1,8 @@
 // torch.optim.SGD for one element.
 #pragma once
 
+#include <string_view>
+
 #include "core/host_device.h"
 #include "core/rules/hyper.h"
 
@@ -38,6 +40,30 @@ struct Sgd {
       grad = kNesterov ? grad + momentum * momentum_buffer : momentum_buffer;
     }
     param = param - lr * grad;
+  }
+};
+
+struct SgdRule {
+  static constexpr RuleKind kKind = RuleKind::sgd;
+  static constexpr std::string_view kName = "sgd";
+  static constexpr bool kHasStep = false;
+  static constexpr FieldList<NumberField> kNumbers = kSgdNumbers;
+  static constexpr FieldList<FlagField> kFlags = kSgdFlags;
+  static constexpr FieldList<StateField> kStates = kSgdStates;
+  static constexpr FieldList<const char*> kStateNumbers = {};
+  // With all terms.
+  template <class T>
+  using Full = Sgd<T, true, true, true>;
+
+  STEADYGRAD_INLINE static int state_count(const RuleHyper& hyper) { return hyper.momentum != 0 ? 1 : 0; }
+
+  STEADYGRAD_INLINE static StepScalars scalars(const RuleHyper&, double, const double*) { return {}; }
+
+  template <class T, bool kDecay, class Function>
+  STEADYGRAD_INLINE static void with_type(const RuleTerms& terms, Function function) {
+    if (terms.momentum && terms.nesterov) return function(RuleType<Sgd<T, kDecay, true, true>>{});
+    if (terms.momentum) return function(RuleType<Sgd<T, kDecay, true, false>>{});
+    function(RuleType<Sgd<T, kDecay, false, false>>{});
   }
 };
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from steadygrad.optim import lion
 from steadygrad.optim.groups import check_loaded
 from steadygrad.optim.hooks import is_watched, run_hooked
 from steadygrad.optim.in_place import Closure
@@ -274,12 +275,12 @@ class AdamW(StabilizedClass, torch.optim.AdamW):
     ) -> None: ...
 
 
-def _initial_value(group: Group) -> float:
-    return float(group["initial_accumulator_value"])
+def _initial_sum(group: Group, name: str) -> float:
+    return float(group["initial_accumulator_value"]) if name == "sum" else 0.0
 
 
 ADAGRAD_RULE = UpdateRule(
-    "adagrad", torch.optim.Adagrad, takes_sparse=True, initial_value=_initial_value
+    "adagrad", torch.optim.Adagrad, takes_sparse=True, initial_value=_initial_sum
 )
 
 
@@ -363,3 +364,302 @@ class RMSprop(StabilizedClass, torch.optim.RMSprop):
         reduce_norm: Any = None,
         telemetry: Telemetry | Level | None = "tensor",
     ) -> None: ...
+
+
+def _initial_mu_product(group: Group, name: str) -> float:
+    return 1.0 if name == "mu_product" else 0.0
+
+
+def _initial_eta_and_mu(group: Group, name: str) -> float:
+    return {"eta": float(group["lr"]), "mu": 1.0}.get(name, 0.0)
+
+
+def _initial_step_size(group: Group, name: str) -> float:
+    return float(group["lr"]) if name == "step_size" else 0.0
+
+
+ADAMAX_RULE = UpdateRule("adamax", torch.optim.Adamax)
+NADAM_RULE = UpdateRule("nadam", torch.optim.NAdam, initial_value=_initial_mu_product)
+RADAM_RULE = UpdateRule("radam", torch.optim.RAdam)
+ADADELTA_RULE = UpdateRule("adadelta", torch.optim.Adadelta)
+ASGD_RULE = UpdateRule("asgd", torch.optim.ASGD, initial_value=_initial_eta_and_mu)
+RPROP_RULE = UpdateRule("rprop", torch.optim.Rprop, initial_value=_initial_step_size)
+LION_RULE = UpdateRule("lion", lion.Lion)
+
+
+class Adamax(StabilizedClass, torch.optim.Adamax):
+    """``torch.optim.Adamax`` with the keyword arguments of :class:`steadygrad.Stabilizer`."""
+
+    rule = ADAMAX_RULE
+
+    @written_out
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.002,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-08,
+        weight_decay: float = 0,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        capturable: bool = False,
+        max_norm: float | None = None,
+        clip: ClipPolicy | None = None,
+        skip: SkipSpikes | None = None,
+        norm_type: float = 2.0,
+        clip_value: float | None = None,
+        l1: float = 0.0,
+        l2: float = 0.0,
+        penalty_order: PenaltyOrder = "before_clip",
+        l1_mode: L1Mode = "subgradient",
+        clip_scope: ClipScope | None = None,
+        nonfinite: Nonfinite = "skip",
+        write_grads: bool = False,
+        state_dtype: torch.dtype | None = None,
+        rounding: Rounding = "nearest",
+        rounding_seed: int = 0,
+        reduce_norm: Any = None,
+        telemetry: Telemetry | Level | None = "tensor",
+    ) -> None: ...
+
+
+class NAdam(StabilizedClass, torch.optim.NAdam):
+    """``torch.optim.NAdam`` with the keyword arguments of :class:`steadygrad.Stabilizer`."""
+
+    rule = NADAM_RULE
+
+    @written_out
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.002,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-08,
+        weight_decay: float = 0,
+        momentum_decay: float = 0.004,
+        decoupled_weight_decay: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        max_norm: float | None = None,
+        clip: ClipPolicy | None = None,
+        skip: SkipSpikes | None = None,
+        norm_type: float = 2.0,
+        clip_value: float | None = None,
+        l1: float = 0.0,
+        l2: float = 0.0,
+        penalty_order: PenaltyOrder = "before_clip",
+        l1_mode: L1Mode = "subgradient",
+        clip_scope: ClipScope | None = None,
+        nonfinite: Nonfinite = "skip",
+        write_grads: bool = False,
+        state_dtype: torch.dtype | None = None,
+        rounding: Rounding = "nearest",
+        rounding_seed: int = 0,
+        reduce_norm: Any = None,
+        telemetry: Telemetry | Level | None = "tensor",
+    ) -> None: ...
+
+
+class RAdam(StabilizedClass, torch.optim.RAdam):
+    """``torch.optim.RAdam`` with the keyword arguments of :class:`steadygrad.Stabilizer`."""
+
+    rule = RADAM_RULE
+
+    @written_out
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.001,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-08,
+        weight_decay: float = 0,
+        decoupled_weight_decay: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        max_norm: float | None = None,
+        clip: ClipPolicy | None = None,
+        skip: SkipSpikes | None = None,
+        norm_type: float = 2.0,
+        clip_value: float | None = None,
+        l1: float = 0.0,
+        l2: float = 0.0,
+        penalty_order: PenaltyOrder = "before_clip",
+        l1_mode: L1Mode = "subgradient",
+        clip_scope: ClipScope | None = None,
+        nonfinite: Nonfinite = "skip",
+        write_grads: bool = False,
+        state_dtype: torch.dtype | None = None,
+        rounding: Rounding = "nearest",
+        rounding_seed: int = 0,
+        reduce_norm: Any = None,
+        telemetry: Telemetry | Level | None = "tensor",
+    ) -> None: ...
+
+
+class Adadelta(StabilizedClass, torch.optim.Adadelta):
+    """``torch.optim.Adadelta`` with the keyword arguments of :class:`steadygrad.Stabilizer`."""
+
+    rule = ADADELTA_RULE
+
+    @written_out
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1.0,
+        rho: float = 0.9,
+        eps: float = 1e-06,
+        weight_decay: float = 0,
+        foreach: bool | None = None,
+        *,
+        capturable: bool = False,
+        maximize: bool = False,
+        differentiable: bool = False,
+        max_norm: float | None = None,
+        clip: ClipPolicy | None = None,
+        skip: SkipSpikes | None = None,
+        norm_type: float = 2.0,
+        clip_value: float | None = None,
+        l1: float = 0.0,
+        l2: float = 0.0,
+        penalty_order: PenaltyOrder = "before_clip",
+        l1_mode: L1Mode = "subgradient",
+        clip_scope: ClipScope | None = None,
+        nonfinite: Nonfinite = "skip",
+        write_grads: bool = False,
+        state_dtype: torch.dtype | None = None,
+        rounding: Rounding = "nearest",
+        rounding_seed: int = 0,
+        reduce_norm: Any = None,
+        telemetry: Telemetry | Level | None = "tensor",
+    ) -> None: ...
+
+
+class ASGD(StabilizedClass, torch.optim.ASGD):
+    """``torch.optim.ASGD`` with the keyword arguments of :class:`steadygrad.Stabilizer`."""
+
+    rule = ASGD_RULE
+
+    @written_out
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.01,
+        lambd: float = 0.0001,
+        alpha: float = 0.75,
+        t0: float = 1000000.0,
+        weight_decay: float = 0,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        capturable: bool = False,
+        *,
+        max_norm: float | None = None,
+        clip: ClipPolicy | None = None,
+        skip: SkipSpikes | None = None,
+        norm_type: float = 2.0,
+        clip_value: float | None = None,
+        l1: float = 0.0,
+        l2: float = 0.0,
+        penalty_order: PenaltyOrder = "before_clip",
+        l1_mode: L1Mode = "subgradient",
+        clip_scope: ClipScope | None = None,
+        nonfinite: Nonfinite = "skip",
+        write_grads: bool = False,
+        state_dtype: torch.dtype | None = None,
+        rounding: Rounding = "nearest",
+        rounding_seed: int = 0,
+        reduce_norm: Any = None,
+        telemetry: Telemetry | Level | None = "tensor",
+    ) -> None: ...
+
+
+class Rprop(StabilizedClass, torch.optim.Rprop):
+    """``torch.optim.Rprop`` with the keyword arguments of :class:`steadygrad.Stabilizer`."""
+
+    rule = RPROP_RULE
+
+    @written_out
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.01,
+        etas: tuple[float, float] = (0.5, 1.2),
+        step_sizes: tuple[float, float] = (1e-06, 50),
+        *,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        max_norm: float | None = None,
+        clip: ClipPolicy | None = None,
+        skip: SkipSpikes | None = None,
+        norm_type: float = 2.0,
+        clip_value: float | None = None,
+        l1: float = 0.0,
+        l2: float = 0.0,
+        penalty_order: PenaltyOrder = "before_clip",
+        l1_mode: L1Mode = "subgradient",
+        clip_scope: ClipScope | None = None,
+        nonfinite: Nonfinite = "skip",
+        write_grads: bool = False,
+        state_dtype: torch.dtype | None = None,
+        rounding: Rounding = "nearest",
+        rounding_seed: int = 0,
+        reduce_norm: Any = None,
+        telemetry: Telemetry | Level | None = "tensor",
+    ) -> None: ...
+
+
+class Lion(StabilizedClass, lion.Lion):
+    """Lion (Chen et al. 2023) with the keyword arguments of :class:`steadygrad.Stabilizer`.
+
+    Its own arguments and its formula are those of :class:`steadygrad.optim.lion.Lion`.
+    """
+
+    rule = LION_RULE
+
+    @written_out
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 0.0001,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        max_norm: float | None = None,
+        clip: ClipPolicy | None = None,
+        skip: SkipSpikes | None = None,
+        norm_type: float = 2.0,
+        clip_value: float | None = None,
+        l1: float = 0.0,
+        l2: float = 0.0,
+        penalty_order: PenaltyOrder = "before_clip",
+        l1_mode: L1Mode = "subgradient",
+        clip_scope: ClipScope | None = None,
+        nonfinite: Nonfinite = "skip",
+        write_grads: bool = False,
+        state_dtype: torch.dtype | None = None,
+        rounding: Rounding = "nearest",
+        rounding_seed: int = 0,
+        reduce_norm: Any = None,
+        telemetry: Telemetry | Level | None = "tensor",
+    ) -> None: ...
+
+
+# The fused rule of each class. A subclass may override anything, so the type must be that very class.
+RULES = {
+    rule.optimizer: rule
+    for rule in (
+        *(SGD_RULE, ADAM_RULE, ADAMW_RULE, ADAGRAD_RULE, RMSPROP_RULE, ADAMAX_RULE, NADAM_RULE),
+        *(RADAM_RULE, ADADELTA_RULE, ASGD_RULE, RPROP_RULE, LION_RULE),
+    )
+}

@@ -86,8 +86,9 @@ def _why_not_state(
     state = optimizer.state.get(param)
     if not state:
         return None
-    if rule.has_step and not isinstance(state.get("step"), Tensor):
-        return "a state's 'step' is not a tensor"
+    for name in rule.number_names:
+        if not isinstance(state.get(name), Tensor):
+            return f"a state's '{name}' is not a tensor"
     for name in names:
         value = state.get(name)
         if value is None and name == "momentum_buffer" and not rule.has_step:

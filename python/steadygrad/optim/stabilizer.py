@@ -9,14 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from steadygrad.optim.classes import (
-    ADAGRAD_RULE,
-    ADAM_RULE,
-    ADAMW_RULE,
-    RMSPROP_RULE,
-    SGD_RULE,
-    StabilizedClass,
-)
+from steadygrad.optim.classes import RULES, StabilizedClass
 from steadygrad.optim.groups import check_loaded
 from steadygrad.optim.hooks import own_step, watch
 from steadygrad.optim.in_place import Closure, other_update_methods
@@ -36,11 +29,6 @@ from steadygrad.parameter_names import named_alike
 from steadygrad.policies import ClipAdaptive, ClipPolicy, SkipSpikes
 from steadygrad.policies.adaptive import CLIPPING
 from steadygrad.telemetry.settings import Level, Telemetry
-
-# A subclass may override anything, so the type must be torch's own.
-_RULES = {
-    rule.optimizer: rule for rule in (SGD_RULE, ADAM_RULE, ADAMW_RULE, ADAGRAD_RULE, RMSPROP_RULE)
-}
 
 
 def _kind(optimizer: Stabilizer | StabilizedClass) -> str:
@@ -207,7 +195,7 @@ class Stabilizer(StabilizedOptimizer, torch.optim.Optimizer):
         return Stepper(
             self.optimizer,
             self._options,
-            _RULES.get(type(self.optimizer)),
+            RULES.get(type(self.optimizer)),
             own_step,
             runs_hooks=True,
         )

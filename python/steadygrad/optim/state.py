@@ -26,18 +26,23 @@ class UpdateRule:
         name: the rule's name in the kernels.
         optimizer: torch's class. Subclasses may override anything, so only this very type is fused.
         takes_sparse: whether torch's class accepts sparse gradients.
-        initial_value: what a new state tensor is filled with.
+        initial_value: what a new tensor or number of the state is filled with, by its name.
     """
 
     name: str
     optimizer: type[torch.optim.Optimizer]
     takes_sparse: bool = False
-    initial_value: Callable[[Group], float] = lambda group: 0.0
+    initial_value: Callable[[Group, str], float] = lambda group, name: 0.0
+
+    @property
+    def number_names(self) -> tuple[str, ...]:
+        """The names of the numbers in a state, the ``step`` counter first."""
+        return tuple(_kernels.state_numbers(self.name))
 
     @property
     def has_step(self) -> bool:
         """Whether the state has a ``step`` counter."""
-        return _kernels.has_step(self.name)
+        return bool(self.number_names)
 
     def state_names(self, group: Group) -> tuple[str, ...]:
         """The state tensors in the kernels' order, for the options of a group."""
@@ -46,17 +51,23 @@ class UpdateRule:
     def new_state(self, param: Tensor, group: Group, dtype: torch.dtype) -> dict[str, Tensor]:
         """The state torch's class creates before a parameter's first step, but for its dtype."""
         state: dict[str, Tensor] = {}
-        if self.has_step:
-            wide = torch.get_default_dtype() == torch.float64 and not group.get("fused")
-            # On the CPU, as torch has it without fused=True; where steps are decided on the device, on the device.
-            there = param.device if is_asynchronous(param.device) else torch.device("cpu")
-            step_dtype = (
-                torch.float64 if wide and not is_asynchronous(param.device) else torch.float32
+        for name in self.number_names:
+            wide = torch.get_default_dtype() == torch.float64
+            if name == "step":
+                wide = wide and not group.get("fused") and not is_asynchronous(param.device)
+            state[name] = torch.full(
+                (),
+                self.initial_value(group, name),
+                dtype=torch.float64 if wide else torch.float32,
+                # As torch has it without fused=True; where steps are decided on the device, on the device.
+                device=param.device if is_asynchronous(param.device) else "cpu",
             )
-            state["step"] = torch.zeros((), dtype=step_dtype, device=there)
         for name in self.state_names(group):
             state[name] = torch.full_like(
-                param, self.initial_value(group), dtype=dtype, memory_format=torch.preserve_format
+                param,
+                self.initial_value(group, name),
+                dtype=dtype,
+                memory_format=torch.preserve_format,
             ).detach()
         return state
 
@@ -98,17 +109,23 @@ def slot_of(
         widened = _widened(state, names, storage.dtype_for(param))
     if extra is not None and lacks_extra:
         made[extra] = storage.new_extra(param)
-    if rule.has_step and not first and on_device and state["step"].device != param.device:
-        # Where the decision to step is taken, as with fused=True and capturable=True.
-        state["step"] = state["step"].to(param.device, torch.float32, non_blocking=True)
+    for name in () if first else rule.number_names:
+        if on_device and state[name].device != param.device:
+            # Where the decision to step is taken, as with fused=True and capturable=True.
+            dtype = torch.float32 if name == "step" else None
+            state[name] = state[name].to(param.device, dtype, non_blocking=True)
+        elif (
+            state[name].dtype in HALF_DTYPES
+        ):  # loading a checkpoint, torch rounds all but the step counter
+            widened[name] = state[name].float()
     # Only SGD's momentum begins otherwise than it goes on. Elsewhere the mark says what a skipped step takes back.
     first = first or (bool(made) and (rule.has_step or not names))
     made = {**made, **widened}
     whole = {**state, **made}
-    step = whole["step"] if rule.has_step else None
+    numbers = [whole[name] for name in rule.number_names]
     kept = whole[extra] if extra is not None else None
     states = [whole[name] for name in names]
-    return _kernels.Slot(states=states, step=step, extra=kept, first=first), made
+    return _kernels.Slot(states=states, numbers=numbers, extra=kept, first=first), made
 
 
 def _widened(state: State, names: tuple[str, ...], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -1,0 +1,8 @@
+#include "cuda/update_kernel.h"
+
+namespace steadygrad::cuda {
+
+template void launch_update<AdamaxRule>(const char* function, const UpdateArguments& arguments,
+                                        Stream stream);
+
+}  // namespace steadygrad::cuda

@@ -1,0 +1,7 @@
+#include "cuda/update_kernel.h"
+
+namespace steadygrad::cuda {
+
+template void launch_update<NAdamRule>(const char* function, const UpdateArguments& arguments, Stream stream);
+
+}  // namespace steadygrad::cuda
