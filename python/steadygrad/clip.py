@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from steadygrad import _kernels
+from steadygrad import _kernels, composite
 from steadygrad.arguments import converted_to_float
 from steadygrad.distributed.dtensors import (
     has_dtensors,
@@ -119,8 +119,10 @@ def get_total_norm(
     {2, 1, inf}, two for a general p.
 
     Args:
-        tensors: dense tensors of any shape, all on the CPU or all on one CUDA device; float32, float64, bfloat16,
-            float16, or complex for p = 2. A tensor that appears twice counts once. An empty list has norm 0. For
+        tensors: dense tensors of any shape; float32, float64, bfloat16, float16, or complex. All on the CPU or all on
+            one CUDA device they go through the kernels; on other devices, on several ones, and where complex ones have
+            another norm than p = 2, through torch's own operations with their precision. A tensor that appears twice
+            counts once. An empty list has norm 0. For
             DTensors it is the norm of all ranks together, in one collective, to which all ranks of their meshes have
             to come with as many tensors: :func:`clip_grad_norm_` is for parameters without a gradient on some ranks.
         norm_type: p. ``inf`` is the largest magnitude, ``-inf`` the smallest, 0 the number of non-zeros.
@@ -132,7 +134,7 @@ def get_total_norm(
         Plain and the same on all ranks, also for DTensors.
 
     Raises:
-        TypeError: a tensor is sparse, on another device than the others, of another dtype, or no tensor.
+        TypeError: a tensor is sparse, of another dtype, or no tensor.
         ValueError: ``norm_type`` is NaN.
         RuntimeError: non-finite elements under ``error_if_nonfinite``, on any rank; a process group was destroyed, or
             ranks hold different DTensors.
@@ -149,13 +151,21 @@ def get_total_norm(
         listed = local_tensors(listed)
     device = device_of(listed)
     output = NormOutput(device)
-    norm, nonfinite, is_float64 = _kernels.grad_norm(
-        listed,
-        p,
-        output.tensors,
-        allocator(device),
-        None if reduction is None else reduction.for_kernels,
-    )
+    try:
+        norm, nonfinite, is_float64 = _kernels.grad_norm(
+            listed,
+            p,
+            output.tensors,
+            allocator(device),
+            None if reduction is None else reduction.for_kernels,
+        )
+    except TypeError:
+        if reduction is not None or not composite.takes(listed):
+            raise
+        result = composite.get_total_norm(listed, p)
+        if error_if_nonfinite:
+            _refuse_nonfinite("get_total_norm", result, composite.nonfinite_count(listed))
+        return result
     result = output.result(norm, wide=is_float64)
     if error_if_nonfinite:
         _refuse_nonfinite("get_total_norm", result, output.nonfinite(nonfinite))
@@ -192,7 +202,7 @@ def clip_grad_norm_(
         or float64 if any gradient is float64. Plain and the same on all ranks, also for DTensors.
 
     Raises:
-        TypeError: a gradient is sparse, on another device than the others, or of another dtype.
+        TypeError: a gradient is sparse, or of another dtype.
         ValueError: ``max_norm`` is negative or NaN, ``norm_type`` is NaN, or a parameter is a part of one that FSDP1
             has split over ranks; the message has the lines to write.
         RuntimeError: non-finite elements under ``error_if_nonfinite``, on any rank; a process group was destroyed, or
@@ -225,15 +235,24 @@ def clip_grad_norm_(
         grads = grads_of("clip_grad_norm_", listed)
         device = device_of(grads)
     output = NormOutput(device)
-    norm, nonfinite, is_float64 = _kernels.clip_grad_norm_(
-        grads,
-        limit,
-        p,
-        bool(error_if_nonfinite),
-        output.tensors,
-        allocator(device),
-        None if reduction is None else reduction.for_kernels,
-    )
+    try:
+        norm, nonfinite, is_float64 = _kernels.clip_grad_norm_(
+            grads,
+            limit,
+            p,
+            bool(error_if_nonfinite),
+            output.tensors,
+            allocator(device),
+            None if reduction is None else reduction.for_kernels,
+        )
+    except TypeError:
+        if reduction is not None or not composite.takes(grads):
+            raise
+        result = composite.get_total_norm(grads, p)
+        if error_if_nonfinite:
+            _refuse_nonfinite("clip_grad_norm_", result, composite.nonfinite_count(grads))
+        composite.clip_grads_with_norm_(grads, limit, result)
+        return result
     result = output.result(norm, wide=is_float64)
     if error_if_nonfinite:
         _refuse_nonfinite("clip_grad_norm_", result, output.nonfinite(nonfinite))
@@ -255,7 +274,7 @@ def clip_grads_with_norm_(
         foreach: accepted for compatibility with torch; there is one implementation.
 
     Raises:
-        TypeError: a gradient is sparse, on another device than the others, or of another dtype.
+        TypeError: a gradient is sparse, or of another dtype.
         ValueError: ``max_norm`` is negative or NaN.
 
     Source: ``torch.nn.utils.clip_grads_with_norm_``.
@@ -267,11 +286,17 @@ def clip_grads_with_norm_(
     norm = total_norm
     if isinstance(norm, Tensor) and has_dtensors([norm]):
         norm = norm.full_tensor()  # type: ignore[attr-defined]
+    limit = as_number("clip_grads_with_norm_", "max_norm", max_norm)
+    if isinstance(norm, Tensor) and not composite.has_kernels(norm.device):
+        return composite.clip_grads_with_norm_(grads, limit, norm)
     if not is_number_on(norm, device):
         norm = as_number("clip_grads_with_norm_", "total_norm", norm)
-    _kernels.clip_grads_with_norm_(
-        grads, as_number("clip_grads_with_norm_", "max_norm", max_norm), norm, allocator(device)
-    )
+    try:
+        _kernels.clip_grads_with_norm_(grads, limit, norm, allocator(device))
+    except TypeError:
+        if not composite.takes(grads):
+            raise
+        composite.clip_grads_with_norm_(grads, limit, norm)
 
 
 def clip_grad_value_(
@@ -285,7 +310,7 @@ def clip_grad_value_(
         foreach: accepted for compatibility with torch; there is one implementation.
 
     Raises:
-        TypeError: a gradient is sparse, complex, on another device than the others, or of another dtype.
+        TypeError: a gradient is sparse, complex, or of another dtype.
         ValueError: ``clip_value`` is negative or NaN.
 
     Source: ``torch.nn.utils.clip_grad_value_``.
@@ -294,4 +319,9 @@ def clip_grad_value_(
     listed = _clipped_list("clip_grad_value_", parameters)
     grads = writable_grads_of("clip_grad_value_", listed)
     number = as_number("clip_grad_value_", "clip_value", clip_value)
-    _kernels.clip_grad_value_(grads, number, allocator(device_of(grads)))
+    try:
+        _kernels.clip_grad_value_(grads, number, allocator(device_of(grads)))
+    except TypeError:
+        if not composite.takes(grads) or any(grad.is_complex() for grad in grads):
+            raise
+        composite.clip_grad_value_(grads, number)

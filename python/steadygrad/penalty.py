@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from steadygrad import _kernels
+from steadygrad import _kernels, composite
 from steadygrad.clip import as_list, as_number, device_of
 from steadygrad.distributed.dtensors import has_dtensors, local_gradients, local_tensors
 from steadygrad.distributed.layout import layout_of
@@ -28,11 +28,12 @@ def add_penalty_(params: Iterable[Tensor] | Tensor, l1: float = 0.0, l2: float =
         l2: weight of half the sum of squares, at least 0.
 
     Returns:
-        The penalty's value, a 0-d float64 tensor on the parameters' device, which is not waited for. Where there are
+        The penalty's value, a 0-d float64 tensor on the parameters' device, which is not waited for (float32 where no
+        kernel takes the parameters). Where there are
         DTensors, that of all ranks together: every rank of their meshes has to come, with the same parameters.
 
     Raises:
-        TypeError: a parameter or gradient is sparse, complex, on another device than the others, or of another dtype.
+        TypeError: a parameter or gradient is sparse, or of another dtype.
         ValueError: ``l1`` or ``l2`` is negative or NaN.
     """
     given = as_list("add_penalty_", "params", params)
@@ -40,7 +41,14 @@ def add_penalty_(params: Iterable[Tensor] | Tensor, l1: float = 0.0, l2: float =
     if has_dtensors(given):
         return _add_to_shards(list(dict.fromkeys(given)), *weights)
     listed = [p for p in given if _grad(p) is not None]
-    return _add(listed, [p.grad for p in listed if p.grad is not None], *weights, device_of(listed))
+    grads = [p.grad for p in listed if p.grad is not None]
+    try:
+        return _add(listed, grads, *weights, device_of(listed))
+    except TypeError:
+        if not composite.takes([*listed, *grads]):
+            raise
+        with torch.no_grad():
+            return composite.add_penalty_(listed, grads, *weights)
 
 
 def _add(
@@ -89,7 +97,7 @@ def soft_threshold_(params: Iterable[Tensor] | Tensor, amount: float) -> None:
         amount: what is taken from every magnitude, at least 0; for an L1 penalty, learning rate times ``l1``.
 
     Raises:
-        TypeError: a parameter is sparse, complex, on another device than the others, or of another dtype.
+        TypeError: a parameter is sparse, or of another dtype.
         ValueError: ``amount`` is negative or NaN.
 
     Source: Parikh and Boyd 2014, Proximal Algorithms, section 6.5.2.
@@ -100,4 +108,10 @@ def soft_threshold_(params: Iterable[Tensor] | Tensor, amount: float) -> None:
         if number > 0:
             increment_version(listed)  # the kernels know only of what is within
         listed = local_tensors(dict.fromkeys(listed))
-    _kernels.soft_threshold_(listed, number, allocator(device_of(listed)))
+    try:
+        _kernels.soft_threshold_(listed, number, allocator(device_of(listed)))
+    except TypeError:
+        if not composite.takes(listed):
+            raise
+        with torch.no_grad():
+            composite.soft_threshold_(listed, number)

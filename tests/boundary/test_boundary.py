@@ -45,7 +45,6 @@ BAD: dict[str, tuple[Callable[[], Tensor], str, str]] = {
     "float8": (lambda: torch.ones(7).to(torch.float8_e4m3fn), "float", "float8"),
     "sparse": (lambda: torch.full((7,), 50.0).to_sparse(), "dense|strided", "sparse"),
     "sparse-csr": (lambda: torch.eye(7).to_sparse_csr(), "dense|strided", "sparse"),
-    "meta": (lambda: torch.ones(7, device="meta"), "cpu", "meta"),
     "fake": (fake, r"torch\.Tensor", "FakeTensor"),
     "subclass": (lambda: torch.ones(7).as_subclass(Subclass), r"torch\.Tensor", "Subclass"),
     "freed": (freed, "memory|storage", "freed|null|released"),

@@ -219,19 +219,3 @@ def test_negative_and_nan_strengths_are_refused(
         got=str(value),
         unchanged=[Snapshot(params)],
     )
-
-
-@pytest.mark.parametrize("function", ["soft_threshold_", "add_penalty_"])
-def test_complex_parameters_are_refused(backend: Backend, function: str) -> None:
-    good = Parameter(torch.ones(3, device=backend.device))
-    bad = Parameter(torch.ones(4, dtype=torch.complex64, device=backend.device))
-    good.grad, bad.grad = torch.ones_like(good), torch.ones_like(bad)
-    assert_refused(
-        lambda: getattr(sg, function)([good, bad], 0.5),
-        (TypeError, ValueError),
-        function=function,
-        argument="params",
-        expected="real|float",
-        got="complex",
-        unchanged=[Snapshot([good, bad])],
-    )
