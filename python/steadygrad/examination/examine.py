@@ -201,7 +201,7 @@ def _lost_to_fp16(
     if isinstance(batch, (tuple, list)):
         batch = [x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in batch]
     with torch.autocast(device, enabled=False):
-        whole = Measurement(copy.deepcopy(model).float(), loss_of, [batch], loss_scale)
+        whole = Measurement(copy.deepcopy(model).float(), loss_of, [batch], loss_scale, True)
     seen = {
         key: whole.recorder.layers[key].gradients for key in half if key in whole.recorder.layers
     }

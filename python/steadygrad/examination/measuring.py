@@ -27,6 +27,7 @@ class Measurement:
         loss_of: of model and batch.
         batches: each is used once.
         loss_scale: what the loss is multiplied by for the backward pass.
+        in_fp16: whether the share of gradients is counted that fp16 would lose.
 
     Attributes:
         recorder: layers and activation functions; their gradients are those of the scaled loss.
@@ -37,10 +38,15 @@ class Measurement:
     """
 
     def __init__(
-        self, model: nn.Module, loss_of: LossOf, batches: Iterable[Any], loss_scale: float = 1.0
+        self,
+        model: nn.Module,
+        loss_of: LossOf,
+        batches: Iterable[Any],
+        loss_scale: float = 1.0,
+        in_fp16: bool = False,
     ) -> None:
         parameters = trainable(model)
-        self.recorder = Recorder(model)
+        self.recorder = Recorder(model, in_fp16)
         self.losses: list[float] = []
         self.norms: list[float] = []
         self.gradients: dict[str, list[float]] = {name: [] for name in parameters}

@@ -20,16 +20,13 @@ _KINDS = {"relu": "ReLU", "tanh": "tanh", "sigmoid": "sigmoid", "_softmax": "sof
 
 
 class Numbers(NamedTuple):
-    """What is kept of a tensor: root mean square, norm, standard deviation, largest magnitude,
-    number of non-finite elements, and share of the non-zero elements that fp16 would lose.
-    """  # noqa: D205
+    """Root mean square, norm, standard deviation and largest magnitude of a tensor; its share that fp16 loses."""
 
     rms: float
     norm: float
     std: float
     largest: float
-    nonfinite: float
-    lost: float
+    lost: float = 0.0
 
 
 @dataclass
@@ -110,6 +107,10 @@ class Units:
 class Recorder(TorchDispatchMode):
     """Listens to a model's forward passes, and to the backward pass after each.
 
+    Args:
+        model: whose modules are hooked.
+        in_fp16: whether the share of gradients is counted that fp16 would lose.
+
     Attributes:
         layers: calls of layers, in the order of execution, the model's input first.
         units: activation functions.
@@ -117,16 +118,16 @@ class Recorder(TorchDispatchMode):
             "gradient", layer).
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, in_fp16: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.model, self.batch = model, -1
+        self.model, self.in_fp16, self.batch = model, in_fp16, -1
         self.layers: dict[tuple[str, int], Layer] = {}
         self.units: dict[tuple[str, str, int], Units] = {}
         self.broken: list[tuple[int, str, Layer]] = []
         self._listens = False
         self._stack: list[tuple[str, nn.Module, int]] = []
         self._calls: Counter[Any] = Counter()
-        self._seen: list[tuple[Layer, str, Tensor]] = []
+        self._seen: list[tuple[Layer, str, int, Tensor]] = []
 
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
@@ -152,10 +153,13 @@ class Recorder(TorchDispatchMode):
 
     def end_batch(self) -> None:
         """Take the numbers of a batch from the device, after its backward pass."""
-        for layer, what, row in self._seen:
-            numbers = Numbers(*row.tolist())
+        for layer, what, size, sums in self._seen:
+            norm, mean, largest, *lost = sums.tolist()
+            rms = norm / math.sqrt(size)
+            std = math.sqrt(max(rms * rms - mean * mean, 0.0)) if math.isfinite(norm) else math.nan
+            numbers = Numbers(rms, norm, std, largest, *lost)
             (layer.outputs if what == "output" else layer.gradients)[self.batch] = numbers
-            if numbers.nonfinite and layer.name != "input":
+            if not math.isfinite(norm) and layer.name != "input":
                 self.broken.append((self.batch, what, layer))
         self._seen.clear()
 
@@ -184,13 +188,14 @@ class Recorder(TorchDispatchMode):
             new = Layer(name, call, type(module).__name__, weight, tensor.dtype)
             self.layers[name, call] = new
         layer = self.layers[name, call]
-        self._seen.append((layer, "output", _numbers(tensor)))
+        size, lost = tensor.numel(), self.in_fp16
+        self._seen.append((layer, "output", size, _sums(tensor, False)))
         if getattr(module, "activation", None) == "relu":  # a fused batch norm
             self._count("ReLU", name, module, tensor)
         if tensor.requires_grad and name != "input":
 
             def hook(gradient: Tensor) -> None:
-                self._seen.append((layer, "gradient", _numbers(gradient)))
+                self._seen.append((layer, "gradient", size, _sums(gradient, lost)))
 
             tensor.register_hook(hook)
 
@@ -226,14 +231,13 @@ def first_tensor(value: Any) -> Tensor | None:
     return next((tensor for tensor in map(first_tensor, parts) if tensor is not None), None)
 
 
-def _numbers(tensor: Tensor) -> Tensor:
-    values = tensor.detach() if tensor.dtype == torch.float64 else tensor.detach().float()
-    size = values.abs()
-    largest = size.max()
-    # Squares of 1e20 are beyond fp32.
-    scaled = values / largest.clamp_min(torch.finfo(values.dtype).tiny)
-    rms = largest * scaled.square().mean().sqrt()
-    lost = ((size > 0) & (size < _FP16_LOST)).sum() / (size > 0).sum().clamp_min(1)
-    std = largest * scaled.std(correction=0)
-    broken = (~values.isfinite()).sum()
-    return torch.stack([rms, rms * math.sqrt(size.numel()), std, largest, broken, lost])
+def _sums(tensor: Tensor, in_fp16: bool) -> Tensor:
+    """Return what :class:`Numbers` are made of, on the device: it is not waited for."""
+    values, square = tensor.detach(), torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64)
+    largest = torch.linalg.vector_norm(values, math.inf).double()
+    sums = [square, values.mean(dtype=torch.float64), largest]
+    if in_fp16:
+        present = values != 0
+        lost = (present & (values.abs() < _FP16_LOST)).sum() / present.sum().clamp_min(1)
+        sums.append(lost.double())
+    return torch.stack(sums)

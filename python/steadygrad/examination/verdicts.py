@@ -41,9 +41,9 @@ def judge(
                 yield verdict("not finite", 1.0, count, text)
         given = recorder.layers.get(("input", 0))
         for batch, numbers in given.outputs.items() if given else ():
-            if numbers.nonfinite:
+            if not math.isfinite(numbers.norm):
                 text = f"the input of batch {batch} has elements that are not finite"
-                yield verdict("not finite", 0.99, numbers.nonfinite, text, "skip")
+                yield verdict("not finite", 0.99, batch, text, "skip")
         outputs = {batch for batch, what, _ in recorder.broken if what == "output"}
         for batch, loss in enumerate(found.losses):
             if not math.isfinite(loss) and batch not in outputs:
