@@ -233,9 +233,11 @@ def first_tensor(value: Any) -> Tensor | None:
 
 def _sums(tensor: Tensor, in_fp16: bool) -> Tensor:
     """Return what :class:`Numbers` are made of, on the device: it is not waited for."""
-    values, square = tensor.detach(), torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64)
-    largest = torch.linalg.vector_norm(values, math.inf).double()
-    sums = [square, values.mean(dtype=torch.float64), largest]
+    values = tensor.detach()
+    values = values.float() if values.element_size() < 4 else values
+    low, high = values.aminmax()
+    norm = torch.linalg.vector_norm(values, dtype=torch.float64)  # squares may be beyond fp32
+    sums = [norm, values.mean().double(), torch.maximum(-low, high).double()]
     if in_fp16:
         present = values != 0
         lost = (present & (values.abs() < _FP16_LOST)).sum() / present.sum().clamp_min(1)
