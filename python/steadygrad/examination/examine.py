@@ -19,7 +19,6 @@ from torch.nn.parameter import is_lazy
 from steadygrad.examination.curvature import step_size
 from steadygrad.examination.examination import Examination, ParameterGradient
 from steadygrad.examination.measuring import LossOf, Measurement, loss_form, sharpness_of, trainable
-from steadygrad.examination.recording import Layer
 from steadygrad.examination.restoring import all_restored
 from steadygrad.examination.trials import try_remedies
 from steadygrad.examination.verdicts import judge
@@ -164,12 +163,6 @@ def _parameters(model: nn.Module, measured: Measurement) -> list[ParameterGradie
         row = ParameterGradient(name, norm, _ratio(norm, total), _ratio(norm, size), spread, state)
         rows.append(row)
     return rows
-
-
-def _set_gains(layers: list[Layer]) -> None:
-    for before, after in itertools.pairwise(layers):
-        after.gain = _ratio(after.rms, before.rms)
-        before.gradient_gain = _ratio(before.gradient_norm, after.gradient_norm)
 
 
 def _ratio(value: float, by: float) -> float:
