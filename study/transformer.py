@@ -24,9 +24,9 @@ class Transformer:
         dropout: probability that a unit is dropped, as in ``torch.nn.TransformerEncoderLayer``.
     """
 
-    layers: int = 6
-    width: int = 64
-    heads: int = 4
+    layers: int = 4
+    width: int = 32
+    heads: int = 2
     pre_norm: bool = False
     init_gain: float = 1.0
     dropout: float = 0.0

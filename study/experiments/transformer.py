@@ -66,12 +66,12 @@ def _experiment(
     return Experiment(
         name=f"transformer-{optimizer.lower()}",
         title=f"A post-LN transformer on the help texts of CPython, with {optimizer}",
-        about="Six blocks with the layer norms behind the sums, as in Vaswani et al. 2017, and no "
+        about="Four blocks with the layer norms behind the sums, as in Vaswani et al. 2017, and no "
         "warm-up: at rates from one at which it trains to one at which it is lost.",
         problems=(
             Problem(
                 name=f"post-LN, {optimizer}",
-                title=f"6 post-LN blocks of 64 units on pieces of 64 characters, {optimizer}",
+                title=f"4 post-LN blocks of 32 units on pieces of 64 characters, {optimizer}",
                 task=NextCharacter,
                 model=Transformer(),
                 steps=300,

@@ -203,7 +203,7 @@ def test_attention_that_has_collapsed() -> None:
 def test_every_threshold_has_a_source_and_every_verdict_a_threshold() -> None:
     assert all(re.search(r"\d{4}|study|report", t.source) for t in THRESHOLDS.values())
     text = (Path(sg.__file__).parent / "examination" / "verdicts.py").read_text()
-    named = set(re.findall(r'verdict\(\s*"([a-z ]+)"', text)) - {"not finite", "lost", "unused"}
+    named = set(re.findall(r"(?:verdict|above)\(\"([a-z ]+)\"", text)) - {"lost", "unused"}
     assert named <= set(THRESHOLDS)
 
 
@@ -217,3 +217,33 @@ def test_what_the_verdicts_say_of_the_study_is_what_it_says() -> None:
                 rf"{re.escape(arm)}[^|]*\| [^|]*\({kept} of {of} runs kept.*, {learned} learned\)",
                 page,
             ), name
+
+
+@pytest.mark.parametrize("wrap", [True, False])
+def test_a_stabilized_optimizer_is_tried_with_its_limit_and_records_nothing(wrap: bool) -> None:
+    model, written = mlp(20, gain=1.5), []
+    telemetry = sg.Telemetry(writers=[written.append], every=1)
+    options: dict[str, Any] = {"max_norm": 1e-3, "telemetry": telemetry}
+    if wrap:
+        opt: Any = sg.Stabilizer(torch.optim.SGD(model.parameters(), lr=0.1), **options)
+    else:
+        opt = sg.optim.SGD(model.parameters(), lr=0.1, **options)
+    before = repr(opt.state_dict())
+    found = sg.examine(model, cross_entropy, batches(), optimizer=opt)
+    assert found.trials[0].remedy == "as it is" and found.trials[0].holds
+    assert found.trials[0].losses[-1] == pytest.approx(found.trials[0].losses[4], rel=0.5)
+    assert written == [] and repr(opt.state_dict()) == before
+    assert opt.report().steps == 0
+
+
+def test_remedies_that_cannot_be_tried() -> None:
+    model = mlp(20, gain=1.5)
+    optimizer = torch.optim.LBFGS(model.parameters())
+    found = sg.examine(model, cross_entropy, batches(), optimizer=optimizer)
+    assert found.trials == [] and "closure" in found.why_no_trials
+    assert f"remedies could not be tried: {found.why_no_trials}" in str(found)
+    model.register_buffer("result", torch.ones(2, requires_grad=True) * 2)
+    found = sg.examine(
+        model, cross_entropy, batches(), optimizer=torch.optim.SGD([*model.parameters()], 1.0)
+    )
+    assert "deepcopy" in found.why_no_trials

@@ -8,15 +8,5 @@ from steadygrad.examination.examine import examine
 from steadygrad.examination.recording import Layer, Numbers, Units
 from steadygrad.examination.trials import Trial
 
-__all__ = [
-    "REMEDIES",
-    "THRESHOLDS",
-    "Examination",
-    "Layer",
-    "Numbers",
-    "ParameterGradient",
-    "Trial",
-    "Units",
-    "Verdict",
-    "examine",
-]
+__all__ = ["REMEDIES", "THRESHOLDS", "Examination", "Layer", "Numbers", "ParameterGradient"]
+__all__ += ["Trial", "Units", "Verdict", "examine"]

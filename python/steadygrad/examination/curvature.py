@@ -23,37 +23,22 @@ def largest_eigenvalue(
     gets more out of it. It ends early where the residual, which bounds the error, is below 1 % (Golub and Van Loan,
     Matrix Computations, section 10.1). Negative eigenvalues are passed over: the loss falls along them at any rate.
 
-    Args:
-        loss: a scalar with its graph.
-        parameters: what it is differentiated by; n elements in all.
-        scale: diagonal of S, ``(n,)``; None for the identity.
-        products: how many Hessian-vector products are taken at most.
-
-    Returns:
-        The eigenvalue; below 0 where the Hessian has none above.
-
-    Raises:
-        RuntimeError: an operation of the network has no second derivative.
+    ``scale`` is the diagonal of S, ``(n,)`` for n elements of parameters, None for the identity; at most ``products``
+    Hessian-vector products are taken. Raises RuntimeError where an operation has no second derivative.
     """
     device = parameters[0].device
     found = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-    slopes = [slope for slope in found if slope is not None and slope.requires_grad]
-    places = [place for place, s in enumerate(found) if s is not None and s.requires_grad]
+    slopes = {place: s for place, s in enumerate(found) if s is not None and s.requires_grad}
     if not slopes:
         return 0.0
-    _check_differentiable([slope.grad_fn for slope in slopes])
+    _check_differentiable([slope.grad_fn for slope in slopes.values()])
     sizes = [p.numel() for p in parameters]
 
     def multiply(vector: Tensor) -> Tensor:
-        if scale is not None:
-            vector = vector * scale
-        parts = vector.split(sizes)
-        directions = [
-            parts[place].view_as(slope).to(slope)
-            for place, slope in zip(places, slopes, strict=True)
-        ]
+        parts = (vector if scale is None else vector * scale).split(sizes)
+        directions = [parts[place].view_as(slope).to(slope) for place, slope in slopes.items()]
         curved = torch.autograd.grad(
-            slopes, parameters, directions, retain_graph=True, materialize_grads=True
+            [*slopes.values()], parameters, directions, retain_graph=True, materialize_grads=True
         )
         product = torch.cat([c.detach().reshape(-1).to(device, torch.float32) for c in curved])
         return product if scale is None else product * scale
@@ -61,10 +46,9 @@ def largest_eigenvalue(
     generator = torch.Generator(device).manual_seed(0)
     vector = torch.randn(sum(sizes), device=device, generator=generator)
     vector /= vector.norm()
-    before, beta = torch.zeros_like(vector), 0.0
+    before, beta, value = torch.zeros_like(vector), 0.0, math.nan
     diagonal: list[float] = []
     beside: list[float] = []
-    value = math.nan
     for _ in range(min(products, sum(sizes))):
         following = multiply(vector) - beta * before
         diagonal.append(float(following @ vector))
@@ -102,24 +86,20 @@ def step_size(optimizer: torch.optim.Optimizer | None) -> tuple[float, float]:
     with Nesterov's (Cohen et al. 2021), and ``2 (1 + beta1) / (1 - beta1)`` for Adam, whose sharpness is that of the
     preconditioned Hessian (Cohen et al. 2022).
 
-    Args:
-        optimizer: SGD, Adam, AdamW, RMSprop or Adagrad; None for gradient descent without a rate.
-
-    Returns:
-        The rate, NaN without an optimizer, and the product, NaN where nothing is known of the optimizer.
+    The first is NaN without an optimizer, the second where nothing is known of it.
     """
     if optimizer is None:
         return math.nan, 2.0
     group = optimizer.param_groups[0]
     rate = float(group["lr"])
-    if isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+    if isinstance(optimizer, torch.optim.Adam):
         beta = float(group["betas"][0])
         return rate, 2 * (1 + beta) / (1 - beta)
     if isinstance(optimizer, (torch.optim.SGD, torch.optim.RMSprop)):
         beta = float(group["momentum"])
         nesterov = 1 + 2 * beta if group.get("nesterov") else 1.0
         return rate, 2 * (1 + beta) / nesterov / (1 - float(group.get("dampening", 0.0)))
-    return rate, 2.0 if isinstance(optimizer, torch.optim.Adagrad) else math.nan
+    return rate, math.nan
 
 
 def step_scale(
@@ -127,16 +107,13 @@ def step_scale(
 ) -> Tensor | None:
     """Return the diagonal matrix S for which the optimizer is gradient descent on ``S H S``; None for the identity.
 
-    Args:
-        optimizer: or None.
-        parameters: n elements in all.
-        squares: mean squares of their gradients, in the place of state that Adam and the like do not have yet.
+    ``squares`` are mean squares of the gradients, in the place of state that Adam and RMSprop do not have yet.
     """
     if optimizer is None:
         return None
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     base = float(optimizer.param_groups[0]["lr"]) or 1.0
-    adaptive = isinstance(optimizer, (torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adagrad))
+    adaptive = isinstance(optimizer, (torch.optim.Adam, torch.optim.RMSprop))
     parts = []
     for p, square in zip(parameters, squares, strict=True):
         group: dict[str, Any] = groups.get(id(p), {"lr": 0.0})
@@ -149,7 +126,7 @@ def step_scale(
 
 
 def _second_moment(state: Mapping[str, Any], group: Mapping[str, Any], square: Tensor) -> Tensor:
-    found: Tensor | None = state.get("exp_avg_sq", state.get("square_avg", state.get("sum")))
+    found: Tensor | None = state.get("exp_avg_sq", state.get("square_avg"))
     if found is None or not float(state.get("step", 0)):
         return square
     if "betas" in group:

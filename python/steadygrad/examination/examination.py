@@ -73,6 +73,7 @@ class Examination:
         largest_stable_lr: infinite where the sharpness is not above 0, NaN where it is unknown.
         max_norm: a limit to begin with.
         trials: remedies tried on a copy.
+        why_no_trials: what was raised where they could not be tried.
         verdicts: what stands out, the surest first.
     """
 
@@ -90,6 +91,7 @@ class Examination:
     largest_stable_lr: float = math.nan
     max_norm: float = math.nan
     trials: list[Trial] = field(default_factory=list)
+    why_no_trials: str = ""
     verdicts: list[Verdict] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -124,6 +126,8 @@ class Examination:
         if self.trials:
             lines.append(f"\nremedies, each tried on a copy for up to {STEPS} steps")
             lines += [f"  {trial}" for trial in self.trials]
+        if self.why_no_trials:
+            lines.append(f"\nremedies could not be tried: {self.why_no_trials}")
         largest = sorted((p for p in self.parameters if not p.state), key=lambda p: -p.norm)
         lines.append("\nlargest gradients: share of the norm, ratio to the parameter, spread")
         for p in largest[:_SHOWN]:

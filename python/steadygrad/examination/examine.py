@@ -105,7 +105,10 @@ def examine(
         lost = _lost_to_fp16(model, loss_of, finite[0], measured, loss_scale) if finite else {}
         found.verdicts = judge(found, recorder, model, lost)
         if found.verdicts and remedies and optimizer is not None and finite:
-            found.trials = try_remedies(model, loss_of, finite, optimizer, found)
+            try:
+                found.trials = try_remedies(model, loss_of, finite, optimizer, found)
+            except (RuntimeError, TypeError) as error:
+                found.why_no_trials = str(error).partition("\n")[0]
             found.verdicts = judge(found, recorder, model, lost)
     return found
 

@@ -20,21 +20,10 @@ _MODEL_NAMES = ("model", "module", "net", "network")
 
 
 class Measurement:
-    """What passes over batches found. Gradients are unscaled, and go nowhere near ``.grad``.
+    """What passes over batches found: losses and norms, a list each with one a batch.
 
-    Args:
-        model: the network.
-        loss_of: of model and batch.
-        batches: each is used once.
-        loss_scale: what the loss is multiplied by for the backward pass.
-        in_fp16: whether the share of gradients is counted that fp16 would lose.
-
-    Attributes:
-        recorder: layers and activation functions; their gradients are those of the scaled loss.
-        losses: one a batch.
-        norms: norm of all gradients, one a batch.
-        gradients: norms by name of the parameter, one a batch; empty where it is unused.
-        squares: mean square of each element of the gradients.
+    ``gradients`` holds norms by name of the parameter, nothing where it is unused, and ``squares`` the mean square of
+    each element. They are unscaled and go nowhere near ``.grad``; those in ``recorder`` are of the scaled loss.
     """
 
     def __init__(
@@ -124,11 +113,7 @@ def sharpness_of(
     squares: Sequence[Tensor],
     products: int,
 ) -> float:
-    """Return the largest eigenvalue of the Hessian on a batch, preconditioned as the optimizer does.
-
-    Raises:
-        RuntimeError: an operation has no second derivative.
-    """
+    """Return the largest eigenvalue of the Hessian on a batch, preconditioned as the optimizer does."""
     parameters = list(trainable(model).values())
     scale = step_scale(optimizer, parameters, squares)
     # Fused attention and cuDNN's recurrent layers have no second derivatives, what they replace has.

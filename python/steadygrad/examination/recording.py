@@ -107,15 +107,8 @@ class Units:
 class Recorder(TorchDispatchMode):
     """Listens to a model's forward passes, and to the backward pass after each.
 
-    Args:
-        model: whose modules are hooked.
-        in_fp16: whether the share of gradients is counted that fp16 would lose.
-
-    Attributes:
-        layers: calls of layers, in the order of execution, the model's input first.
-        units: activation functions.
-        broken: layers whose output or gradient is not finite, in the order of execution: (batch, "output" or
-            "gradient", layer).
+    ``layers`` are in the order of execution, the model's input first; ``broken`` are those whose output or gradient is
+    not finite, as (batch, "output" or "gradient", layer). ``in_fp16`` counts the share of gradients that fp16 loses.
     """
 
     def __init__(self, model: nn.Module, in_fp16: bool = False) -> None:

@@ -23,10 +23,6 @@ def all_restored(model: nn.Module, batches: object) -> Iterator[None]:
     What is put back: the attributes of every module (mode, hooks, buffers, whatever a forward leaves there), the bits
     of parameters, buffers and ``.grad``, ``requires_grad``, and the generators of Python, NumPy, torch, CUDA and a
     DataLoader. Meanwhile there is a copy of parameters, buffers and gradients.
-
-    Args:
-        model: the network.
-        batches: where the batches come from.
     """
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     modules = [_Attributes(module) for module in model.modules()]

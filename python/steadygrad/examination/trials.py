@@ -55,31 +55,29 @@ class Trial:
 def try_remedies(
     model: nn.Module,
     loss_of: LossOf,
-    batches: Sequence[tuple[Any, Any] | Any],
+    batches: Sequence[Any],
     optimizer: torch.optim.Optimizer,
     found: Any,
 ) -> list[Trial]:
-    """Try the network as it is, and every remedy that applies to it.
+    """Try the network as it is, and every remedy that applies to it, on copies of model and optimizer.
 
-    Args:
-        model: copied with its optimizer for each trial.
-        loss_of: of model and batch.
-        batches: used in turn.
-        optimizer: over the model's parameters.
-        found: the examination so far.
+    Raises RuntimeError or TypeError where they cannot be copied, or the optimizer's step takes more than gradients.
     """
-    try:
-        copy.deepcopy((model, optimizer))
-    except RuntimeError:  # it has tensors that are results of others
-        return []
+    own = float(optimizer.param_groups[0].get("max_norm") or math.inf)
 
-    def trial(name: str, change: Callable[[nn.Module], None] | None = None, **how: Any) -> Trial:
-        network, stepper = copy.deepcopy((model, optimizer))
+    def trial(
+        name: str,
+        change: Callable[[nn.Module], None] | None = None,
+        limit: float = math.inf,
+        **how: Any,
+    ) -> Trial:
+        network = copy.deepcopy(model)
+        stepper = _copied(optimizer, model, network)
         torch.manual_seed(0)
         if change is not None:
             change(network)
         data = [_normal(batch) for batch in batches] if how.pop("normal", False) else batches
-        return _try(name, network, stepper, loss_of, data, **how)
+        return _try(name, network, stepper, loss_of, data, min(limit, own), **how)
 
     limit, stable = found.max_norm, found.largest_stable_lr
     last = next((layer.name for layer in reversed(found.layers) if layer.has_weight), "")
@@ -101,6 +99,24 @@ def try_remedies(
     if any(_normal(batch) is not batch for batch in batches):
         trials.append(trial("normalised data", normal=True))
     return trials
+
+
+def _copied(
+    optimizer: torch.optim.Optimizer, model: nn.Module, network: nn.Module
+) -> torch.optim.Optimizer:
+    """Return torch's optimizer of that kind for the copy of a model; what ours add to it would write its telemetry."""
+    twins = dict(zip(model.parameters(), network.parameters(), strict=True))
+    groups = [
+        {**group, "params": [twins[p] for p in group["params"] if p in twins]}
+        for group in optimizer.param_groups
+    ]
+    bases: Any = type(optimizer).__mro__
+    kind = next(base for base in bases if base.__module__.startswith("torch.optim."))
+    copied: torch.optim.Optimizer = kind([group for group in groups if group["params"]])
+    for p, twin in twins.items():
+        if p in optimizer.state:
+            copied.state[twin] = copy.deepcopy(optimizer.state[p])
+    return copied
 
 
 @torch.no_grad()
@@ -148,7 +164,7 @@ def _try(
     optimizer: torch.optim.Optimizer,
     loss_of: LossOf,
     batches: Sequence[Any],
-    limit: float = math.inf,
+    limit: float,
     rate: float = math.nan,
     warm_up: bool = False,
     l2: float = 0.0,
@@ -179,13 +195,13 @@ def _try(
         squares = [p.detach() * 0 if p.grad is None else p.grad.square() for p in parameters]
         try:
             curved = sharpness_of(network, loss_of, batch, optimizer, squares, _PRODUCTS) + l2
-            ratio = rates[0] * curved / product * min(1.0, limit / norm)
+            ratio = rates[0] * curved / product * min(1.0, limit / max(norm, 1e-30))
         except RuntimeError:
             pass  # no second derivative
         before = [p.detach().clone() for p in parameters]
         optimizer.step()
         moved = (float((p.detach() - b).norm()) for p, b in zip(parameters, before, strict=True))
-        first_step = math.hypot(*moved) / start
+        first_step = math.hypot(*moved) / max(start, 1e-30)
     lost = not losses[-1] <= _RISEN * abs(losses[0])
     # A clip bounds every step, and a normalised network does not see how large its weights are.
     if limit == math.inf and not normalised:
