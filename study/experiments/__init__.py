@@ -14,8 +14,9 @@ from .digits import DIGITS, QUICK
 from .mlp_depth import MLP_DEPTH
 from .mnist import MNIST
 from .rnn import RNN
+from .transformer import TRANSFORMER_ADAMW, TRANSFORMER_SGD
 
-EXPERIMENTS = (DIGITS, MNIST, MLP_DEPTH, RNN, CHAR)
+EXPERIMENTS = (DIGITS, MNIST, MLP_DEPTH, RNN, CHAR, TRANSFORMER_SGD, TRANSFORMER_ADAMW)
 ON_IMAGES = ("mnist",)
 
 __all__ = ["EXPERIMENTS", "ON_IMAGES", "QUICK", "on_data"]

@@ -84,7 +84,7 @@ def _experiment(
     )
 
 
-TRANSFORMER_SGD = _experiment("SGD", _ARMS, (0.03, 0.1, 0.3, 1.0), 0.9)
+TRANSFORMER_SGD = _experiment("SGD", _ARMS, (0.003, 0.03, 0.3, 1.0), 0.9)
 TRANSFORMER_ADAMW = _experiment(
-    "AdamW", tuple(map(_with_adamw, _ARMS)), (3e-4, 1e-3, 3e-3, 1e-2), 0.9
+    "AdamW", tuple(map(_with_adamw, _ARMS)), (3e-4, 1e-3, 1e-2, 1e-1), 0.9
 )
