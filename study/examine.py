@@ -58,6 +58,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     record = json.loads(args.record.read_text(encoding="utf-8"))
     console: Any = open_console()
+    torch.set_num_threads(1)  # networks this small do not gain from a second one
     found = []
     for one in foretell(record, args.seeds, args.problem):
         found.append(one)

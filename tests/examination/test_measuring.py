@@ -206,3 +206,14 @@ def test_progress_is_shown_on_a_terminal_alone(
     sg.examine(mlp(), cross_entropy, batches())
     out, err = capsys.readouterr()
     assert out == "" and ("batch 4" in err) is terminal
+
+
+def test_sparse_gradients() -> None:
+    model = nn.Sequential(nn.EmbeddingBag(11, 20, sparse=True), *mlp(3))
+    given = [(torch.randint(11, (16, 3)), y) for _, y in batches()]
+    cross_entropy(model(given[0][0]), given[0][1]).backward()
+    before = model[0].weight.grad
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e5)
+    found = sg.examine(model, cross_entropy, given, optimizer=optimizer)
+    assert found.parameters[0].norm > 0 and model[0].weight.grad is before
+    assert len(found.trials) > 1 and found.verdicts[0].kind == "lost"

@@ -104,7 +104,8 @@ def examine(
     with _apart(model):
         lost = _lost_to_fp16(model, loss_of, finite[0], measured, loss_scale) if finite else {}
         found.verdicts = judge(found, recorder, model, lost)
-        if found.verdicts and remedies and optimizer is not None and finite:
+        unsure = bool(found.verdicts) or math.isnan(found.largest_stable_lr)
+        if unsure and remedies and optimizer is not None and finite:
             try:
                 found.trials = try_remedies(model, loss_of, finite, optimizer, found)
             except (RuntimeError, TypeError) as error:
@@ -145,6 +146,8 @@ def _summarised(model: nn.Module, measured: Measurement) -> Examination:
         measured.losses,
         measured.norms,
     )
+    for units in found.units:
+        units.share, units._alive = float(units.share), None
     weighted = [layer for layer in layers if layer.has_weight]
     if weighted:
         first = layers[0] if layers[0].name == "input" else weighted[0]

@@ -49,7 +49,7 @@ class Measurement:
                 )
                 self.recorder.end_batch()
                 self.losses.append(loss.item())
-                self._add([None if g is None else g.float() / loss_scale for g in found])
+                self._add([None if g is None else g.to_dense().float() / loss_scale for g in found])
         for square in self.squares:
             square /= max(len(self.losses), 1)
 

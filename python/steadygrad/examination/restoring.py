@@ -80,7 +80,8 @@ class _Value:
         with torch.no_grad():
             for tensor, before, version in self.written:
                 # What nobody wrote stays untouched: a graph of the caller's may hold on to it.
-                if tensor._version != version or not torch.equal(tensor, before):
+                same = tensor.is_sparse or torch.equal(tensor, before)
+                if tensor._version != version or not same:
                     tensor.copy_(before)
         if self.tensor.is_leaf:
             self.tensor.grad = self.grad

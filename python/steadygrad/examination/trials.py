@@ -86,7 +86,10 @@ def try_remedies(
     def initialise(network: nn.Module) -> None:
         _initialise(network, relu)
 
-    trials = [trial("as it is"), trial("clip", limit=limit)]
+    trials = [trial("as it is")]
+    if trials[0].holds and not found.verdicts:
+        return trials
+    trials.append(trial("clip", limit=limit))
     if 0 < stable < math.inf:
         trials.append(trial("learning rate", rate=stable / 2))
     trials += [trial("warm-up", warm_up=True), trial("L2", l2=1e-2)]
@@ -187,7 +190,7 @@ def _try(
             break
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         for p, gradient in zip(parameters, gradients, strict=True):
-            p.grad = None if gradient is None else gradient.add(p.detach(), alpha=l2)
+            p.grad = None if gradient is None else gradient.to_dense().add(p.detach(), alpha=l2)
         norm = float(clip_grad_norm_(parameters, limit))
         if step:
             optimizer.step()
