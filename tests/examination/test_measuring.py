@@ -217,3 +217,13 @@ def test_sparse_gradients() -> None:
     found = sg.examine(model, cross_entropy, given, optimizer=optimizer)
     assert found.parameters[0].norm > 0 and model[0].weight.grad is before
     assert len(found.trials) > 1 and found.verdicts[0].kind == "lost"
+
+
+def test_a_layer_whose_weight_is_computed_is_one_layer() -> None:
+    parametrizations = nn.utils.parametrizations
+    layers = parametrizations.spectral_norm(nn.Linear(20, 20)), nn.Linear(20, 5)
+    model = nn.Sequential(layers[0], nn.GELU(), parametrizations.weight_norm(layers[1]))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = sg.examine(model, cross_entropy, batches())
+    assert [layer.name for layer in found.layers] == ["input", "0", "1", "2"] and found.depth == 2
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

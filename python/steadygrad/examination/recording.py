@@ -127,6 +127,8 @@ class Recorder(TorchDispatchMode):
         """Hook all modules for as long as a ``with`` block runs."""
         with contextlib.ExitStack() as stack:
             for name, module in self.model.named_modules():
+                if "parametrizations" in name.split("."):
+                    continue  # computes a weight, and not a part of the network
                 stack.callback(module.register_forward_pre_hook(self._entering(name)).remove)
                 stack.callback(module.register_forward_hook(self._leaving).remove)
             yield
@@ -177,7 +179,7 @@ class Recorder(TorchDispatchMode):
         call = self._calls[name]
         self._calls[name] += 1
         if (name, call) not in self.layers:
-            weight = name != "input" and any(p.dim() > 1 for p in module.parameters(recurse=False))
+            weight = name != "input" and any(p.dim() > 1 for p in module.parameters())
             new = Layer(name, call, type(module).__name__, weight, tensor.dtype)
             self.layers[name, call] = new
         layer = self.layers[name, call]
