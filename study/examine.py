@@ -14,10 +14,8 @@ import torch
 
 import steadygrad as sg
 
-from .console import open_console
 from .experiment import Experiment, Problem, RunKey
 from .experiments import EXPERIMENTS
-from .training import _Training
 
 # Arms of the study, and the trials of examine that stand for them.
 TRIALS = {
@@ -57,7 +55,6 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--problem", help="this one alone")
     args = parser.parse_args(argv)
     record = json.loads(args.record.read_text(encoding="utf-8"))
-    console: Any = open_console()
     torch.set_num_threads(1)  # networks this small do not gain from a second one
     found = []
     for one in foretell(record, args.seeds, args.problem):
@@ -67,9 +64,11 @@ def main(argv: Sequence[str]) -> int:
         name = (
             f"{one.key.problem}, {one.key.arm}, lr {one.key.learning_rate:g}, seed {one.key.seed}"
         )
-        console.print(f"{name}: {one.ratio:.3g} x stable, said {words[0]}, {words[1]}{mark}")
+        print(  # noqa: T201
+            f"{name}: {one.ratio:.3g} x stable, said {words[0]}, {words[1]}{mark}", flush=True
+        )
     for line in summary(found):
-        console.print(line)
+        print(line)  # noqa: T201
     return 0
 
 
@@ -102,16 +101,15 @@ def foretell(record: dict[str, Any], seeds: int, only: str | None = None) -> Ite
 
 
 def _trials(experiment: Experiment, problem: Problem, key: RunKey) -> dict[str, Any]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key.seed)
-        plain = experiment.arm("none")
-        training = _Training(problem, plain, key._replace(arm="none"), problem.task())
-        found = sg.examine(
-            training.model,
-            training.task.loss,
-            training.batches,
-            optimizer=training.stepper.optimizer,
-        )
+    task = problem.task()
+    # As a run begins: its seed draws the weights, then the batches.
+    generator = torch.Generator().manual_seed(key.seed)
+    model = problem.model.build(task.inputs, task.outputs, generator)
+    stepper = experiment.arm("none").stepper(
+        list(model.parameters()), key.learning_rate, problem.momentum
+    )
+    given = task.batches(problem.batch_size, generator)
+    found = sg.examine(model, task.loss, given, optimizer=stepper.optimizer)
     if not found.trials:  # nothing stands out: the run is expected to survive, whatever is done
         rest = sg.examination.Trial("", True, found.lr / found.largest_stable_lr, 0.0, ())
         return dict.fromkeys(TRIALS.values(), rest)

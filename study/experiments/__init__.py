@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from ..data import Dataset
 from ..experiment import Experiment
 from ..tasks import Classification, Task
+from ..transformer import TRANSFORMER_ADAMW, TRANSFORMER_SGD
 from .char import CHAR
 from .digits import DIGITS, QUICK
 from .mlp_depth import MLP_DEPTH
 from .mnist import MNIST
 from .rnn import RNN
-from .transformer import TRANSFORMER_ADAMW, TRANSFORMER_SGD
 
 EXPERIMENTS = (DIGITS, MNIST, MLP_DEPTH, RNN, CHAR, TRANSFORMER_SGD, TRANSFORMER_ADAMW)
 ON_IMAGES = ("mnist",)

@@ -12,9 +12,8 @@ import torch
 import study
 from study.__main__ import main
 from study.examine import foretell, summary
-from study.experiments.transformer import TRANSFORMER_ADAMW, TRANSFORMER_SGD
 from study.training import rehearse
-from study.transformer import Transformer
+from study.transformer import TRANSFORMER_ADAMW, TRANSFORMER_SGD, Transformer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[2]
