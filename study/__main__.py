@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
+from .examine import main as examine
 from .experiments import EXPERIMENTS
 from .runner import Settings, report_again, run_study
 from .selection import Mode, Selection
@@ -25,8 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with code 2 for arguments that are not understood, with 0 after ``--help``.
     """
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["examine"]:
+        return examine(given[1:])
     parser = _parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(given)
     if args.quick and args.full:
         parser.error("--quick and --full: expected one of them")
     if args.quick and (args.names or args.data):

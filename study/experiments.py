@@ -14,6 +14,7 @@ from .models import Mlp, PlainCnn, Recurrent
 from .remedies import named
 from .sequences import Addition, NextCharacter, TemporalOrder
 from .tasks import Classification, Task
+from .transformer import TRANSFORMER_ADAMW, TRANSFORMER_SGD
 
 
 @lru_cache(maxsize=1)
@@ -174,7 +175,7 @@ CHAR = Experiment(
     twin_rates=(1.0,),
 )
 
-EXPERIMENTS = (DIGITS, MNIST, MLP_DEPTH, RNN, CHAR)
+EXPERIMENTS = (DIGITS, MNIST, MLP_DEPTH, RNN, CHAR, TRANSFORMER_SGD, TRANSFORMER_ADAMW)
 
 
 def on_data(experiments: Sequence[Experiment], folder: Path) -> list[Experiment]:

@@ -29,6 +29,7 @@ from steadygrad.clip import (
     clip_grads_with_norm_,
     get_total_norm,
 )
+from steadygrad.examination import Examination, examine
 from steadygrad.lr_backoff import LRBackoff
 from steadygrad.optim.errors import NonfiniteGradientError
 from steadygrad.optim.groups import param_groups
@@ -56,6 +57,7 @@ __all__ = [
     "ClipRelative",
     "ClipZScore",
     "Damp",
+    "Examination",
     "GradScaler",
     "History",
     "LRBackoff",
@@ -72,6 +74,7 @@ __all__ = [
     "clip_grad_value_",
     "clip_grads_with_norm_",
     "distributed",
+    "examine",
     "get_total_norm",
     "nn",
     "optim",

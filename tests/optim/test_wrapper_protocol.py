@@ -508,3 +508,11 @@ def test_what_is_the_optimizers_stays_when_its_first_group_goes(
     assert optimizer.report().history.step[-1] == 3
     group = optimizer.state_dict()["param_groups"][0]
     assert (group["skipped_steps"], group["recorded_steps"]) == (3, 4)
+
+
+def test_the_repr_lists_what_differs_from_the_defaults() -> None:
+    sgd = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=0.1)
+    assert repr(sg.Stabilizer(sgd)) == f"Stabilizer(\n{sgd!r})"
+    opt = sg.Stabilizer(sgd, max_norm=1.0, nonfinite="zero", telemetry=None)
+    start = "Stabilizer(max_norm=1.0, nonfinite='zero', telemetry=None,\nSGD ("
+    assert repr(opt).startswith(start)

@@ -60,6 +60,40 @@ def test_the_total_alone_names_the_step() -> None:
     assert [(e.step, e.name) for e in report.explosions] == [(PLANTED, "all gradients")]
 
 
+def test_a_clip_that_cuts_every_step_is_said_to_hide_the_cause() -> None:
+    layers: list[nn.Module] = []
+    for _ in range(9):
+        layers += [nn.Linear(20, 20), nn.ReLU()]
+        nn.init.normal_(layers[-2].weight, 0.0, 2 * (2 / 20) ** 0.5)  # type: ignore[arg-type]
+    model = nn.Sequential(*layers)
+    opt = sg.Stabilizer(torch.optim.SGD(model.parameters(), lr=0.01), max_norm=1.0)
+    inputs = torch.randn(32, 20)
+    for _ in range(30):
+        opt.zero_grad()
+        model(inputs).pow(2).mean().backward()
+        opt.step()
+    (conclusion,) = opt.report().conclusions
+    times = np.median(opt.telemetry.norm)
+    start = f"every step is cut, in the median to a {times:,.0f}th: the clip holds the symptom and not the cause. "
+    assert conclusion.startswith(start) and "sg.examine(model, loss_function" in conclusion
+    assert str(opt.report()).endswith(f"\n=> {conclusion}")
+
+
+def test_a_lost_run_names_step_and_parameter_and_the_line_to_call() -> None:
+    opt = trained(None, nonfinite="skip", steps=3)
+    model = opt.param_groups[0]["params"]
+    model[2].grad.fill_(math.nan)
+    opt.step()
+    (conclusion,) = opt.report().conclusions
+    assert conclusion.startswith("the gradient of 2.weight was not finite at step 3. sg.examine(")
+    assert 'at="first_nonfinite"' in conclusion
+
+
+def test_no_conclusions_from_steps_as_usual() -> None:
+    assert trained(None, max_norm=1.0).report().conclusions == []
+    assert trained(None, max_norm=0.2).report().conclusions == []
+
+
 def test_a_plot_is_drawn(tmp_path: Path) -> None:
     for level in ("global", "tensor"):
         opt = trained(None, max_norm=1.0, telemetry=level)

@@ -329,5 +329,8 @@ class Stabilizer(StabilizedOptimizer, torch.optim.Optimizer):
                 setattr(self, key, state[key])
 
     def __repr__(self) -> str:
-        """The options and the wrapped optimizer."""
-        return f"Stabilizer({self._options},\n{self.optimizer!r})"
+        """The options that differ from their defaults, and the wrapped optimizer."""
+        own = vars(self._options)
+        default = vars(StabilizerOptions())
+        changed = [f"{key}={own[key]!r}, " for key in default if own[key] != default[key]]
+        return f"Stabilizer({''.join(changed).rstrip()}\n{self.optimizer!r})"

@@ -17,6 +17,8 @@ _DECAY = 0.9
 _ALL = "all gradients"
 _SHOWN = 5
 _QUANTILES = (0.5, 0.9, 0.99, 1.0)
+# A clip is no longer for outliers where it cuts this share of the steps, half of them to a tenth.
+_CUT_STEPS, _CUT_TIMES = 0.9, 10.0
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,33 @@ class Report:
         values = np.quantile(norms, _QUANTILES) if len(norms) else [math.nan] * len(_QUANTILES)
         return dict(zip(_QUANTILES, (float(value) for value in values), strict=True))
 
+    @property
+    def conclusions(self) -> list[str]:
+        """What follows from the numbers, a sentence each, with the line to call; empty where nothing stands out.
+
+        Where at least 90 % of the steps taken were clipped, and the norm was ten times its limit in the median, the
+        clip holds a symptom. Where a gradient was not finite, the step and the parameter are named.
+        """
+        history, found = self.history, []
+        with np.errstate(invalid="ignore", divide="ignore"):
+            times = (history.norm / history.limit)[history.clipped]
+        times = times[np.isfinite(times)]
+        if self.clip_rate >= _CUT_STEPS and len(times) and np.median(times) >= _CUT_TIMES:
+            found.append(
+                f"{'every step is' if self.clip_rate == 1 else 'nearly every step is'} cut, in the median to a "
+                f"{np.median(times):,.0f}th: the clip holds the symptom and not the cause. "
+                "sg.examine(model, loss_function, batches, optimizer=opt) says what that is"
+            )
+        broken = next((explosion for explosion in self.explosions if explosion.nonfinite), None)
+        if broken is not None:
+            found.append(
+                f"the gradient of {broken.name} was not finite at step {broken.step}. "
+                'sg.examine(model, loss_function, batches, at="first_nonfinite") says where that comes from'
+            )
+        return found
+
     def __str__(self) -> str:
-        """Norms, clip rate, skipped steps and explosions, a line each."""
+        """Norms, clip rate, skipped steps and explosions, a line each, and what follows from them."""
         if not self.steps:
             return "no steps recorded yet"
         history = self.history
@@ -103,7 +130,8 @@ class Report:
             f"clipped   {self._clipped()}",
             f"skipped   {_listed(self.skipped_steps)}{self._why_skipped()}",
         ]
-        return "\n".join([*lines, *self._explosion_lines()])
+        lines += self._explosion_lines()
+        return "\n".join([*lines, *(f"=> {conclusion}" for conclusion in self.conclusions)])
 
     def _where_largest(self, largest: float) -> str:
         where = np.flatnonzero(self.history.norm == largest)

@@ -1,0 +1,173 @@
+"""What an examination found: numbers, a page of text, a picture."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+
+from steadygrad.examination.recording import Layer, Units
+from steadygrad.examination.trials import STEPS, Trial
+
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class ParameterGradient:
+    """The gradient of a parameter.
+
+    Attributes:
+        name: as in ``model.named_parameters()``.
+        norm: mean over the batches; NaN where it is frozen or unused.
+        share: ``norm`` by the mean norm of all gradients together.
+        ratio: ``norm`` by the norm of the parameter.
+        spread: standard deviation of the norm over the batches, by ``norm``.
+        state: ``"frozen"``, ``"unused"`` or ``""``.
+    """
+
+    name: str
+    norm: float
+    share: float
+    ratio: float
+    spread: float
+    state: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Something that stands out.
+
+    Attributes:
+        kind: a key of the table of thresholds, ``"not finite"``, ``"lost"`` or ``"unused"``.
+        sure: from 0 to 1; verdicts are in this order.
+        number: what stands out.
+        text: number and reason, in a sentence.
+        line: what to write against it; ``""`` where there is no such line.
+        study: what the study measured for it.
+    """
+
+    kind: str
+    sure: float
+    number: float
+    text: str
+    line: str = ""
+    study: str = ""
+
+
+@dataclass
+class Examination:
+    """What :func:`steadygrad.examine` found; ``print(found)`` is a page of it.
+
+    Attributes:
+        layers: calls of layers in the order of execution, the model's input first.
+        parameters: in the model's order.
+        units: activation functions.
+        losses: one a batch.
+        norms: norm of all gradients, one a batch.
+        depth: calls of layers with weights.
+        factor: root mean square of the last such layer's output by that of the input, or of the first one's output.
+        gradient_factor: norm of the loss's gradient at the first such layer's output by that at the last one's.
+        sharpness: largest eigenvalue of the Hessian, preconditioned for adaptive optimizers; NaN where it was left out.
+        why_no_sharpness: the reason.
+        lr: of the optimizer's first param group; NaN without an optimizer.
+        largest_stable_lr: infinite where the sharpness is not above 0, NaN where it is unknown.
+        max_norm: a limit to begin with.
+        trials: remedies tried on a copy.
+        why_no_trials: what was raised where they could not be tried.
+        verdicts: what stands out, the surest first.
+    """
+
+    layers: list[Layer]
+    parameters: list[ParameterGradient]
+    units: list[Units]
+    losses: list[float]
+    norms: list[float]
+    depth: int = 0
+    factor: float = math.nan
+    gradient_factor: float = math.nan
+    sharpness: float = math.nan
+    why_no_sharpness: str = ""
+    lr: float = math.nan
+    largest_stable_lr: float = math.nan
+    max_norm: float = math.nan
+    trials: list[Trial] = field(default_factory=list)
+    why_no_trials: str = ""
+    verdicts: list[Verdict] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """What was measured, what stands out, and which remedies hold."""
+        norms = sorted(self.norms)
+        lines = [
+            f"batches    {len(norms)}, loss {min(self.losses):.3g} to {max(self.losses):.3g}",
+            f"gradients  norm {norms[0]:.3g} to {norms[-1]:.3g}, median {norms[len(norms) // 2]:.3g}; "
+            f"begin with max_norm={self.max_norm:.2g}",
+            f"depth      {self.depth} layers multiply activations by {self.factor:,.4g}, and gradients "
+            f"by {self.gradient_factor:,.4g} on their way back",
+        ]
+        if self.why_no_sharpness:
+            lines.append(f"sharpness  left out: {self.why_no_sharpness}")
+        else:
+            yours = "" if math.isnan(self.lr) else f", yours is {self.lr:.2g}"
+            rate = self.largest_stable_lr
+            stable = f"lr is stable up to {rate:.2g}{yours}"
+            if math.isnan(rate):
+                stable = "which lr is stable is not known of this optimizer"
+            lines.append(f"sharpness  {self.sharpness:.3g}: {stable}")
+        for state in ("frozen", "unused"):
+            names = [p.name for p in self.parameters if p.state == state]
+            if names:
+                more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+                lines.append(f"{state:<10} {', '.join(names[:_SHOWN])}{more}")
+        lines.append("" if self.verdicts else "\nnothing stands out")
+        for number, verdict in enumerate(self.verdicts, 1):
+            lines.append(f"{number}. {verdict.text}")
+            lines += [f"   write: {verdict.line}"] if verdict.line else []
+            lines += [f"   the study: {verdict.study}"] if verdict.study else []
+        if self.trials:
+            lines.append(f"\nremedies, each tried on a copy for up to {STEPS} steps")
+            lines += [f"  {trial}" for trial in self.trials]
+        if self.why_no_trials:
+            lines.append(f"\nremedies could not be tried: {self.why_no_trials}")
+        largest = sorted((p for p in self.parameters if not p.state), key=lambda p: -p.norm)
+        lines.append("\nlargest gradients: share of the norm, ratio to the parameter, spread")
+        for p in largest[:_SHOWN]:
+            lines.append(f"  {p.name:<32} {p.share:8.2g} {p.ratio:8.2g} {p.spread:8.2g}")
+        return "\n".join(lines)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw activations and gradients of the layers with weights, by depth.
+
+        Args:
+            path: of the file; its suffix says the format, as in ``matplotlib``.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError(
+                "plot: matplotlib is not installed: pip install 'steadygrad[plot]'"
+            ) from error
+        figure = Figure(figsize=(10, 4.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        axis = figure.subplots()
+        shown = [layer for layer in self.layers if layer.has_weight] or self.layers
+        sizes = {
+            "activations, root mean square": [layer.rms for layer in shown],
+            "gradient, norm": [layer.gradient_norm for layer in shown],
+        }
+        for (label, values), color in zip(sizes.items(), ("#0072b2", "#d55e00"), strict=True):
+            drawn = [value if 0 < value < math.inf else math.nan for value in values]
+            axis.plot(range(len(shown)), drawn, "o-", color=color, markersize=3.5, label=label)
+        axis.set_yscale("log")
+        title = self.verdicts[0].text if self.verdicts else "nothing stands out"
+        axis.set_title(title, loc="left", fontsize=10, wrap=True)
+        every = 1 + len(shown) // 40
+        names = [layer.name[-28:].replace("$", r"\$") or layer.kind for layer in shown[::every]]
+        axis.set_xticks(range(0, len(shown), every), names, rotation=90, fontsize=7)
+        axis.set_xlabel("layers with weights, in the order of execution")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=8.5)
+        figure.savefig(os.fspath(path), dpi=150)

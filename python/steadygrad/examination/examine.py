@@ -1,0 +1,268 @@
+"""The function :func:`steadygrad.examine`."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from steadygrad.examination.curvature import step_size
+from steadygrad.examination.examination import Examination, ParameterGradient
+from steadygrad.examination.measuring import LossOf, Measurement, loss_form, sharpness_of, trainable
+from steadygrad.examination.restoring import all_restored
+from steadygrad.examination.trials import try_remedies
+from steadygrad.examination.verdicts import judge
+from steadygrad.optim.stabilizer import Stabilizer
+
+_BATCHES, _PRODUCTS = 16, 20
+# Of the parameters' norm: how far a step should go at most. Brock et al. 2021 clip there by output unit; with it the
+# study's runs do as well as with its best fixed limit, or better (docs/examine.md).
+_STEP_SHARE = 0.01
+_QUANTILE = 0.9
+
+
+def examine(
+    model: nn.Module,
+    loss_fn: Callable[..., Tensor],
+    batches: Iterable[Any],
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    loss_scale: float = 1.0,
+    sharpness: bool = True,
+    remedies: bool = True,
+    at: Literal["first_nonfinite"] | None = None,
+) -> Examination:
+    """Say why a network's training explodes, or will, and which remedy will hold it.
+
+    Passes forward and backward over up to 16 batches and changes nothing: parameters, buffers, ``.grad``, modes, hooks
+    and the states of random generators are as before afterwards, also after an exception or Ctrl-C. ``docs/examine.md``
+    says what is measured and how sure the verdicts are.
+
+    Args:
+        model: in the mode in which it is trained. ``DistributedDataParallel`` and ``torch.compile`` are looked through:
+            what they hold runs eagerly, on this rank alone. ``torch.autocast`` around the call holds.
+        loss_fn: takes outputs and targets and returns a loss of one element; or takes model and batch, where its first
+            parameter is called ``model``, ``module``, ``net`` or ``network``.
+        batches: iterable of ``(inputs, targets)``, which are moved to the model's device; or of what ``loss_fn(model,
+            batch)`` takes. An iterator has given away what was looked at.
+        optimizer: whose learning rate and state count, stabilized or not; None: plain gradient descent.
+        loss_scale: what the loss is multiplied by before backward, ``scaler.get_scale()``. Default: 1.
+        sharpness: whether the largest eigenvalue of the Hessian is taken, with at most 20 Hessian-vector products.
+        remedies: whether remedies are tried, each on a copy of model and optimizer, where something stands out and an
+            optimizer is given.
+        at: ``"first_nonfinite"`` examines the first batch alone, of all, whose loss or gradient is not finite.
+
+    Returns:
+        Numbers and verdicts. The largest stable learning rate is ``2 / sharpness`` for gradient descent, ``2 (1 + beta)
+        / sharpness`` with momentum (Cohen et al. 2021) and ``2 (1 + beta1) / (1 - beta1) / sharpness`` for Adam, of the
+        preconditioned Hessian (Cohen et al. 2022). Above it training leaves the place where it is (Gilmer et al. 2022).
+
+    Raises:
+        TypeError: an argument is of the wrong kind, or the loss is not of one element.
+        ValueError: there is no batch, no trainable parameter, a lazy or sharded one, the loss has no graph, or the
+            optimizer is for other parameters.
+    """
+    model, optimizer = _checked(model, batches, optimizer, at, loss_scale)
+    loss_of = loss_form(loss_fn)
+    with _apart(model, batches):
+        if at is None:
+            kept = list(_counted(itertools.islice(batches, _BATCHES)))
+            measured = Measurement(model, loss_of, kept, loss_scale)
+        else:
+            kept, measured = _first_nonfinite(model, loss_of, batches, loss_scale)
+    if not kept:
+        raise ValueError("examine: batches: expected at least one, got none")
+    found, recorder = _summarised(model, measured), measured.recorder
+    numbers = zip(kept, found.losses, found.norms, strict=True)
+    finite = [batch for batch, *pair in numbers if all(map(math.isfinite, pair))]
+    found.lr, product = step_size(optimizer)
+    found.max_norm = _max_norm(model, optimizer, [n for n in found.norms if math.isfinite(n)])
+    if not sharpness or not finite:
+        why = "no batch has a finite loss and gradient" if sharpness else "sharpness=False"
+        found.why_no_sharpness = why
+    else:
+        given = (model, loss_of, finite[0], optimizer, measured.squares, _PRODUCTS)
+        try:
+            with _apart(model):
+                found.sharpness = sharpness_of(*given)
+        except RuntimeError as error:  # an operation has no second derivative
+            found.why_no_sharpness = str(error).partition("\n")[0]
+        if math.isnan(found.sharpness) and not found.why_no_sharpness:
+            found.why_no_sharpness = "the gradient's own gradient is not finite"
+        flat = found.sharpness <= 0
+        found.largest_stable_lr = math.inf if flat else product / found.sharpness
+    with _apart(model):
+        lost = _lost_to_fp16(model, loss_of, finite[0], measured, loss_scale) if finite else {}
+        found.verdicts = judge(found, recorder, model, lost)
+        unsure = bool(found.verdicts) or math.isnan(found.largest_stable_lr)
+        if unsure and remedies and optimizer is not None and finite:
+            try:
+                found.trials = try_remedies(model, loss_of, finite, optimizer, found)
+            except (RuntimeError, TypeError) as error:
+                found.why_no_trials = str(error).partition("\n")[0]
+            found.verdicts = judge(found, recorder, model, lost)
+    return found
+
+
+@contextlib.contextmanager
+def _apart(model: nn.Module, batches: object = None) -> Iterator[None]:
+    """Restore everything at the end; meanwhile take gradients, and run eagerly what is compiled."""
+    # Where dynamo was never imported nothing is compiled, and importing it takes seconds.
+    compiled = "torch._dynamo" in sys.modules
+    eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+    with all_restored(model, batches), torch.inference_mode(False), torch.enable_grad(), eager:
+        yield
+
+
+def _first_nonfinite(
+    model: nn.Module, loss_of: LossOf, batches: Iterable[Any], loss_scale: float
+) -> tuple[list[Any], Measurement]:
+    for batch in _counted(batches):
+        measured = Measurement(model, loss_of, [batch], loss_scale)
+        if not math.isfinite(measured.losses[0]) or not math.isfinite(measured.norms[0]):
+            return [batch], measured
+    raise ValueError("examine: at: expected a batch that is not finite, got none in batches")
+
+
+def _summarised(model: nn.Module, measured: Measurement) -> Examination:
+    layers = list(measured.recorder.layers.values())
+    for before, after in itertools.pairwise(layers):
+        after.gain = _ratio(after.rms, before.rms)
+        before.gradient_gain = _ratio(before.gradient_norm, after.gradient_norm)
+    found = Examination(
+        layers,
+        _parameters(model, measured),
+        list(measured.recorder.units.values()),
+        measured.losses,
+        measured.norms,
+    )
+    for units in found.units:
+        units.share, units._alive = float(units.share), None
+    weighted = [layer for layer in layers if layer.has_weight]
+    if weighted:
+        first = layers[0] if layers[0].name == "input" else weighted[0]
+        found.depth = len(weighted)
+        found.factor = _ratio(weighted[-1].rms, first.rms)
+        found.gradient_factor = _ratio(weighted[0].gradient_norm, weighted[-1].gradient_norm)
+    return found
+
+
+def _parameters(model: nn.Module, measured: Measurement) -> list[ParameterGradient]:
+    total = statistics.fmean(measured.norms)
+    rows = []
+    for name, p in model.named_parameters():
+        norms = np.asarray(measured.gradients.get(name, []))
+        state = "frozen" if not p.requires_grad else "" if len(norms) else "unused"
+        norm = float(norms.mean()) if len(norms) else math.nan
+        spread = _ratio(float(norms.std()), norm) if len(norms) else math.nan
+        size = float(p.detach().float().norm())
+        row = ParameterGradient(name, norm, _ratio(norm, total), _ratio(norm, size), spread, state)
+        rows.append(row)
+    return rows
+
+
+def _ratio(value: float, by: float) -> float:
+    return value / by if by else math.nan
+
+
+def _max_norm(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, norms: list[float]
+) -> float:
+    """Return the 0.9 quantile of the norms, or less: the limit at which steps of SGD are 1 % of the parameters."""
+    limit = float(np.quantile(norms, _QUANTILE)) if norms else math.nan
+    if isinstance(optimizer, torch.optim.SGD) and norms:
+        group = optimizer.param_groups[0]
+        size = math.hypot(*(float(p.detach().float().norm()) for p in trainable(model).values()))
+        step = float(group["lr"]) / (1 - float(group["momentum"]))
+        limit = min(limit, _STEP_SHARE * size / step) if step and size else limit
+    return limit
+
+
+def _lost_to_fp16(
+    model: nn.Module, loss_of: LossOf, batch: Any, measured: Measurement, loss_scale: float
+) -> dict[str, float]:
+    """Return the share of the gradient that fp16 loses, by layer, from a copy in fp32."""
+    layers = measured.recorder.layers
+    half = [key for key, layer in layers.items() if layer.dtype == torch.float16]
+    if not half:
+        return {}
+    device = next(model.parameters()).device.type
+    if isinstance(batch, (tuple, list)):
+        batch = [x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in batch]
+    with torch.autocast(device, enabled=False):
+        whole = Measurement(copy.deepcopy(model).float(), loss_of, [batch], loss_scale, True)
+    seen = {
+        key: whole.recorder.layers[key].gradients for key in half if key in whole.recorder.layers
+    }
+    return {key[0]: rows[0].lost for key, rows in seen.items() if rows}
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """Return what DistributedDataParallel, DataParallel and torch.compile have been put around."""
+    while True:
+        inner: Any = getattr(model, "_orig_mod", None)
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def _checked(
+    model: Any, batches: object, optimizer: Any, at: object, loss_scale: float
+) -> tuple[nn.Module, torch.optim.Optimizer | None]:
+    """Return the network inside of model, and the optimizer inside of a Stabilizer."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"examine: model: expected a torch.nn.Module, got {type(model).__name__}")
+    if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
+        kind = type(batches).__name__
+        raise TypeError(f"examine: batches: expected an iterable of (inputs, targets), got {kind}")
+    model = _inside(model)
+    for name, p in model.named_parameters():
+        if is_lazy(p):
+            raise ValueError(
+                "examine: model: expected initialized parameters, but "
+                f"{name} is lazy: call the model once"
+            )
+        if hasattr(p, "device_mesh"):
+            raise ValueError(
+                "examine: model: expected whole parameters, but "
+                f"{name} is sharded: examine before fully_shard"
+            )
+    trained = {id(p) for p in trainable(model).values()}
+    if not trained:
+        raise ValueError("examine: model: expected a parameter that requires a gradient, got none")
+    if isinstance(optimizer, Stabilizer):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, (torch.optim.Optimizer, type(None))):
+        kind = type(optimizer).__name__
+        raise TypeError(f"examine: optimizer: expected a torch.optim.Optimizer or None, got {kind}")
+    groups = [] if optimizer is None else optimizer.param_groups
+    if groups and not any(id(p) in trained for group in groups for p in group["params"]):
+        raise ValueError("examine: optimizer: expected one for the model's parameters, got another")
+    if at not in (None, "first_nonfinite"):
+        raise ValueError(f"examine: at: expected 'first_nonfinite' or None, got {at!r}")
+    if not 0 < loss_scale < math.inf:
+        raise ValueError(f"examine: loss_scale: expected a number above 0, got {loss_scale!r}")
+    return model, optimizer
+
+
+def _counted(batches: Iterable[Any]) -> Iterator[Any]:
+    """Count on stderr, where that is a terminal."""
+    shown = sys.stderr.isatty()
+    for number, batch in enumerate(batches, 1):
+        if shown:
+            sys.stderr.write(f"\rexamine: batch {number}")
+        yield batch
+    if shown:
+        sys.stderr.write("\r\033[K")

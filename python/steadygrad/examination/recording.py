@@ -1,0 +1,240 @@
+"""What hooks see of forward and backward passes: calls of layers, and activation functions."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_SATURATED = 0.99  # tanh passes on 2 % of the gradient there, and a sigmoid 1 %
+_FP16_LOST = 2.0**-25  # half of the smallest fp16 number above 0
+_KINDS = {"relu": "ReLU", "tanh": "tanh", "sigmoid": "sigmoid", "_softmax": "softmax"}
+
+
+class Numbers(NamedTuple):
+    """Root mean square, norm, standard deviation and largest magnitude of a tensor; its share that fp16 loses."""
+
+    rms: float
+    norm: float
+    std: float
+    largest: float
+    lost: float = 0.0
+
+
+@dataclass
+class Layer:
+    """One call of a layer: a call of a module in which no other module is called.
+
+    Attributes:
+        name: of the module, as in ``model.named_modules()``; ``"input"`` for what the model is given.
+        call: which call of that module in a forward pass, from 0.
+        kind: class of the module.
+        has_weight: whether it has a parameter of two or more dimensions.
+        dtype: of the output.
+        outputs: numbers of its output, by batch.
+        gradients: numbers of the loss's gradient with respect to its output, by batch.
+        gain: root mean square of the output by that of the layer before.
+        gradient_gain: norm of the gradient by that of the layer after.
+    """
+
+    name: str
+    call: int
+    kind: str
+    has_weight: bool
+    dtype: torch.dtype
+    outputs: dict[int, Numbers] = field(default_factory=dict)
+    gradients: dict[int, Numbers] = field(default_factory=dict)
+    gain: float = math.nan
+    gradient_gain: float = math.nan
+
+    @property
+    def rms(self) -> float:
+        """Root mean square of the output, median over the batches."""
+        return statistics.median(numbers.rms for numbers in self.outputs.values())
+
+    @property
+    def gradient_norm(self) -> float:
+        """Norm of the gradient, median over the batches; NaN where there is none."""
+        norms = [numbers.norm for numbers in self.gradients.values()]
+        return statistics.median(norms) if norms else math.nan
+
+
+@dataclass
+class Units:
+    """What an activation function did, over the batches.
+
+    Attributes:
+        name: of the module that calls it.
+        kind: ``"ReLU"``, ``"tanh"``, ``"sigmoid"`` or ``"softmax"``.
+        share: of ReLUs that were 0 for every example, or of outputs that are saturated (beyond 0.99 for tanh, 0.01 and
+            0.99 for a sigmoid); for a softmax, its entropy by that of a uniform distribution.
+    """
+
+    name: str
+    kind: str
+    share: Any = 0.0
+    _count: int = 0
+    _alive: Tensor | None = None
+
+    def add(self, output: Tensor, channels: int, dim: int = -1) -> None:
+        """Count an output, whose units are along dimension ``channels``."""
+        values = output.detach().float()
+        if self.kind == "ReLU":
+            alive = (values > 0).movedim(channels, 0).flatten(1).any(1)
+            if self._alive is not None and self._alive.shape == alive.shape:
+                alive |= self._alive
+            self._alive = alive
+            self.share = 1 - alive.float().mean()
+            return
+        if self.kind == "softmax":
+            options = (values > 0).sum(dim).clamp_min(2).float()
+            share = (torch.special.entr(values).sum(dim) / options.log()).mean()
+        else:
+            middle = 0.0 if self.kind == "tanh" else 0.5
+            share = ((values - middle).abs() > _SATURATED - middle).float().mean()
+        self._count += 1
+        self.share = self.share + (share - self.share) / self._count
+
+
+class Recorder(TorchDispatchMode):
+    """Listens to a model's forward passes, and to the backward pass after each.
+
+    ``layers`` are in the order of execution, the model's input first; ``broken`` are those whose output or gradient is
+    not finite, as (batch, "output" or "gradient", layer). ``in_fp16`` counts the share of gradients that fp16 loses.
+    """
+
+    def __init__(self, model: nn.Module, in_fp16: bool = False) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.model, self.in_fp16, self.batch = model, in_fp16, -1
+        self.layers: dict[tuple[str, int], Layer] = {}
+        self.units: dict[tuple[str, str, int], Units] = {}
+        self.broken: list[tuple[int, str, Layer]] = []
+        self._listens = False
+        self._stack: list[tuple[str, nn.Module, int]] = []
+        self._calls: Counter[Any] = Counter()
+        self._seen: list[tuple[Layer, str, int, Tensor]] = []
+
+    @contextlib.contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Hook all modules for as long as a ``with`` block runs."""
+        with contextlib.ExitStack() as stack:
+            for name, module in self.model.named_modules():
+                if "parametrizations" in name.split("."):
+                    continue  # computes a weight, and not a part of the network
+                stack.callback(module.register_forward_pre_hook(self._entering(name)).remove)
+                stack.callback(module.register_forward_hook(self._leaving).remove)
+            yield
+
+    @contextlib.contextmanager
+    def forward_pass(self) -> Iterator[None]:
+        """Listen to the next batch's forward pass."""
+        self.batch += 1
+        for kept in (self._stack, self._calls, self._seen):
+            kept.clear()
+        self._listens = True
+        try:
+            with self:
+                yield
+        finally:
+            self._listens = False  # what is computed again during backward is not listened to
+
+    def end_batch(self) -> None:
+        """Take the numbers of a batch from the device, after its backward pass."""
+        for layer, what, size, sums in self._seen:
+            norm, mean, largest, *lost = sums.tolist()
+            rms = norm / math.sqrt(size)
+            std = math.sqrt(max(rms * rms - mean * mean, 0.0)) if math.isfinite(norm) else math.nan
+            numbers = Numbers(rms, norm, std, largest, *lost)
+            (layer.outputs if what == "output" else layer.gradients)[self.batch] = numbers
+            if not math.isfinite(norm) and layer.name != "input":
+                self.broken.append((self.batch, what, layer))
+        self._seen.clear()
+
+    def _entering(self, name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any) -> None:
+            if self._listens:
+                if not self._stack:
+                    self._see("input", self.model, first_tensor(inputs))
+                self._stack.append((name, module, len(self._seen)))
+
+        return hook
+
+    def _leaving(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self._listens and self._stack:
+            name, _, seen = self._stack.pop()
+            if len(self._seen) == seen:
+                self._see(name, module, first_tensor(output))
+
+    def _see(self, name: str, module: nn.Module, tensor: Tensor | None) -> None:
+        if tensor is None:
+            return
+        call = self._calls[name]
+        self._calls[name] += 1
+        if (name, call) not in self.layers:
+            weight = name != "input" and any(p.dim() > 1 for p in module.parameters())
+            new = Layer(name, call, type(module).__name__, weight, tensor.dtype)
+            self.layers[name, call] = new
+        layer = self.layers[name, call]
+        size, lost = tensor.numel(), self.in_fp16
+        self._seen.append((layer, "output", size, _sums(tensor, False)))
+        if getattr(module, "activation", None) == "relu":  # a fused batch norm
+            self._count("ReLU", name, module, tensor)
+        if tensor.requires_grad and name != "input":
+
+            def hook(gradient: Tensor) -> None:
+                self._seen.append((layer, "gradient", size, _sums(gradient, lost)))
+
+            tensor.register_hook(hook)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look at the outputs of activation functions, whoever calls them."""
+        output = func(*args, **(kwargs or {}))
+        kind = _KINDS.get(func._schema.name.removeprefix("aten::").removesuffix("_"))
+        if kind and self._stack and self._listens and output.numel():
+            name, module, _ = self._stack[-1]
+            self._count(kind, name, module, output, args[1] if kind == "softmax" else -1)
+        return output
+
+    def _count(
+        self, kind: str, name: str, module: nn.Module, output: Tensor, dim: int = -1
+    ) -> None:
+        call = 0
+        if not isinstance(module, nn.RNNBase):  # which has the same units at every step
+            call = self._calls[name, kind]
+            self._calls[name, kind] += 1
+        last = self._seen[-1][0].kind if self._seen else ""
+        channels = 1 if output.dim() > 3 or (output.dim() == 3 and last.endswith("1d")) else -1
+        self.units.setdefault((name, kind, call), Units(name, kind)).add(output, channels, dim)
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """Return the first dense floating-point tensor in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        usable = value.layout == torch.strided and value.is_floating_point() and value.numel()
+        return value if usable else None
+    parts = value.values() if isinstance(value, dict) else value
+    if not isinstance(value, (dict, tuple, list)):
+        return None
+    return next((tensor for tensor in map(first_tensor, parts) if tensor is not None), None)
+
+
+def _sums(tensor: Tensor, in_fp16: bool) -> Tensor:
+    """Return what :class:`Numbers` are made of, on the device: it is not waited for."""
+    values = tensor.detach()
+    values = values.float() if values.element_size() < 4 else values
+    low, high = values.aminmax()
+    norm = torch.linalg.vector_norm(values, dtype=torch.float64)  # squares may be beyond fp32
+    sums = [norm, values.mean().double(), torch.maximum(-low, high).double()]
+    if in_fp16:
+        present = values != 0
+        lost = (present & (values.abs() < _FP16_LOST)).sum() / present.sum().clamp_min(1)
+        sums.append(lost.double())
+    return torch.stack(sums)

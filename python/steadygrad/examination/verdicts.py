@@ -1,0 +1,133 @@
+"""What stands out in the numbers of an examination."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from steadygrad.examination.evidence import REMEDIES, THRESHOLDS
+from steadygrad.examination.examination import Examination, Verdict
+from steadygrad.examination.recording import Recorder
+
+
+def judge(
+    found: Examination, recorder: Recorder, model: nn.Module, lost: dict[str, float]
+) -> list[Verdict]:
+    """Return what stands out, the surest first; ``lost`` is the share that fp16 loses, by layer."""
+    judge = _Judge(found, recorder)
+    found_by = (judge.not_finite(model), judge.depth(), judge.units(lost), judge.steps())
+    return sorted((v for each in found_by for v in each), key=lambda verdict: -verdict.sure)
+
+
+class _Judge:
+    def __init__(self, found: Examination, recorder: Recorder) -> None:
+        self.found, self.recorder = found, recorder
+        self.input = recorder.layers.get(("input", 0))
+
+    def verdict(
+        self, kind: str, sure: float, number: float, text: str, remedy: str = ""
+    ) -> Verdict:
+        remedy = remedy or (THRESHOLDS[kind].remedy if kind in THRESHOLDS else "")
+        line, study = REMEDIES.get(remedy, ("", ""))
+        rate = self.found.largest_stable_lr / 2
+        line = line.format(max_norm=self.found.max_norm, rate=rate)
+        return Verdict(kind, sure, number, text, line, study)
+
+    def above(
+        self, kind: str, sure: float, number: float, text: str, remedy: str = ""
+    ) -> Iterator[Verdict]:
+        """The verdict if its number is above the threshold of its kind."""
+        if number > THRESHOLDS[kind].value:
+            yield self.verdict(kind, sure, number, text, remedy)
+
+    def not_finite(self, model: nn.Module) -> Iterator[Verdict]:
+        kind = "not finite"
+        for name, p in model.named_parameters():
+            if count := int((~p.detach().isfinite()).sum()):
+                text = f"parameter {name} has {count} elements that are not finite"
+                yield self.verdict(kind, 1.0, count, text)
+        for batch, numbers in self.input.outputs.items() if self.input else ():
+            if not math.isfinite(numbers.norm):
+                text = f"the input of batch {batch} has elements that are not finite"
+                yield self.verdict(kind, 0.99, batch, text, "skip")
+        broken = {batch for batch, what, _ in self.recorder.broken if what == "output"}
+        losses = [b for b, loss in enumerate(self.found.losses) if not math.isfinite(loss)]
+        for batch in [batch for batch in losses if batch not in broken][:1]:
+            text = f"the loss of batch {batch} is not finite, though the network's outputs are"
+            yield self.verdict(kind, 0.98, batch, text, "skip")
+        for place, sure in (("output", 0.97), ("gradient", 0.96)):
+            first = [entry for entry in self.recorder.broken if entry[1] == place][:1]
+            for batch, _, layer in first:
+                half = layer.dtype == torch.float16
+                text = (
+                    f"the first {place} that is not finite is that of {layer.name or 'the model'}, "
+                    f"in batch {batch}{': fp16 ends at 65,504' if half else ''}"
+                )
+                yield self.verdict(kind, sure, batch, text, "loss scale" if half else "skip")
+
+    def depth(self) -> Iterator[Verdict]:
+        found = self.found
+        remedy = "" if any(units.kind == "ReLU" for units in found.units) else "Glorot"
+        for what, factor, steps in (
+            ("activations", found.factor, found.depth),
+            ("gradients", found.gradient_factor, found.depth - 1),
+        ):
+            each = factor ** (1 / steps) if factor > 0 and steps > 0 else math.nan
+            shown = f"{each:.3g} x a layer, {factor:,.4g} x over {steps}: the initialisation is too"
+            yield from self.above("growth", 0.9, factor, f"{what} grow {shown} large", remedy)
+            if 0 < factor < THRESHOLDS["vanishing"].value:
+                text = f"{what} vanish, {shown} small"
+                yield self.verdict("vanishing", 0.7, factor, text, remedy)
+
+    def units(self, lost: dict[str, float]) -> Iterator[Verdict]:
+        for unit in self.found.units:
+            where, share = unit.name or "the model", float(unit.share)
+            if unit.kind != "softmax":
+                kind = "dead" if unit.kind == "ReLU" else "saturated"
+                text = f"{share:.0%} of the {unit.kind} units of {where} are {kind}"
+                yield from self.above(kind, 0.5 + 0.35 * share, share, text)
+            elif share < THRESHOLDS["entropy"].value:
+                text = f"the attention of {where} has {share:.2g} of a uniform one's entropy"
+                yield self.verdict("entropy", 0.4, share, text)
+        for name, share in lost.items():
+            text = f"fp16 loses {share:.0%} of the gradient of {name}: it is below 6e-8"
+            yield from self.above("underflow", 0.8, share, text)
+
+    def steps(self) -> Iterator[Verdict]:
+        found = self.found
+        tried = found.trials[0] if found.trials else None
+        ratio = found.lr / found.largest_stable_lr if found.largest_stable_lr > 0 else math.nan
+        sure, flatter = (0.6 if ratio < 5 else 0.8), ""
+        if tried is not None and not tried.holds:
+            # A clip hides what a better start removes.
+            grows = found.factor > THRESHOLDS["growth"].value
+            order = [*REMEDIES] if grows else ["clip", *REMEDIES]
+            holding = [trial.remedy for trial in found.trials if trial.holds]
+            start, end = tried.losses[0], tried.losses[-1]
+            text = f"it will be lost: on a copy the loss went from {start:.3g} to {end:.3g} in "
+            text += f"{len(tried.losses)} steps"
+            best = next((name for name in order if name in holding), "")
+            yield self.verdict("lost", 0.95, end, text, best)
+        elif tried is not None:
+            sure, flatter = 0.45, "; a copy found a flatter place"
+        if tried is not None:
+            text = f"the first step is {tried.first_step:,.3g} x as long as the parameters"
+            yield from self.above("first step", 0.85, tried.first_step, text)
+        stable = f"the largest stable one, {found.largest_stable_lr:.2g}{flatter}"
+        yield from self.above("rate", sure, ratio, f"the learning rate is {ratio:,.3g} x {stable}")
+        norms = [norm for norm in found.norms if math.isfinite(norm)] or [0.0]
+        spike = max(norms) / (statistics.median(norms) or math.inf)
+        text = f"the largest gradient norm is {spike:,.3g} x the median: a batch is a spike"
+        yield from self.above("spike", 0.5, spike, text)
+        if self.input is not None:
+            rms = self.input.rms
+            text = f"the inputs have a root mean square of {rms:.3g}: they are not normalised"
+            yield from self.above("inputs", 0.75, rms, text)
+        unused = [p.name for p in found.parameters if p.state == "unused"]
+        if unused:
+            text = f"the loss does not depend on {', '.join(unused[:5])}"
+            yield self.verdict("unused", 0.3, len(unused), text + ", ..." * (len(unused) > 5))

@@ -1,0 +1,143 @@
+"""A small transformer, with its normalization where Vaswani et al. 2017 have it, trained with SGD and with AdamW."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .arms import Arm, OurStepper
+from .experiment import Experiment, Problem
+from .remedies import named
+from .sequences import NextCharacter
+
+_LONGEST = 256
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """A causal transformer over codes, with learned positions and an output for each place.
+
+    Attributes:
+        layers: attention and feed-forward blocks.
+        width: of the residual stream; four times that between the two layers of a block.
+        heads: of each attention.
+        pre_norm: whether layer norms come before the layers, inside of the residual branches (Xiong et al. 2020), and
+            not behind the sums.
+        init_gain: factor of the weights that Glorot's rule draws; embeddings have a deviation of 0.02 times it.
+        dropout: probability that a unit is dropped, as in ``torch.nn.TransformerEncoderLayer``.
+    """
+
+    layers: int = 4
+    width: int = 32
+    heads: int = 2
+    pre_norm: bool = False
+    init_gain: float = 1.0
+    dropout: float = 0.0
+
+    def build(self, inputs: int, outputs: int, generator: torch.Generator) -> nn.Module:
+        """Build the network with weights drawn from ``generator`` and zero biases."""
+        return _Network(self, inputs, outputs, generator)
+
+
+class _Network(nn.Module):
+    def __init__(
+        self, spec: Transformer, inputs: int, outputs: int, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(inputs, spec.width)
+        self.positions = nn.Parameter(torch.empty(_LONGEST, spec.width))
+        layer = nn.TransformerEncoderLayer(
+            spec.width,
+            spec.heads,
+            4 * spec.width,
+            spec.dropout,
+            batch_first=True,
+            norm_first=spec.pre_norm,
+        )
+        norm = nn.LayerNorm(spec.width) if spec.pre_norm else None
+        self.blocks = nn.TransformerEncoder(layer, spec.layers, norm, enable_nested_tensor=False)
+        self.output = nn.Linear(spec.width, outputs)
+        with torch.no_grad():
+            for name, p in self.named_parameters():
+                if p.dim() > 1 and name.startswith(("embedding", "positions")):
+                    nn.init.normal_(p, 0.0, 0.02 * spec.init_gain, generator=generator)
+                elif p.dim() > 1:
+                    nn.init.xavier_uniform_(p, spec.init_gain, generator=generator)
+                elif name.endswith("bias"):
+                    nn.init.zeros_(p)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Return ``(batch, length, outputs)`` for ``(batch, length)``."""
+        length = codes.shape[1]
+        mask = nn.Transformer.generate_square_subsequent_mask(length, device=codes.device)
+        states = self.embedding(codes) + self.positions[:length]
+        outputs: Tensor = self.output(self.blocks(states, mask, is_causal=True))
+        return outputs
+
+
+PRE_NORM = Arm("pre-LN", "placement of the norm", "Xiong et al.", model={"pre_norm": True})
+SMALL_INIT = Arm("init / 2", "initialisation", "half of Glorot's", model={"init_gain": 0.5})
+
+_ARMS = (
+    *named(
+        "none, clip 1, clip .25, Damp, ClipPercentile, ClipZScore, ClipZScore capped, ClipRelative, "
+        "SkipSpikes, SkipSpikes + LRBackoff, L2, weight decay, dropout, warmup, cosine, "
+        "clip 1 + warmup"
+    ),
+    PRE_NORM,
+    SMALL_INIT,
+)
+
+
+@dataclass(frozen=True)
+class AdamWArm(Arm):
+    """A remedy in front of AdamW in the place of SGD."""
+
+    def stepper(
+        self, parameters: Sequence[nn.Parameter], learning_rate: float, momentum: float
+    ) -> OurStepper:
+        """Make AdamW with this remedy in front of it; ``momentum`` is its beta1."""
+        adamw: Any = torch.optim.AdamW(
+            parameters, learning_rate, (momentum, 0.999), weight_decay=self.weight_decay
+        )
+        return OurStepper(adamw, self)
+
+
+def _with_adamw(arm: Arm) -> AdamWArm:
+    fields = {field.name: getattr(arm, field.name) for field in dataclasses.fields(arm)}
+    return AdamWArm(**fields)
+
+
+def _experiment(
+    optimizer: str, arms: tuple[Arm, ...], rates: tuple[float, ...], momentum: float
+) -> Experiment:
+    return Experiment(
+        name=f"transformer-{optimizer.lower()}",
+        title=f"A post-LN transformer on the help texts of CPython, with {optimizer}",
+        about="Four blocks with the layer norms behind the sums, as in Vaswani et al. 2017, and no "
+        "warm-up: at rates from one at which it trains to one at which it is lost.",
+        problems=(
+            Problem(
+                name=f"post-LN, {optimizer}",
+                title=f"4 post-LN blocks of 32 units on pieces of 64 characters, {optimizer}",
+                task=NextCharacter,
+                model=Transformer(),
+                steps=300,
+                batch_size=16,
+                momentum=momentum,
+            ),
+        ),
+        arms=arms,
+        learning_rates=rates,
+    )
+
+
+TRANSFORMER_SGD = _experiment("SGD", _ARMS, (0.003, 0.03, 0.3, 1.0), 0.9)
+TRANSFORMER_ADAMW = _experiment(
+    "AdamW", tuple(map(_with_adamw, _ARMS)), (3e-4, 1e-3, 1e-2, 1e-1), 0.9
+)

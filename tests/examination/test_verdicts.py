@@ -1,0 +1,249 @@
+"""Planted faults are named, healthy networks are left alone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import steadygrad as sg
+from steadygrad.examination import REMEDIES, THRESHOLDS, Examination, Verdict
+from tests.examination.networks import Batch, batches, cross_entropy, mlp
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+def the(found: Examination, kind: str) -> Verdict:
+    return next(verdict for verdict in found.verdicts if verdict.kind == kind)
+
+
+def kinds(found: Examination) -> set[str]:
+    return {verdict.kind for verdict in found.verdicts}
+
+
+@pytest.mark.parametrize("layers", [3, 6, 12])
+def test_nothing_stands_out_in_a_healthy_network(layers: int) -> None:
+    model = mlp(layers, width=20)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    found = sg.examine(model, cross_entropy, batches(), optimizer=optimizer)
+    assert found.verdicts == [] and found.trials == []
+    assert "nothing stands out" in str(found)
+
+
+def test_an_initialisation_that_is_too_large() -> None:
+    model = mlp(20, gain=1.5)
+    found = sg.examine(model, cross_entropy, batches())
+    verdict = the(found, "growth")
+    assert verdict.number == found.factor > 500
+    assert re.match(r"activations grow 1\.[3-7]\d? x a layer, [\d,]+ x over 20: ", verdict.text)
+    assert "kaiming_normal_" in verdict.line and "54 of 60" in verdict.study
+    assert [v.text.split()[0] for v in found.verdicts] == ["activations", "gradients"]
+
+
+def test_an_initialisation_that_is_too_small() -> None:
+    found = sg.examine(mlp(20, gain=0.5), cross_entropy, batches())
+    assert {"vanishing"} <= kinds(found) <= {"vanishing", "dead"}
+
+
+def test_a_rate_that_is_too_large_and_what_holds() -> None:
+    model = mlp(6)
+    stable = sg.examine(model, cross_entropy, batches()).largest_stable_lr
+    optimizer = torch.optim.SGD(model.parameters(), lr=1000 * stable)
+    found = sg.examine(model, cross_entropy, batches(), optimizer=optimizer)
+    assert found.verdicts[0].kind == "lost"
+    assert the(found, "rate").number == pytest.approx(1000, rel=0.1)
+    trials = {trial.remedy: trial for trial in found.trials}
+    assert not trials["as it is"].holds
+    assert trials["clip"].holds and trials["learning rate"].holds
+    assert trials["clip"].first_step == pytest.approx(0.01, rel=0.1)
+    assert found.verdicts[0].line == f"sg.Stabilizer(optimizer, max_norm={found.max_norm:.2g})"
+    assert str(found).count(" holds ") == sum(trial.holds for trial in found.trials)
+
+
+def test_an_infinite_weight() -> None:
+    model = mlp(4)
+    with torch.no_grad():
+        model[2].weight[1, 1] = torch.inf
+    found = sg.examine(model, cross_entropy, batches())
+    assert found.verdicts[0].text == "parameter 2.weight has 1 elements that are not finite"
+    assert "first output that is not finite is that of 2, in batch 0" in str(found)
+    assert found.why_no_sharpness == "no batch has a finite loss and gradient"
+
+
+@pytest.mark.parametrize("at", [None, "first_nonfinite"])
+def test_an_infinite_input_in_one_batch(at: Any) -> None:
+    given = batches(4)
+    given[2][0][3, 3] = torch.inf
+    found = sg.examine(mlp(4), cross_entropy, given, at=at)
+    batch = 2 if at is None else 0
+    assert found.verdicts[0].text == f"the input of batch {batch} has elements that are not finite"
+    assert len(found.losses) == (4 if at is None else 1)
+    assert (found.sharpness == found.sharpness) is (at is None)
+
+
+def test_a_loss_that_is_not_finite() -> None:
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs.sum() * 0).log()
+
+    found = sg.examine(mlp(4), loss_fn, batches(1))
+    assert "the loss of batch 0 is not finite, though the network's outputs are" in str(found)
+
+
+def test_a_gradient_that_is_not_finite() -> None:
+    class Root(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * 0).abs().sqrt()  # infinity times 0
+
+    model = nn.Sequential(nn.Linear(20, 8), Root(), nn.Linear(8, 5))
+    found = sg.examine(model, cross_entropy, batches(1))
+    assert "the first gradient that is not finite is that of 0, in batch 0" in str(found)
+
+
+def test_a_dead_layer() -> None:
+    model = mlp(4)
+    with torch.no_grad():
+        model[2].bias.fill_(-100.0)
+    verdict = the(sg.examine(model, cross_entropy, batches()), "dead")
+    assert verdict.text == "100% of the ReLU units of 3 are dead" and verdict.number == 1
+
+
+class TanhRNN(nn.Module):
+    def __init__(self, scale: float, nonlinearity: str = "tanh") -> None:
+        super().__init__()
+        self.rnn = nn.RNN(4, 16, batch_first=True, nonlinearity=nonlinearity)
+        self.last = nn.Linear(16, 5)
+        with torch.no_grad():
+            for p in self.rnn.parameters():
+                p.mul_(scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.rnn(x.view(-1, 5, 4))[0][:, -1])
+        return out
+
+
+def test_a_saturated_recurrent_network() -> None:
+    verdict = the(sg.examine(TanhRNN(100.0), cross_entropy, batches()), "saturated")
+    assert re.match(r"\d\d% of the tanh units of rnn are saturated", verdict.text)
+    assert sg.examine(TanhRNN(1.0), cross_entropy, batches()).verdicts == []
+
+
+class HalfPrecision(nn.Module):
+    """Activations in fp16, between a first and a last layer in fp32; in fp32 once it has been converted."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(20, 20), nn.Linear(20, 20), nn.Linear(20, 5)
+        self.middle.half()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (self.first(x) * self.factor).to(self.middle.weight.dtype)
+        out: Tensor = self.last(self.middle(x).float())
+        return out
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**14])
+def test_gradients_that_fp16_loses(scale: float) -> None:
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(outputs, targets) * 1e-6
+
+    found = sg.examine(HalfPrecision(1.0), loss_fn, batches(2), loss_scale=scale)
+    if scale > 1:
+        assert "underflow" not in kinds(found)
+        return
+    verdict = the(found, "underflow")
+    assert verdict.number > 0.9 and "of the gradient of middle: it is below 6e-8" in verdict.text
+    assert "GradScaler" in verdict.line
+
+
+def test_activations_beyond_fp16() -> None:
+    found = sg.examine(HalfPrecision(1e5), cross_entropy, batches(1))
+    text = "the first output that is not finite is that of middle, in batch 0: fp16 ends at 65,504"
+    assert text in str(found)
+
+
+def test_inputs_that_are_not_normalised() -> None:
+    given: list[Batch] = [(100 + 50 * x, y) for x, y in batches()]
+    model = mlp(4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    found = sg.examine(model, cross_entropy, given, optimizer=optimizer)
+    assert "not normalised" in the(found, "inputs").text
+    assert next(trial for trial in found.trials if trial.remedy == "normalised data").holds
+
+
+def test_a_batch_that_is_a_spike() -> None:
+    given = batches(8)
+    given[5][0].mul_(1000)
+    found = sg.examine(mlp(4), cross_entropy, given)
+    assert the(found, "spike").number > 10 and "SkipSpikes" in the(found, "spike").line
+
+
+def test_attention_that_has_collapsed() -> None:
+    class Attention(nn.Module):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.query, self.last, self.scale = nn.Linear(4, 4), nn.Linear(4, 5), scale
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.view(-1, 5, 4)
+            weights = (self.query(x) @ x.mT * self.scale).softmax(-1)
+            out: Tensor = self.last((weights @ x)[:, 0])
+            return out
+
+    found = sg.examine(Attention(1e4), cross_entropy, batches())
+    assert "entropy" in kinds(found)
+    assert "entropy" not in kinds(sg.examine(Attention(1.0), cross_entropy, batches()))
+
+
+def test_every_threshold_has_a_source_and_every_verdict_a_threshold() -> None:
+    assert all(re.search(r"\d{4}|study|report", t.source) for t in THRESHOLDS.values())
+    text = (Path(sg.__file__).parent / "examination" / "verdicts.py").read_text()
+    named = set(re.findall(r"(?:verdict|above)\(\"([a-z ]+)\"", text)) - {"lost", "unused"}
+    assert named <= set(THRESHOLDS)
+
+
+def test_what_the_verdicts_say_of_the_study_is_what_it_says() -> None:
+    page = (DOCS / "study.md").read_text()
+    for name, (_, study) in REMEDIES.items():
+        arm = {"warm-up": "warmup"}.get(name, name)
+        for kept, of, learned in re.findall(r"(\d+) of (\d+) runs kept, (\d+) learned", study):
+            arm = study.partition(":")[0] if ":" in study else arm
+            assert re.search(
+                rf"{re.escape(arm)}[^|]*\| [^|]*\({kept} of {of} runs kept.*, {learned} learned\)",
+                page,
+            ), name
+
+
+@pytest.mark.parametrize("wrap", [True, False])
+def test_a_stabilized_optimizer_is_tried_with_its_limit_and_records_nothing(wrap: bool) -> None:
+    model, written = mlp(20, gain=1.5), []
+    telemetry = sg.Telemetry(writers=[written.append], every=1)
+    options: dict[str, Any] = {"max_norm": 1e-3, "telemetry": telemetry}
+    if wrap:
+        opt: Any = sg.Stabilizer(torch.optim.SGD(model.parameters(), lr=0.1), **options)
+    else:
+        opt = sg.optim.SGD(model.parameters(), lr=0.1, **options)
+    before = repr(opt.state_dict())
+    found = sg.examine(model, cross_entropy, batches(), optimizer=opt)
+    assert found.trials[0].remedy == "as it is" and found.trials[0].holds
+    assert found.trials[0].losses[-1] == pytest.approx(found.trials[0].losses[4], rel=0.5)
+    assert written == [] and repr(opt.state_dict()) == before
+    assert opt.report().steps == 0
+
+
+def test_remedies_that_cannot_be_tried() -> None:
+    model = mlp(20, gain=1.5)
+    optimizer = torch.optim.LBFGS(model.parameters())
+    found = sg.examine(model, cross_entropy, batches(), optimizer=optimizer)
+    assert found.trials == [] and "closure" in found.why_no_trials
+    assert f"remedies could not be tried: {found.why_no_trials}" in str(found)
+    model.register_buffer("result", torch.ones(2, requires_grad=True) * 2)
+    found = sg.examine(
+        model, cross_entropy, batches(), optimizer=torch.optim.SGD([*model.parameters()], 1.0)
+    )
+    assert "deepcopy" in found.why_no_trials
