@@ -141,6 +141,15 @@ def _operations() -> list[_Operation]:
         _steps("AdamW", lr=0.05, eps=0.1, weight_decay=0.1),
         _steps("Adagrad", lr=0.05, lr_decay=0.1),
         _steps("RMSprop", lr=0.05, momentum=0.9),
+        _steps("Adamax", lr=0.05, eps=0.1),
+        # NAdam and ASGD keep numbers in fp32, as torch does: these are exact there.
+        _steps("NAdam", lr=0.05, betas=(0.5, 0.999), eps=0.1, momentum_decay=0.0),
+        _steps("RAdam", lr=0.05, weight_decay=0.1),
+        _steps("Adadelta", lr=0.5, eps=0.1),
+        _steps("ASGD", lr=0.0625, lambd=0.1, alpha=0.0, t0=0.0),
+        # A gradient that float16 rounds to 0 has no sign to compare: the step then keeps its size.
+        _steps("Rprop", lr=0.05, etas=(0.5, 1.0)),
+        _steps("Lion", lr=0.05, weight_decay=0.1),
         _batch_norm("batch_norm", training=True),
         _batch_norm("batch_norm, add, relu", training=True, activation="relu"),
         _batch_norm("batch_norm, inference", training=False),

@@ -214,7 +214,7 @@ def test_what_the_verdicts_say_of_the_study_is_what_it_says() -> None:
         for kept, of, learned in re.findall(r"(\d+) of (\d+) runs kept, (\d+) learned", study):
             arm = study.partition(":")[0] if ":" in study else arm
             assert re.search(
-                rf"{re.escape(arm)}[^|]*\| [^|]*\({kept} of {of} runs kept.*, {learned} learned\)",
+                rf"\| {re.escape(arm)}[^|]*\|.*\| {kept}/{of} \([^|]*\), learned {learned} \|",
                 page,
             ), name
 

@@ -84,7 +84,7 @@ def test_doctor_finds_all_well(capsys: Any, argv: list[str]) -> None:
     assert code == 0, text
     assert "All is well." in text
     assert "FAIL" not in text
-    assert "68 of 68 kernel checks passed." in text
+    assert "96 of 96 kernel checks passed." in text
     for line in (
         rf"torch +{re.escape(torch.__version__)}",
         r"backend +cpu: compiled, usable",
@@ -110,7 +110,7 @@ def test_doctor_reports_wrong_numbers(monkeypatch: pytest.MonkeyPatch, capsys: A
     monkeypatch.setattr(sg, "clip_grad_value_", broken)
     assert main([]) == 1
     text = capsys.readouterr().out
-    assert "64 of 68 kernel checks passed." in text
+    assert "92 of 96 kernel checks passed." in text
     assert re.search(r"^ *clip_grad_value_ +FAIL 5e-01", text, re.MULTILINE)
     assert re.search(r"- clip_grad_value_: error 5.0e-01 above 5.0e-07 \(float32\)", text)
     assert "wrong results: reinstall it" in text
@@ -250,7 +250,7 @@ def test_doctor_checks_every_usable_device(monkeypatch: pytest.MonkeyPatch, caps
     assert main([]) == 1
     text = capsys.readouterr().out
     assert "Kernels on cpu: error" in text and "Kernels on meta: error" in text
-    assert "68 of 136 kernel checks passed." in text
+    assert "96 of 192 kernel checks passed." in text
     assert "- AdamW, 2 fused steps on meta: " in text
 
 

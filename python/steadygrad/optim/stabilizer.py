@@ -48,8 +48,9 @@ class Stabilizer(StabilizedOptimizer, torch.optim.Optimizer):
 
     One step, in this order: unscale the gradient (``torch.amp.GradScaler``), add the penalty, take the norm
     :math:`N`, decide about non-finite elements, scale by :math:`\min(1, \text{max\_norm} / (N + 10^{-6}))`, clamp
-    to ``clip_value``, then the wrapped optimizer's update rule. For ``torch.optim``'s SGD, Adam, AdamW, Adagrad and
-    RMSprop all of it happens in two passes over memory and gradients are only read; for any other optimizer the
+    to ``clip_value``, then the wrapped optimizer's update rule. For ``torch.optim``'s SGD, Adam, AdamW, Adamax,
+    NAdam, RAdam, Adagrad, Adadelta, RMSprop, ASGD and Rprop, and for :class:`steadygrad.optim.Lion`, all of it happens
+    in two passes over memory and gradients are only read; for any other optimizer the
     gradients are changed in place before its own ``step``. :attr:`path` says which.
 
     Args:
