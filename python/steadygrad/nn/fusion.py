@@ -22,7 +22,6 @@ RELU, ADD, ADD_RELU = "batch norm + ReLU", "batch norm + add", "batch norm + add
 
 _CALL: Any = nn.Module.__call__
 _SEQUENTIAL: Callable[..., Any] = nn.Sequential.forward
-_FUNCTIONS = (F.relu, torch.relu)
 _RELU = {nn.ReLU: nn.ReLU.forward}
 _DROPOUT = {k: k.forward for k in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)}
 _IDENTITY = {nn.Identity: nn.Identity.forward}
@@ -45,20 +44,23 @@ def any_global_hook() -> bool:
 
 def is_plain(module: Any) -> bool:
     """Returns whether calling a module is no more than calling its class' forward."""
+    state = module.__dict__
     return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
         or module._compiled_call_impl is not None
         or type(module).__call__ is not _CALL
-        or "forward" in module.__dict__
     )
 
 
 def is_relu(module: Any) -> bool:
     """Returns whether it is ReLU, as a function or as a module that may go uncalled."""
-    return module in _FUNCTIONS or (_is_one_of(_RELU, module) and is_plain(module))
+    if _is_one_of(_RELU, module):
+        return is_plain(module)
+    return module is F.relu or module is torch.relu
 
 
 def is_passed(module: Any) -> bool:
