@@ -432,3 +432,27 @@ def test_timms_batch_norm_with_an_activation(libraries: tuple[Any, Any], calls: 
     assert_same(model, twin)
     graph = torch.fx.symbolic_trace(nn.Sequential(twin)).graph
     assert [node.op for node in graph.nodes] == ["placeholder", "call_module", "output"]
+
+
+class Optional(nn.Module):
+    """An addition only where an attribute says so, and a ReLU in both cases."""
+
+    def __init__(self, skip: bool) -> None:
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()
+        self.skip = skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x))
+        return self.relu(y + x if self.skip else y)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_an_addition_that_an_attribute_decides(skip: bool, calls: Calls) -> None:
+    sg.nn.register_block(Optional, sg.nn.Steps("conv bn", add="skip", last="relu"))
+    model, twin = pair(Optional(skip))
+    assert calls.of(copy.deepcopy(twin)) == operations(twin) == [FUSED[skip]]
+    assert_same(model, twin)
+    model.skip = twin.skip = not skip
+    assert calls.of(copy.deepcopy(twin)) == operations(twin) == [FUSED[not skip]]
+    assert_same(model, twin)

@@ -186,7 +186,7 @@ def _convert(module: nn.Module, process_group: dist.ProcessGroup | None) -> None
 
 
 def _torch_class(norm: BatchNorm) -> Kind | None:
-    """The class of torch's, or of the user's, that a batch norm of ours goes back to; None where there is none."""
+    """Returns the class, torch's or the user's, that a batch norm of ours goes back to; None where there is none."""
     kind = original_class(norm)
     if kind is not type(norm):
         return kind
@@ -238,13 +238,13 @@ def _is_to_fuse(module: nn.Module) -> bool:
 
 
 def original_class(module: nn.Module) -> Kind:
-    """The class that a module had before it was derived from here."""
+    """Returns the class that a module had before it was derived from here."""
     kind: Kind = type(module)
     return kind.__mro__[1] if _MARK in vars(kind) else kind
 
 
 def derived(kind: Kind, ours: Kind | None = None) -> Kind:
-    """The subclass of a class whose forward is fused; or, with one of our batch norms, the class that is both.
+    """Returns the subclass whose forward is fused; or, with one of our batch norms, the class that is both.
 
     Where its forward is not known, as when a file is loaded without what was registered, it is the class itself.
     """
@@ -289,7 +289,7 @@ def derived(kind: Kind, ours: Kind | None = None) -> Kind:
 
 
 def _stepping_aside(kind: Kind, method: str, known: Any) -> Any:
-    """A method that does what is known of a class' own, wherever that stands for it."""
+    """Returns a method that does what is known of a class' own, wherever that stands for it."""
     original = getattr(kind, method)
 
     @functools.wraps(original)

@@ -22,7 +22,6 @@ RELU, ADD, ADD_RELU = "batch norm + ReLU", "batch norm + add", "batch norm + add
 
 _CALL: Any = nn.Module.__call__
 _SEQUENTIAL: Callable[..., Any] = nn.Sequential.forward
-_FUNCTIONS = (F.relu, torch.relu)
 _RELU = {nn.ReLU: nn.ReLU.forward}
 _DROPOUT = {k: k.forward for k in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)}
 _IDENTITY = {nn.Identity: nn.Identity.forward}
@@ -45,20 +44,23 @@ def any_global_hook() -> bool:
 
 def is_plain(module: Any) -> bool:
     """Returns whether calling a module is no more than calling its class' forward."""
+    state = module.__dict__
     return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
         or module._compiled_call_impl is not None
         or type(module).__call__ is not _CALL
-        or "forward" in module.__dict__
     )
 
 
 def is_relu(module: Any) -> bool:
     """Returns whether it is ReLU, as a function or as a module that may go uncalled."""
-    return module in _FUNCTIONS or (_is_one_of(_RELU, module) and is_plain(module))
+    if _is_one_of(_RELU, module):
+        return is_plain(module)
+    return module is F.relu or module is torch.relu
 
 
 def is_passed(module: Any) -> bool:
@@ -213,7 +215,7 @@ class Steps:
         add: whether the block's input is added to what they return; or the name of the attribute that says so.
         before_add: what is called between the layers and the addition, and only where there is one.
         shortcut: what the input goes through before it is added.
-        last: the activation after the addition.
+        last: the activation after the addition or, without one, after the layers.
         in_place: whether the addition is written ``y += x``.
         unless: name of an attribute; where it is true the block takes its own forward.
         end: takes the block and the result, returns the block's output.
@@ -247,7 +249,7 @@ class Steps:
     def plan(self, block: nn.Module) -> tuple[list[Call], Any, list[Any] | None, Any]:
         """Returns the layers' calls, the batch norm that adds, the shortcut (None: no addition) and the activation."""
         adds = getattr(block, self.add, False) if isinstance(self.add, str) else self.add
-        names = f"{self.body} {self.before_add}" if adds else self.body
+        names = f"{self.body} {self.before_add if adds else self.last}"
         calls = list(planned(_members(block, names)))
         norm = None
         shortcut = _members(block, self.shortcut) if adds else None
@@ -259,7 +261,7 @@ class Steps:
             still = all(_is_still(module) and module is not last[0] for module in inner)
             if is_norm(last[0]) and not last[1] and still:
                 norm, _ = calls.pop()
-        return calls, norm, shortcut, block._modules.get(self.last)
+        return calls, norm, shortcut, block._modules.get(self.last) if adds else None
 
     def __call__(self, block: nn.Module, input: Any) -> Any:
         """Calls the members, each batch norm with what it takes on."""
@@ -272,8 +274,6 @@ class Steps:
             output = batch_norm_add_relu(
                 norm or _unchanged, output, residual, last, in_place=self.in_place
             )
-        elif last is not None:
-            output = last(output)
         return output if self.end is None else self.end(block, output)
 
 
@@ -281,7 +281,7 @@ def found(module: nn.Module, forward: Forward | None) -> list[tuple[nn.Module, s
     """Returns what becomes of each batch norm that a chain or a block calls: it, its operation or why there is none."""
     if isinstance(forward, Steps):
         calls, norm, shortcut, last = forward.plan(module)
-        after = "an addition" if shortcut is not None else _described(last)
+        after = "" if shortcut is None else "an addition"
     else:
         calls, norm, shortcut, after = list(planned(module._modules.values())), None, None, ""
         last = None

@@ -20,69 +20,67 @@ def _classified(model: Any, pooled: Tensor) -> Any:
     return model.fc(torch.flatten(pooled, 1))
 
 
-_BASIC = Steps("conv1 bn1 relu conv2 bn2", True, "", "downsample?", "relu", in_place=True)
-_BOTTLENECK = Steps(
-    "conv1 bn1 relu conv2 bn2 relu conv3 bn3", True, "", "downsample?", "relu", in_place=True
-)
-_TIMM_BASIC = Steps(
-    "conv1 bn1 drop_block act1 aa? conv2 bn2 se? drop_path?",
-    True,
-    "",
-    "downsample?",
-    "act2",
-    in_place=True,
-)
-_TIMM_BOTTLENECK = Steps(
-    "conv1 bn1 act1 conv2 bn2 drop_block act2 aa? conv3 bn3 se? drop_path?",
-    True,
-    "",
-    "downsample?",
-    "act3",
-    in_place=True,
-)
+def _residual(body: str, last: str) -> Steps:
+    return Steps(body, add=True, shortcut="downsample?", last=last, in_place=True)
+
+
+def _inverted(body: str) -> Steps:
+    return Steps(body, add="has_skip", before_add="drop_path")
+
+
 _LAYERS = "maxpool layer1 layer2 layer3 layer4"
 _TIMM = "timm.models._efficientnet_blocks"
 
 # The module and qualified name of a method, what `source_digest` says of the source that is known, what it does.
 # A method of that name with another source, of an older or newer version, is not fused.
 _KNOWN: dict[str, tuple[str, Forward]] = {
-    "torchvision.models.resnet.BasicBlock.forward": ("3dc6cc10fd1c", _BASIC),
-    "torchvision.models.resnet.Bottleneck.forward": ("afb5737210b6", _BOTTLENECK),
+    "torchvision.models.resnet.BasicBlock.forward": (
+        "3dc6cc10fd1c",
+        _residual("conv1 bn1 relu conv2 bn2", "relu"),
+    ),
+    "torchvision.models.resnet.Bottleneck.forward": (
+        "afb5737210b6",
+        _residual("conv1 bn1 relu conv2 bn2 relu conv3 bn3", "relu"),
+    ),
     "torchvision.models.resnet.ResNet._forward_impl": (
         "785290f02817",
         Steps(f"conv1 bn1 relu {_LAYERS} avgpool", end=_classified),
     ),
     "torchvision.models.mobilenetv2.InvertedResidual.forward": (
         "be2bdd39a506",
-        Steps("conv", "use_res_connect"),
+        Steps("conv", add="use_res_connect"),
     ),
     "torchvision.models.mobilenetv3.InvertedResidual.forward": (
         "3b1d2ab2b0fe",
-        Steps("block", "use_res_connect", in_place=True),
+        Steps("block", add="use_res_connect", in_place=True),
     ),
     "torchvision.models.mnasnet._InvertedResidual.forward": (
         "dcbe8ff8336a",
-        Steps("layers", "apply_residual"),
+        Steps("layers", add="apply_residual"),
     ),
-    "timm.models.resnet.BasicBlock.forward": ("30ffe319d2c4", _TIMM_BASIC),
-    "timm.models.resnet.Bottleneck.forward": ("0d600af7f83c", _TIMM_BOTTLENECK),
+    "timm.models.resnet.BasicBlock.forward": (
+        "30ffe319d2c4",
+        _residual("conv1 bn1 drop_block act1 aa? conv2 bn2 se? drop_path?", "act2"),
+    ),
+    "timm.models.resnet.Bottleneck.forward": (
+        "0d600af7f83c",
+        _residual("conv1 bn1 act1 conv2 bn2 drop_block act2 aa? conv3 bn3 se? drop_path?", "act3"),
+    ),
     "timm.models.resnet.ResNet.forward_features": (
         "fbf65d89acd2",
         Steps(f"conv1 bn1 act1 {_LAYERS}", unless="grad_checkpointing"),
     ),
     f"{_TIMM}.DepthwiseSeparableConv.forward": (
         "caedef4ea77a",
-        Steps("conv_s2d? bn_s2d? conv_dw bn1 aa se conv_pw bn2", "has_skip", "drop_path"),
+        _inverted("conv_s2d? bn_s2d? conv_dw bn1 aa se conv_pw bn2"),
     ),
     f"{_TIMM}.InvertedResidual.forward": (
         "b4c676d3bbaf",
-        Steps(
-            "conv_s2d? bn_s2d? conv_pw bn1 conv_dw bn2 aa se conv_pwl bn3", "has_skip", "drop_path"
-        ),
+        _inverted("conv_s2d? bn_s2d? conv_pw bn1 conv_dw bn2 aa se conv_pwl bn3"),
     ),
     f"{_TIMM}.EdgeResidual.forward": (
         "32048ec696a3",
-        Steps("conv_exp bn1 aa se conv_pwl bn2", "has_skip", "drop_path"),
+        _inverted("conv_exp bn1 aa se conv_pwl bn2"),
     ),
     # A batch norm that is a block: timm's ConvNormAct and ConvBnAct have it, and need no more than that.
     "timm.layers.norm_act.BatchNormAct2d.forward": ("b1e6468008c6", norm_act),
