@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import re
 from pathlib import Path
 
@@ -34,6 +36,22 @@ def lines(path: Path) -> list[str]:
 
 def name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
+
+
+def test_no_two_parts_of_the_package_import_each_other() -> None:
+    package = ROOT / "python" / "steadygrad"
+    imports: dict[str, set[str]] = {}
+    for path in package.rglob("*.py"):
+        part = path.relative_to(package).parts[0].removesuffix(".py")
+        if part == "__init__":
+            continue  # it gathers what the parts offer
+        for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(statement, ast.ImportFrom) and statement.module is not None:
+                root, _, rest = statement.module.partition(".")
+                if root == "steadygrad" and rest and rest.split(".")[0] != part:
+                    imports.setdefault(part, set()).add(rest.split(".")[0])
+    assert {"policies", "telemetry"} <= imports["optim"]
+    tuple(graphlib.TopologicalSorter(imports).static_order())  # raises where there is a cycle
 
 
 def test_names_say_what_files_and_folders_do() -> None:

@@ -52,10 +52,14 @@ struct RuleHyper {
   bool decoupled_weight_decay = false;
 };
 
+// By name, since nvcc writes a member's declaration in a way that GCC warns of.
+using HyperNumber = double RuleHyper::*;
+using HyperFlag = bool RuleHyper::*;
+
 // A number of a param group: in [low, below), and finite.
 struct NumberField {
   const char* key;
-  double RuleHyper::* to;
+  HyperNumber to;
   double low = 0;
   double below = INFINITY;
   int index = -1;  // within a key that holds several numbers, as betas does; -1: it holds one
@@ -63,7 +67,7 @@ struct NumberField {
 
 struct FlagField {
   const char* key;
-  bool RuleHyper::* to;
+  HyperFlag to;
 };
 
 // A state tensor, in the rule's order; null: it is always there.

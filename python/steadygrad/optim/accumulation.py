@@ -10,9 +10,7 @@ from torch import Tensor
 
 from steadygrad.memory import is_asynchronous
 from steadygrad.optim.in_place import Closure
-from steadygrad.optim.options import checked_number
-
-_HALF = (torch.bfloat16, torch.float16)
+from steadygrad.optim.options import HALF_DTYPES, checked_number
 
 
 class Accumulated:
@@ -96,7 +94,7 @@ class Accumulated:
         # Not by hooks: DistributedDataParallel writes what it has reduced at the end of backward.
         for param in params:
             grad = param.grad
-            if grad is None or grad.dtype not in _HALF or grad.layout != torch.strided:
+            if grad is None or grad.dtype not in HALF_DTYPES or grad.layout != torch.strided:
                 continue
             if param in self.sums:
                 self.sums[param].add_(grad)
