@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.optim import unfused
+
 STEPS = 20
 MAX_NORM = 0.7
 
@@ -38,7 +40,7 @@ class Case:
         if self.rule == "sgd":
             return torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.01)
         if self.rule == "adadelta":
-            return torch.optim.Adadelta(groups, lr=0.5)
+            return unfused.Adadelta(groups, lr=0.5)
         return torch.optim.AdamW(groups, lr=0.02, weight_decay=0.05, eps=1e-4)
 
 

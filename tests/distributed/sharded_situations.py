@@ -15,6 +15,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import steadygrad as sg
 from tests.distributed.sharded_layouts import Meshes, TensorTraining, local, locals_of, whole
+from tests.optim import unfused
 
 Found = dict[str, Any]
 
@@ -161,7 +162,7 @@ def options_of_a_step(rank: int, world: int, meshes: Meshes) -> Found:
     )
     in_place = TensorTraining(meshes, world)
     wrapped = sg.Stabilizer(
-        torch.optim.Adadelta(in_place.groups, lr=1.0), max_norm=5.0, l1=0.05, l1_mode="proximal"
+        unfused.Adadelta(in_place.groups, lr=1.0), max_norm=5.0, l1=0.05, l1_mode="proximal"
     )
     for step in range(3):
         trained.backward(step)

@@ -13,6 +13,7 @@ from tests.backends import BACKENDS, Backend, backend_parameters
 from tests.distributed.sharded_cases import FIRST_GROUP, whole_grads, whole_params
 from tests.distributed.test_sharded import found as found_by_name
 from tests.distributed.test_sharded import pytestmark as pytestmark
+from tests.optim import unfused
 from tests.ranks import Found
 
 NORMS = (2.0, 1.0, torch.inf, 3.0, 0.0, -torch.inf, -2.0)
@@ -202,7 +203,7 @@ def test_penalties_and_proximal_steps_on_shards(world: int, ran_on: Backend) -> 
     optimizer = sg.optim.SGD(
         params, lr=0.1, max_norm=5.0, penalty_order="after_clip", write_grads=True, **options
     )
-    adadelta = torch.optim.Adadelta(in_place, lr=1.0)
+    adadelta = unfused.Adadelta(in_place, lr=1.0)
     wrapped = sg.Stabilizer(adadelta, max_norm=5.0, l1=0.05, l1_mode="proximal")
     for step in range(3):
         for trained, stepped in ((params, optimizer), (in_place, wrapped)):

@@ -53,8 +53,7 @@ class UpdateRule:
         state: dict[str, Tensor] = {}
         for name in self.number_names:
             wide = torch.get_default_dtype() == torch.float64
-            if name == "step":
-                wide = wide and not group.get("fused") and not is_asynchronous(param.device)
+            wide = wide and not (name == "step" and group.get("fused"))
             state[name] = torch.full(
                 (),
                 self.initial_value(group, name),
@@ -114,9 +113,8 @@ def slot_of(
             # Where the decision to step is taken, as with fused=True and capturable=True.
             dtype = torch.float32 if name == "step" else None
             state[name] = state[name].to(param.device, dtype, non_blocking=True)
-        elif (
-            state[name].dtype in HALF_DTYPES
-        ):  # loading a checkpoint, torch rounds all but the step counter
+        elif state[name].dtype in HALF_DTYPES:
+            # Loading a checkpoint, torch rounds all numbers but the step counter.
             widened[name] = state[name].float()
     # Only SGD's momentum begins otherwise than it goes on. Elsewhere the mark says what a skipped step takes back.
     first = first or (bool(made) and (rule.has_step or not names))
