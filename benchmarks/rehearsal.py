@@ -17,6 +17,10 @@ from benchmarks.cases import CUDA_CASES
 from benchmarks.measure import CopyYardstick, CudaDevice, Effort, GpuYardstick
 from steadygrad import _kernels
 
+# What the emulated kernels have taken the place of. pybind11 forgets conversions that both modules share where a class
+# of one of them is freed.
+_REPLACED: list[object] = []
+
 
 class HostEvents:
     """Time stamps of the host in the place of a device's."""
@@ -72,4 +76,5 @@ def emulate() -> None:
     emulated = import_module("steadygrad_emulated")
     for name in dir(_kernels):
         if not name.startswith("__"):
+            _REPLACED.append(getattr(_kernels, name))
             setattr(_kernels, name, getattr(emulated, name))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import steadygrad as sg
+from tests.optim import unfused
 
 BATCH = 64
 
@@ -66,7 +67,7 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "max_norm": lambda p: sg.Stabilizer(torch.optim.AdamW(p, lr=0.01), max_norm=0.5),
     "policies": lambda p: sg.Stabilizer(torch.optim.SGD(p, lr=0.3, momentum=0.9), **LEARNING),
     "subclass": lambda p: sg.optim.AdamW(p, lr=0.01, **LEARNING),
-    "in-place": lambda p: sg.Stabilizer(torch.optim.NAdam(p, lr=0.01), clip=sg.ClipPercentile()),
+    "in-place": lambda p: sg.Stabilizer(unfused.NAdam(p, lr=0.01), clip=sg.ClipPercentile()),
 }
 ROUNDED: dict[str, Callable[[Any], Any]] = {
     rounding: lambda p, rounding=rounding: sg.Stabilizer(

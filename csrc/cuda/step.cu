@@ -39,6 +39,11 @@ bool is_capturing(Stream stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
+template <class... Rule>
+void launch_rule(RuleList<Rule...>, RuleKind kind, const UpdateArguments& arguments, Stream stream) {
+  (void)((kind == Rule::kKind && (launch_update<Rule>(kFunction, arguments, stream), true)) || ...);
+}
+
 }  // namespace
 
 void StepPlan::step(const Tensors& tensors, const std::vector<StepCounter>& counters,
@@ -83,7 +88,7 @@ void StepPlan::step(const Tensors& tensors, const std::vector<StepCounter>& coun
   if (writes_grads) launch_transform(kFunction, layout.table, layout.broadcast.grads, source, false, stream);
   const UpdateArguments update{
       layout.table, layout.broadcast.grads, source, layout.decision.scalars, memory.taken, writes_grads};
-  with_rule_of(options.rule, [&](auto rule) { launch_update<decltype(rule)>(kFunction, update, stream); });
+  launch_rule(Rules(), options.rule, update, stream);
 }
 
 }  // namespace steadygrad::cuda

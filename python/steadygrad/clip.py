@@ -287,7 +287,11 @@ def clip_grads_with_norm_(
     if isinstance(norm, Tensor) and has_dtensors([norm]):
         norm = norm.full_tensor()  # type: ignore[attr-defined]
     limit = as_number("clip_grads_with_norm_", "max_norm", max_norm)
-    if isinstance(norm, Tensor) and not composite.has_kernels(norm.device):
+    if (
+        isinstance(norm, Tensor)
+        and not composite.has_kernels(norm.device)
+        and composite.takes(grads)
+    ):
         return composite.clip_grads_with_norm_(grads, limit, norm)
     if not is_number_on(norm, device):
         norm = as_number("clip_grads_with_norm_", "total_norm", norm)

@@ -21,7 +21,7 @@ from tests.snapshots import assert_same_tree, bits
 
 # What the arguments of one launch of pass 1 hold: 32 KB of gradient addresses and param groups.
 GRADIENTS_PER_LAUNCH = 3500
-GROUPS_PER_LAUNCH = 24
+GROUPS_PER_LAUNCH = 22
 # After pass 1, the decision and the update.
 DECIDE_AND_UPDATE = 2
 
@@ -254,13 +254,13 @@ OTHERS = backend_parameters(BACKENDS[1:])
     [
         ([3501], [], 2),
         ([4000], [], 2),
-        ([1] * 24, [], 1),
-        ([1] * 25, [], 2),
+        ([1] * 22, [], 1),
+        ([1] * 23, [], 2),
         ([1] * 60, [], 3),
         ([1] * 60, [g for g in range(60) if g not in (0, 30, 59)], 3),
         ([1] * 60, [*range(40)], 3),
         ([1] * 60, [*range(20, 60)], 3),
-        ([2] * 23 + [3499] + [2] * 36, [], 3),
+        ([2] * 21 + [3499] + [2] * 36, [], 3),
     ],
     ids=lambda value: str(sum(value)) if isinstance(value, list) and value else None,
 )

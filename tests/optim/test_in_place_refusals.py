@@ -74,16 +74,15 @@ def test_a_rate_that_an_optimizer_finds_by_itself_is_none() -> None:
         optimizer.step()
 
 
-def test_the_proximal_step_of_complex_parameters_is_refused_before_the_update(
-    backend: Backend,
-) -> None:
-    param = Parameter(torch.ones(3, dtype=torch.complex64, device=backend.device))
-    param.grad = torch.ones_like(param)
-    optimizer = sg.Stabilizer(unfused.Adadelta([param]), l1=0.1, l1_mode="proximal")
-    before = Snapshot(optimizer.param_groups[0]["params"], optimizer)
-    with pytest.raises(TypeError, match="expected a real tensor"):
-        optimizer.step()
-    before.assert_unchanged()
+def test_the_proximal_step_of_complex_parameters_shrinks_their_magnitudes(backend: Backend) -> None:
+    values = torch.tensor([3 + 4j, 0.03 + 0.04j, 0], device=backend.device)
+    param = Parameter(values)
+    param.grad = torch.zeros_like(param)
+    optimizer = sg.Stabilizer(torch.optim.SGD([param], lr=1.0), l1=0.5, l1_mode="proximal")
+    optimizer.step()
+    assert optimizer.path == "in-place: complex parameters"
+    expected = torch.tensor([2.7 + 3.6j, 0, 0], device=backend.device)
+    torch.testing.assert_close(param.detach(), expected)
 
 
 def test_an_error_in_the_middle_of_lbfgs_takes_its_moves_back() -> None:

@@ -24,6 +24,7 @@ from steadygrad import _kernels
 from steadygrad.policies.state_text import state_of, text_of
 from steadygrad.reference import policies as reference
 from tests.backends import Backend
+from tests.optim import unfused
 from tests.optim.device_twins import asynchronous_device, no_waiting
 from tests.optim.optimizer_kinds import MAKERS
 from tests.optim.optimizer_runs import tensor_state
@@ -39,7 +40,7 @@ CPU = torch.device("cpu")
 
 
 def in_place(groups: Any, lr: float, **ours: Any) -> Any:
-    return sg.Stabilizer(torch.optim.Adadelta(groups, lr=lr), **ours)
+    return sg.Stabilizer(unfused.Adadelta(groups, lr=lr), **ours)
 
 
 def test_the_published_rule_again_agrees_with_its_reference(backend: Backend) -> None:

@@ -257,7 +257,7 @@ def test_parameters_outside_all_groups_take_no_part() -> None:
 @pytest.mark.parametrize(
     "modes",
     [
-        {"rule": "Lion"},
+        {"rule": "Muon"},
         {"penalty_order": "before"},
         {"l1_mode": "prox"},
         {"clip_scope": "layer"},
