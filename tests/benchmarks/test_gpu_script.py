@@ -236,8 +236,10 @@ open({str(mark)!r}, 'w')
 
 
 def test_a_stage_is_asked_to_end_before_it_is_killed(tmp_path: Path) -> None:
+    # Where the tests run in the background, SIGINT is ignored, and children inherit that.
     code = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 try:
     print("began", flush=True)
     time.sleep(60)
