@@ -56,7 +56,7 @@ DIGITS = Experiment(
 QUICK = dataclasses.replace(
     DIGITS.with_arms(["none", "clip 1", "L1", "L2", "clip 1 + L2", "He init"]),
     name="quick",
-    problems=(dataclasses.replace(DIGITS.problems[0], steps=1500),),
+    problems=(dataclasses.replace(DIGITS.problems[0], steps=1000),),
     learning_rates=(1e-5, 1e-2, 3e-2, 1e-1),
     seeds=(0, 1, 2),
 )
