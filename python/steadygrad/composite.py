@@ -2,8 +2,9 @@
 
 The kernels take real, dense tensors that are all on the CPU, or all on one CUDA device that they were built for. All
 others come here: tensors on another device (MPS, XPU, ROCm, CUDA in a build without it), lists over several devices,
-and complex tensors. The definition is the same, the precision is torch's, and it takes more passes over memory. Nothing
-here waits for a device, except to raise where that was asked for.
+and complex tensors. The definition is the same, the precision is torch's, and it takes more passes over memory. A tensor
+that appears twice counts once, as with the kernels. Nothing here waits for a device, except to raise where that was
+asked for.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def has_kernels(device: torch.device) -> bool:
     )
 
 
+@torch.no_grad()
 def get_total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     """Return the p-norm of all elements, a 0-d tensor on the first tensor's device: fp32, or fp64 if any tensor is.
 
@@ -63,6 +65,7 @@ def get_total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     return total
 
 
+@torch.no_grad()
 def clip_grads_with_norm_(
     grads: Sequence[Tensor], max_norm: float, total_norm: Tensor | float
 ) -> None:
@@ -81,19 +84,21 @@ def clip_grads_with_norm_(
         grad.mul_(there[grad.device].to(grad.real.dtype))
 
 
+@torch.no_grad()
 def clip_grad_value_(grads: Sequence[Tensor], clip_value: float) -> None:
     """Clamp every element to ``[-clip_value, clip_value]`` in place; of complex ones the real and imaginary part."""
     for grad in grads:
         _as_real(grad).clamp_(-clip_value, clip_value)
 
 
+@torch.no_grad()
 def add_penalty_(params: Sequence[Tensor], grads: Sequence[Tensor], l1: float, l2: float) -> Tensor:
     """Add ``l1 * sign(p) + l2 * p`` to the gradients; return ``l1 * sum|p| + l2 / 2 * sum p^2``, 0-d.
 
     The sign of a complex number is its direction, ``p / |p|``, and 0 for 0, as autograd has it.
     """
     value = torch.zeros((), device=params[0].device)
-    for param, grad in zip(params, grads, strict=True):
+    for param, grad in dict(zip(params, grads, strict=True)).items():
         wide = _widened(param)
         term = l1 * wide.sgn() + l2 * wide
         grad.add_(term)  # in fp32 where the term is, rounded once
@@ -104,9 +109,12 @@ def add_penalty_(params: Sequence[Tensor], grads: Sequence[Tensor], l1: float, l
     return value
 
 
+@torch.no_grad()
 def soft_threshold_(params: Sequence[Tensor], amount: float) -> None:
     """Shrink every magnitude by ``amount`` in place, to 0 at least: ``sign(p) * max(|p| - amount, 0)``."""
-    for param in params:
+    if amount == 0:
+        return
+    for param in dict.fromkeys(params):
         wide = _widened(param)
         param.sub_(wide.sgn() * wide.abs().clamp(max=amount))
 
@@ -122,7 +130,7 @@ def _norm(tensor: Tensor, norm_type: float) -> Tensor:
     if tensor.numel() == 0:
         return torch.zeros((), dtype=dtype, device=tensor.device)
     computed: Tensor = torch.linalg.vector_norm(
-        tensor.detach(), norm_type, dtype=tensor.dtype if tensor.is_complex() else dtype
+        tensor, norm_type, dtype=tensor.dtype if tensor.is_complex() else dtype
     )
     return computed.to(dtype)
 

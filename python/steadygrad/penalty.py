@@ -29,8 +29,7 @@ def add_penalty_(params: Iterable[Tensor] | Tensor, l1: float = 0.0, l2: float =
 
     Returns:
         The penalty's value, a 0-d float64 tensor on the parameters' device, which is not waited for (float32 where no
-        kernel takes the parameters). Where there are
-        DTensors, that of all ranks together: every rank of their meshes has to come, with the same parameters.
+        kernel takes the parameters). Where there are DTensors, that of all ranks together: every rank of their meshes has to come, with the same parameters.
 
     Raises:
         TypeError: a parameter or gradient is sparse, or of another dtype.
@@ -47,8 +46,7 @@ def add_penalty_(params: Iterable[Tensor] | Tensor, l1: float = 0.0, l2: float =
     except TypeError:
         if not composite.takes([*listed, *grads]):
             raise
-        with torch.no_grad():
-            return composite.add_penalty_(listed, grads, *weights)
+        return composite.add_penalty_(listed, grads, *weights)
 
 
 def _add(
@@ -113,5 +111,4 @@ def soft_threshold_(params: Iterable[Tensor] | Tensor, amount: float) -> None:
     except TypeError:
         if not composite.takes(listed):
             raise
-        with torch.no_grad():
-            composite.soft_threshold_(listed, number)
+        composite.soft_threshold_(listed, number)

@@ -137,6 +137,29 @@ def test_several_devices_and_devices_without_kernels_are_taken(devices: tuple[st
         sg.soft_threshold_(params, 0.25)
 
 
+def test_a_tensor_that_appears_twice_counts_once() -> None:
+    once, twice = complex_parameters(), complex_parameters()
+    values = [sg.add_penalty_(params, 0.3, 0.7) for params in (once, twice * 2)]
+    assert values[0] == values[1]
+    norms = [sg.clip_grad_norm_(params, 0.5, 1.0) for params in (once, twice * 2)]
+    assert norms[0] == norms[1]
+    sg.soft_threshold_(once, 0.25)
+    sg.soft_threshold_(twice * 2, 0.25)
+    for one, other in zip(once, twice, strict=True):
+        assert torch.equal(one, other)
+        assert one.grad is not None and other.grad is not None and torch.equal(one.grad, other.grad)
+
+
+def test_nothing_is_recorded_by_autograd() -> None:
+    params = complex_parameters()
+    for param in params:
+        assert param.grad is not None
+        param.grad.requires_grad_()
+    assert not sg.clip_grad_norm_(params, 0.5, 1.0).requires_grad
+    sg.add_penalty_(params, 0.1)
+    assert all(param.grad is not None and param.grad.is_leaf for param in params)
+
+
 def test_nonfinite_elements_are_refused_and_nothing_is_changed() -> None:
     params = complex_parameters()
     assert params[1].grad is not None
