@@ -24,6 +24,7 @@ from benchmarks.shapes import (
     resnet50,
 )
 from benchmarks.timer import Candidate
+from steadygrad.optim import lion
 
 # Elements from which a step takes a GPU longer than the host takes to launch it.
 _DEVICE_BOUND = 2**26
@@ -111,6 +112,18 @@ def model_case(
     )
 
 
+# Optimizers of which torch has no fused version, or none at all, with the number of their state tensors.
+_WITHOUT_FUSED_PEER: dict[str, tuple[int, MakeOptimizer]] = {
+    "adamax": (2, torch.optim.Adamax),
+    "nadam": (2, torch.optim.NAdam),
+    "radam": (2, torch.optim.RAdam),
+    "adadelta": (2, torch.optim.Adadelta),
+    "asgd": (1, torch.optim.ASGD),
+    "rprop": (2, torch.optim.Rprop),
+    "lion": (1, lion.Lion),
+}
+
+
 def _operations() -> Iterator[Operation]:
     fused = partial(sides.clip_then_step, name=sides.CLIP_FUSED, fused=True)
     default = partial(sides.clip_then_step, name=sides.CLIP_DEFAULT)
@@ -144,6 +157,9 @@ def _operations() -> Iterator[Operation]:
     yield stepping("adagrad", "Adagrad", 1, adagrad, fused, folded, default)
     rmsprop = partial(torch.optim.RMSprop, lr=1e-4)
     yield stepping("rmsprop", "RMSprop", 1, rmsprop, default, foreach)
+    for key, (states, optimizer) in _WITHOUT_FUSED_PEER.items():
+        make = partial(optimizer, lr=1e-4)
+        yield stepping(key, optimizer.__name__, states, make, default)
     penalties = sides.penalties(1e-6, 1e-4)
     yield Operation("add_penalty", "add_penalty_, L1 + L2", 3, 2, penalties)
     yield Operation("soft_threshold", "soft_threshold_", 2, 1, sides.thresholds(1e-6), grads=False)
@@ -175,6 +191,7 @@ def _cpu_cases() -> Iterator[Case]:
         "adamw": (_RESNET, _GPT2, _ONE, _SMALL, *_FEW, _LORA),
         "sgd_momentum": (_RESNET, _GPT2, _SMALL),
         **dict.fromkeys(("clip_value", "adam", "sgd", "adagrad", "rmsprop"), (_RESNET,)),
+        **dict.fromkeys(_WITHOUT_FUSED_PEER, (_RESNET,)),
     }
     for key in OPERATIONS:
         yield from _on(key, *models.get(key, (_RESNET, _SMALL)))
@@ -196,6 +213,7 @@ def _cuda_cases() -> Iterator[Case]:
         "total_norm": (_RESNET, _HUGE, _SMALL),
         **dict.fromkeys(("optim_adamw", "add_penalty", "soft_threshold"), some),
         **dict.fromkeys(("adam", "sgd", "adagrad", "rmsprop", "clip_value"), (_RESNET,)),
+        **dict.fromkeys(_WITHOUT_FUSED_PEER, (_RESNET,)),
     }
     for key, models in rest.items():
         yield from _on(key, *models)

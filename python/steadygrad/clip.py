@@ -122,8 +122,9 @@ def get_total_norm(
         tensors: dense tensors of any shape; float32, float64, bfloat16, float16, or complex. All on the CPU or all on
             one CUDA device they go through the kernels; on other devices, on several ones, and where complex ones have
             another norm than p = 2, through torch's own operations with their precision. A tensor that appears twice
-            counts once. An empty list has norm 0. For DTensors it is the norm of all ranks together, in one collective, to which all ranks of their meshes have
-            to come with as many tensors: :func:`clip_grad_norm_` is for parameters without a gradient on some ranks.
+            counts once. An empty list has norm 0. For DTensors it is the norm of all ranks together, in one collective,
+            to which all ranks of their meshes have to come with as many tensors: :func:`clip_grad_norm_` is for
+            parameters without a gradient on some ranks.
         norm_type: p. ``inf`` is the largest magnitude, ``-inf`` the smallest, 0 the number of non-zeros.
         error_if_nonfinite: wait for the device, and raise if an element is infinite or NaN. Default: False.
         foreach: accepted for compatibility with torch; there is one implementation.

@@ -2,9 +2,9 @@
 
 The kernels take real, dense tensors that are all on the CPU, or all on one CUDA device that they were built for. All
 others come here: tensors on another device (MPS, XPU, ROCm, CUDA in a build without it), lists over several devices,
-and complex tensors. The definition is the same, the precision is torch's, and it takes more passes over memory. A tensor
-that appears twice counts once, as with the kernels. Nothing here waits for a device, except to raise where that was
-asked for.
+and complex tensors. The definition is the same, the precision is torch's, and it takes more passes over memory. A
+tensor that appears twice counts once, as with the kernels. Nothing here waits for a device, except to raise where that
+was asked for.
 """
 
 from __future__ import annotations

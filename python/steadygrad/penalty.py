@@ -29,7 +29,8 @@ def add_penalty_(params: Iterable[Tensor] | Tensor, l1: float = 0.0, l2: float =
 
     Returns:
         The penalty's value, a 0-d float64 tensor on the parameters' device, which is not waited for (float32 where no
-        kernel takes the parameters). Where there are DTensors, that of all ranks together: every rank of their meshes has to come, with the same parameters.
+        kernel takes the parameters). Where there are DTensors, that of all ranks together: every rank of their meshes
+        has to come, with the same parameters.
 
     Raises:
         TypeError: a parameter or gradient is sparse, or of another dtype.
