@@ -12,7 +12,7 @@ import torch
 from torch.nn import Parameter
 
 import steadygrad as sg
-from steadygrad.optim.options import StabilizerOptions
+from steadygrad.optim.options import StabilizerKeywords, StabilizerOptions
 from tests.optim.optimizer_runs import plain_class
 
 CLASSES = sorted(sg.optim.__all__)
@@ -43,6 +43,14 @@ def test_the_wrapper_has_the_options_in_their_order() -> None:
     for field, argument in zip(dataclasses.fields(StabilizerOptions), own.values(), strict=True):
         assert shown(argument) == (field.name, Argument.KEYWORD_ONLY, field.default)
         assert argument.annotation == field.type
+
+
+def test_type_checkers_see_the_options_with_their_types() -> None:
+    fields = {field.name: field.type for field in dataclasses.fields(StabilizerOptions)}
+    typed = {
+        key: value.__forward_arg__ for key, value in StabilizerKeywords.__annotations__.items()
+    }
+    assert list(typed.items()) == list(fields.items())
 
 
 @all_classes

@@ -7,7 +7,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,20 +17,14 @@ from steadygrad.optim import lion
 from steadygrad.optim.groups import check_loaded
 from steadygrad.optim.hooks import is_watched, run_hooked
 from steadygrad.optim.in_place import Closure
-from steadygrad.optim.options import (
-    ClipScope,
-    L1Mode,
-    Nonfinite,
-    PenaltyOrder,
-    Rounding,
-    StabilizerOptions,
-)
+from steadygrad.optim.options import StabilizerKeywords, StabilizerOptions
 from steadygrad.optim.stabilized import StabilizedOptimizer
 from steadygrad.optim.state import Group, UpdateRule
 from steadygrad.optim.step import AMP_KEYS, Stepper
 from steadygrad.parameter_names import named_alike
-from steadygrad.policies import ClipPolicy, SkipSpikes
-from steadygrad.telemetry.settings import Level, Telemetry
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Constructor = TypeVar("Constructor", bound=Callable[..., None])
 
@@ -39,13 +33,26 @@ def written_out(signature: Constructor) -> Constructor:
     """Decorates a constructor that is a signature without a body: :class:`StabilizedClass` takes its arguments.
 
     So editors, type checkers and ``inspect`` see the parameters of a class, while what was not given stays what the
-    torch that is there makes of it.
+    torch that is there makes of it. ``inspect`` sees each of the Stabilizer's options in the place of ``options``.
     """
 
     @functools.wraps(signature)
     def __init__(self: StabilizedClass, *args: Any, **kwargs: Any) -> None:
         StabilizedClass.__init__(self, *args, **kwargs)
 
+    shown = inspect.signature(signature)
+    *torchs, _ = shown.parameters.values()
+    own = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=field.type,
+        )
+        for field in dataclasses.fields(StabilizerOptions)
+    ]
+    shown = shown.replace(parameters=[*torchs, *own])
+    __init__.__signature__ = shown  # type: ignore[attr-defined]
     return __init__  # type: ignore[return-value]
 
 
@@ -170,23 +177,7 @@ class SGD(StabilizedClass, torch.optim.SGD):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        max_norm: float | None = None,
-        clip: ClipPolicy | None = None,
-        skip: SkipSpikes | None = None,
-        norm_type: float = 2.0,
-        clip_value: float | None = None,
-        l1: float = 0.0,
-        l2: float = 0.0,
-        penalty_order: PenaltyOrder = "before_clip",
-        l1_mode: L1Mode = "subgradient",
-        clip_scope: ClipScope | None = None,
-        nonfinite: Nonfinite = "skip",
-        write_grads: bool = False,
-        state_dtype: torch.dtype | None = None,
-        rounding: Rounding = "nearest",
-        rounding_seed: int = 0,
-        reduce_norm: Any = None,
-        telemetry: Telemetry | Level | None = "tensor",
+        **options: Unpack[StabilizerKeywords],
     ) -> None: ...
 
 
@@ -215,23 +206,7 @@ class Adam(StabilizedClass, torch.optim.Adam):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        max_norm: float | None = None,
-        clip: ClipPolicy | None = None,
-        skip: SkipSpikes | None = None,
-        norm_type: float = 2.0,
-        clip_value: float | None = None,
-        l1: float = 0.0,
-        l2: float = 0.0,
-        penalty_order: PenaltyOrder = "before_clip",
-        l1_mode: L1Mode = "subgradient",
-        clip_scope: ClipScope | None = None,
-        nonfinite: Nonfinite = "skip",
-        write_grads: bool = False,
-        state_dtype: torch.dtype | None = None,
-        rounding: Rounding = "nearest",
-        rounding_seed: int = 0,
-        reduce_norm: Any = None,
-        telemetry: Telemetry | Level | None = "tensor",
+        **options: Unpack[StabilizerKeywords],
     ) -> None: ...
 
 
@@ -255,23 +230,7 @@ class AdamW(StabilizedClass, torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        max_norm: float | None = None,
-        clip: ClipPolicy | None = None,
-        skip: SkipSpikes | None = None,
-        norm_type: float = 2.0,
-        clip_value: float | None = None,
-        l1: float = 0.0,
-        l2: float = 0.0,
-        penalty_order: PenaltyOrder = "before_clip",
-        l1_mode: L1Mode = "subgradient",
-        clip_scope: ClipScope | None = None,
-        nonfinite: Nonfinite = "skip",
-        write_grads: bool = False,
-        state_dtype: torch.dtype | None = None,
-        rounding: Rounding = "nearest",
-        rounding_seed: int = 0,
-        reduce_norm: Any = None,
-        telemetry: Telemetry | Level | None = "tensor",
+        **options: Unpack[StabilizerKeywords],
     ) -> None: ...
 
 
@@ -303,23 +262,7 @@ class Adagrad(StabilizedClass, torch.optim.Adagrad):
         maximize: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        max_norm: float | None = None,
-        clip: ClipPolicy | None = None,
-        skip: SkipSpikes | None = None,
-        norm_type: float = 2.0,
-        clip_value: float | None = None,
-        l1: float = 0.0,
-        l2: float = 0.0,
-        penalty_order: PenaltyOrder = "before_clip",
-        l1_mode: L1Mode = "subgradient",
-        clip_scope: ClipScope | None = None,
-        nonfinite: Nonfinite = "skip",
-        write_grads: bool = False,
-        state_dtype: torch.dtype | None = None,
-        rounding: Rounding = "nearest",
-        rounding_seed: int = 0,
-        reduce_norm: Any = None,
-        telemetry: Telemetry | Level | None = "tensor",
+        **options: Unpack[StabilizerKeywords],
     ) -> None: ...
 
 
@@ -345,24 +288,7 @@ class RMSprop(StabilizedClass, torch.optim.RMSprop):
         foreach: bool | None = None,
         maximize: bool = False,
         differentiable: bool = False,
-        *,
-        max_norm: float | None = None,
-        clip: ClipPolicy | None = None,
-        skip: SkipSpikes | None = None,
-        norm_type: float = 2.0,
-        clip_value: float | None = None,
-        l1: float = 0.0,
-        l2: float = 0.0,
-        penalty_order: PenaltyOrder = "before_clip",
-        l1_mode: L1Mode = "subgradient",
-        clip_scope: ClipScope | None = None,
-        nonfinite: Nonfinite = "skip",
-        write_grads: bool = False,
-        state_dtype: torch.dtype | None = None,
-        rounding: Rounding = "nearest",
-        rounding_seed: int = 0,
-        reduce_norm: Any = None,
-        telemetry: Telemetry | Level | None = "tensor",
+        **options: Unpack[StabilizerKeywords],
     ) -> None: ...
 
 
@@ -405,23 +331,7 @@ class Adamax(StabilizedClass, torch.optim.Adamax):
         maximize: bool = False,
         differentiable: bool = False,
         capturable: bool = False,
-        max_norm: float | None = None,
-        clip: ClipPolicy | None = None,
-        skip: SkipSpikes | None = None,
-        norm_type: float = 2.0,
-        clip_value: float | None = None,
-        l1: float = 0.0,
-        l2: float = 0.0,
-        penalty_order: PenaltyOrder = "before_clip",
-        l1_mode: L1Mode = "subgradient",
-        clip_scope: ClipScope | None = None,
-        nonfinite: Nonfinite = "skip",
-        write_grads: bool = False,
-        state_dtype: torch.dtype | None = None,
-        rounding: Rounding = "nearest",
-        rounding_seed: int = 0,
-        reduce_norm: Any = None,
-        telemetry: Telemetry | Level | None = "tensor",
+        **options: Unpack[StabilizerKeywords],
     ) -> None: ...
 
 
@@ -445,23 +355,7 @@ class NAdam(StabilizedClass, torch.optim.NAdam):
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
-        max_norm: float | None = None,
-        clip: ClipPolicy | None = None,
-        skip: SkipSpikes | None = None,
-        norm_type: float = 2.0,
-        clip_value: float | None = None,
-        l1: float = 0.0,
-        l2: float = 0.0,
-        penalty_order: PenaltyOrder = "before_clip",
-        l1_mode: L1Mode = "subgradient",
-        clip_scope: ClipScope | None = None,
-        nonfinite: Nonfinite = "skip",
-        write_grads: bool = False,
-        state_dtype: torch.dtype | None = None,
-        rounding: Rounding = "nearest",
-        rounding_seed: int = 0,
-        reduce_norm: Any = None,
-        telemetry: Telemetry | Level | None = "tensor",
+        **options: Unpack[StabilizerKeywords],
     ) -> None: ...
 
 
@@ -484,23 +378,7 @@ class RAdam(StabilizedClass, torch.optim.RAdam):
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
-        max_norm: float | None = None,
-        clip: ClipPolicy | None = None,
-        skip: SkipSpikes | None = None,
-        norm_type: float = 2.0,
-        clip_value: float | None = None,
-        l1: float = 0.0,
-        l2: float = 0.0,
-        penalty_order: PenaltyOrder = "before_clip",
-        l1_mode: L1Mode = "subgradient",
-        clip_scope: ClipScope | None = None,
-        nonfinite: Nonfinite = "skip",
-        write_grads: bool = False,
-        state_dtype: torch.dtype | None = None,
-        rounding: Rounding = "nearest",
-        rounding_seed: int = 0,
-        reduce_norm: Any = None,
-        telemetry: Telemetry | Level | None = "tensor",
+        **options: Unpack[StabilizerKeywords],
     ) -> None: ...
 
 
@@ -522,23 +400,7 @@ class Adadelta(StabilizedClass, torch.optim.Adadelta):
         capturable: bool = False,
         maximize: bool = False,
         differentiable: bool = False,
-        max_norm: float | None = None,
-        clip: ClipPolicy | None = None,
-        skip: SkipSpikes | None = None,
-        norm_type: float = 2.0,
-        clip_value: float | None = None,
-        l1: float = 0.0,
-        l2: float = 0.0,
-        penalty_order: PenaltyOrder = "before_clip",
-        l1_mode: L1Mode = "subgradient",
-        clip_scope: ClipScope | None = None,
-        nonfinite: Nonfinite = "skip",
-        write_grads: bool = False,
-        state_dtype: torch.dtype | None = None,
-        rounding: Rounding = "nearest",
-        rounding_seed: int = 0,
-        reduce_norm: Any = None,
-        telemetry: Telemetry | Level | None = "tensor",
+        **options: Unpack[StabilizerKeywords],
     ) -> None: ...
 
 
@@ -560,24 +422,7 @@ class ASGD(StabilizedClass, torch.optim.ASGD):
         maximize: bool = False,
         differentiable: bool = False,
         capturable: bool = False,
-        *,
-        max_norm: float | None = None,
-        clip: ClipPolicy | None = None,
-        skip: SkipSpikes | None = None,
-        norm_type: float = 2.0,
-        clip_value: float | None = None,
-        l1: float = 0.0,
-        l2: float = 0.0,
-        penalty_order: PenaltyOrder = "before_clip",
-        l1_mode: L1Mode = "subgradient",
-        clip_scope: ClipScope | None = None,
-        nonfinite: Nonfinite = "skip",
-        write_grads: bool = False,
-        state_dtype: torch.dtype | None = None,
-        rounding: Rounding = "nearest",
-        rounding_seed: int = 0,
-        reduce_norm: Any = None,
-        telemetry: Telemetry | Level | None = "tensor",
+        **options: Unpack[StabilizerKeywords],
     ) -> None: ...
 
 
@@ -598,23 +443,7 @@ class Rprop(StabilizedClass, torch.optim.Rprop):
         foreach: bool | None = None,
         maximize: bool = False,
         differentiable: bool = False,
-        max_norm: float | None = None,
-        clip: ClipPolicy | None = None,
-        skip: SkipSpikes | None = None,
-        norm_type: float = 2.0,
-        clip_value: float | None = None,
-        l1: float = 0.0,
-        l2: float = 0.0,
-        penalty_order: PenaltyOrder = "before_clip",
-        l1_mode: L1Mode = "subgradient",
-        clip_scope: ClipScope | None = None,
-        nonfinite: Nonfinite = "skip",
-        write_grads: bool = False,
-        state_dtype: torch.dtype | None = None,
-        rounding: Rounding = "nearest",
-        rounding_seed: int = 0,
-        reduce_norm: Any = None,
-        telemetry: Telemetry | Level | None = "tensor",
+        **options: Unpack[StabilizerKeywords],
     ) -> None: ...
 
 
@@ -635,23 +464,7 @@ class Lion(StabilizedClass, lion.Lion):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
-        max_norm: float | None = None,
-        clip: ClipPolicy | None = None,
-        skip: SkipSpikes | None = None,
-        norm_type: float = 2.0,
-        clip_value: float | None = None,
-        l1: float = 0.0,
-        l2: float = 0.0,
-        penalty_order: PenaltyOrder = "before_clip",
-        l1_mode: L1Mode = "subgradient",
-        clip_scope: ClipScope | None = None,
-        nonfinite: Nonfinite = "skip",
-        write_grads: bool = False,
-        state_dtype: torch.dtype | None = None,
-        rounding: Rounding = "nearest",
-        rounding_seed: int = 0,
-        reduce_norm: Any = None,
-        telemetry: Telemetry | Level | None = "tensor",
+        **options: Unpack[StabilizerKeywords],
     ) -> None: ...
 
 

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
 from torch import Tensor
@@ -137,6 +137,28 @@ def _checked_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"Stabilizer: {name}: expected one of {listed}, got {value!r}")
+
+
+class StabilizerKeywords(TypedDict, total=False):
+    """The same keyword arguments for type checkers, where a constructor passes them on."""
+
+    max_norm: float | None
+    clip: ClipPolicy | None
+    skip: SkipSpikes | None
+    norm_type: float
+    clip_value: float | None
+    l1: float
+    l2: float
+    penalty_order: PenaltyOrder
+    l1_mode: L1Mode
+    clip_scope: ClipScope | None
+    nonfinite: Nonfinite
+    write_grads: bool
+    state_dtype: torch.dtype | None
+    rounding: Rounding
+    rounding_seed: int
+    reduce_norm: Any
+    telemetry: Telemetry | Level | None
 
 
 @dataclass(frozen=True)
