@@ -63,7 +63,7 @@ class Outcome:
         return ((self._part("nonfinite", torch.int64) > 0) | (skipped > spiked)).float()
 
     def read(self) -> _kernels.Outcome:
-        """The same on the host; waits for the device."""
+        """Copies the outcome to the host; waits for the device."""
         return _kernels.Outcome(self.record.cpu())
 
 

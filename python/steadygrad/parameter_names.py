@@ -15,7 +15,7 @@ def _places(group_index: int, count: int) -> list[str]:
 
 
 def parameter_names(param_groups: list[dict[str, Any]]) -> tuple[str, ...]:
-    """Of all parameters, in order, each another: torch's ``param_names`` of each group, or their places."""
+    """Returns a name for every parameter, no two alike: torch's ``param_names`` of its group, or its place."""
     names: list[str] = []
     for g, group in enumerate(param_groups):
         places = _places(g, len(group["params"]))

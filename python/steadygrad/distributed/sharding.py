@@ -134,7 +134,7 @@ def _settings(
 def _agree_on_options(
     group: dist.ProcessGroup, options: StabilizerOptions, extra: list[dist.ProcessGroup | None]
 ) -> None:
-    """Of ranks that hold different parameters only what their collectives depend on."""
+    """Compares the options that collectives depend on, among ranks that hold different parameters."""
     if group.size() < 2:
         return
     names = {None: "replicated", group: "this group"}

@@ -193,7 +193,7 @@ def _is_transformed() -> bool:
 
 
 def _penalized(grad: Tensor, input: Tensor, l1: float, l2: float) -> Tensor:
-    """The same by torch's operations, which can be differentiated again and compiled."""
+    """Adds the penalty's gradient by torch's operations, which can be differentiated again and compiled."""
     wide = torch.float32 if input.dtype in (torch.bfloat16, torch.float16) else input.dtype
     result = grad.to(wide)
     if l1:

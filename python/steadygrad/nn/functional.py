@@ -297,7 +297,7 @@ def _of_torch(
     bias: Tensor | None,
     options: Options,
 ) -> Tensor:
-    """The same by torch's operations, which also have the last word on what cannot be."""
+    """Normalizes by torch's operations, which also refuse what no batch norm can take."""
     if not isinstance(input, Tensor):
         raise TypeError(f"batch_norm: input: expected a torch.Tensor, got {type(input).__name__}")
     if input.dim() < 2:

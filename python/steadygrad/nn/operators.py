@@ -249,7 +249,7 @@ def _save(
 
 
 def _gradients(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
-    """Of input, residual, weight and bias, from what :func:`_save` kept."""
+    """Returns the gradients of input, residual, weight and bias, from what :func:`_save` kept."""
     eps, relu, bias_dtype = ctx.arguments
     saved = Saved._make((*ctx.saved_tensors, eps, relu))
     needed = list(ctx.needs_input_grad[:4])

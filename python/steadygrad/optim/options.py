@@ -72,7 +72,7 @@ class ParamStorage:
         return _EXTRAS.get(self.rounding) if param.dtype in HALF_DTYPES else None
 
     def new_extra(self, param: Tensor) -> Tensor:
-        """The same while nothing has been lost: the parameter in float32, or no compensation."""
+        """Makes what is kept beside a parameter that has lost nothing yet: a float32 copy, or a compensation of 0."""
         if self.rounding == "master":
             return param.detach().to(torch.float32, copy=True)
         return torch.zeros_like(param).detach()
@@ -140,7 +140,7 @@ def _checked_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 class StabilizerKeywords(TypedDict, total=False):
-    """The same keyword arguments for type checkers, where a constructor passes them on."""
+    """Tells type checkers the keyword arguments of :class:`StabilizerOptions`, where a constructor passes them on."""
 
     max_norm: float | None
     clip: ClipPolicy | None

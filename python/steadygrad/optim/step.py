@@ -64,11 +64,11 @@ class Request:
 
     @property
     def sums(self) -> dict[Tensor, Tensor]:
-        """Of the accumulated gradients that are not in ``.grad``."""
+        """Returns the accumulated sums of those gradients that are kept apart from ``.grad``."""
         return {} if self.accumulated is None else self.accumulated.sums
 
     def hand_over(self) -> None:
-        """Sums that have become the update's gradients go to ``.grad``."""
+        """Moves sums that the update has used to ``.grad``."""
         if self.accumulated is not None:
             self.accumulated.hand_over()
 
@@ -455,7 +455,7 @@ class Stepper:
     def _fused_anew(
         self, optimizer: torch.optim.Optimizer, request: Request
     ) -> _kernels.Outcome | Outcome | None:
-        """The same where the plan is not, or no longer, one for what is there."""
+        """Takes the step after making a plan, where there is none or it no longer fits; None as in :meth:`_fused`."""
         if self._why_in_place is None:
             self._prepare(optimizer, request)
         if self._why_in_place is not None:
@@ -465,7 +465,7 @@ class Stepper:
         return outcome
 
     def _grads(self, request: Request) -> list[Tensor | None] | None:
-        """What to step by in the place of the parameters' ``.grad``, or None."""
+        """Returns the gradients to step by where they are not the parameters' ``.grad``, or None."""
         if self._sharding is not None:
             grads = self._sharding.gradients(request.sums)
             if grads is not None:
@@ -475,7 +475,7 @@ class Stepper:
         return request.accumulated.gradients(self._optimizer.param_groups)
 
     def _enter_new_state(self, optimizer: torch.optim.Optimizer) -> None:
-        """What the first steps of some parameters have made becomes their state."""
+        """Enters the state that the first steps of some parameters have made."""
         assert self._plan is not None
         for index, param in zip(self._plan.active_indices(), self._plan.active(), strict=True):
             if param not in self._new_state:

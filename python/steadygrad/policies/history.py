@@ -122,5 +122,5 @@ class SkipSpikes(KernelPolicy):
         return _saved_norms(row)
 
     def restored(self, saved: Sequence[float]) -> list[float] | None:
-        """The same row."""
+        """Returns the row that these numbers were saved from, or None where they do not fit."""
         return _restored_norms(saved, self.window)

@@ -83,7 +83,7 @@ class ClipZScore(KernelClipPolicy):
         return row[LEARNT:] if row[LEARNT] else []
 
     def restored(self, saved: Sequence[float]) -> list[float] | None:
-        """The same row."""
+        """Returns the row that these numbers were saved from, or None where they do not fit."""
         return _restored(saved, self.row_size)
 
 
@@ -149,5 +149,5 @@ class ClipRelative(KernelClipPolicy):
         return row[LEARNT:] if row[LEARNT] else []
 
     def restored(self, saved: Sequence[float]) -> list[float] | None:
-        """The same row."""
+        """Returns the row that these numbers were saved from, or None where they do not fit."""
         return _restored(saved, self.row_size)

@@ -44,14 +44,14 @@ class KernelPolicy:
         return None if saved else [0.0] * self.row_size
 
     def _number(self, name: str, **limits: Any) -> float:
-        """A parameter, checked; from then on it is a Python float, whatever it came as."""
+        """Checks a parameter that is a number; from then on it is a Python float."""
         where = f"{type(self).__name__}: {name}"
         number = checked_number(where, getattr(self, name), **limits)
         object.__setattr__(self, name, number)
         return number
 
     def _count(self, name: str, low: int) -> int:
-        """The same for a parameter that is an int of at least ``low``."""
+        """Checks a parameter that is an int of at least ``low``; from then on it is a Python int."""
         count = checked_count(f"{type(self).__name__}: {name}", getattr(self, name), low=low)
         object.__setattr__(self, name, count)
         return count

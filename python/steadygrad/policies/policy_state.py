@@ -137,7 +137,7 @@ def _rows_of(key: str, policy: KernelPolicy, saved: Any) -> list[list[float]]:
 
 
 class PolicyStates:
-    """Those of an optimizer's policies, each of which may be absent.
+    """Keeps the states of an optimizer's two policies, each of which may be absent.
 
     Args:
         clip: its clip policy, one that learns or not.

@@ -169,7 +169,7 @@ class Report:
         return lines or ["exploded  never"]
 
     def __repr__(self) -> str:
-        """The same."""
+        """Returns the text of the report."""
         return str(self)
 
 
@@ -200,7 +200,7 @@ def usual_norms(norms: Floats) -> Floats:
 
 
 def explosions(history: History) -> list[Explosion]:
-    """Those of a history, by step, the furthest from the usual first."""
+    """Finds the explosions in a history, by step, the furthest from its usual norm first."""
     norms, counts = history.tensor_norms, history.tensor_nonfinite
     names: tuple[str, ...] = history.names
     if norms is None or counts is None:
