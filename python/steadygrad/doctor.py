@@ -9,7 +9,6 @@ import argparse
 import ctypes
 import os
 import platform
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -178,7 +177,9 @@ def cuda_facts(torch: ModuleType, kernels: ModuleType) -> list[Fact]:
         unused = ", though torch sees a GPU" if seen else ""
         return [Fact("backend", f"cuda: not compiled{unused}", remedy)]
     toolkit, driver = (_cuda_version(info[key]) for key in ("runtime_version", "driver_version"))
-    compiled = f"cuda: compiled with CUDA {toolkit} for {_architectures(info['architectures'])}"
+    compiled = (
+        f"cuda: compiled with CUDA {toolkit} for {info['architectures'] or 'no architecture'}"
+    )
     if not info["driver_version"]:
         without = "no NVIDIA driver, so only the CPU is used"
         return [Fact("backend", compiled), Fact("CUDA driver", without)]
@@ -208,11 +209,6 @@ def usable_devices(torch: ModuleType, kernels: ModuleType) -> list[str]:
     devices = kernels.build_info().get("cuda", {}).get("devices", [])
     seen = torch.cuda.is_available()
     return ["cpu", *(["cuda"] if seen and devices and devices[0]["usable"] else [])]
-
-
-def _architectures(text: str) -> str:
-    """Each as sm_NN, whether they came as "80;90" or as "sm_80, sm_90"."""
-    return ", ".join(f"sm_{number}" for number in re.findall(r"\d+\w?", text)) or "no architecture"
 
 
 def _cuda_version(number: int) -> str:

@@ -14,21 +14,13 @@ import torch
 import benchmarks.__main__ as command_line
 from benchmarks import environment, measure, results
 from benchmarks.__main__ import main
+from tests.command_lines import run_to_exit
 
 COMMITTED = sorted(results.RESULTS.glob("*.json"))[0]
 
 
-def ends(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
-    """Run with arguments that end in the parser; return the exit code and what was printed."""
-    with pytest.raises(SystemExit) as info:
-        main(argv)
-    captured = capsys.readouterr()
-    assert isinstance(info.value.code, int)
-    return info.value.code, captured.out + captured.err
-
-
 def test_help(capsys: Any) -> None:
-    code, text = ends(capsys, "--help")
+    code, text = run_to_exit(main, capsys, "--help")
     assert code == 0 and text.startswith("usage: benchmarks ")
 
 
@@ -54,7 +46,7 @@ def test_bad_arguments_are_code_2(
     capsys: Any, monkeypatch: pytest.MonkeyPatch, argv: list[str], message: str
 ) -> None:
     monkeypatch.setenv("COLUMNS", "300")
-    code, text = ends(capsys, *argv)
+    code, text = run_to_exit(main, capsys, *argv)
     assert code == 2
     assert message in text
 
@@ -67,7 +59,7 @@ def test_out_that_cannot_be_written_is_refused_first(capsys: Any, tmp_path: Path
         ["--page", str(tmp_path)],
         ["--page", str(file / "below.html")],
     ):
-        code, text = ends(capsys, *argv)
+        code, text = run_to_exit(main, capsys, *argv)
         assert code == 2
         assert f"{argv[-2]} {argv[-1]}: " in text and "name " in text
 

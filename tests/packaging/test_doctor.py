@@ -15,23 +15,15 @@ import torch
 import steadygrad as sg
 from steadygrad import doctor
 from steadygrad.doctor import main
+from tests.command_lines import run_to_exit
 from tests.optim import unfused
 
 
-def ends(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
-    """Run with arguments that end in the parser; return the exit code and what was printed."""
-    with pytest.raises(SystemExit) as info:
-        main(argv)
-    captured = capsys.readouterr()
-    assert isinstance(info.value.code, int)
-    return info.value.code, captured.out + captured.err
-
-
 def test_help_and_version(capsys: Any) -> None:
-    code, text = ends(capsys, "--help")
+    code, text = run_to_exit(main, capsys, "--help")
     assert code == 0 and text.startswith("usage: steadygrad") and "check every kernel" in text
     version = f"steadygrad {doctor.installed_version('steadygrad')}\n"
-    assert ends(capsys, "--version") == (0, version)
+    assert run_to_exit(main, capsys, "--version") == (0, version)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +35,7 @@ def test_help_and_version(capsys: Any) -> None:
     ],
 )
 def test_bad_arguments_are_code_2(capsys: Any, argv: list[str], message: str) -> None:
-    code, text = ends(capsys, *argv)
+    code, text = run_to_exit(main, capsys, *argv)
     assert code == 2
     assert message in text and "usage: steadygrad" in text
 
@@ -170,7 +162,7 @@ def test_doctor_explains_a_second_openmp(monkeypatch: pytest.MonkeyPatch) -> Non
 
 COMPILED = {
     "compiled": True,
-    "architectures": "80;90",
+    "architectures": "sm_80, sm_90, compute_90 (PTX)",
     "runtime_version": 13000,
     "driver_version": 13010,
     "problem": "",
@@ -189,7 +181,7 @@ def facts_about(info: dict[str, Any], seen: bool) -> dict[str, doctor.Fact]:
 def test_doctor_shows_a_usable_gpu() -> None:
     facts = facts_about({"cuda": COMPILED}, seen=True)
     assert {name: fact.value for name, fact in facts.items()} == {
-        "backend": "cuda: compiled with CUDA 13.0 for sm_80, sm_90",
+        "backend": "cuda: compiled with CUDA 13.0 for sm_80, sm_90, compute_90 (PTX)",
         "CUDA driver": "for CUDA 13.1",
         "CUDA device 0": "NVIDIA Test, sm_90: usable",
     }

@@ -12,6 +12,7 @@ import pytest
 from study import Selection, Settings
 from study import __main__ as program
 from study.__main__ import main
+from tests.command_lines import run_to_exit
 
 
 @pytest.fixture(autouse=True)
@@ -22,17 +23,8 @@ def plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FORCE_COLOR", raising=False)
 
 
-def ends(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
-    """Run with arguments that end in the parser; return the exit code and what was printed."""
-    with pytest.raises(SystemExit) as info:
-        main(argv)
-    captured = capsys.readouterr()
-    assert isinstance(info.value.code, int)
-    return info.value.code, captured.out + captured.err
-
-
 def test_help(capsys: Any) -> None:
-    code, text = ends(capsys, "--help")
+    code, text = run_to_exit(main, capsys, "--help")
     assert code == 0 and text.startswith("usage: study ")
 
 
@@ -47,7 +39,7 @@ def test_help(capsys: Any) -> None:
     ],
 )
 def test_bad_arguments_are_code_2(capsys: Any, argv: list[str], message: str) -> None:
-    code, text = ends(capsys, *argv)
+    code, text = run_to_exit(main, capsys, *argv)
     assert code == 2
     assert message in text
 
@@ -56,7 +48,7 @@ def test_out_that_cannot_be_written_is_refused_first(capsys: Any, tmp_path: Path
     file = tmp_path / "file"
     file.touch()
     for out in (file, file / "below"):
-        code, text = ends(capsys, "--quick", "--out", str(out))
+        code, text = run_to_exit(main, capsys, "--quick", "--out", str(out))
         assert code == 2
         assert f"--out {out}: " in text and "name " in text
 
