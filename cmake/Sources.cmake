@@ -36,34 +36,34 @@ endforeach()
 # csrc/cuda: the operations as CUDA kernels and their launchers. The same sources are compiled by nvcc, or by the C++ compiler
 # against tests/emulation, which stands in for the CUDA runtime.
 set(cuda_sources
-  ${csrc}/cuda/ask_policy.cu
-  ${csrc}/cuda/batch_norm_backward.cu
-  ${csrc}/cuda/batch_norm_finish.cu
-  ${csrc}/cuda/batch_norm_forward.cu
-  ${csrc}/cuda/batch_norm_one_read_backward.cu
-  ${csrc}/cuda/batch_norm_one_read_forward.cu
-  ${csrc}/cuda/batch_norm_team.cu
-  ${csrc}/cuda/batch_norm_tiles.cu
-  ${csrc}/cuda/decide.cu
   ${csrc}/cuda/device.cu
   ${csrc}/cuda/functions.cu
-  ${csrc}/cuda/step.cu
   ${csrc}/cuda/grad_norm.cu
   ${csrc}/cuda/gradient.cu
   ${csrc}/cuda/penalty.cu
   ${csrc}/cuda/tensor_table.cu
   ${csrc}/cuda/unit_clip.cu
-  ${csrc}/cuda/update_adadelta.cu
-  ${csrc}/cuda/update_adagrad.cu
-  ${csrc}/cuda/update_adam.cu
-  ${csrc}/cuda/update_adamax.cu
-  ${csrc}/cuda/update_asgd.cu
-  ${csrc}/cuda/update_lion.cu
-  ${csrc}/cuda/update_nadam.cu
-  ${csrc}/cuda/update_radam.cu
-  ${csrc}/cuda/update_rmsprop.cu
-  ${csrc}/cuda/update_rprop.cu
-  ${csrc}/cuda/update_sgd.cu)
+  ${csrc}/cuda/batch_norm/backward.cu
+  ${csrc}/cuda/batch_norm/finish.cu
+  ${csrc}/cuda/batch_norm/forward.cu
+  ${csrc}/cuda/batch_norm/one_read_backward.cu
+  ${csrc}/cuda/batch_norm/one_read_forward.cu
+  ${csrc}/cuda/batch_norm/team.cu
+  ${csrc}/cuda/batch_norm/tiles.cu
+  ${csrc}/cuda/step/ask_policy.cu
+  ${csrc}/cuda/step/decide.cu
+  ${csrc}/cuda/step/step.cu
+  ${csrc}/cuda/step/update_adadelta.cu
+  ${csrc}/cuda/step/update_adagrad.cu
+  ${csrc}/cuda/step/update_adam.cu
+  ${csrc}/cuda/step/update_adamax.cu
+  ${csrc}/cuda/step/update_asgd.cu
+  ${csrc}/cuda/step/update_lion.cu
+  ${csrc}/cuda/step/update_nadam.cu
+  ${csrc}/cuda/step/update_radam.cu
+  ${csrc}/cuda/step/update_rmsprop.cu
+  ${csrc}/cuda/step/update_rprop.cu
+  ${csrc}/cuda/step/update_sgd.cu)
 file(GLOB emulation_sources CONFIGURE_DEPENDS ${csrc}/../tests/emulation/*.cpp)
 
 # Has the C++ compiler take cuda_sources. GCC warns of units of memory that are used only where they were read.

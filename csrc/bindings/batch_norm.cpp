@@ -3,7 +3,7 @@
 #include "bindings/signature.h"
 #include "bindings/tensor.h"
 #include "cpu/batch_norm.h"
-#include "cuda/batch_norm.h"
+#include "cuda/batch_norm/batch_norm.h"
 
 namespace steadygrad::bindings {
 namespace {

@@ -1,7 +1,7 @@
 // Linked in place of the backend where steadygrad is built without CUDA.
 #include <stdexcept>
 
-#include "cuda/batch_norm.h"
+#include "cuda/batch_norm/batch_norm.h"
 #include "cuda/operations.h"
 
 namespace steadygrad::cuda {

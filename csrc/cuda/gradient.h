@@ -2,7 +2,7 @@
 #pragma once
 
 #include "core/unit_clip.h"
-#include "cuda/decide.h"
+#include "cuda/step/decide.h"
 
 namespace steadygrad::cuda {
 

@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "cuda/batch_norm.h"
+#include "cuda/batch_norm/batch_norm.h"
 #include "sanitize/report.h"
 
 namespace steadygrad::sanitize {

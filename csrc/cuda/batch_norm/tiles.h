@@ -6,7 +6,7 @@
 #include <cuda_runtime.h>
 
 #include "core/batch_norm.h"
-#include "cuda/batch_norm_units.h"
+#include "cuda/batch_norm/units.h"
 #include "cuda/operations.h"
 
 namespace steadygrad::cuda {

@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/batch_norm_team.h"
+#include "cuda/batch_norm/team.h"
 #include "cuda/launch.h"
 
 namespace steadygrad::cuda {

@@ -1,8 +1,8 @@
 // Blocks' sums put together, channel by channel, in a fixed order.
 #include <algorithm>
 
-#include "cuda/batch_norm.h"
-#include "cuda/batch_norm_finish.h"
+#include "cuda/batch_norm/batch_norm.h"
+#include "cuda/batch_norm/finish.h"
 #include "cuda/lanes.h"
 #include "cuda/launch.h"
 

@@ -1,6 +1,6 @@
-#include "cuda/batch_norm_one_read.h"
-#include "cuda/batch_norm_passes.h"
-#include "cuda/batch_norm_team_kernels.h"
+#include "cuda/batch_norm/one_read.h"
+#include "cuda/batch_norm/passes.h"
+#include "cuda/batch_norm/team_kernels.h"
 
 namespace steadygrad::cuda {
 namespace {

@@ -4,11 +4,11 @@
 #include <algorithm>
 
 #include "core/rules/table.h"
-#include "cuda/decide.h"
 #include "cuda/launch.h"
-#include "cuda/policies.h"
 #include "cuda/reduced_norms.h"
-#include "cuda/telemetry.h"
+#include "cuda/step/decide.h"
+#include "cuda/step/policies.h"
+#include "cuda/step/telemetry.h"
 
 namespace steadygrad::cuda {
 namespace {

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "cuda/batch_norm_team.h"
+#include "cuda/batch_norm/team.h"
 #include "cuda/lanes.h"
 #include "cuda/launch.h"
 

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "cuda/batch_norm_tiles.h"
+#include "cuda/batch_norm/tiles.h"
 
 namespace steadygrad::cuda {
 

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "cuda/batch_norm_tiles.h"
+#include "cuda/batch_norm/tiles.h"
 #include "cuda/tensor_table.h"
 
 namespace steadygrad::cuda {

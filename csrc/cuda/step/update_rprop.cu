@@ -1,4 +1,4 @@
-#include "cuda/update_kernel.h"
+#include "cuda/step/update_kernel.h"
 
 namespace steadygrad::cuda {
 

@@ -1,7 +1,7 @@
 // Between the passes: what a clip policy that lives outside is told.
 #include "cuda/launch.h"
-#include "cuda/policies.h"
 #include "cuda/reduced_norms.h"
+#include "cuda/step/policies.h"
 
 namespace steadygrad::cuda {
 namespace {

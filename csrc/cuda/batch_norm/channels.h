@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "core/batch_norm.h"
-#include "cuda/batch_norm_tiles.h"
+#include "cuda/batch_norm/tiles.h"
 
 namespace steadygrad::cuda {
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/launch.h"
-#include "cuda/update.h"
+#include "cuda/step/update.h"
 
 namespace steadygrad::cuda {
 

@@ -1,7 +1,7 @@
 // The whole optimizer step: pass 1 reads the gradients, a decision is taken on the device, pass 2 updates.
 #include "cuda/launch.h"
+#include "cuda/step/update.h"
 #include "cuda/unit_clip.h"
-#include "cuda/update.h"
 
 namespace steadygrad::cuda {
 namespace {

@@ -5,9 +5,9 @@
 #include <cstdint>
 
 #include "core/batch_norm.h"
-#include "cuda/batch_norm_channels.h"
-#include "cuda/batch_norm_finish.h"
-#include "cuda/batch_norm_sums.h"
+#include "cuda/batch_norm/channels.h"
+#include "cuda/batch_norm/finish.h"
+#include "cuda/batch_norm/sums.h"
 
 namespace steadygrad::cuda {
 

@@ -1,9 +1,9 @@
 // Two reads, backward: the sums of the gradient and of its products with the input, then the gradients of
 // input and residual, from the last element to the first. The residual's is written with the input's: written
 // with the sums it would drive what the second read needs out of L2.
-#include "cuda/batch_norm.h"
-#include "cuda/batch_norm_one_read.h"
-#include "cuda/batch_norm_passes.h"
+#include "cuda/batch_norm/batch_norm.h"
+#include "cuda/batch_norm/one_read.h"
+#include "cuda/batch_norm/passes.h"
 #include "cuda/launch.h"
 #include "cuda/tensor_table.h"
 

@@ -1,7 +1,7 @@
 // How large the tiles are, and how many blocks share a group of channels.
 #include <algorithm>
 
-#include "cuda/batch_norm_tiles.h"
+#include "cuda/batch_norm/tiles.h"
 #include "cuda/launch.h"
 
 namespace steadygrad::cuda {

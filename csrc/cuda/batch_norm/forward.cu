@@ -1,8 +1,8 @@
 // Two reads, forward: every block sums up its part of a group of channels; then, once the sums are put
 // together, the elements are normalised from the last to the first, so that those read last are still in L2.
-#include "cuda/batch_norm.h"
-#include "cuda/batch_norm_one_read.h"
-#include "cuda/batch_norm_passes.h"
+#include "cuda/batch_norm/batch_norm.h"
+#include "cuda/batch_norm/one_read.h"
+#include "cuda/batch_norm/passes.h"
 #include "cuda/launch.h"
 #include "cuda/tensor_table.h"
 
