@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import subprocess
+import runpy
 import sys
 import tempfile
 import time
+import warnings
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -40,40 +42,53 @@ def leave_ranks(found: dict[str, Any], rank: int, folder: Path) -> NoReturn:
     os._exit(0)
 
 
+# Importing torch takes a rank longer than most of what it then does: ranks are forked from a process that has done it.
+_FORK_SERVER = multiprocessing.get_context("forkserver")
+_FORK_SERVER.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp"])
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+
+
+def _run_rank(script: str, rank: int, world: int, folder: str, arguments: tuple[str, ...]) -> None:
+    """Run the script as ``python -W error script rank world folder arguments`` would, in this process."""
+    with Path(folder, f"log{rank}").open("wb") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    warnings.simplefilter("error")
+    sys.argv = [script, str(rank), str(world), folder, *arguments]
+    runpy.run_path(script, run_name="__main__")
+
+
 @cache
 def outcome(script: Path, world: int, time_limit: float, *arguments: str) -> Found | str:
-    """What the ranks found; or how they failed, so that no test waits for it again.
+    """Return what the ranks found, or how they failed, so that no test waits for it again.
 
     The script gets its rank, the number of ranks and a folder, where it leaves ``found<rank>`` by ``torch.save``; then
     the arguments.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        for variable, value in _ENVIRONMENT.items():
+            patch.setenv(variable, value)
         folder = Path(name)
-        logs = [(folder / f"log{rank}").open("wb") for rank in range(world)]
-        command = [sys.executable, "-W", "error", str(script)]
         ranks = [
-            subprocess.Popen(
-                [*command, str(rank), str(world), name, *arguments],
-                stderr=log,
-                stdout=log,
-                env=environment,
+            _FORK_SERVER.Process(
+                target=_run_rank, args=(str(script), rank, world, name, arguments), daemon=True
             )
-            for rank, log in enumerate(logs)
+            for rank in range(world)
         ]
+        for process in ranks:
+            process.start()
         try:
             deadline = time.monotonic() + time_limit
-            while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
-                if any(rank.returncode for rank in ranks):
+            while any(rank.exitcode is None for rank in ranks) and time.monotonic() < deadline:
+                if any(rank.exitcode for rank in ranks):
                     time.sleep(1)  # for the others to say what they lost
                     break
                 time.sleep(0.05)
-            codes = [rank.poll() for rank in ranks]
+            codes = [rank.exitcode for rank in ranks]
         finally:
-            for rank, log in zip(ranks, logs, strict=True):
-                rank.kill()
-                rank.wait()
-                log.close()
+            for process in ranks:
+                process.kill()
+                process.join()
         if codes != [0] * world:
             ends = [(folder / f"log{rank}").read_text()[-3000:] for rank in range(world)]
             parts = (
