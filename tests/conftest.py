@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections import defaultdict
@@ -64,6 +65,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in left_out]
     # What takes longest begins first, so that processes side by side end together.
     items.sort(key=lambda item: not any(item.get_closest_marker(m) for m in MARKED_FILES))
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from going over all collected tests again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def redundant_cases(items: list[pytest.Item]) -> set[pytest.Item]:
