@@ -102,7 +102,7 @@ class _BatchNorm(batchnorm._BatchNorm):
     def forward(
         self, input: Tensor, residual: Tensor | None = None, relu: bool | None = None
     ) -> Tensor:
-        """Normalises ``input``, adds ``residual``, and applies ReLU if ``relu``, or ``activation`` if ``relu`` is None."""
+        """Normalises ``input``, adds ``residual``, and applies ReLU; ``relu=None`` applies ``activation`` instead."""
         if isinstance(input, Proxy):
             return self._record(input, residual)
         checked: Any = self._check_input_dim
