@@ -1,4 +1,4 @@
-"""Runs a script as the ranks of a gloo group, each a process of its own, and brings back what they found."""
+"""Runs a script as the ranks of a gloo group, each in a process of its own, and collects what they found."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-Found = list[dict[str, Any]]  # of each rank
+Found = list[dict[str, Any]]  # what each rank found
 
 
 def join_ranks(rank: int, world: int, folder: Path) -> None:
-    """What a script that runs as a rank begins with."""
+    """Join the process group; a script that runs as a rank begins with this call."""
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder / 'rendezvous'}",
@@ -31,21 +31,21 @@ def join_ranks(rank: int, world: int, folder: Path) -> None:
 
 
 def leave_ranks(found: dict[str, Any], rank: int, folder: Path) -> NoReturn:
-    """What such a script ends with: leaves what it found for :func:`outcome`, and ends the process."""
+    """Save what a rank found for :func:`outcome`, and end the process; such a script ends with this call."""
     torch.save(found, folder / f"found{rank}")
     dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    # After gloo groups torch's own destructors abort now and then, "terminate called without an active exception".
+    # After gloo groups torch's own destructors sometimes abort, "terminate called without an active exception".
     os._exit(0)
 
 
 @cache
 def outcome(script: Path, world: int, time_limit: float, *arguments: str) -> Found | str:
-    """What the ranks found; or how they failed, so that no test waits for it again.
+    """Return what the ranks found, or how they failed; cached, so that no other test waits for them again.
 
-    The script gets its rank, the number of ranks and a folder, where it leaves ``found<rank>`` by ``torch.save``; then
-    the arguments.
+    The arguments of the script are its rank, the number of ranks, a folder in which it saves ``found<rank>``, and then
+    ``arguments``.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     with tempfile.TemporaryDirectory() as name:
@@ -65,7 +65,7 @@ def outcome(script: Path, world: int, time_limit: float, *arguments: str) -> Fou
             deadline = time.monotonic() + time_limit
             while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
                 if any(rank.returncode for rank in ranks):
-                    time.sleep(1)  # for the others to say what they lost
+                    time.sleep(1)  # the other ranks may still write what they lost
                     break
                 time.sleep(0.05)
             codes = [rank.poll() for rank in ranks]
@@ -85,7 +85,7 @@ def outcome(script: Path, world: int, time_limit: float, *arguments: str) -> Fou
 
 
 def found(script: Path, world: int, time_limit: float, name: str, *arguments: str) -> Found:
-    """What each rank found under this name; fails where the ranks did."""
+    """Return what each rank found under this name; fail if the ranks failed."""
     results = outcome(script, world, time_limit, *arguments)
     if isinstance(results, str):
         pytest.fail(results, pytrace=False)

@@ -1,4 +1,4 @@
-"""What ranks are told when they do not fit together: errors on every rank, and nothing waits."""
+"""Ranks that do not fit together get an error, on every rank, and none of them waits."""
 
 from __future__ import annotations
 
