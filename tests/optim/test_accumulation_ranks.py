@@ -28,7 +28,7 @@ def inputs(rank: int, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 class Product(torch.nn.Module):
-    """Whose gradient is its input."""
+    """A module whose gradient is its input."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ def main(rank: int, folder: Path) -> None:
         optimizer = sg.optim.SGD(model.parameters(), lr=1.0, max_norm=0.5)
         for step, x in enumerate(inputs(rank, dtype)):
             with ExitStack() as stack:
-                # What one rank has summed in fp32 apart from .grad is never reduced later.
+                # What a rank has summed in fp32 apart from .grad is never reduced later.
                 if dtype == torch.float32 and step < MICRO_BATCHES - 1:
                     stack.enter_context(model.no_sync())
                 stack.enter_context(sg.accumulate(optimizer))
@@ -78,7 +78,7 @@ def test_every_rank_steps_by_the_mean_of_all(tmp_path: Path) -> None:
     for name, dtype in DTYPES.items():
         everything = torch.stack([x for rank in range(RANKS) for x in inputs(rank, dtype)])
         mean = everything.double().mean(0)
-        # Averages over two ranks are rounded to bf16 once more.
+        # Averages over two ranks are rounded once more to bf16.
         error = 1e-6 if dtype == torch.float32 else 2.0**-8
         norm = total_norm([mean.numpy()])
         assert norm > 0.5

@@ -24,7 +24,7 @@ def arguments(function: Any) -> dict[str, Argument]:
 
 
 def shown(argument: Argument) -> tuple[Any, ...]:
-    """What a caller has to know of it."""
+    """Return what a caller has to know of an argument."""
     return argument.name, argument.kind, argument.default
 
 
@@ -72,7 +72,7 @@ def test_a_class_has_torchs_parameters_and_then_the_wrappers(name: str) -> None:
 def test_every_parameter_arrives(name: str) -> None:
     make = getattr(sg.optim, name)
     torchs = arguments(plain_class(name))
-    # No two of these can be given at once, and none is a number that a default could stand for.
+    # No two of these can be given together, and their defaults are not numbers that could be tested.
     apart = {"params", "foreach", "fused", "differentiable", "capturable", "nesterov"}
     apart |= {"betas", "etas", "step_sizes"}
     given = {key: 0.25 if v.default is not False else True for key, v in torchs.items()}
