@@ -82,7 +82,7 @@ def test_kept_bits_of_lazy_parameters_begin_with_their_first_gradient(rounding: 
 
 
 def test_param_groups_refuse_what_has_no_dimensions_yet() -> None:
-    with pytest.raises(ValueError, match=r"UninitializedParameter in 'late\.weight'.*run a batch"):
+    with pytest.raises(ValueError, match=r"UninitializedParameter at 'late\.weight'.*run a batch"):
         sg.param_groups(network(), l2=0.1)
 
 

@@ -60,7 +60,7 @@ class Accumulated:
             )
         if any(param.grad is not None for param in self.sums):
             raise RuntimeError(
-                "step: accumulate: expected every backward pass inside a micro-batch, got a gradient from outside, or "
+                "step: accumulate: expected every backward inside a micro-batch, got a gradient from outside, or "
                 "a parameter whose dtype has changed since; zero_grad() drops it and all micro-batches"
             )
 
