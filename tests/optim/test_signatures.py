@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from inspect import Parameter as Argument
 from typing import Any
 
@@ -36,6 +37,21 @@ def own_arguments() -> dict[str, Argument]:
 
 def weight() -> Parameter:
     return Parameter(torch.zeros(2))
+
+
+def test_the_first_screen_of_help_has_an_example_and_six_options() -> None:
+    """A screen has 24 lines, of which help() needs 5 for the names and the signature."""
+    screen = inspect.getdoc(sg.Stabilizer).split("\n")[:19]  # type: ignore[union-attr]
+    listed = [found[1] for line in screen if (found := re.match(r"    (\w+): [A-Z`]", line))]
+    options = ["max_norm", "clip", "skip", "nonfinite", "rounding", "telemetry"]
+    assert sum(line.startswith(">>> ") for line in screen) >= 3
+    assert listed == ["optimizer", *options]
+
+
+def test_help_describes_every_option_once() -> None:
+    text = inspect.getdoc(sg.Stabilizer) or ""
+    described = re.findall(r"(?m)^    (\w+): [A-Z`]", text.partition("Raises:")[0])
+    assert sorted(described) == sorted(["optimizer", *own_arguments()])
 
 
 def test_the_wrapper_has_the_options_in_their_order() -> None:
