@@ -1,7 +1,8 @@
 """Compares what ranks hold before they sum together, so that a difference is an error and not an endless wait.
 
-The ranks compare once for each optimizer and its parameters, or each list of tensors. They use the store that they met
-at, and no collective: a collective would hang if a rank did not come, while the store tells who is missing.
+The ranks compare once for each optimizer and its parameters, or each list of tensors. They use the store of
+``init_process_group``, and no collective: a collective would hang if a rank did not come, while the store tells who is
+missing.
 """
 
 from __future__ import annotations
