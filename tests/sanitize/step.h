@@ -15,7 +15,7 @@ struct StepCase {
   Specs specs;
   RuleVariant rule;
   StepOptions options;
-  // Of the first group; every further one has a larger learning rate and a smaller limit.
+  // The options of the first group; every further group has a larger learning rate and a smaller limit.
   GroupOptions group;
   // Of each step; a step has fresh gradients.
   std::vector<Values> gradients = {Values::ordinary, Values::ordinary};
@@ -23,7 +23,7 @@ struct StepCase {
   bool numbers_on_device = false;
   // Every second step leaves out some of the tensors.
   bool tensors_come_and_go = false;
-  // Whose rows each backend has for itself. A percentile's is full from the beginning.
+  // Each backend has its own rows for these policies. The window of a percentile is full from the beginning.
   Policies policies;
   // Another process holds the same, and does not count every third tensor.
   bool two_processes = false;
