@@ -16,7 +16,7 @@ from steadygrad import _kernels
 
 @dataclass(frozen=True)
 class Backend:
-    """Where a test puts its tensors so that the operation runs on this backend."""
+    """An implementation of the kernels, and the device on which a test puts its tensors to use it."""
 
     name: str
     device: torch.device

@@ -17,7 +17,7 @@ struct StepCase {
   StepOptions options;
   // The options of the first group; every further group has a larger learning rate and a smaller limit.
   GroupOptions group;
-  // Of each step; a step has fresh gradients.
+  // The kind of each step's gradients, which are new in every step.
   std::vector<Values> gradients = {Values::ordinary, Values::ordinary};
   // Learning rate, gradient scale and found_inf are in device memory.
   bool numbers_on_device = false;
@@ -29,7 +29,7 @@ struct StepCase {
   bool two_processes = false;
 };
 
-// How the backends differ after any of the steps, in results or in what they say about them.
+// Returns how the backends differ after any of the steps, in results or in what they report about them.
 std::string compare_steps(const StepCase& step_case);
 
 }  // namespace steadygrad::sanitize

@@ -147,7 +147,7 @@ class StabilizedOptimizer(SettableLimits):
 
     @property
     def has_stepped(self) -> bool:
-        """Whether there was a step, also a skipped one, since the optimizer was made, copied or loaded."""
+        """Whether a step was taken or skipped since the optimizer was made, copied or loaded."""
         return self._current_stepper().last_outcome is not None
 
     @property

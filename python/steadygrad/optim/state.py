@@ -242,7 +242,7 @@ class DeviceSteps:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.taken = torch.ones(0, dtype=torch.int32, device=device)
-        # By the parameter's place: state that was entered before it is known whether the step that made it was taken.
+        # State that was entered before it is known whether the step that made it was taken, by the parameter's place.
         self._unproven: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
         # The same for state that existed in half precision, with the dtype that it had.
         self._widened: list[tuple[Tensor, str, Tensor, torch.dtype]] = []
