@@ -98,7 +98,7 @@ class Shared:
 def shared(
     model: nn.Module, optimizer: sg.optim.AdamW, names: list[str], data: DeviceMesh | None
 ) -> Shared:
-    """Return a rank's part that runs backward through the whole network, on another part of each batch for each rank."""
+    """Return a rank that runs backward through the whole network, on a different part of each batch for each rank."""
 
     def loss(inputs: Tensor, targets: Tensor, spoil: Callable[[Tensor], Tensor]) -> Tensor:
         value = spoil(functional.cross_entropy(model(inputs), targets))
