@@ -40,7 +40,7 @@ class _Judge:
     def above(
         self, kind: str, sure: float, number: float, text: str, remedy: str = ""
     ) -> Iterator[Verdict]:
-        """Returns the verdict if its number is above the threshold of its kind."""
+        """Yields the verdict if its number is above the threshold of its kind."""
         if number > THRESHOLDS[kind].value:
             yield self.verdict(kind, sure, number, text, remedy)
 
