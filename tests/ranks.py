@@ -1,4 +1,4 @@
-"""Runs a script as the ranks of a gloo group, each a process of its own, and brings back what they found."""
+"""Runs a script as the ranks of a gloo group, each in a process of its own, and collects what they found."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-Found = list[dict[str, Any]]  # of each rank
+Found = list[dict[str, Any]]  # what each rank found
 
 
 def join_ranks(rank: int, world: int, folder: Path) -> None:
-    """What a script that runs as a rank begins with."""
+    """Join the process group; a script that runs as a rank begins with this call."""
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder / 'rendezvous'}",
@@ -33,12 +33,12 @@ def join_ranks(rank: int, world: int, folder: Path) -> None:
 
 
 def leave_ranks(found: dict[str, Any], rank: int, folder: Path) -> NoReturn:
-    """What such a script ends with: leaves what it found for :func:`outcome`, and ends the process."""
+    """Save what a rank found for :func:`outcome`, and end the process; such a script ends with this call."""
     torch.save(found, folder / f"found{rank}")
     dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    # After gloo groups torch's own destructors abort now and then, "terminate called without an active exception".
+    # After gloo groups torch's own destructors sometimes abort, "terminate called without an active exception".
     os._exit(0)
 
 
@@ -60,10 +60,10 @@ def _run_rank(script: str, rank: int, world: int, folder: str, arguments: tuple[
 
 @cache
 def outcome(script: Path, world: int, time_limit: float, *arguments: str) -> Found | str:
-    """Return what the ranks found, or how they failed, so that no test waits for it again.
+    """Return what the ranks found, or how they failed; cached, so that no other test waits for them again.
 
-    The script gets its rank, the number of ranks and a folder, where it leaves ``found<rank>`` by ``torch.save``; then
-    the arguments.
+    The arguments of the script are its rank, the number of ranks, a folder in which it saves ``found<rank>``, and then
+    ``arguments``.
     """
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         for variable, value in _ENVIRONMENT.items():
@@ -79,9 +79,9 @@ def outcome(script: Path, world: int, time_limit: float, *arguments: str) -> Fou
             process.start()
         try:
             deadline = time.monotonic() + time_limit
-            while any(rank.exitcode is None for rank in ranks) and time.monotonic() < deadline:
-                if any(rank.exitcode for rank in ranks):
-                    time.sleep(1)  # for the others to say what they lost
+            while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+                if any(rank.returncode for rank in ranks):
+                    time.sleep(1)  # the other ranks may still write what they lost
                     break
                 time.sleep(0.05)
             codes = [rank.exitcode for rank in ranks]
@@ -100,7 +100,7 @@ def outcome(script: Path, world: int, time_limit: float, *arguments: str) -> Fou
 
 
 def found(script: Path, world: int, time_limit: float, name: str, *arguments: str) -> Found:
-    """What each rank found under this name; fails where the ranks did."""
+    """Return what each rank found under this name; fail if the ranks failed."""
     results = outcome(script, world, time_limit, *arguments)
     if isinstance(results, str):
         pytest.fail(results, pytrace=False)

@@ -26,7 +26,7 @@ def inputs(rank: int, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 class Product(torch.nn.Module):
-    """Whose gradient is its input."""
+    """A module whose gradient is its input."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ def main(rank: int, world: int, folder: Path) -> None:
         optimizer = sg.optim.SGD(model.parameters(), lr=1.0, max_norm=0.5)
         for step, x in enumerate(inputs(rank, dtype)):
             with ExitStack() as stack:
-                # What one rank has summed in fp32 apart from .grad is never reduced later.
+                # What a rank has summed in fp32 apart from .grad is never reduced later.
                 if dtype == torch.float32 and step < MICRO_BATCHES - 1:
                     stack.enter_context(model.no_sync())
                 stack.enter_context(sg.accumulate(optimizer))
