@@ -149,6 +149,33 @@ def test_a_gradient_that_comes_back_has_not_exploded() -> None:
     assert Report(rows([[norm, 1.0] for norm in back])).explosions[0].name == "a"
 
 
+def test_in_the_first_steps_only_a_hundredfold_rise_is_an_explosion() -> None:
+    found = Report(rows([[1.0, 1.0], [90.0, 110.0], [1.0, 1.0]])).explosions
+    assert [(e.step, e.name) for e in found] == [(101, "b")]
+
+
+def test_a_run_that_explodes_from_the_start_is_told_from_there() -> None:
+    report = Report(
+        rows([[2.0, 1.0], [4e3, 9e3], [3e9, 8e10], [math.nan, math.nan], [math.nan, math.nan]])
+    )
+    assert [(e.step, e.name) for e in report.explosions[:6:2]] == [
+        (101, "b"),
+        (102, "b"),
+        (103, "b"),
+    ]
+    (conclusion,) = report.conclusions
+    start = (
+        "the gradient of b exploded at step 101, and that of b was not finite at step 103. sg.ex"
+    )
+    assert conclusion.startswith(start)
+
+
+def test_an_explosion_long_before_is_not_where_it_began() -> None:
+    report = Report(rows([[1.0]] * 10 + [[20.0]] + [[1.0]] * 30 + [[math.nan]]))
+    assert [e.step for e in report.explosions] == [110, 141]
+    assert report.conclusions[0].startswith("the gradient of a was not finite at step 141.")
+
+
 def test_usual_norms_are_a_geometric_moving_average() -> None:
     norms = np.exp(np.random.default_rng(0).normal(0, 1, (40, 2)))
     norms[7, 0], norms[9, 1] = np.nan, 0.0
@@ -156,7 +183,7 @@ def test_usual_norms_are_a_geometric_moving_average() -> None:
     for column in range(2):
         average, known = 0.0, 0
         for step in range(40):
-            if known < 5:
+            if known == 0:
                 assert np.isnan(found[step, column])
             else:
                 assert math.isclose(found[step, column], math.exp(average), rel_tol=1e-12)

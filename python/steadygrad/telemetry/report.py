@@ -6,13 +6,16 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from steadygrad.telemetry.history import Floats, History
 
-# A gradient has exploded if its norm is at least so many times its usual one.
+# A gradient has exploded if its norm is more than so many times its usual one.
 EXPLODED_TIMES = 10.0
-# A usual norm is known after so many steps.
-_KNOWN_AFTER = 5
+# The first norms of a run say little about what is usual, so a gradient has to exceed them by more.
+_EARLY_STEPS, _EARLY_TIMES = 5, 100.0
+# An explosion leads to a gradient that is not finite within so many steps.
+_LEADS_WITHIN = 10
 _DECAY = 0.9
 _ALL = "all gradients"
 _SHOWN = 5
@@ -29,7 +32,7 @@ class Explosion:
         step: Number of the step.
         name: Name of the parameter; ``"all gradients"`` at level ``"global"``.
         norm: Norm of the gradient before the clip.
-        typical: Geometric moving average of the parameter's norms before; NaN in the first steps.
+        typical: Geometric moving average of the parameter's norms before; NaN if there are none.
         nonfinite: Number of non-finite elements of the gradient.
     """
 
@@ -56,13 +59,15 @@ class Report:
 
     A gradient has *exploded* if it has non-finite elements, or if its norm is more than ten times the geometric moving
     average (decay 0.9) of its own earlier norms and also more than that of the total norm, so that it alone would
-    change the step. Nothing is called an explosion before there are five norms. A norm enters the average as at most
-    ten times the average and at least a tenth of it. So a lasting rise becomes the usual norm, and a single step
-    changes the average little.
+    change the step. As long as there are fewer than five earlier norms, it has to be more than a hundred times their
+    average. After that, a norm enters the average as at most ten times the average and at least a tenth of it. So a
+    lasting rise becomes the usual norm, and a single step changes the average little.
 
     Attributes:
         history: The recorded steps.
-        explosions: The explosions in the order of steps, in each step the furthest from its usual norm first.
+        explosions: The explosions in the order of steps. In each step gradients that are not finite come first, then
+            those furthest from their usual norm; gradients that are not finite are in the order in which their last
+            finite norms exceeded the usual ones.
     """
 
     def __init__(self, history: History) -> None:
@@ -98,7 +103,8 @@ class Report:
         """Returns what follows from the numbers, a sentence each, with the call that helps; empty if nothing does.
 
         If at least 90 % of the steps taken were clipped, and the median norm was at least ten times its limit, the clip
-        treats a symptom. If a gradient was not finite, its step and parameter are named.
+        treats a symptom. If a gradient was not finite, its step and parameter are named, and where it began if a
+        gradient had exploded within the ten steps before.
         """
         history, found = self.history, []
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -112,8 +118,12 @@ class Report:
             )
         broken = next((explosion for explosion in self.explosions if explosion.nonfinite), None)
         if broken is not None:
+            began = next(e for e in self.explosions if e.step >= broken.step - _LEADS_WITHIN)
+            start = "the gradient of"
+            if began.step < broken.step:
+                start += f" {began.name} exploded at step {began.step}, and that of"
             found.append(
-                f"the gradient of {broken.name} was not finite at step {broken.step}. "
+                f"{start} {broken.name} was not finite at step {broken.step}. "
                 'sg.examine(model, loss_function, batches, at="first_nonfinite") says where that comes from'
             )
         return found
@@ -182,44 +192,60 @@ def _listed(steps: list[int]) -> str:
 
 
 def usual_norms(norms: Floats) -> Floats:
-    """Returns what each norm is compared with, shape (steps, parameters): NaN where too few norms came before."""
+    """Returns what each norm is compared with, shape (steps, parameters): NaN where no norm came before."""
     usual = np.full(norms.shape, np.nan)
     logarithm = np.zeros(norms.shape[1])
-    known = np.zeros(norms.shape[1], dtype=np.int64)
-    for i, row in enumerate(norms):
-        before = known >= _KNOWN_AFTER
-        usual[i, before] = np.exp(logarithm[before])
-        enters = np.isfinite(row) & (row > 0)
+    far = math.log(EXPLODED_TIMES)
+    for i, (row, known) in enumerate(zip(norms, _known_before(norms), strict=True)):
+        usual[i, known > 0] = np.exp(logarithm[known > 0])
+        enters = _is_known(row)
         fed = np.log(row, where=enters, out=logarithm.copy())
-        far = math.log(EXPLODED_TIMES)
-        fed = np.where(before, np.clip(fed, logarithm - far, logarithm + far), fed)
+        fed = np.where(known < _EARLY_STEPS, fed, np.clip(fed, logarithm - far, logarithm + far))
         # The average is a plain mean until there are enough norms for a moving one.
         weight = np.maximum(1 - _DECAY, 1 / (known + 1))
         logarithm = np.where(enters, logarithm + weight * (fed - logarithm), logarithm)
-        known += enters
     return usual
 
 
+def _is_known(norms: Floats) -> npt.NDArray[np.bool_]:
+    return np.isfinite(norms) & (norms > 0)
+
+
+def _known_before(norms: Floats) -> npt.NDArray[np.int64]:
+    known = _is_known(norms)
+    return np.cumsum(known, axis=0) - known
+
+
 def explosions(history: History) -> list[Explosion]:
-    """Finds the explosions in a history, by step, in each step the furthest from its usual norm first."""
+    """Finds the explosions in a history, in the order that :class:`Report` describes."""
     norms, counts = history.tensor_norms, history.tensor_nonfinite
     names: tuple[str, ...] = history.names
     if norms is None or counts is None:
         norms, counts = history.norm[:, None], history.nonfinite[:, None]
         names = (_ALL,)
     usual = usual_norms(norms)
+    times = np.where(_known_before(norms) < _EARLY_STEPS, _EARLY_TIMES, EXPLODED_TIMES)
     with np.errstate(invalid="ignore"):
         # A gradient also has to exceed the usual total norm: one that had vanished and comes back changes little.
-        bar = np.maximum(EXPLODED_TIMES * usual, usual_norms(history.norm[:, None]))
+        bar = np.maximum(times * usual, usual_norms(history.norm[:, None]))
         places = np.argwhere((counts > 0) | (norms > bar))
+        growth = norms / usual
+    # What is not finite has no growth of its own step: it gets that of its last finite one.
+    last = np.zeros(norms.shape[1])
+    for row in growth:
+        row[:] = last = np.where(np.isfinite(row), row, last)
     found = [
-        Explosion(
-            int(history.step[i]),
-            names[p],
-            float(norms[i, p]),
-            float(usual[i, p]),
-            int(counts[i, p]),
+        (
+            float(growth[i, p]),
+            Explosion(
+                int(history.step[i]),
+                names[p],
+                float(norms[i, p]),
+                float(usual[i, p]),
+                int(counts[i, p]),
+            ),
         )
         for i, p in places.tolist()
     ]
-    return sorted(found, key=lambda explosion: (explosion.step, -explosion.times))
+    found.sort(key=lambda each: (each[1].step, -each[1].times, -each[0]))
+    return [explosion for _, explosion in found]
