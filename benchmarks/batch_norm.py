@@ -42,23 +42,16 @@ _SMALL = (4, 19, 5, 5)
 
 @dataclass(frozen=True)
 class Layer:
-    """One call that is measured.
+    """One call that is measured."""
 
-    Attributes:
-        shape: of the input; the second dimension is the channels.
-        dtype: of the input; parameters and running statistics are fp32, as under autocast.
-        channels_last: the layout of 4-D input.
-        add: whether a residual is added.
-        relu: whether ReLU follows.
-        training: forward and backward; else forward alone, with the running statistics.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    channels_last: bool = False
-    add: bool = False
-    relu: bool = False
-    training: bool = True
+    shape: tuple[int, ...]  # of the input; the second dimension is the channels
+    dtype: (
+        torch.dtype
+    )  # of the input; parameters and running statistics are fp32, as under autocast
+    channels_last: bool = False  # the layout of 4-D input
+    add: bool = False  # whether a residual is added
+    relu: bool = False  # whether ReLU follows
+    training: bool = True  # forward and backward; else forward alone, with the running statistics
 
 
 @contextmanager
@@ -77,16 +70,11 @@ def path(name: str | None) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Side:
-    """One implementation of a layer.
+    """One implementation of a layer."""
 
-    Attributes:
-        name: what the tables call it.
-        in_place: whether torch adds the residual and takes ReLU in place, as in torchvision's ResNet.
-        setting: what holds during its calls: whether torch may use cuDNN, or which path ours takes.
-    """
-
-    name: str
-    in_place: bool = False
+    name: str  # what the tables call it
+    in_place: bool = False  # whether torch adds and takes ReLU in place, as in torchvision's ResNet
+    # What holds during its calls: whether torch may use cuDNN, or which path ours takes.
     setting: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def build(self, layer: Layer, device: torch.device) -> Candidate:
