@@ -31,8 +31,7 @@ from steadygrad.optim import lion
 _DEVICE_BOUND = 2**26
 
 
-# Makes a peer's builder from what makes its optimizer.
-Peer = Callable[[MakeOptimizer], Build]
+Peer = Callable[[MakeOptimizer], Build]  # makes a peer's builder from what makes its optimizer
 
 
 @dataclass(frozen=True)

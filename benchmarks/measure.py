@@ -193,17 +193,12 @@ def case_result(case: Case, timings: Sequence[Timing], yardstick: CopyYardstick)
     bandwidth = yardstick.bandwidth(timings[count:]) if timings[count:] else None
     speed = case.floor_bytes / ours.median("device") / 1e9
     share = None if bandwidth is None else speed / bandwidth["yardstick_gigabytes_per_second"]
+    alike = ("key", "tensors", "elements", "bytes_per_element", "floor_bytes", "working_set_bytes")
     return {
-        "key": case.key,
+        **{name: getattr(case, name) for name in (*alike, "averaged")},
         "operation": case.title,
         "shapes": case.subject,
-        "tensors": case.tensors,
-        "elements": case.elements,
         "dtype": str(case.dtype).removeprefix("torch."),
-        "bytes_per_element": case.bytes_per_element,
-        "floor_bytes": case.floor_bytes,
-        "working_set_bytes": case.working_set_bytes,
-        "averaged": case.averaged,
         "cold_buffers": not case.host_cost,
         "clock": clock,
         "copy_bandwidth": bandwidth,
@@ -269,12 +264,8 @@ def measure_all(
 ) -> Iterator[Result]:
     """Measure the cases of one device; yield the result file after each case, so that a kill loses one case at most.
 
-    Args:
-        device: what is measured.
-        quick: only the cases of the short table.
-        limit: seconds after which no further case is begun; None has no limit.
-        clock: the time in seconds; replaced in tests.
-        on_case: called with the key of each case that begins.
+    After `limit` seconds no further case is begun. `on_case` is called with the key of each that begins; tests replace
+    the clock.
     """
     began = clock()
     settle_allocator()

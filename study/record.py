@@ -65,14 +65,10 @@ def describe(
     runs: Sequence[Mapping[str, Any]],
     curves: int = 3,
 ) -> dict[str, Any]:
-    """Return an experiment and its runs as JSON values.
+    """Return an experiment and its runs, which :func:`encode` made, as JSON values.
 
-    Args:
-        experiment: the declaration.
-        tasks: the task of each problem, by its name.
-        runs: as :func:`encode` gives them, in any order.
-        curves: how many seeds keep theirs: those of all would make the file large. For the same
-            reason only arms that are compared with torch's keep their first losses.
+    ``curves`` seeds keep theirs: those of all would make the file large. For the same reason only
+    arms that are compared with torch's keep their first losses.
     """
     described = experiment.describe()
     for problem, stored in zip(experiment.problems, described["problems"], strict=True):

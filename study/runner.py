@@ -67,15 +67,10 @@ class Settings:
 
 
 def run_study(selection: Selection, settings: Settings, console: Console) -> int:
-    """Carry the selected experiments out.
+    """Carry the selected experiments out; progress and tables go to the console.
 
     Writes ``study.json`` and the pages made of it. What is finished is also in ``journal.jsonl``
     until all is done: the same call goes on after a kill, Ctrl-C or the time limit.
-
-    Args:
-        selection: which experiments.
-        settings: where to, and how.
-        console: where progress and tables go.
 
     Returns:
         Exit status: 0; 1 if there is nothing to run or a run could not be made; 130 after Ctrl-C.

@@ -71,13 +71,9 @@ class Run:
 def train(experiment: Experiment, key: RunKey, task: Task) -> Run:
     """Train once.
 
-    The same arguments give the same run on one machine with one number of threads (times aside).
-    The loss recorded is that of the task alone, without the penalty of the arm.
-
-    Args:
-        experiment: problems and arms.
-        key: which of them, the learning rate and the seed. The seed fixes weights and batches.
-        task: of the problem.
+    The same arguments give the same run on one machine with one number of threads (times aside);
+    the seed fixes weights and batches. The loss recorded is that of the task alone, without the
+    penalty of the arm.
 
     Raises:
         ValueError: the arm does not fit the task.
@@ -90,11 +86,7 @@ def train(experiment: Experiment, key: RunKey, task: Task) -> Run:
 def rehearse(experiment: Experiment, key: RunKey, task: Task, measure: bool) -> None:
     """Build all that a run needs and take one loss: what is wrong shows before anything is trained.
 
-    Args:
-        experiment: problems and arms.
-        key: as for :func:`train`.
-        task: of the problem.
-        measure: whether the task's loss and metric are taken once, as well.
+    With ``measure`` the task's loss and metric are taken once, as well.
 
     Raises:
         Exception: whatever building or the loss raises; TypeError where the metric is no number.

@@ -58,15 +58,8 @@ def make_all(
 ) -> Iterator[tuple[Item, Run]]:
     """Make runs in ``jobs`` processes, one alone in this process; they come as they are finished.
 
-    Once ``is_over`` says so, what has begun is finished and nothing begun.
-
-    Args:
-        selection: what to load in other processes.
-        loaded: the same for this one, by the name of the experiment.
-        jobs: processes side by side.
-        threads: of torch in each.
-        items: experiments by name, and the runs of them to make.
-        is_over: whether time is up.
+    Other processes load the selection by themselves; ``loaded`` is the same for this one, by the name of the
+    experiment. Once ``is_over`` says so, what has begun is finished and nothing begun.
 
     Raises:
         WorkerError: a process died, or a run raised.
