@@ -23,7 +23,8 @@ from benchmarks.tables import show
 from benchmarks.timer import Candidate, Race
 from steadygrad.nn.conversion_report import conversion_report
 from steadygrad.nn.convert import convert_batchnorm
-from tests.nn.networks import NETWORKS, BasicBlock, Bottleneck
+from steadygrad.nn.known_blocks import register_block
+from tests.nn.networks import NETWORKS, STEPS, BasicBlock, Bottleneck
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels last": torch.channels_last}
 KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -155,6 +156,8 @@ def main() -> None:
     parser.add_argument("--only", choices=NETWORKS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    for block, steps in STEPS.items():
+        register_block(block, steps)
     show(Console(), [memory(options.batch, options.size)])
     show(Console(), [speed(options.batch, options.size, options.seconds, options.only)])
 
