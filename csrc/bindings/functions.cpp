@@ -9,7 +9,7 @@
 namespace steadygrad::bindings {
 namespace {
 
-// Pointers seen so far: a tensor that appears twice in a list counts once.
+// The set of pointers seen so far, since a tensor that appears twice in a list counts once.
 class Seen {
  public:
   explicit Seen(size_t count) : slots_(capacity(count), nullptr) {}
@@ -42,7 +42,7 @@ struct GradList {
   bool any_float64 = false;
 };
 
-// `calls_python`: whether Python will run between this look at the tensors and their use.
+// `calls_python` says whether Python will run between this look at the tensors and their use.
 GradList grads_of(const py::list& grads, const char* function, const char* name, Use use,
                   bool complex_allowed, bool calls_python = false) {
   GradList list;
@@ -81,12 +81,12 @@ NormType checked_norm_type(const char* function, double p) {
   return norm_type(p);
 }
 
-// (norm, number of non-finite elements, whether the norm is a float64 one)
+// Returns (norm, number of non-finite elements, whether the norm is float64).
 py::tuple norm_result(const Norm& norm, const GradList& list) {
   return py::make_tuple(norm.norm, norm.nonfinite, list.any_float64);
 }
 
-// `output`: the tensors that an asynchronous backend fills, which then knows nothing to return.
+// `output` holds the tensors that an asynchronous backend writes to; such a backend returns nothing.
 NormOutput norm_output(const char* function, const py::tuple& output, Device& device) {
   constexpr int64_t kDoubles = sizeof(Outcome) / sizeof(double);
   const Argument argument{function, "output", -1};
@@ -95,12 +95,12 @@ NormOutput norm_output(const char* function, const py::tuple& output, Device& de
           memory_of<double>(output[2], argument, {kDLFloat, 64, 1}, 1, device)};
 }
 
-// Functions have one scope, and every tensor of the list is a slot.
+// A function has a single scope, and every tensor of the list is a slot.
 Reduction reduction_for(const char* function, const ReductionMemory* reduction, GradList& list) {
   return reduction_of(function, reduction, 1, list.tensors.size(), false, list.device);
 }
 
-// `reduction`: see reduction_of(); it runs also where this process has no tensors.
+// `reduction` is that of reduction_of(); it runs even if this process has no tensors.
 py::tuple grad_norm(const py::list& tensors, double p, const py::object& output, const py::object& allocate,
                     const ReductionMemory* reduction) {
   constexpr const char* kName = "get_total_norm";
@@ -123,7 +123,7 @@ py::tuple grad_norm(const py::list& tensors, double p, const py::object& output,
   return norm_result(norm, list);
 }
 
-// With error_if_nonfinite a non-finite norm leaves the gradients alone.
+// With error_if_nonfinite, a non-finite norm leaves the gradients unchanged.
 py::tuple clip_grad_norm(const py::list& grads, double max_norm, double p, bool error_if_nonfinite,
                          const py::object& output, const py::object& allocate,
                          const ReductionMemory* reduction) {
@@ -136,7 +136,7 @@ py::tuple clip_grad_norm(const py::list& grads, double max_norm, double p, bool 
   Norm norm;
   if (list.device.is_cuda()) {
     const NormOutput to = norm_output(kName, output, list.device);
-    if (max_norm < INFINITY) announce_write(grads);  // what may be written: the device decides
+    if (max_norm < INFINITY) announce_write(grads);  // the device decides whether they are written
     Allocator allocator(allocate, list.device);
     cuda::clip_grad_norm(list.tensors, max_norm, type, error_if_nonfinite, to, all, std::ref(allocator),
                          current_stream(list.device));
@@ -169,7 +169,7 @@ void transform_all(GradList& list, const TransformOptions& options, const py::ob
   cpu::transform_grads(list.tensors, cpu::ChunkTable(list.tensors), [&](int32_t) { return options; });
 }
 
-// `total_norm` is a number, or a tensor on the device of the gradients that is not to be waited for.
+// `total_norm` is a number, or a tensor on the device of the gradients, which is not waited for.
 void clip_grads_with_norm(const py::list& grads, double max_norm, const py::object& total_norm,
                           const py::object& allocate) {
   constexpr const char* kName = "clip_grads_with_norm_";
@@ -207,7 +207,7 @@ void clip_grad_value(const py::list& grads, double clip_value, const py::object&
   transform_all(list, options, allocate);
 }
 
-// Returns the penalty's value, or leaves it in the float64 tensor `value` where the backend is asynchronous.
+// Returns the penalty's value, or writes it to the float64 tensor `value` if the backend is asynchronous.
 double add_penalty(const py::list& params, const py::list& grads, double l1, double l2,
                    const py::object& value, const py::object& allocate) {
   constexpr const char* kName = "add_penalty_";
@@ -219,7 +219,7 @@ double add_penalty(const py::list& params, const py::list& grads, double l1, dou
                           std::to_string(count) + ", got " + std::to_string(PyList_GET_SIZE(grads.ptr())));
   }
   std::vector<TensorOperands> tensors;
-  std::vector<py::object> read;  // the parameters, where they are negated lazily a copy
+  std::vector<py::object> read;  // the parameters, or a copy of those that torch has negated lazily
   Device device;
   tensors.reserve(count);
   read.reserve(count);

@@ -1,4 +1,4 @@
-// The operations of the CPU backend. Arguments are checked by the caller; nothing here knows Python.
+// The operations of the CPU backend. The caller checks the arguments; nothing here uses Python.
 #pragma once
 
 #include <cstdint>
@@ -16,14 +16,14 @@ namespace steadygrad::cpu {
 
 using Tensors = std::vector<TensorOperands>;
 
-// Norms of every tensor's transformed gradient (before the clip), from one read of the gradients; two for a
-// general p. `transforms` has one entry per tensor's group.
+// Computes the norms of every tensor's transformed gradient before the clip. It reads the gradients once, or
+// twice for a general p. `transforms` has an entry per param group.
 class GradNorms {
  public:
   GradNorms(const Tensors& tensors, const ChunkTable& table, const std::vector<TransformOptions>& transforms,
             NormType type);
 
-  // Of the tensors for which selected(tensor index) holds, in the order of the list.
+  // Returns the norm over the tensors for which selected(tensor index) is true, in the order of the list.
   template <class Selected>
   Norm over(Selected selected) const {
     return norm_of(type_, sums_over(selected));
@@ -52,17 +52,17 @@ class GradNorms {
   std::vector<bool> empty_;
 };
 
-// The rows of several scopes as one.
+// Combines the rows of several scopes to one.
 ScopeSums combined_sums(NormType type, const ScopeSums* rows, size_t count);
 
-// With a reduction: of all processes' tensors.
+// Returns the norm of the tensors; with a reduction, of the tensors of all processes.
 Norm grad_norm(const Tensors& tensors, const ChunkTable& table, NormType type, const Reduction& reduction);
 inline Norm grad_norm(const Tensors& tensors, NormType type) {
   return grad_norm(tensors, ChunkTable(tensors), type, Reduction());
 }
 
-// grad = transform(grad), with the options that transform_of gives for a tensor's index; where they change
-// nothing, nothing is written.
+// Computes grad = transform(grad), with the options that transform_of returns for a tensor's index. Nothing
+// is written if the options change nothing.
 using TransformOf = std::function<TransformOptions(int32_t tensor)>;
 using UnitsOf = std::function<TensorUnits(int32_t tensor)>;
 void transform_grads(const Tensors& tensors, const ChunkTable& table, const TransformOf& transform_of,
@@ -71,12 +71,12 @@ void transform_grads(const Tensors& tensors, const ChunkTable& table, const Tran
 // Adds l1 * sign(param) + l2 * param to the gradients; returns l1 * sum|param| + l2 / 2 * sum param^2.
 double add_penalty(const Tensors& tensors, double l1, double l2);
 
-// param = sign(param) * max(|param| - amount, 0)
+// Computes param = sign(param) * max(|param| - amount, 0).
 void soft_threshold(const Tensors& tensors, double amount);
 
-// One whole step in two passes: the norm, the decision, the update. `memory` is the host's, and its outcome
-// is known on return. Before anything is written, and only if something will be, before_write is called; if
-// it throws, nothing has changed. Policies learn from the norm before that call; what it stops is not
+// Takes a whole step in two passes: the norm, the decision, the update. `memory` is the host's, and holds the
+// outcome on return. Before anything is written, and only if something will be, it calls before_write. If
+// that throws, nothing has changed except that policies have already learnt from the norm; the step is not
 // recorded.
 using BeforeWrite = std::function<void(bool writes_grads)>;
 void step(const Tensors& tensors, const std::vector<StepCounter>& counters,

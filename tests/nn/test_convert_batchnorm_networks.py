@@ -50,7 +50,7 @@ def without_dropout(model: nn.Module) -> nn.Module:
 
 
 def assert_near(actual: Tensor, expected: Tensor, scale: Tensor, relative: float) -> None:
-    """Compare with the largest element: gradients that cancel to zero are rounding alone."""
+    """Compare relative to the largest element, since gradients that cancel to zero are nothing but rounding."""
     assert actual.shape == expected.shape
     assert (actual - expected).abs().max() <= relative * scale
 

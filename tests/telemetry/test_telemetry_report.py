@@ -1,4 +1,4 @@
-"""The report and the plot: which parameter exploded, when, and how often was clipped and skipped."""
+"""The report and the plot say which parameter exploded, when, and how often steps were clipped and skipped."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PLANTED = 37
 
 
 def trained(backend: Backend | None, steps: int = 60, **options: Any) -> Any:
-    """A network in one layer of which the gradient explodes."""
+    """Train a network in which the gradient of one layer explodes, and return its optimizer."""
     device = torch.device("cpu") if backend is None else backend.device
     model = nn.Sequential(
         nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 2)
@@ -34,7 +34,7 @@ def trained(backend: Backend | None, steps: int = 60, **options: Any) -> Any:
     opt = sg.Stabilizer(torch.optim.SGD(model.named_parameters(), lr=0.05), **options)
     for step in range(steps):
         inputs = torch.randn(32, 6, device=device)
-        # Gradients flow back: what lies before the layer that explodes explodes with it, less.
+        # Gradients flow backwards: layers before the one that explodes explode with it, but less.
         times = 1e4 if step == PLANTED else 1.0
         handle = model[2].weight.register_hook(lambda grad, times=times: grad * times)
         opt.zero_grad()
@@ -116,7 +116,7 @@ def test_a_plot_of_little_or_bad_steps_is_drawn(tmp_path: Path) -> None:
 
 
 def rows(norms: list[list[float]]) -> History:
-    """A history with these norms of parameters."""
+    """Return a history with these norms of parameters."""
     values = np.zeros((len(norms), TOTALS + 2 * len(norms[0])))
     values[:, TOTALS : TOTALS + len(norms[0])] = norms
     values[:, TOTALS + len(norms[0]) :] = ~np.isfinite(norms)
@@ -132,7 +132,7 @@ def test_what_counts_as_an_explosion() -> None:
     found = [(e.step, e.name) for e in Report(history).explosions]
     assert (100, "d") in found and (108, "b") in found
     assert {name for _, name in found} == {"b", "c", "d"}
-    # A lasting rise becomes the usual.
+    # A lasting rise becomes the usual norm.
     assert [step for step, name in found if name == "c"] == list(range(110, 115))
 
 

@@ -1,4 +1,4 @@
-"""What a training's history says, in a few lines."""
+"""Summarizes a history in a few lines, and finds explosions in it."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ import numpy as np
 
 from steadygrad.telemetry.history import Floats, History
 
-# An explosion is a norm of so many times what is usual for it.
+# A gradient has exploded if its norm is at least so many times its usual one.
 EXPLODED_TIMES = 10.0
-# Steps after which something is known to be usual.
+# A usual norm is known after so many steps.
 _KNOWN_AFTER = 5
 _DECAY = 0.9
 _ALL = "all gradients"
 _SHOWN = 5
 _QUANTILES = (0.5, 0.9, 0.99, 1.0)
-# A clip is no longer for outliers where it cuts this share of the steps, half of them to a tenth.
+# A clip that is active in this share of the steps, and divides the median norm by so much, does not just cut outliers.
 _CUT_STEPS, _CUT_TIMES = 0.9, 10.0
 
 
 @dataclass(frozen=True)
 class Explosion:
-    """A gradient that was not finite, or whose norm was far from what it had been.
+    """A gradient that was not finite, or whose norm was far above its usual one.
 
     Attributes:
-        step: its number.
-        name: of the parameter; ``"all gradients"`` at level ``"global"``.
-        norm: of its gradient, before the clip.
-        typical: what its norm had been, as a geometric moving average; NaN in the first steps.
-        nonfinite: its non-finite elements.
+        step: Number of the step.
+        name: Name of the parameter; ``"all gradients"`` at level ``"global"``.
+        norm: Norm of the gradient before the clip.
+        typical: Geometric moving average of the parameter's norms before; NaN in the first steps.
+        nonfinite: Number of non-finite elements of the gradient.
     """
 
     step: int
@@ -41,27 +41,28 @@ class Explosion:
 
     @property
     def times(self) -> float:
-        """How many times as large as usual; infinite where it was not finite."""
+        """Returns the ratio of the norm to the usual one; infinite if the gradient was not finite."""
         return math.inf if self.nonfinite or math.isnan(self.norm) else self.norm / self.typical
 
     def __str__(self) -> str:
-        """Its name, and how far it went."""
+        """Returns the name and how far the gradient went."""
         if self.nonfinite:
             return f"{self.name} ({self.nonfinite} non-finite elements)"
         return f"{self.name} (norm {self.norm:.3g}, {self.times:.3g} times its usual {self.typical:.3g})"
 
 
 class Report:
-    """What happened in the recorded steps; ``print(opt.report())``.
+    """Summarizes the recorded steps: ``print(opt.report())``.
 
-    A gradient has *exploded* where it has non-finite elements, or where its norm is more than ten times the geometric
-    moving average (decay 0.9) of its own norms before, and more than that of the total norm: a step that it alone would
-    change. Nothing is known before five norms. What enters an average is within ten times of it, so that a lasting rise
-    becomes the usual and a single step changes it little.
+    A gradient has *exploded* if it has non-finite elements, or if its norm is more than ten times the geometric moving
+    average (decay 0.9) of its own earlier norms and also more than that of the total norm, so that it alone would
+    change the step. Nothing is called an explosion before there are five norms. A norm enters the average as at most
+    ten times the average and at least a tenth of it. So a lasting rise becomes the usual norm, and a single step
+    changes the average little.
 
     Attributes:
-        history: the steps.
-        explosions: in the order of steps, the furthest from the usual first.
+        history: The recorded steps.
+        explosions: The explosions in the order of steps, in each step the furthest from its usual norm first.
     """
 
     def __init__(self, history: History) -> None:
@@ -70,34 +71,34 @@ class Report:
 
     @property
     def steps(self) -> int:
-        """How many there are."""
+        """Returns the number of recorded steps."""
         return len(self.history)
 
     @property
     def skipped_steps(self) -> list[int]:
-        """Numbers of the steps that were skipped."""
+        """Returns the numbers of the skipped steps."""
         steps: list[int] = self.history.step[self.history.skipped].tolist()
         return steps
 
     @property
     def clip_rate(self) -> float:
-        """Share of the steps taken in which the clip was active; NaN if none was taken."""
+        """Returns the share of the steps taken in which the clip was active; NaN if no step was taken."""
         taken = ~(self.history.skipped | self.history.refused)
         return float(self.history.clipped[taken].mean()) if taken.any() else math.nan
 
     @property
     def norm_quantiles(self) -> dict[float, float]:
-        """Median, 0.9, 0.99 and largest of the finite total norms before the clip; NaN if there is none."""
+        """Returns the 0.5, 0.9, 0.99 and 1 quantiles of the finite norms before the clip; NaN if there are none."""
         norms = self.history.norm[np.isfinite(self.history.norm)]
         values = np.quantile(norms, _QUANTILES) if len(norms) else [math.nan] * len(_QUANTILES)
         return dict(zip(_QUANTILES, (float(value) for value in values), strict=True))
 
     @property
     def conclusions(self) -> list[str]:
-        """What follows from the numbers, a sentence each, with the line to call; empty where nothing stands out.
+        """Returns what follows from the numbers, a sentence each, with the call that helps; empty if nothing does.
 
-        Where at least 90 % of the steps taken were clipped, and the norm was ten times its limit in the median, the
-        clip holds a symptom. Where a gradient was not finite, the step and the parameter are named.
+        If at least 90 % of the steps taken were clipped, and the median norm was at least ten times its limit, the clip
+        treats a symptom. If a gradient was not finite, its step and parameter are named.
         """
         history, found = self.history, []
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -118,7 +119,7 @@ class Report:
         return found
 
     def __str__(self) -> str:
-        """Norms, clip rate, skipped steps and explosions, a line each, and what follows from them."""
+        """Returns norms, clip rate, skipped steps and explosions, a line each, and the conclusions."""
         if not self.steps:
             return "no steps recorded yet"
         history = self.history
@@ -157,7 +158,7 @@ class Report:
         for explosion in self.explosions:
             by_step.setdefault(explosion.step, []).append(explosion)
         lines = []
-        # The first is where it began; of the others the furthest.
+        # The first step is shown, since it all began there, and of the others those that went furthest.
         first, *others = by_step or [0]
         others.sort(key=lambda step: -by_step[step][0].times)
         for step in sorted([first, *others[: _SHOWN - 1]] if by_step else []):
@@ -181,7 +182,7 @@ def _listed(steps: list[int]) -> str:
 
 
 def usual_norms(norms: Floats) -> Floats:
-    """What each norm is compared with, (steps, parameters): NaN where too little is known."""
+    """Returns what each norm is compared with, shape (steps, parameters): NaN where too few norms came before."""
     usual = np.full(norms.shape, np.nan)
     logarithm = np.zeros(norms.shape[1])
     known = np.zeros(norms.shape[1], dtype=np.int64)
@@ -192,7 +193,7 @@ def usual_norms(norms: Floats) -> Floats:
         fed = np.log(row, where=enters, out=logarithm.copy())
         far = math.log(EXPLODED_TIMES)
         fed = np.where(before, np.clip(fed, logarithm - far, logarithm + far), fed)
-        # A mean of what there is, until there is enough for a moving one.
+        # The average is a plain mean until there are enough norms for a moving one.
         weight = np.maximum(1 - _DECAY, 1 / (known + 1))
         logarithm = np.where(enters, logarithm + weight * (fed - logarithm), logarithm)
         known += enters
@@ -200,7 +201,7 @@ def usual_norms(norms: Floats) -> Floats:
 
 
 def explosions(history: History) -> list[Explosion]:
-    """Finds the explosions in a history, by step, the furthest from its usual norm first."""
+    """Finds the explosions in a history, by step, in each step the furthest from its usual norm first."""
     norms, counts = history.tensor_norms, history.tensor_nonfinite
     names: tuple[str, ...] = history.names
     if norms is None or counts is None:
@@ -208,7 +209,7 @@ def explosions(history: History) -> list[Explosion]:
         names = (_ALL,)
     usual = usual_norms(norms)
     with np.errstate(invalid="ignore"):
-        # A layer whose gradient had vanished and comes back changes the step by little.
+        # A gradient also has to exceed the usual total norm: one that had vanished and comes back changes little.
         bar = np.maximum(EXPLODED_TIMES * usual, usual_norms(history.norm[:, None]))
         places = np.argwhere((counts > 0) | (norms > bar))
     found = [
