@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from steadygrad.nn.fusion import Steps
+
 
 def _conv(inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False)
@@ -197,4 +199,24 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "ResNet-18": resnet18,
     "ResNet-50": resnet50,
     "MobileNetV2": mobilenet_v2,
+}
+
+
+# What their forwards do, for `register_block`.
+STEPS = {
+    BasicBlock: Steps(
+        "conv1 bn1 relu conv2 bn2", True, shortcut="downsample?", last="relu", in_place=True
+    ),
+    Bottleneck: Steps(
+        "conv1 bn1 relu conv2 bn2 relu conv3 bn3",
+        True,
+        shortcut="downsample?",
+        last="relu",
+        in_place=True,
+    ),
+    InvertedResidual: Steps("conv", "use_res_connect"),
+    ResNet: Steps(
+        "conv1 bn1 relu maxpool layer1 layer2 layer3 layer4 avgpool",
+        end=lambda model, x: model.fc(torch.flatten(x, 1)),
+    ),
 }
