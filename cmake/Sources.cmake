@@ -4,7 +4,9 @@ get_filename_component(csrc ${CMAKE_CURRENT_LIST_DIR}/../csrc ABSOLUTE)
 # csrc/core: arithmetic, header-only, shared by every backend.
 # csrc/cpu: the operations as threaded C++; *_kernels.cpp are compiled once per instruction set and chosen at run time.
 set(cpu_sources
+  ${csrc}/cpu/backend.cpp
   ${csrc}/cpu/batch_norm.cpp
+  ${csrc}/cpu/functions.cpp
   ${csrc}/cpu/step.cpp
   ${csrc}/cpu/grad_norm.cpp
   ${csrc}/cpu/gradient.cpp
@@ -36,6 +38,7 @@ endforeach()
 # csrc/cuda: the operations as CUDA kernels and their launchers. The same sources are compiled by nvcc, or by the C++ compiler
 # against tests/emulation, which stands in for the CUDA runtime.
 set(cuda_sources
+  ${csrc}/cuda/backend.cpp
   ${csrc}/cuda/device.cu
   ${csrc}/cuda/functions.cu
   ${csrc}/cuda/grad_norm.cu

@@ -30,7 +30,7 @@ class GroupReader {
   GroupReader(const RuleEntry& rule, py::dict defaults, bool clips_units);
 
   // Of group `index`. A learning rate in a tensor on `device` is not waited for: `lr` gets its address.
-  GroupOptions read(PyObject* group, Py_ssize_t index, Device& device, cuda::DeviceNumber& lr) const;
+  GroupOptions read(PyObject* group, Py_ssize_t index, Device& device) const;
 
   // What of a group's options decides which state there is and whether kernels can step it, as bits: the
   // states that are kept, and the flags "differentiable" and "capturable".

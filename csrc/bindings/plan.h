@@ -12,8 +12,6 @@
 #include "bindings/plan_options.h"
 #include "bindings/tensor.h"
 #include "core/rules/table.h"
-#include "core/step_memory.h"
-#include "cpu/operations.h"
 
 namespace steadygrad::bindings {
 
@@ -44,7 +42,7 @@ class Plan {
             bool skips_nonfinite, bool creates_state, const DeviceMemory* memory);
 
   // Whether a captured graph uses this plan's device memory.
-  bool captured() const { return device_plan_.captured(); }
+  bool captured() const { return table_.captured; }
 
   // Of the last step on the host.
   const Outcome& outcome() const { return outcome_; }
@@ -77,8 +75,6 @@ class Plan {
   void remember(size_t index, const View* views, int count, PyObject* grad);
   // False when the slot does not fit.
   bool add_tensor(size_t index, PyObject* grad, int32_t group_index);
-  // One of a state's numbers, such as its step counter.
-  StateNumber number_of(const py::object& tensor, const Argument& where);
   PyObject* local(const py::object& tensor);
   // Whether gradients are read alone: those that torch negates lazily are then copied, and else refused where
   // their sign matters.
@@ -116,7 +112,6 @@ class Plan {
 
   // Filled anew by every step; members only to reuse their memory.
   std::vector<GroupOptions> group_options_;
-  std::vector<cuda::DeviceNumber> learning_rates_;
   std::vector<int64_t> active_;
   std::vector<py::object> grads_;
   std::vector<py::object> locals_;  // what DTensors hold
@@ -129,8 +124,8 @@ class Plan {
   std::vector<int32_t> taken_;
   std::vector<int64_t> nonfinite_;
 
-  // The CUDA backend's part, and the device memory it was given.
-  cuda::StepPlan device_plan_;
+  // What an asynchronous backend keeps, and the memory it was given for it.
+  StepTable table_;
   std::vector<py::object> device_memory_;
 };
 

@@ -8,8 +8,7 @@
 #include <dlpack/dlpack.h>
 #include <pybind11/pybind11.h>
 
-#include "core/tensors.h"
-#include "cuda/operations.h"
+#include "core/backend.h"
 
 namespace steadygrad::bindings {
 
@@ -25,8 +24,11 @@ struct Argument {
   std::string text() const;
 };
 
-// DLPack's type of the devices whose tensors the CUDA backend takes; -1: it takes none.
-int cuda_backend_type();
+// Has tensors on devices of this DLPack type go to a backend; the CPU's are the CPU backend's but for that.
+void add_backend(int device_type, const Backend& backend);
+
+// The backend for devices of this DLPack type; null where none takes their tensors.
+const Backend* backend_for(int device_type);
 
 // A tensor as one call has found it.
 struct Looked {
@@ -40,11 +42,11 @@ struct Looked {
 struct Device {
   int type = 0;  // DLPack's; 0: not set yet
   int index = 0;
+  const Backend* backend = &cpu_backend();
   bool calls_python = false;   // whether Python runs between the look at the tensors and their use
   std::vector<Looked> looked;  // all of them, where it does; with the CUDA backend it always may
 
-  // Whether its tensors go to the CUDA backend: also those of the CPU, where its kernels are emulated.
-  bool is_cuda() const { return type != 0 && type == cuda_backend_type(); }
+  void set(int device_type, int device_index);
 };
 
 // Of a torch.device; None is the CPU.
@@ -52,7 +54,7 @@ Device device_named(const py::object& device);
 
 // Whether it is a number in a tensor on this device: one of float32 or float64 with one element.
 bool is_number_on(const Device& device, PyObject* value);
-cuda::DeviceNumber number_on(PyObject* tensor, const Argument& argument, Device& device);
+Number number_on(PyObject* tensor, const Argument& argument, Device& device);
 
 // Whether a tensor lies on another device that a backend takes.
 bool is_elsewhere(const Device& device, PyObject* tensor);
@@ -99,8 +101,8 @@ struct ReductionMemory {
 Reduction reduction_of(const char* function, const ReductionMemory* memory, size_t groups, size_t slots,
                        bool per_tensor, Device& device);
 
-// torch's current stream on a device of the CUDA backend.
-cuda::Stream current_stream(const Device& device);
+// torch's current stream on a CUDA device.
+Stream current_stream(const Device& device);
 
 // The memory of a tensor that Python made for a kernel to fill, or null for None.
 template <class T>
@@ -126,6 +128,31 @@ class Allocator {
   std::vector<py::object> kept_;
 };
 
+// Gives the calling thread torch's number of threads: OpenMP keeps one per thread, and torch sets it when
+// asked.
+void adopt_torch_threads();
+
+// Calls function(backend, stream). What works on the host does so without the interpreter's lock, and on
+// torch's number of threads.
+template <class Function>
+void on_backend(const Device& device, Function function) {
+  const Stream stream = current_stream(device);
+  if (device.backend->is_asynchronous) return function(*device.backend, stream);
+  adopt_torch_threads();
+  const py::gil_scoped_release release;
+  function(*device.backend, stream);
+}
+
+// Calls an operation of the table, with scratch space for the time of the call.
+template <class Operation, class... Arguments>
+void run(Operation Backend::* operation, Device& device, const py::object& allocate,
+         const Arguments&... arguments) {
+  Allocator allocator(allocate, device);
+  on_backend(device, [&](const Backend& backend, Stream stream) {
+    (backend.*operation)(arguments..., std::ref(allocator), stream);
+  });
+}
+
 // Throws where writing would be wrong: elements that share memory.
 void check_writable(const View& view, const Argument& argument);
 
@@ -135,10 +162,6 @@ void check_writable(const View& view, const Argument& argument);
 // throws TypeError.
 py::object resolved(PyObject* tensor);
 void check_not_negated(PyObject* tensor, const Argument& argument);
-
-// Gives the calling thread torch's number of threads: OpenMP keeps one per thread, and torch sets it when
-// asked.
-void adopt_torch_threads();
 
 // Bumps the tensors' autograd versions, which writing through a pointer does not: a graph that saved one of
 // them then refuses to run backward. Inference tensors have no version and cannot be saved.

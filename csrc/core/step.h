@@ -22,6 +22,7 @@ struct GroupOptions {
   double l1 = 0;
   double l2 = 0;
   double clipping = INFINITY;  // of its tensors' units, relative to their norms
+  Number lr;                   // of an asynchronous backend: with data it holds, and hyper.lr does not
 };
 
 struct StepOptions {

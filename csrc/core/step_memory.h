@@ -31,8 +31,8 @@ struct NormOutput {
 
 // A tensor's step counter and the numbers beside it, if its rule keeps them.
 struct StepCounter {
-  StateNumber step;
-  StateNumber numbers[kMaxNumbers];
+  Number step;
+  Number numbers[kMaxNumbers];
 };
 
 struct StepMemory {

@@ -1,7 +1,8 @@
 // Writing transformed gradients: what clipping in place and the in-place step have in common.
+#include "cpu/gradient.h"
+
 #include <algorithm>
 
-#include "cpu/operations.h"
 #include "cpu/stage.h"
 #include "cpu/unit_clip.h"
 
