@@ -5,7 +5,9 @@ get_filename_component(csrc ${CMAKE_CURRENT_LIST_DIR}/../csrc ABSOLUTE)
 # csrc/core has the arithmetic, in headers that every backend shares. csrc/cpu has the operations as threaded C++; *_kernels.cpp are
 # compiled once per instruction set, of which one is chosen at run time.
 set(cpu_sources
+  ${csrc}/cpu/backend.cpp
   ${csrc}/cpu/batch_norm.cpp
+  ${csrc}/cpu/functions.cpp
   ${csrc}/cpu/step.cpp
   ${csrc}/cpu/grad_norm.cpp
   ${csrc}/cpu/gradient.cpp
@@ -37,6 +39,7 @@ endforeach()
 # csrc/cuda has the operations as CUDA kernels and their launchers. The same sources are compiled by nvcc, or by the C++ compiler
 # with tests/emulation in place of the CUDA runtime.
 set(cuda_sources
+  ${csrc}/cuda/backend.cpp
   ${csrc}/cuda/device.cu
   ${csrc}/cuda/functions.cu
   ${csrc}/cuda/grad_norm.cu

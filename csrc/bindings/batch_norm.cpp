@@ -2,8 +2,7 @@
 
 #include "bindings/signature.h"
 #include "bindings/tensor.h"
-#include "cpu/batch_norm.h"
-#include "cuda/batch_norm/batch_norm.h"
+#include "core/batch_norm.h"
 
 namespace steadygrad::bindings {
 namespace {
@@ -125,8 +124,6 @@ class Call {
     return static_cast<uint8_t*>(vector_of(tensor.ptr(), {kName, "mask", -1}, kUInt8, bytes, device));
   }
 
-  cuda::Stream stream() const { return current_stream(device); }
-
   Device device;
   BatchNorm norm;
 
@@ -178,15 +175,6 @@ class Running {
   py::list written_;
 };
 
-// Runs the operation on the backend that holds the tensors.
-template <class OnCpu, class OnCuda>
-void run(const Device& device, OnCpu on_cpu, OnCuda on_cuda) {
-  if (device.is_cuda()) return on_cuda();
-  adopt_torch_threads();
-  const py::gil_scoped_release release;
-  on_cpu();
-}
-
 int batch_norm_layout(const py::object& input) {
   Device device;
   return static_cast<int>(layout_of(view_of(input.ptr(), {kName, "input", -1}, device)));
@@ -196,12 +184,7 @@ void batch_norm_statistics(const py::object& input, const py::object& statistics
                            const py::object& allocate) {
   Call call(input, py::none(), py::none(), 0, false);
   double* const to = call.statistics(statistics);
-  run(
-      call.device, [&] { cpu::batch_norm_statistics(call.norm, to); },
-      [&] {
-        Allocator allocator(allocate, call.device);
-        cuda::batch_norm_statistics(call.norm, to, std::ref(allocator), call.stream());
-      });
+  run(&Backend::batch_norm_statistics, call.device, allocate, call.norm, to);
 }
 
 void batch_norm_forward(const py::object& input, const py::object& residual, const py::object& weight,
@@ -216,12 +199,7 @@ void batch_norm_forward(const py::object& input, const py::object& residual, con
   const Running running(running_mean, running_var, num_batches_tracked, momentum, call.norm.shape.channels,
                         call.device);
   running.announce();
-  run(
-      call.device, [&] { cpu::batch_norm_forward(call.norm, out, to, running.statistics); },
-      [&] {
-        Allocator allocator(allocate, call.device);
-        cuda::batch_norm_forward(call.norm, out, to, running.statistics, std::ref(allocator), call.stream());
-      });
+  run(&Backend::batch_norm_forward, call.device, allocate, call.norm, out, to, running.statistics);
 }
 
 void batch_norm_normalize(const py::object& input, const py::object& residual, const py::object& weight,
@@ -232,9 +210,7 @@ void batch_norm_normalize(const py::object& input, const py::object& residual, c
   call.normalize_with(statistics, running_mean, running_var);
   const BatchNormOutput out{call.like_input_or_none(residual, "residual"), call.like_input(output, "output"),
                             call.mask(mask)};
-  run(
-      call.device, [&] { cpu::batch_norm_normalize(call.norm, out); },
-      [&] { cuda::batch_norm_normalize(call.norm, out, call.stream()); });
+  run(&Backend::batch_norm_normalize, call.device, py::none(), call.norm, out);
 }
 
 void batch_norm_combine(const py::object& parts, const py::object& statistics, const py::object& running_mean,
@@ -254,12 +230,8 @@ void batch_norm_combine(const py::object& parts, const py::object& statistics, c
       vector_of(statistics.ptr(), {kName, "statistics", -1}, kFloat64, statistics_size(channels), device));
   const Running running(running_mean, running_var, num_batches_tracked, momentum, channels, device);
   running.announce();
-  run(
-      device, [&] { cpu::batch_norm_combine(from, view.sizes[0], channels, to, running.statistics); },
-      [&] {
-        cuda::batch_norm_combine(from, view.sizes[0], channels, to, running.statistics,
-                                 current_stream(device));
-      });
+  run(&Backend::batch_norm_combine, device, py::none(), from, view.sizes[0], channels, to,
+      running.statistics);
 }
 
 // Refuses a gradient that needs ReLU's mask if the mask is missing.
@@ -285,12 +257,7 @@ void batch_norm_backward(const py::object& grad_output, const py::object& input,
                                call.channels(grad_weight, "grad_weight"),
                                call.channels(grad_bias, "grad_bias")};
   check_mask(relu, grad);
-  run(
-      call.device, [&] { cpu::batch_norm_backward(call.norm, grad, constant_statistics); },
-      [&] {
-        Allocator allocator(allocate, call.device);
-        cuda::batch_norm_backward(call.norm, grad, constant_statistics, std::ref(allocator), call.stream());
-      });
+  run(&Backend::batch_norm_backward, call.device, allocate, call.norm, grad, constant_statistics);
 }
 
 void batch_norm_backward_sums(const py::object& grad_output, const py::object& input, const py::object& mask,
@@ -302,12 +269,7 @@ void batch_norm_backward_sums(const py::object& grad_output, const py::object& i
   grad.grad_output = call.like_input(grad_output, "grad_output");
   grad.mask = call.mask(mask);
   double* const to = call.float64(sums, "sums", 2 * call.norm.shape.channels);
-  run(
-      call.device, [&] { cpu::batch_norm_backward_sums(call.norm, grad, to); },
-      [&] {
-        Allocator allocator(allocate, call.device);
-        cuda::batch_norm_backward_sums(call.norm, grad, to, std::ref(allocator), call.stream());
-      });
+  run(&Backend::batch_norm_backward_sums, call.device, allocate, call.norm, grad, to);
 }
 
 void batch_norm_backward_input(const py::object& grad_output, const py::object& input, const py::object& mask,
@@ -324,9 +286,7 @@ void batch_norm_backward_input(const py::object& grad_output, const py::object& 
   check_mask(relu, grad);
   const double* const from = call.float64(sums, "sums", 2 * call.norm.shape.channels);
   const double* const count = static_cast<const double*>(call.norm.mean.data) + 2 * call.norm.shape.channels;
-  run(
-      call.device, [&] { cpu::batch_norm_backward_input(call.norm, grad, from, count); },
-      [&] { cuda::batch_norm_backward_input(call.norm, grad, from, count, call.stream()); });
+  run(&Backend::batch_norm_backward_input, call.device, py::none(), call.norm, grad, from, count);
 }
 
 }  // namespace

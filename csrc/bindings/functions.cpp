@@ -4,7 +4,6 @@
 
 #include "bindings/signature.h"
 #include "bindings/tensor.h"
-#include "cpu/operations.h"
 
 namespace steadygrad::bindings {
 namespace {
@@ -82,17 +81,19 @@ NormType checked_norm_type(const char* function, double p) {
 }
 
 // Returns (norm, number of non-finite elements, whether the norm is float64).
-py::tuple norm_result(const Norm& norm, const GradList& list) {
-  return py::make_tuple(norm.norm, norm.nonfinite, list.any_float64);
+py::tuple norm_result(const Outcome& outcome, const GradList& list) {
+  return py::make_tuple(outcome.norm, outcome.nonfinite, list.any_float64);
 }
 
-// `output` holds the tensors that an asynchronous backend writes to; such a backend returns nothing.
-NormOutput norm_output(const char* function, const py::tuple& output, Device& device) {
+// `output` holds the tensors that an asynchronous backend writes to; the CPU backend writes to `outcome`.
+NormOutput norm_output(const char* function, const py::object& output, Device& device, Outcome& outcome) {
+  if (!device.backend->is_asynchronous) return {&outcome};
+  const py::tuple tensors = output;
   constexpr int64_t kDoubles = sizeof(Outcome) / sizeof(double);
   const Argument argument{function, "output", -1};
-  return {memory_of<Outcome>(output[0], argument, {kDLFloat, 64, 1}, kDoubles, device),
-          memory_of<float>(output[1], argument, {kDLFloat, 32, 1}, 1, device),
-          memory_of<double>(output[2], argument, {kDLFloat, 64, 1}, 1, device)};
+  return {memory_of<Outcome>(tensors[0], argument, {kDLFloat, 64, 1}, kDoubles, device),
+          memory_of<float>(tensors[1], argument, {kDLFloat, 32, 1}, 1, device),
+          memory_of<double>(tensors[2], argument, {kDLFloat, 64, 1}, 1, device)};
 }
 
 // A function has a single scope, and every tensor of the list is a slot.
@@ -108,19 +109,10 @@ py::tuple grad_norm(const py::list& tensors, double p, const py::object& output,
   GradList list =
       grads_of(tensors, kName, "tensors", Use::read, type.kind == NormKind::two, reduction != nullptr);
   const Reduction all = reduction_for(kName, reduction, list);
-  Norm norm;
-  if (list.device.is_cuda()) {
-    Allocator allocator(allocate, list.device);
-    cuda::grad_norm(list.tensors, type, norm_output(kName, output, list.device), all, std::ref(allocator),
-                    current_stream(list.device));
-    return norm_result(norm, list);
-  }
-  adopt_torch_threads();
-  {
-    const py::gil_scoped_release release;
-    norm = cpu::grad_norm(list.tensors, cpu::ChunkTable(list.tensors), type, all);
-  }
-  return norm_result(norm, list);
+  Outcome outcome;
+  const NormOutput to = norm_output(kName, output, list.device, outcome);
+  run(&Backend::grad_norm, list.device, allocate, list.tensors, type, to, all);
+  return norm_result(outcome, list);
 }
 
 // With error_if_nonfinite, a non-finite norm leaves the gradients unchanged.
@@ -133,40 +125,15 @@ py::tuple clip_grad_norm(const py::list& grads, double max_norm, double p, bool 
   GradList list =
       grads_of(grads, kName, "parameters.grad", Use::write, type.kind == NormKind::two, reduction != nullptr);
   const Reduction all = reduction_for(kName, reduction, list);
-  Norm norm;
-  if (list.device.is_cuda()) {
-    const NormOutput to = norm_output(kName, output, list.device);
-    if (max_norm < INFINITY) announce_write(grads);  // the device decides whether they are written
-    Allocator allocator(allocate, list.device);
-    cuda::clip_grad_norm(list.tensors, max_norm, type, error_if_nonfinite, to, all, std::ref(allocator),
-                         current_stream(list.device));
-    return norm_result(norm, list);
-  }
-  adopt_torch_threads();
-  const cpu::ChunkTable table(list.tensors);
-  {
-    const py::gil_scoped_release release;
-    norm = cpu::grad_norm(list.tensors, table, type, all);
-  }
-  TransformOptions options;
-  options.clip_coefficient = clip_coefficient(max_norm, norm.norm);
-  if (options.clip_coefficient != 1 && !(error_if_nonfinite && norm.nonfinite > 0)) {
+  Outcome outcome;
+  const NormOutput to = norm_output(kName, output, list.device, outcome);
+  const auto announce = [&](bool) {
+    const py::gil_scoped_acquire acquire;
     announce_write(grads);
-    const py::gil_scoped_release release;
-    cpu::transform_grads(list.tensors, table, [&](int32_t) { return options; });
-  }
-  return norm_result(norm, list);
-}
-
-void transform_all(GradList& list, const TransformOptions& options, const py::object& allocate) {
-  if (list.device.is_cuda()) {
-    Allocator allocator(allocate, list.device);
-    cuda::transform_grads(list.tensors, options, std::ref(allocator), current_stream(list.device));
-    return;
-  }
-  adopt_torch_threads();
-  const py::gil_scoped_release release;
-  cpu::transform_grads(list.tensors, cpu::ChunkTable(list.tensors), [&](int32_t) { return options; });
+  };
+  run(&Backend::clip_grad_norm, list.device, allocate, list.tensors, max_norm, type, error_if_nonfinite, to,
+      all, announce);
+  return norm_result(outcome, list);
 }
 
 // `total_norm` is a number, or a tensor on the device of the gradients, which is not waited for.
@@ -177,24 +144,16 @@ void clip_grads_with_norm(const py::list& grads, double max_norm, const py::obje
   GradList list = grads_of(grads, kName, "parameters.grad", Use::write, true);
   if (!py::isinstance<py::float_>(total_norm)) {
     if (list.tensors.empty()) return;
-    const Argument argument{kName, "total_norm", -1};
-    const View view = view_of(total_norm.ptr(), argument, list.device);
-    check_not_negated(total_norm.ptr(), argument);
-    if (view.numel != 1 || (view.dtype != DType::float32 && view.dtype != DType::float64)) {
-      throw_type_error(argument, "a number, or a float32 or float64 tensor of one element", total_norm.ptr());
-    }
+    const Number norm = number_on(total_norm.ptr(), {kName, "total_norm", -1}, list.device);
     if (max_norm == INFINITY) return;
     announce_write(grads);
-    Allocator allocator(allocate, list.device);
-    cuda::clip_grads_with_norm(list.tensors, max_norm, {view.data, view.dtype}, std::ref(allocator),
-                               current_stream(list.device));
-    return;
+    return run(&Backend::clip_grads_with_norm, list.device, allocate, list.tensors, max_norm, norm);
   }
   TransformOptions options;
   options.clip_coefficient = clip_coefficient(max_norm, total_norm.cast<double>());
   if (options.clip_coefficient == 1) return;
   announce_write(grads);
-  transform_all(list, options, allocate);
+  run(&Backend::transform_grads, list.device, allocate, list.tensors, options);
 }
 
 void clip_grad_value(const py::list& grads, double clip_value, const py::object& allocate) {
@@ -204,7 +163,7 @@ void clip_grad_value(const py::list& grads, double clip_value, const py::object&
   TransformOptions options;
   options.clip_value = clip_value;
   announce_write(grads);
-  transform_all(list, options, allocate);
+  run(&Backend::transform_grads, list.device, allocate, list.tensors, options);
 }
 
 // Returns the penalty's value, or writes it to the float64 tensor `value` if the backend is asynchronous.
@@ -241,15 +200,13 @@ double add_penalty(const py::list& params, const py::list& grads, double l1, dou
     set_operands(tensor, views, operands, 2);
   }
   if (l1 != 0 || l2 != 0) announce_write(grads);
-  if (device.is_cuda()) {
-    double* const to = memory_of<double>(value, {kName, "value", -1}, {kDLFloat, 64, 1}, 1, device);
-    Allocator allocator(allocate, device);
-    cuda::add_penalty(tensors, l1, l2, to, std::ref(allocator), current_stream(device));
-    return 0;
+  double on_host = 0;
+  double* to = &on_host;
+  if (device.backend->is_asynchronous) {
+    to = memory_of<double>(value, {kName, "value", -1}, {kDLFloat, 64, 1}, 1, device);
   }
-  adopt_torch_threads();
-  const py::gil_scoped_release release;
-  return cpu::add_penalty(tensors, l1, l2);
+  run(&Backend::add_penalty, device, allocate, tensors, l1, l2, to);
+  return on_host;
 }
 
 void soft_threshold(const py::list& params, double amount, const py::object& allocate) {
@@ -271,14 +228,7 @@ void soft_threshold(const py::list& params, double amount, const py::object& all
   }
   if (amount == 0) return;
   announce_write(params);
-  if (device.is_cuda()) {
-    Allocator allocator(allocate, device);
-    cuda::soft_threshold(tensors, amount, std::ref(allocator), current_stream(device));
-    return;
-  }
-  adopt_torch_threads();
-  const py::gil_scoped_release release;
-  cpu::soft_threshold(tensors, amount);
+  run(&Backend::soft_threshold, device, allocate, tensors, amount);
 }
 
 }  // namespace
@@ -301,7 +251,8 @@ void define_functions(py::module_& module) {
       module, "is_asynchronous",
       [](const std::string& device_type) {
         const int type = device_type == "cpu" ? kDLCPU : device_type == "cuda" ? kDLCUDA : 0;
-        return type == cuda_backend_type();
+        const Backend* const backend = backend_for(type);
+        return backend != nullptr && backend->is_asynchronous;
       },
       py::arg("device_type"));
 }

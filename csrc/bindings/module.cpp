@@ -9,15 +9,20 @@
 #include "bindings/tensor.h"
 #include "cpu/parallel.h"
 #include "cpu/vector_kernels.h"
-#include "cuda/operations.h"
 
 namespace py = pybind11;
 using namespace steadygrad;
 
 namespace {
 
+const Backend* linked(const Backend& (*backend)()) { return backend == nullptr ? nullptr : &backend(); }
+
+// The build says for each module what is linked in, cuda_backend or nullptr, and which of DLPack's devices it
+// is for: the CPU, where the kernels are emulated.
+const Backend* cuda() { return linked(STEADYGRAD_CUDA_BACKEND); }
+
 py::dict cuda_info() {
-  const cuda::BackendInfo backend = cuda::backend_info();
+  const BackendInfo backend = cuda() != nullptr ? cuda()->info() : BackendInfo();
   py::dict info;
   info["compiled"] = backend.compiled;
   info["architectures"] = backend.architectures;
@@ -25,7 +30,7 @@ py::dict cuda_info() {
   info["driver_version"] = backend.driver_version;
   info["problem"] = backend.problem;
   py::list devices;
-  for (const cuda::DeviceInfo& device : backend.devices) {
+  for (const DeviceInfo& device : backend.devices) {
     py::dict entry;
     entry["name"] = device.name;
     entry["major"] = device.major;
@@ -43,7 +48,7 @@ py::dict build_info() {
   info["compiler"] = STEADYGRAD_COMPILER;
   py::list backends;
   backends.append("cpu");
-  if (cuda::devices() != cuda::Devices::none) backends.append("cuda");
+  if (cuda() != nullptr) backends.append("cuda");
   info["cuda"] = cuda_info();
   info["backends"] = backends;
   info["instruction_set"] = cpu::instruction_set();
@@ -58,10 +63,11 @@ py::dict build_info() {
 
 PYBIND11_MODULE(STEADYGRAD_MODULE, module) {
   bindings::import_torch();
+  if (cuda() != nullptr) bindings::add_backend(STEADYGRAD_CUDA_DEVICES, *cuda());
   cpu::instruction_set();  // raises at import if the environment names an unknown instruction set
   module.attr("VERSION") = STEADYGRAD_VERSION;
   module.def("build_info", &build_info);
-  module.def("launch_count", &cuda::launch_count);
+  module.def("launch_count", [] { return cuda() != nullptr ? cuda()->launch_count() : 0; });
   bindings::define_batch_norm(module);
   bindings::define_plan_options(module);
   bindings::define_functions(module);

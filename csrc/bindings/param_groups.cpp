@@ -129,15 +129,14 @@ PyObject* GroupReader::limit_of(PyObject* group, const py::object& key) const {
   return value != nullptr ? value : required_entry(defaults_.ptr(), key);
 }
 
-GroupOptions GroupReader::read(PyObject* group, Py_ssize_t index, Device& device,
-                               cuda::DeviceNumber& lr) const {
+GroupOptions GroupReader::read(PyObject* group, Py_ssize_t index, Device& device) const {
   if (!PyDict_Check(group)) throw py::type_error("step: param_groups: expected dicts");
   GroupOptions options;
   for (const auto& [key, field] : numbers_) {
     PyObject* const value = required_entry(group, key);
     const Range range{field.low, field.below};
-    if (field.to == &RuleHyper::lr && device.is_cuda() && is_number_on(device, value)) {
-      lr = number_on(value, {"step", "lr", index}, device);  // the kernels read it
+    if (field.to == &RuleHyper::lr && device.backend->is_asynchronous && is_number_on(device, value)) {
+      options.lr = number_on(value, {"step", "lr", index}, device);  // read by the kernels
       continue;
     }
     options.hyper.*field.to = field.index < 0
@@ -210,10 +209,7 @@ void define_param_groups(py::module_& module) {
         const GroupReader reader(rule_named(rule), defaults, clips_units);
         Device where = device_named(device);
         Py_ssize_t index = 0;
-        for (const py::handle group : param_groups) {
-          cuda::DeviceNumber lr;
-          reader.read(group.ptr(), index++, where, lr);
-        }
+        for (const py::handle group : param_groups) reader.read(group.ptr(), index++, where);
       },
       py::arg("rule"), py::arg("param_groups"), py::arg("defaults"), py::arg("clips_units"),
       py::arg("device"));

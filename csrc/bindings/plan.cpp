@@ -57,11 +57,10 @@ Plan::Plan(const std::string& rule, bool fused, const py::list& param_groups, co
     kept.objects.insert(kept.objects.end(), slot.numbers.begin(), slot.numbers.end());
     if (slot.first) taken_[slots_.size() - 1] = 0;
   }
-  learning_rates_.resize(groups_.size());
   device_ = where_;
   Py_ssize_t index = 0;
   for (const py::handle group : param_groups) {
-    const GroupOptions read = reader_.read(group.ptr(), index, device_, learning_rates_[index]);
+    const GroupOptions read = reader_.read(group.ptr(), index, device_);
     structure_.push_back(reader_.structure_of(group.ptr(), read.hyper));
     ++index;
   }
@@ -81,8 +80,7 @@ bool Plan::matches(const py::list& param_groups, const py::dict& state) const {
   Device device = where_;
   for (size_t g = 0; g < groups_.size(); ++g) {
     PyObject* const group = PyList_GET_ITEM(param_groups.ptr(), g);
-    cuda::DeviceNumber lr;
-    const GroupOptions read = reader_.read(group, static_cast<Py_ssize_t>(g), device, lr);
+    const GroupOptions read = reader_.read(group, static_cast<Py_ssize_t>(g), device);
     if (reader_.structure_of(group, read.hyper) != structure_[g]) return false;
   }
   return true;
@@ -119,7 +117,7 @@ void Plan::prefetch(size_t index) const {
 
 void Plan::remember(size_t index, const View* views, int count, PyObject* grad) {
   std::vector<const char*>& hints = hints_[index];
-  if (!hints.empty() || device_.is_cuda()) return;
+  if (!hints.empty() || device_.backend->is_asynchronous) return;
   const auto add = [&](const void* address, std::initializer_list<int> offsets) {
     for (const int offset : offsets) hints.push_back(static_cast<const char*>(address) + offset);
   };
@@ -149,15 +147,6 @@ PyObject* Plan::local(const py::object& tensor) {
   if (local.is(tensor)) return tensor.ptr();
   locals_.push_back(std::move(local));
   return locals_.back().ptr();
-}
-
-StateNumber Plan::number_of(const py::object& tensor, const Argument& where) {
-  const View view = view_of(tensor.ptr(), where, device_);
-  check_not_negated(tensor.ptr(), where);
-  if (view.numel != 1 || (view.dtype != DType::float32 && view.dtype != DType::float64)) {
-    throw_type_error(where, "a float32 or float64 tensor of one element", tensor.ptr());
-  }
-  return {view.data, view.dtype};
 }
 
 bool Plan::add_tensor(size_t index, PyObject* grad, int32_t group_index) {
@@ -218,11 +207,11 @@ bool Plan::add_tensor(size_t index, PyObject* grad, int32_t group_index) {
   }
   StepCounter& counter = counters_.emplace_back();
   auto object = slot.objects.end() - static_cast<std::ptrdiff_t>(rule_->number_count());
-  if (rule_->has_step) counter.step = number_of(*object++, argument(index, " state 'step'"));
-  StateNumber* number = counter.numbers;
+  if (rule_->has_step) counter.step = number_on((object++)->ptr(), argument(index, " state 'step'"), device_);
+  Number* number = counter.numbers;
   for (const char* name : rule_->state_numbers) {
     const std::string where = std::string(" state '") + name + "'";
-    *number++ = number_of(*object++, argument(index, where.c_str()));
+    *number++ = number_on((object++)->ptr(), argument(index, where.c_str()), device_);
   }
   return true;
 }
@@ -254,8 +243,7 @@ bool Plan::read_groups(const py::list& param_groups) {
   group_options_.clear();
   for (size_t g = 0; g < groups_.size(); ++g) {
     PyObject* const group = PyList_GET_ITEM(param_groups.ptr(), g);
-    learning_rates_[g] = {};
-    group_options_.push_back(reader_.read(group, static_cast<Py_ssize_t>(g), device_, learning_rates_[g]));
+    group_options_.push_back(reader_.read(group, static_cast<Py_ssize_t>(g), device_));
     if (reader_.structure_of(group, group_options_.back().hyper) != structure_[g]) return false;
   }
   return true;
@@ -314,26 +302,21 @@ bool Plan::step(const py::list& param_groups, const py::dict& state, const Scali
   const Reduction combined = reduction_for(reduction);
   all.policies = with_rows(policies_, clip_rows, skip_row, scopes(), device_);
   all.telemetry = telemetry_of(telemetry, params_.size(), device_);
-  if (memory != nullptr) {
-    std::vector<cuda::DeviceGroup> groups;
-    for (size_t g = 0; g < groups_.size(); ++g) groups.push_back({group_options_[g], learning_rates_[g]});
-    announce_step(!updates() || options_.write_grads);
-    const auto scratch = [&](int64_t bytes) { return scratch_of(memory->allocate, bytes); };
-    device_plan_.step(tensors_, counters_, groups, options_, all, combined, scratch, current_stream(device_));
-    return true;
+  const bool on_host = memory == nullptr;
+  if (on_host && options_.rounding == Rounding::stochastic) {
+    options_.rounded_steps = rounded_steps_of(param_groups);
   }
-  if (options_.rounding == Rounding::stochastic) options_.rounded_steps = rounded_steps_of(param_groups);
-  adopt_torch_threads();
-  {
-    const auto announce = [&](bool writes_grads) {
-      const py::gil_scoped_acquire acquire;
-      announce_step(writes_grads);
-    };
-    const py::gil_scoped_release release;
-    cpu::step(tensors_, counters_, group_options_, options_, all, combined, announce);
-  }
-  // If other processes have gradients, it is not known whether these are zero.
-  count_on_host(param_groups, creates_state && (reduction == nullptr || outcome_.norm == 0));
+  const auto announce = [&](bool writes_grads) {
+    const py::gil_scoped_acquire acquire;
+    announce_step(writes_grads);
+  };
+  const auto scratch = [&](int64_t bytes) { return scratch_of(memory->allocate, bytes); };
+  on_backend(device_, [&](const Backend& backend, Stream stream) {
+    backend.step(tensors_, counters_, group_options_, options_, all, combined, announce, table_, scratch,
+                 stream);
+  });
+  // A step that creates state has zero gradients, but this rank cannot know that of other ranks' gradients.
+  if (on_host) count_on_host(param_groups, creates_state && (reduction == nullptr || outcome_.norm == 0));
   return true;
 }
 

@@ -12,8 +12,6 @@
 #include "bindings/plan_options.h"
 #include "bindings/tensor.h"
 #include "core/rules/table.h"
-#include "core/step_memory.h"
-#include "cpu/operations.h"
 
 namespace steadygrad::bindings {
 
@@ -44,7 +42,7 @@ class Plan {
             bool skips_nonfinite, bool creates_state, const DeviceMemory* memory);
 
   // Returns whether a captured graph uses this plan's device memory.
-  bool captured() const { return device_plan_.captured(); }
+  bool captured() const { return table_.captured; }
 
   // Returns the outcome of the last step on the host.
   const Outcome& outcome() const { return outcome_; }
@@ -78,8 +76,6 @@ class Plan {
   void remember(size_t index, const View* views, int count, PyObject* grad);
   // Returns false if the slot does not fit.
   bool add_tensor(size_t index, PyObject* grad, int32_t group_index);
-  // Returns one of a state's numbers, such as its step counter.
-  StateNumber number_of(const py::object& tensor, const Argument& where);
   PyObject* local(const py::object& tensor);
   // Returns whether gradients are only read. Then those that torch negates lazily are copied; otherwise they
   // are refused if their sign matters.
@@ -118,7 +114,6 @@ class Plan {
 
   // Every step fills these anew; they are members only to reuse their memory.
   std::vector<GroupOptions> group_options_;
-  std::vector<cuda::DeviceNumber> learning_rates_;
   std::vector<int64_t> active_;
   std::vector<py::object> grads_;
   std::vector<py::object> locals_;  // the local tensors of DTensors
@@ -131,8 +126,8 @@ class Plan {
   std::vector<int32_t> taken_;
   std::vector<int64_t> nonfinite_;
 
-  // The CUDA backend's part of the plan, and the device memory that it was given.
-  cuda::StepPlan device_plan_;
+  // What an asynchronous backend keeps from step to step, and the memory that it was given for it.
+  StepTable table_;
   std::vector<py::object> device_memory_;
 };
 

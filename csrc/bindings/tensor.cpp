@@ -19,6 +19,13 @@ struct Torch {
 
 Torch torch;
 
+struct Added {
+  int device_type = 0;
+  const Backend* backend = nullptr;
+};
+
+Added added;
+
 const DLPackExchangeAPI* compatible(const DLPackExchangeAPIHeader* header) {
   while (header != nullptr && header->version.major != DLPACK_MAJOR_VERSION) header = header->prev_api;
   return reinterpret_cast<const DLPackExchangeAPI*>(header);
@@ -83,8 +90,8 @@ bool is_dense(const View& view) {
 }
 
 std::string supported_devices() {
-  return cuda_backend_type() == kDLCUDA ? " on the CPU or a CUDA device"
-                                        : " on the CPU, the only backend compiled in";
+  return backend_for(kDLCUDA) != nullptr ? " on the CPU or a CUDA device"
+                                         : " on the CPU, the only backend compiled in";
 }
 
 // Returns the type of the device, where pinned memory counts as the CPU's.
@@ -99,14 +106,11 @@ bool is_on(const DLDevice& found, const Device& device) {
 
 void check_device(const DLDevice& found, Device& device, PyObject* object, const Argument& argument) {
   const int type = host_type(found);
-  if (type != kDLCPU && type != cuda_backend_type()) {
+  if (backend_for(type) == nullptr) {
     throw_type_error(argument, "a tensor" + supported_devices(), object);
   }
   const int index = type == kDLCPU ? 0 : found.device_id;
-  if (device.type == 0) {
-    device.type = type;
-    device.index = index;
-  }
+  if (device.type == 0) device.set(type, index);
   if (device.type != type || device.index != index) {
     const std::string name = device.type == kDLCPU ? "the CPU" : "cuda:" + std::to_string(device.index);
     throw_type_error(argument, "a tensor on " + name + ", as the tensors before it are", object);
@@ -143,7 +147,7 @@ DLTensor dl_tensor_of(PyObject* object, const Argument& argument, Device& device
   if (!is_tensor(object)) throw_type_error(argument, "a torch.Tensor or torch.nn.Parameter", object);
   const DLTensor tensor = exported(object, argument);
   check_device(tensor.device, device, object, argument);
-  if (device.calls_python || device.is_cuda()) {
+  if (device.calls_python || device.backend->is_asynchronous) {
     device.looked.push_back(
         {py::reinterpret_borrow<py::object>(object), argument, data_of(tensor), layout_of(tensor)});
   }
@@ -294,11 +298,13 @@ Reduction reduction_of(const char* function, const ReductionMemory* memory, size
 
 Device device_named(const py::object& device) {
   Device named;
-  named.type = kDLCPU;
-  if (device.is_none() || std::string(py::str(device.attr("type"))) == "cpu") return named;
-  named.type = std::string(py::str(device.attr("type"))) == "cuda" ? kDLCUDA : -1;
-  const py::object index = device.attr("index");
-  named.index = index.is_none() ? 0 : index.cast<int>();
+  const std::string type = device.is_none() ? "cpu" : std::string(py::str(device.attr("type")));
+  if (type == "cpu") {
+    named.set(kDLCPU, 0);
+  } else {
+    const py::object index = device.attr("index");
+    named.set(type == "cuda" ? kDLCUDA : -1, index.is_none() ? 0 : index.cast<int>());
+  }
   return named;
 }
 
@@ -314,7 +320,7 @@ bool is_number_on(const Device& device, PyObject* value) {
          (tensor.dtype.bits == 32 || tensor.dtype.bits == 64);
 }
 
-cuda::DeviceNumber number_on(PyObject* tensor, const Argument& argument, Device& device) {
+Number number_on(PyObject* tensor, const Argument& argument, Device& device) {
   const View view = view_of(tensor, argument, device);
   check_not_negated(tensor, argument);
   if (view.numel != 1 || (view.dtype != DType::float32 && view.dtype != DType::float64)) {
@@ -330,8 +336,7 @@ bool is_elsewhere(const Device& device, PyObject* tensor) {
     PyErr_Clear();
     return false;
   }
-  const bool is_taken = host_type(found.device) == kDLCPU || found.device.device_type == cuda_backend_type();
-  return is_taken && !is_on(found.device, device);
+  return backend_for(host_type(found.device)) != nullptr && !is_on(found.device, device);
 }
 
 void check_writable(const View& view, const Argument& argument) {
@@ -380,20 +385,21 @@ void* allocated(const py::object& allocate, int64_t bytes, Device& device, std::
   return vector_of(tensor.ptr(), {"steadygrad", "allocate", -1}, {kDLUInt, 8, 1}, bytes, device);
 }
 
-int cuda_backend_type() {
-  switch (cuda::devices()) {
-    case cuda::Devices::cuda:
-      return kDLCUDA;
-    case cuda::Devices::cpu:
-      return kDLCPU;
-    case cuda::Devices::none:
-      return -1;
-  }
-  return -1;
+void add_backend(int device_type, const Backend& backend) { added = {device_type, &backend}; }
+
+const Backend* backend_for(int device_type) {
+  if (device_type == added.device_type) return added.backend;
+  return device_type == kDLCPU ? &cpu_backend() : nullptr;
 }
 
-cuda::Stream current_stream(const Device& device) {
-  cuda::Stream stream;
+void Device::set(int device_type, int device_index) {
+  type = device_type;
+  index = device_index;
+  if (const Backend* const found = backend_for(type)) backend = found;
+}
+
+Stream current_stream(const Device& device) {
+  Stream stream;
   stream.device = device.index;
   if (device.type != kDLCUDA) return stream;
   if (torch.api->current_work_stream(kDLCUDA, device.index, &stream.handle) != 0)

@@ -8,8 +8,7 @@
 #include <dlpack/dlpack.h>
 #include <pybind11/pybind11.h>
 
-#include "core/tensors.h"
-#include "cuda/operations.h"
+#include "core/backend.h"
 
 namespace steadygrad::bindings {
 
@@ -25,8 +24,11 @@ struct Argument {
   std::string text() const;
 };
 
-// Returns DLPack's type of the devices whose tensors the CUDA backend takes; -1 if it takes none.
-int cuda_backend_type();
+// Makes tensors on devices of this DLPack type go to a backend. Without it the CPU's go to the CPU backend.
+void add_backend(int device_type, const Backend& backend);
+
+// Returns the backend for devices of this DLPack type; null if no backend takes their tensors.
+const Backend* backend_for(int device_type);
 
 // A tensor as a call has found it.
 struct Looked {
@@ -40,12 +42,12 @@ struct Looked {
 struct Device {
   int type = 0;  // DLPack's type of device; 0 if not set yet
   int index = 0;
+  const Backend* backend = &cpu_backend();
   bool calls_python = false;  // whether Python runs between the look at the tensors and their use
-  // The tensors looked at, if Python runs in between; with the CUDA backend it always may.
-  std::vector<Looked> looked;
+  std::vector<Looked>
+      looked;  // the tensors looked at, if Python runs in between; with the CUDA backend it always may
 
-  // Returns whether the tensors go to the CUDA backend; if its kernels are emulated, the CPU's tensors do.
-  bool is_cuda() const { return type != 0 && type == cuda_backend_type(); }
+  void set(int device_type, int device_index);
 };
 
 // Returns the device that a torch.device names; None is the CPU.
@@ -53,7 +55,7 @@ Device device_named(const py::object& device);
 
 // Returns whether the value is a number on this device: a float32 or float64 tensor of one element.
 bool is_number_on(const Device& device, PyObject* value);
-cuda::DeviceNumber number_on(PyObject* tensor, const Argument& argument, Device& device);
+Number number_on(PyObject* tensor, const Argument& argument, Device& device);
 
 // Returns whether a tensor is on another device that a backend takes.
 bool is_elsewhere(const Device& device, PyObject* tensor);
@@ -102,8 +104,8 @@ struct ReductionMemory {
 Reduction reduction_of(const char* function, const ReductionMemory* memory, size_t groups, size_t slots,
                        bool per_tensor, Device& device);
 
-// Returns torch's current stream on a device of the CUDA backend.
-cuda::Stream current_stream(const Device& device);
+// Returns torch's current stream on a CUDA device.
+Stream current_stream(const Device& device);
 
 // Returns the memory of a tensor that Python made for a kernel to write to, or null for None.
 template <class T>
@@ -129,6 +131,31 @@ class Allocator {
   std::vector<py::object> kept_;
 };
 
+// Gives the calling thread torch's number of threads: OpenMP keeps that number per thread, and torch sets it
+// when it is asked for the number.
+void adopt_torch_threads();
+
+// Calls function(backend, stream). A backend that works on the host runs without the interpreter's lock, on
+// torch's number of threads.
+template <class Function>
+void on_backend(const Device& device, Function function) {
+  const Stream stream = current_stream(device);
+  if (device.backend->is_asynchronous) return function(*device.backend, stream);
+  adopt_torch_threads();
+  const py::gil_scoped_release release;
+  function(*device.backend, stream);
+}
+
+// Calls an operation of the table, with scratch space for the time of the call.
+template <class Operation, class... Arguments>
+void run(Operation Backend::* operation, Device& device, const py::object& allocate,
+         const Arguments&... arguments) {
+  Allocator allocator(allocate, device);
+  on_backend(device, [&](const Backend& backend, Stream stream) {
+    (backend.*operation)(arguments..., std::ref(allocator), stream);
+  });
+}
+
 // Throws if the tensor must not be written to because elements share memory.
 void check_writable(const View& view, const Argument& argument);
 
@@ -138,10 +165,6 @@ void check_writable(const View& view, const Argument& argument);
 // check_not_negated(), which throws TypeError.
 py::object resolved(PyObject* tensor);
 void check_not_negated(PyObject* tensor, const Argument& argument);
-
-// Gives the calling thread torch's number of threads: OpenMP keeps that number per thread, and torch sets it
-// when it is asked for the number.
-void adopt_torch_threads();
 
 // Bumps the tensors' autograd versions, which writing through a pointer does not do. A graph that has saved
 // one of the tensors then refuses to run backward. Inference tensors have no version and cannot be saved.

@@ -33,8 +33,8 @@ struct NormOutput {
 
 // A tensor's step counter and the numbers of its state, if its rule has them.
 struct StepCounter {
-  StateNumber step;
-  StateNumber numbers[kMaxNumbers];
+  Number step;
+  Number numbers[kMaxNumbers];
 };
 
 struct StepMemory {

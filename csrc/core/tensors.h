@@ -36,8 +36,9 @@ struct TensorOperands {
   }
 };
 
-// A number of a parameter's state, such as its step counter, in fp32 or fp64; data is null if there is none.
-struct StateNumber {
+// A number in memory of the tensors' device, such as a step counter, in fp32 or fp64; data is null if there
+// is none.
+struct Number {
   void* data = nullptr;
   DType dtype = DType::float32;
 

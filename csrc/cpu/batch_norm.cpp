@@ -1,7 +1,5 @@
 // Each direction visits the elements twice; the second visit uses what the first one has found. Channels that
 // fit a thread's cache are read from memory once.
-#include "cpu/batch_norm.h"
-
 #include <algorithm>
 #include <cstring>
 
@@ -63,7 +61,7 @@ void clear_mask(const BatchNorm& norm, const ChannelBlocks& blocks, const BatchN
 }  // namespace
 
 void batch_norm_forward(const BatchNorm& norm, const BatchNormOutput& out, double* statistics,
-                        const RunningStatistics& running) {
+                        const RunningStatistics& running, const Allocate&, Stream) {
   const int64_t channels = norm.shape.channels;
   const auto count = static_cast<double>(norm.shape.count());
   statistics[2 * channels] = count;
@@ -94,11 +92,12 @@ void batch_norm_forward(const BatchNorm& norm, const BatchNormOutput& out, doubl
   });
 }
 
-void batch_norm_statistics(const BatchNorm& norm, double* statistics) {
-  batch_norm_forward(norm, BatchNormOutput(), statistics, RunningStatistics());
+void batch_norm_statistics(const BatchNorm& norm, double* statistics, const Allocate& allocate,
+                           Stream stream) {
+  batch_norm_forward(norm, BatchNormOutput(), statistics, RunningStatistics(), allocate, stream);
 }
 
-void batch_norm_normalize(const BatchNorm& norm, const BatchNormOutput& out) {
+void batch_norm_normalize(const BatchNorm& norm, const BatchNormOutput& out, const Allocate&, Stream) {
   if (is_empty(norm.shape)) return;
   with_compute_type(norm.dtype, [&](auto element) {
     BatchNormPass<decltype(element)> pass(norm, 1);
@@ -109,7 +108,7 @@ void batch_norm_normalize(const BatchNorm& norm, const BatchNormOutput& out) {
 }
 
 void batch_norm_combine(const double* parts, int64_t count, int64_t channels, double* statistics,
-                        const RunningStatistics& running) {
+                        const RunningStatistics& running, const Allocate&, Stream) {
   const int64_t size = statistics_size(channels);
   double elements = 0;
   for (int64_t i = 0; i < count; ++i) elements += parts[i * size + 2 * channels];
@@ -135,7 +134,8 @@ void batch_norm_combine(const double* parts, int64_t count, int64_t channels, do
   }
 }
 
-void batch_norm_backward(const BatchNorm& norm, const BatchNormGradient& grad, bool constant_statistics) {
+void batch_norm_backward(const BatchNorm& norm, const BatchNormGradient& grad, bool constant_statistics,
+                         const Allocate&, Stream) {
   if (is_empty(norm.shape)) return;
   const bool needs_sums =
       !constant_statistics || grad.grad_weight.data != nullptr || grad.grad_bias.data != nullptr;
@@ -151,7 +151,8 @@ void batch_norm_backward(const BatchNorm& norm, const BatchNormGradient& grad, b
   });
 }
 
-void batch_norm_backward_sums(const BatchNorm& norm, const BatchNormGradient& grad, double* sums) {
+void batch_norm_backward_sums(const BatchNorm& norm, const BatchNormGradient& grad, double* sums,
+                              const Allocate&, Stream) {
   const int64_t channels = norm.shape.channels;
   if (is_empty(norm.shape)) {
     std::fill_n(sums, 2 * channels, 0.0);
@@ -166,7 +167,7 @@ void batch_norm_backward_sums(const BatchNorm& norm, const BatchNormGradient& gr
 }
 
 void batch_norm_backward_input(const BatchNorm& norm, const BatchNormGradient& grad, const double* sums,
-                               const double* count) {
+                               const double* count, const Allocate&, Stream) {
   if (is_empty(norm.shape)) return;
   differentiate_input(norm, grad, sums, *count);
 }

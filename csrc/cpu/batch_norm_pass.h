@@ -7,8 +7,9 @@
 #include <unistd.h>
 #include <vector>
 
+#include "core/backend.h"
+#include "core/batch_norm.h"
 #include "core/gradient.h"
-#include "cpu/batch_norm.h"
 #include "cpu/channel_blocks.h"
 
 namespace steadygrad::cpu {

@@ -1,8 +1,9 @@
 // Pass 1: a partial norm per chunk, then per tensor, then over the tensors of a scope, in the order of
 // core/norm.h.
+#include "cpu/grad_norm.h"
+
 #include <algorithm>
 
-#include "cpu/operations.h"
 #include "cpu/scope_norms.h"
 #include "cpu/stage.h"
 
@@ -177,7 +178,7 @@ ScopeSums combined_sums(NormType type, const ScopeSums* rows, size_t count) {
   return sums;
 }
 
-Norm grad_norm(const Tensors& tensors, const ChunkTable& table, NormType type, const Reduction& reduction) {
+Norm total_norm(const Tensors& tensors, const ChunkTable& table, NormType type, const Reduction& reduction) {
   const GradNorms norms(tensors, table, {TransformOptions{}}, type);
   StepOptions options;
   options.norm_type = type;

@@ -1,7 +1,8 @@
 // Writes transformed gradients, for clipping in place and for the in-place step.
+#include "cpu/gradient.h"
+
 #include <algorithm>
 
-#include "cpu/operations.h"
 #include "cpu/stage.h"
 #include "cpu/unit_clip.h"
 

@@ -3,7 +3,8 @@
 
 #include <algorithm>
 
-#include "cpu/operations.h"
+#include "core/backend.h"
+#include "cpu/parallel.h"
 #include "cpu/stage.h"
 
 namespace steadygrad::cpu {
@@ -37,7 +38,7 @@ PenaltySums add_penalty_to_chunk(const TensorOperands& tensor, const Chunk& chun
 
 }  // namespace
 
-double add_penalty(const Tensors& tensors, double l1, double l2) {
+void add_penalty(const Tensors& tensors, double l1, double l2, double* value, const Allocate&, Stream) {
   const ChunkTable table(tensors);
   std::vector<PenaltySums> chunks(table.chunks.size());
   TransformOptions options;
@@ -53,15 +54,16 @@ double add_penalty(const Tensors& tensors, double l1, double l2) {
       });
     }
   });
-  if (chunks.empty()) return 0;
+  *value = 0;
+  if (chunks.empty()) return;
   PenaltySums lanes[kLanes];
   const PenaltySums sums = combine_in_order<PenaltySums>(
       static_cast<int64_t>(chunks.size()), lanes, [&](int64_t i) { return chunks[i]; },
       [](PenaltySums& a, const PenaltySums& b) { add(a, b); });
-  return penalty_value(l1, l2, sums);
+  *value = penalty_value(l1, l2, sums);
 }
 
-void soft_threshold(const Tensors& tensors, double amount) {
+void soft_threshold(const Tensors& tensors, double amount, const Allocate&, Stream) {
   const ChunkTable table(tensors);
   for_each_range(table, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {

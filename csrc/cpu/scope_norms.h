@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "core/scope_sums.h"
-#include "cpu/operations.h"
+#include "cpu/grad_norm.h"
 
 namespace steadygrad::cpu {
 

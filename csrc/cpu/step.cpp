@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "core/rules/table.h"
+#include "cpu/gradient.h"
 #include "cpu/policies.h"
 #include "cpu/scope_norms.h"
 #include "cpu/stage.h"
@@ -172,7 +173,7 @@ void leave(const Outcome& outcome, const StepMemory& memory) {
 
 void step(const Tensors& tensors, const std::vector<StepCounter>& counters,
           const std::vector<GroupOptions>& groups, const StepOptions& given, const StepMemory& memory,
-          const Reduction& reduction, const BeforeWrite& before_write) {
+          const Reduction& reduction, const BeforeWrite& before_write, StepTable&, const Allocate&, Stream) {
   const ChunkTable table(tensors);
   const Policies& policies = memory.policies;
   StepOptions options = given;

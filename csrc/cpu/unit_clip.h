@@ -4,9 +4,10 @@
 #include <algorithm>
 #include <vector>
 
+#include "core/backend.h"
 #include "core/policy.h"
 #include "core/unit_clip.h"
-#include "cpu/operations.h"
+#include "cpu/parallel.h"
 #include "cpu/vector_kernels.h"
 
 namespace steadygrad::cpu {

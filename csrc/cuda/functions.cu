@@ -31,8 +31,8 @@ void norm_and_clip(const char* function, const Tensors& tensors, double max_norm
   options.nonfinite = nonfinite;
   StepMemory memory;
   memory.output = output;
-  std::vector<DeviceGroup> groups(1);
-  groups[0].options.max_norm = max_norm;
+  std::vector<GroupOptions> groups(1);
+  groups[0].max_norm = max_norm;
   upload(function, image, base, stream);
   launch_grad_norm(function, tensors, table, norms, options, nullptr, groups, broadcast, stream);
   launch_decide(function, table, norms, decision, options, broadcast.groups, memory, reduction, stream);
@@ -61,13 +61,14 @@ void grad_norm(const Tensors& tensors, NormType type, const NormOutput& output, 
 }
 
 void clip_grad_norm(const Tensors& tensors, double max_norm, NormType type, bool refuse_nonfinite,
-                    const NormOutput& output, const Reduction& reduction, const Allocate& allocate,
-                    Stream stream) {
+                    const NormOutput& output, const Reduction& reduction, const BeforeWrite& before_write,
+                    const Allocate& allocate, Stream stream) {
+  if (max_norm < INFINITY) before_write(true);  // the device decides whether it comes to that
   const NonfinitePolicy policy = refuse_nonfinite ? NonfinitePolicy::raise : NonfinitePolicy::propagate;
   norm_and_clip("clip_grad_norm_", tensors, max_norm, type, policy, output, reduction, allocate, stream);
 }
 
-void clip_grads_with_norm(const Tensors& tensors, double max_norm, DeviceNumber total_norm,
+void clip_grads_with_norm(const Tensors& tensors, double max_norm, Number total_norm,
                           const Allocate& allocate, Stream stream) {
   TransformSource source;
   source.total_norm = total_norm;

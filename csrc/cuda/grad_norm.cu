@@ -25,7 +25,7 @@ struct NormArguments {
   int32_t grads_count;
   int32_t first_group;
   int32_t groups_count;
-  DeviceGroup groups[kGroupsPerLaunch];
+  GroupOptions groups[kGroupsPerLaunch];
   void* grads[kGradsPerLaunch];
 };
 static_assert(sizeof(NormArguments) <= 32764, "more than a launch can carry");
@@ -143,12 +143,8 @@ __device__ __forceinline__ NormPartial chunk_norm(const TensorOperands& tensor, 
 // Leaves the groups where later kernels find them.
 __device__ void publish_groups(const NormArguments& arguments) {
   for (int32_t g = threadIdx.x; g < arguments.groups_count; g += kNormThreads) {
-    GroupOptions options = arguments.groups[g].options;
-    const DeviceNumber lr = arguments.groups[g].lr;
-    if (lr.data != nullptr) {
-      options.hyper.lr = lr.dtype == DType::float64 ? *static_cast<const double*>(lr.data)
-                                                    : *static_cast<const float*>(lr.data);
-    }
+    GroupOptions options = arguments.groups[g];
+    if (options.lr.data != nullptr) options.hyper.lr = options.lr.value();
     arguments.broadcast.groups[arguments.first_group + g] = options;
   }
 }
@@ -166,7 +162,7 @@ __global__ void __launch_bounds__(kNormThreads, 2 * Elements::kBlocks - 1)
   if (arguments.groups_count > 0) {
     StepOptions options = arguments.options;
     if (arguments.grad_scale != nullptr) options.unscale = 1.0 / *arguments.grad_scale;
-    transform = group_transform(arguments.groups[tensor.group - arguments.first_group].options, options);
+    transform = group_transform(arguments.groups[tensor.group - arguments.first_group], options);
   }
   const NormType type = arguments.options.norm_type;
   const double scale = arguments.memory.scales != nullptr ? arguments.memory.scales[chunk.tensor] : 1;
@@ -196,7 +192,7 @@ __global__ void __launch_bounds__(kLanes)
 }
 
 void launch_partials(const char* function, const Tensors& tensors, NormArguments& arguments,
-                     const std::vector<DeviceGroup>& groups, bool brings_grads, Stream stream) {
+                     const std::vector<GroupOptions>& groups, bool brings_grads, Stream stream) {
   const int32_t count = arguments.table.tensors;
   const int32_t group_count = static_cast<int32_t>(groups.size());
   int32_t chunks = 0;
@@ -249,7 +245,8 @@ NormMemory take_norm_memory(const TensorTable& table, NormType type, Arena& aren
 
 void launch_grad_norm(const char* function, const Tensors& tensors, const TensorTable& table,
                       const NormMemory& memory, const StepOptions& options, const float* grad_scale,
-                      const std::vector<DeviceGroup>& groups, const StepBroadcast& broadcast, Stream stream) {
+                      const std::vector<GroupOptions>& groups, const StepBroadcast& broadcast,
+                      Stream stream) {
   NormArguments arguments{};
   arguments.table = table;
   arguments.memory = memory;

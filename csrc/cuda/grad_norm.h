@@ -28,6 +28,6 @@ struct StepBroadcast {
 // param group and per tensor; functions leave them empty.
 void launch_grad_norm(const char* function, const Tensors& tensors, const TensorTable& table,
                       const NormMemory& memory, const StepOptions& options, const float* grad_scale,
-                      const std::vector<DeviceGroup>& groups, const StepBroadcast& broadcast, Stream stream);
+                      const std::vector<GroupOptions>& groups, const StepBroadcast& broadcast, Stream stream);
 
 }  // namespace steadygrad::cuda

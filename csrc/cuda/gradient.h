@@ -20,7 +20,7 @@ struct TransformSource {
   const GroupOptions* groups = nullptr;
   StepOptions options;
   TransformOptions fixed;
-  DeviceNumber total_norm;  // with max_norm: the clip coefficient, if there is no decision
+  Number total_norm;  // with max_norm: the clip coefficient, if there is no decision
   double max_norm = INFINITY;
   const TensorUnits* units = nullptr;  // per tensor, where a step clips by unit
 
@@ -36,9 +36,7 @@ struct TransformSource {
       transform.clip_coefficient =
           coefficients[options.clip_scope == ClipScope::tensor ? chunk.tensor : group];
     } else if (total_norm.data != nullptr) {
-      const double norm = total_norm.dtype == DType::float64 ? *static_cast<const double*>(total_norm.data)
-                                                             : *static_cast<const float*>(total_norm.data);
-      transform.clip_coefficient = clip_coefficient(max_norm, norm);
+      transform.clip_coefficient = clip_coefficient(max_norm, total_norm.value());
     }
     return transform;
   }

@@ -5,7 +5,7 @@
 #include <cuda_runtime.h>
 #include <utility>
 
-#include "cuda/operations.h"
+#include "core/backend.h"
 
 namespace steadygrad::cuda {
 

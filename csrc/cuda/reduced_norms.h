@@ -4,11 +4,11 @@
 #include <cmath>
 #include <cstdint>
 
+#include "core/backend.h"
 #include "core/policy.h"
 #include "core/scope_sums.h"
 #include "core/step.h"
 #include "cuda/lanes.h"
-#include "cuda/operations.h"
 
 namespace steadygrad::cuda {
 

@@ -124,7 +124,7 @@ TensorTable build_table(const Tensors& tensors, int32_t groups, const StepEntrie
     }
     if (counters != nullptr) {
       // Field by field: what pads a struct would make equal images differ.
-      const auto keep_number = [](const StateNumber& number, StateNumber& kept) {
+      const auto keep_number = [](const Number& number, Number& kept) {
         kept.data = number.data;
         kept.dtype = number.dtype;
       };

@@ -4,10 +4,10 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/backend.h"
 #include "core/step.h"
 #include "core/tensors.h"
 #include "cuda/elements.h"
-#include "cuda/operations.h"
 
 namespace steadygrad::cuda {
 

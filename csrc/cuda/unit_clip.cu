@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kUnitThreads, Elements::kBlocks)
 
 }  // namespace
 
-UnitMemory take_unit_memory(const Tensors& tensors, const std::vector<DeviceGroup>& groups, Arena& arena,
+UnitMemory take_unit_memory(const Tensors& tensors, const std::vector<GroupOptions>& groups, Arena& arena,
                             std::vector<uint64_t>& image) {
   const int64_t count = static_cast<int64_t>(tensors.size());
   const size_t words = image.size();
@@ -127,7 +127,7 @@ UnitMemory take_unit_memory(const Tensors& tensors, const std::vector<DeviceGrou
   const char* const end = arena.take<char>(0);
   image.resize(words + (end - reinterpret_cast<const char*>(memory.tensors)) / sizeof(uint64_t), 0);
   TensorUnits* const host = reinterpret_cast<TensorUnits*>(image.data() + words);
-  const auto is_clipped = [&](int64_t t) { return groups[tensors[t].group].options.clipping != INFINITY; };
+  const auto is_clipped = [&](int64_t t) { return groups[tensors[t].group].clipping != INFINITY; };
   for (int64_t t = 0; t < count; ++t) {
     host[t] = units_of(tensors[t], memory.units);
     memory.units += is_clipped(t) ? unit_count(tensors[t]) : 0;

@@ -17,7 +17,7 @@ struct UnitMemory {
 
 // Lays the tensors' units out where the arena stands and appends their words to the table's image; the
 // coefficients follow.
-UnitMemory take_unit_memory(const Tensors& tensors, const std::vector<DeviceGroup>& groups, Arena& arena,
+UnitMemory take_unit_memory(const Tensors& tensors, const std::vector<GroupOptions>& groups, Arena& arena,
                             std::vector<uint64_t>& image);
 
 // After pass 1, which brings gradients and groups. Says in table.arrived[1] whether a coefficient is not 1.

@@ -20,12 +20,12 @@ RULE = {
     "core": ({"core"}, set()),
     "cpu": ({"core", "cpu"}, {"dlfcn.h", "immintrin.h", "link.h", "unistd.h"}),
     "cuda": ({"core", "cuda"}, {"cooperative_groups.h", "cuda_runtime.h"}),
-    # The emulation replaces the CUDA runtime, and tells the backend that its devices are the CPU.
+    # The emulation replaces the CUDA runtime.
     "emulation": (
-        {"emulation", "cuda"},
+        {"emulation"},
         {"cuda_runtime.h", "link.h", "math.h", "sanitizer/", "sys/mman.h", "unistd.h"},
     ),
-    "bindings": ({"core", "cpu", "cuda", "bindings"}, {"Python.h", "pybind11/", "dlpack/"}),
+    "bindings": ({"core", "cpu", "bindings"}, {"Python.h", "pybind11/", "dlpack/"}),
 }
 
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
@@ -76,11 +76,13 @@ REFUSED = [
     ("cpu", '"bindings/tensor.h"'),
     ("cpu", "<pybind11/pybind11.h>"),
     ("cpu", "<omp.h>"),
-    ("cpu", '"cuda/operations.h"'),
-    ("cuda", '"cpu/operations.h"'),
+    ("cpu", '"cuda/launch.h"'),
+    ("cuda", '"cpu/parallel.h"'),
     ("cuda", '"emulation/launch.h"'),
     ("cuda", "<dlpack/dlpack.h>"),
     ("emulation", '"core/norm.h"'),
+    ("emulation", '"cuda/launch.h"'),
+    ("bindings", '"cuda/launch.h"'),
     ("bindings", '"emulation/launches.h"'),
     ("bindings", "<torch/extension.h>"),
     ("bindings", "<ATen/dlpack.h>"),

@@ -18,8 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 EMULATION = ROOT / "tests" / "emulation"
 PROGRAMS = ("features", "defects", "launches")
-# This is the emulator alone: devices.cpp belongs to the backend that is built on it.
-EMULATOR = [path for path in sorted(EMULATION.glob("*.cpp")) if path.name != "devices.cpp"]
+EMULATOR = sorted(EMULATION.glob("*.cpp"))
 
 SANITIZERS = {
     "optimized": ["-O2"],

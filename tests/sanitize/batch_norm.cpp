@@ -1,12 +1,12 @@
 // Batch norm, forward and backward, on both of the CUDA backend's paths. The backends add in different
 // orders, so results are compared to a tolerance.
-#include "cpu/batch_norm.h"
+#include "core/batch_norm.h"
 
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 
-#include "cuda/batch_norm/batch_norm.h"
+#include "core/backend.h"
 #include "sanitize/report.h"
 
 namespace steadygrad::sanitize {
@@ -107,13 +107,14 @@ std::string compare(const Problem& problem) {
   const Memory emulated(problem);
   DeviceMemory forward;
   DeviceMemory backward;
-  cpu::batch_norm_forward(cpu.norm, cpu.out, cpu.statistics.as<double>(), cpu.running);
-  cuda::batch_norm_forward(emulated.norm, emulated.out, emulated.statistics.as<double>(), emulated.running,
-                           forward.allocate(), cuda::Stream());
+  cpu_backend().batch_norm_forward(cpu.norm, cpu.out, cpu.statistics.as<double>(), cpu.running, nullptr,
+                                   Stream());
+  cuda_backend().batch_norm_forward(emulated.norm, emulated.out, emulated.statistics.as<double>(),
+                                    emulated.running, forward.allocate(), Stream());
   std::memcpy(cpu.statistics.data(), emulated.statistics.data(), static_cast<size_t>(cpu.statistics.bytes()));
-  cpu::batch_norm_backward(cpu.with_statistics(), cpu.grad, false);
-  cuda::batch_norm_backward(emulated.with_statistics(), emulated.grad, false, backward.allocate(),
-                            cuda::Stream());
+  cpu_backend().batch_norm_backward(cpu.with_statistics(), cpu.grad, false, nullptr, Stream());
+  cuda_backend().batch_norm_backward(emulated.with_statistics(), emulated.grad, false, backward.allocate(),
+                                     Stream());
 
   if (*cpu.batches.get() != *emulated.batches.get()) return "batches differ";
   // Half precision: a bit of the last place.

@@ -1,9 +1,8 @@
 // Clipping by norm and by value, and the transform of gradients in place.
 #include <cmath>
 
+#include "core/backend.h"
 #include "core/gradient.h"
-#include "cpu/operations.h"
-#include "cuda/operations.h"
 #include "sanitize/report.h"
 #include "sanitize/tensor_set.h"
 
@@ -19,27 +18,25 @@ void check_all(Report& report, const std::string& name,
 }
 
 void transform_on_cpu(const TensorSet& tensors, const TransformOptions& options) {
-  cpu::transform_grads(tensors.operands(), cpu::ChunkTable(tensors.operands()),
-                       [&](int32_t) { return options; });
+  cpu_backend().transform_grads(tensors.operands(), options, nullptr, Stream());
 }
 
 std::string compare_clip(const Specs& specs, Values values, double max_norm, double p, bool refuse) {
   const TensorSet cpu(specs, kGradients, values);
   const TensorSet emulated(specs, kGradients, values);
   const NormType type = norm_type(p);
-  const cpu::ChunkTable table(cpu.operands());
-  const Norm norm = cpu::GradNorms(cpu.operands(), table, {TransformOptions{}}, type).total();
-  TransformOptions options;
-  options.clip_coefficient = clip_coefficient(max_norm, norm.norm);
-  const bool refused = refuse && norm.nonfinite > 0;
-  if (options.clip_coefficient != 1 && !refused) transform_on_cpu(cpu, options);
+  const BeforeWrite before_write = [](bool) {};
+  Outcome expected;
+  cpu_backend().clip_grad_norm(cpu.operands(), max_norm, type, refuse, {&expected}, Reduction(), before_write,
+                               nullptr, Stream());
   const Single<Outcome> outcome;
   DeviceMemory memory;
-  cuda::clip_grad_norm(emulated.operands(), max_norm, type, refuse, {outcome.get()}, Reduction(),
-                       memory.allocate(), cuda::Stream());
-  std::string problem = difference("norm", norm.norm, outcome.value().norm);
-  if (problem.empty()) problem = difference_of_counts("refused", refused ? 1 : 0, outcome.value().refused);
-  if (problem.empty()) problem = difference_of_counts("nonfinite", norm.nonfinite, outcome.value().nonfinite);
+  cuda_backend().clip_grad_norm(emulated.operands(), max_norm, type, refuse, {outcome.get()}, Reduction(),
+                                before_write, memory.allocate(), Stream());
+  std::string problem = difference("norm", expected.norm, outcome.value().norm);
+  if (problem.empty()) problem = difference_of_counts("refused", expected.refused, outcome.value().refused);
+  if (problem.empty())
+    problem = difference_of_counts("nonfinite", expected.nonfinite, outcome.value().nonfinite);
   return problem.empty() ? cpu.difference_from(emulated) : problem;
 }
 
@@ -48,13 +45,11 @@ template <class T>
 std::string compare_clip_with_norm(const Specs& specs, T total_norm, double max_norm) {
   const TensorSet cpu(specs, kGradients, Values::ordinary);
   const TensorSet emulated(specs, kGradients, Values::ordinary);
-  TransformOptions options;
-  options.clip_coefficient = clip_coefficient(max_norm, total_norm);
-  transform_on_cpu(cpu, options);
   const Single<T> norm(total_norm);
+  const Number number{norm.get(), DTypeOf<T>::value};
   DeviceMemory memory;
-  cuda::clip_grads_with_norm(emulated.operands(), max_norm, {norm.get(), DTypeOf<T>::value},
-                             memory.allocate(), cuda::Stream());
+  cpu_backend().clip_grads_with_norm(cpu.operands(), max_norm, number, nullptr, Stream());
+  cuda_backend().clip_grads_with_norm(emulated.operands(), max_norm, number, memory.allocate(), Stream());
   return cpu.difference_from(emulated);
 }
 
@@ -64,7 +59,7 @@ std::string compare_transform(const Specs& specs, Values values, const Transform
   const TensorSet emulated(specs, uses, values);
   transform_on_cpu(cpu, options);
   DeviceMemory memory;
-  cuda::transform_grads(emulated.operands(), options, memory.allocate(), cuda::Stream());
+  cuda_backend().transform_grads(emulated.operands(), options, memory.allocate(), Stream());
   return cpu.difference_from(emulated);
 }
 

@@ -3,8 +3,7 @@
 
 #include <cmath>
 
-#include "cpu/operations.h"
-#include "cuda/operations.h"
+#include "core/backend.h"
 #include "sanitize/report.h"
 #include "sanitize/tensor_set.h"
 
@@ -15,11 +14,12 @@ constexpr Uses kGradients{false, true};
 
 std::string compare(const Specs& specs, Values values, double p) {
   const TensorSet tensors(specs, kGradients, values);
-  const Norm cpu = cpu::grad_norm(tensors.operands(), norm_type(p));
+  Outcome cpu;
+  cpu_backend().grad_norm(tensors.operands(), norm_type(p), {&cpu}, Reduction(), nullptr, Stream());
   const Single<Outcome> outcome;
   DeviceMemory memory;
-  cuda::grad_norm(tensors.operands(), norm_type(p), {outcome.get()}, Reduction(), memory.allocate(),
-                  cuda::Stream());
+  cuda_backend().grad_norm(tensors.operands(), norm_type(p), {outcome.get()}, Reduction(), memory.allocate(),
+                           Stream());
   std::string problem = difference("norm", cpu.norm, outcome.value().norm);
   if (problem.empty())
     problem = difference("fp32 norm", static_cast<float>(cpu.norm), outcome.value().norm_float32);

@@ -1,8 +1,7 @@
 // Penalties on their own: added to gradients, and the proximal step.
 #include <cmath>
 
-#include "cpu/operations.h"
-#include "cuda/operations.h"
+#include "core/backend.h"
 #include "sanitize/report.h"
 #include "sanitize/tensor_set.h"
 
@@ -13,10 +12,11 @@ std::string compare_penalty(const Specs& specs, double l1, double l2) {
   constexpr Uses kUses{true, true};
   const TensorSet cpu(specs, kUses, Values::nonfinite);
   const TensorSet emulated(specs, kUses, Values::nonfinite);
-  const double expected = cpu::add_penalty(cpu.operands(), l1, l2);
+  double expected = 0;
+  cpu_backend().add_penalty(cpu.operands(), l1, l2, &expected, nullptr, Stream());
   const Single<double> value;
   DeviceMemory memory;
-  cuda::add_penalty(emulated.operands(), l1, l2, value.get(), memory.allocate(), cuda::Stream());
+  cuda_backend().add_penalty(emulated.operands(), l1, l2, value.get(), memory.allocate(), Stream());
   const std::string problem = difference("value", expected, value.value());
   return problem.empty() ? cpu.difference_from(emulated) : problem;
 }
@@ -25,9 +25,9 @@ std::string compare_threshold(const Specs& specs, double amount) {
   constexpr Uses kUses{true, false};
   const TensorSet cpu(specs, kUses, Values::ordinary);
   const TensorSet emulated(specs, kUses, Values::ordinary);
-  cpu::soft_threshold(cpu.operands(), amount);
+  cpu_backend().soft_threshold(cpu.operands(), amount, nullptr, Stream());
   DeviceMemory memory;
-  cuda::soft_threshold(emulated.operands(), amount, memory.allocate(), cuda::Stream());
+  cuda_backend().soft_threshold(emulated.operands(), amount, memory.allocate(), Stream());
   return cpu.difference_from(emulated);
 }
 

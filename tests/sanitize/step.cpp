@@ -2,9 +2,8 @@
 
 #include <algorithm>
 
+#include "core/backend.h"
 #include "core/rules/table.h"
-#include "cpu/operations.h"
-#include "cuda/operations.h"
 #include "sanitize/memory.h"
 #include "sanitize/report.h"
 
@@ -26,7 +25,7 @@ class Numbers {
     }
   }
 
-  StateNumber of(size_t t) const {
+  Number of(size_t t) const {
     if (t % 3 == 0) return {float64_[t].get(), DType::float64};
     return {float32_[t].get(), DType::float32};
   }
@@ -267,13 +266,15 @@ class Comparison {
     memory.nonfinite = nonfinite;
     memory.policies = cpu_learnt_.policies;
     if (records_) memory.telemetry = cpu_ring_.telemetry;
-    cpu::step(placed(cpu_, chosen), counters, groups_, options_, memory, rows.reduction, [](bool) {});
+    cpu_backend().step(
+        placed(cpu_, chosen), counters, groups_, options_, memory, rows.reduction, [](bool) {}, table_,
+        nullptr, Stream());
     options_.rounded_steps += outcome->skipped != 0 || outcome->refused != 0 ? 0 : 1;
   }
 
   // Those of the tensors that take part, with their places among all.
-  static cpu::Tensors placed(const TensorSet& set, const std::vector<int32_t>& chosen) {
-    cpu::Tensors tensors = chosen_of(set.operands(), chosen);
+  static Tensors placed(const TensorSet& set, const std::vector<int32_t>& chosen) {
+    Tensors tensors = chosen_of(set.operands(), chosen);
     for (size_t t = 0; t < chosen.size(); ++t) tensors[t].place = chosen[t];
     return tensors;
   }
@@ -293,14 +294,11 @@ class Comparison {
     memory.policies = emulated_learnt_.policies;
     if (records_) memory.telemetry = emulated_ring_.telemetry;
     std::vector<Single<double>> learning_rates(groups_.size());
-    std::vector<cuda::DeviceGroup> groups;
-    for (size_t g = 0; g < groups_.size(); ++g) {
-      cuda::DeviceGroup& group = groups.emplace_back();
-      group.options = groups_[g];
-      if (!case_.numbers_on_device) continue;
+    std::vector<GroupOptions> groups = groups_;
+    for (size_t g = 0; g < groups_.size() && case_.numbers_on_device; ++g) {
       *learning_rates[g].get() = groups_[g].hyper.lr;
-      group.options.hyper.lr = 0;
-      group.lr = {learning_rates[g].get(), DType::float64};
+      groups[g].hyper.lr = 0;
+      groups[g].lr = {learning_rates[g].get(), DType::float64};
     }
     if (case_.numbers_on_device) {
       memory.grad_scale = scale.get();
@@ -310,8 +308,9 @@ class Comparison {
     }
     Rows rows(options, groups_.size(), count_, per_tensor());
     if (!case_.two_processes) rows.reduction = Reduction();
-    plan_.step(placed(emulated_, chosen), counters, groups, options, memory, rows.reduction,
-               memory_.allocate(), cuda::Stream());
+    cuda_backend().step(
+        placed(emulated_, chosen), counters, groups, options, memory, rows.reduction, [](bool) {}, table_,
+        memory_.allocate(), Stream());
   }
 
   std::string difference_in_outcomes(const Outcome& outcome, const Outcome& emulated, const int64_t* counted,
@@ -362,7 +361,7 @@ class Comparison {
   Ring cpu_ring_;
   Ring emulated_ring_;
   bool records_ = false;
-  cuda::StepPlan plan_;
+  StepTable table_;
   DeviceMemory memory_;
 };
 

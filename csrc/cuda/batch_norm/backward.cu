@@ -1,7 +1,7 @@
 // Two reads, backward: the sums of the gradient and of its products with the input, then the gradients of
 // input and residual, from the last element to the first. The residual's is written with the input's: written
 // with the sums it would drive what the second read needs out of L2.
-#include "cuda/batch_norm/batch_norm.h"
+#include "core/backend.h"
 #include "cuda/batch_norm/one_read.h"
 #include "cuda/batch_norm/passes.h"
 #include "cuda/launch.h"
@@ -188,7 +188,7 @@ void batch_norm_backward_sums(const BatchNorm& norm, const BatchNormGradient& gr
 }
 
 void batch_norm_backward_input(const BatchNorm& norm, const BatchNormGradient& grad, const double* sums,
-                               const double* count, Stream stream) {
+                               const double* count, const Allocate&, Stream stream) {
   const DeviceGuard guard(stream.device, kFunction);
   launch_input(norm, grad, sums, count, stream);
 }

@@ -1,7 +1,7 @@
 // Blocks' sums put together, channel by channel, in a fixed order.
 #include <algorithm>
 
-#include "cuda/batch_norm/batch_norm.h"
+#include "core/backend.h"
 #include "cuda/batch_norm/finish.h"
 #include "cuda/lanes.h"
 #include "cuda/launch.h"
@@ -128,7 +128,7 @@ void launch_finish_gradients(const char* function, const GradientSums* partials,
 }
 
 void batch_norm_combine(const double* parts, int64_t count, int64_t channels, double* statistics,
-                        const RunningStatistics& running, Stream stream) {
+                        const RunningStatistics& running, const Allocate&, Stream stream) {
   constexpr const char* kFunction = "batch_norm";
   const DeviceGuard guard(stream.device, kFunction);
   const bool reads_batches = running.cumulative && running.num_batches_tracked != nullptr;

@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <cuda_runtime.h>
 
+#include "core/backend.h"
 #include "core/batch_norm.h"
-#include "cuda/operations.h"
 
 namespace steadygrad::cuda {
 

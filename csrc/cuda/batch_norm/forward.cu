@@ -1,6 +1,6 @@
 // Two reads, forward: every block sums up its part of a group of channels; then, once the sums are put
 // together, the elements are normalised from the last to the first, so that those read last are still in L2.
-#include "cuda/batch_norm/batch_norm.h"
+#include "core/backend.h"
 #include "cuda/batch_norm/one_read.h"
 #include "cuda/batch_norm/passes.h"
 #include "cuda/launch.h"
@@ -140,7 +140,7 @@ void batch_norm_forward(const BatchNorm& norm, const BatchNormOutput& out, doubl
   launch_normalize(full, out, running.num_batches_tracked, stream);
 }
 
-void batch_norm_normalize(const BatchNorm& norm, const BatchNormOutput& out, Stream stream) {
+void batch_norm_normalize(const BatchNorm& norm, const BatchNormOutput& out, const Allocate&, Stream stream) {
   const DeviceGuard guard(stream.device, kFunction);
   launch_normalize(norm, out, nullptr, stream);
 }

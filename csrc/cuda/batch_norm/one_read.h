@@ -2,8 +2,8 @@
 // nothing, where they do not, or where two reads are expected to be faster.
 #pragma once
 
+#include "core/backend.h"
 #include "core/batch_norm.h"
-#include "cuda/operations.h"
 
 namespace steadygrad::cuda {
 

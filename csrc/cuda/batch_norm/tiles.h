@@ -5,9 +5,9 @@
 #include <cstdint>
 #include <cuda_runtime.h>
 
+#include "core/backend.h"
 #include "core/batch_norm.h"
 #include "cuda/batch_norm/units.h"
-#include "cuda/operations.h"
 
 namespace steadygrad::cuda {
 

@@ -18,7 +18,7 @@ struct Layout {
   int64_t size;
 };
 
-Layout lay_out(const Tensors& tensors, const StepEntries& entries, const std::vector<DeviceGroup>& groups,
+Layout lay_out(const Tensors& tensors, const StepEntries& entries, const std::vector<GroupOptions>& groups,
                NormType type, bool by_unit, void* base, std::vector<uint64_t>& image) {
   Arena arena(base);
   Layout layout;
@@ -46,28 +46,30 @@ void launch_rule(RuleList<Rule...>, RuleKind kind, const UpdateArguments& argume
 
 }  // namespace
 
-void StepPlan::step(const Tensors& tensors, const std::vector<StepCounter>& counters,
-                    const std::vector<DeviceGroup>& groups, const StepOptions& options,
-                    const StepMemory& memory, const Reduction& reduction, const Allocate& allocate,
-                    Stream stream) {
+void step(const Tensors& tensors, const std::vector<StepCounter>& counters,
+          const std::vector<GroupOptions>& groups, const StepOptions& options, const StepMemory& memory,
+          const Reduction& reduction, const BeforeWrite& before_write, StepTable& kept,
+          const Allocate& allocate, Stream stream) {
   const DeviceGuard guard(stream.device, kFunction);
+  const bool writes_grads = options.rule == RuleKind::none || options.write_grads;
+  before_write(writes_grads);  // the device decides whether it comes to that
   const bool counts_steps = !counters.empty() && counters.front().step.data != nullptr;
   const StepEntries entries{counts_steps ? &counters : nullptr, true};
   const bool by_unit = clips_units(memory.policies);
   std::vector<uint64_t> image;
-  Layout layout = lay_out(tensors, entries, groups, options.norm_type, by_unit, base_, image);
-  if (layout.size > capacity_) {
-    base_ = allocate(layout.size);
-    capacity_ = layout.size;
-    layout = lay_out(tensors, entries, groups, options.norm_type, by_unit, base_, image);
-    image_.clear();
+  Layout layout = lay_out(tensors, entries, groups, options.norm_type, by_unit, kept.base, image);
+  if (layout.size > kept.capacity) {
+    kept.base = allocate(layout.size);
+    kept.capacity = layout.size;
+    layout = lay_out(tensors, entries, groups, options.norm_type, by_unit, kept.base, image);
+    kept.image.clear();
   }
   // A replay puts back the table it was captured with, at any time: from then on each step brings its own.
-  captured_ = captured_ || is_capturing(stream);
-  if (captured_ || image != image_) {
-    image_.clear();  // a failed upload is not taken for a good one
-    upload(kFunction, image, base_, stream);
-    image_ = std::move(image);
+  kept.captured = kept.captured || is_capturing(stream);
+  if (kept.captured || image != kept.image) {
+    kept.image.clear();  // a failed upload is not taken for a good one
+    upload(kFunction, image, kept.base, stream);
+    kept.image = std::move(image);
   }
 
   launch_grad_norm(kFunction, tensors, layout.table, layout.norms, options, memory.grad_scale, groups,
@@ -84,7 +86,6 @@ void StepPlan::step(const Tensors& tensors, const std::vector<StepCounter>& coun
   source.groups = layout.broadcast.groups;
   source.options = options;
   source.units = layout.units.tensors;
-  const bool writes_grads = options.rule == RuleKind::none || options.write_grads;
   if (writes_grads) launch_transform(kFunction, layout.table, layout.broadcast.grads, source, false, stream);
   const UpdateArguments update{
       layout.table, layout.broadcast.grads, source, layout.decision.scalars, memory.taken, writes_grads};
