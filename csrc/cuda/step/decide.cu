@@ -341,43 +341,54 @@ __device__ void advance_empty(const DecideArguments& arguments) {
   }
 }
 
+// Leaves the tensor's partial to the last block. Returns whether this is the last one.
+__device__ bool arrive(const DecideArguments& arguments, int32_t tensor, Shared& shared) {
+  __shared__ bool last;
+  const NormType type = arguments.options.norm_type;
+  if (tensor < arguments.table.tensors) {
+    NormPartial partial = tensor_partial(arguments, tensor, shared);
+    if (threadIdx.x == 0) {
+      // Powers of different tensors carry different scales: from here on it is the tensor's norm.
+      if (type.kind == NormKind::general) {
+        partial.sums.medium = finish_norm(type, partial.sums, arguments.norms.scales[tensor]);
+      }
+      arguments.norms.tensors[tensor] = partial;
+    }
+  }
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicInc(arguments.table.arrived, gridDim.x - 1) == gridDim.x - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
 __global__ void __launch_bounds__(kLanes, 1)
     decide_kernel(const DecideArguments __grid_constant__ arguments) {
   __shared__ Shared shared;
-  __shared__ bool last;
   const int32_t tensor = static_cast<int32_t>(blockIdx.x);
-  const NormType type = arguments.options.norm_type;
-  if (arguments.stage != Stage::reduced) {
-    if (tensor < arguments.table.tensors) {
-      NormPartial partial = tensor_partial(arguments, tensor, shared);
-      if (threadIdx.x == 0) {
-        // Powers of different tensors carry different scales: from here on it is the tensor's norm.
-        if (type.kind == NormKind::general) {
-          partial.sums.medium = finish_norm(type, partial.sums, arguments.norms.scales[tensor]);
-        }
-        arguments.norms.tensors[tensor] = partial;
-      }
-      // By another warp than the one that the others wait for.
-      const bool updates =
-          arguments.options.rule != RuleKind::none && arguments.table.heads[tensor].numel > 0;
-      if (threadIdx.x == kWarp && updates) {
-        arguments.memory.scalars[tensor] = next_scalars(arguments, tensor);
-      }
+  const Stage stage = arguments.stage;
+  const bool sums_chunks = stage != Stage::reduced;
+  const bool steps = arguments.options.rule != RuleKind::none;
+  const bool finishes = !sums_chunks || arrive(arguments, tensor, shared);
+  if (finishes) {
+    const Norm total = take_scopes(arguments, shared);
+    if (stage == Stage::leave) {
+      leave_rows(arguments, shared);
+    } else {
+      decide(arguments, total, sums_chunks ? must_skip(arguments) : arguments.rows[0].medium > 0, shared);
     }
-    if (threadIdx.x == 0) {
-      __threadfence();
-      last = atomicInc(arguments.table.arrived, gridDim.x - 1) == gridDim.x - 1;
-      __threadfence();
-    }
-    __syncthreads();
-    if (!last) return;
   }
-  const Norm total = take_scopes(arguments, shared);
-  if (arguments.stage == Stage::leave) return leave_rows(arguments, shared);
-  const bool skips = arguments.stage == Stage::reduced ? arguments.rows[0].medium > 0 : must_skip(arguments);
-  decide(arguments, total, skips, shared);
+  // Powers take long. Nobody waits for them here: pass 2 reads them, and in the last block they are computed
+  // while the first thread writes the decision.
+  if (sums_chunks && steps && threadIdx.x == kWarp && tensor < arguments.table.tensors &&
+      arguments.table.heads[tensor].numel > 0) {
+    arguments.memory.scalars[tensor] = next_scalars(arguments, tensor);
+  }
+  if (!finishes || !steps || stage == Stage::leave) return;
   __syncthreads();
-  if (arguments.options.rule != RuleKind::none) advance_empty(arguments);
+  advance_empty(arguments);
 }
 
 }  // namespace
