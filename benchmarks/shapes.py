@@ -95,7 +95,7 @@ def lora(count: int = 96, width: int = 768) -> ModelShapes:
 
 def embedding() -> ModelShapes:
     """The token embedding of GPT-2: one matrix of 50,257 rows of 768, most of which no batch uses."""
-    return ModelShapes("embedding", "embedding 50,257 x 768", ((50257, 768),))
+    return ModelShapes("embedding", "embedding", ((50257, 768),))
 
 
 def many_small(count: int = 2000, size: int = 32) -> ModelShapes:

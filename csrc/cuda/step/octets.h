@@ -1,6 +1,6 @@
 // Eight neighbouring elements of two or four bytes at a time, of any of these types, for pass 2 of tensors
-// that are not all fp32. What an operand's type and address ask for is looked at once for all eight, where
-// every thread of a block takes the same branch.
+// that are not all fp32. What an operand's type asks for is a branch that every thread of a block takes
+// alike, once for eight elements when they are loaded or stored and once for four when they are converted.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +13,8 @@ namespace steadygrad::cuda {
 
 constexpr int kOctet = 8;
 
-// As they lie in memory: halves take the first four words. The loads of several operands, whose types differ,
-// are under way together when none is converted before all are issued.
+// Eight elements as they lie in memory: halves take the first four words. The loads of several operands,
+// whose types differ, are under way together when none is converted before all are issued.
 struct RawOctet {
   uint32_t words[kOctet];
 };
@@ -52,8 +52,8 @@ __device__ __forceinline__ void store_octet(const Operand& operand, int64_t inde
   to[1] = make_uint4(raw.words[4], raw.words[5], raw.words[6], raw.words[7]);
 }
 
-// The same for operands that begin anywhere, one element at a time. Neighbours in a warp share the sectors
-// that they access.
+// Operands that begin anywhere are accessed one element at a time. Neighbours in a warp share the sectors
+// that they touch.
 __device__ __forceinline__ void load_octet_apart(const Operand& operand, int64_t index, RawOctet& raw) {
   if (takes_vectors(operand.data)) return load_octet(operand, index, raw);
   if (is_half(operand.dtype)) {
@@ -81,7 +81,7 @@ __device__ __forceinline__ void store_octet_apart(const Operand& operand, int64_
   }
 }
 
-// Elements 4 * half to 4 * half + 3.
+// Brings elements 4 * half to 4 * half + 3 into fp32, and pack_quad() brings them back.
 __device__ __forceinline__ void unpack_quad(const RawOctet& raw, DType dtype, int half, float (&to)[kQuad]) {
   if (dtype == DType::bfloat16) {
 #pragma unroll
