@@ -13,7 +13,10 @@ from steadygrad import _kernels
 
 def is_asynchronous(device: torch.device) -> bool:
     """Whether kernels for tensors on this device run behind the host's back, so that results must stay there."""
-    return _kernels.is_asynchronous(device.type)
+    if not _kernels.is_asynchronous(device.type):
+        return False
+    # What torch for ROCm calls "cuda" is not what kernels for CUDA run on.
+    return device.type != "cuda" or torch.version.hip is None
 
 
 def keep_for_graphs(kept: list[Tensor], *replaced: Tensor) -> None:

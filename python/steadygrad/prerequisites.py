@@ -1,10 +1,11 @@
-"""What has to be there before the package can be imported: torch, NumPy and the compiled extension."""
+"""What has to be there before the package can be imported, torch and NumPy, and what may be: the extension."""
 
 from __future__ import annotations
 
 import os
 import re
 import sys
+import warnings
 from importlib import import_module
 
 REINSTALL = "reinstall it; in a clone: pip install --force-reinstall --no-deps ."
@@ -16,7 +17,6 @@ def find_problem() -> str:
         _import_problem("torch", "torch>=2.10")  # loads the OpenMP copy that the kernels run on
         or _torch_version_problem()
         or _import_problem("numpy", "numpy")
-        or _extension_problem()
     )
 
 
@@ -49,15 +49,33 @@ def _torch_version_problem() -> str:
     return f"steadygrad needs torch 2.10 or later, this is {version}: pip install 'torch>=2.10'"
 
 
-def _extension_problem() -> str:
+def extension_problem() -> str:
     """Say why the compiled extension cannot be imported; return "" if it can."""
     try:
         import_module("steadygrad._kernels")
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError):
             python = f"{sys.version_info.major}.{sys.version_info.minor}"
-            reason = f"{os.path.dirname(__file__)} has none for Python {python}"
-        else:
-            reason = f"it cannot be loaded: {error}"
-        return f"steadygrad needs its compiled extension, but {reason}: {REINSTALL}"
+            return f"{os.path.dirname(__file__)} has none for Python {python}"
+        return f"it cannot be loaded: {error}"
     return ""
+
+
+def do_without_extension(problem: str, warn: bool) -> None:
+    """Put what the package does without kernels in the extension's place.
+
+    Args:
+        problem: why there is no extension.
+        warn: whether to say so.
+    """
+    stand_in = import_module("steadygrad.without_kernels")
+    stand_in.reason = problem  # type: ignore[attr-defined]
+    sys.modules["steadygrad._kernels"] = stand_in
+    vars(sys.modules["steadygrad"])["_kernels"] = stand_in
+    if warn:
+        warnings.warn(
+            f"steadygrad has no compiled extension ({problem}): torch's own operations do its work, in more passes "
+            "over memory and without fused steps. python -m steadygrad says how to get kernels",
+            RuntimeWarning,
+            stacklevel=3,
+        )

@@ -182,6 +182,7 @@ class Stabilizer(StabilizedOptimizer, torch.optim.Optimizer):
                 ),
             }
         )
+        self._check_kernels()
         self._join_zero_redundancy(own=())
         self._current_stepper()  # hears from the optimizer's last wrapper
         # A wrapper made anew, or around a loaded checkpoint, follows its own options; the counters go on.
