@@ -17,6 +17,7 @@ def find_problem() -> str:
         _import_problem("torch", "torch>=2.10")  # loads the OpenMP copy that the kernels run on
         or _torch_version_problem()
         or _import_problem("numpy", "numpy")
+        or _extension_refusal()
     )
 
 
@@ -49,16 +50,32 @@ def _torch_version_problem() -> str:
     return f"steadygrad needs torch 2.10 or later, this is {version}: pip install 'torch>=2.10'"
 
 
-def extension_problem() -> str:
-    """Say why the compiled extension cannot be imported; return "" if it can."""
+def _extension_error() -> ImportError | None:
     try:
         import_module("steadygrad._kernels")
     except ImportError as error:
-        if isinstance(error, ModuleNotFoundError):
-            python = f"{sys.version_info.major}.{sys.version_info.minor}"
-            return f"{os.path.dirname(__file__)} has none for Python {python}"
-        return f"it cannot be loaded: {error}"
-    return ""
+        return error
+    return None
+
+
+def _extension_refusal() -> str:
+    """Say what an extension that was loaded refuses, such as a setting; return "" if it does not."""
+    error = _extension_error()
+    # Of one that is missing or cannot be loaded Python knows the module or the path.
+    if error is None or isinstance(error, ModuleNotFoundError) or error.path is not None:
+        return ""
+    return f"steadygrad's compiled extension does not run here: {error}"
+
+
+def extension_problem() -> str:
+    """Say why there is no compiled extension; return "" if there is one."""
+    error = _extension_error()
+    if error is None:
+        return ""
+    if isinstance(error, ModuleNotFoundError):
+        python = f"{sys.version_info.major}.{sys.version_info.minor}"
+        return f"{os.path.dirname(__file__)} has none for Python {python}"
+    return f"it cannot be loaded: {error}"
 
 
 def do_without_extension(problem: str, warn: bool) -> None:
