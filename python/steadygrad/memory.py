@@ -12,8 +12,11 @@ from steadygrad import _kernels
 
 
 def is_asynchronous(device: torch.device) -> bool:
-    """Returns whether kernels on this device run asynchronously, so that reading a result would wait for them."""
-    return _kernels.is_asynchronous(device.type)
+    """Whether kernels for tensors on this device run behind the host's back, so that results must stay there."""
+    if not _kernels.is_asynchronous(device.type):
+        return False
+    # What torch for ROCm calls "cuda" is not what kernels for CUDA run on.
+    return device.type != "cuda" or torch.version.hip is None
 
 
 def keep_for_graphs(kept: list[Tensor], *replaced: Tensor) -> None:
