@@ -37,18 +37,13 @@ Peer = Callable[[MakeOptimizer], Build]  # makes a peer's builder from what make
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation on parameters, ours and its peers."""
+    """One operation on parameters, ours and its peers.
 
     Attributes:
-        key: short name, first half of the case keys.
-        title: name for people.
-        values: the floor: values of the parameters' dtype that our path has to move per element.
-        buffers: values per element that one call touches, of parameter, gradient and states.
-        builds: ours first, then the peers.
-        params: whether the parameters are read.
-        grads: whether the gradients are read.
-        clip_active: whether gradients exceed the limit.
-        rows_reached: share of the rows that have a gradient; the state of the others stays zero.
+        values: The floor: how many values of the parameters' dtype our path has to move per element.
+        buffers: How many values per element one call touches, of parameter, gradient and states.
+        builds: Ours first, then the peers.
+        rows_reached: Share of the rows that have a gradient; the state of the others stays zero.
     """
 
     key: str

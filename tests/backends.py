@@ -26,12 +26,12 @@ class Backend:
 
     @property
     def asynchronous(self) -> bool:
-        """Whether decisions are taken on the device, where the host learns of them only by waiting."""
+        """Tell whether the device decides about steps, so that the host learns of it only by waiting."""
         return self.name in ("emulated", "cuda")
 
     @property
     def fused_path(self) -> str:
-        """What ``path`` says of an optimizer whose rule has a kernel."""
+        """Return the ``path`` of an optimizer whose rule has a kernel."""
         return "in-place: there is no compiled extension" if self.name == "composite" else "fused"
 
     def why_not(self) -> str | None:
@@ -48,7 +48,7 @@ class Backend:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Puts the emulated kernels, or what there is without any, in the place of the real ones."""
+        """Replace the real kernels by the emulated ones, or by none, while the context is active."""
         if self.name not in ("emulated", "composite"):
             yield
             return
@@ -93,7 +93,7 @@ def backend_parameters(backends: list[Backend]) -> list[Any]:
     ]
 
 
-# Session-wide, because hypothesis refuses fixtures that are set up once per test function.
+# The fixture is made once per session, because hypothesis refuses fixtures that are made for every test function.
 @pytest.fixture(scope="session", params=backend_parameters([*BACKENDS, COMPOSITE]))
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Return one backend after the other."""

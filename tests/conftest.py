@@ -85,6 +85,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: not any(item.get_closest_marker(m) for m in MARKED_FILES))
 
 
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from going over all collected tests again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 def needs_kernels(item: pytest.Item) -> bool:
     """Tell whether a case of the composite backend is one of a test about kernels."""
     if not item.get_closest_marker("composite"):
@@ -92,10 +98,6 @@ def needs_kernels(item: pytest.Item) -> bool:
     name = item.path.relative_to(ROOT / "tests").as_posix()
     is_taken = any(fnmatch(name, pattern) for pattern in COMPOSITE_FILES)
     return not is_taken or item.get_closest_marker("kernels") is not None
-
-
-def redundant_cases(items: list[pytest.Item]) -> set[pytest.Item]:
-    """Return the cases that would find nothing that others do not find.
 
 
 def redundant_cases(items: list[pytest.Item]) -> set[pytest.Item]:

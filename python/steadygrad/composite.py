@@ -2,9 +2,9 @@
 
 The kernels take real, dense tensors that are all on the CPU, or all on one CUDA device that they were built for. All
 others come here: tensors on another device (MPS, XPU, ROCm, CUDA in a build without it), lists over several devices,
-complex tensors, and everything where there is no compiled extension. The definition is the same, the precision is
-torch's, and it takes more passes over memory. A tensor that appears twice counts once, as with the kernels. The
-functions wait for a device only to raise where that was asked for; a step has to wait
+complex tensors, and all tensors if there is no compiled extension. The definitions are the same as the kernels'; the
+precision is torch's, and memory is read more often. A tensor that appears twice counts once, as with the kernels. The
+functions wait for a device only to raise an error that the caller has asked for; a step has to wait
 (:mod:`steadygrad.optim.composite_plan`).
 """
 
@@ -49,14 +49,14 @@ def takes(tensors: Sequence[Any]) -> bool:
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Tell whether this build has kernels for tensors on the device."""
+    """Tells whether this build has kernels for tensors on the device."""
     if device.type == "cpu":
         return hasattr(_kernels, "Plan")  # which steadygrad.without_kernels lacks
     return is_asynchronous(device)
 
 
 def why_no_kernel(tensors: Iterable[Tensor]) -> str | None:
-    """Say why no kernel takes real tensors that are on these devices; return None where one may."""
+    """Says why no kernel takes real tensors on these devices; returns None if one may."""
     devices = list(dict.fromkeys(tensor.device for tensor in tensors))
     if not has_kernels(torch.device("cpu")):
         return "there is no compiled extension"
@@ -83,9 +83,9 @@ def get_total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
 
 @torch.no_grad()
 def wide_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-    """Return what :func:`get_total_norm` does, in float64 where all tensors are on the CPU and p is more than 0.
+    """Returns the norm of :func:`get_total_norm`, in float64 if all tensors are on the CPU and p is more than 0.
 
-    There a second look costs no wait, and the norm neither over- nor underflows for finite elements.
+    On the CPU a second look costs no wait, so the norm neither overflows nor underflows for finite elements.
     """
     distinct = list(dict.fromkeys(tensors))
     if norm_type > 0 and _can_be_read(tensors):
@@ -105,7 +105,7 @@ def wide_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
 
 
 def as_returned(norm: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """Return the norm of these tensors in fp32, or in fp64 if any of them is."""
+    """Returns the norm of these tensors in fp32, or in fp64 if any of them is in fp64."""
     wide = any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors)
     return norm.to(torch.float64 if wide else torch.float32)
 
@@ -140,14 +140,14 @@ def _scale(grad: Tensor, factor: float) -> None:
 
 
 def factors(tensor: Tensor, factor: float) -> tuple[float, ...]:
-    """Return what a tensor is multiplied by: two factors where fp32 has no such small number as their product."""
+    """Returns the factors that a tensor is multiplied by: two if their product is too small a number for fp32."""
     if 0 < factor < 2.0**-100 and tensor.dtype not in (torch.float64, torch.complex128):
         return 2.0**-100, factor * 2.0**100
     return (factor,)
 
 
 def _can_be_read(tensors: Sequence[Tensor]) -> bool:
-    """Whether what is made of these tensors are numbers that the host has without a wait."""
+    """Returns whether the host can read results computed from these tensors without a wait."""
     return torch._C._len_torch_dispatch_stack() == 0 and all(
         tensor.device.type == "cpu" and type(tensor) in (Tensor, torch.nn.Parameter)
         for tensor in tensors
@@ -155,12 +155,12 @@ def _can_be_read(tensors: Sequence[Tensor]) -> bool:
 
 
 def _moved(number: Tensor, device: torch.device) -> Tensor:
-    # What comes to the host is read there at once, so it has to have arrived.
+    # The host reads a number at once, so the copy to the host must not be asynchronous.
     return number.to(device, non_blocking=device.type != "cpu")
 
 
 def check_writable(where: str, tensor: Tensor) -> None:
-    """Refuse an expanded tensor: torch would find it in the middle of a list, after others were changed.
+    """Refuses an expanded tensor: torch would refuse it in the middle of a list, after others were changed.
 
     Raises:
         ValueError: several elements share their memory.
@@ -182,9 +182,8 @@ def clip_grad_value_(grads: Sequence[Tensor], clip_value: float) -> None:
 def add_penalty_(params: Sequence[Tensor], grads: Sequence[Tensor], l1: float, l2: float) -> Tensor:
     """Adds ``l1 * sign(p) + l2 * p`` to the gradients; returns ``l1 * sum|p| + l2 / 2 * sum p^2``, 0-d.
 
-    The value is in float64 where all are on the CPU, else in float32.
-
-    The sign of a complex number is its direction, ``p / |p|``, and 0 for 0, as autograd has it.
+    The value is in float64 if all parameters are on the CPU, else in float32. The sign of a complex number is its
+    direction, ``p / |p|``, and 0 for 0, as in autograd.
     """
     device = params[0].device
     dtype = torch.float64 if all(param.device.type == "cpu" for param in params) else torch.float32
@@ -197,12 +196,12 @@ def add_penalty_(params: Sequence[Tensor], grads: Sequence[Tensor], l1: float, l
         if l2 != 0:
             value = value + l2 / 2 * _moved(magnitudes.square().sum(), device)
         if l1 != 0 or l2 != 0:
-            grad.add_(penalty_gradient(param, l1, l2))  # in fp32 where that is, rounded once
+            grad.add_(penalty_gradient(param, l1, l2))  # A sum in fp32 is rounded once.
     return value
 
 
 def penalty_gradient(param: Tensor, l1: float, l2: float) -> Tensor:
-    """Return ``l1 * sign(p) + l2 * p``, in fp32 for half precision; a weight of 0 adds nothing, also to NaN."""
+    """Returns ``l1 * sign(p) + l2 * p``, in fp32 for half precision; a weight of 0 adds nothing, not even to NaN."""
     wide = widened(param)
     if l2 == 0:
         return l1 * wide.sgn()
@@ -221,12 +220,12 @@ def soft_threshold_(params: Sequence[Tensor], amount: float) -> None:
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm on the host, and how many elements it was not taken over.
+    """A norm on the host, and the number of elements that it leaves out.
 
     Attributes:
-        finite_norm: of the finite elements.
-        nonfinite: elements that are infinite or NaN; of a complex one both parts count.
-        nan: how many of those are NaN.
+        finite_norm: Norm of the finite elements.
+        nonfinite: Number of elements that are infinite or NaN; both parts of a complex one count.
+        nan: Number of those that are NaN.
     """
 
     finite_norm: float
@@ -235,18 +234,18 @@ class Norm:
 
     @property
     def norm(self) -> float:
-        """Return the norm of all elements: infinite or NaN where one of them is."""
+        """Returns the norm of all elements: infinite or NaN if one of them is."""
         if self.nan:
             return math.nan
         return math.inf if self.nonfinite else self.finite_norm
 
 
 def norms_of(values: Sequence[Callable[[], Tensor]], norm_type: float) -> list[Norm]:
-    """Return the norm of each tensor, in at most one wait for each device.
+    """Returns the norm of each tensor, with at most one wait for each device unless a norm needs a second look.
 
     Args:
-        values: make the tensors, one at a time; those whose norm shows that something may be amiss are made twice.
-        norm_type: p, more than 0.
+        values: Functions that make the tensors, one at a time. A tensor is made twice if its norm needs a second look.
+        norm_type: The exponent p, more than 0.
     """
     by_device: dict[torch.device, list[tuple[int, Tensor]]] = {}
     for i, value in enumerate(values):
@@ -265,7 +264,7 @@ def norms_of(values: Sequence[Callable[[], Tensor]], norm_type: float) -> list[N
 
 
 def _is_ordinary(norm: float, norm_type: float) -> bool:
-    """Whether torch's norm is that of finite elements, of which none has left the range as a power."""
+    """Returns whether torch's norm shows that all elements are finite and that no power left the range."""
     if norm_type == 2:
         return 1e-12 < norm < math.inf
     return norm_type in (1.0, math.inf) and norm < math.inf
@@ -295,13 +294,13 @@ def _looked_at(tensor: Tensor, norm_type: float) -> Norm:
 
 
 def combined(norms: Iterable[Norm], norm_type: float) -> Norm:
-    """Return the norm of several tensors as if they were one."""
+    """Returns the norm of several tensors as if they were one."""
     listed = list(norms)
     finite_norm = tensor_norm(np.array([norm.finite_norm for norm in listed]), norm_type)
     return Norm(finite_norm, sum(n.nonfinite for n in listed), sum(n.nan for n in listed))
 
 
-# Squares of norms beyond it go into another column: ``kLargeScale`` of csrc/core/norm.h.
+# The squares of larger norms go into another column, scaled by ``kLargeScale`` of csrc/core/norm.h.
 _LARGE, _LARGE_SCALE = 1e150, 2.0**-538
 _MEDIUM_COLUMN, _LARGE_COLUMN, _NONFINITE_COLUMN, _NAN_COLUMN = (
     _kernels.SCOPE_COLUMNS.index(name) for name in ("medium", "large", "nonfinite", "nan")
@@ -309,7 +308,7 @@ _MEDIUM_COLUMN, _LARGE_COLUMN, _NONFINITE_COLUMN, _NAN_COLUMN = (
 
 
 def row_of(norm: Norm, norm_type: float) -> list[float]:
-    """Return what processes tell each other of a norm, as ``csrc/core/scope_sums.h`` has it; p more than 0."""
+    """Returns the row by which processes exchange a norm, as in ``csrc/core/scope_sums.h``; p is more than 0."""
     row = [0.0] * len(_kernels.SCOPE_COLUMNS)
     row[_NONFINITE_COLUMN], row[_NAN_COLUMN] = float(norm.nonfinite), float(norm.nan)
     if norm_type != 2:
@@ -322,7 +321,7 @@ def row_of(norm: Norm, norm_type: float) -> list[float]:
 
 
 def reduced(rows: Rows, reduction: _kernels.Reduction, norm_type: float) -> list[Norm]:
-    """Return the norms over all processes of rows that this one has; the first row are flags, of no norm."""
+    """Returns the norms over all processes from the rows of this one; the first row holds flags and no norm."""
     reduction.rows.copy_(torch.from_numpy(rows))
     assert reduction.reduce is not None
     reduction.reduce()
@@ -331,7 +330,7 @@ def reduced(rows: Rows, reduction: _kernels.Reduction, norm_type: float) -> list
 
 
 def with_flags(total: Norm, flags: Norm) -> Norm:
-    """Return the total norm: of replicas one alone may be broken, which no scope counts."""
+    """Returns the total norm; it is not finite if a single replica is not, which no scope counts."""
     if total.nonfinite > 0 or flags.nonfinite == 0:
         return total
     return Norm(total.finite_norm, flags.nonfinite)
@@ -341,7 +340,7 @@ def with_flags(total: Norm, flags: Norm) -> Norm:
 def reduced_norm(
     tensors: Sequence[Tensor], norm_type: float, reduction: _kernels.Reduction
 ) -> Norm:
-    """Return the norm of what all processes hold; this one may hold nothing. Waits for the devices."""
+    """Returns the norm of the tensors of all processes; this one may have none. Waits for the devices."""
     norms = norms_of([tensor.detach for tensor in tensors], norm_type)
     counted = reduction.counted.tolist()
     here = [norm for norm, counts in zip(norms, counted, strict=True) if counts]
@@ -377,7 +376,7 @@ def _norm(tensor: Tensor, norm_type: float) -> Tensor:
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """Return a half-precision tensor in fp32, and any other as it is."""
+    """Returns a half-precision tensor in fp32, and any other tensor unchanged."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 

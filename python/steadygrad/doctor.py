@@ -1,6 +1,6 @@
 """``python -m steadygrad``: what is installed, whether it works, and what to do about anything that does not.
 
-Works without torch too, and then says what ``import steadygrad`` says; without the extension it says what runs instead.
+Without torch the doctor prints the message of ``import steadygrad``; without the extension it says what runs instead.
 """
 
 from __future__ import annotations
@@ -177,10 +177,10 @@ GET_KERNELS = "with a C++17 compiler, in a clone: pip install --force-reinstall 
 
 
 def composite_facts(reason: str) -> list[Fact]:
-    """Return what runs where there is no extension, and how to get one.
+    """Returns what runs without the extension, and how to get it.
 
     Args:
-        reason: why there is none. One that is there and cannot be loaded is something wrong.
+        reason: Why there is none. An extension that exists but cannot be loaded is a fault.
     """
     return [
         Fact("file", f"none: {reason}", REINSTALL if reason.startswith("it cannot") else ""),

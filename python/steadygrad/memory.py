@@ -12,10 +12,10 @@ from steadygrad import _kernels
 
 
 def is_asynchronous(device: torch.device) -> bool:
-    """Whether kernels for tensors on this device run behind the host's back, so that results must stay there."""
+    """Returns whether kernels on this device run asynchronously, so that reading a result would wait for them."""
     if not _kernels.is_asynchronous(device.type):
         return False
-    # What torch for ROCm calls "cuda" is not what kernels for CUDA run on.
+    # torch for ROCm calls its devices "cuda", too, but kernels for CUDA do not run there.
     return device.type != "cuda" or torch.version.hip is None
 
 

@@ -29,9 +29,8 @@ def add_penalty_(params: Iterable[Tensor] | Tensor, l1: float = 0.0, l2: float =
         l2: Weight of half the sum of squares, at least 0. Default: 0.
 
     Returns:
-        The penalty's value, a 0-d float64 tensor on the parameters' device, which is not waited for (float32 on
-        devices without kernels). Where there are DTensors, that of all ranks together: every rank of their meshes
-        has to come, with the same parameters.
+        The penalty's value, a 0-d float64 tensor on the parameters' device, without waiting for the device (float32 on
+        devices without kernels). For DTensors it is the value over all ranks together.
 
     Raises:
         TypeError: A parameter or gradient is sparse or of another dtype.

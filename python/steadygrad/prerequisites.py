@@ -1,4 +1,4 @@
-"""What has to be there before the package can be imported, torch and NumPy, and what may be: the extension."""
+"""Checks what the package cannot be imported without, torch and NumPy, and whether the compiled extension is there."""
 
 from __future__ import annotations
 

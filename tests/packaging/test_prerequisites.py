@@ -1,4 +1,4 @@
-"""What the package and its command line say where torch or NumPy is not as needed."""
+"""What the package and its command line say if torch or NumPy is missing or does not fit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from steadygrad import prerequisites
 PACKAGE = Path(steadygrad.__file__).parent
 MISSING = "raise ModuleNotFoundError(\"No module named '{0}'\", name='{0}')\n"
 
-# For each state: modules that stand in for the real ones, and the message.
+# For each state: modules that replace the real ones, and the message.
 STATES: dict[str, tuple[dict[str, str], str]] = {
     "no torch": (
         {"torch": MISSING.format("torch")},
@@ -38,7 +38,7 @@ STATES: dict[str, tuple[dict[str, str], str]] = {
 
 
 class Installation:
-    """A folder with our Python files, and stand-ins for what we need."""
+    """A folder with our Python files, and replacements for what we import."""
 
     def __init__(self, folder: Path, state: str) -> None:
         modules, self.message = STATES[state]

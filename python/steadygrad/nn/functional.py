@@ -25,7 +25,7 @@ _PLAIN = (Tensor, Parameter)
 _TRACED = (Tensor, Parameter, FakeTensor, FunctionalTensor)
 _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, torch.float64, *_HALF)
-# A wheel without CUDA leaves CUDA tensors to torch; so does one for CUDA under a torch for ROCm.
+# CUDA tensors go to torch if the wheel has no CUDA kernels, or if this torch was built for ROCm.
 _ON_CPU, _ON_CUDA = (has_kernels(torch.device(device)) for device in ("cpu", "cuda"))
 
 
@@ -172,7 +172,7 @@ def _kernels_take(
     # A tracer can follow only these two conditions, so the ones for eager calls come after them.
     transformed = torch._C._are_functorch_transforms_active()
     if torch.compiler.is_exporting() or transformed or not _ON_CPU:
-        return False  # what is exported runs without this package
+        return False  # exported code runs without this package
     if traced:
         fits = _fits(_TRACED, input, weight, bias, options)
     else:

@@ -89,7 +89,7 @@ class ParamStorage:
     def check_fits(
         self, params: list[Tensor], why_in_place: str | None, function: str = "step"
     ) -> None:
-        """Refuses what a step with these parameters cannot do; ``why_in_place`` is None on the fused path.
+        """Refuses storage that a step with these parameters cannot do; ``why_in_place`` is None on the fused path.
 
         Raises:
             ValueError: On the in-place path ``rounding`` or ``state_dtype`` differs from torch's, or fp64 parameters
@@ -99,7 +99,7 @@ class ParamStorage:
         for name, (value, default) in asked.items():
             if why_in_place is not None and value != default:
                 raise ValueError(
-                    f"{function}: {name}: expected {default!r} where the update is the wrapped optimizer's own "
+                    f"{function}: {name}: expected {default!r} if the wrapped optimizer does the update itself "
                     f"({why_in_place}), got {value!r}"
                 )
         for i, param in enumerate(params if self.rounding == "master" else []):

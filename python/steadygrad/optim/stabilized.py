@@ -162,10 +162,10 @@ class StabilizedOptimizer(SettableLimits):
     def grad_norm(self) -> Tensor:
         """The global norm of the last step's gradients before clipping, 0-d; NaN before the first step.
 
-        After unscaling and the penalty that comes before the clip, on the parameters' device, which is not waited for;
-        on the CPU where no kernel takes them, since the step has waited for them.
-        fp32, or fp64 if any parameter is fp64; infinite for finite gradients whose norm is beyond that dtype's range
-        (they are clipped right all the same).
+        It is the norm after unscaling and after a penalty that comes before the clip. The tensor is on the parameters'
+        device, which is not waited for (on the CPU if no kernel takes the parameters, since the step has waited), in
+        fp64 if any parameter is fp64, else in fp32. It is infinite if the norm of finite gradients is beyond that
+        dtype's range; they are clipped correctly all the same.
         """
         outcome = self._current_stepper().last_outcome
         params = [p for group in self.param_groups for p in group["params"]]

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
     AnyOutcome = _kernels.Outcome | Outcome | CompositeOutcome
 
-# The last one to step each optimizer, by the id of the optimizer, which lives at least as long as the stepper.
+# The stepper that stepped each optimizer last, by the optimizer's id; the optimizer lives at least as long.
 _steppers: WeakValueDictionary[int, Stepper] = WeakValueDictionary()
 
 # Attributes that torch.amp.GradScaler sets for the time of a step.
@@ -135,7 +135,7 @@ class Stepper:
         self._new_state: dict[Tensor, dict[str, Tensor]] = {}
         self.outcome: AnyOutcome | None = None
         self.last_outcome: AnyOutcome | None = None
-        # Only where decisions stay on the device.
+        # None as long as the host takes the decisions.
         self._device_steps: DeviceSteps | None = None
         self.policies = options.policy_states()
         self.recorder: Recorder | None = None
@@ -394,7 +394,7 @@ class Stepper:
         request: Request,
         in_place: tuple[list[Tensor | None], bool] | None = None,
     ) -> AnyOutcome | None:
-        """One call into the kernels, which take the step; None where nothing was done, as a new plan is needed.
+        """Takes the step by one call into the kernels; returns None if nothing was done, since a new plan is needed.
 
         ``in_place`` is given if the optimizer does the update itself: the gradients, and whether to wait for a device.
         """
@@ -449,7 +449,7 @@ class Stepper:
                     raise
                 self._refused_by_kernels = True
                 return None
-            # Gradients may have become sparse since the plan was made.
+            # A gradient may have become sparse since the plan was made.
             self._prepare(optimizer, request)
             if self._why_in_place is None:
                 raise
@@ -460,7 +460,7 @@ class Stepper:
         known: AnyOutcome
         if on_device is None:
             outcome = known = plan.outcome
-            # Of other ranks' gradients it is not known that they are zero.
+            # A step that creates state has zero gradients, but this rank cannot know that of other ranks' gradients.
             creates_state = creates_state and (sharding is None or known.norm == 0)
         else:
             outcome = known = on_device
@@ -486,12 +486,12 @@ class Stepper:
     # -- fused ----------------------------------------------------------------------------------
 
     def _fused(self, optimizer: torch.optim.Optimizer, request: Request) -> AnyOutcome | None:
-        """Takes the step, update and all; None where only the optimizer's own step can."""
+        """Takes the step together with the update; returns None if only the optimizer's own step can."""
         outcome = None if self._plan is None else self._run(optimizer, request)
         return self._fused_anew(optimizer, request) if outcome is None else outcome
 
     def _fused_anew(self, optimizer: torch.optim.Optimizer, request: Request) -> AnyOutcome | None:
-        """Takes the step after making a plan, where there is none or it no longer fits; None as in :meth:`_fused`."""
+        """Takes the step with a new plan, since there is none or it no longer fits; None as in :meth:`_fused`."""
         if self._why_in_place is None:
             self._prepare(optimizer, request)
         if self._why_in_place is not None:
@@ -577,7 +577,7 @@ class Stepper:
 
     @torch.no_grad()
     def _stabilize_grads(self, optimizer: torch.optim.Optimizer, request: Request) -> AnyOutcome:
-        # Hooks and the closure may have exchanged anything.
+        # Hooks and the closure may have exchanged any param group.
         self._check_own_numbers(optimizer)
         options, sums = self._options, request.sums
         grads = None if self._sharding is None else self._sharding.gradients(sums)
