@@ -45,6 +45,14 @@ def test_an_initialisation_that_is_too_large() -> None:
     assert [v.text.split()[0] for v in found.verdicts] == ["activations", "gradients"]
 
 
+def test_small_embeddings_before_a_norm_are_no_fault_of_the_initialisation() -> None:
+    model = nn.Sequential(nn.Embedding(11, 20), nn.LayerNorm(20), nn.Linear(20, 5))
+    nn.init.normal_(model[0].weight, std=1e-3)
+    found = sg.examine(model, cross_entropy, [(torch.randint(11, (16,)), y) for _, y in batches()])
+    assert found.factor > 100 and found.gradient_factor > 100
+    assert found.verdicts == []
+
+
 def test_an_initialisation_that_is_too_small() -> None:
     found = sg.examine(mlp(20, gain=0.5), cross_entropy, batches())
     assert {"vanishing"} <= kinds(found) <= {"vanishing", "dead"}
@@ -110,7 +118,7 @@ def test_a_dead_layer() -> None:
     with torch.no_grad():
         model[2].bias.fill_(-100.0)
     verdict = the(sg.examine(model, cross_entropy, batches()), "dead")
-    assert verdict.text.startswith("100% of the ReLU units of 3 are dead: ")
+    assert verdict.text.startswith("100% of the ReLU units of 3 are dead (further on also of 5): ")
     assert verdict.number == 1
 
 

@@ -28,10 +28,15 @@ class Measurement:
     """
 
     def __init__(
-        self, model: nn.Module, loss_of: LossOf, batches: Iterable[Any], loss_scale: float
+        self,
+        model: nn.Module,
+        loss_of: LossOf,
+        batches: Iterable[Any],
+        loss_scale: float,
+        in_fp16: bool = False,
     ) -> None:
         parameters = trainable(model)
-        self.recorder = Recorder(model)
+        self.recorder = Recorder(model, in_fp16)
         self.losses: list[float] = []
         self.norms: list[float] = []
         self.gradients: dict[str, list[float]] = {name: [] for name in parameters}
@@ -152,7 +157,7 @@ def lost_to_fp16(
     if isinstance(batch, (tuple, list)):
         batch = [x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in batch]
     with torch.autocast(device, enabled=False):
-        whole = Measurement(copied(model).float(), loss_of, [batch], loss_scale)
+        whole = Measurement(copied(model).float(), loss_of, [batch], loss_scale, True)
     found = {key[0]: whole.recorder.layers.get(key) for key in half}
     rows = {name: layer.gradients for name, layer in found.items() if layer and layer.gradients}
     return {name: gradients[0].lost for name, gradients in rows.items()}

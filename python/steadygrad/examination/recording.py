@@ -20,13 +20,13 @@ _KINDS = {"relu": "ReLU", "tanh": "tanh", "sigmoid": "sigmoid", "_softmax": "sof
 
 
 class Numbers(NamedTuple):
-    """Root mean square, norm, standard deviation and largest magnitude of a tensor; its share that fp16 would lose."""
+    """Root mean square, norm, standard deviation and largest magnitude of a tensor; its share that fp16 loses."""
 
     rms: float
     norm: float
     std: float
     largest: float
-    lost: float
+    lost: float = math.nan
 
 
 @dataclass
@@ -108,12 +108,12 @@ class Recorder(TorchDispatchMode):
     """Listens to a model's forward passes, and to the backward pass after each.
 
     ``layers`` are in the order of execution, the model's input first; ``broken`` are those whose output or gradient is
-    not finite, as (batch, "output" or "gradient", layer).
+    not finite, as (batch, "output" or "gradient", layer). ``in_fp16`` counts what fp16 would lose.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, in_fp16: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.model, self.batch = model, -1
+        self.model, self.in_fp16, self.batch = model, in_fp16, -1
         self.layers: dict[tuple[str, int], Layer] = {}
         self.units: dict[tuple[str, str, int], Units] = {}
         self.broken: list[tuple[int, str, Layer]] = []
@@ -161,16 +161,17 @@ class Recorder(TorchDispatchMode):
         layer, batch = self.layers[name, call], self.batch
         self._seen.append(layer)
 
-        def add(what: str, numbers: Numbers) -> None:
+        def add(what: str, tensor: Tensor) -> None:
+            numbers = _numbers(tensor, self.in_fp16)
             (layer.outputs if what == "output" else layer.gradients)[batch] = numbers
             if not math.isfinite(numbers.norm) and name != "input":
                 self.broken.append((batch, what, layer))
 
-        add("output", _numbers(tensor))
+        add("output", tensor)
         if getattr(module, "activation", None) == "relu":  # a fused batch norm
             self._count("ReLU", name, module, tensor)
         if tensor.requires_grad and name != "input":
-            tensor.register_hook(lambda gradient: add("gradient", _numbers(gradient)))
+            tensor.register_hook(lambda gradient: add("gradient", gradient))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Look at the outputs of activation functions, whoever calls them."""
@@ -204,15 +205,17 @@ def first_tensor(value: Any) -> Tensor | None:
     return next((tensor for tensor in map(first_tensor, parts) if tensor is not None), None)
 
 
-def _numbers(tensor: Tensor) -> Numbers:
+def _numbers(tensor: Tensor, in_fp16: bool) -> Numbers:
     values = tensor.detach()
     values = values.float() if values.element_size() < 4 else values
     low, high = values.aminmax()
     wide = torch.linalg.vector_norm(values, dtype=torch.float64)  # squares may be beyond fp32
-    present = values != 0
-    lost = (present & (values.abs() < _FP16_LOST)).sum() / present.sum().clamp_min(1)
-    sums = (wide, values.mean().double(), torch.maximum(-low, high).double(), lost.double())
-    norm, mean, largest, share = torch.stack(sums).tolist()
+    sums = [wide, values.mean().double(), torch.maximum(-low, high).double()]
+    if in_fp16:
+        present = values != 0
+        lost = present & (values.abs() < _FP16_LOST)
+        sums.append(lost.sum().double() / present.sum().clamp_min(1))
+    norm, mean, largest, *share = torch.stack(sums).tolist()
     rms = norm / math.sqrt(values.numel())
     std = math.sqrt(max(rms * rms - mean * mean, 0.0)) if math.isfinite(norm) else math.nan
-    return Numbers(rms, norm, std, largest, share)
+    return Numbers(rms, norm, std, largest, *share)

@@ -79,6 +79,8 @@ class _Judge:
 
     def depth(self) -> Iterator[Verdict]:
         found = self.found
+        if any("Norm" in layer.kind for layer in found.layers):
+            return  # whatever the weights are, the norms set the size of what is behind them
         remedy = "" if any(units.kind == "ReLU" for units in found.units) else "Glorot"
         for what, factor, steps in (
             ("activations", found.factor, found.depth),
