@@ -101,8 +101,10 @@ def loss_form(loss_fn: Any, originals: Collection[nn.Parameter]) -> LossOf:
             first = next(iter(inspect.signature(loss_fn).parameters.values()), None)
             takes_model = first is not None and first.name in _MODEL_NAMES
     outside = set(map(id, originals))
+    checked = False
 
     def loss_of(model: nn.Module, batch: Any) -> Tensor:
+        nonlocal checked
         if takes_model:
             loss = loss_fn(model, batch)
         elif isinstance(batch, (tuple, list)) and len(batch) == 2:
@@ -122,7 +124,9 @@ def loss_form(loss_fn: Any, originals: Collection[nn.Parameter]) -> LossOf:
                 "examine: loss_fn: expected a loss that depends on the parameters, got one without "
                 "a graph; look for detach(), no_grad() or item() in the network"
             )
-        if any(id(getattr(node, "variable", None)) in outside for node in graph_nodes([loss])):
+        nodes = () if checked else graph_nodes([loss])
+        checked = True
+        if any(id(getattr(node, "variable", None)) in outside for node in nodes):
             raise ValueError(
                 "examine: loss_fn: expected a loss of the model that it is given, which is a copy, "
                 "got one that uses the original: write loss_fn=lambda model, batch: ... and take "
