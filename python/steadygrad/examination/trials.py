@@ -21,7 +21,7 @@ from steadygrad.examination.measuring import LossOf, copied, sharpness_of, train
 # and the rate is too large for the curvature: for the network as it is, which is given 128 steps, where it stays above
 # 0.3 of the largest stable one; for a remedy, which is given 16, where it is 5 times the stable one at the start, and
 # at the end of a warm-up still above 0.3.
-# docs/examine.md says how these numbers were found, and how well they foretell.
+# docs/examine.md says how these numbers were chosen, and how well they foretell runs that they were not chosen on.
 STEPS, REMEDY_STEPS = 128, 16
 _LOOKS = (16, 32, 64)
 _RISEN, _FALLEN, EDGE, _UNSTABLE = 5.0, 0.7, 0.3, 5.0
