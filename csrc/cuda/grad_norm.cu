@@ -32,7 +32,7 @@ struct NormArguments : NormCall {
   static constexpr int kGroupsPerLaunch = kGroups;
   static constexpr int kGradsPerLaunch = kGrads;
 
-  DeviceGroup groups[kGroups];
+  GroupOptions groups[kGroups];
   void* grads[kGrads];
 };
 using FewArguments = NormArguments<2, 400>;
@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(kLanes)
 
 template <class Arguments>
 void launch_partials(const char* function, const Tensors& tensors, const NormCall& call,
-                     const std::vector<DeviceGroup>& groups, bool brings_grads, Stream stream) {
+                     const std::vector<GroupOptions>& groups, bool brings_grads, Stream stream) {
   constexpr int32_t kGroupsPerLaunch = Arguments::kGroupsPerLaunch;
   constexpr int32_t kGradsPerLaunch = Arguments::kGradsPerLaunch;
   Arguments arguments{};
@@ -280,7 +280,8 @@ NormMemory take_norm_memory(const TensorTable& table, NormType type, Arena& aren
 
 void launch_grad_norm(const char* function, const Tensors& tensors, const TensorTable& table,
                       const NormMemory& memory, const StepOptions& options, const float* grad_scale,
-                      const std::vector<DeviceGroup>& groups, const StepBroadcast& broadcast, Stream stream) {
+                      const std::vector<GroupOptions>& groups, const StepBroadcast& broadcast,
+                      Stream stream) {
   NormCall call{};
   call.table = table;
   call.memory = memory;
