@@ -21,6 +21,8 @@ constexpr double kLaunchBytes = 10 << 20;
 // What a plan for one read has to save: the model has met no hardware, and two reads are the safe choice.
 constexpr double kWorthATeam = 1.25;
 
+constexpr int64_t kNcclMultiprocessors = 16;
+
 enum class Choice : uint8_t { cheaper, one_read, two_reads };
 
 Choice chosen_path() {
@@ -31,6 +33,22 @@ Choice chosen_path() {
   if (text == "two_reads") return Choice::two_reads;
   throw std::invalid_argument("STEADYGRAD_BATCH_NORM_PATH: expected one_read or two_reads, got '" + text +
                               "'");
+}
+
+// Multiprocessors to leave alone: a cooperative launch waits until there is room for all of its blocks, and
+// NCCL's kernels, which a data-parallel backward runs beside it, hold some for as long as they communicate.
+int64_t launch_margin() {
+  const char* const value = std::getenv("STEADYGRAD_BATCH_NORM_MARGIN");
+  if (value == nullptr || *value == '\0') {
+    const char* const processes = std::getenv("WORLD_SIZE");
+    return processes != nullptr && std::atoi(processes) > 1 ? kNcclMultiprocessors : 0;
+  }
+  char* end = nullptr;
+  const long margin = std::strtol(value, &end, 10);
+  if (*end == '\0' && margin >= 0) return margin;
+  throw std::invalid_argument(
+      "STEADYGRAD_BATCH_NORM_MARGIN: expected a number of multiprocessors, 0 or more, got '" +
+      std::string(value) + "'");
 }
 
 int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -103,8 +121,8 @@ Teams plan_teams(const char* function, const Tiles& tiles, int copies, Stream st
       attribute(function, cudaDevAttrMaxSharedMemoryPerBlockOptin, stream));
   const int64_t left =
       std::max<int64_t>(0, shared - (fp64 ? kTeamStaticBytes<double> : kTeamStaticBytes<float>));
-  const Limits limits{attribute(function, cudaDevAttrMultiProcessorCount, stream) * at_once,
-                      left / (unit_bytes * copies * kTileThreads)};
+  const int64_t free = attribute(function, cudaDevAttrMultiProcessorCount, stream) - launch_margin();
+  const Limits limits{std::max<int64_t>(0, free) * at_once, left / (unit_bytes * copies * kTileThreads)};
 
   const int64_t partial_bytes = copies == 1 ? sizeof(Moments) : sizeof(GradientSums);
   const double numel = static_cast<double>(tiles.numel());

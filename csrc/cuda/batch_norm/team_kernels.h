@@ -117,8 +117,8 @@ __device__ __forceinline__ void total_of_team(const Teams& teams, int64_t team, 
   __syncthreads();
 }
 
-// Launches a kernel of teams; false, and nothing is launched, where its blocks do not fit on the device at a
-// time.
+// Launches a kernel of teams; false, and nothing is launched, where its blocks do not run all at a time: the
+// device has too little room, or this process is given a part of it only (MPS, green contexts).
 template <class Arguments>
 bool launch_teams(const char* function, Stream stream, void (*kernel)(Arguments), const Teams& teams,
                   int copies, int64_t unit_bytes, const std::decay_t<Arguments>& arguments) {
@@ -139,7 +139,12 @@ bool launch_teams(const char* function, Stream stream, void (*kernel)(Arguments)
   config.stream = static_cast<cudaStream_t>(stream.handle);
   config.attrs = &cooperative;
   config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, kernel, arguments), function);
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments);
+  if (error == cudaErrorCooperativeLaunchTooLarge) {
+    cudaGetLastError();  // not to be found by the next call
+    return false;
+  }
+  check(error, function);
   count_launch();
   return true;
 }
