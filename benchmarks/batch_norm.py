@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,23 +42,16 @@ _SMALL = (4, 19, 5, 5)
 
 @dataclass(frozen=True)
 class Layer:
-    """One call that is measured.
+    """One call that is measured."""
 
-    Attributes:
-        shape: of the input; the second dimension is the channels.
-        dtype: of the input; parameters and running statistics are fp32, as under autocast.
-        channels_last: the layout of 4-D input.
-        add: whether a residual is added.
-        relu: whether ReLU follows.
-        training: forward and backward; else forward alone, with the running statistics.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    channels_last: bool = False
-    add: bool = False
-    relu: bool = False
-    training: bool = True
+    shape: tuple[int, ...]  # of the input; the second dimension is the channels
+    dtype: (
+        torch.dtype
+    )  # of the input; parameters and running statistics are fp32, as under autocast
+    channels_last: bool = False  # the layout of 4-D input
+    add: bool = False  # whether a residual is added
+    relu: bool = False  # whether ReLU follows
+    training: bool = True  # forward and backward; else forward alone, with the running statistics
 
 
 @contextmanager
@@ -77,16 +70,11 @@ def path(name: str | None) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Side:
-    """One implementation of a layer.
+    """One implementation of a layer."""
 
-    Attributes:
-        name: what the tables call it.
-        in_place: whether torch adds the residual and takes ReLU in place, as in torchvision's ResNet.
-        setting: what holds during its calls: whether torch may use cuDNN, or which path ours takes.
-    """
-
-    name: str
-    in_place: bool = False
+    name: str  # what the tables call it
+    in_place: bool = False  # whether torch adds and takes ReLU in place, as in torchvision's ResNet
+    # What holds during its calls: whether torch may use cuDNN, or which path ours takes.
     setting: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def build(self, layer: Layer, device: torch.device) -> Candidate:
@@ -239,27 +227,21 @@ def cuda_cases() -> Iterator[Case]:
     The two largest shapes of each fusion, dtype and layout come first.
     """
     halves = (torch.float16, torch.bfloat16)
-    few = {fusion: shapes[:2] for fusion, shapes in _RESNET50.items()}
-    rest = {fusion: shapes[2:] for fusion, shapes in _RESNET50.items()}
-    for channels_last in (True, False):
-        for dtype in (*halves, torch.float32):
-            yield from _resnet50(dtype, channels_last, few)
-    for dtype in halves:
-        yield from _resnet50(dtype, True, rest)
-    for channels_last in (True, False):
-        yield from _resnet50(torch.float32, channels_last, rest)
+    few, rest = (
+        {fusion: shapes[part] for fusion, shapes in _RESNET50.items()}
+        for part in (slice(2), slice(2, None))
+    )
+    order = (
+        *((dtype, last, few) for last in (True, False) for dtype in (*halves, torch.float32)),
+        *((dtype, True, rest) for dtype in halves),
+        *((torch.float32, last, rest) for last in (True, False)),
+    )
+    for dtype, channels_last, fusions in order:
+        for (add, relu_), chosen in fusions.items():
+            for channels, height in chosen:
+                layer = Layer((_BATCH, channels, height, height), dtype, channels_last, add, relu_)
+                quick = dtype == torch.float16 and channels_last and (channels, height) == (256, 56)
+                yield batch_norm_case(layer, cuda=True, quick=quick)
     for add, relu_ in _NAMES:
         layer = Layer((_BATCH, 256, 56, 56), torch.float16, True, add, relu_, training=False)
         yield batch_norm_case(layer, cuda=True)
-
-
-def _resnet50(
-    dtype: torch.dtype,
-    channels_last: bool,
-    shapes: Mapping[tuple[bool, bool], tuple[tuple[int, int], ...]],
-) -> Iterator[Case]:
-    for (add, relu_), chosen in shapes.items():
-        for channels, height in chosen:
-            layer = Layer((_BATCH, channels, height, height), dtype, channels_last, add, relu_)
-            quick = dtype == torch.float16 and channels_last and (channels, height) == (256, 56)
-            yield batch_norm_case(layer, cuda=True, quick=quick)

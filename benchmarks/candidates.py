@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import softshrink
-from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 import steadygrad as sg
 from benchmarks.shapes import ModelShapes
@@ -37,9 +37,14 @@ class Workload:
     Every candidate gets a workload of its own with the same numbers: it starts with cold buffers, and what one
     candidate writes never changes the work of another.
 
-    Attributes:
-        params: the parameters, with their gradients.
-        fraction: what `clip_grad_value_` clips at, and `limit` over the norm that was drawn.
+    Args:
+        model: the shapes.
+        params: draw the parameters; otherwise their memory is reserved and never touched.
+        grads: draw the gradients; otherwise the parameters have none.
+        clip_active: start with a limit of half the gradients' norm, which `tighten` lowers; otherwise the limit is
+            twice the norm and stays.
+        dtype: of parameters and gradients.
+        device: where the tensors live; the CPU by default.
     """
 
     def __init__(
@@ -52,17 +57,6 @@ class Workload:
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> None:
-        """Draw the numbers.
-
-        Args:
-            model: the shapes.
-            params: draw the parameters; otherwise their memory is reserved and never touched.
-            grads: draw the gradients; otherwise the parameters have none.
-            clip_active: start with a limit of half the gradients' norm, which `tighten` lowers; otherwise the limit is
-                twice the norm and stays.
-            dtype: of parameters and gradients.
-            device: where the tensors live; the CPU by default.
-        """
         self.device = device or torch.device("cpu")
         generator = torch.Generator(self.device).manual_seed(0)
 
@@ -73,17 +67,13 @@ class Workload:
         self._clip_active = clip_active
         # The norm of n standard normal numbers is sqrt(n) within a fraction of a per cent.
         self._norm = math.sqrt(model.elements)
-        self.fraction = 0.5 if clip_active else 2.0
+        self.fraction = 0.5 if clip_active else 2.0  # what values are clipped at; limit over norm
         self.params: list[torch.nn.Parameter] = []
         for shape in model.shapes:
             grad = drawn(shape, True) if grads else None
             self.params.append(torch.nn.Parameter(drawn(shape, params)))
             self.params[-1].grad = grad
-
-    @property
-    def grads(self) -> list[Tensor]:
-        """The gradients, in the order of the parameters."""
-        return [param.grad for param in self.params if param.grad is not None]
+        self.grads = [param.grad for param in self.params if param.grad is not None]
 
     @property
     def limit(self) -> float:
@@ -101,38 +91,17 @@ Build = Callable[[Workload], Candidate]
 MakeOptimizer = Callable[..., Any]
 
 
-def clip_grad_norm(load: Workload) -> Candidate:
-    """steadygrad.clip_grad_norm_."""
-    return Candidate(OURS, lambda: sg.clip_grad_norm_(load.params, load.limit), load.tighten)
+def both(
+    ours: Callable[..., object],
+    torchs: Callable[..., object],
+    arguments: Callable[[Workload], tuple[Any, ...]],
+) -> tuple[Build, Build]:
+    """A function of steadygrad and torch's, which takes its foreach path on plain tensors, called alike."""
 
+    def build(name: str, function: Callable[..., object]) -> Build:
+        return lambda load: Candidate(name, lambda: function(*arguments(load)), load.tighten)
 
-def total_norm(load: Workload) -> Candidate:
-    """steadygrad.get_total_norm."""
-    grads = load.grads
-    return Candidate(OURS, lambda: sg.get_total_norm(grads))
-
-
-def clip_grad_value(load: Workload) -> Candidate:
-    """steadygrad.clip_grad_value_."""
-    return Candidate(OURS, lambda: sg.clip_grad_value_(load.params, load.fraction), load.tighten)
-
-
-def torch_clip_grad_norm(load: Workload) -> Candidate:
-    """torch.nn.utils.clip_grad_norm_, which takes its foreach path on plain tensors."""
-    return Candidate(TORCH_FOREACH, lambda: clip_grad_norm_(load.params, load.limit), load.tighten)
-
-
-def torch_total_norm(load: Workload) -> Candidate:
-    """torch.nn.utils.get_total_norm over the gradients."""
-    grads = load.grads
-    return Candidate(TORCH_FOREACH, lambda: get_total_norm(grads))
-
-
-def torch_clip_grad_value(load: Workload) -> Candidate:
-    """torch.nn.utils.clip_grad_value_, one pass for each of the two bounds."""
-    return Candidate(
-        TORCH_FOREACH, lambda: clip_grad_value_(load.params, load.fraction), load.tighten
-    )
+    return build(OURS, ours), build(TORCH_FOREACH, torchs)
 
 
 def stabilizer_step(make: MakeOptimizer) -> Build:
@@ -182,11 +151,10 @@ def folded_step(make: MakeOptimizer) -> Build:
     """
 
     def build(load: Workload) -> Candidate:
-        grads = load.grads
         optimizer = make(load.params, fused=True)
 
         def run() -> None:
-            scale = ((get_total_norm(grads).float() + 1e-6) / load.limit).clamp_(min=1.0)
+            scale = ((get_total_norm(load.grads).float() + 1e-6) / load.limit).clamp_(min=1.0)
             optimizer.grad_scale = scale
             optimizer.step()
 
@@ -198,68 +166,56 @@ def folded_step(make: MakeOptimizer) -> Build:
 def penalties(l1: float, l2: float) -> tuple[Build, ...]:
     """steadygrad.add_penalty_, then its peers: autograd on a term of the loss, the usual loop, foreach calls."""
 
-    def ours(load: Workload) -> Candidate:
-        return Candidate(OURS, lambda: sg.add_penalty_(load.params, l1=l1, l2=l2))
+    def autograd(load: Workload) -> None:
+        penalty = torch.zeros((), device=load.device)
+        for param in load.params:
+            penalty = penalty + l1 * param.abs().sum() + 0.5 * l2 * param.square().sum()
+        penalty.backward()
 
-    def autograd(load: Workload) -> Candidate:
-        def run() -> Tensor:
-            penalty = torch.zeros((), device=load.device)
-            for param in load.params:
-                penalty = penalty + l1 * param.abs().sum() + 0.5 * l2 * param.square().sum()
-            penalty.backward()
-            return penalty
+    @torch.no_grad()
+    def loop(load: Workload) -> Tensor:
+        penalty = torch.zeros((), device=load.device)
+        for param, grad in zip(load.params, load.grads, strict=True):
+            grad.add_(param.sign(), alpha=l1).add_(param, alpha=l2)
+            penalty += l1 * param.abs().sum() + 0.5 * l2 * param.square().sum()
+        return penalty
 
-        return Candidate("torch autograd", run)
+    @torch.no_grad()
+    def foreach(load: Workload) -> Tensor:
+        params: list[Tensor] = [*load.params]
+        torch._foreach_add_(load.grads, torch._foreach_sign(params), alpha=l1)
+        torch._foreach_add_(load.grads, params, alpha=l2)
+        absolute = torch.stack(torch._foreach_norm(params, 1)).sum()
+        squared = torch.stack(torch._foreach_norm(params, 2)).square().sum()
+        return l1 * absolute + 0.5 * l2 * squared
 
-    def loop(load: Workload) -> Candidate:
-        pairs = list(zip(load.params, load.grads, strict=True))
-
-        @torch.no_grad()
-        def run() -> Tensor:
-            penalty = torch.zeros((), device=load.device)
-            for param, grad in pairs:
-                grad.add_(param.sign(), alpha=l1).add_(param, alpha=l2)
-                penalty += l1 * param.abs().sum() + 0.5 * l2 * param.square().sum()
-            return penalty
-
-        return Candidate("torch loop", run)
-
-    def foreach(load: Workload) -> Candidate:
-        params: list[Tensor] = list(load.params)
-        grads = load.grads
-
-        @torch.no_grad()
-        def run() -> Tensor:
-            torch._foreach_add_(grads, torch._foreach_sign(params), alpha=l1)
-            torch._foreach_add_(grads, params, alpha=l2)
-            absolute = torch.stack(torch._foreach_norm(params, 1)).sum()
-            squared = torch.stack(torch._foreach_norm(params, 2)).square().sum()
-            return l1 * absolute + 0.5 * l2 * squared
-
-        return Candidate(TORCH_FOREACH, run)
-
-    return ours, autograd, loop, foreach
+    return (
+        _calling(OURS, lambda load: sg.add_penalty_(load.params, l1=l1, l2=l2)),
+        _calling("torch autograd", autograd),
+        _calling("torch loop", loop),
+        _calling(TORCH_FOREACH, foreach),
+    )
 
 
 def thresholds(amount: float) -> tuple[Build, ...]:
     """steadygrad.soft_threshold_, then its peers: the textbook formula, and torch's softshrink copied back."""
 
-    def ours(load: Workload) -> Candidate:
-        return Candidate(OURS, lambda: sg.soft_threshold_(load.params, amount))
+    @torch.no_grad()
+    def formula(load: Workload) -> None:
+        for param in load.params:
+            param.copy_(param.sign() * (param.abs() - amount).clamp_(min=0.0))
 
-    def peer(name: str, shrink: Callable[[Tensor], Tensor]) -> Build:
-        def build(load: Workload) -> Candidate:
-            @torch.no_grad()
-            def run() -> None:
-                for param in load.params:
-                    param.copy_(shrink(param))
+    @torch.no_grad()
+    def shrink(load: Workload) -> None:
+        for param in load.params:
+            param.copy_(softshrink(param, amount))
 
-            return Candidate(name, run)
+    return (
+        _calling(OURS, lambda load: sg.soft_threshold_(load.params, amount)),
+        _calling("torch sign * clamp", formula),
+        _calling("torch softshrink", shrink),
+    )
 
-        return build
 
-    def formula(param: Tensor) -> Tensor:
-        return param.sign() * (param.abs() - amount).clamp_(min=0.0)
-
-    composite = peer("torch sign * clamp", formula)
-    return ours, composite, peer("torch softshrink", lambda param: softshrink(param, amount))
+def _calling(name: str, call: Callable[[Workload], object]) -> Build:
+    return lambda load: Candidate(name, lambda: call(load))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch.nn import utils
 
 import steadygrad as sg
 from benchmarks import candidates as sides
@@ -30,46 +31,28 @@ from steadygrad.optim import lion
 _DEVICE_BOUND = 2**26
 
 
-# Makes a peer's builder from what makes its optimizer.
-Peer = Callable[[MakeOptimizer], Build]
+Peer = Callable[[MakeOptimizer], Build]  # makes a peer's builder from what makes its optimizer
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation on parameters, ours and its peers.
+    """One operation on parameters, ours and its peers."""
 
-    Attributes:
-        key: short name, first half of the case keys.
-        title: name for people.
-        values: the floor: values of the parameters' dtype that our path has to move per element.
-        buffers: values per element that one call touches, of parameter, gradient and states.
-        builds: ours first, then the peers.
-        params: whether the parameters are read.
-        grads: whether the gradients are read.
-        clip_active: whether gradients exceed the limit.
-    """
-
-    key: str
-    title: str
-    values: int
-    buffers: int
-    builds: tuple[Build, ...]
-    params: bool = True
-    grads: bool = True
-    clip_active: bool = True
+    key: str  # short name, first half of the case keys
+    title: str  # name for people
+    values: int  # the floor: values of the parameters' dtype that our path has to move per element
+    buffers: int  # values per element that one call touches, of parameter, gradient and states
+    builds: tuple[Build, ...]  # ours first, then the peers
+    params: bool = True  # whether the parameters are read
+    grads: bool = True  # whether the gradients are read
+    clip_active: bool = True  # whether gradients exceed the limit
 
     def workload(
         self, model: ModelShapes, dtype: torch.dtype, device: torch.device | None = None
     ) -> Workload:
         """Draw fresh buffers of the given shapes for one candidate."""
-        return Workload(
-            model,
-            params=self.params,
-            grads=self.grads,
-            clip_active=self.clip_active,
-            dtype=dtype,
-            device=device,
-        )
+        used = {"params": self.params, "grads": self.grads, "clip_active": self.clip_active}
+        return Workload(model, **used, dtype=dtype, device=device)
 
 
 def model_case(
@@ -129,9 +112,13 @@ def _operations() -> Iterator[Operation]:
     default = partial(sides.clip_then_step, name=sides.CLIP_DEFAULT)
     foreach = partial(sides.clip_then_step, name=sides.CLIP_FOREACH, foreach=True)
     folded = sides.folded_step
-    clip = (sides.clip_grad_norm, sides.torch_clip_grad_norm)
-    norm = (sides.total_norm, sides.torch_total_norm)
-    value = (sides.clip_grad_value, sides.torch_clip_grad_value)
+    clip = sides.both(
+        sg.clip_grad_norm_, utils.clip_grad_norm_, lambda load: (load.params, load.limit)
+    )
+    norm = sides.both(sg.get_total_norm, utils.get_total_norm, lambda load: (load.grads,))
+    value = sides.both(
+        sg.clip_grad_value_, utils.clip_grad_value_, lambda load: (load.params, load.fraction)
+    )
     yield Operation("clip_active", "clip_grad_norm_, active", 3, 1, clip, params=False)
     yield Operation(
         "clip_inactive", "clip_grad_norm_, inactive", 1, 1, clip, params=False, clip_active=False

@@ -16,7 +16,6 @@ behind it. Where the source came without its history, STEADYGRAD_REVISION names 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import re
@@ -62,33 +61,20 @@ KERNELS = (
     "|soft_threshold|statistics|normalize|gradient_sums|input_gradient|one_read_forward|one_read_backward"
     "|finish_gradients|combine)_kernel"
 )
+Say = Callable[[str], object]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of a call.
+    """One command of a call."""
 
-    Attributes:
-        name: what the summary calls it.
-        command: program and arguments.
-        limit: seconds on the schedule.
-        log: file in the output folder that its output is added to.
-        modules: Python modules without which it cannot run.
-        tools: programs without which it cannot run.
-        optional: whether the call goes well without it.
-        unless: name of the stage whose success makes this one needless.
-        environment: variables on top of this process's.
-    """
-
-    name: str
+    name: str  # what the summary calls it
     command: tuple[str, ...]
-    limit: float
-    log: str
-    modules: tuple[str, ...] = ()
-    tools: tuple[str, ...] = ()
-    optional: bool = False
-    unless: str = ""
-    environment: dict[str, str] = field(default_factory=dict)
+    limit: float  # seconds on the schedule
+    log: str  # file in the output folder that its output is added to
+    optional: bool = False  # whether the call goes well without it
+    unless: str = ""  # name of the stage whose success makes this one needless
+    environment: dict[str, str] = field(default_factory=dict)  # on top of this process's
 
 
 @dataclass(frozen=True)
@@ -130,148 +116,100 @@ def _installs(python: str, limit: float) -> list[Stage]:
     for wheel in sorted(CARRIED.glob("steadygrad-*.whl"))[-1:]:
         both = (shlex.join((*install, str(wheel))), shlex.join((python, "-c", loads)))
         command = ("sh", "-c", " && ".join(both))
-        stages.append(Stage("carried wheel", command, 15, "build.log", ("pip",), optional=True))
-    build: tuple[str, ...] = (
-        *install,
-        "--no-build-isolation",
-        "-C",
-        f"build-dir={ROOT / 'build' / 'gpu'}",
-    )
-    build += ("-C", "cmake.define.STEADYGRAD_CUDA=REQUIRED", ".")
-    modules, tools = ("pip", "pybind11", "scikit_build_core"), ("cmake", "ninja")
+        stages.append(Stage("carried wheel", command, 15, "build.log", optional=True))
+        limit -= 15
+    folder, cuda = f"build-dir={ROOT / 'build' / 'gpu'}", "cmake.define.STEADYGRAD_CUDA=REQUIRED"
+    build = (*install, "--no-build-isolation", "-C", folder, "-C", cuda, ".")
     variables = {"CUDAARCHS": _architectures()}
-    seconds = limit - sum(stage.limit for stage in stages)
     return [
         *stages,
-        Stage(
-            *("build", build, seconds, "build.log", modules, tools),
-            unless="carried wheel",
-            environment=variables,
-        ),
+        Stage("build", build, limit, "build.log", unless="carried wheel", environment=variables),
     ]
 
 
 def _tests(python: str, which: str, limit: float, workers: int, *folders: str) -> Stage:
-    # One line a test as it ends; what failed is shown in full at the end, or at SIGINT.
-    options: tuple[str, ...] = (
-        "-v",
-        "-rN",
-        "--maxfail=50",
-        "--durations=10",
-        "-p",
-        "no:cacheprovider",
+    # One line a test as it ends; what failed is shown in full at the end, or at SIGINT. What is ignored imports
+    # packages that are not here.
+    options = shlex.split(
+        f"-v -rN --maxfail=50 --durations=10 -p no:cacheprovider -n {workers} --dist worksteal "
+        "--hypothesis-profile gpu --ignore=tests/benchmarks --ignore=tests/integrations --ignore=tests/study"
     )
-    options += ("-n", str(workers), "--dist", "worksteal", "--hypothesis-profile", "gpu")
-    # Their imports need packages that are not here.
-    for folder in ("benchmarks", "integrations", "study"):
-        options += (f"--ignore=tests/{folder}",)
     command = (python, "-m", "pytest", *options, "-m", which, *folders)
-    return Stage("tests", command, limit, "tests.log", ("torch", "pytest", "hypothesis", "xdist"))
+    return Stage("tests", command, limit, "tests.log")
 
 
 def _sanitizer(python: str, tool: str, limit: float, *dtypes: str) -> Stage:
-    command = (
-        *("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"),
-        # torch asks the driver for functions that it may not have; that is not our error.
-        *("--report-api-errors", "no"),
-        *(python, "-m", "tests.sanitize.every_kernel_once", "--dtypes", *dtypes),
-    )
-    return Stage(
-        *(tool, command, limit, "sanitizers.log", ("torch",), ("compute-sanitizer",)),
-        environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-    )
-
-
-def _machine(python: str, out: Path) -> Stage:
-    command = (python, "-m", "benchmarks.environment", str(out / "machine.json"))
-    return Stage("machine", command, 10, "build.log", ("torch",))
+    # torch asks the driver for functions that it may not have; an API error is not ours.
+    options = f"--tool {tool} --error-exitcode 9 --print-limit 20 --report-api-errors no".split()
+    kernels = (python, "-m", "tests.sanitize.every_kernel_once", "--dtypes", *dtypes)
+    command = ("compute-sanitizer", *options, *kernels)
+    caching = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return Stage(tool, command, limit, "sanitizers.log", environment=caching)
 
 
 def plan(python: str, out: Path) -> dict[str, list[Stage]]:
     """Return what runs on a machine with a GPU; what matters least comes last."""
-    doctor = Stage("doctor", (python, "-m", "steadygrad", "doctor"), 15, "build.log", ("torch",))
-    metrics = ("--metrics", ",".join(METRICS), "--clock-control", "none", "--csv", "--page", "raw")
-    kernels = ("--profile-from-start", "off", "--kernel-name", f"regex:{KERNELS}")
-    benchmark = ("--device", "cuda", "--limit", "135", "--out", str(out / "benchmark.json"))
-    ncu = ("ncu", *metrics, *kernels, "--log-file", str(out / "ncu.csv"))
-    all_dtypes = ("float32", "bfloat16", "float16", "float64")
+    module = (python, "-m")
+    machine = (*module, "benchmarks.environment", str(out / "machine.json"))
+    numbers = ("--out", str(out / "benchmark.json"))
+    benchmark = (*module, "benchmarks", "--device", "cuda", "--limit", "135", *numbers)
+    options = shlex.split("--clock-control none --csv --page raw --profile-from-start off")
+    chosen = ("--metrics", ",".join(METRICS), "--kernel-name", f"regex:{KERNELS}")
+    log = ("--log-file", str(out / "ncu.csv"))
+    ncu = ("ncu", *chosen, *options, *log, *module, "benchmarks.profiled_step")
     return {
         "correctness": [
             *_installs(python, 75),
-            doctor,
-            _machine(python, out),
-            _sanitizer(python, "memcheck", 45, *all_dtypes),
+            Stage("doctor", (*module, "steadygrad", "doctor"), 15, "build.log"),
+            Stage("machine", machine, 10, "build.log"),
+            _sanitizer(python, "memcheck", 45, "float32", "bfloat16", "float16", "float64"),
             _tests(python, TESTS, 120, 8, "tests"),
             _sanitizer(python, "racecheck", 40, "float32", "bfloat16"),
             _sanitizer(python, "initcheck", 25, "float32", "bfloat16"),
         ],
         "figures": [
             *_installs(python, 50),
-            Stage(
-                *("benchmark", (python, "-m", "benchmarks", *benchmark), 150, "benchmark.log"),
-                modules=("torch", "rich"),
-            ),
-            Stage(
-                *("profile", (*ncu, python, "-m", "benchmarks.profiled_step"), 40, "benchmark.log"),
-                modules=("torch",),
-                tools=("ncu",),
-                optional=True,
-            ),
+            Stage("benchmark", benchmark, 150, "benchmark.log"),
+            Stage("profile", ncu, 40, "benchmark.log", optional=True),
         ],
     }
 
 
 def rehearsal(python: str, out: Path) -> dict[str, list[Stage]]:
     """Return the same without a GPU: the emulated kernels are slower, so of the tests only those run that fit."""
-    once = (python, "-m", "tests.sanitize.every_kernel_once", "--emulate")
-    benchmark = ("--device", "emulated", "--out", str(out / "benchmark.json"))
-    needs = ("torch", "steadygrad_emulated")
-    which = TESTS.replace("gpu", "emulated")
+    module = (python, "-m")
+    machine = (*module, "benchmarks.environment", str(out / "machine.json"))
+    once = (*module, "tests.sanitize.every_kernel_once", "--emulate")
+    numbers = ("--out", str(out / "benchmark.json"))
+    benchmark = (*module, "benchmarks", "--device", "emulated", *numbers)
+    folders = ("tests/clip", "tests/penalty", "tests/policies")
     return {
         "correctness": [
-            Stage("doctor", (python, "-m", "steadygrad", "doctor"), 30, "build.log", ("torch",)),
-            _machine(python, out),
-            Stage("each operation once", once, 120, "sanitizers.log", needs),
-            _tests(python, which, 300, 1, "tests/clip", "tests/penalty", "tests/policies"),
+            Stage("doctor", (*module, "steadygrad", "doctor"), 30, "build.log"),
+            Stage("machine", machine, 10, "build.log"),
+            Stage("each operation once", once, 120, "sanitizers.log"),
+            _tests(python, TESTS.replace("gpu", "emulated"), 300, 1, *folders),
         ],
-        "figures": [
-            Stage(
-                *("benchmark", (python, "-m", "benchmarks", *benchmark), 300, "benchmark.log"),
-                modules=needs,
-            ),
-        ],
+        "figures": [Stage("benchmark", benchmark, 300, "benchmark.log")],
     }
 
 
-def extend_path() -> None:
-    """Let stages find programs that lie beside this Python, and nvcc where it usually is."""
-    cuda = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    beside = Path(sys.executable).parent
-    os.environ["PATH"] = os.pathsep.join([str(beside), os.environ["PATH"], f"{cuda}/bin"])
-
-
-def missing(stage: Stage) -> list[str]:
-    """Return the modules and tools that a stage needs and this machine lacks."""
-    importlib.invalidate_caches()  # an earlier stage may have installed what this one needs
-    modules = [name for name in stage.modules if importlib.util.find_spec(name) is None]
-    return modules + [name for name in stage.tools if shutil.which(name) is None]
-
-
-def run_stage(stage: Stage, out: Path, seconds: float, say: Callable[[str], None]) -> Outcome:
+def run_stage(stage: Stage, out: Path, seconds: float, say: Say) -> Outcome:
     """Run one stage for at most `seconds`; its whole process group ends with it.
 
     Its output goes to its log line by line, and what looks like a failure is said at once.
     """
-    if lacks := missing(stage):
-        return Outcome(stage, f"{', '.join(lacks)} not found", 0.0)
     start = time.monotonic()
     environment = {**os.environ, "COLUMNS": "140", "PIP_NO_INDEX": "1", "PYTHONUNBUFFERED": "1"}
     # pip refuses constraints for a build that has no environment of its own.
     environment.pop("PIP_BUILD_CONSTRAINT", None)
-    process = subprocess.Popen(
-        stage.command, cwd=ROOT, env={**environment, **stage.environment}, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+    try:
+        process = subprocess.Popen(
+            stage.command, cwd=ROOT, env={**environment, **stage.environment}, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    except FileNotFoundError as error:
+        return Outcome(stage, f"{error.filename} not found", 0.0)
     assert process.stdout is not None
     reader = Thread(target=_copy, args=(process.stdout, stage, out, say), daemon=True)
     reader.start()
@@ -293,7 +231,7 @@ def run_stage(stage: Stage, out: Path, seconds: float, say: Callable[[str], None
     return Outcome(stage, verdict, time.monotonic() - start)
 
 
-def _copy(output: IO[bytes], stage: Stage, out: Path, say: Callable[[str], None]) -> None:
+def _copy(output: IO[bytes], stage: Stage, out: Path, say: Say) -> None:
     with (out / stage.log).open("ab") as log, output:
         log.write(f"\n== {stage.name}: {shlex.join(stage.command)}\n".encode())
         for line in output:
@@ -306,8 +244,8 @@ def _copy(output: IO[bytes], stage: Stage, out: Path, say: Callable[[str], None]
 def run_all(
     stages: Iterable[Stage],
     out: Path,
-    say: Callable[[str], None],
-    runner: Callable[[Stage, Path, float, Callable[[str], None]], Outcome] = run_stage,
+    say: Say,
+    runner: Callable[[Stage, Path, float, Say], Outcome] = run_stage,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[Outcome]:
     """Run the stages in turn, each until its end on the schedule."""
@@ -353,31 +291,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     option("--dry", action="store_true", help="only say what would run")
     option("--out", type=Path, default=Path("out/gpu"), metavar="DIR", help="default: out/gpu")
     options = parser.parse_args(argv)
-    extend_path()
+    # Stages find programs that lie beside this Python, and nvcc where it usually is.
+    cuda = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    beside = str(Path(sys.executable).parent)
+    os.environ["PATH"] = os.pathsep.join([beside, os.environ["PATH"], f"{cuda}/bin"])
     out = options.out.resolve()
     calls = (rehearsal if options.rehearse else plan)(sys.executable, out)
     failed = 0
     for call, stages in calls.items():
-        if options.call in (None, call):
-            failed += (_describe if options.dry else _run)(call, stages, out)
+        if options.call not in (None, call):
+            continue
+        if not options.dry:
+            failed += run_call(call, stages, out)
+            continue
+        total = sum(stage.limit for stage in stages)
+        sys.stdout.write(f"{call}: {total:.0f} s at most, into {', '.join(LOGS[call])}\n")
+        for stage in stages:
+            unless = f", unless {stage.unless} went well" if stage.unless else ""
+            lacks = "" if shutil.which(stage.command[0]) else f", {stage.command[0]} not found"
+            sys.stdout.write(f"  {stage.name}, {stage.limit:.0f} s{unless}{lacks}\n")
+            sys.stdout.write(f"      {shlex.join(stage.command)}\n")
     if not options.dry and not options.rehearse and (kept := keep_result(out)):
         sys.stdout.write(f"Numbers copied to {kept}; make performance renews the page\n")
     return 1 if failed else 0
 
 
-def _describe(call: str, stages: Sequence[Stage], out: Path) -> int:
-    total = sum(stage.limit for stage in stages)
-    lines = [f"{call}: {total:.0f} s at most, into {', '.join(LOGS[call])}"]
-    for stage in stages:
-        lacks = f"  (not found: {', '.join(missing(stage))})" if missing(stage) else ""
-        unless = f", unless {stage.unless} went well" if stage.unless else ""
-        lines.append(f"  {stage.name}, {stage.limit:.0f} s{unless}{lacks}")
-        lines.append(f"      {shlex.join(stage.command)}")
-    sys.stdout.write("\n".join(lines) + "\n")
-    return 0
-
-
-def _run(call: str, stages: Sequence[Stage], out: Path) -> int:
+def run_call(call: str, stages: Sequence[Stage], out: Path) -> int:
     """Run a call; return how many of its stages failed. What was said is in a file, too, as it comes."""
     out.mkdir(parents=True, exist_ok=True)
     for name in LOGS[call]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,21 +26,17 @@ HEADER = (
 )
 
 
-def decades_to_the_marks(model: nn.Module, task: study.TemporalOrder) -> tuple[float, ...]:
+def decades_to_the_marks(model: Any, task: study.TemporalOrder) -> tuple[float, ...]:
     """Return the median over sequences of log10 |dL/dh_t| / |dL/dh_T|, at the two marks."""
     inputs, targets = next(task.batches(200, torch.Generator().manual_seed(99)))
-    weights = dict(model.named_parameters())
-    state = torch.zeros(len(inputs), 50)
+    state: Tensor | None = None
     states: list[Tensor] = []
-    bias = weights["recurrent.bias_ih_l0"] + weights["recurrent.bias_hh_l0"]
     for step in inputs.unbind(1):
-        recurrent = state @ weights["recurrent.weight_hh_l0"].T
-        state = torch.tanh(step @ weights["recurrent.weight_ih_l0"].T + recurrent + bias)
+        state = model.recurrent(step[:, None], state)[1]
         state.retain_grad()
         states.append(state)
-    outputs = state @ weights["output.weight"].T + weights["output.bias"]
-    cross_entropy(outputs, targets, reduction="sum").backward()
-    norms = torch.stack([each.grad.norm(dim=1) for each in states if each.grad is not None], 1)
+    cross_entropy(model.output(states[-1][0]), targets, reduction="sum").backward()
+    norms = torch.stack([each.grad[0].norm(dim=1) for each in states if each.grad is not None], 1)
     decades = (norms / norms[:, -1:]).log10()
     marks = (inputs[:, :, :2].sum(2) > 0).nonzero()[:, 1].view(-1, 2)
     return tuple(decades.gather(1, marks).median(0).values.tolist())

@@ -6,31 +6,22 @@ import ctypes
 import datetime
 import gc
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks import environment
-from benchmarks.case import Build, Case
+from benchmarks.case import Case
 from benchmarks.cases import CASES, CUDA_CASES
 from benchmarks.results import SCHEMA, Result, judge, summaries
-from benchmarks.timer import (
-    Candidate,
-    CudaEvents,
-    DeviceRace,
-    Events,
-    Race,
-    Timing,
-    once_over,
-    quartiles,
-    rotating,
-)
+from benchmarks.timer import Candidate, CudaEvents, DeviceRace, Race, Timing, once_over, rotating
 
 # Bytes of the yardstick's buffers where the caches are small.
 _SMALLEST_BUFFER = 256 * 2**20
@@ -38,8 +29,6 @@ _SMALLEST_BUFFER = 256 * 2**20
 _CACHES_BETWEEN = 4
 # Seconds of a race, and the least and most rounds.
 Effort = tuple[float, int, int]
-QUICK: Effort = (1.5, 5, 200)
-FULL: Effort = (6.0, 9, 1000)
 # How the reason begins why a case was skipped that raised.
 FAILED = "failed"
 
@@ -80,12 +69,11 @@ class CopyYardstick:
 
     def bandwidth(self, timings: Sequence[Timing]) -> Result:
         """Return the bandwidths from the laps of `candidates`, in their order; a GPU has no `mul_`."""
-        moved = 2 * self.buffer_bytes / 1e9
-        copy, *scaled = (moved / timing.median("device") for timing in timings)
+        speeds = [2 * self.buffer_bytes / 1e9 / timing.median("device") for timing in timings]
         return {
-            "copy_gigabytes_per_second": copy,
-            "mul_gigabytes_per_second": scaled[0] if scaled else None,
-            "yardstick_gigabytes_per_second": max(copy, *scaled) if scaled else copy,
+            "copy_gigabytes_per_second": speeds[0],
+            "mul_gigabytes_per_second": speeds[1] if len(speeds) > 1 else None,
+            "yardstick_gigabytes_per_second": max(speeds),
         }
 
 
@@ -93,13 +81,11 @@ class GpuYardstick(CopyYardstick):
     """torch's copy of 2^28 fp32 elements on the GPU, in every race: no case is without a share."""
 
     def __init__(self, device: torch.device, elements: int = 2**28) -> None:
-        """Reserve two buffers of so many fp32 elements."""
         source, target = torch.randn(elements, device=device), torch.ones(elements, device=device)
         self.buffer_bytes = 4 * elements
         self.candidates = (Candidate("copy_", lambda: target.copy_(source)),)
 
     def joins(self, case: Case) -> bool:
-        """Always take part."""
         return True
 
     def flush(self) -> None:
@@ -111,6 +97,8 @@ class HostDevice:
 
     rehearsal = False
     place = torch.device("cpu")
+    plan: Sequence[Case] = CASES  # on a GPU what matters most comes first
+    efforts: tuple[Effort, Effort] = (6.0, 9, 1000), (1.5, 5, 200)  # in full, and quickly
     over: Callable[[Sequence[Candidate]], Candidate] = staticmethod(once_over)
     race: Callable[[Sequence[Candidate]], Race] = staticmethod(Race)
 
@@ -119,19 +107,12 @@ class HostDevice:
 
     def sets(self, case: Case) -> int:
         """Return how many sets of buffers keep the caches cold; the yardstick flushes them between calls in place."""
-        return self._beyond_cache(case) if case.allocates else 1
+        return self.beyond_cache(case) if case.allocates else 1
 
-    def _beyond_cache(self, case: Case) -> int:
+    def beyond_cache(self, case: Case) -> int:
+        """Return how many sets of a case's buffers no cache can hold."""
         cache = self.environment["cache_bytes"]
         return max(1, math.ceil(_CACHES_BETWEEN * int(cache) / case.working_set_bytes))
-
-    def cases(self) -> Sequence[Case]:
-        """Return all cases, in their order: on a GPU what matters most first."""
-        return CASES
-
-    def effort(self, quick: bool) -> Effort:
-        """Return for how long a case is measured."""
-        return QUICK if quick else FULL
 
     def free_bytes(self) -> int:
         """Return the memory free for buffers."""
@@ -141,45 +122,29 @@ class HostDevice:
         """Reserve the buffers to measure the copy bandwidth with."""
         return CopyYardstick(self.environment["cache_bytes"])
 
-    def peak_bytes(self, call: Callable[[], object]) -> int | None:
-        """Run a call; return the most that torch's allocator held beyond what was there, None where it is silent."""
-        call()
-        return None
-
-    def release(self) -> None:
-        """Give back memory that the last case left."""
-
 
 class CudaDevice(HostDevice):
-    """The current CUDA device, timed by its events."""
+    """The current CUDA device, timed by its events.
+
+    Raises:
+        DeviceUnusable: torch or steadygrad cannot use one; says which, and why.
+    """
 
     place = torch.device("cuda")
+    plan = CUDA_CASES
+    # A GPU is steadier than a shared host, and a lap there is many calls.
+    efforts = (0.6, 7, 75), (0.5, 5, 50)
     over = staticmethod(rotating)
 
     def __init__(self) -> None:
-        """Look at the device.
-
-        Raises:
-            DeviceUnusable: torch or steadygrad cannot use one; says which, and why.
-        """
         if problem := environment.cuda_problem():
             raise DeviceUnusable(f"benchmarks: --device cuda: {problem}")
-        self._prepare(environment.this_machine(environment.this_gpu()), CudaEvents())
-
-    def _prepare(self, described: Result, events: Events) -> None:
-        self.environment = described
-        self.race = partial(DeviceRace, events=events)
+        self.environment = environment.this_machine(environment.this_gpu())
+        self.race = partial(DeviceRace, events=CudaEvents())
 
     def sets(self, case: Case) -> int:
         # The small ones stay in cache anyway.
-        return 1 if case.host_cost else self._beyond_cache(case)
-
-    def cases(self) -> Sequence[Case]:
-        return CUDA_CASES
-
-    def effort(self, quick: bool) -> Effort:
-        # A GPU is steadier than a shared host, and a lap there is many calls.
-        return (0.5, 5, 50) if quick else (0.6, 7, 75)
+        return 1 if case.host_cost else self.beyond_cache(case)
 
     def free_bytes(self) -> int:
         return int(torch.cuda.mem_get_info()[0])
@@ -187,76 +152,33 @@ class CudaDevice(HostDevice):
     def yardstick(self) -> CopyYardstick:
         return GpuYardstick(self.place)
 
-    def peak_bytes(self, call: Callable[[], object]) -> int | None:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return int(torch.cuda.max_memory_allocated()) - before
 
-    def release(self) -> None:
-        gc.collect()
-        torch.cuda.empty_cache()
+def contest(case: Case, yardstick: CopyYardstick, device: HostDevice) -> tuple[Race, list[str]]:
+    """Build the candidates of a case, each over buffers of its own, and call each once.
 
-
-def device_named(name: str) -> HostDevice:
-    """Return the device called "cpu" or "cuda".
-
-    Raises:
-        DeviceUnusable: there is no usable CUDA device; says why.
-        ValueError: the name is another.
+    Returns:
+        The race of ours, the peers that this torch has, and the yardstick; and why the other peers are missing.
     """
-    if name not in ("cpu", "cuda"):
-        raise ValueError(f"benchmarks: device must be 'cpu' or 'cuda', got {name!r}")
-    return CudaDevice() if name == "cuda" else HostDevice()
-
-
-class Contest:
-    """The race of one case: ours, the peers that this torch has, and the yardstick."""
-
-    def __init__(self, case: Case, yardstick: CopyYardstick, device: HostDevice) -> None:
-        """Build the candidates, each over buffers of its own, and call each once."""
-        self.case, self._yardstick, self._device = case, yardstick, device
-        self.buffer_sets = device.sets(case)
-        self.unavailable: list[str] = []
-        self._peaks: list[int | None] = []
-        build_ours, *build_peers = case.builds
-        candidates = [self._candidate(build_ours)]
-        for build in build_peers:
-            try:
-                candidates.append(self._candidate(build))
-            except (NotImplementedError, RuntimeError) as error:
-                reason = str(error).partition("\n")[0]
-                self.unavailable.append(f"{type(error).__name__}: {reason}")
-        if yardstick.joins(case):
-            candidates.extend(yardstick.candidates)
-        self.race = device.race(candidates)
-
-    def _candidate(self, build: Build) -> Candidate:
-        sets = [build(self._device.place) for _ in range(self.buffer_sets)]
-        for candidate in sets:
-            candidate.prepare()
-            candidate.run()
-        sets[0].prepare()
-        self._peaks.append(self._device.peak_bytes(sets[0].run))
-        over_all = self._device.over(sets)
-        if self.case.allocates:
-            return replace(over_all, prepare=self._yardstick.flush)
-        return over_all
-
-    def warm_up(self) -> None:
-        """Make two untimed calls of every candidate, and as many as the race needs to know its lap."""
-        self.race.warm_up(2)
-        self.race.calibrate()
-
-    def result(self) -> Result:
-        """Return the numbers from the laps so far."""
-        found = case_result(self.case, self.race.timings(), self._yardstick)
-        found |= {"buffer_sets": self.buffer_sets, "unavailable": self.unavailable}
-        found["fits_cache"] = self.case.working_set_bytes <= self._device.environment["cache_bytes"]
-        for side, peak in zip((found["ours"], *found["peers"]), self._peaks, strict=True):
-            if peak is not None:
-                side["peak_bytes"] = peak
-        return found
+    candidates: list[Candidate] = []
+    missing: list[str] = []
+    for build in case.builds:
+        try:
+            sets = [build(device.place) for _ in range(device.sets(case))]
+            for candidate in sets:
+                candidate.once()
+        except (NotImplementedError, RuntimeError) as error:
+            if not candidates:  # ours
+                raise
+            reason = str(error).partition("\n")[0]
+            missing.append(f"{type(error).__name__}: {reason}")
+            continue
+        over_all = device.over(sets)
+        if case.allocates:
+            over_all = replace(over_all, prepare=yardstick.flush)
+        candidates.append(over_all)
+    if yardstick.joins(case):
+        candidates += yardstick.candidates
+    return device.race(candidates), missing
 
 
 def case_result(case: Case, timings: Sequence[Timing], yardstick: CopyYardstick) -> Result:
@@ -271,17 +193,12 @@ def case_result(case: Case, timings: Sequence[Timing], yardstick: CopyYardstick)
     bandwidth = yardstick.bandwidth(timings[count:]) if timings[count:] else None
     speed = case.floor_bytes / ours.median("device") / 1e9
     share = None if bandwidth is None else speed / bandwidth["yardstick_gigabytes_per_second"]
+    alike = ("key", "tensors", "elements", "bytes_per_element", "floor_bytes", "working_set_bytes")
     return {
-        "key": case.key,
+        **{name: getattr(case, name) for name in (*alike, "averaged")},
         "operation": case.title,
         "shapes": case.subject,
-        "tensors": case.tensors,
-        "elements": case.elements,
         "dtype": str(case.dtype).removeprefix("torch."),
-        "bytes_per_element": case.bytes_per_element,
-        "floor_bytes": case.floor_bytes,
-        "working_set_bytes": case.working_set_bytes,
-        "averaged": case.averaged,
         "cold_buffers": not case.host_cost,
         "clock": clock,
         "copy_bandwidth": bandwidth,
@@ -293,8 +210,13 @@ def case_result(case: Case, timings: Sequence[Timing], yardstick: CopyYardstick)
     }
 
 
+def _quartiles(values: Sequence[float]) -> list[float]:
+    found: list[float] = np.quantile(values, (0.25, 0.75)).tolist()
+    return found
+
+
 def _side(timing: Timing, clock: str) -> Result:
-    lower, upper = quartiles(timing.laps(clock))
+    lower, upper = _quartiles(timing.laps(clock))
     both = ("wall", "device") if timing.device else ()
     return {
         "name": timing.name,
@@ -308,32 +230,28 @@ def _side(timing: Timing, clock: str) -> Result:
 
 def _peer(peer: Timing, ours: Timing, clock: str) -> Result:
     # Both laps of a round are neighbours in time.
-    rounds = [p / o for p, o in zip(peer.laps(clock), ours.laps(clock), strict=True)]
+    rounds = np.array(peer.laps(clock)) / np.array(ours.laps(clock))
     both = ("wall", "device") if ours.device else ()
     return {
         **_side(peer, clock),
         "ratio": peer.median(clock) / ours.median(clock),
         **{f"{each}_ratio": peer.median(each) / ours.median(each) for each in both},
-        "round_ratio": statistics.median(rounds),
-        "round_ratio_quartiles": list(quartiles(rounds)),
+        "round_ratio": float(np.median(rounds)),
+        "round_ratio_quartiles": _quartiles(rounds.tolist()),
     }
 
 
 def settle_allocator() -> None:
-    """Let the C allocator keep what is freed, as far as a training process would.
+    """Let glibc keep what is freed, as far as a training process would.
 
-    glibc raises its threshold for blocks of their own, by itself, when one of up to 32 MiB is first freed. It still
+    It raises its threshold for blocks of their own, by itself, when one of up to 32 MiB is first freed. It still
     returns the end of the heap to the system whenever 64 MiB of it are free, and which candidate that happens to is
     luck: some fault the same pages in again at every call, which makes them up to four times slower, others never.
     """
-    trim_threshold, mmap_threshold = -1, -3  # glibc's numbers for `mallopt`
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library
-        torch.empty(31 * 2**20, dtype=torch.uint8)
-        return
-    mallopt(mmap_threshold, 32 * 2**20)
-    mallopt(trim_threshold, 2**31 - 1)
+    with suppress(AttributeError):  # another C library
+        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+        mallopt(mmap_threshold, 32 * 2**20)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def measure_all(
@@ -343,17 +261,11 @@ def measure_all(
     limit: float | None = None,
     clock: Callable[[], float] = time.monotonic,
     on_case: Callable[[str], object] = lambda key: None,
-    on_round: Callable[[], object] = lambda: None,
 ) -> Iterator[Result]:
     """Measure the cases of one device; yield the result file after each case, so that a kill loses one case at most.
 
-    Args:
-        device: what is measured.
-        quick: only the cases of the short table.
-        limit: seconds after which no further case is begun; None has no limit.
-        clock: the time in seconds; replaced in tests.
-        on_case: called with the key of each case that begins.
-        on_round: called between rounds, outside the timed region.
+    After `limit` seconds no further case is begun. `on_case` is called with the key of each that begins; tests replace
+    the clock.
     """
     began = clock()
     settle_allocator()
@@ -361,7 +273,6 @@ def measure_all(
     free = device.free_bytes()
     alone = device.race(yardstick.candidates)
     alone.warm_up(1)
-    alone.calibrate()
     found: Result = {
         "schema": SCHEMA,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -370,13 +281,13 @@ def measure_all(
         "rehearsal": device.rehearsal,
         "environment": dict(device.environment),
         "copy_bandwidth": {
-            **yardstick.bandwidth(alone.run(*(device.effort(True)))),
+            **yardstick.bandwidth(alone.run(*device.efforts[True])),
             "buffer_bytes": yardstick.buffer_bytes,
         },
         "cases": [],
         "skipped": [],
     }
-    for case in device.cases():
+    for case in device.plan:
         if quick and not case.quick:
             continue
         needed = case.memory_needed(device.sets(case))
@@ -386,20 +297,25 @@ def measure_all(
             reason = f"the limit of {limit:g} s was reached"
         else:
             on_case(case.key)
+            reason = ""
             try:
-                contest = Contest(case, yardstick, device)
-                contest.warm_up()
-                contest.race.run(*device.effort(quick), on_round)
-                found["cases"].append(contest.result())
-                reason = ""
+                found["cases"].append(_measured(case, yardstick, device, quick))
             except RuntimeError as error:  # the other cases' numbers are worth having
                 reason = f"{FAILED}: {error}"
-            contest = None  # type: ignore[assignment]
-            device.release()
+            if device.place.type == "cuda":  # give back what the case has left
+                gc.collect()
+                torch.cuda.empty_cache()
         if reason:
             found["skipped"].append({"case": case.key, "reason": reason})
         yield _judged(found)
     yield _judged(found)
+
+
+def _measured(case: Case, yardstick: CopyYardstick, device: HostDevice, quick: bool) -> Result:
+    race, missing = contest(case, yardstick, device)
+    race.warm_up(2)
+    found = case_result(case, race.run(*device.efforts[quick]), yardstick)
+    return {**found, "buffer_sets": device.sets(case), "unavailable": missing}
 
 
 def _judged(found: Result) -> Result:

@@ -5,32 +5,19 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-from jinja2 import Template
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from rich.console import Console
 
 from benchmarks.results import Result, machine_of, operations
-from benchmarks.tables import render, show, subject
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"/><meta name="viewport" content="width=device-width"/>
-<title>{{ title }}</title>
-<style>body { font-family: sans-serif; margin: 1em auto; max-width: 70em; padding: 0 1em }
-svg { height: auto; max-width: 100% } pre { overflow-x: auto }</style></head>
-<body><h1>{{ title }}</h1>
-<p>How many times as fast as each peer ours is, on one logarithmic scale: medians, with whiskers from the lower to the
-upper quartile over the rounds. Red bars, at the left of the line, are cases in which the peer is faster.</p>
-{{ chart | safe }}
-<pre>{{ tables }}</pre></body></html>
-"""
+from benchmarks.tables import TEMPLATES, render, show, subject
 
 
 def write_page(result: Result, path: Path, targets: bool = False) -> None:
     """Write a result to `path`, whose folder is created; an existing file is replaced."""
     text = Console(file=io.StringIO(), width=100, record=True)
     show(text, render(result, targets))
-    page = Template(_PAGE, autoescape=True).render(
+    page = TEMPLATES.get_template("page.html.jinja").render(
         title=f"steadygrad beside torch: {machine_of(result)}, {result['created'][:10]}",
         chart=ratio_chart(result),
         tables=text.export_text(),

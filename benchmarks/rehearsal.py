@@ -6,15 +6,15 @@ It shows that every kind of case runs and that the result file can be written, a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 
 import torch
 
 from benchmarks import environment
-from benchmarks.case import Case
 from benchmarks.cases import CUDA_CASES
-from benchmarks.measure import CopyYardstick, CudaDevice, Effort, GpuYardstick
+from benchmarks.measure import CopyYardstick, GpuYardstick, HostDevice
+from benchmarks.timer import CudaEvents, DeviceRace, rotating
 from steadygrad import _kernels
 
 # What the emulated kernels have taken the place of. pybind11 forgets conversions that both modules share where a class
@@ -22,8 +22,11 @@ from steadygrad import _kernels
 _REPLACED: list[object] = []
 
 
-class HostEvents:
+class HostEvents(CudaEvents):
     """Time stamps of the host in the place of a device's."""
+
+    def __init__(self) -> None:
+        pass
 
     def mark(self) -> float:
         return time.perf_counter()
@@ -38,37 +41,24 @@ class HostEvents:
         pass
 
 
-class EmulatedDevice(CudaDevice):
-    """A CUDA device whose kernels run on the CPU; every case is cut down to a few elements."""
+class EmulatedDevice(HostDevice):
+    """A GPU whose kernels run on the CPU; every case is cut down to a few elements."""
 
     rehearsal = True
-    place = torch.device("cpu")
+    efforts = (0.0, 1, 1), (0.0, 1, 1)
+    over = staticmethod(rotating)
+    race = partial(DeviceRace, events=HostEvents())
 
     def __init__(self) -> None:
         emulate()
         none = dict.fromkeys(("architecture", "driver", "torch_cuda", "kernels_runtime"), "none")
         gpu = {"name": "emulated", "multiprocessors": 0, "memory_bytes": 0, "l2_bytes": 2**13}
         gpu |= {**none, "nvcc": environment.nvcc_version()}
-        self._prepare(environment.this_machine(gpu), HostEvents())
-
-    def cases(self) -> Sequence[Case]:
-        return list({case.key: case for case in (each.cut() for each in CUDA_CASES)}.values())
-
-    def effort(self, quick: bool) -> Effort:
-        return 0.0, 1, 1
-
-    def free_bytes(self) -> int:
-        return environment.available_memory_bytes()
+        self.environment = environment.this_machine(gpu)
+        self.plan = list({case.key: case for case in (e.cut() for e in CUDA_CASES)}.values())
 
     def yardstick(self) -> CopyYardstick:
-        return GpuYardstick(self.place, elements=2**14)
-
-    def peak_bytes(self, call: Callable[[], object]) -> int | None:
-        call()
-        return None
-
-    def release(self) -> None:
-        pass
+        return GpuYardstick(torch.device("cpu"), elements=2**14)
 
 
 def emulate() -> None:

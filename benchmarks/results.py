@@ -12,7 +12,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import batch_norm as norms
 from benchmarks import candidates as sides
@@ -40,25 +40,22 @@ def read_result(path: Path) -> Result:
     Raises:
         ValueError: the file cannot be read, or is no result of the benchmark.
     """
-    expected = f"expected a result of the benchmark with schema 1 to {SCHEMA}"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected JSON, got: {error}") from error
     schema = found.get("schema") if isinstance(found, dict) else None
     if schema not in range(1, SCHEMA + 1) or "cases" not in found:
-        raise ValueError(f"{path}: {expected}, got {schema}")
+        expected = f"a result of the benchmark with schema 1 to {SCHEMA}"
+        raise ValueError(f"{path}: expected {expected}, got {schema}")
     return dict(found)
 
 
 def machine_of(result: Result) -> str:
     """Return the GPU's name, or the CPU's with its cores."""
     environment = result["environment"]
-    if gpu := environment.get("gpu"):
-        return str(gpu["name"])
-    return f"{environment['cpu']}, {environment['cores']} cores"
+    gpu = environment.get("gpu")
+    return str(gpu["name"]) if gpu else f"{environment['cpu']}, {environment['cores']} cores"
 
 
 def file_name(result: Result) -> str:
@@ -108,64 +105,59 @@ def summaries(cases: Iterable[Result]) -> list[Result]:
             ratios[FASTEST] = fastest
         for peer, by_case in ratios.items():
             least = min(by_case, key=by_case.__getitem__)
-            found.append(
-                {
-                    "group": least.partition("/")[0],
-                    "title": members[0]["operation"],
-                    "peer": peer,
-                    "cases": len(by_case),
-                    "mean": statistics.geometric_mean(by_case.values()),
-                    "least": by_case[least],
-                    "least_case": least,
-                }
-            )
+            mean = statistics.geometric_mean(by_case.values())
+            told = {"group": least.partition("/")[0], "title": members[0]["operation"]}
+            told |= {"peer": peer, "cases": len(by_case), "mean": mean}
+            found.append({**told, "least": by_case[least], "least_case": least})
     return found
 
 
-# A case or group, the peer, how many times as fast ours has to be (or which share of `COPY` it has to reach), and,
-# where the first names a group, what of it counts.
-Target = tuple[str, str, float, str]
+class Target(NamedTuple):
+    """What maintainers hold the benchmark to."""
 
-
-def _case(case: str, peer: str, at_least: float) -> Target:
-    return case, peer, at_least, ""
+    name: str  # of a case, or of a group
+    peer: str
+    at_least: (
+        float  # how many times as fast ours has to be, or which share of `COPY` it has to reach
+    )
+    over: str = ""  # what of a group counts
 
 
 def _fusion(group: str, mean: float, *names: str) -> Iterator[Target]:
     """Ask for the mean against each peer, and that no case is slower than any of them."""
     for name in names:
-        yield group, name, mean, MEAN
-    yield group, FASTEST if len(names) > 1 else names[0], 1.0, SLOWEST
+        yield Target(group, name, mean, MEAN)
+    yield Target(group, FASTEST if len(names) > 1 else names[0], 1.0, SLOWEST)
 
 
 _CUDNN = (norms.CUDNN, norms.NATIVE)
 _IN_PLACE = (norms.CUDNN_IN_PLACE, norms.NATIVE_IN_PLACE)
 
 TARGETS: tuple[Target, ...] = (
-    _case("clip_active/resnet50", sides.TORCH_FOREACH, 1.5),
-    _case("clip_inactive/resnet50", sides.TORCH_FOREACH, 2.8),
-    _case("clip_active/small", sides.TORCH_FOREACH, 10.0),
-    _case("clip_inactive/small", sides.TORCH_FOREACH, 10.0),
-    _case("adamw/resnet50", sides.CLIP_FUSED, 1.4),
-    _case("adamw/gpt2", sides.CLIP_FUSED, 1.2),
-    _case("adamw/small", sides.CLIP_FUSED, 20.0),
-    _case("adamw/resnet50", sides.CLIP_DEFAULT, 3.0),
-    _case("adamw/gpt2", sides.CLIP_DEFAULT, 3.0),
+    Target("clip_active/resnet50", sides.TORCH_FOREACH, 1.5),
+    Target("clip_inactive/resnet50", sides.TORCH_FOREACH, 2.8),
+    Target("clip_active/small", sides.TORCH_FOREACH, 10.0),
+    Target("clip_inactive/small", sides.TORCH_FOREACH, 10.0),
+    Target("adamw/resnet50", sides.CLIP_FUSED, 1.4),
+    Target("adamw/gpt2", sides.CLIP_FUSED, 1.2),
+    Target("adamw/small", sides.CLIP_FUSED, 20.0),
+    Target("adamw/resnet50", sides.CLIP_DEFAULT, 3.0),
+    Target("adamw/gpt2", sides.CLIP_DEFAULT, 3.0),
     *_fusion("batch_norm", 1.5, norms.TORCH),
     *_fusion("batch_norm_relu", 1.8, norms.TORCH, norms.TORCH_IN_PLACE),
     *_fusion("batch_norm_add_relu", 2.0, norms.TORCH, norms.TORCH_IN_PLACE),
 )
 
 CUDA_TARGETS: tuple[Target, ...] = (
-    _case("clip_inactive/one_2e28", sides.TORCH_FOREACH, 2.5),
-    _case("clip_inactive/one_2e28", COPY, 0.9),
-    _case("clip_active/one_2e28", sides.TORCH_FOREACH, 1.05),
-    _case("clip_active/one_2e28", COPY, 0.9),
-    _case("adamw/gpt2", sides.CLIP_FUSED, 1.2),
-    _case("adamw/one_2e28", sides.CLIP_FUSED, 1.2),
-    _case("adamw/gpt2", sides.FUSED_FOLDED, 1.08),
-    _case("adamw/resnet50", sides.CLIP_FUSED, 2.0),
-    _case("adamw/small", sides.CLIP_FUSED, 5.0),
+    Target("clip_inactive/one_2e28", sides.TORCH_FOREACH, 2.5),
+    Target("clip_inactive/one_2e28", COPY, 0.9),
+    Target("clip_active/one_2e28", sides.TORCH_FOREACH, 1.05),
+    Target("clip_active/one_2e28", COPY, 0.9),
+    Target("adamw/gpt2", sides.CLIP_FUSED, 1.2),
+    Target("adamw/one_2e28", sides.CLIP_FUSED, 1.2),
+    Target("adamw/gpt2", sides.FUSED_FOLDED, 1.08),
+    Target("adamw/resnet50", sides.CLIP_FUSED, 2.0),
+    Target("adamw/small", sides.CLIP_FUSED, 5.0),
     *_fusion("batch_norm", 1.3, *_CUDNN),
     *_fusion("batch_norm_relu", 2.0, *_CUDNN, *_IN_PLACE),
     *_fusion("batch_norm_add_relu", 2.0, *_CUDNN, *_IN_PLACE),
@@ -184,22 +176,14 @@ def judge(cases: Sequence[Result], device: str = "cpu") -> list[Result]:
         if case["share_of_copy"] is not None:
             measured[case["key"], COPY, ""] = case["share_of_copy"], 1
     for entry in summaries(cases):
-        for over, value in ((MEAN, entry["mean"]), (SLOWEST, entry["least"])):
-            measured[entry["group"], entry["peer"], over] = value, entry["cases"]
+        measured[entry["group"], entry["peer"], MEAN] = entry["mean"], entry["cases"]
+        measured[entry["group"], entry["peer"], SLOWEST] = entry["least"], entry["cases"]
     sizes = Counter(case.group for case in (CUDA_CASES if device == "cuda" else CASES))
     found = []
     for name, peer, at_least, over in CUDA_TARGETS if device == "cuda" else TARGETS:
         ratio, count = measured.get((name, peer, over), (None, 0))
         size = sizes[name] if over else 1
-        found.append(
-            {
-                "case": f"{name}, {over}" if over else name,
-                "peer": peer,
-                "at_least": at_least,
-                "measured": ratio,
-                "met": None if ratio is None or count < size else ratio >= at_least,
-                "cases": count,
-                "of": size,
-            }
-        )
+        met = None if ratio is None or count < size else ratio >= at_least
+        told = {"case": f"{name}, {over}" if over else name, "peer": peer, "at_least": at_least}
+        found.append({**told, "measured": ratio, "met": met, "cases": count, "of": size})
     return found

@@ -11,17 +11,11 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ModelShapes:
-    """The parameter shapes of one model, in the order in which the model lists them.
+    """The parameter shapes of one model, in the order in which the model lists them."""
 
-    Attributes:
-        key: short name used in case keys.
-        title: name for people.
-        shapes: one shape per parameter tensor.
-    """
-
-    key: str
-    title: str
-    shapes: tuple[Shape, ...]
+    key: str  # short name used in case keys
+    title: str  # name for people
+    shapes: tuple[Shape, ...]  # one per parameter tensor
 
     @property
     def tensors(self) -> int:

@@ -9,13 +9,11 @@ object, or writes it to `--out`.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
-from datetime import datetime, timedelta, timezone
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.multiprocessing.spawn import spawn
 
 import steadygrad as sg
-from benchmarks.environment import this_machine
+from benchmarks.environment import write_report
 from benchmarks.timer import Candidate, Race
 
 # Elements of a tensor on one rank.
@@ -70,16 +68,8 @@ def _rank(rank: int, given: argparse.Namespace, folder: str) -> None:
     )
     found = {count: _measure(count, given.ranks, given.rounds) for count in given.counts}
     if rank == 0:
-        report: dict[str, Any] = {
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "environment": this_machine(),
-            "ranks": given.ranks,
-            "elements": _SHARD,
-            "rounds": given.rounds,
-            "milliseconds": found,
-        }
-        text = json.dumps(report, indent=2) + "\n"
-        given.out.write_text(text, encoding="utf-8") if given.out else sys.stdout.write(text)
+        numbers = {"elements": _SHARD, "rounds": given.rounds, "milliseconds": found}
+        write_report(given.out, ranks=given.ranks, **numbers)
     dist.barrier()
     dist.destroy_process_group()
     # After gloo groups torch's own destructors abort now and then, "terminate called without an active exception".

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
+from pathlib import Path
 
+from jinja2 import Environment, FileSystemLoader, select_autoescape
 from rich import box
 from rich.console import Console, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from benchmarks.results import COPY, Result, operations
 
-# One-minute load average above which a machine is called busy.
-QUIET_LOAD = 0.7
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=select_autoescape(["html.jinja"]),
+    trim_blocks=True,
+)
 
 
 def milliseconds(timing: Result) -> str:
@@ -34,21 +39,20 @@ def floor(cases: Sequence[Result]) -> str:
     return f"Floor: {' or '.join(f'{floor:g}' for floor in floors)} B an element"
 
 
-def moved(case: Result) -> tuple[str, str, str]:
+def moved(case: Result) -> list[str]:
     """Return megabytes, GB/s and the share of the copy bandwidth, or for cases of host cost dashes."""
     megabytes, share = case["floor_bytes"] / 1e6, case["share_of_copy"]
     if not case["cold_buffers"] or share is None:
-        return "-", "-", "-"
-    amount = f"{megabytes:,.{0 if megabytes >= 10 else 2}f}"
-    return amount, f"{case['gigabytes_per_second']:,.0f}", f"{100 * share:.0f} %"
+        return ["-", "-", "-"]
+    digits = 0 if megabytes >= 10 else 2
+    speed = f"{case['gigabytes_per_second']:,.0f}"
+    return [f"{megabytes:,.{digits}f}", speed, f"{100 * share:.0f} %"]
 
 
 def _table(title: str, names: str, *numbers: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE)
-    table.add_column(names, no_wrap=True)
-    for heading in numbers:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
+    columns = [Column(heading, justify="right", no_wrap=True) for heading in numbers]
+    first = Column(names, no_wrap=True)
+    return Table(first, *columns, title=title, title_justify="left", box=box.SIMPLE)
 
 
 def cases_table(result: Result, where: str) -> Table:
@@ -77,13 +81,15 @@ def cases_table(result: Result, where: str) -> Table:
     return table
 
 
-def _amount(target: Result, value: float | None) -> str:
+def amount(target: Result, value: float | None) -> str:
+    """Write what is asked for or was measured: times as fast, or a share of the copy bandwidth."""
     if value is None:
         return "-"
     return f"{100 * value:.0f} %" if target["peer"] == COPY else f"{value:.3g} x"
 
 
-def _verdict(target: Result) -> str:
+def verdict(target: Result) -> str:
+    """Say whether a floor was met."""
     if 0 < target.get("cases", 0) < target.get("of", 1):
         return f"{target['cases']} of {target['of']} run"
     return {True: "met", False: "NOT MET", None: "not run"}[target["met"]]
@@ -95,59 +101,16 @@ def targets_table(result: Result) -> Table:
     for case, targets in groupby(result["targets"], lambda target: target["case"]):
         table.add_row(Text(case, "bold"))
         for target in targets:
-            amounts = (_amount(target, target[name]) for name in ("at_least", "measured"))
+            amounts = (amount(target, target[name]) for name in ("at_least", "measured"))
             style = "bold red" if target["met"] is False else ""
-            table.add_row(f" {target['peer']}", *amounts, Text(_verdict(target), style))
+            table.add_row(f" {target['peer']}", *amounts, Text(verdict(target), style))
     return table
 
 
-def notes(result: Result) -> Iterator[str]:
+def notes(result: Result) -> list[str]:
     """Say what the figures are of, what they mean, and what is missing."""
-    machine, bandwidth = result["environment"], result["copy_bandwidth"]
-    gpu, cache = machine.get("gpu"), machine["cache_bytes"] / 2**20
-    yield (
-        f"{machine['cpu']}, {machine['cores']} cores, "
-        + ("" if gpu else f"last-level cache {cache:.0f} MiB, ")
-        + f"torch {machine['torch']}, steadygrad {machine['steadygrad']}, {result['created']}"
-    )
-    tree, state = machine.get("csrc_tree", "unknown"), machine.get("csrc_state", "unknown")
-    yield f"Source: {machine.get('revision') or 'unknown'}, kernels {tree} ({state})."
-    if gpu:
-        yield (
-            f"{gpu['name']}, {gpu['architecture']}, {gpu['multiprocessors']} multiprocessors, L2 "
-            f"{cache:.0f} MiB, driver {gpu['driver']}; CUDA: torch {gpu['torch_cuda']}, kernels "
-            f"{gpu['kernels_runtime']}, nvcc {gpu['nvcc']}"
-        )
-        yield (
-            "Times are GPU time between two events; those marked wall are the time of a step in a "
-            "loop that waits for the GPU at its end. The JSON has both for every case."
-        )
-    scaled = bandwidth["mul_gigabytes_per_second"]
-    yield (
-        f"Copy bandwidth: copy_ {bandwidth['copy_gigabytes_per_second']:,.1f} GB/s"
-        + ("" if scaled is None else f", mul_ {scaled:,.1f} GB/s")
-        + f" on buffers of {bandwidth['buffer_bytes'] / 2**20:,.0f} MiB; shares are of the larger, "
-        "measured again in the rounds of each case."
-    )
-    yield (
-        "A ratio says how many times as fast as the peer ours is. GB/s are floor bytes over time: "
-        "what our path has to move with no help from caches. A second pass that finds data in "
-        "cache can exceed 100 %."
-    )
-    if any(not case["cold_buffers"] for case in result["cases"]):
-        yield (
-            "Cases in ns, per tensor, fit in cache and show the cost of a call, not of memory. "
-            "All others start with cold buffers in every round."
-        )
-    if machine["load"] > QUIET_LOAD:
-        yield (
-            f"The machine was busy when this run began (load {machine['load']:.1f}): neither times "
-            "nor ratios count, measure again on a quiet one."
-        )
-    yield from (f"skipped {entry['case']}: {entry['reason']}" for entry in result["skipped"])
-    for case in result["cases"]:
-        for why in case.get("unavailable", ()):
-            yield f"peer missing in {case['key']}: {why}"
+    template = TEMPLATES.get_template("notes.txt.jinja")
+    return template.render({**result, "machine": result["environment"]}).splitlines()
 
 
 def render(result: Result, targets: bool = False) -> list[RenderableType]:
@@ -173,37 +136,3 @@ def show(console: Console, parts: Iterable[RenderableType]) -> None:
             console.width = max(width, console.measure(part, options=wide).maximum)
         console.print(part)
         console.width = width
-
-
-def markdown(headings: Sequence[str], numbers: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
-    """Write a Markdown table, in which the columns under `numbers` end at the right."""
-    right = set(numbers)
-    rule = ("---:" if heading in right else "---" for heading in headings)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (headings, tuple(rule), *rows))
-
-
-def operation_markdown(cases: Sequence[Result]) -> str:
-    """Write a line per case and peer of one operation."""
-    rows = []
-    for case in cases:
-        cells: tuple[str, ...] = (subject(case), milliseconds(case["ours"]), *moved(case))
-        for peer in case["peers"]:
-            rows.append((*cells, peer["name"], milliseconds(peer), f"{peer['ratio']:.2f}"))
-            cells = ("",) * len(cells)
-    headings = ("shapes", "ours ms", "MB", "GB/s", "of copy", "against", "ms", "ratio")
-    return markdown(headings, ("ours ms", "MB", "GB/s", "of copy", "ms", "ratio"), rows)
-
-
-def targets_markdown(targets: Sequence[Result]) -> str:
-    """Write the floors, and whether the run met them."""
-    rows = (
-        (
-            target["case"],
-            target["peer"],
-            _amount(target, target["at_least"]),
-            _amount(target, target["measured"]),
-            _verdict(target).replace("NOT MET", "**missed**"),
-        )
-        for target in targets
-    )
-    return markdown(("case", "against", "at least", "measured", "verdict"), (), rows)

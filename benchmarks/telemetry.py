@@ -8,10 +8,7 @@ disturbs less than a ratio of medians. Prints one JSON object, or writes it to `
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,7 @@ import torch
 
 import steadygrad as sg
 from benchmarks.candidates import Workload
-from benchmarks.environment import this_machine
+from benchmarks.environment import write_report
 from benchmarks.shapes import ModelShapes, many_small, resnet50
 from benchmarks.timer import Candidate, Race
 
@@ -54,19 +51,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a file, in the place of the terminal")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    report = {
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "environment": this_machine(),
-        "threads": given.threads,
-        "rounds": given.rounds,
-        "cases": {
-            f"{shapes.title}, {clips}": measure(shapes, max_norm, given.rounds)
-            for shapes in (resnet50(), many_small())
-            for clips, max_norm in (("clip not active", 1e9), ("clip active", 1e-3))
-        },
+    cases = {
+        f"{shapes.title}, {clips}": measure(shapes, max_norm, given.rounds)
+        for shapes in (resnet50(), many_small())
+        for clips, max_norm in (("clip not active", 1e9), ("clip active", 1e-3))
     }
-    text = json.dumps(report, indent=2) + "\n"
-    given.out.write_text(text, encoding="utf-8") if given.out else sys.stdout.write(text)
+    write_report(given.out, threads=given.threads, rounds=given.rounds, cases=cases)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: its profiler wo
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -23,7 +23,8 @@ from benchmarks.tables import show
 from benchmarks.timer import Candidate, Race
 from steadygrad.nn.conversion_report import conversion_report
 from steadygrad.nn.convert import convert_batchnorm
-from tests.nn.networks import NETWORKS, BasicBlock, Bottleneck
+from steadygrad.nn.known_blocks import register_block
+from tests.nn.networks import NETWORKS, STEPS, BasicBlock, Bottleneck
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels last": torch.channels_last}
 KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -43,12 +44,9 @@ def _own(model: nn.Module, layout: str) -> nn.Module:
 
 
 def _table(title: str, names: tuple[str, ...], numbers: tuple[str, ...]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for name in names:
-        table.add_column(name, no_wrap=True)
-    for number in numbers:
-        table.add_column(number, justify="right")
-    return table
+    columns = [Column(name, no_wrap=True) for name in names]
+    columns += [Column(number, justify="right") for number in numbers]
+    return Table(*columns, title=title, title_justify="left")
 
 
 def training_step(model: nn.Module, input: Tensor, target: Tensor) -> Callable[[], object]:
@@ -84,12 +82,11 @@ def speed(batch: int, size: int, seconds: float, only: str | None) -> Table:
         for layout, memory_format in LAYOUTS.items():
             input = torch.randn(batch, 3, size, size).contiguous(memory_format=memory_format)
             target = torch.randint(1000, (batch,))
-            race = Race(
-                [
-                    Candidate(kind, training_step(convert(_own(model, layout)), input, target))
-                    for kind, convert in KINDS.items()
-                ]
-            )
+            steps = {
+                kind: training_step(convert(_own(model, layout)), input, target)
+                for kind, convert in KINDS.items()
+            }
+            race = Race([Candidate(kind, step) for kind, step in steps.items()])
             race.warm_up(2)
             ms = [1e3 * timing.median() for timing in race.run(seconds, 5, 1000)]
             ratios = (f"{ms[0] / ms[1]:.2f}", f"{ms[0] / ms[2]:.2f}")
@@ -159,6 +156,8 @@ def main() -> None:
     parser.add_argument("--only", choices=NETWORKS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    for block, steps in STEPS.items():
+        register_block(block, steps)
     show(Console(), [memory(options.batch, options.size)])
     show(Console(), [speed(options.batch, options.size, options.seconds, options.only)])
 

@@ -1,20 +1,22 @@
-# Enables CUDA where nvcc is found; without it, the package has its CPU backend.
+# Enables CUDA if nvcc is found; without nvcc the package has only its CPU backend.
 #
-# Architectures: those that CMAKE_CUDA_ARCHITECTURES names, where "release" stands for the release list; else those of the environment
-# variable CUDAARCHS; else those of the GPUs that are there; without a GPU, as in a container or on a login node, the release list.
+# The architectures are those that CMAKE_CUDA_ARCHITECTURES names, where "release" stands for the release list; else those of the
+# environment variable CUDAARCHS; else those of this machine's GPUs; without a GPU, as in a container or on a login node, the release
+# list.
 include(CheckLanguage)
 find_program(STEADYGRAD_NVCC nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATHS /usr/local/cuda PATH_SUFFIXES bin)
 if(DEFINED ENV{CUDACXX})
   set(STEADYGRAD_NVCC "$ENV{CUDACXX}")
 elseif(STEADYGRAD_NVCC)
-  # Not CMAKE_CUDA_COMPILER: with that, CMake does not ask whether it goes with the C++ compiler, and fails where it does not.
+  # If CMAKE_CUDA_COMPILER were set instead, check_language would not test whether nvcc works with the C++ compiler, and enable_language
+  # would fail if it does not.
   set(ENV{CUDACXX} "${STEADYGRAD_NVCC}")
 endif()
 
-# Machine code for each, and PTX of the last for what comes after it.
+# A release has machine code for each of these, and PTX of the last one for later architectures.
 set(release_architectures 75-real 80-real 86-real 89-real 90-real 100-real 120)
 
-# Sets `result` to the architectures of the GPUs here; to nothing if there is none, or one that nvcc does not compile for.
+# Sets `result` to the architectures of this machine's GPUs; to nothing without a GPU, or if nvcc cannot compile for one of them.
 function(find_gpu_architectures result)
   set(${result} "" PARENT_SCOPE)
   execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
@@ -39,7 +41,7 @@ endfunction()
 if(NOT CMAKE_CUDA_ARCHITECTURES)
   set(CMAKE_CUDA_ARCHITECTURES "$ENV{CUDAARCHS}")
 endif()
-unset(ENV{CUDAARCHS})  # CMake would put it in the place of what is chosen here
+unset(ENV{CUDAARCHS})  # CMake would prefer it to the choice made here.
 if(NOT CMAKE_CUDA_ARCHITECTURES)
   find_gpu_architectures(CMAKE_CUDA_ARCHITECTURES)
 endif()
@@ -47,7 +49,7 @@ if(NOT CMAKE_CUDA_ARCHITECTURES OR CMAKE_CUDA_ARCHITECTURES STREQUAL "release")
   set(CMAKE_CUDA_ARCHITECTURES ${release_architectures})
 endif()
 
-# How to say that there will be no CUDA backend.
+# The severity of the message that there will be no CUDA backend.
 set(severity STATUS)
 if(STEADYGRAD_CUDA STREQUAL "REQUIRED")
   set(severity FATAL_ERROR)
@@ -68,10 +70,11 @@ message(STATUS "steadygrad: CUDA for ${CMAKE_CUDA_ARCHITECTURES}")
 set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 
-# Machine code is similar from one architecture to the next and compresses well. Drivers before CUDA 12.4's (550.54) cannot read it.
+# Machine code of neighbouring architectures is similar and compresses well. Drivers older than that of CUDA 12.4 (550.54) cannot read
+# compressed code.
 target_compile_options(steadygrad_options INTERFACE $<$<COMPILE_LANGUAGE:CUDA>:--compress-mode=size>)
 
-# What is compiled in, for messages and for telling which devices can be used.
+# These lists say what is compiled in, for messages and for telling which devices can be used.
 set(cuda_architectures "")
 set(cuda_machine_code "")
 set(cuda_ptx "")
@@ -94,7 +97,7 @@ string(REPLACE ";" ", " cuda_architectures "${cuda_architectures}")
 string(REPLACE ";" " " cuda_machine_code "${cuda_machine_code}")
 string(REPLACE ";" " " cuda_ptx "${cuda_ptx}")
 
-# The bits of the CPU backend: no contraction to fused multiply-add.
+# Contraction to fused multiply-add is off, so that CUDA gives the bits of the CPU backend.
 target_compile_options(steadygrad_options INTERFACE $<$<COMPILE_LANGUAGE:CUDA>:-fmad=false>)
 if(STEADYGRAD_STRICT)
   target_compile_options(steadygrad_options INTERFACE

@@ -1,4 +1,4 @@
-# dlpack.h 1.3 is taken from the build requirement apache-tvm-ffi or, where that is missing, from an installed torch.
+# Finds dlpack.h 1.3 in the build requirement apache-tvm-ffi or, if that is missing, in an installed torch.
 execute_process(
   COMMAND ${Python_EXECUTABLE} -c "
 import importlib.util, pathlib
@@ -15,6 +15,6 @@ if(NOT DLPACK_HEADER)
   message(FATAL_ERROR "dlpack.h not found: install apache-tvm-ffi (or torch >= 2.10) into ${Python_EXECUTABLE}'s environment")
 endif()
 
-# torch calls it ATen/dlpack.h; a forwarding header gives it one name.
+# torch names the header ATen/dlpack.h; a forwarding header gives it the same name in both cases.
 set(DLPACK_INCLUDE_DIR ${CMAKE_CURRENT_BINARY_DIR}/include)
 file(WRITE ${DLPACK_INCLUDE_DIR}/dlpack/dlpack.h "#include \"${DLPACK_HEADER}\"\n")

@@ -1,8 +1,9 @@
-# The sources of the backends, for every build of them. Whoever includes this defines steadygrad_options: include folders and compile options.
+# Lists the sources of the backends, for every build of them. The including file must define steadygrad_options: include folders and
+# compile options.
 get_filename_component(csrc ${CMAKE_CURRENT_LIST_DIR}/../csrc ABSOLUTE)
 
-# csrc/core: arithmetic, header-only, shared by every backend.
-# csrc/cpu: the operations as threaded C++; *_kernels.cpp are compiled once per instruction set and chosen at run time.
+# csrc/core has the arithmetic, in headers that every backend shares. csrc/cpu has the operations as threaded C++; *_kernels.cpp are
+# compiled once per instruction set, of which one is chosen at run time.
 set(cpu_sources
   ${csrc}/cpu/backend.cpp
   ${csrc}/cpu/batch_norm.cpp
@@ -35,8 +36,8 @@ foreach(set IN LISTS instruction_sets)
   list(APPEND vector_objects $<TARGET_OBJECTS:vector_kernels_${set}>)
 endforeach()
 
-# csrc/cuda: the operations as CUDA kernels and their launchers. The same sources are compiled by nvcc, or by the C++ compiler
-# against tests/emulation, which stands in for the CUDA runtime.
+# csrc/cuda has the operations as CUDA kernels and their launchers. The same sources are compiled by nvcc, or by the C++ compiler
+# with tests/emulation in place of the CUDA runtime.
 set(cuda_sources
   ${csrc}/cuda/backend.cpp
   ${csrc}/cuda/device.cu
@@ -69,7 +70,7 @@ set(cuda_sources
   ${csrc}/cuda/step/update_sgd.cu)
 file(GLOB emulation_sources CONFIGURE_DEPENDS ${csrc}/../tests/emulation/*.cpp)
 
-# Has the C++ compiler take cuda_sources. GCC warns of units of memory that are used only where they were read.
+# Makes the C++ compiler compile cuda_sources. GCC warns wrongly about variables that are set and used under the same condition.
 function(compile_cuda_as_cpp)
   set(options -xc++ -Wno-unknown-pragmas)
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")

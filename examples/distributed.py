@@ -1,4 +1,4 @@
-"""One training loop, shared out over the ranks of ``torchrun`` in the usual ways; the optimizer's line hardly changes.
+"""One training loop, distributed over the ranks of ``torchrun`` in the usual ways; the optimizer's line hardly changes.
 
 A small network predicts each next byte of CPython's ``pydoc_data.topics``. Half-way one rank's loss becomes NaN, and
 all ranks skip that step::
@@ -6,10 +6,10 @@ all ranks skip that step::
     torchrun --standalone --nproc-per-node=2 examples/distributed.py --parallel ddp --check
     torchrun --standalone --nproc-per-node=4 examples/distributed.py --parallel fsdp2_tp --check
 
-``ddp``, ``fsdp2``, ``tp`` and ``pp`` take two ranks or more, ``hsdp`` and ``fsdp2_tp`` an even number from four on.
+``ddp``, ``fsdp2``, ``tp`` and ``pp`` take two or more ranks, ``hsdp`` and ``fsdp2_tp`` an even number of at least four.
 Several names run one after the other. ``--check`` trains the same network in one process with torch's own clipping and
-optimizer, and compares every norm and weight. gloo on the CPU; nccl where there is a GPU for each rank, which nobody
-has tried yet.
+optimizer, and compares every norm and weight. Ranks communicate over gloo on the CPU, or over nccl if there is a GPU
+for each rank, which nobody has tried yet.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ import steadygrad as sg
 BYTES, CONTEXT, WIDTH, HIDDEN, LAYERS = 256, 8, 64, 256, 4
 BATCH = 96
 RATE, MAX_NORM = 3e-3, 0.5
-TOLERANCE = 1e-4  # of norms relatively, of weights absolutely
+TOLERANCE = 1e-4  # relative for norms, absolute for weights
 
 
 class Layer(nn.Module):
-    """Adds to its input what a hidden layer makes of it."""
+    """Adds the output of a hidden layer to its input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,13 +50,13 @@ class Layer(nn.Module):
         self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` and the result: ``(batch, WIDTH)``."""
+        """Return the sum, ``(batch, WIDTH)`` like ``x``."""
         added: Tensor = x + self.down(functional.gelu(self.up(self.norm(x))))
         return added
 
 
 def network() -> nn.Sequential:
-    """From int64 bytes ``(batch, CONTEXT)`` to logits ``(batch, BYTES)``; the same weights on every rank."""
+    """Return a network from int64 bytes ``(batch, CONTEXT)`` to logits ``(batch, BYTES)``, the same on every rank."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Sequential(nn.Embedding(BYTES, WIDTH), nn.Flatten(), nn.Linear(CONTEXT * WIDTH, WIDTH)),
@@ -66,7 +66,7 @@ def network() -> nn.Sequential:
 
 
 def batches(steps: int) -> list[tuple[Tensor, Tensor]]:
-    """For each step the bytes and what follows them, from anywhere in the text; the same on every rank."""
+    """Return for each step the bytes and those that follow, from random places of the text; the same on every rank."""
     topics = pydoc_data.topics.topics
     text = torch.tensor(list("\n".join(topics[name] for name in sorted(topics)).encode()))
     pieces = text.unfold(0, CONTEXT + 1, 1)
@@ -77,14 +77,14 @@ def batches(steps: int) -> list[tuple[Tensor, Tensor]]:
 
 @dataclasses.dataclass
 class Shared:
-    """A network as this rank holds it.
+    """The part of the network and its training that is on this rank.
 
     Attributes:
-        model: the network, or this rank's stage of it.
-        optimizer: stabilized.
-        loss: of inputs and targets, after their backward; the mean over all ranks is the batch's.
-        names: of this rank's parameters, in the order of the optimizer's, in the whole network.
-        part, parts: which of how many parts of each batch this rank takes.
+        model: The network, or this rank's stage of it.
+        optimizer: The stabilized optimizer.
+        loss: Runs backward for inputs and targets and returns a loss; the mean over all ranks is the batch's.
+        names: Names in the whole network of this rank's parameters, in the order of the optimizer's.
+        part, parts: Index of the part of each batch that this rank takes, and the number of parts.
     """
 
     model: nn.Module
@@ -98,7 +98,7 @@ class Shared:
 def shared(
     model: nn.Module, optimizer: sg.optim.AdamW, names: list[str], data: DeviceMesh | None
 ) -> Shared:
-    """One backward through the whole network; each rank of ``data`` takes another part of the batch."""
+    """Return a rank that runs backward through the whole network, on a different part of each batch for each rank."""
 
     def loss(inputs: Tensor, targets: Tensor, spoil: Callable[[Tensor], Tensor]) -> Tensor:
         value = spoil(functional.cross_entropy(model(inputs), targets))
@@ -112,25 +112,25 @@ def shared(
 
 
 def names_of(model: nn.Module) -> list[str]:
-    """The parameters' names, before anything wraps the modules."""
+    """Return the parameters' names, before anything wraps the modules."""
     return [name for name, _ in model.named_parameters()]
 
 
 def tensor_parallel(model: nn.Sequential, mesh: DeviceMesh) -> None:
-    """Every layer's hidden units are shared out; embedding, norms and head stay plain tensors."""
+    """Shard every layer's hidden units; embedding, norms and head stay plain tensors."""
     for layer in model:
         if isinstance(layer, Layer):
             parallelize_module(layer, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
 
 
 def sharded(model: nn.Sequential, mesh: DeviceMesh) -> None:
-    """``fully_shard`` of every layer, then of what is left."""
+    """Apply ``fully_shard`` to every layer, then to the whole model."""
     for module in (*model, model):
         fully_shard(module, mesh=mesh)
 
 
 def ddp(model: nn.Sequential, device: str) -> Shared:
-    """Replicas, whose gradients backward averages: each rank sees the same norm already."""
+    """Make replicas, whose gradients backward averages, so that each rank sees the same norm without our help."""
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     optimizer = sg.optim.AdamW(model.parameters(), lr=RATE, max_norm=MAX_NORM)
     names = names_of(model)
@@ -138,7 +138,7 @@ def ddp(model: nn.Sequential, device: str) -> Shared:
 
 
 def fsdp2(model: nn.Sequential, device: str) -> Shared:
-    """Every rank keeps a shard of each parameter."""
+    """Keep a shard of each parameter on every rank."""
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     sharded(model, mesh)
     optimizer = sg.optim.AdamW(model.parameters(), lr=RATE, max_norm=MAX_NORM)
@@ -146,7 +146,7 @@ def fsdp2(model: nn.Sequential, device: str) -> Shared:
 
 
 def hsdp(model: nn.Sequential, device: str) -> Shared:
-    """Shards within a half of the ranks, replicas across the halves."""
+    """Shard within each half of the ranks, and replicate across the halves."""
     mesh = init_device_mesh(device, (2, dist.get_world_size() // 2), mesh_dim_names=("rep", "dp"))
     sharded(model, mesh)
     optimizer = sg.optim.AdamW(model.parameters(), lr=RATE, max_norm=MAX_NORM)
@@ -154,14 +154,14 @@ def hsdp(model: nn.Sequential, device: str) -> Shared:
 
 
 def tp(model: nn.Sequential, device: str) -> Shared:
-    """DTensors beside plain tensors: torch's own clip_grad_norm_ refuses this list."""
+    """Make DTensors beside plain tensors; torch's own clip_grad_norm_ refuses such a list."""
     tensor_parallel(model, init_device_mesh(device, (dist.get_world_size(),)))
     optimizer = sg.optim.AdamW(model.parameters(), lr=RATE, max_norm=MAX_NORM)
     return shared(model, optimizer, names_of(model), None)
 
 
 def fsdp2_tp(model: nn.Sequential, device: str) -> Shared:
-    """Parameters on two meshes: layers on both dimensions, the rest sharded over ``dp`` alone."""
+    """Put parameters on two meshes: layers on both dimensions, the rest sharded over ``dp`` alone."""
     mesh = init_device_mesh(device, (dist.get_world_size() // 2, 2), mesh_dim_names=("dp", "tp"))
     tensor_parallel(model, mesh["tp"])
     sharded(model, mesh["dp"])
@@ -170,7 +170,7 @@ def fsdp2_tp(model: nn.Sequential, device: str) -> Shared:
 
 
 def pp(model: nn.Sequential, device: str) -> Shared:
-    """Every rank has other parameters, and no tensor says so: ``reduce_norm`` does."""
+    """Give every rank different parameters; no tensor says so, but ``reduce_norm`` does."""
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     stages, rank = mesh.size(), mesh.get_local_rank()
     first, last = (len(model) * place // stages for place in (rank, rank + 1))
@@ -189,7 +189,7 @@ def pp(model: nn.Sequential, device: str) -> Shared:
         found: list[Tensor] = []
         ends: dict[str, Any] = {"target": targets, "losses": found} if rank == stages - 1 else {}
         schedule.step(*((inputs,) if rank == 0 else ()), **ends)
-        # The last stage knows it, and counts for all.
+        # Only the last stage knows the loss, so it counts for all.
         return stages * torch.stack(found).mean().detach() if found else torch.zeros(())
 
     return Shared(part, optimizer, loss, names)
@@ -201,24 +201,24 @@ WAYS: dict[str, Callable[[nn.Sequential, str], Shared]] = {
 
 
 def spoiled(loss: Tensor) -> Tensor:
-    """As after an overflow."""
+    """Return a loss of NaN, as after an overflow."""
     return loss * torch.nan
 
 
 def unspoiled(loss: Tensor) -> Tensor:
-    """The loss itself."""
+    """Return the loss itself."""
     return loss
 
 
 def report(text: str) -> None:
-    """One rank speaks for all."""
+    """Print the text on one rank."""
     if dist.get_rank() == 0:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A DTensor's elements from all ranks, one dimension of the mesh after the other."""
+    """Return a DTensor's elements from all ranks; they are gathered one dimension of the mesh after the other."""
     if isinstance(tensor, DTensor):
         placements = list(tensor.placements)
         for place in range(len(placements)):
@@ -229,7 +229,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def train(name: str, steps: int, device: str) -> tuple[list[float], dict[str, Tensor]]:
-    """All ranks together: the norm of every step, and this rank's parameters, whole, by name."""
+    """Train on all ranks; return the norm of every step, and this rank's parameters, whole, by name."""
     job = WAYS[name](network().to(device), device)
     world = dist.get_world_size()
     norms: list[float] = []
@@ -251,7 +251,7 @@ def train(name: str, steps: int, device: str) -> tuple[list[float], dict[str, Te
 
 
 def trained_alone(steps: int, device: str) -> tuple[list[float], dict[str, Tensor]]:
-    """The same in one process with torch's functions, without the batch that the ranks skip."""
+    """Train in one process with torch's functions, without the batch that the ranks skip; return the same."""
     model = network().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     norms: list[float] = []
@@ -269,10 +269,10 @@ def trained_alone(steps: int, device: str) -> tuple[list[float], dict[str, Tenso
 def check(
     name: str, norms: list[float], params: dict[str, Tensor], steps: int, device: str
 ) -> None:
-    """Compares with one process, on every rank.
+    """Compare with one process, on every rank.
 
     Raises:
-        AssertionError: a norm or a weight differs by more than TOLERANCE, or is not there.
+        AssertionError: A norm or a weight differs by more than TOLERANCE, or is missing.
     """
     expected_norms, expected = trained_alone(steps, device)
     theirs = torch.tensor(expected_norms)
@@ -292,7 +292,7 @@ def check(
 
 
 def main() -> None:
-    """What ``torchrun`` starts on every rank."""
+    """Train in the ways of the command line; ``torchrun`` starts this on every rank."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--parallel", nargs="+", choices=list(WAYS), required=True)
     parser.add_argument("--steps", type=int, default=40)
@@ -318,9 +318,9 @@ def main() -> None:
         norms, params = train(name, given.steps, device)
         if given.check:
             check(name, norms, params, given.steps, device)
-    dist.barrier()  # a rank that leaves early would cut others short
+    dist.barrier()  # A rank that leaves early would break the others' communication.
     dist.destroy_process_group()
-    # After gloo groups torch's own destructors abort now and then, "terminate called without an active exception".
+    # After gloo groups torch's own destructors sometimes abort: "terminate called without an active exception".
     sys.stdout.flush()
     os._exit(0)
 

@@ -38,7 +38,7 @@ PEAK_RATE, WARM_UP = 1e-3, 25
 HELD_OUT = 32  # batches
 STEPS_PER_REFRESH = 10
 
-# What an arm gives the model and the Stabilizer. In fp32 nothing is rounded.
+# The options of the model and the Stabilizer for each arm. In fp32 nothing is rounded.
 FLOAT32_STATE = {"state_dtype": torch.float32}
 ARMS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "fp32": (torch.float32, {}),
@@ -49,7 +49,7 @@ ARMS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "bf16 + master": (torch.bfloat16, {**FLOAT32_STATE, "rounding": "master"}),
 }
 
-# Several arms lie on each other: wide lines beneath narrow ones.
+# Curves of several arms coincide, so wide lines are drawn beneath narrow ones.
 STYLES: dict[str, dict[str, Any]] = {
     "fp32": {"color": "black", "linewidth": 5.0, "alpha": 0.25},
     "bf16 naive": {"color": "#d62728", "linewidth": 3.0, "alpha": 0.5},
@@ -84,7 +84,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` and the result: ``(batch, CONTEXT, WIDTH)``."""
+        """Return a tensor of the shape of ``x``, ``(batch, CONTEXT, WIDTH)``."""
         split = self.qkv(self.norms[0](x)).unflatten(-1, (3, HEADS, WIDTH // HEADS))
         q, k, v = split.permute(2, 0, 3, 1, 4)
         attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -107,35 +107,35 @@ class Transformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.08)
 
     def loss(self, text: Tensor) -> Tensor:
-        """The mean cross-entropy in nats of int64 bytes ``(batch, CONTEXT + 1)``."""
+        """Return the mean cross-entropy in nats of int64 bytes ``(batch, CONTEXT + 1)``."""
         x = self.embedding(text[:, :-1]) + self.position
         logits = self.head(self.blocks(x)).float()
         return functional.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten())
 
 
 def read_text() -> Tensor:
-    """The text as numbers of its bytes, int64."""
+    """Return the text as numbers of its bytes, int64."""
     topics = pydoc_data.topics.topics
     text = "\n".join(topics[name] for name in sorted(topics))
     return torch.tensor(list(text.encode()))
 
 
 def batches(text: Tensor, count: int, seed: int) -> list[Tensor]:
-    """``count`` batches of pieces from anywhere in the text."""
+    """Return ``count`` batches of pieces from random places of the text."""
     generator = torch.Generator().manual_seed(seed)
     pieces = text.unfold(0, CONTEXT + 1, 1)
     return [pieces[torch.randint(len(pieces), (BATCH,), generator=generator)] for _ in range(count)]
 
 
 def rate(step: int, steps: int) -> float:
-    """Share of the peak learning rate: up in a line, down to zero in half a cosine."""
+    """Return the share of the peak learning rate: it rises linearly, and falls to zero in half a cosine."""
     if step < WARM_UP:
         return (step + 1) / WARM_UP
     return (1 + math.cos(math.pi * (step - WARM_UP) / max(steps - WARM_UP, 1))) / 2
 
 
 def train(arm: str, seed: int, steps: int, show: Callable[[int, float], None]) -> Run:
-    """Train one model; ``show`` is told the step and its loss."""
+    """Train one model; call ``show`` with each step and its loss."""
     text = read_text()
     border = len(text) * 9 // 10
     dtype, options = ARMS[arm]
@@ -171,7 +171,7 @@ def train(arm: str, seed: int, steps: int, show: Callable[[int, float], None]) -
 
 
 def smoothed(losses: list[float], width: int = 25) -> list[float]:
-    """The mean of so many losses up to each step."""
+    """Return for each step the mean of the last ``width`` losses."""
     return [statistics.fmean(losses[max(0, i + 1 - width) : i + 1]) for i in range(len(losses))]
 
 
@@ -179,7 +179,7 @@ COLUMNS = ("arm", "training\nloss", "held-out\nloss", "above\nfp32", "bytes", "s
 
 
 def rows_of(runs: list[Run]) -> list[list[str]]:
-    """A row per arm: means over the seeds, and the range of differences to fp32 with the same seed."""
+    """Return a row per arm: means over the seeds, and the range of differences to fp32 with the same seed."""
     rows = []
     exact = {run["seed"]: run["held_out"] for run in runs if run["arm"] == "fp32"}
     for arm in ARMS:
@@ -199,7 +199,7 @@ def rows_of(runs: list[Run]) -> list[list[str]]:
 
 
 def table_of(rows: list[list[str]]) -> Table:
-    """For a terminal of 80 columns."""
+    """Return the table for a terminal of 80 columns."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in COLUMNS:
         table.add_column(column, justify="left" if column == "arm" else "right", no_wrap=True)
@@ -209,14 +209,14 @@ def table_of(rows: list[list[str]]) -> Table:
 
 
 def markdown_of(rows: list[list[str]]) -> str:
-    """The same table, for a file."""
+    """Return the same table as Markdown, for a file."""
     header = [column.replace("\n", " ") for column in COLUMNS]
     lines = [header, ["---", *["---:"] * (len(COLUMNS) - 1)], *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def note_of(steps: int, seeds: int) -> str:
-    """What the table's words mean."""
+    """Return a note that explains the table's words."""
     return (
         f"{steps} steps, {seeds} seed{'s' if seeds > 1 else ''}. Losses in nats a byte: training over the last 50 "
         f"steps, held out over {HELD_OUT} batches of the text's last tenth, and how far that is above fp32 with the "
@@ -225,7 +225,7 @@ def note_of(steps: int, seeds: int) -> str:
 
 
 def plot(runs: list[Run], path: pathlib.Path) -> None:
-    """The losses of the first seed, and how far each arm is above fp32, mean over the seeds."""
+    """Plot the losses of the first seed, and how far each arm is above fp32, as a mean over the seeds."""
     figure = Figure(figsize=(11, 4.8), dpi=140, layout="constrained")
     left, right = figure.subplots(1, 2)
     by_place = {(run["arm"], run["seed"]): smoothed(run["losses"]) for run in runs}
@@ -274,7 +274,7 @@ def run_all(steps: int, seeds: int, console: Console) -> list[Run]:
 
 
 def main() -> None:
-    """Train all arms and leave the plot, the record and the table behind."""
+    """Train all arms, and write the plot, the record and the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=2)

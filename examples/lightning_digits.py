@@ -50,20 +50,20 @@ class Digits(pl.LightningModule):
         )
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """The mean cross-entropy in nats of pixels ``(batch, 784)``."""
+        """Return the mean cross-entropy in nats of pixels ``(batch, 784)``."""
         logits: Tensor = self.network(batch[0].view(-1, 1, 28, 28))
         return functional.cross_entropy(logits.float(), batch[1])
 
     def training_step(self, batch: Any, index: int) -> Tensor:
-        """Lightning calls backward and the optimizer."""
+        """Return the loss; Lightning calls backward and the optimizer."""
         return self.loss(batch)
 
     def validation_step(self, batch: Any, index: int) -> None:
-        """What early stopping looks at."""
+        """Log the loss that early stopping watches."""
         self.log("held_out_loss", self.loss(batch))
 
     def configure_optimizers(self) -> Any:
-        """Nothing here is for Lightning's sake."""
+        """Return the optimizer; it needs nothing special for Lightning."""
         optimizer = sg.optim.AdamW(
             self.parameters(), lr=3e-3, clip=sg.ClipPercentile(90), telemetry="tensor"
         )
@@ -72,7 +72,7 @@ class Digits(pl.LightningModule):
 
 
 def main() -> None:
-    """Train, print the report, and leave it, the plot and the log behind."""
+    """Train, print the report, and write the report, the plot and the log."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
@@ -80,7 +80,7 @@ def main() -> None:
     if given.epochs < 1:
         parser.error(f"expected --epochs of at least 1, got {given.epochs}")
     given.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # layers this small do not gain from a second one
+    torch.set_num_threads(1)  # Layers this small do not gain from a second thread.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     console = Console()
     pl.seed_everything(0, verbose=False)
@@ -91,7 +91,7 @@ def main() -> None:
     held_out = DataLoader(TensorDataset(data.test_inputs, data.test_labels), batch_size=500)
     log = CSVLogger(given.out, name="lightning_digits")
     module = Digits(given.epochs * len(training))
-    # No gradient_clip_val: the optimizer clips.
+    # There is no gradient_clip_val, since the optimizer clips.
     trainer = pl.Trainer(
         max_epochs=given.epochs,
         accelerator="cpu",

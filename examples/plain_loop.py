@@ -35,13 +35,13 @@ def network(width: int = 64, depth: int = 6) -> nn.Sequential:
 
 
 def held_out_loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
-    """The mean cross-entropy in nats."""
+    """Return the mean cross-entropy in nats."""
     with torch.no_grad():
         return float(functional.cross_entropy(model(inputs), labels))
 
 
 def train(epochs: int, out: pathlib.Path, console: Console) -> sg.Stabilizer:
-    """Train and show what came of it; returns the optimizer, which knows."""
+    """Train and show the result; return the optimizer, which has recorded the steps."""
     data = load_digits()
     torch.manual_seed(0)
     model = network()
@@ -81,7 +81,7 @@ def train(epochs: int, out: pathlib.Path, console: Console) -> sg.Stabilizer:
 
 
 def main() -> None:
-    """Train, print the report, and leave it, the plot and the steps behind."""
+    """Train, print the report, and write the report, the plot and the steps."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
@@ -89,7 +89,7 @@ def main() -> None:
     if given.epochs < 1:
         parser.error(f"expected --epochs of at least 1, got {given.epochs}")
     given.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # layers this small do not gain from a second one
+    torch.set_num_threads(1)  # Layers this small do not gain from a second thread.
     console = Console()
     optimizer = train(given.epochs, given.out, console)
     report = str(optimizer.report())

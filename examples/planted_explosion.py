@@ -1,4 +1,4 @@
-"""The picture in the README: a network of 6 layers, one of whose gradients explodes at step 37.
+"""Draws the picture in the README: a network of 6 layers, in which the gradient of one explodes at step 37.
 
 python examples/planted_explosion.py --out docs/planted_explosion.png
 """

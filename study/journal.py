@@ -42,67 +42,59 @@ class Journal:
     def __init__(
         self, path: Path, plan: Mapping[str, Any], started: str, restart: bool = False
     ) -> None:
-        self.path, self.started = path, started  # the latter: of the first session
-        self.runs: dict[
-            tuple[str, RunKey], dict[str, Any]
-        ] = {}  # the finished ones, as JSON has them
+        self.path = path
+        self.started = started  # of the first session
+        self.runs: dict[tuple[str, RunKey], dict[str, Any]] = {}  # as JSON has them
         self.sessions: list[float] = []  # seconds from the start of each to its last finished run
         self._began = time.perf_counter()
         self._file = path.open("a+b")
         try:
-            self._open(encode(dict(plan)), restart)
-        except BaseException:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._go_on(encode(dict(plan)), restart)
+        except BaseException as error:
             self.close()
+            if isinstance(error, BlockingIOError):
+                running = f"{path}: a study is running in this folder; name another --out"
+                raise JournalError(running) from error
             raise
 
-    def _open(self, plan: dict[str, Any], restart: bool) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise JournalError(
-                f"{self.path}: a study is running in this folder; name another --out"
-            ) from error
+    def _go_on(self, plan: dict[str, Any], restart: bool) -> None:
         self._file.seek(0)
         lines = [] if restart else self._file.read().split(b"\n")[:-1]  # the rest was cut in two
-        if lines:
-            self._read(lines, plan)
+        for number, line in enumerate(lines, 1):
+            checksum, _, content = line.partition(b" ")
+            if checksum != b"%08x" % zlib.crc32(content):
+                raise JournalError(
+                    f"{self.path} is not the journal of a study (line {number} is not what was "
+                    "written); name another --out, or add --restart to replace it"
+                )
+            self._keep(json.loads(content), plan)
         self._file.truncate(sum(len(line) + 1 for line in lines))
         if not lines:
             self._append({"plan": plan, "started": self.started})
         self._append({"session": self.started})
         self.sessions.append(0.0)
 
-    def _read(self, lines: list[bytes], plan: dict[str, Any]) -> None:
-        try:
-            first, *rest = [_checked(line, number) for number, line in enumerate(lines, 1)]
-            theirs, self.started = first["plan"], first["started"]
-            for entry in rest:
-                if "run" in entry:
-                    self._keep(entry)
-                else:
-                    self.sessions.append(0.0)
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise JournalError(
-                f"{self.path} is not the journal of a study ({error}); name another --out, or add "
-                "--restart to replace it"
-            ) from error
-        if names := [key for key in plan if theirs.get(key) != plan[key]]:
-            raise JournalError(
-                f"{self.path} holds an unfinished study with other {' and '.join(names)}; go on with "
-                "the command it was started with, name another --out, or add --restart to drop it"
-            )
-
     def add(self, experiment: str, run: Mapping[str, Any]) -> None:
         """Write a finished run, which :func:`encode` made; it is on disk when this returns."""
         seconds = time.perf_counter() - self._began
         entry = {"experiment": experiment, "run": dict(run), "session_s": seconds}
         self._append(entry)
-        self._keep(entry)
+        self._keep(entry, {})
 
-    def _keep(self, entry: dict[str, Any]) -> None:
-        run = entry["run"]
-        self.runs[entry["experiment"], RunKey(*(run[name] for name in RunKey._fields))] = run
-        self.sessions[-1] = entry["session_s"]
+    def _keep(self, entry: dict[str, Any], plan: Mapping[str, Any]) -> None:
+        if run := entry.get("run"):
+            self.runs[entry["experiment"], RunKey(*(run[name] for name in RunKey._fields))] = run
+            self.sessions[-1] = entry["session_s"]
+        elif "session" in entry:
+            self.sessions.append(0.0)
+        elif names := [key for key in plan if entry["plan"].get(key) != plan[key]]:
+            raise JournalError(
+                f"{self.path} holds an unfinished study with other {' and '.join(names)}; go on with "
+                "the command it was started with, name another --out, or add --restart to drop it"
+            )
+        else:
+            self.started = entry["started"]
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         content = json.dumps(entry, allow_nan=False, separators=(",", ":")).encode()
@@ -113,10 +105,3 @@ class Journal:
     def close(self) -> None:
         """Let others have the file."""
         self._file.close()
-
-
-def _checked(line: bytes, number: int) -> Any:
-    checksum, _, content = line.partition(b" ")
-    if checksum != b"%08x" % zlib.crc32(content):
-        raise ValueError(f"line {number} is not what was written")
-    return json.loads(content)

@@ -23,7 +23,7 @@ class ModelSpec(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def build(self, inputs: int, outputs: int, generator: torch.Generator) -> nn.Module:
-        """Build the network, with weights drawn from ``generator``."""
+        """Build the network, with weights drawn from ``generator`` and biases that are zero or drawn along."""
 
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -46,7 +46,6 @@ class ActivationTerm(nn.Module):
         self.term: Tensor | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        """The input."""
         if self.training and torch.is_grad_enabled():
             self.term = self.l1 * input.abs().sum() + 0.5 * self.l2 * input.square().sum()
         return input
@@ -56,8 +55,8 @@ class ActivationTerm(nn.Module):
 class _Layers:
     """What follows a layer, and how its weights are drawn."""
 
-    # "he" (He et al. 2015), "xavier" (Glorot and Bengio 2010), "orthogonal" (Saxe et al. 2013),
-    # "torch" (what reset_parameters draws) or "zero last" (He, with the last layer at zero).
+    # "he" (He et al. 2015), "xavier" (Glorot and Bengio 2010), "orthogonal" (Saxe et al. 2013) or
+    # "torch" (what reset_parameters draws).
     init: str = "he"
     # Factor of the initial weights. With "he" they are drawn from
     # N(0, (init_gain * sqrt(2 / fan_in))^2): 1 keeps the scale of activations and gradients from
@@ -73,7 +72,7 @@ class _Layers:
     batch_size: int = 32  # what the penalty of activations is divided by
 
     def after(self, channels: int, norms: tuple[Any, Any]) -> list[nn.Module]:
-        """What follows a hidden layer of that many outputs; ``norms`` are ours and torch's."""
+        """Return what follows a hidden layer of that many outputs; ``norms`` are ours and torch's."""
         modules: list[nn.Module] = []
         activation = ACTIVATIONS[self.activation]
         if self.norm == "steadygrad" and activation is nn.ReLU:
@@ -90,16 +89,12 @@ class _Layers:
             modules.append(nn.Dropout(self.dropout))
         return modules
 
-    def draw(self, layer: nn.Module, fan_in: int, generator: torch.Generator, last: bool) -> None:
+    def draw(self, layer: nn.Module, fan_in: int, generator: torch.Generator) -> None:
         """Draw the weights of a layer; biases are zero."""
-        weight, bias = layer.weight, layer.bias
-        assert isinstance(weight, Tensor) and isinstance(bias, Tensor)
-        he = self.init_gain * math.sqrt(2.0 / fan_in)
-        # Every kind of He makes the same draws.
-        if self.init in ("he", "zero last"):
+        weight: Any = layer.weight
+        if self.init == "he":  # every gain makes the same draws
+            he = self.init_gain * math.sqrt(2.0 / fan_in)
             nn.init.normal_(weight, 0.0, he, generator=generator)
-            if self.init == "zero last" and last:
-                nn.init.zeros_(weight)
         elif self.init == "xavier":
             nn.init.xavier_normal_(weight, self.init_gain, generator=generator)
         elif self.init == "orthogonal":
@@ -108,6 +103,7 @@ class _Layers:
             nn.init.kaiming_uniform_(weight, math.sqrt(5.0), generator=generator)
         else:
             raise ValueError(f"{type(self).__name__}: init: unknown initialization {self.init!r}")
+        bias: Any = layer.bias
         nn.init.zeros_(bias)
 
 
@@ -119,22 +115,19 @@ class Mlp(_Layers):
     width: int = 100  # units of each hidden layer
 
     def build(self, inputs: int, outputs: int, generator: torch.Generator) -> nn.Sequential:
-        """Build the network with zero biases; the same draws serve every ``init_gain``."""
         sizes = [inputs, *[self.width] * (self.layers - 1), outputs]
         modules: list[nn.Module] = []
         for place, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
-            linear = nn.utils.skip_init(nn.Linear, fan_in, fan_out)
-            last = place == self.layers - 1
-            self.draw(linear, fan_in, generator, last)
-            modules.append(linear)
-            if not last:
+            modules.append(nn.utils.skip_init(nn.Linear, fan_in, fan_out))
+            self.draw(modules[-1], fan_in, generator)
+            if place < self.layers - 1:
                 modules += self.after(fan_out, (stable_nn.BatchNorm1d, nn.BatchNorm1d))
         return nn.Sequential(*modules)
 
 
 @dataclass(frozen=True)
 class PlainCnn(_Layers):
-    """A deep convolutional network without skip connections, for square images.
+    """A deep convolutional network without skip connections, for square images, which come flat.
 
     Two convolutions of stride 2, then those of stride 1, all 3 x 3, and a linear layer over the
     mean of each channel.
@@ -144,39 +137,35 @@ class PlainCnn(_Layers):
     channels: int = 16  # of each convolution
 
     def build(self, inputs: int, outputs: int, generator: torch.Generator) -> nn.Sequential:
-        """Build the network for flat images of ``inputs`` features."""
         shape = image_shape(inputs)
         modules: list[nn.Module] = [nn.Unflatten(1, shape)]
         channels = shape[0]
         for place in range(self.layers - 1):
+            stride = 2 if place < 2 else 1
             conv = nn.utils.skip_init(
-                nn.Conv2d, channels, self.channels, 3, stride=2 if place < 2 else 1, padding=1
+                nn.Conv2d, channels, self.channels, 3, stride=stride, padding=1
             )
-            self.draw(conv, 9 * channels, generator, False)
+            self.draw(conv, 9 * channels, generator)
             channels = self.channels
             modules += [conv, *self.after(channels, (stable_nn.BatchNorm2d, nn.BatchNorm2d))]
         linear = nn.utils.skip_init(nn.Linear, channels, outputs)
-        self.draw(linear, channels, generator, True)
+        self.draw(linear, channels, generator)
         return nn.Sequential(*modules, nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
 
 
 @dataclass(frozen=True)
 class Recurrent:
-    """A recurrent network of one layer, with a linear layer over its states."""
+    """A recurrent network of one layer of tanh units, with a linear layer over its states."""
 
     hidden: int = 50  # number of units
-    cell: str = "tanh"  # or "relu", "lstm", "gru"
     embedding: int = 0  # inputs are codes, each of which has a vector of this size; 0: vectors
     every_step: bool = False  # whether there is an output for each state or for the last one
     # Recurrent weights are drawn from N(0, (recurrent_gain / sqrt(hidden))^2), whose largest
     # eigenvalue is about recurrent_gain in size; None: as torch draws them, uniformly within
     # 1 / sqrt(hidden), which makes it about 0.58.
     recurrent_gain: float | None = None
-    orthogonal: bool = False  # recurrent weights: an orthogonal matrix times recurrent_gain (or 1)
-    input_gain: float = 1.0  # factor of the input weights, which are drawn as torch draws them
 
     def build(self, inputs: int, outputs: int, generator: torch.Generator) -> nn.Module:
-        """Build the network; biases are zero but for those that torch draws along."""
         return _RecurrentNetwork(self, inputs, outputs, generator)
 
 
@@ -186,30 +175,21 @@ class _RecurrentNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.every_step = spec.every_step
-        size = spec.embedding or inputs
         self.embedding: nn.Module = (
-            nn.utils.skip_init(nn.Embedding, inputs, size) if spec.embedding else nn.Identity()
+            nn.utils.skip_init(nn.Embedding, inputs, spec.embedding)
+            if spec.embedding
+            else nn.Identity()
         )
-        options: dict[str, Any] = {"batch_first": True}
-        if spec.cell in ("tanh", "relu"):
-            options["nonlinearity"] = spec.cell
-        kinds: dict[str, Any] = {"lstm": nn.LSTM, "gru": nn.GRU}
-        self.recurrent = kinds.get(spec.cell, nn.RNN)(size, spec.hidden, **options)
+        self.recurrent = nn.RNN(spec.embedding or inputs, spec.hidden, batch_first=True)
         self.output = nn.utils.skip_init(nn.Linear, spec.hidden, outputs)
         bound = 1.0 / math.sqrt(spec.hidden)
         for name, parameter in self.named_parameters():
             if name.startswith("embedding"):
                 nn.init.normal_(parameter, generator=generator)
-            elif "weight_hh" in name and spec.orthogonal:
-                nn.init.orthogonal_(parameter, spec.recurrent_gain or 1.0, generator=generator)
             elif "weight_hh" in name and spec.recurrent_gain is not None:
-                deviation = spec.recurrent_gain * bound
-                nn.init.normal_(parameter, 0.0, deviation, generator=generator)
+                nn.init.normal_(parameter, 0.0, spec.recurrent_gain * bound, generator=generator)
             else:
                 nn.init.uniform_(parameter, -bound, bound, generator=generator)
-                if "weight_ih" in name:
-                    with torch.no_grad():
-                        parameter.mul_(spec.input_gain)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Return ``(batch, length, outputs)``, or ``(batch, outputs)`` after the last step."""

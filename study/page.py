@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,45 +13,8 @@ import pandas as pd
 
 from . import charts
 from . import table as tables
-from .record import command_text, write_text
+from .record import without_folders, write_text
 from .table import COLUMNS, NOTHING, Json, figure
-
-HEAT = {
-    "heat4": "all, and all of them learned",
-    "heat3": "all",
-    "heat2": "at least half",
-    "heat1": "fewer",
-    "heat0": "none",
-}
-_OVERVIEW = (
-    "A setting is a problem and a learning rate. A run is lost when it did not survive, or exploded and did not learn; "
-    "otherwise it is kept. A setting is hard when at least half of the baseline's runs are lost in it. The table has "
-    "the runs that were kept in the hard settings of each experiment, and how many of them learned; the share of all "
-    "hard settings has its 95 % interval. On held-out data a remedy is better or worse in a setting where the 95 % "
-    "interval of its difference to the baseline, seed by seed, is above or below 0; only settings count in which every "
-    "run of the baseline learned. Of a hundred remedies that change nothing about five would seem to. Every remedy was "
-    "tried at one strength."
-)
-_TWINS = (
-    "The same remedy by this package and by torch's own functions, with the same seeds, weights and batches. First "
-    "difference: the largest relative one of the batch losses of the first 5 steps; what comes later is chaotic. Time: "
-    "torch's seconds per step over ours, above 1 where ours is faster. In brackets: 95 % intervals over the seeds."
-)
-_SAME = (
-    "Remedies whose runs are the same number by number, because what tells them apart never acted, or the runs were "
-    "over before it could: "
-)
-_RESULTS = (
-    "Mean on held-out data, with its 95 % interval and the single runs. Pale bars: not every run learned; hatched "
-    "bars: not even half of them. Dotted line: guessing; dashed line: threshold of learning. Where lower is better, "
-    "bars up to the right edge end beyond it."
-)
-_CURVES = (
-    "Training loss, and below it the gradient norm before the clip, over the steps, on logarithmic scales. Lines are "
-    "medians over the seeds, bands go from the smallest to the largest run, crosses mark the first step of a run that "
-    "was not finite. Dashed red: the limit of the norm."
-)
-_STATES = {"interrupted": "was interrupted", "time limit": "ended at its time limit"}
 
 
 class Cell(str):
@@ -84,17 +48,18 @@ def write_pages(documents: Sequence[Json], out: Path) -> list[Path]:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
+    engine.filters["figure"] = figure
+    engine.filters["command"] = lambda words: shlex.join(without_folders(words))
     engine.filters["md"] = lambda text: re.sub(r"[\\`*|<\[]|(?<!\w)_", r"\\\g<0>", text)
     html = engine.get_template("page.html.jinja").render(report)
     markdown = engine.get_template("page.md.jinja").render(report, folder=folder.name)
     markdown = re.sub(r" +\n", "\n", re.sub(r"\n{3,}", "\n\n", markdown))
     before = paths[1].read_text("utf-8", "replace") if paths[1].is_file() else ""
-    for experiment in report["experiments"]:
-        for file, (_, _, drawing) in zip(experiment["files"], experiment["charts"], strict=True):
-            write_text(drawing, folder / file)
-    for name in set(re.findall(rf"\]\({folder.name}/([\w.-]+\.svg)\)", before + markdown)):
-        if f"({folder.name}/{name})" not in markdown:
-            (folder / name).unlink(missing_ok=True)
+    drawn = {each["file"]: each["svg"] for e in report["experiments"] for each in e["charts"]}
+    for name, svg in drawn.items():
+        write_text(svg, folder / name)
+    for name in set(re.findall(rf"\]\({folder.name}/([\w.-]+\.svg)\)", before)) - set(drawn):
+        (folder / name).unlink(missing_ok=True)
     write_text(html, paths[0])
     write_text(markdown, paths[1])
     return paths
@@ -102,41 +67,22 @@ def write_pages(documents: Sequence[Json], out: Path) -> list[Path]:
 
 def _report(documents: Sequence[Json]) -> dict[str, Any]:
     experiments = [e for document in documents for e in document["experiments"] if e["runs"]]
-    experiments = _named_apart(experiments)
+    names = [experiment["name"] for experiment in experiments]
+    for place, name in enumerate(names):  # those that have the name of another are numbered
+        if count := names[:place].count(name):
+            experiments[place] = {**experiments[place], "name": f"{name} {count + 1}"}
     runs = [tables.runs_of(experiment) for experiment in experiments]
-    minutes = round(sum(document["wall_s"] for document in documents) / 60)
     terms: dict[str, str] = {}
     for document in documents:
         terms.update(document["definitions"])
     return {
         "title": "What keeps training steady: remedies compared",
-        "lead": f"{_count(len(experiments), 'experiment')}, {_count(sum(map(len, runs)), 'run')}, "
-        f"{_count(minutes, 'minute')} of training, {documents[0]['started'][:10]}.",
-        "warnings": [
-            f"The study of {d['started'][:10]} {_STATES[d['status']]}: its results are partial."
-            for d in documents
-            if d["status"] in _STATES
-        ],
-        "heat": HEAT.items(),
-        "overview_text": _OVERVIEW,
+        "documents": documents,
+        "runs": sum(map(len, runs)),
         "overview": overview(experiments, runs),
-        "twins_text": _TWINS,
         "experiments": [_section(e, own) for e, own in zip(experiments, runs, strict=True)],
         "definitions": terms,
-        "facts": [fact for document in documents for fact in _facts(document)],
     }
-
-
-def _named_apart(experiments: Sequence[Json]) -> list[Json]:
-    """Number the experiments that have the name of another."""
-    names = [experiment["name"] for experiment in experiments]
-    counts = [names[:place].count(name) + 1 for place, name in enumerate(names)]
-    numbered = [f"{name} {k}" if k > 1 else name for name, k in zip(names, counts, strict=True)]
-    return [{**e, "name": name} for e, name in zip(experiments, numbered, strict=True)]
-
-
-def _count(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def overview(experiments: Sequence[Json], runs: Sequence[pd.DataFrame]) -> Table:
@@ -145,24 +91,24 @@ def overview(experiments: Sequence[Json], runs: Sequence[pd.DataFrame]) -> Table
         tables.in_settings(own, tables.hard_settings(experiment, own))
         for experiment, own in zip(experiments, runs, strict=True)
     ]
-    together = pd.concat([own.astype({"arm": object}) for own in hard]) if hard else pd.DataFrame()
     names = {a["name"]: a["remedy"] for e in experiments for a in tables.remedies(e)}
+    baselines = {tables.baseline(experiment) for experiment in experiments}
     rows: list[list[str]] = []
     for name, remedy in names.items():
-        of_name = [own[own["arm"] == name] for own in (*hard, together)]
-        all_kept = int(of_name[-1]["kept"].sum())
-        total = NOTHING
-        if count := len(of_name[-1]):
-            low, high = tables.wilson(all_kept, count)
-            learned = int(of_name[-1]["learned"].sum())
-            total = f"{all_kept}/{count} ({low:.2f} to {high:.2f}), learned {learned}"
+        counts = [
+            (len(one), int(one["kept"].sum()), int(one["learned"].sum()))
+            for one in (own[own["arm"] == name] for own in hard)
+        ]
+        count, kept, learned = (sum(column) for column in zip(*counts, strict=True))
+        total = compared = NOTHING
+        if count:
+            low, high = tables.wilson(kept, count)
+            total = f"{kept}/{count} ({low:.2f} to {high:.2f}), learned {learned}"
         found = [tables.held_out(e, own, name) for e, own in zip(experiments, runs, strict=True)]
         better, worse, settings = (sum(column) for column in zip(*found, strict=True))
-        compared = f"better in {better}, worse in {worse} of {settings}" if settings else NOTHING
-        if any(tables.baseline(e) == name for e in experiments):
-            compared = NOTHING
-        cells = (_heat(len(own), own["kept"].sum(), own["learned"].sum()) for own in of_name[:-1])
-        rows.append([_named(name, remedy), *cells, total, compared])
+        if settings and name not in baselines:
+            compared = f"better in {better}, worse in {worse} of {settings}"
+        rows.append([_named(name, remedy), *(_heat(*each) for each in counts), total, compared])
     head = ("remedy", *(e["name"] for e in experiments), "all hard settings", "on held-out data")
     return Table(head, rows)
 
@@ -175,49 +121,33 @@ def _heat(runs: int, good: int, learned: int) -> Cell:
     if not runs:
         return Cell(NOTHING)
     cell = Cell(f"{good}/{runs}, learned {learned}")
-    level = sum((good > 0, 2 * good >= runs, good == runs, good == learned == runs))
-    cell.style = f"heat{level}"
+    cell.style = f"heat{sum((good > 0, 2 * good >= runs, good == runs, good == learned == runs))}"
     return cell
 
 
 def _section(experiment: Json, runs: pd.DataFrame) -> dict[str, Any]:
     rows = tables.summarise(experiment, runs)
-    drawn = [("On held-out data", _RESULTS, charts.results(experiment, runs, rows), "results")]
-    if (curves := charts.curves(experiment, runs)) is not None:
-        drawn.append(("Loss and gradient norm", _CURVES, curves, "curves"))
     stem = re.sub(r"[^a-z0-9]+", "-", experiment["name"].lower()).strip("-")
-    same = "; ".join(" = ".join(names) for names in tables.same_runs(experiment, runs))
+    drawn = (
+        ("results", "On held-out data", charts.results(experiment, runs, rows)),
+        ("curves", "Loss and gradient norm", charts.curves(experiment, runs)),
+    )
     twins = list(tables.twins(experiment, runs))
     return {
         "name": experiment["name"],
         "title": experiment["title"],
         "about": experiment["about"],
-        "problems": [(problem["title"], _described(problem)) for problem in experiment["problems"]],
+        "problems": experiment["problems"],
         "map": _map(experiment, rows),
-        "same": f"{_SAME}{same}." if same else "",
-        "charts": [(name, text, Drawing(svg)) for name, text, svg, _ in drawn],
-        "files": [f"{stem}-{kind}.svg" for *_, kind in drawn],
+        "same": "; ".join(" = ".join(names) for names in tables.same_runs(experiment, runs)),
+        "charts": [
+            {"kind": kind, "title": title, "svg": svg, "file": f"{stem}-{kind}.svg"}
+            for kind, title, svg in drawn
+            if svg is not None
+        ],
         "numbers": _numbers(experiment, rows),
         "twins": Table(list(twins[0]) if twins else (), [list(t.values()) for t in twins], 3),
     }
-
-
-class Drawing(str):
-    """SVG, which stands in HTML as it is."""
-
-    def __html__(self) -> str:
-        """The element without the declarations of a file of its own."""
-        return self[self.index("<svg") :]
-
-
-def _described(problem: Json) -> str:
-    metric = problem["metric"]
-    return (
-        f"{problem['data']}; {problem['model']}, {problem['parameters']:,} parameters; "
-        f"{problem['steps']:,} steps of {problem['batch_size']} examples, {problem['optimizer']}; "
-        f"measured by {metric['name']}: guessing gets {figure(metric['guessing'])}, learned from "
-        f"{figure(metric['learned'])}, target {figure(metric['target'])}"
-    )
 
 
 def _map(experiment: Json, rows: pd.DataFrame) -> Table:
@@ -234,39 +164,14 @@ def _map(experiment: Json, rows: pd.DataFrame) -> Table:
 
 def _numbers(experiment: Json, rows: pd.DataFrame) -> Table:
     """Every row with all that was measured; columns in which nothing was are left out."""
-    abouts = {arm["name"]: arm["about"] for arm in experiment["arms"]}
-    metrics = dict.fromkeys(problem["metric"]["name"] for problem in experiment["problems"])
+    abouts = {arm["name"]: f": {arm['about']}" for arm in experiment["arms"] if arm["about"]}
+    metrics = ", ".join(dict.fromkeys(p["metric"]["name"] for p in experiment["problems"]))
     several = len(experiment["problems"]) > 1
-    columns = {
-        ", ".join(metrics) if name == "metric" else name: [cell(row) for row in rows.itertuples()]
-        for name, cell in COLUMNS.items()
-    }
-    columns = {name: cells for name, cells in columns.items() if set(cells) != {NOTHING}}
-    lines: list[list[str]] = []
-    for place, row in enumerate(rows.itertuples()):
-        first = [str(row.arm) + (f": {abouts[row.arm]}" if abouts[row.arm] else "")]
-        lines.append([*([str(row.problem)] if several else []), *first])
-        lines[-1] += [cells[place] for cells in columns.values()]
-    head = (*(["problem"] if several else []), "arm", *columns)
-    return Table(head, lines, 1 + several)
-
-
-def _facts(document: Json) -> list[tuple[str, str]]:
-    machine: Mapping[str, Any] = document["machine"]
-    sessions = document["sessions"]
-    return [
-        ("Started", document["started"]),
-        (
-            "Wall time",
-            f"{document['wall_s']:,.0f} s"
-            + (f" over {sessions} sessions" if sessions > 1 else "")
-            + ("" if document["status"] == "complete" else f" ({document['status']})"),
-        ),
-        ("Command", command_text(document["command_line"])),
-        (
-            "Machine",
-            f"{machine['processor']}, {machine['cores']} cores; {machine['system']}; "
-            f"processes side by side: {machine['jobs']}, torch threads in each: {machine['threads']}",
-        ),
-        ("Versions", ", ".join(f"{name} {v}" for name, v in document["versions"].items())),
-    ]
+    found = pd.DataFrame({"problem": rows["problem"], "arm": rows["arm"]}).astype(str)
+    found["arm"] = [arm + abouts.get(arm, "") for arm in found["arm"]]
+    for name, cell in COLUMNS.items():
+        cells = [cell(row) for row in rows.itertuples()]
+        if set(cells) != {NOTHING}:
+            found[metrics if name == "metric" else name] = cells
+    found = found if several else found.drop(columns="problem")
+    return Table(list(found), found.to_numpy().tolist(), 1 + several)

@@ -8,16 +8,14 @@ import json
 import math
 import os
 import platform
-import shlex
-import sys
-import tempfile
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .experiment import Experiment
+from .experiment import Experiment, RunKey
 from .explosion import DEFINITION
 from .tasks import Task
 
@@ -67,16 +65,11 @@ def describe(
     runs: Sequence[Mapping[str, Any]],
     curves: int = 3,
 ) -> dict[str, Any]:
-    """Return an experiment and its runs as JSON values.
+    """Return an experiment and its runs, which :func:`encode` made, as JSON values.
 
-    Args:
-        experiment: the declaration.
-        tasks: the task of each problem, by its name.
-        runs: as :func:`encode` gives them, in any order.
-        curves: how many seeds keep theirs: those of all would make the file large. For the same
-            reason only arms that are compared with torch's keep their first losses.
+    ``curves`` seeds keep theirs: those of all would make the file large. For the same reason only
+    arms that are compared with torch's keep their first losses.
     """
-    order = {tuple(key): place for place, key in enumerate(experiment.plan())}
     described = experiment.describe()
     for problem, stored in zip(experiment.problems, described["problems"], strict=True):
         task = tasks[problem.name]
@@ -85,54 +78,41 @@ def describe(
         stored["metric"] = dataclasses.asdict(task.metric)
         stored["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     compared = {name for arm in experiment.arms if arm.twin for name in (arm.name, arm.twin)}
-    kept = [
-        {
-            **run,
-            "curve": run["curve"] if run["seed"] in experiment.seeds[:curves] else None,
-            "first_losses": run["first_losses"] if run["arm"] in compared else [],
-        }
-        for run in runs
-    ]
-    kept.sort(key=lambda run: order[run["problem"], run["arm"], run["learning_rate"], run["seed"]])
+    found = {tuple(run[name] for name in RunKey._fields): dict(run) for run in runs}
+    kept = [found[key] for key in experiment.plan() if key in found]
+    for run in kept:
+        if run["seed"] not in experiment.seeds[:curves]:
+            run["curve"] = None
+        if run["arm"] not in compared:
+            run["first_losses"] = []
     value: dict[str, Any] = encode({**described, "runs": kept})
     return value
 
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that matter."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed as a package"
-    return found
+    known = {each.name: each.version for each in importlib.metadata.distributions()}
+    found = {package: known.get(package, "not installed as a package") for package in _PACKAGES}
+    return {"python": platform.python_version(), **found}
 
 
 def machine() -> dict[str, Any]:
     """Return what the study ran on."""
     info = Path("/proc/cpuinfo")
     text = info.read_text(encoding="utf-8", errors="replace") if info.exists() else ""
-    names = [line.partition(":")[2] for line in text.splitlines() if line.startswith("model name")]
-    processor = names[0].strip() if names else platform.processor() or platform.machine()
+    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    processor = name[1] if name else platform.processor() or platform.machine()
     return {"system": platform.platform(), "processor": processor, "cores": os.cpu_count() or 0}
 
 
-def command_line() -> list[str]:
-    """Return the words of this process's command; an absolute path says nothing to others."""
-    return [Path(word).name if Path(word).is_absolute() else word for word in sys.orig_argv]
-
-
-def command_text(arguments: Sequence[str]) -> str:
-    """Return a command line as one would type it; a script by its name, without its folder."""
-    programs = 1 + (len(arguments) > 1 and not arguments[1].startswith("-"))
-    names = [Path(argument).name for argument in arguments[:programs]]
-    return shlex.join([*names, *arguments[programs:]]) or "not recorded"
+def without_folders(words: Sequence[str]) -> list[str]:
+    """Return the words of a command line; of an absolute path, which says nothing to others, its name."""
+    return [Path(word).name if Path(word).is_absolute() else word for word in words]
 
 
 def write(document: Mapping[str, Any], path: Path) -> None:
     """Write a record, whole or not at all."""
-    text = json.dumps(document, indent=None, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(document, allow_nan=False, separators=(",", ":"))
     # One run a line: small, and a diff still shows what changed.
     write_text(text.replace('},{"problem"', '},\n{"problem"') + "\n", path)
 
@@ -140,17 +120,15 @@ def write(document: Mapping[str, Any], path: Path) -> None:
 def write_text(text: str, path: Path) -> None:
     """Write a file whole or not at all; its folder is created."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A new file of a name that nobody can have made a link of before.
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(descriptor, "w", encoding="utf-8") as file:
+        with beside.open("x", encoding="utf-8") as file:  # which follows no link
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        beside.replace(path)
     finally:
-        Path(name).unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
 
 
 def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
@@ -163,9 +141,7 @@ def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
     for path in paths:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"{path}: expected JSON, got: {error}") from error
         schema = record.get("schema") if isinstance(record, dict) else None
         if schema not in _SCHEMAS or "experiments" not in record:

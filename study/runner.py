@@ -8,6 +8,7 @@ import hashlib
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,10 +30,8 @@ from .journal import Journal
 from .selection import Selection, SelectionError
 from .tasks import Task
 from .training import rehearse
-from .workers import Item, WorkerError, make_all
+from .workers import Tasks, WorkerError, make_all
 
-# One thread each: matrices of 100 x 100 gain 5 % from a second one, and lose a factor when it is busy.
-_DEFAULT_THREADS = 1
 _QUICK_LIMIT_S = 200.0
 # Columns of the printed table, and what heads them.
 _PRINTED = {
@@ -42,8 +41,6 @@ _PRINTED = {
     "clipped": "steps\nclipped",
     "largest norm": "largest\nnorm",
 }
-
-Tasks = Mapping[str, Mapping[str, Task]]  # name of an experiment -> of a problem -> its task
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,9 @@ class Settings:
 
     out: Path  # folder of the files, made if need be
     jobs: int | None = None  # processes side by side; None: one for each core
-    threads: int | None = None  # of torch in each process; None: 1
+    # Of torch in each process; None: 1. Matrices of 100 x 100 gain 5 % from a second one, and lose a factor when it is
+    # busy.
+    threads: int | None = None
     limit_s: float | None = None  # after which no run is begun; None: never, 200 s if quick
     restart: bool = False  # drops what an unfinished study has left, which is else gone on with
 
@@ -68,34 +67,29 @@ class Settings:
 
 
 def run_study(selection: Selection, settings: Settings, console: Console) -> int:
-    """Carry the selected experiments out.
+    """Carry the selected experiments out; progress and tables go to the console.
 
     Writes ``study.json`` and the pages made of it. What is finished is also in ``journal.jsonl``
     until all is done: the same call goes on after a kill, Ctrl-C or the time limit.
-
-    Args:
-        selection: which experiments.
-        settings: where to, and how.
-        console: where progress and tables go.
 
     Returns:
         Exit status: 0; 1 if there is nothing to run or a run could not be made; 130 after Ctrl-C.
     """
     try:
-        experiments = selection.experiments()
-        tasks = {experiment.name: _load(experiment) for experiment in experiments}
+        loaded = {e.name: (e, _load(e)) for e in selection.experiments()}
         settings.out.mkdir(parents=True, exist_ok=True)
         if not settings.restart:
-            _spare_results(experiments, settings.out / record.NAME)
-        plan = _what_decides_the_numbers(selection, experiments, tasks, settings)
+            _spare_results(list(loaded), settings.out / record.NAME)
+        study = _Study(selection, settings, loaded)
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         path = settings.out / journal.NAME
+        plan = study.what_decides_the_numbers()
         with contextlib.closing(Journal(path, plan, now, settings.restart)) as made:
-            return _carry_out(selection, experiments, tasks, settings, made, console)
+            return study.carry_out(made, console)
     except (MissingDependencyError, ValueError, WorkerError) as error:
         return _complain(console, str(error))
     except OSError as error:
-        name = error.filename or settings.out
+        name = error.filename or f"{settings.out} or standard output"
         return _complain(console, f"study: {name}: {error.strerror or error}")
 
 
@@ -108,155 +102,134 @@ def _load(experiment: Experiment) -> dict[str, Task]:
             try:
                 rehearse(experiment, key, task, measure=arm is experiment.arms[0])
             except Exception as error:
-                raise SelectionError(
-                    f"study: {experiment.name}, {name}, arm {arm.name!r}: "
-                    f"{type(error).__name__}: {error}"
-                ) from error
+                place = f"study: {experiment.name}, {name}, arm {arm.name!r}"
+                raise SelectionError(f"{place}: {type(error).__name__}: {error}") from error
     return tasks
 
 
-def _spare_results(experiments: Sequence[Experiment], path: Path) -> None:
+def _spare_results(names: list[str], path: Path) -> None:
     """Refuse to write over the results of another study."""
-    if not path.exists():
-        return
     try:
         there = [experiment["name"] for experiment in record.read([path])[0]["experiments"]]
     except (ValueError, KeyError, TypeError):
         there = []
-    if there != [experiment.name for experiment in experiments]:
+    if path.exists() and there != names:
         raise SelectionError(
             f"study: {path} has the results of {', '.join(there) or 'something else'}; name another "
             "--out, or add --restart to replace them"
         )
 
 
-def _what_decides_the_numbers(
-    selection: Selection, experiments: Sequence[Experiment], tasks: Tasks, settings: Settings
-) -> dict[str, Any]:
-    files = [Path(name) for name in selection.names if name.endswith(".py")]
-    return {
-        "experiments": [experiment.describe() for experiment in experiments],
-        "files": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],
-        "data": [_first_batch(tasks[e.name][p.name], p) for e in experiments for p in e.problems],
-        "versions": record.versions(),
-        "threads": settings.threads or _DEFAULT_THREADS,
-    }
+class _Study:
+    """What is carried out, and how; ``loaded`` are the experiments and the tasks of their problems, by name."""
+
+    def __init__(
+        self,
+        selection: Selection,
+        settings: Settings,
+        loaded: Mapping[str, tuple[Experiment, Tasks]],
+    ) -> None:
+        self.selection, self.settings, self.loaded = selection, settings, loaded
+        self.threads = settings.threads or 1
+        self.jobs = settings.jobs or len(os.sched_getaffinity(0))
+        self.files = [Path(name) for name in selection.names if name.endswith(".py")]
+        # One seed of every experiment after the other: what is cut short has compared all arms.
+        self.plan = [(name, key) for name, (e, _) in loaded.items() for key in e.plan()]
+        self.plan.sort(key=lambda item: loaded[item[0]][0].seeds.index(item[1].seed))
+
+    def what_decides_the_numbers(self) -> dict[str, Any]:
+        return {
+            "experiments": [experiment.describe() for experiment, _ in self.loaded.values()],
+            "files": [hashlib.sha256(file.read_bytes()).hexdigest() for file in self.files],
+            "data": [
+                _first_batch(tasks[problem.name], problem)
+                for experiment, tasks in self.loaded.values()
+                for problem in experiment.problems
+            ],
+            "versions": record.versions(),
+            "threads": self.threads,
+        }
+
+    def carry_out(self, made: Journal, console: Console) -> int:
+        if made.runs:
+            console.print(f"Going on after {len(made.runs)} finished runs.", style="bold")
+        status = "complete"
+        try:
+            self._make_runs(made, console)
+            if len(made.runs) < len(self.plan):
+                status = "time limit"
+        except KeyboardInterrupt:
+            status = "interrupted"
+            # Writing takes a second or two, and a second Ctrl-C is to stop what has stopped.
+            before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        document = self._document(made, status)
+        files = [self.settings.out / record.NAME]
+        record.write(document, files[0])
+        from . import page  # with its libraries, which the processes that train do without
+
+        files += page.write_pages([document], self.settings.out)
+        if status == "interrupted":
+            signal.signal(signal.SIGINT, before)
+        if status == "complete":
+            made.path.unlink(missing_ok=True)  # all of it is in the record
+        console.print()
+        print_tables(document, console)
+        if status != "complete":
+            why = {"interrupted": "Interrupted", "time limit": "Stopped at the time limit"}
+            console.print(
+                f"\n{why[status]} after {len(made.runs)} of {len(self.plan)} runs: the results are "
+                "partial. The same command goes on from here.",
+                style="bold yellow",
+            )
+        made_in = f"{len(made.runs):,} run(s) in {sum(made.sessions):.0f} s"
+        where = " and ".join(map(str, files))
+        console.print(f"\n{made_in}, written to {where}", markup=False, soft_wrap=True)
+        return 130 if status == "interrupted" else 0
+
+    def _make_runs(self, made: Journal, console: Console) -> None:
+        """Make the runs that the journal does not have, with a progress bar."""
+        quick = self.selection.mode == "quick"
+        limit = self.settings.limit_s or (_QUICK_LIMIT_S if quick else math.inf)
+        deadline = time.perf_counter() + limit
+        left = [item for item in self.plan if item not in made.runs]
+        jobs = min(self.jobs, max(1, len(left)))
+        columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+        with Progress(*columns, console=console) as progress:
+            bar = progress.add_task("", total=len(self.plan), completed=len(made.runs))
+            for (name, key), run in make_all(
+                *(self.selection, self.loaded, jobs, self.threads, left),
+                is_over=lambda: time.perf_counter() > deadline,
+            ):
+                made.add(name, run)
+                done = f"{key.problem}: {key.arm}, {key.learning_rate:g}, seed {key.seed}"
+                progress.update(bar, advance=1, description=escape(done))
+
+    def _document(self, made: Journal, status: str) -> dict[str, Any]:
+        curves = 3 if len(self.loaded) == 1 else 1
+        return {
+            "schema": record.SCHEMA,
+            "status": status,
+            "mode": "file" if self.files else self.selection.mode,
+            "started": made.started,
+            "wall_s": sum(made.sessions),
+            "sessions": len(made.sessions),
+            "command_line": record.without_folders(sys.orig_argv),
+            "machine": {**record.machine(), "jobs": self.jobs, "threads": self.threads},
+            "versions": record.versions(),
+            "definitions": record.DEFINITIONS,
+            "experiments": [
+                record.describe(
+                    e, tasks, [r for (n, _), r in made.runs.items() if n == name], curves
+                )
+                for name, (e, tasks) in self.loaded.items()
+            ],
+        }
 
 
 def _first_batch(task: Task, problem: Problem) -> str:
     """What tells a problem's data from other data of the same name and shape."""
     batch = next(task.batches(problem.batch_size, torch.Generator().manual_seed(0)))
     return hashlib.sha256(repr([tensor.tolist() for tensor in batch]).encode()).hexdigest()
-
-
-def _carry_out(
-    selection: Selection,
-    experiments: Sequence[Experiment],
-    tasks: Tasks,
-    settings: Settings,
-    made: Journal,
-    console: Console,
-) -> int:
-    if made.runs:
-        console.print(f"Going on after {len(made.runs)} finished runs.", style="bold")
-    # One seed of every experiment after the other: what is cut short has compared all arms.
-    seeds = {experiment.name: experiment.seeds for experiment in experiments}
-    plan = [(experiment.name, key) for experiment in experiments for key in experiment.plan()]
-    plan.sort(key=lambda item: seeds[item[0]].index(item[1].seed))
-    limit = settings.limit_s or (_QUICK_LIMIT_S if selection.mode == "quick" else math.inf)
-    status = "complete"
-    try:
-        loaded = {e.name: (e, tasks[e.name]) for e in experiments}
-        _make_runs(selection, loaded, settings, limit, made, plan, console)
-        if len(made.runs) < len(plan):
-            status = "time limit"
-    except KeyboardInterrupt:
-        status = "interrupted"
-        # Writing takes a second or two, and a second Ctrl-C is to stop what has stopped.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    document = _document(selection, experiments, tasks, settings, made, status)
-    files = [settings.out / record.NAME]
-    record.write(document, files[0])
-    from . import page  # with its libraries, which the processes that train do without
-
-    files += page.write_pages([document], settings.out)
-    if status == "interrupted":
-        signal.signal(signal.SIGINT, before)
-    if status == "complete":
-        made.path.unlink(missing_ok=True)  # all of it is in the record
-    console.print()
-    print_tables(document, console)
-    console.print()
-    count, where = len(made.runs), " and ".join(map(str, files))
-    if status != "complete":
-        why = {"interrupted": "Interrupted", "time limit": "Stopped at the time limit"}
-        console.print(
-            f"{why[status]} after {count} of {len(plan)} runs: the results are partial. "
-            "The same command goes on from here.",
-            style="bold yellow",
-        )
-    made_in = f"{count:,} run{'' if count == 1 else 's'} in {sum(made.sessions):.0f} s"
-    console.print(f"{made_in}, written to {where}", markup=False, soft_wrap=True)
-    return 130 if status == "interrupted" else 0
-
-
-def _make_runs(
-    selection: Selection,
-    loaded: Mapping[str, tuple[Experiment, Mapping[str, Task]]],
-    settings: Settings,
-    limit: float,
-    made: Journal,
-    plan: Sequence[Item],
-    console: Console,
-) -> None:
-    """Make the runs that the journal does not have, with a progress bar."""
-    deadline = time.perf_counter() + limit
-    left = [item for item in plan if item not in made.runs]
-    jobs = min(_jobs(settings), max(1, len(left)))
-    threads = settings.threads or _DEFAULT_THREADS
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("", total=len(plan), completed=len(made.runs))
-        for (name, key), run in make_all(
-            selection, loaded, jobs, threads, left, lambda: time.perf_counter() > deadline
-        ):
-            made.add(name, run)
-            done = f"{key.problem}: {key.arm}, {key.learning_rate:g}, seed {key.seed}"
-            progress.update(bar, advance=1, description=escape(done))
-
-
-def _jobs(settings: Settings) -> int:
-    return settings.jobs or len(os.sched_getaffinity(0))
-
-
-def _document(
-    selection: Selection,
-    experiments: Sequence[Experiment],
-    tasks: Tasks,
-    settings: Settings,
-    made: Journal,
-    status: str,
-) -> dict[str, Any]:
-    own_file = any(name.endswith(".py") for name in selection.names)
-    runs: dict[str, list[dict[str, Any]]] = {experiment.name: [] for experiment in experiments}
-    for (name, _), run in made.runs.items():
-        runs[name].append(run)
-    threads, curves = settings.threads or _DEFAULT_THREADS, 3 if len(experiments) == 1 else 1
-    return {
-        "schema": record.SCHEMA,
-        "status": status,
-        "mode": "file" if own_file else selection.mode,
-        "started": made.started,
-        "wall_s": sum(made.sessions),
-        "sessions": len(made.sessions),
-        "command_line": record.command_line(),
-        "machine": {**record.machine(), "jobs": _jobs(settings), "threads": threads},
-        "versions": record.versions(),
-        "definitions": record.DEFINITIONS,
-        "experiments": [
-            record.describe(e, tasks[e.name], runs[e.name], curves) for e in experiments
-        ],
-    }
 
 
 def print_tables(document: Mapping[str, Any], console: Console) -> None:
@@ -300,7 +273,7 @@ def report_again(files: Sequence[Path], out: Path, console: Console) -> int:
         return _complain(
             console, f"{names}: expected whole records of studies, got one with {found}"
         )
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         return _complain(console, str(error))
     console.print(f"Written: {' and '.join(map(str, written))}", markup=False, soft_wrap=True)
     return 0

@@ -38,12 +38,8 @@ class Selection:
             SelectionError: there is no such experiment or arm, or a file is none.
             DataFileError: the folder holds no data.
         """
-        if self.names:
-            chosen = [from_file(Path(n)) if n.endswith(".py") else _known(n) for n in self.names]
-        elif self.mode == "quick":
-            chosen = [QUICK]
-        else:
-            chosen = [MNIST] if self.data else list(EXPERIMENTS)
+        default = [QUICK] if self.mode == "quick" else [MNIST] if self.data else EXPERIMENTS
+        chosen = [_named(name) for name in self.names] or list(default)
         names = [experiment.name for experiment in chosen]
         if len(set(names)) < len(names):
             raise SelectionError(f"study: expected experiments of different names, got {names}")
@@ -67,14 +63,15 @@ class Selection:
         return [e.with_arms(own[e.name]) for e in chosen if own[e.name]]
 
 
-def from_file(path: Path) -> Experiment:
-    """Return the ``EXPERIMENT`` of a Python file.
-
-    Raises:
-        SelectionError: there is no such file, it cannot be run, or it has no experiment.
-    """
-    if not path.is_file():
-        raise SelectionError(f"study: {path}: no such file")
+def _named(name: str) -> Experiment:
+    """Return the experiment of that name, or the ``EXPERIMENT`` of a Python file."""
+    if not name.endswith(".py"):
+        known = {experiment.name: experiment for experiment in EXPERIMENTS}
+        if name in known:
+            return known[name]
+        there = f"there are {', '.join(known)}, and files that end in .py"
+        raise SelectionError(f"study: unknown experiment {name!r}: {there}")
+    path = Path(name)
     spec = importlib.util.spec_from_file_location(f"study_of_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -85,18 +82,8 @@ def from_file(path: Path) -> Experiment:
         raise SelectionError(f"study: {path}: {type(error).__name__}: {error}") from error
     experiment = getattr(module, "EXPERIMENT", None)
     if not isinstance(experiment, Experiment):
+        got = type(experiment).__name__
         raise SelectionError(
-            f"study: {path}: expected EXPERIMENT = study.Experiment(...), "
-            f"got {type(experiment).__name__}"
+            f"study: {path}: expected EXPERIMENT = study.Experiment(...), got {got}"
         )
     return experiment
-
-
-def _known(name: str) -> Experiment:
-    known = {experiment.name: experiment for experiment in EXPERIMENTS}
-    if name not in known:
-        raise SelectionError(
-            f"study: unknown experiment {name!r}: there are {', '.join(known)}, "
-            "and files that end in .py"
-        )
-    return known[name]

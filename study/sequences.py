@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator
 from functools import lru_cache
 
@@ -22,38 +23,40 @@ _TEST_PIECES = 400
 
 
 class _Generated(Task):
-    """Sequences that are made as they are needed, and a fixed set to test on."""
+    """Sequences that are made as they are needed, and a fixed set to test on.
+
+    The metric is the share of 10,000 test sequences that are wrong. 1,000 further ones are as good as training data,
+    since no sequence is ever seen twice.
+    """
 
     def __init__(self, length: int) -> None:
         self.length = length
         generator = torch.Generator().manual_seed(_HELD_OUT_SEED)
         self._test = self._draw(_TEST_SEQUENCES, generator)
-        # As good as training data, since no sequence is ever seen twice.
         self._fixed = self._draw(1000, generator)
 
     def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
-        """Yield new sequences."""
         while True:
             yield self._draw(batch_size, generator)
 
     def training_loss(self, model: nn.Module) -> float:
-        """Return the loss on 1,000 sequences that are not trained on."""
         with torch.no_grad():
             return self.loss(model(self._fixed[0]), self._fixed[1]).item()
 
     def measure(self, model: nn.Module) -> float | None:
-        """Return the share of 10,000 test sequences that are wrong."""
         with torch.no_grad():  # in parts, whose states stay in a cache
             outputs = torch.cat([model(part) for part in self._test[0].split(_TOGETHER)])
         if not bool(outputs.isfinite().all()):
             return None
         return self._wrong(outputs, self._test[1]).float().mean().item()
 
+    @abstractmethod
     def _draw(self, count: int, generator: torch.Generator) -> Batch:
-        raise NotImplementedError
+        """Draw sequences and their targets."""
 
+    @abstractmethod
     def _wrong(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Say which outputs are wrong."""
 
 
 class TemporalOrder(_Generated):
@@ -76,7 +79,6 @@ class TemporalOrder(_Generated):
         super().__init__(length)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean cross-entropy."""
         return cross_entropy(outputs, targets)
 
     def _draw(self, count: int, generator: torch.Generator) -> Batch:
@@ -116,7 +118,6 @@ class Addition(_Generated):
         super().__init__(length)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean squared error."""
         return mse_loss(outputs[:, 0], targets)
 
     def _draw(self, count: int, generator: torch.Generator) -> Batch:
@@ -175,7 +176,6 @@ class NextCharacter(Task):
         self.metric = Metric("bits per character", "lower", entropy, 0.75 * entropy, target)
 
     def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
-        """Yield pieces and the same pieces one character later."""
         places = torch.arange(self.length + 1)
         while True:
             highest = len(self._train) - self.length
@@ -184,15 +184,13 @@ class NextCharacter(Task):
             yield pieces[:, :-1], pieces[:, 1:]
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean cross-entropy over all characters, in nats."""
+        # In nats, a mean over all characters.
         return cross_entropy(outputs.flatten(0, 1), targets.flatten())
 
     def training_loss(self, model: nn.Module) -> float:
-        """Return the loss on 200 pieces, evenly over the training part, in nats."""
         return self._loss_on(model, self._fixed)
 
     def measure(self, model: nn.Module) -> float | None:
-        """Return the bits per character on the held-out part."""
         bits = self._loss_on(model, self._test) / math.log(2)
         return bits if math.isfinite(bits) else None
 

@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +92,7 @@ class Classification(Task):
         self.metric = Metric("test accuracy", "higher", data.chance, learned, target)
 
     def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
-        """Yield batches, every example at most once between two shuffles."""
+        # Every example comes at most once between two shuffles.
         inputs, labels = self.data.train_inputs, self.data.train_labels
         while True:
             order = torch.randperm(len(labels), generator=generator)
@@ -104,18 +104,16 @@ class Classification(Task):
                     yield chosen, labels[batch]
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean cross-entropy."""
         return cross_entropy(outputs, targets)
 
     def training_loss(self, model: nn.Module) -> float:
-        """Return the mean cross-entropy on 1,000 examples, evenly over the training part."""
+        # On 1,000 examples, evenly over the training part.
         every = max(1, len(self.data.train_labels) // 1000)
         inputs, labels = self.data.train_inputs[::every], self.data.train_labels[::every]
         with torch.no_grad():
             return cross_entropy(model(inputs), labels).item()
 
     def measure(self, model: nn.Module) -> float | None:
-        """Return the test accuracy, None where outputs are not finite."""
         with torch.no_grad():
             outputs = model(self.data.test_inputs)
         if not bool(outputs.isfinite().all()):
@@ -125,21 +123,18 @@ class Classification(Task):
 
     def hold_out(self, seed: int) -> tuple[Task, Task]:
         """Split off a tenth of the training part."""
-        data = self.data
-        count = len(data.train_labels)
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-        held, kept = order[: count // 10], order[count // 10 :]
-        parts = [
-            replace(
-                data, train_inputs=data.train_inputs[part], train_labels=data.train_labels[part]
-            )
-            for part in (kept, held)
-        ]
-        return self._with(parts[0]), self._with(parts[1])
+        inputs, labels = self.data.train_inputs, self.data.train_labels
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+        held, kept = (
+            self.having(train_inputs=inputs[part], train_labels=labels[part])
+            for part in (order[: len(labels) // 10], order[len(labels) // 10 :])
+        )
+        return kept, held
 
-    def _with(self, data: Dataset) -> Classification:
+    def having(self, **tensors: Any) -> Classification:
+        """Return the same task with other tensors in its data."""
         task = copy.copy(self)
-        task.data = data
+        task.data = replace(self.data, **tensors)
         return task
 
 
@@ -160,17 +155,12 @@ def image_shape(features: int) -> tuple[int, int, int]:
 
 def raw_pixels(task: Task) -> Task:
     """Return the task with pixels from 0 to 255, as they come: what a network gets unprepared."""
-    data = _classification("raw_pixels", task).data
-    low = min(data.train_inputs.min().item(), data.test_inputs.min().item())
-    high = max(data.train_inputs.max().item(), data.test_inputs.max().item())
+    images = _classification("raw_pixels", task)
+    parts = {"train_inputs": images.data.train_inputs, "test_inputs": images.data.test_inputs}
+    low = min(part.min().item() for part in parts.values())
+    high = max(part.max().item() for part in parts.values())
     scale = 255.0 / (high - low)
-    return _classification("raw_pixels", task)._with(
-        replace(
-            data,
-            train_inputs=(data.train_inputs - low) * scale,
-            test_inputs=(data.test_inputs - low) * scale,
-        )
-    )
+    return images.having(**{name: (part - low) * scale for name, part in parts.items()})
 
 
 def shifted_images(task: Task) -> Task:

@@ -39,14 +39,6 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Evaluations:
-    """The metric while training."""
-
-    step: tuple[int, ...]  # steps made until then
-    metric: tuple[float, ...]  # on held-out data, NaN where outputs were not finite
-
-
-@dataclass(frozen=True)
 class Run:
     """What one run did."""
 
@@ -73,24 +65,15 @@ class Run:
     memory_bytes: int  # parameters, gradients, optimizer state and what autograd kept
     first_losses: tuple[float, ...]  # batch losses of the first 5 steps
     curve: Curve | None
-    evaluations: Evaluations
-
-    @property
-    def key(self) -> RunKey:
-        """What it is filed under."""
-        return RunKey(self.problem, self.arm, self.learning_rate, self.seed)
+    evaluations: dict[str, list[float]]  # "step" and "metric", NaN where outputs were not finite
 
 
 def train(experiment: Experiment, key: RunKey, task: Task) -> Run:
     """Train once.
 
-    The same arguments give the same run on one machine with one number of threads (times aside).
-    The loss recorded is that of the task alone, without the penalty of the arm.
-
-    Args:
-        experiment: problems and arms.
-        key: which of them, the learning rate and the seed. The seed fixes weights and batches.
-        task: of the problem.
+    The same arguments give the same run on one machine with one number of threads (times aside);
+    the seed fixes weights and batches. The loss recorded is that of the task alone, without the
+    penalty of the arm.
 
     Raises:
         ValueError: the arm does not fit the task.
@@ -103,15 +86,10 @@ def train(experiment: Experiment, key: RunKey, task: Task) -> Run:
 def rehearse(experiment: Experiment, key: RunKey, task: Task, measure: bool) -> None:
     """Build all that a run needs and take one loss: what is wrong shows before anything is trained.
 
-    Args:
-        experiment: problems and arms.
-        key: which of them, the learning rate and the seed.
-        task: of the problem.
-        measure: whether the task's loss and metric are taken once, as well.
+    With ``measure`` the task's loss and metric are taken once, as well.
 
     Raises:
-        Exception: whatever building or the loss raises.
-        TypeError: the metric is no number.
+        Exception: whatever building or the loss raises; TypeError where the metric is no number.
     """
     with torch.random.fork_rng(devices=[]):
         training = _Training(experiment, key, task)
@@ -120,10 +98,8 @@ def rehearse(experiment: Experiment, key: RunKey, task: Task, measure: bool) -> 
             return
         for value in training.evaluating(task.training_loss), training.evaluating(task.measure):
             if value is not None and not isinstance(value, (int, float)):
-                raise TypeError(
-                    f"{type(task).__name__}: expected a loss and a metric that are numbers, "
-                    f"got a {type(value).__name__}"
-                )
+                expected = f"a loss and a metric that are numbers, got a {type(value).__name__}"
+                raise TypeError(f"{type(task).__name__}: expected {expected}")
 
 
 class _Training:
@@ -217,8 +193,8 @@ class _Training:
         if isinstance(self.scheduler, ReduceLROnPlateau):
             since = self.evaluated[-2][0] if len(self.evaluated) > 1 else 0
             self.scheduler.step(statistics.fmean(self.losses[since:]))
-        target = self.task.metric.target
-        if self.problem.until_target and self.task.metric.reached(metric, target):
+        bound = self.task.metric
+        if self.problem.until_target and bound.reached(metric, bound.target):
             return True
         if self.validation is None:
             return False
@@ -250,7 +226,6 @@ class _Training:
         ) or (None, None)
         finite = np.isfinite(self.losses) & np.isfinite(self.norms)
         reached = (step for step, value in self.evaluated if bound.reached(value, bound.target))
-        steps, values = zip(*self.evaluated, strict=True)
         finite_norms = [norm for norm in self.norms if math.isfinite(norm)]
         return Run(
             **self.key._asdict(),
@@ -274,7 +249,10 @@ class _Training:
             memory_bytes=self.memory,
             first_losses=tuple(self.losses[:_FIRST_LOSSES]),
             curve=thin(self.losses, self.norms),
-            evaluations=Evaluations(steps, tuple(map(_short, values))),
+            evaluations={
+                "step": [step for step, _ in self.evaluated],
+                "metric": [_short(value) for _, value in self.evaluated],
+            },
         )
 
 
@@ -296,11 +274,10 @@ class _Saved(torch.autograd.graph.saved_tensors_hooks):
 
 
 def _norms(gradients: Sequence[Tensor]) -> list[float]:
-    norms: list[float] = torch.stack(torch._foreach_norm(list(gradients), 2)).tolist()
-    if not all(map(math.isfinite, norms)):
-        # A norm beyond fp32's range is not an infinite gradient.
-        wide = torch._foreach_norm(list(gradients), 2, dtype=torch.float64)
-        norms = torch.stack(wide).tolist()
+    found = torch.stack(torch._foreach_norm(list(gradients), 2))
+    if not bool(found.isfinite().all()):  # a norm beyond fp32's range is not an infinite gradient
+        found = torch.stack(torch._foreach_norm(list(gradients), 2, dtype=torch.float64))
+    norms: list[float] = found.tolist()
     return norms
 
 

@@ -24,38 +24,33 @@ from .training import train
 
 Item = tuple[str, RunKey]
 Run = dict[str, Any]  # as JSON values
+Tasks = Mapping[str, Task]  # of the problems, by their names
 
 
 class WorkerError(RuntimeError):
     """A run could not be made; the message says which and why."""
 
 
-def _make(experiment: Experiment, task: Task, key: RunKey) -> Run:
-    try:
-        run: Run = encode(train(experiment, key, task))
-    except Exception as error:
-        named = _named((experiment.name, key))
-        raise WorkerError(f"{named}: {traceback.format_exc(limit=-3)}") from error
-    return run
-
-
 @lru_cache  # a process works for one study
-def _load(selection: Selection, name: str, problem: str) -> tuple[Experiment, Task]:
+def _load(selection: Selection, name: str) -> tuple[Experiment, Tasks]:
     experiment = next(e for e in selection.experiments() if e.name == name)
-    return experiment, experiment.problem(problem).task()
+    return experiment, {problem.name: problem.task() for problem in experiment.problems}
 
 
-def _make_there(selection: Selection, item: Item) -> Run:
+def _make(selection: Selection, item: Item, loaded: tuple[Experiment, Tasks] | None = None) -> Run:
+    """Make a run; without ``loaded``, experiment and tasks are loaded once in a process."""
+    name, key = item
     try:
-        experiment, task = _load(selection, item[0], item[1].problem)
+        experiment, tasks = loaded or _load(selection, name)
+        run: Run = encode(train(experiment, key, tasks[key.problem]))
     except Exception as error:
         raise WorkerError(f"{_named(item)}: {traceback.format_exc(limit=-3)}") from error
-    return _make(experiment, task, item[1])
+    return run
 
 
 def make_all(
     selection: Selection,
-    loaded: Mapping[str, tuple[Experiment, Mapping[str, Task]]],
+    loaded: Mapping[str, tuple[Experiment, Tasks]],
     jobs: int,
     threads: int,
     items: Sequence[Item],
@@ -63,15 +58,8 @@ def make_all(
 ) -> Iterator[tuple[Item, Run]]:
     """Make runs in ``jobs`` processes, one alone in this process; they come as they are finished.
 
-    Once ``is_over`` says so, what has begun is finished and nothing begun.
-
-    Args:
-        selection: what to load in other processes.
-        loaded: the same for this one: name of an experiment -> it, and the tasks of its problems.
-        jobs: processes side by side.
-        threads: of torch in each.
-        items: experiments by name, and the runs of them to make.
-        is_over: whether time is up.
+    Other processes load the selection by themselves; ``loaded`` is the same for this one, by the name of the
+    experiment. Once ``is_over`` says so, what has begun is finished and nothing begun.
 
     Raises:
         WorkerError: a process died, or a run raised.
@@ -80,9 +68,8 @@ def make_all(
     if jobs == 1:
         torch.set_num_threads(threads)
         while waiting and not is_over():
-            name, key = item = waiting.pop()
-            experiment, tasks = loaded[name]
-            yield item, _make(experiment, tasks[key.problem], key)
+            item = waiting.pop()
+            yield item, _make(selection, item, loaded[item[0]])
         return
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(jobs, context, _begin, (threads,))
@@ -91,7 +78,7 @@ def make_all(
             # No more than there are processes: what waits in the pool would be begun after the end.
             while waiting and len(under_way) < jobs and not is_over():
                 item = waiting.pop()
-                under_way[pool.submit(_make_there, selection, item)] = item
+                under_way[pool.submit(_make, selection, item)] = item
             if not under_way:
                 return
             children = multiprocessing.active_children()

@@ -1,4 +1,4 @@
-"""The backends that every test of an operation runs over. A new backend is added here alone."""
+"""The backends over which every test of an operation runs. A new backend is added in this file alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from steadygrad import _kernels
 
 @dataclass(frozen=True)
 class Backend:
-    """Where a test puts its tensors, so that the operation runs on this backend."""
+    """An implementation of the kernels, and the device on which a test puts its tensors to use it."""
 
     name: str
     device: torch.device
@@ -26,11 +26,11 @@ class Backend:
 
     @property
     def asynchronous(self) -> bool:
-        """Whether decisions are taken on the device, where the host learns of them only by waiting."""
+        """Tell whether the device decides about steps, so that the host learns of it only by waiting."""
         return self.name != "cpu"
 
     def why_not(self) -> str | None:
-        """Why it cannot be used here."""
+        """Return why the backend cannot be used here, or None if it can."""
         if self.name == "emulated" and importlib.util.find_spec("steadygrad_emulated") is None:
             return "steadygrad_emulated is not installed: build with STEADYGRAD_EMULATION=ON, as make test does"
         if self.name == "cuda":
@@ -43,7 +43,7 @@ class Backend:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Puts the emulated kernels in the place of the real ones."""
+        """Replace the real kernels by the emulated ones while the context is active."""
         if self.name != "emulated":
             yield
             return
@@ -67,9 +67,9 @@ MARKS = {"cpu": (), "emulated": (pytest.mark.emulated,), "cuda": (pytest.mark.gp
 
 
 def backend_parameters(backends: list[Backend]) -> list[Any]:
-    """Return what parametrizes a test over these backends, each with its marker.
+    """Return the parameters of a test that runs over these backends, each with its marker.
 
-    Without a GPU there are no cases for it, instead of thousands that skip.
+    Without a GPU there are no cases for it, instead of thousands that are skipped.
     """
     return [
         pytest.param(backend, marks=MARKS[backend.name], id=backend.name)
@@ -78,10 +78,10 @@ def backend_parameters(backends: list[Backend]) -> list[Any]:
     ]
 
 
-# Session-wide, because hypothesis refuses fixtures that are set up once per test function.
+# The fixture is made once per session, because hypothesis refuses fixtures that are made for every test function.
 @pytest.fixture(scope="session", params=backend_parameters(BACKENDS))
 def backend(request: pytest.FixtureRequest) -> Backend:
-    """One backend after the other."""
+    """Return one backend after the other."""
     chosen: Backend = request.param
     why_not = chosen.why_not()
     if why_not is not None:
@@ -91,7 +91,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 @pytest.fixture(autouse=True)
 def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The kernels of the test's backend; those of the package for tests that have none."""
+    """Activate the kernels of the test's backend; a test without one uses those of the package."""
     if "backend" not in request.fixturenames:
         yield
         return

@@ -1,4 +1,4 @@
-"""What the tests of every command line need."""
+"""What the tests of all command lines share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 def run_to_exit(
     main: Callable[[Sequence[str]], int], capsys: pytest.CaptureFixture[str], *argv: str
 ) -> tuple[int, str]:
-    """Run with arguments that end in the parser; return the exit code and what was printed."""
+    """Run with arguments for which the parser exits; return the exit code and what was printed."""
     with pytest.raises(SystemExit) as info:
         main(argv)
     captured = capsys.readouterr()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections import defaultdict
@@ -23,21 +24,21 @@ from tests.digit_training import one_thread as one_thread
 SEED = 20240229
 ROOT = Path(__file__).resolve().parents[1]
 
-# Programs that tests start find the same modules: tests, study and benchmarks.
+# Programs that tests start can import the same modules: tests, study and benchmarks.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
 
 # Examples are derived from each test's source, so that every run draws the same ones.
 hypothesis.settings.register_profile("steadygrad", derandomize=True, deadline=None)
-# Where time is short, as on a borrowed GPU, the first example that fails is enough: pytest --hypothesis-profile gpu.
+# If time is short, as on a borrowed GPU, the first failing example is enough: pytest --hypothesis-profile gpu.
 hypothesis.settings.register_profile(
     "gpu", derandomize=True, deadline=None, max_examples=30, phases=["explicit", "generate"]
 )
 hypothesis.settings.load_profile("steadygrad")
 
 
-# The markers of whole files; tests over backends have theirs from backends.py.
+# The markers of whole files; tests over backends get theirs from backends.py.
 MARKED_FILES = {
     "ranks": ("*_ranks.py", "distributed/test_sharded*.py", "nn/test_batch_norm_synchronized.py"),
     "compile": ("nn/test_batch_norm_compile.py", "emulation/test_emulator.py"),
@@ -51,7 +52,7 @@ MARKED_FILES = {
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark the tests of MARKED_FILES, and leave out what needs a GPU where there is none."""
+    """Mark the tests of MARKED_FILES, and leave out tests for a GPU where there is none."""
     for item in items:
         for marker, patterns in MARKED_FILES.items():
             name = item.path.relative_to(ROOT / "tests").as_posix()
@@ -62,17 +63,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out |= {item for item in items if item.get_closest_marker("gpu")}
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]
-    # What takes longest begins first, so that processes side by side end together.
+    # The tests that take longest begin first, so that parallel processes end at about the same time.
     items.sort(key=lambda item: not any(item.get_closest_marker(m) for m in MARKED_FILES))
 
 
-def redundant_cases(items: list[pytest.Item]) -> set[pytest.Item]:
-    """Return the cases that would find nothing that others do not find.
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from going over all collected tests again and again."""
+    gc.collect()
+    gc.freeze()
 
-    The full product of a test's parameters runs on the CPU. On the other backends a case is left out when every two of
-    its parameters' values have been together in earlier cases of the same test and backend (all-pairs testing). What
-    does not depend on the backend (``once``) runs on the CPU alone; what takes long (``pairs``) is thinned there, too.
-    Four ranks run on the CPU alone.
+
+def redundant_cases(items: list[pytest.Item]) -> set[pytest.Item]:
+    """Return the cases that would find nothing that other cases do not find.
+
+    The full product of a test's parameters runs on the CPU. On the other backends a case is left out if every pair of
+    its parameters' values has already occurred in earlier cases of the same test and backend (all-pairs testing). A
+    test that does not depend on the backend (``once``) runs on the CPU alone; a test that takes long (``pairs``) is
+    thinned on the CPU, too. Tests of four ranks run on the CPU alone.
     """
     together: defaultdict[Any, set[Any]] = defaultdict(set)
     redundant = set()
@@ -95,7 +102,7 @@ def _has_four_ranks(item: pytest.Item) -> bool:
 
 
 def _parameters(item: pytest.Item) -> tuple[list[str], list[Any]]:
-    """Return the backends of a case and the values of its other parameters; those given side by side are one."""
+    """Return the backends of a case and the values of its other parameters; those given together count as one."""
     parameters = dict(item.callspec.params) if hasattr(item, "callspec") else {}
     names = [_names(mark) for mark in item.iter_markers("parametrize")]
     names += [(name,) for name in parameters if not any(name in group for group in names)]
@@ -105,7 +112,7 @@ def _parameters(item: pytest.Item) -> tuple[list[str], list[Any]]:
         if any(isinstance(value, Backend) for value in given):
             backends += [str(value) for value in given]
         else:
-            # Some values cannot be hashed, but each stays the same object in all cases.
+            # Some values cannot be hashed, but each of them is the same object in all cases.
             values.append((*group, *map(id, given)))
     return backends, sorted(values, key=str)
 
@@ -127,7 +134,7 @@ def pytest_report_header() -> str:
 
 @pytest.fixture(autouse=True)
 def seed() -> int:
-    """Seed every generator before each test, so that its order among them is without effect."""
+    """Seed every generator before each test, so that the order of the tests does not matter."""
     random.seed(SEED)
     np.random.seed(SEED)
     torch.manual_seed(SEED)
@@ -136,5 +143,5 @@ def seed() -> int:
 
 @pytest.fixture
 def rng(seed: int) -> np.random.Generator:
-    """NumPy generator for the inputs of one test."""
+    """Return a NumPy generator for the inputs of one test."""
     return np.random.default_rng(seed)

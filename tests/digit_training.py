@@ -1,4 +1,4 @@
-"""A small real problem for the integrations: the 1,797 digits of scikit-learn, 8 x 8 pixels; nothing is downloaded."""
+"""A small real problem for the integrations: the 1,797 digits of scikit-learn, 8 x 8 pixels, without a download."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BATCH = 64
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Networks this small do not gain from a second one."""
+    """Run on one thread, since networks this small are not faster on two."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -28,18 +28,18 @@ def one_thread() -> Iterator[None]:
 
 @cache
 def digits() -> tuple[Tensor, Tensor]:
-    """Pixels in [0, 1], float32 ``(1797, 64)``, and labels, int64."""
+    """Return pixels in [0, 1], float32 ``(1797, 64)``, and labels, int64."""
     found = pytest.importorskip("sklearn.datasets").load_digits()
     return torch.tensor(found.data, dtype=torch.float32) / 16, torch.tensor(found.target)
 
 
 def dataset(batches: int) -> torch.utils.data.TensorDataset:
-    """The first so many batches."""
+    """Return the first ``batches`` batches as a data set."""
     return torch.utils.data.TensorDataset(*(part[: batches * BATCH] for part in digits()))
 
 
 def batches(count: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """``count`` batches of random digits, after ``skip`` others."""
+    """Yield ``count`` batches of random digits, after skipping ``skip`` others."""
     inputs, labels = digits()
     generator = torch.Generator().manual_seed(0)
     for index in range(skip + count):
@@ -49,18 +49,18 @@ def batches(count: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def network(*, norm: bool = False) -> nn.Sequential:
-    """The same weights on every call."""
+    """Return a network with the same weights on every call."""
     torch.manual_seed(7)
     middle: list[nn.Module] = [sg.nn.BatchNorm1d(32, activation="relu")] if norm else [nn.ReLU()]
     return nn.Sequential(nn.Linear(64, 32), *middle, nn.Linear(32, 10))
 
 
 def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """The mean cross-entropy."""
+    """Return the mean cross-entropy."""
     return functional.cross_entropy(model(batch[0]).float(), batch[1])
 
 
-# What is to survive a checkpoint: counters, what policies learn, and the bits that half precision would lose.
+# A checkpoint has to keep counters, what policies learn, and the bits that half precision would lose.
 HALF: dict[str, Any] = {"max_norm": 1.0, "state_dtype": torch.float32}
 LEARNING: dict[str, Any] = {"clip": sg.ClipZScore(), "skip": sg.SkipSpikes()}
 OPTIMIZERS: dict[str, Callable[[Any], Any]] = {

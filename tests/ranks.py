@@ -1,12 +1,14 @@
-"""Runs a script as the ranks of a gloo group, each a process of its own, and brings back what they found."""
+"""Runs a script as the ranks of a gloo group, each in a process of its own, and collects what they found."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import subprocess
+import runpy
 import sys
 import tempfile
 import time
+import warnings
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -16,11 +18,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-Found = list[dict[str, Any]]  # of each rank
+Found = list[dict[str, Any]]  # what each rank found
 
 
 def join_ranks(rank: int, world: int, folder: Path) -> None:
-    """What a script that runs as a rank begins with."""
+    """Join the process group; a script that runs as a rank begins with this call."""
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder / 'rendezvous'}",
@@ -31,49 +33,62 @@ def join_ranks(rank: int, world: int, folder: Path) -> None:
 
 
 def leave_ranks(found: dict[str, Any], rank: int, folder: Path) -> NoReturn:
-    """What such a script ends with: leaves what it found for :func:`outcome`, and ends the process."""
+    """Save what a rank found for :func:`outcome`, and end the process; such a script ends with this call."""
     torch.save(found, folder / f"found{rank}")
     dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    # After gloo groups torch's own destructors abort now and then, "terminate called without an active exception".
+    # After gloo groups torch's own destructors sometimes abort, "terminate called without an active exception".
     os._exit(0)
+
+
+# Importing torch takes a rank longer than most of what it then does: ranks are forked from a process that has done it.
+_FORK_SERVER = multiprocessing.get_context("forkserver")
+_FORK_SERVER.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp"])
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+
+
+def _run_rank(script: str, rank: int, world: int, folder: str, arguments: tuple[str, ...]) -> None:
+    """Run the script as ``python -W error script rank world folder arguments`` would, in this process."""
+    with Path(folder, f"log{rank}").open("wb") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    warnings.simplefilter("error")
+    sys.argv = [script, str(rank), str(world), folder, *arguments]
+    runpy.run_path(script, run_name="__main__")
 
 
 @cache
 def outcome(script: Path, world: int, time_limit: float, *arguments: str) -> Found | str:
-    """What the ranks found; or how they failed, so that no test waits for it again.
+    """Return what the ranks found, or how they failed; cached, so that no other test waits for them again.
 
-    The script gets its rank, the number of ranks and a folder, where it leaves ``found<rank>`` by ``torch.save``; then
-    the arguments.
+    The arguments of the script are its rank, the number of ranks, a folder in which it saves ``found<rank>``, and then
+    ``arguments``.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        for variable, value in _ENVIRONMENT.items():
+            patch.setenv(variable, value)
         folder = Path(name)
-        logs = [(folder / f"log{rank}").open("wb") for rank in range(world)]
-        command = [sys.executable, "-W", "error", str(script)]
         ranks = [
-            subprocess.Popen(
-                [*command, str(rank), str(world), name, *arguments],
-                stderr=log,
-                stdout=log,
-                env=environment,
+            _FORK_SERVER.Process(
+                target=_run_rank, args=(str(script), rank, world, name, arguments), daemon=True
             )
-            for rank, log in enumerate(logs)
+            for rank in range(world)
         ]
+        for process in ranks:
+            process.start()
         try:
             deadline = time.monotonic() + time_limit
             while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
                 if any(rank.returncode for rank in ranks):
-                    time.sleep(1)  # for the others to say what they lost
+                    time.sleep(1)  # the other ranks may still write what they lost
                     break
                 time.sleep(0.05)
-            codes = [rank.poll() for rank in ranks]
+            codes = [rank.exitcode for rank in ranks]
         finally:
-            for rank, log in zip(ranks, logs, strict=True):
-                rank.kill()
-                rank.wait()
-                log.close()
+            for process in ranks:
+                process.kill()
+                process.join()
         if codes != [0] * world:
             ends = [(folder / f"log{rank}").read_text()[-3000:] for rank in range(world)]
             parts = (
@@ -85,7 +100,7 @@ def outcome(script: Path, world: int, time_limit: float, *arguments: str) -> Fou
 
 
 def found(script: Path, world: int, time_limit: float, name: str, *arguments: str) -> Found:
-    """What each rank found under this name; fails where the ranks did."""
+    """Return what each rank found under this name; fail if the ranks failed."""
     results = outcome(script, world, time_limit, *arguments)
     if isinstance(results, str):
         pytest.fail(results, pytrace=False)

@@ -1,4 +1,4 @@
-"""Bit-for-bit records of tensors and optimizers: what a refused or skipped step must not change."""
+"""Bit-for-bit records of tensors and optimizers, for tests that a refused or skipped step changes nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def bits(tensor: Tensor) -> Tensor:
     """Return the bits of a tensor, so that NaN equals NaN and -0 differs from 0.
 
-    A NaN that a GPU makes has other bits than one of a CPU; all are given the bits of one.
+    A NaN made by a GPU has other bits than one made by a CPU, so every NaN gets the same bits.
     """
     values = tensor.detach().cpu()
     if values.is_sparse:
@@ -28,7 +28,7 @@ def bits(tensor: Tensor) -> Tensor:
     if not values.is_floating_point():
         return values.clone()
     values = values.clone(memory_format=torch.contiguous_format)
-    if values.element_size() > 1:  # torch does not look for NaN in all dtypes of one byte
+    if values.element_size() > 1:  # torch cannot look for NaN in all dtypes of one byte
         values.masked_fill_(values.isnan(), math.nan)
     return values.reshape(-1).view(_INTEGERS[values.element_size()])
 
@@ -55,7 +55,7 @@ def assert_same_tree(got: Any, want: Any, place: str = "state_dict") -> None:
 
 
 class Snapshot:
-    """What parameters, their gradients and an optimizer held when it was made."""
+    """A record of parameters, their gradients and an optimizer at the time when it was made."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Snapshot:
         optimizer: torch.optim.Optimizer | None = None,
         counters: bool = True,
     ) -> None:
-        """Take the record; ``counters=False`` leaves out the two step counters."""
+        """Make the record; ``counters=False`` leaves out the two step counters."""
         self.params = list(params)
         self.optimizer = optimizer
         self.counters = counters
@@ -76,14 +76,14 @@ class Snapshot:
         assert self.optimizer is not None
         state = copy.deepcopy(self.optimizer.state_dict())
         for group in state["param_groups"]:
-            group.pop("recorded_steps", None)  # counts calls, whatever became of them
+            group.pop("recorded_steps", None)  # it counts every call, whatever its outcome
             if not self.counters:
                 group.pop("skipped_steps", None)
                 group.pop("clipped_steps", None)
         return state
 
     def assert_unchanged(self) -> None:
-        """Fail when a bit, a gradient object or a state entry is not what it was."""
+        """Fail if a bit, a gradient object or a state entry has changed."""
         for index, param in enumerate(self.params):
             assert torch.equal(bits(param), self.values[index]), f"parameter {index} changed"
             gradient, before = self.grads[index], self.grad_values[index]
@@ -104,10 +104,10 @@ def assert_refused(
     got: str,
     unchanged: Sequence[Snapshot] = (),
 ) -> None:
-    """Assert that a call raises, that the message tells all, and that nothing changed.
+    """Assert that a call raises, that the message has all parts, and that nothing changed.
 
-    ``function``, ``argument``, ``expected`` and ``got`` are regular expressions; all four must be
-    found in the message, whatever their order.
+    ``function``, ``argument``, ``expected`` and ``got`` are regular expressions; the message has to match all four, in
+    any order.
     """
     with pytest.raises(error) as raised:
         call()

@@ -1,4 +1,4 @@
-"""How close results must be: the one table that all tests read."""
+"""How close results have to be: the one table that all tests read."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from numpy.typing import ArrayLike, NDArray
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Bounds of ``|actual - expected| <= atol + rtol * |expected|``."""
+    """The bounds in ``|actual - expected| <= atol + rtol * |expected|``."""
 
     rtol: float
     atol: float
 
 
-# Kernels against the reference, kernels against torch, and the reference against torch. The half
-# precisions have no entry: see assert_error_at_most_twice_torch.
+# For kernels against the reference, kernels against torch, and the reference against torch. Half
+# precision has no entry: see assert_error_at_most_twice_torch.
 TOLERANCES = {
     torch.float32: Tolerance(rtol=1e-5, atol=1e-6),
     torch.float64: Tolerance(rtol=1e-12, atol=1e-13),
 }
 
-# Batch norm in fp32: largest error of an output of standard deviation 1, by the mean of the input.
+# Batch norm in fp32: the largest error of an output with standard deviation 1, by the mean of the input.
 NORMALIZED_ERROR = {0.0: 3e-6, 100.0: 1e-5, 1000.0: 1e-4}
 
-# Batch norm's statistics of fp32 input: the mean relative to the deviation, the variance to itself.
+# Batch norm's statistics of fp32 input: the mean's error relative to the deviation, the variance's to itself.
 STATISTICS_ERROR = 1e-6
 
-# What the arithmetic may add to the rounding of the result, relative to the magnitudes that are
-# summed. Half precisions are computed in fp32.
+# What the arithmetic may add to the rounding of the result, relative to the magnitudes that are summed. Half precision
+# is computed in fp32.
 ARITHMETIC_ERROR = {
     torch.float32: 5e-7,
     torch.float64: 1e-14,
@@ -52,7 +52,7 @@ def assert_close(actual: Any, expected: Any, dtype: torch.dtype) -> None:
 def assert_error_at_most_twice_torch(
     actual: torch.Tensor, by_torch: torch.Tensor, exact: ArrayLike
 ) -> None:
-    """Check that the largest error against float64 is at most twice that of torch.
+    """Check that the largest error against float64 is at most twice torch's.
 
     See _assert_error_against_torch.
     """
@@ -62,10 +62,10 @@ def assert_error_at_most_twice_torch(
 def assert_error_at_most_torch(
     actual: torch.Tensor, by_torch: torch.Tensor, exact: ArrayLike
 ) -> None:
-    """Check that the largest error against float64 is at most that of torch.
+    """Check that the largest error against float64 is at most torch's.
 
-    See _assert_error_against_torch. Near a tie either neighbour is right: what fp32 beneath a half
-    precision cannot tell apart is allowed.
+    See _assert_error_against_torch. Near a tie either neighbour is right, so an error that fp32 arithmetic cannot
+    resolve is allowed.
     """
     finite = float64(exact)[np.isfinite(float64(exact))]
     in_fp32 = ARITHMETIC_ERROR[actual.dtype] * float(np.abs(finite).max(initial=0.0))
@@ -79,10 +79,10 @@ def _assert_error_against_torch(
     factor: float,
     arithmetic_error: float = 0.0,
 ) -> None:
-    """Check that the largest error against float64 is at most so many times that of torch.
+    """Check that the largest error against float64 is at most ``factor`` times torch's.
 
-    A result that is the exact one rounded to its dtype always passes, also where torch happens to
-    be exact. NaN and infinities must stand where the exact result, rounded, has them.
+    A result that is the exact one rounded to its dtype always passes, even if torch happens to be exact. NaN and
+    infinities have to be where the exact result, rounded, has them.
     """
     assert actual.dtype == by_torch.dtype
     exact = float64(exact)
@@ -90,7 +90,7 @@ def _assert_error_against_torch(
     rounded = float64(torch.as_tensor(exact).to(actual.dtype))
     finite = np.isfinite(rounded)
     np.testing.assert_array_equal(float64(actual)[~finite], rounded[~finite])
-    # Where torch overflows and the exact result does not, torch's error is no measure.
+    # If torch overflows and the exact result does not, torch's error is no measure.
     judged = finite & np.isfinite(float64(by_torch))
     assert np.isfinite(float64(actual)[finite]).all()
     ours = _largest_error(float64(actual)[finite], exact[finite])
@@ -103,15 +103,15 @@ def _assert_error_against_torch(
 def assert_rounded(
     actual: torch.Tensor, exact: ArrayLike, magnitude: ArrayLike, arithmetic: torch.dtype
 ) -> None:
-    """Check for the exact result rounded once to the dtype of ``actual``, but for the arithmetic.
+    """Check that a result is the exact one, rounded once to its dtype, except for the error of the arithmetic.
+
+    NaN and infinities have to be where the exact result, rounded, has them.
 
     Args:
         actual: The result, of any dtype.
-        exact: What it should be, in float64.
+        exact: The exact result, in float64.
         magnitude: For each element, the sum of the magnitudes of the terms that make it.
-        arithmetic: The dtype of the elements, which says in what precision they were computed.
-
-    NaN and infinities must stand where the exact result, rounded, has them.
+        arithmetic: The dtype of the elements, which decides the precision in which they were computed.
     """
     exact, magnitude = float64(exact), float64(magnitude)
     got = float64(actual)
@@ -120,7 +120,7 @@ def assert_rounded(
     finite = np.isfinite(rounded)
     np.testing.assert_array_equal(got[~finite], rounded[~finite])
     information = torch.finfo(actual.dtype)
-    # Of denormals only the last bit counts, and a result at a tie may go either way.
+    # For denormals only the last bit counts, and a result at a tie may go either way.
     allowed = information.eps / 2 * np.abs(exact) + information.tiny * information.eps
     allowed = allowed + ARITHMETIC_ERROR[arithmetic] * (1 + information.eps) * magnitude
     error = np.abs(got - exact)

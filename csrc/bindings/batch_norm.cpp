@@ -47,7 +47,7 @@ ChannelVector channel_vector(const py::object& tensor, const char* name, int64_t
   return {view.data, view.dtype};
 }
 
-// One call's arguments: the input and, checked against it, everything else.
+// Holds one call's arguments: the input, and everything else after a check against the input.
 class Call {
  public:
   Call(const py::object& input, const py::object& weight, const py::object& bias, double eps, bool relu)
@@ -73,7 +73,7 @@ class Call {
     norm.relu = relu;
   }
 
-  // Elements that lie as the input's.
+  // Returns the elements of a tensor with the input's shape, dtype and strides.
   void* like_input(const py::object& tensor, const char* name) {
     const View view = real_view(tensor.ptr(), name, device);
     const Argument argument{kName, name, -1};
@@ -99,8 +99,8 @@ class Call {
     return float64(tensor, "statistics", statistics_size(norm.shape.channels));
   }
 
-  // Mean and variance from the vector of statistics, or from the running ones. Returns whether it was the
-  // vector.
+  // Takes mean and variance from the vector of statistics, or from the running statistics. Returns whether it
+  // was the vector.
   bool normalize_with(const py::object& tensor, const py::object& running_mean,
                       const py::object& running_var) {
     if (tensor.is_none()) {
@@ -131,7 +131,7 @@ class Call {
   View input_;
 };
 
-// The running statistics, with which of their tensors will be written.
+// Holds the running statistics, and the tensors among them that will be written.
 class Running {
  public:
   Running(const py::object& mean, const py::object& var, const py::object& num_batches_tracked,
@@ -234,11 +234,11 @@ void batch_norm_combine(const py::object& parts, const py::object& statistics, c
       running.statistics);
 }
 
-// Whether it can be known what ReLU let through.
+// Refuses a gradient that needs ReLU's mask if the mask is missing.
 void check_mask(bool relu, const BatchNormGradient& grad) {
   if (relu && grad.grad_residual != nullptr && grad.mask == nullptr) {
     throw py::type_error(
-        "batch_norm: mask: expected the forward call's, where ReLU follows a residual, got None");
+        "batch_norm: mask: expected the mask of the forward call, since ReLU follows a residual, got None");
   }
 }
 

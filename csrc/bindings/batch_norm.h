@@ -1,4 +1,4 @@
-// batch_norm_*: the operations of batch normalization, see python/steadygrad/_kernels.pyi.
+// Binds batch_norm_*, the operations of batch normalization; see python/steadygrad/_kernels.pyi.
 #pragma once
 
 #include <pybind11/pybind11.h>

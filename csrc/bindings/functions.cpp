@@ -8,7 +8,7 @@
 namespace steadygrad::bindings {
 namespace {
 
-// Pointers seen so far: a tensor that appears twice in a list counts once.
+// The set of pointers seen so far, since a tensor that appears twice in a list counts once.
 class Seen {
  public:
   explicit Seen(size_t count) : slots_(capacity(count), nullptr) {}
@@ -41,7 +41,7 @@ struct GradList {
   bool any_float64 = false;
 };
 
-// `calls_python`: whether Python will run between this look at the tensors and their use.
+// `calls_python` says whether Python will run between this look at the tensors and their use.
 GradList grads_of(const py::list& grads, const char* function, const char* name, Use use,
                   bool complex_allowed, bool calls_python = false) {
   GradList list;
@@ -80,7 +80,7 @@ NormType checked_norm_type(const char* function, double p) {
   return norm_type(p);
 }
 
-// (norm, number of non-finite elements, whether the norm is a float64 one)
+// Returns (norm, number of non-finite elements, whether the norm is float64).
 py::tuple norm_result(const Outcome& outcome, const GradList& list) {
   return py::make_tuple(outcome.norm, outcome.nonfinite, list.any_float64);
 }
@@ -97,12 +97,12 @@ NormOutput norm_output(const char* function, const py::object& output, Device& d
           memory_of<double>(tensors[2], argument, {kDLFloat, 64, 1}, 1, device)};
 }
 
-// Functions have one scope, and every tensor of the list is a slot.
+// A function has a single scope, and every tensor of the list is a slot.
 Reduction reduction_for(const char* function, const ReductionMemory* reduction, GradList& list) {
   return reduction_of(function, reduction, 1, list.tensors.size(), false, list.device);
 }
 
-// `reduction`: see reduction_of(); it runs also where this process has no tensors.
+// `reduction` is that of reduction_of(); it runs even if this process has no tensors.
 py::tuple grad_norm(const py::list& tensors, double p, const py::object& output, const py::object& allocate,
                     const ReductionMemory* reduction) {
   constexpr const char* kName = "get_total_norm";
@@ -116,7 +116,7 @@ py::tuple grad_norm(const py::list& tensors, double p, const py::object& output,
   return norm_result(outcome, list);
 }
 
-// With error_if_nonfinite a non-finite norm leaves the gradients alone.
+// With error_if_nonfinite, a non-finite norm leaves the gradients unchanged.
 py::tuple clip_grad_norm(const py::list& grads, double max_norm, double p, bool error_if_nonfinite,
                          const py::object& output, const py::object& allocate,
                          const ReductionMemory* reduction) {
@@ -137,7 +137,7 @@ py::tuple clip_grad_norm(const py::list& grads, double max_norm, double p, bool 
   return norm_result(outcome, list);
 }
 
-// `total_norm` is a number, or a tensor on the device of the gradients that is not to be waited for.
+// `total_norm` is a number, or a tensor on the device of the gradients, which is not waited for.
 void clip_grads_with_norm(const py::list& grads, double max_norm, const py::object& total_norm,
                           const py::object& allocate) {
   constexpr const char* kName = "clip_grads_with_norm_";
@@ -167,7 +167,7 @@ void clip_grad_value(const py::list& grads, double clip_value, const py::object&
   run(&Backend::transform_grads, list.device, allocate, list.tensors, options);
 }
 
-// Returns the penalty's value, or leaves it in the float64 tensor `value` where the backend is asynchronous.
+// Returns the penalty's value, or writes it to the float64 tensor `value` if the backend is asynchronous.
 double add_penalty(const py::list& params, const py::list& grads, double l1, double l2,
                    const py::object& value, const py::object& allocate) {
   constexpr const char* kName = "add_penalty_";
@@ -179,7 +179,7 @@ double add_penalty(const py::list& params, const py::list& grads, double l1, dou
                           std::to_string(count) + ", got " + std::to_string(PyList_GET_SIZE(grads.ptr())));
   }
   std::vector<TensorOperands> tensors;
-  std::vector<py::object> read;  // the parameters, where they are negated lazily a copy
+  std::vector<py::object> read;  // the parameters, or a copy of those that torch has negated lazily
   Device device;
   tensors.reserve(count);
   read.reserve(count);

@@ -1,4 +1,4 @@
-// The operations that work on lists of tensors, one binding each.
+// Binds the operations on lists of tensors.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,4 +1,5 @@
-// The extension module steadygrad._kernels; for tests also _emulated, with the CUDA kernels on the CPU.
+// The extension module steadygrad._kernels. For tests it is also built as _emulated, with CUDA kernels on the
+// CPU.
 #include <pybind11/pybind11.h>
 
 #include "bindings/batch_norm.h"
@@ -63,7 +64,7 @@ py::dict build_info() {
 PYBIND11_MODULE(STEADYGRAD_MODULE, module) {
   bindings::import_torch();
   if (cuda() != nullptr) bindings::add_backend(STEADYGRAD_CUDA_DEVICES, *cuda());
-  cpu::instruction_set();  // an unknown name in the environment is told at import
+  cpu::instruction_set();  // raises at import if the environment names an unknown instruction set
   module.attr("VERSION") = STEADYGRAD_VERSION;
   module.def("build_info", &build_info);
   module.def("launch_count", [] { return cuda() != nullptr ? cuda()->launch_count() : 0; });

@@ -13,7 +13,7 @@ py::object interned(const char* text) {
 
 py::object check_of(const char* name) { return py::module_::import("steadygrad.arguments").attr(name); }
 
-// Null: the group has none.
+// Returns the entry of a group, or null if there is none.
 PyObject* entry_of(PyObject* group, const py::object& key) {
   PyObject* const value = PyDict_GetItemWithError(group, key.ptr());
   if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
@@ -33,12 +33,12 @@ struct Range {
   bool finite = true;
 };
 
-// Python's numbers are looked at here, and everything else by Python, which also refuses what is wrong.
+// Checks Python's own numbers here, and leaves all others to Python, which also raises the errors.
 double number_of(PyObject* value, const Range& range, Py_ssize_t group, const py::object& key,
                  int part = -1) {
   if (PyFloat_CheckExact(value) || PyLong_CheckExact(value)) {
     const double number = PyFloat_CheckExact(value) ? PyFloat_AS_DOUBLE(value) : PyLong_AsDouble(value);
-    PyErr_Clear();  // an int that no float holds gives -1
+    PyErr_Clear();  // an int that is too large for a float gave -1
     const bool is_less = number < range.below || range.below == INFINITY;
     const bool fits = number >= range.low && is_less && (!range.finite || std::isfinite(number));
     if (fits && (number != -1 || PyFloat_CheckExact(value))) return number;
@@ -58,7 +58,7 @@ bool flag_of(PyObject* value) {
   return number != 0;
 }
 
-// One of the numbers that a key holds.
+// Returns one of the numbers of a key that holds two.
 py::object part_of(PyObject* values, const NumberField& field) {
   const auto parts = py::reinterpret_steal<py::object>(PySequence_Fast(values, "expected a sequence"));
   if (!parts) throw py::error_already_set();
@@ -79,7 +79,8 @@ uint32_t kept_states(const RuleEntry& rule, const RuleHyper& hyper) {
   return kept;
 }
 
-// Names of the states that a group's options ask for. Numbers that a step would refuse count as not zero.
+// Returns the names of the states that a group's options need. A number that a step would refuse counts as
+// non-zero.
 std::vector<std::string> state_names(const std::string& name, const py::dict& group) {
   const RuleEntry& rule = rule_named(name);
   RuleHyper hyper;
@@ -135,7 +136,7 @@ GroupOptions GroupReader::read(PyObject* group, Py_ssize_t index, Device& device
     PyObject* const value = required_entry(group, key);
     const Range range{field.low, field.below};
     if (field.to == &RuleHyper::lr && device.backend->is_asynchronous && is_number_on(device, value)) {
-      options.lr = number_on(value, {"step", "lr", index}, device);  // read by the kernels
+      options.lr = number_on(value, {"step", "lr", index}, device);  // the kernels read it
       continue;
     }
     options.hyper.*field.to = field.index < 0
@@ -144,7 +145,8 @@ GroupOptions GroupReader::read(PyObject* group, Py_ssize_t index, Device& device
   }
   for (const auto& [key, field] : flags_) options.hyper.*field.to = flag_of(required_entry(group, key));
   for (const py::object& counter : counters_) {
-    // Set by hand, or loaded by the wrapped optimizer: counting on would fail after the update.
+    // A value that was set by hand, or loaded by the wrapped optimizer, is checked now: counting would fail
+    // only after the update.
     PyObject* const value = entry_of(group, counter);
     if (value == nullptr || PyLong_CheckExact(value)) continue;
     checked_count("step: param_groups[" + std::to_string(index) + "]: " + std::string(py::str(counter)),
@@ -158,7 +160,7 @@ GroupOptions GroupReader::read(PyObject* group, Py_ssize_t index, Device& device
       if (clipping != Py_None) options.clipping = number_of(clipping, {0, INFINITY, false}, index, clipping_);
     }
     PyObject* const value = limit_of(group, limits_[i]);
-    if (value == Py_None && is_limit) continue;  // infinity: none
+    if (value == Py_None && is_limit) continue;  // the limit stays infinite
     *limits[i] = number_of(value, {0, INFINITY, !is_limit}, index, limits_[i]);
   }
   return options;
@@ -218,7 +220,7 @@ void define_param_groups(py::module_& module) {
       },
       py::arg("param_groups"), py::arg("counter"), py::arg("steps"));
   module.def("state_names", &state_names, py::arg("rule"), py::arg("group"));
-  // The names of the numbers in a state of the rule, the step counter first.
+  // Returns the names of the numbers in a state of the rule, the step counter first.
   module.def(
       "state_numbers",
       [](const std::string& name) {

@@ -1,4 +1,4 @@
-// Param groups as optimizers keep them, as dicts: read and checked anew in every step.
+// Param groups, which optimizers keep as dicts; they are read and checked in every step.
 #pragma once
 
 #include <string>
@@ -15,29 +15,31 @@ namespace steadygrad::bindings {
 // Keys of every param group. The first two hold None for no limit.
 inline constexpr const char* kLimits[] = {"max_norm", "clip_value", "l1", "l2"};
 inline constexpr const char* kClipping = "clipping";
-// What a step counts; the last one only where it rounds stochastically.
+// The counters of steps; the last one exists only with stochastic rounding.
 inline constexpr const char* kSkippedSteps = "skipped_steps";
 inline constexpr const char* kClippedSteps = "clipped_steps";
 inline constexpr const char* kRoundedSteps = "rounded_steps";
 
 const RuleEntry& rule_named(const std::string& name);
 
-// Reads the numbers of param groups for one rule. Wrong ones are refused by the checks of
-// steadygrad.arguments, whose messages they get.
+// Reads the numbers of param groups for one rule. The checks of steadygrad.arguments refuse wrong numbers,
+// with their own messages.
 class GroupReader {
  public:
-  // `defaults`: for limits that a group has not. `clips_units`: whether groups have a limit for their units.
+  // `defaults` holds the limits of groups that lack them. `clips_units` says whether groups have a limit for
+  // units.
   GroupReader(const RuleEntry& rule, py::dict defaults, bool clips_units);
 
-  // Of group `index`. A learning rate in a tensor on `device` is not waited for: `lr` gets its address.
+  // Reads group `index`. A learning rate in a tensor on `device` is not waited for; the options receive its
+  // address.
   GroupOptions read(PyObject* group, Py_ssize_t index, Device& device) const;
 
-  // What of a group's options decides which state there is and whether kernels can step it, as bits: the
+  // Returns the options that decide which state exists and whether kernels can step the group, as bits: the
   // states that are kept, and the flags "differentiable" and "capturable".
   uint32_t structure_of(PyObject* group, const RuleHyper& hyper) const;
 
  private:
-  // A key of a dict, made once.
+  // A field with its key as a Python string, which is made once.
   template <class Field>
   struct Keyed {
     py::object key;
@@ -57,10 +59,10 @@ class GroupReader {
   std::vector<py::object> structure_;
 };
 
-// Adds to a counter of all groups, which go on from the largest one.
+// Adds to a counter of all groups, starting from the largest value in any of them.
 void count_steps(const py::list& param_groups, const char* counter, int64_t steps);
 
-// Steps taken with stochastic rounding, as far as the groups say.
+// Returns the number of steps with stochastic rounding that the groups hold.
 uint64_t rounded_steps_of(const py::list& param_groups);
 
 void define_param_groups(py::module_& module);

@@ -9,7 +9,8 @@ namespace {
 
 constexpr const char* kFunction = "step";
 
-// The objects a state dict holds, in order: keys, inner dicts, values. Walking is cheaper than looking up.
+// Visits the objects of an optimizer's state in order: keys, inner dicts, values. This is faster than looking
+// them up.
 template <class Visit>
 bool walk_state(const py::dict& state, Visit visit) {
   Py_ssize_t outer = 0;
@@ -97,7 +98,7 @@ bool Plan::holds_the_same(const py::list& param_groups, const py::dict& state) c
       if (PyList_GET_ITEM(params, i) != groups_[g][i].ptr()) return false;
     }
   }
-  // A wrapped optimizer that updates by itself may do with its state what it likes.
+  // If a wrapped optimizer does the update itself, its state may change in any way.
   if (!updates()) return true;
   size_t position = 0;
   const bool same = walk_state(
@@ -123,7 +124,7 @@ void Plan::remember(size_t index, const View* views, int count, PyObject* grad) 
   add(params_[index].ptr(), {0});
   add(grad, {0});
   for (const py::object& object : slots_[index].objects) add(object.ptr(), {0});
-  // Sizes lie within the tensor's own object, about in its middle.
+  // The sizes are inside the tensor's own object, near its middle.
   for (int i = 0; i < count; ++i) add(views[i].sizes, {-64, 0, 64, 128});
   for (int i = 0; i < count; ++i) add(views[i].data, {0, 64});
 }
@@ -170,7 +171,7 @@ bool Plan::add_tensor(size_t index, PyObject* grad, int32_t group_index) {
     views[1] = grad_view;
     if (updates()) {
       check_writable(views[0], argument(index, ""));
-      // A parameter whose dtype has changed has another slot.
+      // A parameter whose dtype has changed needs another slot.
       if (slot.has_extra != (keeps_extra(options_.rounding) && is_half(views[0].dtype))) return false;
       for (size_t s = 0; s < states + (slot.has_extra ? 1 : 0); ++s) {
         objects[count] = local(slot.objects[s]);
@@ -215,7 +216,7 @@ bool Plan::add_tensor(size_t index, PyObject* grad, int32_t group_index) {
   return true;
 }
 
-// Marks the plan as in use, and lets go of the gradients however the step ends.
+// Marks the plan as in use, and releases the gradients however the step ends.
 class Plan::Stepping {
  public:
   explicit Stepping(Plan& plan) : plan_(plan) {
@@ -267,7 +268,8 @@ bool Plan::gather(const std::optional<py::list>& grads) {
                 : py::reinterpret_steal<py::object>(PyObject_GetAttr(params_[index].ptr(), kGrad));
       if (!grad) throw py::error_already_set();
       if (grad.is_none()) continue;
-      // Where the first one is all others have to be, so they have moved together.
+      // All tensors have to be on the device of the first one, so if that is elsewhere, all of them have
+      // moved.
       if (active_.empty() && is_elsewhere(where_, local(params_[index]))) return false;
       if (reads_resolved_grads()) grad = resolved(grad.ptr());
       if (!add_tensor(index, grad.ptr(), static_cast<int32_t>(g))) return false;
@@ -314,7 +316,7 @@ bool Plan::step(const py::list& param_groups, const py::dict& state, const Scali
     backend.step(tensors_, counters_, group_options_, options_, all, combined, announce, table_, scratch,
                  stream);
   });
-  // Of other processes' gradients it is not known that they are zero.
+  // If other processes have gradients, it is not known whether these are zero.
   if (on_host) count_on_host(param_groups, creates_state && (reduction == nullptr || outcome_.norm == 0));
   return true;
 }
@@ -368,14 +370,14 @@ void Plan::record_stream(Stream stream) {
 void* Plan::scratch_of(const py::object& allocate, int64_t bytes, Stream stream) {
   std::vector<py::object> kept;
   void* const scratch = allocated(allocate, bytes, device_, kept);
-  // What a captured graph uses must stay where it is.
+  // A captured graph needs its memory to stay in place.
   if (!captured()) device_memory_.clear();
   device_memory_.push_back(std::move(kept.back()));
   memory_stream_ = stream.handle;
   return scratch;
 }
 
-// What somebody else updates is counted by whoever has that done.
+// Counts a step of this plan; if the wrapped optimizer does the update, the caller counts.
 void Plan::count_on_host(const py::list& param_groups, bool only_creates_state) {
   if (!updates() || outcome_.refused != 0) return;
   if (outcome_.skipped != 0) return count_steps(param_groups, kSkippedSteps, 1);
@@ -436,7 +438,7 @@ void collect_garbage(PyHeapTypeObject* heap_type) {
 }  // namespace
 
 void define_plan(py::module_& module) {
-  // Local to the module: the emulated one has the same classes.
+  // The classes are local to the module, since the emulated module has the same ones.
   py::class_<Outcome>(module, "Outcome", py::module_local())
       .def(py::init([](const py::object& record) {
              Device device;
@@ -451,7 +453,7 @@ void define_plan(py::module_& module) {
       .def_property_readonly("skipped", [](const Outcome& outcome) { return outcome.skipped != 0; })
       .def_property_readonly("spiked", [](const Outcome& outcome) { return outcome.spiked != 0; })
       .def_property_readonly("clipped", [](const Outcome& outcome) { return outcome.clipped != 0; });
-  // Where in bytes the parts of an outcome lie, for those who read one on a device that is not waited for.
+  // The byte offsets of an outcome's parts, with which Python reads one on a device without waiting.
   using py::literals::operator""_a;
   module.attr("OUTCOME_OFFSETS") =
       py::dict("norm"_a = offsetof(Outcome, norm), "norm_float32"_a = offsetof(Outcome, norm_float32),

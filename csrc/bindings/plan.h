@@ -1,6 +1,6 @@
-// A plan: the parameters and state tensors that an optimizer steps, kept alive from step to step. It stores
-// no pointers into them: every step looks at each tensor again, so that moved, shared, resized or freed
-// memory is seen.
+// A plan holds the parameters and state tensors that an optimizer steps, and keeps them alive from step to
+// step. It stores no pointers into them: every step looks at each tensor again, so that it notices memory
+// that was moved, shared, resized or freed.
 #pragma once
 
 #include <optional>
@@ -17,72 +17,73 @@ namespace steadygrad::bindings {
 
 class Plan {
  public:
-  // `rule`: whose options the param groups hold. `fused`: whether the plan takes its update, and not only
-  // what comes before. `groups`: per param group the list of its parameters. `slots`: per parameter, in
-  // order, None where it has no state yet. `options`: see step_options() and policies_of(). `defaults`: of
-  // limits that a group lacks. `device`: where decisions are taken, None for the host.
+  // `rule` names the rule whose options the param groups hold. `fused` says whether the plan does the update,
+  // too, or only what comes before it. `slots` has a slot per parameter, in order, or None if there is no
+  // state yet. `options` are those of step_options() and policies_of(). `defaults` holds the limits of groups
+  // that lack them. `device` is where steps are decided, None for the host.
   Plan(const std::string& rule, bool fused, const py::list& param_groups, const py::list& slots,
        const py::dict& options, const py::dict& defaults, const py::object& device);
 
   // Remembers which objects `state` holds, so that a change of any of them is noticed.
   void seal(const py::dict& state);
 
-  // Whether param_groups and state still hold the very objects this plan was made from, and the options that
-  // decide what state there is.
+  // Returns whether param_groups and state still hold the very objects that this plan was made from, and the
+  // options that decide which state exists.
   bool matches(const py::list& param_groups, const py::dict& state) const;
 
-  // One step, whose outcome is in `memory`, or without it in outcome(). False, and nothing has happened,
-  // where a new plan is needed: parameters, state or options were exchanged, or a parameter has a gradient
-  // and no slot yet. `grads`: what to use in place of the parameters' .grad (None: no part in this step).
-  // `reduction`: what it throws leaves everything as it was. `skips_nonfinite`: whatever the options say.
-  // `creates_state`: zero gradients are to make state and to leave no other trace.
+  // Takes one step, whose outcome is in `memory`, or without it in outcome(). Returns false, having done
+  // nothing, if a new plan is needed: parameters, state or options were exchanged, or a parameter has a
+  // gradient and no slot yet. `grads` replaces the parameters' .grad, with None for a parameter without
+  // gradient. If `reduction` throws, everything stays as it was. `skips_nonfinite` overrides the option
+  // `nonfinite`. With `creates_state`, zero gradients create state and leave no other trace.
   bool step(const py::list& param_groups, const py::dict& state, const Scaling* scaling,
             const std::optional<py::list>& grads, const ReductionMemory* reduction,
             const py::object& clip_rows, const py::object& skip_row, const TelemetryMemory* telemetry,
             bool skips_nonfinite, bool creates_state, const DeviceMemory* memory);
 
-  // Whether a captured graph uses this plan's device memory.
+  // Returns whether a captured graph uses this plan's device memory.
   bool captured() const { return table_.captured; }
 
-  // Of the last step on the host.
+  // Returns the outcome of the last step on the host.
   const Outcome& outcome() const { return outcome_; }
-  // The same: non-finite elements of each parameter that took part, where they are errors.
+  // Returns the number of non-finite elements of each parameter in that step, if they are errors.
   const std::vector<int64_t>& nonfinite() const { return nonfinite_; }
 
-  // The parameters that took part in the last step.
+  // Returns the parameters that took part in the last step.
   py::list active() const;
-  // Their positions in the order of the groups.
+  // Returns the places of these parameters in the order of the groups.
   const std::vector<int64_t>& active_indices() const { return active_; }
 
-  // For Python's garbage collector: hooks and attributes of parameters may refer back to their optimizer.
+  // Visits objects for Python's garbage collector: hooks and attributes of parameters may refer to their
+  // optimizer.
   int visit(visitproc visit, void* arg) const;
   void clear();
 
  private:
   class Stepping;
   struct Kept {
-    std::vector<py::object> objects;  // the states, then the extra and the numbers if there are any
+    std::vector<py::object> objects;  // the states, then the extra and the numbers, if there are any
     bool has_extra = false;
   };
 
   bool updates() const { return options_.rule != RuleKind::none; }
   bool holds_the_same(const py::list& param_groups, const py::dict& state) const;
-  // False where options have changed what state there is.
+  // Returns false if options have changed which state exists.
   bool read_groups(const py::list& param_groups);
-  // Looks at every tensor that takes part; false when a slot is missing.
+  // Looks at every tensor that takes part; returns false if a slot is missing.
   bool gather(const std::optional<py::list>& grads);
   void prefetch(size_t index) const;
   void remember(size_t index, const View* views, int count, PyObject* grad);
-  // False when the slot does not fit.
+  // Returns false if the slot does not fit.
   bool add_tensor(size_t index, PyObject* grad, int32_t group_index);
   PyObject* local(const py::object& tensor);
-  // Whether gradients are read alone: those that torch negates lazily are then copied, and else refused where
-  // their sign matters.
+  // Returns whether gradients are only read. Then those that torch negates lazily are copied; otherwise they
+  // are refused if their sign matters.
   bool reads_resolved_grads() const { return updates() && !options_.write_grads; }
-  // How many scopes the clip has.
+  // Returns the number of scopes of the clip.
   int64_t scopes() const;
   Reduction reduction_for(const ReductionMemory* reduction);
-  // What this plan and Python have for a step, still without policies and telemetry.
+  // Return the memory of a step, still without policies and telemetry.
   StepMemory host_memory();
   StepMemory device_memory(const DeviceMemory& given, const Scaling* scaling);
   void* scratch_of(const py::object& allocate, int64_t bytes, Stream stream);
@@ -97,8 +98,8 @@ class Plan {
   GroupReader reader_;
   StepOptions options_;
   NonfinitePolicy nonfinite_policy_;
-  Policies policies_;  // without their rows
-  bool per_tensor_;    // whether reductions have a row for each parameter
+  Policies policies_;  // without the rows of their state
+  bool per_tensor_;    // whether reductions have a row per parameter
   Device where_;
   std::vector<std::vector<py::object>> groups_;
   std::vector<py::object> params_;
@@ -106,22 +107,23 @@ class Plan {
   std::vector<uint32_t> structure_;  // per param group
   std::vector<const void*> sealed_;
 
-  // Where the last step found each parameter's tensors. Never dereferenced: thousands of small tensors are a
-  // chain of cache misses, and asking for the next parameters' lines early breaks it.
+  // Where the last step found each parameter's tensors. These addresses are only prefetched, never
+  // dereferenced: thousands of small tensors are a chain of cache misses, which early prefetches of the next
+  // parameters break.
   std::vector<std::vector<const char*>> hints_;
 
   bool stepping_ = false;
 
-  // Filled anew by every step; members only to reuse their memory.
+  // Every step fills these anew; they are members only to reuse their memory.
   std::vector<GroupOptions> group_options_;
   std::vector<int64_t> active_;
   std::vector<py::object> grads_;
-  std::vector<py::object> locals_;  // what DTensors hold
+  std::vector<py::object> locals_;  // the local tensors of DTensors
   std::vector<TensorOperands> tensors_;
   std::vector<StepCounter> counters_;
   Device device_;
 
-  // The host's memory of steps.
+  // The memory of steps that the host decides.
   Outcome outcome_;
   std::vector<int32_t> taken_;
   std::vector<int64_t> nonfinite_;

@@ -54,7 +54,7 @@ namespace {
 
 int64_t checked_window(const char* policy, const py::object& number, int64_t least) {
   const auto window = number.cast<int64_t>();
-  // Rows of that many numbers have a size that is a number too.
+  // The bound keeps the size of the rows within 64 bits.
   if (window >= least && window <= int64_t{1} << 40) return window;
   throw py::value_error("Plan: " + std::string(policy) + ": expected a window of at least " +
                         std::to_string(least) + ", got " + std::to_string(window));
@@ -122,7 +122,7 @@ Telemetry telemetry_of(const TelemetryMemory* memory, size_t parameters, Device&
   return telemetry;
 }
 
-// Local to the module: the emulated one has the same classes.
+// The classes are local to the module, since the emulated module has the same ones.
 void define_plan_options(py::module_& module) {
   const auto local = py::module_local();
   const py::none none;
@@ -172,7 +172,7 @@ void define_plan_options(py::module_& module) {
   py::class_<SpikePolicy>(module, "SpikePolicy", local)
       .def(py::init(&spike_policy), py::kw_only(), py::arg("sigma"), py::arg("window"))
       .def_property_readonly("row_size", [](const SpikePolicy& policy) { return row_size(policy); });
-  // Where in rows of numbers things lie.
+  // The columns of values in rows of numbers.
   using py::literals::operator""_a;
   module.attr("POLICY_ROW") =
       py::dict("coefficient"_a = kCoefficient, "limit"_a = kLimit, "norm"_a = kGivenNorm, "learnt"_a = kCount,

@@ -1,4 +1,4 @@
-// What a plan is told: numbers and names as the kernels take them, and structs that Python fills by name.
+// The options of a plan as the kernels take them, and structs that Python fills by name.
 #pragma once
 
 #include <string>
@@ -14,15 +14,15 @@
 
 namespace steadygrad::bindings {
 
-// The state that a plan steps with one parameter.
+// The state that a plan steps together with one parameter.
 struct Slot {
   std::vector<py::object> states;   // in the rule's order
   std::vector<py::object> numbers;  // the step counter and the rule's other numbers, if it has any
   py::object extra;                 // what is kept beside a half-precision parameter, or None
-  bool first = false;               // whether its first step is still to come
+  bool first = false;               // whether the parameter's first step is still to come
 };
 
-// torch.amp.GradScaler's numbers, as numbers or as tensors on a device that is not waited for.
+// The numbers of torch.amp.GradScaler, as numbers or as tensors on a device, which is not waited for.
 struct Scaling {
   double unscale = 1;
   bool found_inf = false;
@@ -30,17 +30,17 @@ struct Scaling {
   py::object found_inf_tensor;
 };
 
-// Tensors on a device where steps are decided; each may be None but `outcome` and `taken`. See StepMemory.
+// Tensors on the device that decides about steps; all but `outcome` and `taken` may be None. See StepMemory.
 struct DeviceMemory {
   py::object outcome;
   py::object taken;
   py::object counts;
   py::object nonfinite;
   py::object rounded_steps;
-  py::object allocate;  // makes scratch space
+  py::object allocate;  // allocates scratch space
 };
 
-// The ring that steps are recorded in (core/telemetry.h).
+// The ring in which steps are recorded (core/telemetry.h).
 struct TelemetryMemory {
   py::object rows;
   py::object recorded;
@@ -48,13 +48,13 @@ struct TelemetryMemory {
   bool per_tensor = false;
 };
 
-// What stays the same from step to step, by the names of StabilizerOptions.
+// Returns the options that stay the same from step to step, which are named as in StabilizerOptions.
 StepOptions step_options(RuleKind rule, const py::dict& options);
 
-// options["clip_policy"] and options["skip_policy"], each of which may be None.
+// Returns options["clip_policy"] and options["skip_policy"], each of which may be None.
 Policies policies_of(const py::dict& options);
 
-// With their state, float64: rows of the clip policy and row of the skip policy, or None.
+// Adds the policies' state in float64: rows of the clip policy and the row of the skip policy, or None.
 Policies with_rows(Policies policies, const py::object& clip_rows, const py::object& skip_row, int64_t scopes,
                    Device& device);
 

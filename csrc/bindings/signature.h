@@ -1,5 +1,5 @@
-// Functions whose errors about wrong arguments are short: pybind11's own print every argument, also gigabytes
-// of gradients.
+// Binds functions so that errors about wrong arguments are short: pybind11's own errors print every argument,
+// even gigabytes of gradients.
 #pragma once
 
 #include <string>
@@ -8,7 +8,7 @@
 
 namespace steadygrad::bindings {
 
-// The first argument of an overload that is left when no other one fits, also after conversions.
+// The first argument of an overload that is chosen if no other one fits, even after conversions.
 struct AnyArgument {
   pybind11::handle argument;
 };
@@ -31,7 +31,7 @@ void define(pybind11::module_& module, const char* name, Function function, cons
                           const pybind11::kwargs& named) { throw_unfit(name, first, rest, named); });
 }
 
-// The same for a method.
+// Binds a method in the same way.
 template <class Class, class... Options, class Function, class... Extra>
 void define(pybind11::class_<Class, Options...>& type, const char* name, Function function,
             const Extra&... extra) {
@@ -47,7 +47,7 @@ namespace pybind11::detail {
 template <>
 struct type_caster<steadygrad::bindings::AnyArgument> {
   PYBIND11_TYPE_CASTER(steadygrad::bindings::AnyArgument, const_name("object"));
-  // Without conversions another overload may still fit with them.
+  // In the pass without conversions it does not fit, since another overload may fit with conversions.
   bool load(handle source, bool convert) {
     value.argument = source;
     return convert;

@@ -5,7 +5,7 @@
 namespace steadygrad::bindings {
 namespace {
 
-// Borrowed for the life of the process: torch is never unloaded.
+// References to torch's objects; they stay valid since torch is never unloaded.
 struct Torch {
   PyTypeObject* tensor = nullptr;
   PyTypeObject* parameter = nullptr;
@@ -13,7 +13,7 @@ struct Torch {
   PyObject* increment_version = nullptr;
   PyObject* get_num_threads = nullptr;
   PyObject* is_neg = nullptr;
-  // What is_neg calls, where Python lets us see it: half the time of a call.
+  // The C function that is_neg calls, if Python gives access to it: calling it directly takes half the time.
   PyCFunction is_neg_function = nullptr;
 };
 
@@ -51,7 +51,7 @@ bool is_tensor(PyObject* object) {
   return Py_TYPE(object) == torch.tensor || Py_TYPE(object) == torch.parameter;
 }
 
-// What is no tensor is not: whoever looks at it says what was expected.
+// Returns false for an object that is no tensor; the function that takes it raises the error.
 bool is_negated(PyObject* tensor) {
   if (!is_tensor(tensor)) return false;
   PyObject* const result = torch.is_neg_function != nullptr ? torch.is_neg_function(tensor, nullptr)
@@ -60,10 +60,11 @@ bool is_negated(PyObject* tensor) {
   return py::reinterpret_steal<py::object>(result).is(py::bool_(true));
 }
 
-// A freed storage leaves a data pointer of 0 plus the offset. No allocator hands out addresses this low on a
-// 64-bit system except the heap of a fixed-position executable, so a low one is looked at more closely.
+// A freed storage leaves a data pointer of 0 plus the offset. On a 64-bit system no allocator returns
+// addresses this low, except the heap of a fixed-position executable, so for a low address the storage itself
+// is asked.
 bool is_freed(const DLTensor& tensor, PyObject* object) {
-  // Virtual memory of GPUs begins lower, but not below the offsets that occur.
+  // The virtual memory of GPUs begins lower, but above any offset that occurs.
   const uintptr_t suspicious = uintptr_t{1} << (tensor.device.device_type == kDLCUDA ? 32 : 40);
   if (reinterpret_cast<uintptr_t>(tensor.data) >= suspicious) return false;
   if (tensor.data == nullptr) return true;
@@ -93,7 +94,7 @@ std::string supported_devices() {
                                          : " on the CPU, the only backend compiled in";
 }
 
-// Pinned memory is the CPU's.
+// Returns the type of the device, where pinned memory counts as the CPU's.
 int host_type(const DLDevice& found) {
   return found.device_type == kDLCUDAHost ? kDLCPU : static_cast<int>(found.device_type);
 }
@@ -174,7 +175,7 @@ Operand operand_of(const View& view, bool linear) {
   return {view.data, linear ? nullptr : view.strides, view.dtype};
 }
 
-// From C++ that has let go of the interpreter's lock.
+// Wraps a Python function so that C++ can call it after releasing the interpreter's lock.
 std::function<void()> called_without_arguments(py::object function, const Device& device) {
   if (function.is_none()) return [] {};
   return [function = std::move(function), &device] {
@@ -272,7 +273,7 @@ py::object local_tensor(const py::object& tensor) {
   static PyObject* const kLocal = PyUnicode_InternFromString("_local_tensor");
   PyObject* const local = PyObject_GetAttr(tensor.ptr(), kLocal);
   if (local != nullptr) return py::reinterpret_steal<py::object>(local);
-  PyErr_Clear();  // no DTensor: whoever looks at it says what was expected
+  PyErr_Clear();  // it is no DTensor, and the function that takes it raises the error
   return tensor;
 }
 
@@ -412,7 +413,7 @@ void announce_write(const py::list& tensors) { py::handle(torch.increment_versio
 
 bool same_sizes(const View& a, const View& b) {
   if (a.ndim != b.ndim) return false;
-  // A loop: a call into memcmp costs more than the few sizes.
+  // A loop is faster here than calling memcmp for a few sizes.
   for (int d = 0; d < a.ndim; ++d) {
     if (a.sizes[d] != b.sizes[d]) return false;
   }

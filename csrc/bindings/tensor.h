@@ -1,4 +1,4 @@
-// Python tensors as views, through the DLPack exchange API, with every check that the API itself leaves out.
+// Views of Python's tensors by the DLPack exchange API, with every check that the API itself leaves out.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ namespace steadygrad::bindings {
 
 namespace py = pybind11;
 
-// Which argument a message is about: "parameters[3].grad".
+// Names the argument that a message is about, such as "parameters[3].grad".
 struct Argument {
   const char* function;
   const char* name;
@@ -30,66 +30,69 @@ void add_backend(int device_type, const Backend& backend);
 // The backend for devices of this DLPack type; null where none takes their tensors.
 const Backend* backend_for(int device_type);
 
-// A tensor as one call has found it.
+// A tensor as a call has found it.
 struct Looked {
   py::object tensor;
   Argument argument;
   const void* data;
-  uint64_t layout;  // from its dtype, sizes and strides
+  uint64_t layout;  // a hash of its dtype, sizes and strides
 };
 
-// Where the tensors of one call are: the first one that is looked at sets it.
+// The device of one call's tensors; the first tensor that is looked at sets it.
 struct Device {
-  int type = 0;  // DLPack's; 0: not set yet
+  int type = 0;  // DLPack's type of device; 0 if not set yet
   int index = 0;
   const Backend* backend = &cpu_backend();
-  bool calls_python = false;   // whether Python runs between the look at the tensors and their use
-  std::vector<Looked> looked;  // all of them, where it does; with the CUDA backend it always may
+  bool calls_python = false;  // whether Python runs between the look at the tensors and their use
+  // The tensors looked at, if Python runs in between; with an asynchronous backend it always may.
+  std::vector<Looked> looked;
 
   void set(int device_type, int device_index);
 };
 
-// Of a torch.device; None is the CPU.
+// Returns the device that a torch.device names; None is the CPU.
 Device device_named(const py::object& device);
 
-// Whether it is a number in a tensor on this device: one of float32 or float64 with one element.
+// Returns whether the value is a number on this device: a float32 or float64 tensor of one element.
 bool is_number_on(const Device& device, PyObject* value);
 Number number_on(PyObject* tensor, const Argument& argument, Device& device);
 
-// Whether a tensor lies on another device that a backend takes.
+// Returns whether a tensor is on another device that a backend takes.
 bool is_elsewhere(const Device& device, PyObject* tensor);
 
-// After Python has run: throws RuntimeError where one of the tensors has other memory than it had.
+// Checks the tensors after Python has run: throws RuntimeError if one of them has other memory than before.
 void look_again(const Device& device);
 
-// Valid until control returns to Python: sizes and strides belong to the tensor.
+// A tensor's memory and layout, valid until control returns to Python: sizes and strides belong to the
+// tensor.
 struct View {
   void* data;
   int64_t numel;
   DType dtype;
-  bool is_complex;  // pairs of `dtype`
+  bool is_complex;  // whether elements are pairs of `dtype`
   int ndim;
   const int64_t* sizes;
   const int64_t* strides;
 };
 
-// Looks torch up once; throws ImportError with what to do when this torch cannot be used.
+// Looks up torch's objects once; throws an ImportError that says what to do if this torch cannot be used.
 void import_torch();
 
 py::tuple exchange_api_version();
 
-// Throws TypeError, ValueError or RuntimeError when `object` is not a dense tensor of a type and on a device
-// the kernels take, or on another device than the tensors before it.
+// Returns a view of a tensor. Throws TypeError, ValueError or RuntimeError if it is not a dense tensor of a
+// dtype and on a device that the kernels take, or if it is on another device than the tensors before it.
 View view_of(PyObject* object, const Argument& argument, Device& device);
 
-// The memory of a contiguous tensor of exactly this dtype and number of elements; throws TypeError for
-// another, and for one that is lazily negated.
+// Returns the memory of a contiguous tensor of exactly this dtype and number of elements. Throws TypeError
+// for any other tensor, and for one that is lazily negated.
 void* vector_of(PyObject* object, const Argument& argument, DLDataType dtype, int64_t numel, Device& device);
 
-// A DTensor's part of this process, else the tensor itself; the DTensor keeps it alive.
+// Returns the part of a DTensor that this process holds, which the DTensor keeps alive, or any other tensor
+// itself.
 py::object local_tensor(const py::object& tensor);
 
-// What Python gives for a reduction (core/scope_sums.h): tensors, and functions without arguments or None.
+// What Python passes for a reduction (core/scope_sums.h): tensors, and functions without arguments or None.
 struct ReductionMemory {
   py::object rows;
   py::object counted;
@@ -97,14 +100,14 @@ struct ReductionMemory {
   py::object ask_policy;
 };
 
-// `memory`: null where there is nothing to reduce. `slots`: how many tensors may take part.
+// `memory` is null if there is nothing to reduce. `slots` is the number of tensors that may take part.
 Reduction reduction_of(const char* function, const ReductionMemory* memory, size_t groups, size_t slots,
                        bool per_tensor, Device& device);
 
-// torch's current stream on a CUDA device.
+// Returns torch's current stream on a CUDA device.
 Stream current_stream(const Device& device);
 
-// The memory of a tensor that Python made for a kernel to fill, or null for None.
+// Returns the memory of a tensor that Python made for a kernel to write to, or null for None.
 template <class T>
 T* memory_of(const py::object& tensor, const Argument& argument, DLDataType dtype, int64_t numel,
              Device& device) {
@@ -112,10 +115,10 @@ T* memory_of(const py::object& tensor, const Argument& argument, DLDataType dtyp
   return static_cast<T*>(vector_of(tensor.ptr(), argument, dtype, numel, device));
 }
 
-// Asks Python for device memory; `kept` gets the tensor that owns it.
+// Asks Python for device memory; `kept` receives the tensor that owns it.
 void* allocated(const py::object& allocate, int64_t bytes, Device& device, std::vector<py::object>& kept);
 
-// The same for one call: keeps what it gets for as long as this object lives.
+// Asks Python for device memory, and keeps it for as long as this object lives.
 class Allocator {
  public:
   Allocator(py::object allocate, Device& device) : allocate_(std::move(allocate)), device_(device) {}
@@ -128,8 +131,8 @@ class Allocator {
   std::vector<py::object> kept_;
 };
 
-// Gives the calling thread torch's number of threads: OpenMP keeps one per thread, and torch sets it when
-// asked.
+// Gives the calling thread torch's number of threads: OpenMP keeps that number per thread, and torch sets it
+// when it is asked for the number.
 void adopt_torch_threads();
 
 // Calls function(backend, stream). What works on the host does so without the interpreter's lock, and on
@@ -153,31 +156,32 @@ void run(Operation Backend::* operation, Device& device, const py::object& alloc
   });
 }
 
-// Throws where writing would be wrong: elements that share memory.
+// Throws if the tensor must not be written to because elements share memory.
 void check_writable(const View& view, const Argument& argument);
 
 // torch negates some views lazily, such as .imag of a conjugate, and DLPack does not tell: their memory holds
-// the values with the other sign. Norms and clips are the same for both; whoever adds a tensor to another one
-// takes resolved() of those that it reads, and calls check_not_negated() for those that it writes, which
-// throws TypeError.
+// the values with the opposite sign. That makes no difference to norms and clips. A function that adds one
+// tensor to another takes resolved() of those that it reads. For those that it writes it calls
+// check_not_negated(), which throws TypeError.
 py::object resolved(PyObject* tensor);
 void check_not_negated(PyObject* tensor, const Argument& argument);
 
-// Bumps the tensors' autograd versions, which writing through a pointer does not: a graph that saved one of
-// them then refuses to run backward. Inference tensors have no version and cannot be saved.
+// Bumps the tensors' autograd versions, which writing through a pointer does not do. A graph that has saved
+// one of the tensors then refuses to run backward. Inference tensors have no version and cannot be saved.
 void announce_write(const py::list& tensors);
 
 bool same_sizes(const View& a, const View& b);
 
-// Both leave dimensions of one element out.
+// Both functions ignore dimensions of size 1.
 bool same_strides(const View& a, const View& b);
 bool is_contiguous(const View& view);
 
-// A single operand: elements are visited in memory order where they fill their memory, else by index.
+// Returns a single operand, whose elements are visited in memory order if they fill their memory, else by
+// index.
 TensorOperands operands_of(const View& view, Operand TensorOperands::* operand);
 
-// Several operands of equal sizes, visited together. `operands` and `views` correspond. `by_unit`: all
-// elements of one index of the first dimension one after the other.
+// Sets several operands of equal sizes that are visited together; `operands` and `views` correspond. With
+// `by_unit`, the elements of one index of the first dimension are visited one after the other.
 void set_operands(TensorOperands& tensor, const View* views, Operand* const* operands, int count,
                   bool by_unit = false);
 

@@ -1,4 +1,4 @@
-// Batch normalization: what is known about a call, and the arithmetic of one element and of one channel.
+// Batch normalization: the description of a call, and the arithmetic of one element and of one channel.
 #pragma once
 
 #include <cmath>
@@ -9,8 +9,9 @@
 
 namespace steadygrad {
 
-// A dense tensor as (outer, channels, inner), the last fastest. With inner == 1 channels are neighbours in
-// memory (channels_last, or 2-D input); else a channel has runs of `inner` elements.
+// The shape of a dense tensor, (outer, channels, inner) with the last dimension fastest. With inner == 1
+// channels are neighbours in memory (channels_last, or 2-D input); otherwise a channel consists of runs of
+// `inner` elements.
 struct BatchNormShape {
   int64_t outer = 0;
   int64_t channels = 0;
@@ -18,14 +19,14 @@ struct BatchNormShape {
 
   STEADYGRAD_INLINE int64_t count() const { return outer * inner; }  // elements of a channel
 
-  // A mask has one bit an element, set where ReLU lets the gradient through, in an order of the backend's
-  // own. Its size is that of rows which each start on a byte: the runs of one channel, or with inner == 1 the
+  // A mask has one bit per element, set where ReLU lets the gradient through. Each backend orders the bits in
+  // its own way. The size allows for rows that start on a byte: the runs of a channel, or with inner == 1 the
   // channels of one position.
   STEADYGRAD_INLINE int64_t mask_rows() const { return inner == 1 ? outer : outer * channels; }
   STEADYGRAD_INLINE int64_t mask_row_bytes() const { return ((inner == 1 ? channels : inner) + 7) / 8; }
 };
 
-// One number for each channel; null: absent.
+// A number for each channel; null if absent.
 struct ChannelVector {
   void* data = nullptr;
   DType dtype = DType::float32;
@@ -64,11 +65,11 @@ STEADYGRAD_INLINE void set_channel_value(ChannelVector vector, int64_t channel, 
   }
 }
 
-// What normalises, in every direction. `mean` and `var` (biased) are the batch's or the running ones; a call
-// that finds the batch's statistics itself leaves them empty.
+// Describes the normalization for all passes. `mean` and `var` (biased) are those of the batch or the running
+// ones; a call that computes the batch's statistics itself leaves them empty.
 struct BatchNorm {
   BatchNormShape shape;
-  DType dtype = DType::float32;  // of input, residual, output and their gradients
+  DType dtype = DType::float32;  // the dtype of input, residual, output and their gradients
   const void* input = nullptr;
   ChannelVector mean;
   ChannelVector var;
@@ -81,11 +82,11 @@ struct BatchNorm {
 struct BatchNormOutput {
   const void* residual = nullptr;  // added before ReLU
   void* output = nullptr;
-  uint8_t* mask = nullptr;  // where it is not null, ReLU's mask is kept there
+  uint8_t* mask = nullptr;  // receives ReLU's mask, unless null
 };
 
-// A null destination is not written. Where ReLU followed, `mask` is null only without residual: then the mask
-// is found again from the input.
+// The gradients of a backward pass; null destinations are not written. After ReLU, `mask` is null only
+// without a residual: then the mask is computed again from the input.
 struct BatchNormGradient {
   const void* grad_output = nullptr;
   const uint8_t* mask = nullptr;
@@ -100,22 +101,22 @@ struct RunningStatistics {
   ChannelVector var;
   int64_t* num_batches_tracked = nullptr;  // goes up by one
   double momentum = 0;
-  bool cumulative = false;  // the factor is 1 / num_batches_tracked after it went up, in momentum's place
+  bool cumulative = false;  // replaces momentum by 1 / num_batches_tracked, after that went up
 };
 
-// A vector of statistics, as the kernels leave it and as ranks exchange it, in fp64: `channels` means, as
-// many biased variances, and the number of elements of a channel.
+// The size of a vector of statistics, as kernels write it and ranks exchange it, in fp64: `channels` means,
+// `channels` biased variances, and the number of elements of a channel.
 STEADYGRAD_INLINE int64_t statistics_size(int64_t channels) { return 2 * channels + 1; }
 
-// Mean and sum of squared deviations of some elements.
+// Mean, sum of squared deviations and number of some elements.
 struct Moments {
   double mean = 0;
   double squares = 0;
   double count = 0;
 };
 
-// Puts parts together in their order; of(i) gives the i-th. Two passes need no division for each part (Chan,
-// Golub and LeVeque 1979).
+// Merges many sets of moments in order; of(i) returns the i-th. The two passes save a division for each of
+// them (Chan, Golub and LeVeque 1979).
 template <class Of>
 STEADYGRAD_INLINE Moments combined_moments(int64_t parts, Of of) {
   Moments all;
@@ -145,7 +146,7 @@ STEADYGRAD_INLINE ChannelStatistics channel_statistics(const Moments& moments) {
   return {moments.mean, moments.count > 0 ? moments.squares / moments.count : 0, moments.count};
 }
 
-// Those of all parts together, from one vector of statistics of each part. A single part is kept to the bit.
+// Combines all parts, from one vector of statistics of each part. A single part is kept to the bit.
 STEADYGRAD_INLINE ChannelStatistics combined_statistics(const double* parts, int64_t count, int64_t channels,
                                                         int64_t channel) {
   const int64_t size = statistics_size(channels);
@@ -156,8 +157,8 @@ STEADYGRAD_INLINE ChannelStatistics combined_statistics(const double* parts, int
   }));
 }
 
-// From sum(x - shift) and sum((x - shift)^2). With one of the elements as the shift the cancellation is at
-// most by a factor of `count`.
+// Computes moments from sum(x - shift) and sum((x - shift)^2). If the shift is one of the elements,
+// cancellation loses at most a factor of `count`.
 STEADYGRAD_INLINE Moments moments_from_sums(double shift, double sum, double squares, double count) {
   if (count == 0) return {};
   const double mean = sum / count;
@@ -183,8 +184,8 @@ STEADYGRAD_INLINE void add(ShiftedSums& sums, const Moments& part, double shift)
 
 STEADYGRAD_INLINE double inverse_deviation(double var, double eps) { return 1 / std::sqrt(var + eps); }
 
-// y = (x - center) * scale + offset. The center is the mean in T, so that nothing cancels; what rounding took
-// from the mean is in the offset.
+// y = (x - center) * scale + offset. The center is the mean rounded to T, so that nothing cancels; the offset
+// contains what the rounding took from the mean.
 template <class T>
 struct Normalization {
   T center;
@@ -205,7 +206,8 @@ STEADYGRAD_INLINE Normalization<T> normalization(double mean, double var, double
   return {center, static_cast<T>(scale), static_cast<T>(bias - (mean - static_cast<double>(center)) * scale)};
 }
 
-// grad_input = grad * gradient + (x - center) * deviation + constant, where `grad` has passed ReLU's mask.
+// grad_input = grad * gradient + (x - center) * deviation + constant, where ReLU's mask was applied to
+// `grad`.
 template <class T>
 struct InputGradient {
   T center;
@@ -217,15 +219,15 @@ struct InputGradient {
   STEADYGRAD_INLINE V operator()(V grad, V x) const {
     return grad * gradient + ((x - center) * deviation + constant);
   }
-  // Of constant statistics: x takes no part, also where it is not finite.
+  // With constant statistics x has no effect, even if it is not finite.
   template <class V>
   STEADYGRAD_INLINE V of_constants(V grad) const {
     return grad * gradient;
   }
 };
 
-// `grad_mean` = mean(grad) and `product_mean` = mean(grad * (x - mean)) over all that the statistics were
-// taken from; both are 0 where the statistics are constants.
+// `grad_mean` = mean(grad) and `product_mean` = mean(grad * (x - mean)) over all elements of the statistics;
+// both are 0 if the statistics are constants.
 template <class T>
 STEADYGRAD_INLINE InputGradient<T> input_gradient(double mean, double var, double eps, double weight,
                                                   double grad_mean, double product_mean) {
@@ -237,7 +239,7 @@ STEADYGRAD_INLINE InputGradient<T> input_gradient(double mean, double var, doubl
   return {center, static_cast<T>(scale), static_cast<T>(deviation), static_cast<T>(constant)};
 }
 
-// Whether a finite number stays finite as one of the vector's.
+// Returns whether the value is finite in the vector's dtype.
 STEADYGRAD_INLINE bool holds(ChannelVector vector, double value) {
   const double largest = vector.dtype == DType::float64    ? 0x1.fffffffffffffp1023
                          : vector.dtype == DType::float32  ? 0x1.fffffep127
@@ -246,9 +248,9 @@ STEADYGRAD_INLINE bool holds(ChannelVector vector, double value) {
   return std::fabs(value) <= largest;
 }
 
-// running = running + factor * (new - running), as torch's (1 - factor) * running + factor * new; the
-// variance is the unbiased one. A channel where either would not be finite keeps what it has, unlike torch's:
-// from infinity or NaN there is no way back.
+// Moves the running statistics: running = (1 - factor) * running + factor * new, with the unbiased variance.
+// A channel whose new mean or variance would not be finite keeps the old ones; in torch it would stay
+// infinite or NaN for ever.
 STEADYGRAD_INLINE void update_running(const RunningStatistics& running, int64_t channel, double factor,
                                       double mean, double var, double count) {
   const double unbiased = count > 1 ? var * (count / (count - 1)) : var;
@@ -261,12 +263,12 @@ STEADYGRAD_INLINE void update_running(const RunningStatistics& running, int64_t 
   set_channel_value(running.var, channel, new_var);
 }
 
-// `batches`: num_batches_tracked after it went up.
+// `batches` is num_batches_tracked after it went up.
 STEADYGRAD_INLINE double running_factor(const RunningStatistics& running, int64_t batches) {
   return running.cumulative ? 1 / static_cast<double>(batches) : running.momentum;
 }
 
-// NaN stays NaN, and lets its gradient through, as in torch.
+// ReLU keeps NaN and lets its gradient through, as in torch.
 template <class V>
 STEADYGRAD_INLINE V relu(V x) {
   const V zero = {};

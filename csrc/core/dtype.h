@@ -1,4 +1,4 @@
-// The element types the kernels take, and their conversions to and from fp32.
+// The element types that the kernels take, and their conversions to and from fp32.
 #pragma once
 
 #include <cstdint>
@@ -47,8 +47,8 @@ STEADYGRAD_INLINE To bit_cast(From from) {
 
 STEADYGRAD_INLINE float to_float(BFloat16 value) { return bit_cast<float>(uint32_t{value.bits} << 16); }
 
-// Selects in place of branches, so that loops over it vectorise. A GPU's own conversions, here and below, are
-// one instruction; its NaN may have another payload.
+// The conversions select instead of branching, so that loops over them vectorise. On a GPU each is one
+// instruction, whose NaN may have another payload.
 STEADYGRAD_INLINE float to_float(Float16 value) {
 #if defined(__CUDA_ARCH__)
   float converted;
@@ -67,7 +67,7 @@ STEADYGRAD_INLINE float to_float(Float16 value) {
 #endif
 }
 
-// Both round to nearest, ties to even, as torch does.
+// The conversions to half precision round to nearest, ties to even, as torch does.
 STEADYGRAD_INLINE BFloat16 to_bfloat16(float value) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   BFloat16 converted;
@@ -90,8 +90,8 @@ STEADYGRAD_INLINE Float16 to_float16(float value) {
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
   const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  // Adding 0.5 lets the adder round a subnormal result: its last mantissa bit is worth 2^-24, fp16's smallest
-  // step.
+  // Adding 0.5 makes the adder round a subnormal result: the last mantissa bit is then worth 2^-24, the
+  // smallest step of fp16.
   const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - bit_cast<uint32_t>(0.5f);
   uint32_t half = magnitude < (113u << 23) ? subnormal : normal;
   half = magnitude >= (143u << 23) ? 0x7c00u : half;

@@ -1,4 +1,5 @@
-// What happens to one gradient element between backward and the update rule: unscale, penalty, clip, penalty.
+// What happens to a gradient element between the backward pass and the update: unscale, penalty, clip,
+// penalty.
 #pragma once
 
 #include <cmath>
@@ -7,7 +8,7 @@
 
 namespace steadygrad {
 
-// d/dp of l1 * |p| is l1 * sign(p), with sign(0) = 0 as torch.sign has it.
+// The derivative of l1 * |p| is l1 * sign(p), with sign(0) = 0 as in torch.sign.
 template <class T>
 STEADYGRAD_INLINE T sign(T value) {
   return static_cast<T>(value > T(0)) - static_cast<T>(value < T(0));
@@ -32,14 +33,14 @@ struct PenaltyGradient {
   T l2 = 0;
 
   STEADYGRAD_INLINE bool active() const { return l1 != T(0) || l2 != T(0); }
-  // A zero coefficient contributes nothing, also where 0 * param would be NaN.
+  // A zero coefficient adds nothing, even where 0 * param would be NaN.
   STEADYGRAD_INLINE T added_to(T grad, T param) const {
     grad = l1 != T(0) ? grad + l1 * sign(param) : grad;
     return l2 != T(0) ? grad + l2 * param : grad;
   }
 };
 
-// A factor far below one (a huge norm) is not representable in fp32; two factors are.
+// fp32 cannot represent a factor far below one, as from a huge norm, but it can represent two factors.
 template <class T>
 struct ScaleFactors {
   T first = 1;
@@ -60,8 +61,8 @@ STEADYGRAD_INLINE ScaleFactors<T> scale_factors(double factor) {
   return factors;
 }
 
-// min(1, limit / (norm + 1e-6)), torch.nn.utils.clip_grad_norm_'s coefficient; an infinite norm gives 0, NaN
-// stays NaN. No limit is no clip whatever the norm, where torch's inf / inf would turn every gradient into
+// min(1, limit / (norm + 1e-6)), the coefficient of torch.nn.utils.clip_grad_norm_. An infinite norm gives 0,
+// and NaN stays NaN. An infinite limit never clips, while torch's inf / inf would turn every gradient into
 // NaN.
 STEADYGRAD_INLINE double clip_coefficient(double limit, double norm) {
   if (limit == INFINITY) return 1.0;
@@ -91,7 +92,7 @@ struct GradientTransform {
   STEADYGRAD_INLINE bool keeps_gradient_before_clip() const {
     return unscale.is_identity() && !penalty_before_clip.active() && !zero_nonfinite;
   }
-  // Nothing but two multiplications: the loop that every clipped step without extras runs.
+  // If so, two multiplications are all there is: the loop of every clipped step without extras.
   STEADYGRAD_INLINE bool only_scales() const {
     return !penalty_before_clip.active() && !zero_nonfinite && clip_value == T(INFINITY) &&
            !penalty_after_clip.active();
@@ -101,8 +102,8 @@ struct GradientTransform {
   }
 };
 
-// The same, as options of a param group and the coefficient of a tensor's scope; T is known only where
-// elements are read.
+// The same transform as options of a param group and the coefficient of a tensor's scope, without T, which is
+// known only where elements are read.
 struct TransformOptions {
   double unscale = 1;
   double l1_before_clip = 0;
@@ -118,7 +119,7 @@ struct TransformOptions {
   }
 };
 
-// What pass 1 sees: everything up to the clip.
+// The part of the transform that pass 1 applies: everything up to the clip.
 template <class T>
 STEADYGRAD_INLINE GradientTransform<T> transform_before_clip(const TransformOptions& options) {
   GradientTransform<T> transform;
@@ -127,7 +128,7 @@ STEADYGRAD_INLINE GradientTransform<T> transform_before_clip(const TransformOpti
   return transform;
 }
 
-// The whole of it, for pass 2. Where only factors are left they become one product.
+// The whole transform, for pass 2. If nothing but factors is left, they become one product.
 template <class T>
 STEADYGRAD_INLINE GradientTransform<T> gradient_transform(const TransformOptions& options) {
   GradientTransform<T> transform = transform_before_clip<T>(options);

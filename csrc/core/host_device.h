@@ -1,5 +1,5 @@
-// Marks the arithmetic that host and device code share. Always inlined: the CPU backend compiles it once per
-// instruction set, and an out-of-line copy made for one set must never be linked into another.
+// Marks arithmetic that host and device code share. It is always inlined: the CPU backend compiles it once
+// per instruction set, and an out-of-line copy for one set must never be linked into another.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -1,6 +1,6 @@
-// How norms are formed. The order of every sum is fixed here, for all backends and every number of threads:
-// element i of a chunk belongs to lane i % kLanes, lanes are added pairwise, and chunks, then tensors, are
-// added in the same way.
+// Defines norms. The order of every sum is fixed here, for all backends and every number of threads: element
+// i of a chunk belongs to lane i % kLanes, lanes are added pairwise, and then chunks and tensors are added in
+// the same way.
 #pragma once
 
 #include <cmath>
@@ -12,8 +12,8 @@ namespace steadygrad {
 
 constexpr int kLanes = 128;
 
-// `general` takes any other p: it needs the largest (for p < 0 the smallest) magnitude first, so that powers
-// stay in range, and divides by it: a power of two near it would leave up to 2^p.
+// `general` is any other p. Elements are divided by the largest magnitude (the smallest, for p < 0) so that
+// powers stay in range. Division by a power of two near it would leave powers of up to 2^p.
 enum class NormKind { two, one, infinity, negative_infinity, zero, general };
 
 struct NormType {
@@ -30,9 +30,9 @@ STEADYGRAD_INLINE NormType norm_type(double p) {
   return {NormKind::general, p};
 }
 
-// Squares of fp64 elements leave fp64's range, so they are summed in three scaled classes (Blue 1978;
-// constants of Anderson 2017, algorithm 978). fp32 squares are exact in fp64 and always `medium`, as is every
-// sum that is not of squares.
+// Squares of fp64 elements can leave fp64's range, so they are summed in three scaled classes (Blue 1978;
+// constants of Anderson 2017, algorithm 978). Squares of fp32 elements are exact in fp64 and always `medium`,
+// and so is every sum that is not of squares.
 struct NormSums {
   double small = 0;
   double medium = 0;
@@ -50,7 +50,7 @@ struct NormPartial {
   int64_t nan = 0;
 };
 
-// What an element adds to its lane, for a number or a vector of them.
+// The functors compute what an element adds to its lane, for a number or for a vector of numbers.
 template <class V>
 STEADYGRAD_INLINE V magnitude(V value) {
   return value < 0 ? -value : value;
@@ -92,7 +92,7 @@ struct LargeSquare {
   }
 };
 
-// The term of any kind but fp64 squares, which take the three above.
+// Returns an element's term of the sum. Squares of fp64 use the three functors above instead.
 STEADYGRAD_INLINE double norm_term(NormType type, double x, double scale) {
   switch (type.kind) {
     case NormKind::two:
@@ -106,7 +106,7 @@ STEADYGRAD_INLINE double norm_term(NormType type, double x, double scale) {
   }
 }
 
-// A norm and what it was taken over. Non-finite elements are counted and, in `finite_norm`, count as zero.
+// A norm with its counts. Non-finite elements are counted and, in `finite_norm`, treated as zero.
 struct Norm {
   double norm = 0;
   double finite_norm = 0;
@@ -121,24 +121,25 @@ STEADYGRAD_INLINE Norm norm_with_counts(double finite_norm, int64_t nonfinite, i
   return norm;
 }
 
-// Where a sum of magnitudes is finite, so is every element; other kinds must look.
+// Returns whether the sum is finite only if every element is; other kinds have to look at the elements.
 STEADYGRAD_INLINE bool sum_shows_nonfinite(NormType type) {
   return type.kind == NormKind::two || type.kind == NormKind::one;
 }
 
-// For a general p: what elements are divided by, so that the extreme one becomes 1 and all powers are at
-// most 1.
+// Returns what elements are divided by for a general p, so that the extreme one becomes 1 and no power
+// exceeds 1.
 STEADYGRAD_INLINE double scale_for(double extreme) {
   return extreme == 0 || extreme - extreme != 0 ? 1 : extreme;
 }
 
-// scale * sum^(1/p). By halves, since the root may leave the range where the product does not.
+// Returns scale * sum^(1/p), using the root's square root twice, since the root may leave the range although
+// the product does not.
 STEADYGRAD_INLINE double scaled_root(double scale, double sum, double p) {
   const double half = std::pow(sum, 0.5 / p);
   return scale * half * half;
 }
 
-// A lane's value before the first element.
+// Returns the value of a lane before its first element.
 STEADYGRAD_INLINE double norm_identity(NormType type) {
   return type.kind == NormKind::negative_infinity ? INFINITY : 0.0;
 }
@@ -176,8 +177,8 @@ STEADYGRAD_INLINE void combine(NormType type, NormPartial& a, const NormPartial&
   a.nan += b.nan;
 }
 
-// Adds `count` values in the fixed order; `lanes` holds kLanes of them. Lanes past `count` would only add
-// zeros.
+// Combines `count` values in the fixed order; `lanes` has room for kLanes values. Lanes past `count` would
+// only add zeros, so they are left out.
 template <class Partial, class Get, class Combine>
 STEADYGRAD_INLINE Partial combine_in_order(int64_t count, Partial* lanes, Get get, Combine combine) {
   if (count == 1) return get(0);
@@ -193,7 +194,7 @@ STEADYGRAD_INLINE Partial combine_in_order(int64_t count, Partial* lanes, Get ge
   return lanes[0];
 }
 
-// A chunk's lanes, of which the first `filled` hold something.
+// Combines the lanes of a chunk, of which only the first `filled` hold values.
 STEADYGRAD_INLINE double combine_lanes(NormType type, double* lanes, int filled) {
   for (int half = kLanes / 2; half >= 1; half /= 2) {
     const int pairs = filled - half < half ? filled - half : half;
@@ -211,8 +212,7 @@ STEADYGRAD_INLINE double combine_lanes(NormType type, double* lanes, int filled)
   return lanes[0];
 }
 
-// The norm from its sums. `scale` is what elements were divided by before they were raised to p (general
-// only).
+// Returns the norm from its sums. `scale` is the divisor of the elements of a general norm.
 STEADYGRAD_INLINE double finish_norm(NormType type, const NormSums& sums, double scale) {
   switch (type.kind) {
     case NormKind::two: {

@@ -1,5 +1,5 @@
-// How a half-precision parameter is stored: what becomes of the bits of an update that it cannot hold.
-// Updates are computed on a fp32 value, which the parameter and what is kept beside it stand for.
+// How a half-precision parameter is stored, and what happens to the bits of an update that it cannot hold. An
+// update is computed on an fp32 value, which the parameter represents together with what is kept beside it.
 #pragma once
 
 #include <cstdint>
@@ -8,14 +8,15 @@
 
 namespace steadygrad {
 
-// nearest: lost. stochastic: they decide the odds of rounding up. kahan: kept in a compensation of the
-// parameter's dtype. master: kept in a fp32 copy. Parameters in fp32 and fp64 are always `nearest`.
+// What happens to these bits. nearest: they are lost. stochastic: they decide the probability of rounding up.
+// kahan: they are kept in a compensation of the parameter's dtype. master: they are kept in an fp32 copy.
+// Parameters in fp32 and fp64 are always `nearest`.
 enum class Rounding : uint8_t { nearest, stochastic, kahan, master };
 
 constexpr STEADYGRAD_INLINE bool is_half(DType dtype) {
   return dtype == DType::bfloat16 || dtype == DType::float16;
 }
-// Whether something is kept beside a half-precision parameter.
+// Returns whether something is kept beside a half-precision parameter.
 constexpr STEADYGRAD_INLINE bool keeps_extra(Rounding rounding) {
   return rounding == Rounding::kahan || rounding == Rounding::master;
 }
@@ -30,21 +31,21 @@ STEADYGRAD_INLINE uint64_t mixed(uint64_t bits) {
   return bits ^ bits >> 31;
 }
 
-// lowbias32 (Wellons 2018): 32-bit multiplications, which vectors have.
+// lowbias32 (Wellons 2018), which needs only the 32-bit multiplications that vector units have.
 STEADYGRAD_INLINE uint32_t mixed(uint32_t bits) {
   bits = (bits ^ bits >> 16) * 0x7feb352du;
   bits = (bits ^ bits >> 15) * 0x846ca68bu;
   return bits ^ bits >> 16;
 }
 
-// Of one chunk in one step.
+// The key of the random bits of one chunk in one step.
 struct RandomKey {
   uint32_t first = 0;
   uint32_t second = 0;
 };
 
-// `step`: steps taken before this one. `place`: the parameter's, in the order of the param groups. `begin`:
-// the chunk's first element.
+// `step` is the number of steps taken before this one, `place` the parameter's place in the order of the
+// param groups, and `begin` the chunk's first element.
 STEADYGRAD_INLINE RandomKey random_key(uint64_t seed, uint64_t step, int32_t place, int64_t begin) {
   uint64_t key = mixed(mixed(seed) ^ step);
   key = mixed(key ^ static_cast<uint64_t>(place));
@@ -52,14 +53,14 @@ STEADYGRAD_INLINE RandomKey random_key(uint64_t seed, uint64_t step, int32_t pla
   return {static_cast<uint32_t>(key >> 32), static_cast<uint32_t>(key)};
 }
 
-// Of the chunk's element `index`.
+// Returns the random bits of the chunk's element `index`.
 STEADYGRAD_INLINE uint32_t random_bits(RandomKey key, uint32_t index) {
   return mixed(mixed(index ^ key.first) ^ key.second);
 }
 
 // -- rounding ---------------------------------------------------------------------------------
 
-// Both return a value that the element type holds, as fp32.
+// Both functions return a value, as fp32, that the element type can hold.
 template <class Element>
 struct RoundedTo;
 
@@ -70,7 +71,7 @@ struct RoundedTo<BFloat16> {
   static STEADYGRAD_INLINE float stochastic(float value, uint32_t random) {
     const uint32_t bits = bit_cast<uint32_t>(value);
     const uint32_t rounded = (bits + (random >> 16)) & 0xffff0000u;
-    // From the largest finite number on there is nothing to choose between.
+    // From the largest finite number on there is no number above to choose.
     return (bits & 0x7fffffffu) >= 0x7f7f0000u ? nearest(value) : bit_cast<float>(rounded);
   }
 };
@@ -83,8 +84,8 @@ struct RoundedTo<Float16> {
     const uint32_t bits = bit_cast<uint32_t>(value);
     const uint32_t magnitude = bits & 0x7fffffffu;
     const uint32_t normal = (magnitude + (random >> 19)) & ~0x1fffu;
-    // Subnormals lie 2^-24 apart: in units of 2^-44 they, and 20 random bits, are integers below 2^31. Larger
-    // numbers are kept out of the conversion, which has no result for them.
+    // Subnormals are 2^-24 apart. In units of 2^-44, they and 20 random bits are integers below 2^31. Larger
+    // numbers are kept out of the conversion to integers, which would overflow.
     const bool is_subnormal = magnitude < (113u << 23);
     const float small = bit_cast<float>(is_subnormal ? magnitude : 0u);
     const int32_t units = static_cast<int32_t>(small * 0x1p44f) + static_cast<int32_t>(random >> 12);
@@ -97,14 +98,15 @@ struct RoundedTo<Float16> {
 
 // -- parameters -------------------------------------------------------------------------------
 
-// The fp32 value that a parameter and what is kept beside it stand for. They belong together where it rounds
-// to the parameter; where it does not, somebody else has written the parameter, which then counts alone.
+// Returns the fp32 value that a parameter and what is kept beside it represent. They belong together if that
+// value rounds to the parameter. If not, something else has written the parameter, which then counts alone.
 template <Rounding kRounding, class Element>
 STEADYGRAD_INLINE float joined(float param, float extra) {
   if constexpr (kRounding == Rounding::master) {
     return RoundedTo<Element>::nearest(extra) == param ? extra : param;
   } else if constexpr (kRounding == Rounding::kahan) {
-    // A compensation may itself have been rounded up to the half way between two numbers, but not beyond.
+    // A rounded compensation may lie half-way between two numbers, but not beyond, so the test uses a little
+    // less.
     const float within = extra * (255.0f / 256.0f);
     return RoundedTo<Element>::nearest(param + within) == param ? param + extra : param;
   } else {
@@ -112,7 +114,7 @@ STEADYGRAD_INLINE float joined(float param, float extra) {
   }
 }
 
-// The parameter that stands for `value` from now on, and what is kept beside it.
+// Splits `value` into the parameter, which is returned, and what is kept beside it.
 template <Rounding kRounding, class Element>
 STEADYGRAD_INLINE float split(float value, float& extra, uint32_t random) {
   if constexpr (kRounding == Rounding::stochastic) {
@@ -122,14 +124,14 @@ STEADYGRAD_INLINE float split(float value, float& extra, uint32_t random) {
     if constexpr (kRounding == Rounding::master) extra = value;
     if constexpr (kRounding == Rounding::kahan) {
       const float lost = value - param;
-      // An infinite parameter keeps nothing: what it has lost is not a number.
+      // An infinite parameter has no compensation, since the lost part would not be a number.
       extra = RoundedTo<Element>::nearest(lost - lost == 0 ? lost : 0.0f);
     }
     return param;
   }
 }
 
-// How the half-precision parameter of one chunk is stored.
+// Describes how the half-precision parameter of one chunk is stored.
 struct ParamStorage {
   Rounding rounding = Rounding::nearest;
   DType dtype = DType::float32;

@@ -1,4 +1,4 @@
-// Clip policies: from a scope's norm and its own small state to its coefficient, and what enters the state.
+// Clip policies: they compute a scope's coefficient from its norm and a small state, and update the state.
 #pragma once
 
 #include <cmath>
@@ -10,36 +10,38 @@
 
 namespace steadygrad {
 
-// given: by whoever is asked between the passes (Reduction::ask_policy). adaptive: by output unit
-// (core/unit_clip.h); `level` is its eps, and a scope as such has no limit.
+// `given`: the limit comes from Reduction::ask_policy between the passes. `adaptive`: clipping by output unit
+// (core/unit_clip.h), where `level` is eps and a scope as a whole has no limit.
 enum class PolicyKind : uint8_t { none, percentile, zscore, relative, damp, given, adaptive };
 
 struct ClipPolicy {
   PolicyKind kind = PolicyKind::none;
-  double max_norm = INFINITY;  // a hard cap; for `relative` that of the total norm during the warm-up
+  double max_norm = INFINITY;  // a hard limit; for `relative` it limits the total norm during the warm-up
   double level = 0;            // percentile as a fraction, z-score, ratio, or power
-  double decay = 0;            // of the moving averages
-  double factor = 1;           // of a z-score's limit
+  double decay = 0;            // decay of the moving averages
+  double factor = 1;           // factor of a z-score's limit
   int64_t warmup = 0;
   int64_t window = 0;
 };
 
-// Skips steps whose norm is above mean + sigma * std of the last `window` norms; 0: none.
+// Skips steps whose norm is above mean + sigma * std of the last `window` norms; with a window of 0 it skips
+// none.
 struct SpikePolicy {
   double sigma = 0;
   int64_t window = 0;
 };
 
-// The state of a scope is a row of numbers. First coefficient and limit of the last step, then
-//   zscore:     count, mean, variance (during the warm-up: sum of squared deviations)
+// The state of a scope is a row of numbers. It begins with the coefficient and the limit of the last step,
+// then come
+//   zscore:     count, mean, variance (during the warm-up the sum of squared deviations)
 //   relative:   count, average
 //   percentile: count, place of the oldest, norms in the order of steps[window], sorted[window]
-// The row of a SpikePolicy is like that of a percentile without the sorted norms.
+// The row of a SpikePolicy is that of a percentile without the sorted norms.
 struct Policies {
   ClipPolicy clip;
   SpikePolicy skip;
-  double* clip_rows = nullptr;  // null: this step has no clip policy
-  double* skip_row = nullptr;   // null: it skips no spikes
+  double* clip_rows = nullptr;  // null if this step has no clip policy
+  double* skip_row = nullptr;   // null if this step skips no spikes
 };
 
 STEADYGRAD_INLINE bool clips_units(const Policies& policies) {
@@ -54,7 +56,7 @@ constexpr int64_t kVariance = 4;
 constexpr int64_t kOldest = 3;
 constexpr int64_t kNorms = 4;
 constexpr double kZScoreEps = 1e-6;
-// In the row of a scope whose limit is given: the norm it is asked for.
+// In the row of a scope whose limit is given, this column holds the norm that the policy is asked about.
 constexpr int64_t kGivenNorm = 2;
 
 STEADYGRAD_INLINE int64_t row_size(const ClipPolicy& policy) {
@@ -73,10 +75,11 @@ STEADYGRAD_INLINE int64_t row_size(const ClipPolicy& policy) {
 }
 STEADYGRAD_INLINE int64_t row_size(const SpikePolicy& policy) { return kNorms + policy.window; }
 
-// A norm of 0 says nothing: nothing is clipped, and histories of zeros would clip everything from then on.
+// A norm of 0 is not learnt: such a step is not clipped, and a history of zeros would clip everything from
+// then on.
 STEADYGRAD_INLINE bool is_entered(double norm) { return norm > 0 && is_finite(norm); }
 
-// Kumar et al. 2025, "ZClip": the average is fed what the spike was clipped to.
+// Kumar et al. 2025, "ZClip". The averages are updated with the norm to which a spike was clipped.
 STEADYGRAD_INLINE double zscore_limit(const ClipPolicy& policy, double* row, double norm, bool enters) {
   const double count = row[kCount];
   if (count < static_cast<double>(policy.warmup)) {
@@ -107,7 +110,8 @@ STEADYGRAD_INLINE double zscore_limit(const ClipPolicy& policy, double* row, dou
   return limit < policy.max_norm ? limit : policy.max_norm;
 }
 
-// Wang et al. 2025, "AdaGC": in the warm-up the total norm is clipped, and the smallest norm is kept.
+// Wang et al. 2025, "AdaGC". During the warm-up the total norm is clipped, and the smallest clipped norm is
+// kept.
 STEADYGRAD_INLINE double relative_coefficient(const ClipPolicy& policy, double* row, double norm,
                                               double total, bool enters) {
   const double count = row[kCount];
@@ -133,13 +137,14 @@ STEADYGRAD_INLINE double damping(const ClipPolicy& policy, double norm) {
   return norm > policy.max_norm ? std::pow(policy.max_norm / norm, policy.level) : 1.0;
 }
 
-// What is no limit, NaN or negative, was given where no host could see it: it limits nothing.
+// A limit that is NaN or negative limits nothing: it is on a device, where the host cannot check it.
 STEADYGRAD_INLINE void apply_given(double* row, double norm) {
   const double limit = row[kLimit];
   row[kCoefficient] = norm == 0 || !(limit >= 0) ? 1 : clip_coefficient(limit, norm);
 }
 
-// Of all kinds but percentile, whose state takes many threads. Leaves coefficient and limit in the row.
+// Applies any policy but a percentile, whose state needs many threads; leaves coefficient and limit in the
+// row.
 STEADYGRAD_INLINE void apply_policy(const ClipPolicy& policy, double* row, double norm, double total,
                                     bool learns) {
   if (policy.kind == PolicyKind::adaptive) row[kLimit] = NAN;
@@ -158,14 +163,14 @@ STEADYGRAD_INLINE void apply_policy(const ClipPolicy& policy, double* row, doubl
   row[kCoefficient] = norm == 0 ? 1 : coefficient;
 }
 
-// A count or place of a percentile's row, of at most `most`: where a row holds nonsense, no other memory is
-// read.
+// Returns a count or place of a percentile's row, at most `most`, so that a malformed row cannot make kernels
+// read other memory.
 STEADYGRAD_INLINE int64_t whole_number(double number, int64_t most) {
   if (!(number > 0)) return 0;
   return number < static_cast<double>(most) ? static_cast<int64_t>(number) : most;
 }
 
-// Where a norm goes among the sorted ones, and which of them move by one place for it.
+// The place of a norm among the sorted ones, and the range that moves by one place for it.
 struct Insertion {
   int64_t place;
   int64_t begin;
@@ -173,7 +178,7 @@ struct Insertion {
   int direction;  // +1: to the right
 };
 
-// How many of the sorted numbers are less.
+// Returns how many of the sorted numbers are less.
 STEADYGRAD_INLINE int64_t rank_among(const double* sorted, int64_t count, double norm) {
   int64_t low = 0;
   int64_t high = count;
@@ -194,14 +199,14 @@ STEADYGRAD_INLINE Insertion insertion_of(const double* row, int64_t window, doub
   const int64_t place = rank_among(sorted, count, norm);
   if (count < window) return {place, place, count, 1};
   const int64_t oldest = whole_number(row[kOldest], window - 1);
-  // Of a sorted row the last one at the latest.
+  // In a malformed row the search may find nothing, so the last place is the limit.
   const int64_t leaves =
       whole_number(static_cast<double>(rank_among(sorted, count, row[kNorms + oldest])), count - 1);
   if (place <= leaves) return {place, place, leaves, 1};
   return {place - 1, leaves + 1, place, -1};
 }
 
-// The order of steps; the sorted numbers have moved already.
+// Puts a norm into the ring that holds the order of steps; the sorted norms have already moved.
 STEADYGRAD_INLINE void enter(double* row, int64_t window, double norm) {
   const int64_t oldest = whole_number(row[kOldest], window - 1);
   row[kNorms + oldest] = norm;
@@ -209,7 +214,7 @@ STEADYGRAD_INLINE void enter(double* row, int64_t window, double norm) {
   if (row[kCount] < static_cast<double>(window)) row[kCount] += 1;
 }
 
-// Between two neighbours as numpy.percentile has it; without a history there is no limit.
+// Interpolates between two neighbours like numpy.percentile; without a history there is no limit.
 STEADYGRAD_INLINE double percentile_of(const double* row, int64_t window, double level) {
   const int64_t count = whole_number(row[kCount], window);
   if (count == 0) return INFINITY;

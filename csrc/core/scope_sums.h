@@ -1,4 +1,4 @@
-// What processes tell each other between the passes: a row of numbers for each scope of the clip, which any
+// What processes exchange between the passes: a row of numbers for each scope of the clip, in a form that any
 // collective can carry.
 #pragma once
 
@@ -11,8 +11,8 @@
 
 namespace steadygrad {
 
-// Of `medium` the kind of norm says how processes combine it: sums, or extremes. For a general p it is the
-// scope's norm, since powers of different tensors carry different scales.
+// The kind of norm decides how processes combine `medium`: by a sum or by an extreme. For a general p it
+// holds the scope's norm, since powers of different tensors have different scales.
 struct ScopeSums {
   double small = 0;
   double medium = 0;
@@ -24,7 +24,7 @@ struct ScopeSums {
 constexpr int kScopeColumns = 5;
 static_assert(sizeof(ScopeSums) == kScopeColumns * sizeof(double), "rows are read as arrays of doubles");
 
-// A scope without elements: for p < 0 the smallest magnitude of none is infinite.
+// Returns the sums of a scope without elements; for p < 0 its smallest magnitude is infinite.
 STEADYGRAD_INLINE ScopeSums no_sums(NormType type) {
   ScopeSums sums;
   sums.medium = type.p < 0 ? INFINITY : 0.0;
@@ -36,7 +36,7 @@ STEADYGRAD_INLINE ScopeSums scope_sums(const NormPartial& sum, double medium) {
           static_cast<double>(sum.nan)};
 }
 
-// All but the norms of a general p, which must be taken relative to the one that counts most.
+// Combines all sums but the norms of a general p, which have to be combined relative to the extreme one.
 STEADYGRAD_INLINE void combine(NormType type, ScopeSums& a, const ScopeSums& b) {
   a.small += b.small;
   a.medium = combine(type, a.medium, b.medium);
@@ -52,27 +52,28 @@ STEADYGRAD_INLINE Norm norm_of(NormType type, const ScopeSums& sums) {
   return norm_with_counts(norm, static_cast<int64_t>(sums.nonfinite), static_cast<int64_t>(sums.nan));
 }
 
-// The first row is about the step as a whole: `medium` is more than 0 where a process must not take it,
-// `nonfinite` counts elements, replicas included. One of them alone may be broken, which no scope counts.
+// Applies the first row, which concerns the whole step: `medium` is more than 0 if a process must not take
+// the step, and `nonfinite` counts the elements of all replicas. A single replica may be broken that no scope
+// counts.
 STEADYGRAD_INLINE Norm with_flags(Norm total, const ScopeSums& flags) {
   if (total.nonfinite > 0 || flags.nonfinite == 0) return total;
   return norm_with_counts(total.finite_norm, static_cast<int64_t>(flags.nonfinite), 0);
 }
 
-// A sum over processes between the passes. `rows`: flags, one row per param group, and with `per_tensor` one
-// per slot. A tensor's slot is its place among all that may take part.
+// A sum over processes between the passes. `rows` holds the flags, a row per param group, and with
+// `per_tensor` a row per slot. The slot of a tensor is its place among all tensors that may take part.
 struct Reduction {
-  ScopeSums* rows = nullptr;  // null: there is one process
-  const int32_t* counted =
-      nullptr;  // per slot: whether this process counts the tensor, as one of its replicas
+  ScopeSums* rows = nullptr;  // null if there is one process
+  // Per slot: whether this process counts the tensor; of several replicas only one is counted.
+  const int32_t* counted = nullptr;
   int32_t slots = 0;
   bool per_tensor = false;
-  std::function<void()>
-      reduce;  // combines the rows of all processes; may throw, and then nothing has changed
+  // Combines the rows of all processes. It may throw, and then nothing has changed.
+  std::function<void()> reduce;
 
-  // Where a clip policy lives outside: it finds each scope's norm in its rows and leaves the limits there. It
-  // may throw as well. What is queued on a device asks in any case: there the norms of a step that is not
-  // taken are NaN.
+  // Asks a clip policy outside of the kernels. It finds each scope's norm in its rows and leaves the limits
+  // there, and it may throw as well. Where steps are decided on a device it is always called, with NaN as the
+  // norms of a step that is not taken.
   std::function<void()> ask_policy;
 };
 

@@ -1,4 +1,4 @@
-// What a step is told and what it decides, for every backend.
+// The options of a step and its decisions, for every backend.
 #pragma once
 
 #include <cmath>
@@ -17,11 +17,11 @@ enum class NonfinitePolicy : uint8_t { skip, zero, raise, propagate };
 
 struct GroupOptions {
   RuleHyper hyper;
-  double max_norm = INFINITY;  // infinity: the norm is taken and nothing is clipped
+  double max_norm = INFINITY;  // with infinity the norm is computed but nothing is clipped
   double clip_value = INFINITY;
   double l1 = 0;
   double l2 = 0;
-  double clipping = INFINITY;  // of its tensors' units, relative to their norms
+  double clipping = INFINITY;  // limit of the group's output units, relative to their norms
   Number lr;                   // of an asynchronous backend: with data it holds, and hyper.lr does not
 };
 
@@ -40,7 +40,7 @@ struct StepOptions {
   uint64_t rounded_steps = 0;  // steps taken before this one
 };
 
-// All of a group's transform but its clip coefficient.
+// Returns a group's transform without its clip coefficient.
 STEADYGRAD_INLINE TransformOptions group_transform(const GroupOptions& group, const StepOptions& options) {
   TransformOptions transform;
   const double l1 = options.proximal ? 0 : group.l1;
@@ -63,7 +63,7 @@ STEADYGRAD_INLINE bool zeroes_nonfinite(const StepOptions& options, const Norm& 
   return total.nonfinite > 0 && options.nonfinite == NonfinitePolicy::zero;
 }
 
-// What clips look at; the "zero" policy takes non-finite elements out of it.
+// Returns the norm that the clip looks at; the "zero" policy leaves out non-finite elements.
 STEADYGRAD_INLINE double seen_norm(const StepOptions& options, const Norm& scope) {
   return options.nonfinite == NonfinitePolicy::zero ? scope.finite_norm : scope.norm;
 }
@@ -74,7 +74,7 @@ STEADYGRAD_INLINE double scope_coefficient(const GroupOptions& group, const Step
   return clip_coefficient(group.max_norm, seen_norm(options, scope));
 }
 
-// The number of a tensor's scope among all of them.
+// Returns the index of a tensor's scope.
 STEADYGRAD_INLINE int64_t scope_of(ClipScope scope, int32_t group, int32_t place) {
   return scope == ClipScope::global ? 0 : scope == ClipScope::group ? group : place;
 }
@@ -91,7 +91,8 @@ STEADYGRAD_INLINE ParamStorage param_storage(const StepOptions& options, const T
   return storage;
 }
 
-// What the proximal step takes from every magnitude after the update; 0: no proximal step.
+// Returns what the proximal step subtracts from every magnitude after the update; 0 if there is no proximal
+// step.
 STEADYGRAD_INLINE double proximal_threshold(const GroupOptions& group, const StepOptions& options) {
   return options.proximal ? group.hyper.lr * group.l1 : 0;
 }

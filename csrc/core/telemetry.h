@@ -1,4 +1,4 @@
-// What a step leaves behind for whoever watches: a row of numbers in a ring, the oldest one overwritten.
+// Telemetry: a step leaves a row of numbers in a ring, where the newest row replaces the oldest.
 #pragma once
 
 #include <cmath>
@@ -10,14 +10,15 @@
 
 namespace steadygrad {
 
-// A row: norm before and after the clip, limit, flags, non-finite elements; then per parameter its norm and,
-// after those of all, its non-finite elements. NaN: a step without update has no norm after the clip, a
-// parameter without gradient no norm, and a limit that is not one number is none.
+// A row holds the norm before and after the clip, the limit, flags and the number of non-finite elements,
+// then the norms of all parameters, then their numbers of non-finite elements. NaN stands for a missing
+// number: a step without update has no norm after the clip, a parameter without gradient has no norm, and
+// several limits are not one.
 struct Telemetry {
-  double* rows = nullptr;       // null: nothing is recorded
-  int64_t* recorded = nullptr;  // one: steps so far
-  int64_t history = 0;          // rows
-  int64_t parameters = 0;       // 0: totals only
+  double* rows = nullptr;       // null if nothing is recorded
+  int64_t* recorded = nullptr;  // the number of steps so far
+  int64_t history = 0;          // the number of rows
+  int64_t parameters = 0;       // 0 if only totals are recorded
 };
 
 constexpr int64_t kTelemetryNorm = 0;
@@ -37,13 +38,13 @@ STEADYGRAD_INLINE int64_t row_size(const Telemetry& telemetry) {
 }
 
 STEADYGRAD_INLINE double* next_row(const Telemetry& telemetry) {
-  // Unsigned, so that also a number that was negative gives a row of the ring.
+  // The number is taken as unsigned, so that even a negative one gives a row of the ring.
   const uint64_t place =
       static_cast<uint64_t>(*telemetry.recorded) % static_cast<uint64_t>(telemetry.history);
   return telemetry.rows + static_cast<int64_t>(place) * row_size(telemetry);
 }
 
-// A step's outcome, in short.
+// The outcome of a step as it is recorded.
 struct RecordedStep {
   Norm total;
   double clipped_norm = NAN;
@@ -55,7 +56,7 @@ STEADYGRAD_INLINE bool is_taken(const RecordedStep& step) {
   return (step.flags & (kRecordedSkipped | kRecordedRefused)) == 0;
 }
 
-// A clip by output unit leaves no norm behind that anybody has taken.
+// If a unit was clipped, the norm after the clip is not known, since nothing computes it.
 STEADYGRAD_INLINE bool has_clipped_norm(const RecordedStep& step, const Policies& policies) {
   return is_taken(step) && !(clips_units(policies) && (step.flags & kRecordedClipped) != 0);
 }
@@ -74,8 +75,8 @@ STEADYGRAD_INLINE void record_parameter(const Telemetry& telemetry, double* row,
   row[kTelemetryTotals + telemetry.parameters + place] = nonfinite;
 }
 
-// The one number that limits the total norm, by the groups that have elements. Policies have none where the
-// step is not taken.
+// Returns the single limit of the total norm over the groups that have elements, or NaN. With a policy there
+// is no limit if the step is not taken.
 template <class HasGroup>
 STEADYGRAD_INLINE double total_limit(const Policies& policies, const GroupOptions* groups, int32_t count,
                                      const StepOptions& options, bool taken, HasGroup has_group) {
@@ -91,7 +92,7 @@ STEADYGRAD_INLINE double total_limit(const Policies& policies, const GroupOption
   return policies.clip_rows[kLimit] < limit ? policies.clip_rows[kLimit] : limit;
 }
 
-// A term of the norm of norms, relative to the extreme one.
+// Returns a term of the norm of norms, relative to the extreme one.
 STEADYGRAD_INLINE double relative_power(NormType type, double ratio) {
   switch (type.kind) {
     case NormKind::two:
@@ -102,7 +103,7 @@ STEADYGRAD_INLINE double relative_power(NormType type, double ratio) {
       return std::pow(ratio, type.p);
   }
 }
-// The norm of norms again.
+// Returns the norm of norms from the sum of these terms.
 STEADYGRAD_INLINE double relative_root(NormType type, double extreme, double sum) {
   switch (type.kind) {
     case NormKind::two:
@@ -114,7 +115,7 @@ STEADYGRAD_INLINE double relative_root(NormType type, double extreme, double sum
   }
 }
 
-// The norm of a few norms, one after the other; 0 is that of what is not there.
+// Returns the norm of a few norms, one after the other; a missing norm counts as 0.
 template <class NormAt>
 STEADYGRAD_INLINE double norm_in_turn(NormType type, int64_t count, NormAt norm_at) {
   double extreme = 0;

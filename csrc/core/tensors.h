@@ -1,5 +1,5 @@
-// What a backend is told about the tensors of one call: pointers, sizes, strides, and the chunks they are cut
-// into.
+// The tensors of one call as a backend sees them: pointers, sizes, strides, and the chunks into which they
+// are cut.
 #pragma once
 
 #include <cstdint>
@@ -10,26 +10,26 @@ namespace steadygrad {
 
 constexpr int kMaxStates = 3;
 
-// `strides` is null when the elements lie in memory order, shared with every other operand of the tensor.
+// `strides` is null if the elements are in memory order, which all operands of the tensor share.
 struct Operand {
   void* data = nullptr;
   const int64_t* strides = nullptr;
   DType dtype = DType::float32;
 };
 
-// One parameter with its gradient and optimizer state; an operand that an operation does not use stays empty.
+// A parameter with its gradient and optimizer state; operands that an operation does not use are empty.
 struct TensorOperands {
   int64_t numel = 0;
   const int64_t* sizes = nullptr;
   int32_t ndim = 0;
   int32_t group = 0;
-  int32_t place = 0;  // of the parameter, in the order of the param groups
+  int32_t place = 0;  // the parameter's place in the order of the param groups
   Operand param;
   Operand grad;
   Operand states[kMaxStates];
   Operand extra;  // kept beside the parameter (core/param_storage.h)
 
-  // fp64 is computed in fp64, everything else in fp32.
+  // Arithmetic is in fp64 for fp64 and in fp32 for everything else.
   STEADYGRAD_INLINE DType compute_dtype() const {
     const DType stored = param.data != nullptr ? param.dtype : grad.dtype;
     return stored == DType::float64 ? DType::float64 : DType::float32;
@@ -55,7 +55,8 @@ struct Number {
   }
 };
 
-// Equal pieces of work. The order in which sums are formed follows from this table alone (core/norm.h).
+// The size of a chunk, an equal piece of work. The order of sums follows from these chunks alone
+// (core/norm.h).
 constexpr int64_t kChunk = 8192;
 
 struct Chunk {

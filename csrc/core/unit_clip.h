@@ -12,14 +12,14 @@
 
 namespace steadygrad {
 
-// A tensor's units, each of which holds `size` elements that are visited one after the other.
+// A tensor's units; each holds `size` elements, one after the other in the order of the visit.
 struct TensorUnits {
-  double* coefficients = nullptr;  // null: this tensor is not clipped by unit
+  double* coefficients = nullptr;  // null if this tensor is not clipped by unit
   int64_t size = 0;
-  uint64_t reciprocal = 0;  // 2^64 / size: a 64-bit division is a call on a GPU
-  int64_t first = 0;        // place of the first one among the units of all tensors
+  uint64_t reciprocal = 0;  // 2^64 / size, since a 64-bit division is a function call on a GPU
+  int64_t first = 0;        // place of its first unit among the units of all tensors
 
-  // Of an element. The quotient is at most one too small.
+  // Returns the unit of an element. The product with the reciprocal is at most one too small.
   STEADYGRAD_INLINE int64_t unit_of(int64_t index) const {
     const uint64_t element = static_cast<uint64_t>(index);
     const uint64_t quotient =
@@ -29,12 +29,12 @@ struct TensorUnits {
   }
 };
 
-// Rows of a matrix, filters of a convolution; vectors and scalars are one unit.
+// Counts a tensor's units: rows of a matrix, filters of a convolution; a vector or a scalar is one unit.
 inline int64_t unit_count(const TensorOperands& tensor) {
   return tensor.numel == 0 ? 0 : tensor.ndim >= 2 ? tensor.sizes[0] : 1;
 }
 
-// Those of a tensor that is clipped, still without their coefficients.
+// Returns the units of a tensor that is clipped, still without their coefficients.
 inline TensorUnits units_of(const TensorOperands& tensor, int64_t first) {
   TensorUnits units;
   units.first = first;
@@ -45,18 +45,18 @@ inline TensorUnits units_of(const TensorOperands& tensor, int64_t first) {
   return units;
 }
 
-// A gradient that is not finite stays so: an infinite norm gives 0, NaN stays NaN.
+// A non-finite gradient has no limit that makes it finite: an infinite norm gives 0, and NaN stays NaN.
 STEADYGRAD_INLINE double unit_coefficient(double clipping, double eps, double param_norm, double grad_norm) {
   const double limit = clipping * (param_norm < eps ? eps : param_norm);
   return grad_norm <= limit ? 1.0 : limit / grad_norm;
 }
 
-// The smaller one of a unit's coefficient and that of its tensor's scope, NaN if one of them is.
+// Returns the smaller of a unit's and its tensor's scope's coefficient, or NaN if one of them is NaN.
 STEADYGRAD_INLINE double smaller_coefficient(double unit, double scope) {
   return scope < unit || scope != scope ? scope : unit;
 }
 
-// The whole transform of elements whose coefficient depends on their unit.
+// The whole transform for elements whose coefficient depends on their unit.
 template <class T>
 struct UnitTransform {
   GradientTransform<T> of_tensor;

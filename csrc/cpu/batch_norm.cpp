@@ -1,4 +1,4 @@
-// Each direction is two visits of the elements, the second one with what the first one found. Channels that
+// Each direction visits the elements twice; the second visit uses what the first one has found. Channels that
 // fit a thread's cache are read from memory once.
 #include <algorithm>
 #include <cstring>
@@ -14,7 +14,8 @@ int64_t count_batch(const RunningStatistics& running) {
   return running.num_batches_tracked == nullptr ? 0 : ++*running.num_batches_tracked;
 }
 
-// The gradients' sums, which `finish` gets with their channel, then whatever depends on the input.
+// Computes the sums of the gradients, passes them to `finish` with their channel, then computes what depends
+// on the input.
 template <class T, class Finish>
 void backward(const BatchNorm& norm, const BatchNormGradient& grad, bool constant_statistics, Finish finish) {
   BatchNormPass<T> pass(norm, 2);
@@ -36,7 +37,7 @@ void backward(const BatchNorm& norm, const BatchNormGradient& grad, bool constan
                                });
 }
 
-// Without sums the statistics are constants.
+// Computes the gradients of input and residual; without sums the statistics are constants.
 void differentiate_input(const BatchNorm& norm, const BatchNormGradient& grad, const double* sums,
                          double count) {
   with_compute_type(norm.dtype, [&](auto element) {
@@ -50,7 +51,8 @@ void differentiate_input(const BatchNorm& norm, const BatchNormGradient& grad, c
   });
 }
 
-// Rows without gaps leave bytes of a mask over: equal calls are to give equal masks.
+// Clears the mask if rows without gaps leave some of its bytes unwritten, so that equal calls give equal
+// masks.
 void clear_mask(const BatchNorm& norm, const ChannelBlocks& blocks, const BatchNormOutput& out) {
   if (out.mask == nullptr || (blocks.columns() <= 1 && blocks.sum_fold() == 1)) return;
   std::memset(out.mask, 0, norm.shape.mask_rows() * norm.shape.mask_row_bytes());

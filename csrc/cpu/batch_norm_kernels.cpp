@@ -1,5 +1,5 @@
-// Compiled once per instruction set into a namespace of that name, as vector_kernels.cpp is. Everything here
-// has internal linkage or is always inlined.
+// This file is compiled once per instruction set into a namespace of that name, as vector_kernels.cpp is.
+// Everything here has internal linkage or is always inlined.
 #include "cpu/batch_norm_kernels.h"
 
 #include "cpu/element_vectors.h"
@@ -9,7 +9,7 @@ namespace {
 
 static_assert(kWidth <= kSumLanes, "a lane of the sums for each element");
 
-// Coefficients of neighbours: of one channel for a whole row, or of a channel each.
+// Loads coefficients of neighbouring elements: one channel's for a whole row, or one per element.
 template <class T, bool kRowIsChannel>
 class Row {
  public:
@@ -38,8 +38,8 @@ STEADYGRAD_INLINE void with_flag(bool flag, Function function) {
   function(std::false_type{});
 }
 
-// What only decides whether an operand is there is asked for each vector: a copy of the loop for each answer
-// would take long to compile and gain nothing, for the loop waits for memory.
+// Whether an operand exists is tested for each vector. A copy of the loop for each case would take long to
+// compile and would gain nothing, since the loop waits for memory.
 template <class Element, bool kRowIsChannel>
 STEADYGRAD_INLINE void normalize(const NormalizeRows<Compute<Element>>& call) {
   using T = Compute<Element>;
@@ -51,11 +51,12 @@ STEADYGRAD_INLINE void normalize(const NormalizeRows<Compute<Element>>& call) {
   const int64_t length = call.rows.length;
   const int64_t ahead = call.rows.ahead;
   const bool streams = call.streams;
-  // Nothing is below NaN: without ReLU every element passes.
+  // Comparisons with NaN are false, so without ReLU every element passes.
   const Vector<T> lowest = Vector<T>{} + (call.relu ? T(0) : static_cast<T>(NAN));
   for (int64_t row = 0; row < call.rows.rows; ++row) {
     const Row<T, kRowIsChannel> channels(row);
-    // Before the row, for the compiler cannot know that its stores leave the tables alone.
+    // These are loaded before the row, since the compiler cannot know that its stores do not change the
+    // tables.
     const Normalization<Vector<T>> of_row = channels(table, 0);
     over_row<Element>(length, ahead, streams, [&](int64_t i, auto part) __attribute__((always_inline)) {
       Vector<T> y = (kRowIsChannel ? of_row : channels(table, i))(part(input + i));
@@ -79,7 +80,7 @@ void normalize_rows(const NormalizeRows<Compute<Element>>& call) {
   if (call.streams) finish_streams();
 }
 
-// grad_output where ReLU lets it through.
+// Returns grad_output where ReLU lets it through, and zero elsewhere.
 template <class V, class Part>
 STEADYGRAD_INLINE V masked(ReluMask relu, V grad, V x, const uint8_t* mask,
                            const Normalization<V>& normalization, Part part, int64_t i) {
@@ -149,7 +150,7 @@ void gradient_rows(const GradientRows<Compute<Element>>& call) {
   if (call.streams) finish_streams();
 }
 
-// What a vector of elements adds to two sums.
+// What a vector of elements adds to the two sums.
 template <class V>
 struct Terms {
   V first;
@@ -171,13 +172,15 @@ struct Sums {
   }
 };
 
-// Terms are added by fours first: a sum does not wait for the one before it, and fp32 terms are widened once.
+// Adds four terms before adding them to a sum, so that sums do not wait for each other and fp32 terms are
+// widened once.
 template <class At>
 STEADYGRAD_INLINE auto four(At at) {
   return (at(0) + at(1)) + (at(2) + at(3));
 }
 
-// Rows that are channels: `sums` has kSumLanes of each sum. terms(row, i, part).
+// Sums rows that are channels; `sums` has kSumLanes lanes of each sum, and terms(row, i, part) returns the
+// terms.
 template <class Element, class At>
 STEADYGRAD_INLINE void sum_channels(const Rows& rows, double* sums, At terms) {
   constexpr int64_t kFour = 4 * kWidth;
@@ -203,8 +206,8 @@ STEADYGRAD_INLINE void sum_channels(const Rows& rows, double* sums, At terms) {
   }
 }
 
-// Rows of many channels: a cache line of channels down a few rows at a time, so that sums stay in registers,
-// and the rows that are fetched meanwhile in the first-level cache.
+// Sums rows of many channels, a cache line of channels down a few rows at a time. So the sums stay in
+// registers, and rows that are prefetched meanwhile stay in the first-level cache.
 template <class Element, class At>
 STEADYGRAD_INLINE void sum_columns(const Rows& rows, double* sums, At terms) {
   constexpr int64_t kFetched = 1 << 14;
@@ -236,7 +239,7 @@ STEADYGRAD_INLINE void sum_columns(const Rows& rows, double* sums, At terms) {
         store(seconds + i + v * kWidth, columns[v].second);
       }
     }
-    // Rows that do not make up four, and all rows of columns that do not make up a line.
+    // What is left are rows beyond the last four, and all rows of columns that do not fill a cache line.
     over_end(fours < end ? 0 : i, length, [&](int64_t at, auto part) __attribute__((always_inline)) {
       Sums column{part(sums + at), part(seconds + at)};
       for (int64_t row = at + kWidth <= i ? fours : begin; row < end; ++row) column.add(terms(row, at, part));
@@ -255,7 +258,8 @@ STEADYGRAD_INLINE void add_to_sums(const Rows& rows, double* sums, At terms) {
   }
 }
 
-// In fp64 from the start: where the shift is far from the mean, fp32 squares would lose what is wanted.
+// The terms are fp64 from the start: if the shift is far from the mean, fp32 squares would lose the
+// deviations.
 template <class Element>
 void sum_rows(const Rows& rows, const void* opaque, const Compute<Element>* shift, double* sums) {
   const auto* input = static_cast<const Element*>(opaque);

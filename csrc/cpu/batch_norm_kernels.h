@@ -1,5 +1,5 @@
-// The inner loops of batch normalization. batch_norm_kernels.cpp is compiled once per instruction set; this
-// table is all that leaves it.
+// The inner loops of batch normalization. batch_norm_kernels.cpp is compiled once per instruction set, and
+// only this table is visible outside of it.
 #pragma once
 
 #include <cstdint>
@@ -8,11 +8,11 @@
 
 namespace steadygrad::cpu {
 
-// Sums of a channel's run are kept in this many lanes.
+// The sums of a channel's run are kept in this many lanes.
 constexpr int kSumLanes = 16;
 
-// Channel coefficients, computed in T. Loops read whole vectors of them: each array has room for kSumLanes
-// more than it needs.
+// Coefficients of channels, computed in T. Loops read whole vectors of them, so each array has room for
+// kSumLanes more numbers than it needs.
 template <class T>
 struct NormalizationTable {
   const T* center;
@@ -26,19 +26,19 @@ struct InputGradientTable {
   const T* constant;
 };
 
-// `rows` rows of `length` neighbours in memory. Where `row_is_channel`, row r belongs to entry r of the
-// tables, else element i of every row to entry i.
+// `rows` rows of `length` neighbours in memory. If `row_is_channel`, row r uses entry r of the tables;
+// otherwise element i of every row uses entry i.
 struct Rows {
   int64_t rows;
   int64_t length;
-  int64_t pitch;       // elements from a row to the next one
-  int64_t mask_pitch;  // the same in bytes of the mask
+  int64_t pitch;       // number of elements from one row to the next
+  int64_t mask_pitch;  // number of bytes of the mask from one row to the next
   bool row_is_channel;
-  int64_t ahead;       // bytes from an element to one that is wanted soon
-  int64_t sum_stride;  // from an entry's first sum to its second, where an element has an entry
+  int64_t ahead;       // distance, in bytes, to prefetch ahead
+  int64_t sum_stride;  // distance from an entry's first sum to its second, if every element has an entry
 };
 
-// What can become of ReLU's mask in backward.
+// How the backward pass gets ReLU's mask: there is none, it is computed again, or it was stored.
 enum class ReluMask : uint8_t { none, recomputed, stored };
 
 template <class T>
@@ -50,7 +50,7 @@ struct NormalizeRows {
   uint8_t* mask;
   NormalizationTable<T> table;
   bool relu;
-  bool streams;  // what is written passes the caches by
+  bool streams;  // whether the output bypasses the caches
 };
 
 template <class T>
@@ -68,7 +68,8 @@ struct GradientRows {
   bool streams;
 };
 
-// Two sums an entry: where a row is a channel, [channel][2][lane] with kSumLanes of each, else one of each.
+// The kernels keep two sums per entry: [channel][2][lane] with kSumLanes lanes if a row is a channel, else
+// one number each.
 template <class T>
 struct BatchNormKernels {
   // Adds x - shift and (x - shift)^2.
@@ -79,7 +80,7 @@ struct BatchNormKernels {
   void (*gradient_rows)(const GradientRows<T>& call);
 };
 
-// The table of the instruction set in use, for elements of `dtype`; T is what they are computed in.
+// Returns the kernels of the instruction set in use for elements of `dtype`, which are computed in T.
 template <class T>
 const BatchNormKernels<T>& batch_norm_kernels(DType dtype);
 

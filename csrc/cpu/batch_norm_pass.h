@@ -1,5 +1,5 @@
-// One direction over a tensor: sums of its units, coefficients of its channels, and calls of the kernels with
-// both.
+// One direction over a tensor: the sums of its units, the coefficients of its channels, and the calls of
+// kernels with them.
 #pragma once
 
 #include <algorithm>
@@ -31,7 +31,7 @@ inline void* at(const BatchNorm& norm, void* data, int64_t element) {
 
 constexpr int64_t kLine = 64;
 
-// Bytes of the last cache that threads share.
+// Returns the size in bytes of the last cache, which threads share.
 inline int64_t last_cache() {
   static const int64_t bytes = [] {
     const long told = sysconf(_SC_LEVEL3_CACHE_SIZE);
@@ -64,7 +64,7 @@ void with_compute_type(DType dtype, Function function) {
   function(float{});
 }
 
-// Coefficients of every entry, with the room that vector loads need.
+// The coefficients of every entry, with the additional room that vector loads need.
 template <class T>
 class Coefficients {
  public:
@@ -101,7 +101,7 @@ class BatchNormPass {
     }
   }
 
-  // What is found of each unit of each channel.
+  // Allocates the partial sums of each unit of each channel.
   void keep_partials() { partials_.resize(blocks_.units() * channels()); }
 
   void sum_input(int64_t block, int64_t unit) {
@@ -138,7 +138,7 @@ class BatchNormPass {
     set(kOffset, channel, at.offset);
   }
 
-  // What ChannelBlocks calls for some rows.
+  // Returns the function that ChannelBlocks calls for some rows.
   auto normalizer(const BatchNormOutput& out) const {
     return [this, &out](const Rows& rows, int64_t channel, int64_t element, int64_t byte) {
       kernels_.normalize_rows({rows, at(norm_, norm_.input, element), at(norm_, out.residual, element),
@@ -148,7 +148,8 @@ class BatchNormPass {
     };
   }
 
-  // Partial sums of the gradient and of its products with x - center, in the places of mean and squares.
+  // Computes partial sums of the gradient and of its products with x - center; they are stored as mean and
+  // squares.
   void sum_gradient(const BatchNormGradient& grad, int64_t block, int64_t unit) {
     const int64_t first = blocks_.first_channel(block);
     const int64_t count = blocks_.channels_in(block);
@@ -163,7 +164,7 @@ class BatchNormPass {
     }
   }
 
-  // sum(grad) and sum(grad * (x - mean)).
+  // Computes sum(grad) and sum(grad * (x - mean)) of a channel.
   void gradient_sums(int64_t channel, double& grad, double& product) {
     grad = 0;
     product = 0;
@@ -194,7 +195,7 @@ class BatchNormPass {
   const ChannelBlocks& blocks() const { return blocks_; }
 
  private:
-  // The kernels' sums of one unit: lanes of each channel, or one of every entry of a row.
+  // The kernels' sums of one unit: lanes for each channel, or one number for every entry of a row.
   class Sums {
    public:
     Sums(const ChannelBlocks& blocks, int64_t channels)
@@ -216,7 +217,7 @@ class BatchNormPass {
       }
       return sum;
     }
-    // By fours, so that an addition does not wait for the one before it.
+    // Adds to four sums in turn, so that additions do not wait for each other.
     static double sum_of(const double* values, int64_t count) {
       double sums[4] = {};
       int64_t k = 0;
@@ -234,7 +235,7 @@ class BatchNormPass {
 
   Sums new_sums(int64_t channels) const { return Sums(blocks_, channels); }
 
-  // Whether the tensors are together more than the last cache holds, and whole cache lines can be written.
+  // Returns whether the tensors together exceed the last cache, and consist of whole cache lines.
   bool streams(const Rows& rows, std::initializer_list<const void*> tensors) const {
     const int64_t size = element_size(norm_.dtype);
     int64_t bytes = 0;
@@ -256,8 +257,8 @@ class BatchNormPass {
 
   Moments& partial(int64_t unit, int64_t channel) { return partials_[unit * channels() + channel]; }
 
-  // The channel's first element. Means of units are kept as differences from it, which are as small as the
-  // data's own differences: what the units' means lose to rounding would be lost to the variance.
+  // Returns the channel's first element. Means of units are stored as differences from it, which are as small
+  // as the differences within the data. Rounding larger means would lose what the variance is made of.
   double origin(int64_t channel) const {
     double first = 0;
     with_elements(norm_.dtype, norm_.input, [&](const auto* elements) {
@@ -266,7 +267,7 @@ class BatchNormPass {
     return is_finite(first) ? first : 0;
   }
 
-  // Each channel's first element: sums of what differs from it lose little.
+  // Uses each channel's first element as the shift, since sums of differences from it lose little.
   void take_shift(const Rows& rows, const void* input, std::vector<T>& shift) const {
     const int64_t step = rows.row_is_channel ? rows.pitch : columns_;
     const int64_t entries = static_cast<int64_t>(shift.size() - kSumLanes) / blocks_.sum_fold();
@@ -307,7 +308,7 @@ class BatchNormPass {
   const BatchNorm& norm_;
   const ChannelBlocks blocks_;
   const BatchNormKernels<T>& kernels_;
-  const int64_t columns_;  // entries of a channel in the tables
+  const int64_t columns_;  // number of entries of a channel in the tables
   Coefficients<T> coefficients_;
   bool constant_statistics_ = false;
   std::vector<Moments> partials_;

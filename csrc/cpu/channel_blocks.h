@@ -1,6 +1,6 @@
-// How a tensor's channels are summed and then visited again: in blocks of channels, each cut into units. A
-// sum is made of its units in their order, and units follow from the shape alone: the same bits for any
-// number of threads.
+// The order in which a tensor's channels are summed and then visited again: in blocks of channels, each cut
+// into units. A sum adds its units in order, and the units follow from the shape alone, so any number of
+// threads gives the same bits.
 #pragma once
 
 #include <algorithm>
@@ -14,27 +14,28 @@ namespace steadygrad::cpu {
 
 class ChannelBlocks {
  public:
-  // `streams`: how many tensors both visits read.
+  // `streams` is the number of tensors that both visits read.
   ChannelBlocks(const BatchNormShape& shape, int64_t element_size, int streams) : shape_(shape) {
-    // Neighbouring channels, for longer reads; few enough that the second visit finds them in the cache.
+    // A block has neighbouring channels, for longer reads, but so few that the second visit finds them in the
+    // cache.
     const int64_t wanted = kRead / (shape.inner * element_size);
     const int64_t cached = kCached / (shape.count() * element_size * streams);
     const int64_t neighbours = std::max<int64_t>(std::min(wanted, cached), 1);
     if (shape.inner == 1 || is_short(shape)) {
       columns_ = shape.inner;
-      // Of whole bytes of the mask.
+      // A block has whole bytes of the mask.
       channels_ = shape.inner == 1 ? shape.channels : (neighbours + 7) / 8 * 8;
       if (channels_ < shape.channels) {
         outer_ = std::max<int64_t>(kRows, kUnit / shape.inner);
         ahead_ = row_size() * element_size;
       } else {
         channels_ = shape.channels;
-        // Rows of few columns are taken together: for sums until they fill vectors, for visits until a row
-        // is worth its start.
+        // Rows of few columns are joined: for sums until they fill vectors, and for visits until starting on
+        // a row is worth it.
         while (row_size() * sum_fold_ % kSumLanes != 0 && row_size() < kFolded) sum_fold_ *= 2;
         fold_ = sum_fold_;
         while (row_size() * fold_ < kFolded) fold_ *= 2;
-        // As many units as share out evenly, of enough rows that their sums are little beside them.
+        // There are as many units as can be shared out evenly, with so many rows that their sums cost little.
         const int64_t units = (shape.outer * row_size() / (4 * kUnit) + 8) / 8 * 8;
         outer_ = std::max<int64_t>(kRows, (shape.outer + units - 1) / units);
         outer_ = (outer_ + fold_ - 1) / fold_ * fold_;
@@ -42,7 +43,7 @@ class ChannelBlocks {
     } else if (shape.inner <= kUnit) {
       outer_ = kUnit / shape.inner;
       channels_ = std::min(neighbours, shape.channels);
-      // The same channels of the next outer index, unless that is too far ahead for the cache.
+      // The same channels of the next outer index are prefetched, unless they are too far away for the cache.
       if (channels_ * shape.inner * element_size <= kFar)
         ahead_ = shape.channels * shape.inner * element_size;
     } else {
@@ -57,20 +58,21 @@ class ChannelBlocks {
   int64_t last_channel(int64_t block) const { return std::min(first_channel(block + 1), shape_.channels); }
   int64_t channels_in(int64_t block) const { return last_channel(block) - first_channel(block); }
 
-  // Neighbours in a row that belong to one channel, where rows hold many channels; 0: rows are channels.
+  // The number of neighbours in a row that belong to one channel, if rows hold many channels; 0 if rows are
+  // channels.
   int64_t columns() const { return columns_; }
-  // How often channels come round in such a row: at most, and for sums.
+  // How many rows are joined at most in a visit, and for sums.
   int64_t fold() const { return fold_; }
   int64_t sum_fold() const { return sum_fold_; }
 
-  // Elements of one channel in a unit.
+  // Returns the number of elements of one channel in a unit.
   int64_t count(int64_t unit) const {
     if (pieces_ > 1) return inner_end(unit) - inner_begin(unit);
     return (outer_end(unit) - outer_begin(unit)) * shape_.inner;
   }
 
   // Calls visit(rows, first channel, first element, first byte of the mask) for all rows of a unit of a
-  // block; with at most `fold` in one.
+  // block, with at most `fold` rows joined.
   template <class Visit>
   void for_each_rows(int64_t block, int64_t unit, int64_t fold, Visit visit) const {
     const int64_t begin = outer_begin(unit);
@@ -86,13 +88,13 @@ class ChannelBlocks {
     }
   }
 
-  // Calls sum(block, unit) for all units, then finish(first channel, last channel), then visit(block, unit);
-  // the units last summed are visited first.
+  // Calls sum(block, unit) for all units, then finish(first channel, last channel), then visit(block, unit).
+  // The units that were summed last are visited first.
   template <class Sum, class Finish, class Visit>
   void sum_then_visit(Sum sum, Finish finish, Visit visit) const {
     const int64_t elements = shape_.count() * shape_.channels;
     if (elements < kWorthATeam || blocks_ >= 4 * max_threads()) {
-      // A thread keeps its block: what it reads again is in its cache.
+      // Each thread keeps its block, so that it finds in its cache what it reads again.
       for_each_share(blocks_, elements, [&](int64_t first, int64_t last) {
         for (int64_t block = first; block < last; ++block) {
           for (int64_t unit = 0; unit < units_; ++unit) sum(block, unit);
@@ -106,14 +108,14 @@ class ChannelBlocks {
     for_each_share(tasks, elements, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) sum(task / units_, task % units_);
     });
-    // A channel costs about as much as so many elements, and bringing in the sums of a unit as a few.
+    // A channel costs about as much as 256 elements, and adding the sums of a unit as much as 8.
     for_each_share(shape_.channels, shape_.channels * (256 + 8 * units_), finish);
     for_each_share(tasks, elements, [&](int64_t first, int64_t last) {
       for (int64_t task = last - 1; task >= first; --task) visit(task / units_, task % units_);
     });
   }
 
-  // As for_each_rows(), for everything, in the order of memory where planes are short enough for it.
+  // Visits all rows like for_each_rows(), in the order of memory if planes are short enough.
   template <class Visit>
   void for_all_rows(Visit visit) const {
     const int64_t elements = shape_.count() * shape_.channels;
@@ -137,23 +139,23 @@ class ChannelBlocks {
   }
 
  private:
-  static constexpr int64_t kShort = 64;  // elements of a plane
+  static constexpr int64_t kShort = 64;  // number of elements of a plane
   static constexpr int64_t kManyRows = 16;
-  static constexpr int64_t kUnit = 1 << 15;   // elements of a channel, or of rows of channels
+  static constexpr int64_t kUnit = 1 << 15;   // number of elements of a channel, or of rows of channels
   static constexpr int64_t kAhead = 1 << 12;  // bytes
   static constexpr int64_t kRows = 128;
   static constexpr int64_t kFolded = 512;            // channels
   static constexpr int64_t kFar = 1 << 15;           // bytes
   static constexpr int64_t kRead = 1 << 12;          // bytes
-  static constexpr int64_t kCached = 3 * (1 << 17);  // bytes, of a second-level cache of 512 KB or more
+  static constexpr int64_t kCached = 3 * (1 << 17);  // bytes; fits a second-level cache of 512 KB
 
-  // Planes of few elements make no rows of their own, unless there are too few of them to be worth tables of
-  // every element of a row.
+  // Planes of few elements are joined to rows of columns, unless there are too few of them to pay for tables
+  // with an entry for every element of a row.
   static bool is_short(const BatchNormShape& shape) {
     return shape.inner <= kSumLanes || (shape.inner < kShort && shape.outer >= kManyRows);
   }
 
-  // The rows [begin, end) of columns; a mask has the bits of each without gaps.
+  // Visits the rows [begin, end) of columns; in a mask the bits of each row are without gaps.
   template <class Visit>
   void for_each_row_of_columns(int64_t block, int64_t begin, int64_t end, int64_t fold, Visit visit) const {
     const int64_t size = row_size();
@@ -165,7 +167,7 @@ class ChannelBlocks {
             begin * size + column, begin * bytes + column / 8);
       return;
     }
-    // Rows that fill vectors lie in the mask without gaps, also where fewer of them are taken together.
+    // Rows that fill vectors are without gaps in the mask, even if fewer of them are joined.
     const int64_t dense = begin + (end - begin) / sum_fold_ * sum_fold_;
     int64_t row = begin;
     for (int64_t together : {fold, sum_fold_, int64_t{1}}) {
@@ -182,7 +184,7 @@ class ChannelBlocks {
     }
   }
 
-  // Elements of a row of columns.
+  // Returns the number of elements of a row of columns.
   int64_t row_size() const { return shape_.channels * columns_; }
   int64_t outer_begin(int64_t unit) const { return unit / pieces_ * outer_; }
   int64_t outer_end(int64_t unit) const { return std::min(outer_begin(unit) + outer_, shape_.outer); }

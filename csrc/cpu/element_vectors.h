@@ -1,5 +1,6 @@
-// Neighbours of any dtype as a vector of what they are computed in, for files that are compiled once
-// per instruction set: each has its own copy, in the namespace of that name, and all of it is always inlined.
+// Loads and stores neighbouring elements of any dtype as vectors of the type they are computed in. Files that
+// are compiled once per instruction set each have their own copy, in the namespace of that name, and all of
+// it is always inlined.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +16,8 @@
 
 namespace steadygrad::cpu::STEADYGRAD_INSTRUCTION_SET {
 
-// One register of fp32, or two: one or two bytes of a mask. Vectors of fp64 take as many elements.
+// The width is one or two registers of fp32, and one or two bytes of a mask. Vectors of fp64 have as many
+// elements.
 #if defined(__AVX512F__)
 constexpr int kWidth = 16;
 #else
@@ -42,7 +44,7 @@ struct VectorOf<double> {
 template <class T>
 using Vector = typename VectorOf<T>::type;
 
-// What a comparison gives.
+// The result of a comparison.
 template <class V>
 using Lanes = std::conditional_t<sizeof(V) == sizeof(LongVector), LongVector, IntVector>;
 
@@ -57,8 +59,8 @@ struct ComputedIn<double> {
 template <class Element>
 using Compute = typename ComputedIn<Element>::type;
 
-// The widest register. The compiler takes wider vectors apart for arithmetic, but compares them, and chooses
-// by the outcome, one element at a time: so comparisons are made by registers, and choices by bits.
+// The size of the widest register. For wider vectors the compiler splits arithmetic into registers, but it
+// compares and selects one element at a time. So comparisons are made by register, and selections by bits.
 #if defined(__AVX512F__)
 constexpr size_t kRegister = 64;
 #elif defined(__AVX2__)
@@ -103,7 +105,7 @@ struct Equal {
   }
 };
 
-// The vector where the lanes are set, and zero elsewhere.
+// Returns the vector where the lanes are set, and zero elsewhere.
 template <class V>
 STEADYGRAD_INLINE V where(Lanes<V> lanes, V vector) {
   return bit_cast<V>(bit_cast<Lanes<V>>(vector) & lanes);
@@ -120,7 +122,7 @@ STEADYGRAD_INLINE FloatVector load(const float* from) { return load_bits<FloatVe
 STEADYGRAD_INLINE DoubleVector load(const double* from) { return load_bits<DoubleVector>(from); }
 STEADYGRAD_INLINE FloatVector load(const BFloat16* from) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
-  // GCC would take four elements at a time.
+  // GCC would convert only four elements at a time.
   const auto wide = bit_cast<UintVector>(_mm256_cvtepu16_epi32(load_bits<__m128i>(from)));
 #else
   const auto wide = __builtin_convertvector(load_bits<ShortVector>(from), UintVector);
@@ -128,7 +130,7 @@ STEADYGRAD_INLINE FloatVector load(const BFloat16* from) {
   return bit_cast<FloatVector>(wide << 16);
 }
 #if !defined(__F16C__)
-// Without instructions for it a conversion is long: one copy of it serves all kernels.
+// Without instructions for it a conversion is long, so one copy of it serves all kernels.
 __attribute__((noinline)) static void widen(const Float16* from, float* to) {
   for (int k = 0; k < kWidth; ++k) to[k] = to_float(from[k]);
 }
@@ -148,7 +150,7 @@ STEADYGRAD_INLINE FloatVector load(const Float16* from) {
 #endif
 }
 
-// As elements lie in memory.
+// Converts a vector to elements as they are stored in memory.
 template <class Element, class V>
 STEADYGRAD_INLINE auto stored(V vector) {
   if constexpr (std::is_same_v<Element, BFloat16>) {
@@ -180,8 +182,8 @@ STEADYGRAD_INLINE void store(Element* to, V vector) {
   memcpy(to, &bits, sizeof(bits));
 }
 
-// Past the caches, for what they could not keep; `to` is aligned to a cache line's half or quarter. Other
-// threads see it after finish_streams().
+// Stores past the caches what they could not keep; `to` is aligned to a half or a quarter of a cache line.
+// Other threads see the result after finish_streams().
 template <class Element, class V>
 STEADYGRAD_INLINE void stream(Element* to, V vector) {
 #if defined(__SSE2__)
@@ -204,7 +206,7 @@ STEADYGRAD_INLINE void finish_streams() {
 #endif
 }
 
-// The first, or the last, `count` lanes.
+// Returns lanes of which the first, or the last, `count` are set.
 template <class V>
 STEADYGRAD_INLINE Lanes<V> lanes_up_to(int count, bool first) {
   struct Table {
@@ -217,7 +219,7 @@ STEADYGRAD_INLINE Lanes<V> lanes_up_to(int count, bool first) {
   return load_bits<Lanes<V>>(kTable.lanes + (first ? 2 * kWidth - count : count));
 }
 
-// A vector of elements.
+// Handles a whole vector of elements.
 struct Whole {
   bool streams = false;
 
@@ -230,12 +232,12 @@ struct Whole {
     if (streams) return stream(to, vector);
     store(to, vector);
   }
-  // What counts of a vector: everything, or what was not seen before.
+  // Returns the part of a vector that counts: all of it here, and in End only the elements that are new.
   template <class V>
   STEADYGRAD_INLINE V only(V vector) const {
     return vector;
   }
-  // Those of the mask's row, for the elements from i on.
+  // Returns the bits of a mask's row for the elements from i on.
   STEADYGRAD_INLINE unsigned bits(const uint8_t* mask, int64_t i) const {
     unsigned bits = mask[i / 8];
     if constexpr (kWidth > 8) bits |= static_cast<unsigned>(mask[i / 8 + 1]) << 8;
@@ -247,8 +249,8 @@ struct Whole {
   }
 };
 
-// The first of a cache line. What is wanted `ahead` bytes later is fetched: several streams at once, and runs
-// that are short, are more than the hardware's prefetcher follows.
+// Handles the first vector of a cache line, and prefetches what is `ahead` bytes later: the hardware's
+// prefetcher does not follow several streams at once, or runs that are short.
 struct First : Whole {
   int64_t ahead;
 
@@ -260,8 +262,8 @@ struct First : Whole {
   }
 };
 
-// Elements of a row that is shorter than a vector, with zeros behind them, and back. One copy for all
-// kernels: rare, and long.
+// Copy the elements of a row that is shorter than a vector, with zeros behind them, and back. They are rare
+// and long, so all kernels share one copy.
 template <class Element>
 __attribute__((noinline)) static void pad(const Element* from, int64_t count, Element* padded) {
   for (int64_t k = 0; k < kWidth; ++k) padded[k] = k < count ? from[k] : Element{};
@@ -271,8 +273,8 @@ __attribute__((noinline)) static void unpad(const Element* padded, int64_t count
   for (int64_t k = 0; k < count; ++k) to[k] = padded[k];
 }
 
-// The end of a row: `count` new elements, the last of their vector, or, where a row is shorter than a vector,
-// the first of it.
+// Handles the end of a row: `count` new elements, which are the last ones of their vector or, in a row that
+// is shorter than a vector, its first ones.
 struct End : Whole {
   int count;
   bool is_short;
@@ -300,7 +302,7 @@ struct End : Whole {
     return where(lanes_up_to<V>(count, is_short), vector);
   }
   STEADYGRAD_INLINE unsigned bits(const uint8_t* mask, int64_t i) const {
-    // The new bits may begin within a byte.
+    // The new bits may begin inside a byte.
     const int bytes = is_short ? (count + 7) / 8 : kWidth / 8 + (i % 8 != 0);
     const uint8_t* const byte = mask + i / 8;
     unsigned bits = byte[0];
@@ -316,7 +318,7 @@ struct End : Whole {
   }
 };
 
-// Calls step(i, End) for the elements from `done` on, of which none or less than a line's vectors are left.
+// Calls step(i, End) for the elements from `done` on; what is left is less than the vectors of a cache line.
 template <class Step>
 STEADYGRAD_INLINE void over_end(int64_t done, int64_t length, Step step) {
   while (done < length) {
@@ -344,7 +346,7 @@ STEADYGRAD_INLINE void over_row(int64_t length, int64_t ahead, bool streams, Ste
   over_end(i, length, step);
 }
 
-// Bit k tells of lane k.
+// Returns the lanes as bits: bit k is lane k.
 STEADYGRAD_INLINE unsigned bits_of(IntVector lanes) {
   unsigned bits = 0;
 #if defined(__AVX512DQ__)

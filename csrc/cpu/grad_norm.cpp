@@ -1,4 +1,4 @@
-// Pass 1: one partial per chunk, then per tensor, then over the tensors of a scope, all in the order of
+// Pass 1: a partial norm per chunk, then per tensor, then over the tensors of a scope, in the order of
 // core/norm.h.
 #include "cpu/grad_norm.h"
 
@@ -32,7 +32,7 @@ class ChunkNorm {
   }
 
  private:
-  // Tiles of up to `tile` elements; of no more than kTile where they pass through a buffer.
+  // Calls function for tiles of up to `tile` elements, or of at most kTile if they go through a buffer.
   template <class Function>
   void for_each_tile(int64_t tile, Function function) {
     const bool in_place = Stage<T>::is_direct(tensor_.grad) && transform_.keeps_gradient_before_clip();
@@ -116,8 +116,8 @@ std::vector<NormPartial> tensor_partials(const Tensors& tensors, const ChunkTabl
   return partials;
 }
 
-// Powers of different tensors carry different scales: their norms are combined, relative to the one that
-// counts most.
+// Powers of different tensors have different scales, so the tensors' norms are combined, relative to the
+// extreme one.
 double general_norm(NormType type, const std::vector<double>& norms) {
   const double extreme = type.p > 0 ? *std::max_element(norms.begin(), norms.end())
                                     : *std::min_element(norms.begin(), norms.end());

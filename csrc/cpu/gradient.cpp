@@ -1,4 +1,4 @@
-// Writing transformed gradients: what clipping in place and the in-place step have in common.
+// Writes transformed gradients, for clipping in place and for the in-place step.
 #include "cpu/gradient.h"
 
 #include <algorithm>
@@ -38,7 +38,7 @@ void transform_chunk(const TensorOperands& tensor, const Chunk& chunk, const Tra
 void transform_grads(const Tensors& tensors, const ChunkTable& table, const TransformOf& transform_of,
                      const UnitsOf& units_of) {
   for_each_range(table, [&](int64_t first, int64_t last) {
-    // Backwards: what pass 1 read last is still in cache.
+    // Chunks are visited backwards, since those that pass 1 read last are still in the cache.
     for (int64_t c = last - 1; c >= first; --c) {
       const Chunk& chunk = table.chunks[c];
       const TensorOperands& tensor = tensors[chunk.tensor];

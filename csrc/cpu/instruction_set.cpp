@@ -40,8 +40,8 @@ struct InstructionSet {
 };
 
 #if defined(__x86_64__)
-// The levels of the x86-64 psABI that the kernels are compiled for, by features, for older compilers do not
-// know their names. Processors that have these four have the rest of x86-64-v3.
+// The kernels are compiled for these levels of the x86-64 psABI. They are recognised by features, since older
+// compilers do not know the levels' names. Processors with these four features have the rest of x86-64-v3.
 bool supports_v3() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
          __builtin_cpu_supports("bmi2");

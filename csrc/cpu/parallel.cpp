@@ -13,9 +13,9 @@
 namespace steadygrad::cpu {
 namespace {
 
-// The caller's floating-point modes in another thread, for as long as this lives: whether subnormal numbers
-// count as zero (torch.set_flush_denormal) is a property of each thread, and must not depend on how many
-// there are.
+// Gives another thread the caller's floating-point modes, for as long as this object lives. Whether subnormal
+// numbers count as zero (torch.set_flush_denormal) is a property of each thread, and results must not depend
+// on the number of threads.
 class AdoptedModes {
  public:
   explicit AdoptedModes(const std::fenv_t& modes) {
@@ -30,7 +30,7 @@ class AdoptedModes {
   std::fenv_t own_;
 };
 
-// The entry points of an OpenMP runtime that GCC's and LLVM's libraries both export.
+// The functions of an OpenMP runtime that both GCC's and LLVM's libraries export.
 struct OpenMp {
   std::string path;
   void (*parallel)(void (*body)(void*), void* data, unsigned threads, unsigned flags) = nullptr;
@@ -59,8 +59,8 @@ bool resolve(void* library, const char* name, Symbol& symbol) {
 OpenMp find_openmp() {
   std::vector<std::string> paths;
   dl_iterate_phdr(collect, &paths);
-  // Another package may have loaded a copy of its own; torch's lies in torch's folder or in the one its wheel
-  // keeps.
+  // Another package may have loaded a copy of its own. torch's copy is in torch's folder or in the folder of
+  // its wheel's libraries.
   std::stable_partition(paths.begin(), paths.end(), [](const std::string& path) {
     return path.find("/torch/") != std::string::npos || path.find("/torch.libs/") != std::string::npos;
   });
@@ -122,7 +122,7 @@ void run_team(int threads, void (*body)(void*, int, int), void* context) {
 }
 
 ChunkTable::ChunkTable(const std::vector<TensorOperands>& tensors) {
-  // Starting on a chunk costs about as much as this many elements.
+  // Starting on a chunk takes about as long as this many elements.
   constexpr int64_t kChunkOverhead = 64;
   offsets.reserve(tensors.size() + 1);
   chunks.reserve(tensors.size());

@@ -1,5 +1,5 @@
-// Threads: torch's own OpenMP team, so that torch.set_num_threads rules and no second thread pool competes
-// with it.
+// Threads are those of torch's own OpenMP team, so torch.set_num_threads applies and no second thread pool
+// competes.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +10,8 @@
 
 namespace steadygrad::cpu {
 
-// Path of the OpenMP library in use: the one torch has loaded. Empty: none was found and everything runs on
-// one thread.
+// Returns the path of the OpenMP library in use, the one that torch has loaded. It is empty if none was
+// found, and then everything runs on one thread.
 const std::string& openmp_library();
 
 int max_threads();
@@ -19,8 +19,8 @@ int max_threads();
 // Calls body(context, thread, threads) on every thread of a team of at most `threads`.
 void run_team(int threads, void (*body)(void*, int thread, int threads), void* context);
 
-// Tensors in chunks: chunk c belongs to chunks[c].tensor, and those of tensor t are [offsets[t], offsets[t +
-// 1]).
+// Cuts tensors into chunks: chunk c belongs to chunks[c].tensor, and tensor t has the chunks [offsets[t],
+// offsets[t + 1]).
 struct ChunkTable {
   std::vector<Chunk> chunks;
   std::vector<int64_t> offsets;
@@ -30,11 +30,11 @@ struct ChunkTable {
   int64_t first_chunk_at(int64_t cost_before) const;
 };
 
-// A team that sleeps takes up to 100 us to wake, about as long as this many elements take on one thread.
+// A sleeping team takes up to 100 us to wake, about as long as one thread needs for this many elements.
 constexpr int64_t kWorthATeam = 1 << 17;
 
 // Cuts [0, count) into one contiguous range per thread and calls function(first, last) for each. `elements`
-// is how much there is to do.
+// is the total amount of work.
 template <class Function>
 void for_each_share(int64_t count, int64_t elements, Function function) {
   struct Context {

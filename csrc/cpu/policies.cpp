@@ -73,7 +73,8 @@ void apply_policies(const Policies& policies, const StepOptions& options, const 
   } else if (options.clip_scope == ClipScope::group) {
     for (size_t g = 0; g < norms.groups.size(); ++g) apply(g, norms.groups[g]);
   } else if (!norms.slots.empty()) {
-    // Also of tensors that only other processes have a gradient of: all processes keep the same state.
+    // This includes tensors whose gradients only other processes have, so that all processes keep the same
+    // state.
     for (size_t s = 0; s < norms.slots.size(); ++s) apply(s, norms.slots[s]);
   } else {
     for (size_t t = 0; t < tensors.size(); ++t) apply(tensors[t].place, norms.tensors[t]);

@@ -1,4 +1,4 @@
-// Between the passes: from the tensors' norms to those of the clip's scopes, over all processes.
+// Computes the norms of the clip's scopes from the tensors' norms, between the passes and over all processes.
 #pragma once
 
 #include <vector>
@@ -10,10 +10,10 @@ namespace steadygrad::cpu {
 
 struct ScopeNorms {
   Norm total;
-  std::vector<Norm> groups;   // where the clip's scope is a group, and with a reduction
-  std::vector<Norm> tensors;  // where it is a tensor
-  std::vector<Norm> slots;    // with a reduction per tensor: of all that may take part
-  bool found_inf = false;     // on any process
+  std::vector<Norm> groups;   // if the clip's scope is a group, and with a reduction
+  std::vector<Norm> tensors;  // if the clip's scope is a tensor
+  std::vector<Norm> slots;    // with a reduction per tensor: the norms of all tensors that may take part
+  bool found_inf = false;     // whether any process has found it
 
   const Norm& of(ClipScope scope, int32_t tensor, int32_t group) const;
 };

@@ -1,5 +1,5 @@
 // Brings an operand's elements into contiguous memory of the type they are computed in, and back. Most
-// operands already are that; strided and half-precision ones pass through a buffer that stays in the
+// operands are that already; strided and half-precision ones go through a buffer that stays in the
 // first-level cache.
 #pragma once
 
@@ -11,7 +11,8 @@
 
 namespace steadygrad::cpu {
 
-// A multiple of kLanes; the buffers of a step's operands fit the first-level cache together.
+// The size of a buffer, a multiple of kLanes; the buffers of all operands of a step fit into the first-level
+// cache.
 constexpr int64_t kTile = 1024;
 
 inline int64_t size_of(DType dtype) {
@@ -19,8 +20,8 @@ inline int64_t size_of(DType dtype) {
   return dtype == DType::float32 ? 4 : 2;
 }
 
-// Walks elements [begin, begin + count) in row-major order of their indices, calling function(k, offset in
-// elements).
+// Walks the elements [begin, begin + count) in row-major order of their indices, and calls function(k, offset
+// in elements).
 template <class Function>
 void for_each_offset(const TensorOperands& tensor, const int64_t* strides, int64_t begin, int64_t count,
                      Function function) {
@@ -50,7 +51,7 @@ class Stage {
     return operand.strides == nullptr && operand.dtype == DTypeOf<T>::value;
   }
 
-  // The elements themselves where they can be used in place, else a copy in this stage's buffer.
+  // Returns the elements themselves if they can be used in place, else a copy in this stage's buffer.
   T* read(const TensorOperands& tensor, const Operand& operand, int64_t begin, int64_t count) {
     char* const base = static_cast<char*>(operand.data);
     const int64_t size = size_of(operand.dtype);
@@ -69,7 +70,7 @@ class Stage {
     return buffer_;
   }
 
-  // Puts what was made of read()'s result back; nothing to do where that was the memory itself.
+  // Writes back what was computed from read()'s result; does nothing if that was the memory itself.
   void write(const TensorOperands& tensor, const Operand& operand, int64_t begin, int64_t count,
              const T* values) {
     if (is_direct(operand)) return;
@@ -90,7 +91,7 @@ class Stage {
   T* buffer() { return buffer_; }
 
  private:
-  // Moving elements needs only their size.
+  // Only the size of elements matters when they are moved.
   template <class Function>
   static void with_element(DType dtype, Function function) {
     switch (size_of(dtype)) {
@@ -107,7 +108,7 @@ class Stage {
   alignas(64) char gathered_[kTile * sizeof(double)];
 };
 
-// Calls function(T{}) with the type the tensor is computed in.
+// Calls function(T{}) with the type in which the tensor is computed.
 template <class Function>
 void with_compute_type(const TensorOperands& tensor, Function function) {
   if (tensor.compute_dtype() == DType::float64) {

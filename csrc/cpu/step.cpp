@@ -1,4 +1,4 @@
-// The whole optimizer step: pass 1 reads the gradients, a decision is taken, pass 2 updates.
+// A whole optimizer step: pass 1 reads the gradients, then the step is decided, and pass 2 updates.
 #include <algorithm>
 
 #include "core/rules/table.h"
@@ -41,7 +41,8 @@ Decision decide(const Tensors& tensors, const std::vector<GroupOptions>& groups,
     const TensorOperands& tensor = tensors[t];
     const Norm& norm = norms.of(options.clip_scope, static_cast<int32_t>(t), tensor.group);
     decision.clip_coefficients[t] = coefficient(tensor.group, tensor.place, norm);
-    // What is empty here may not be so on other processes, and all count alike.
+    // A tensor that is empty here may have elements on other processes, and all processes have to count
+    // alike.
     const bool has_elements = tensor.numel > 0 || norm.norm > 0;
     decision.clipped = decision.clipped || (decision.clip_coefficients[t] != 1 && has_elements);
   }
@@ -53,8 +54,8 @@ Decision decide(const Tensors& tensors, const std::vector<GroupOptions>& groups,
   return decision;
 }
 
-// One entry per tensor, each of which has taken its first step from now on. Bias corrections cost two powers,
-// so tensors in step with each other share them.
+// Advances the step counters, marks the first steps as taken, and returns scalars for each tensor. Bias
+// corrections take two powers, so tensors with the same number of steps share them.
 std::vector<StepScalars> advance(const Tensors& tensors, const std::vector<StepCounter>& counters,
                                  const std::vector<GroupOptions>& groups, RuleKind rule, int32_t* taken) {
   std::vector<StepScalars> steps(tensors.size());
@@ -88,8 +89,9 @@ std::vector<StepScalars> advance(const Tensors& tensors, const std::vector<StepC
   return steps;
 }
 
-// `threshold` is taken from the parameters' magnitudes after the update; 0: none. Penalties are those of the
-// parameter as it is stored, which pass 1 has seen; the rule gets the value that it stands for.
+// Updates a chunk. `threshold` is subtracted from the parameters' magnitudes after the update; 0 subtracts
+// nothing. Penalties use the parameter as it is stored, which pass 1 has seen. The rule gets the value that
+// it represents.
 template <class T>
 void update_chunk(const TensorOperands& tensor, const Chunk& chunk, const RuleStep& step,
                   const TransformOptions& options, double threshold, const ParamStorage& storage,
@@ -143,7 +145,7 @@ void update_chunk(const TensorOperands& tensor, const Chunk& chunk, const RuleSt
   }
 }
 
-// What the update reads: gradients that were written are as they should be.
+// Makes the update read the gradients as they were written, without transforming them once more.
 void take_written(Decision& decision, UnitClips& units) {
   std::fill(decision.group_transforms.begin(), decision.group_transforms.end(), TransformOptions());
   std::fill(decision.clip_coefficients.begin(), decision.clip_coefficients.end(), 1.0);
@@ -228,7 +230,7 @@ void step(const Tensors& tensors, const std::vector<StepCounter>& counters,
 
   const std::vector<StepScalars> steps = advance(tensors, counters, groups, options.rule, memory.taken);
   for_each_range(table, [&](int64_t first, int64_t last) {
-    // Backwards: what pass 1 read last is still in cache.
+    // Chunks are visited backwards, since those that pass 1 read last are still in the cache.
     for (int64_t c = last - 1; c >= first; --c) {
       const Chunk& chunk = table.chunks[c];
       const TensorOperands& tensor = tensors[chunk.tensor];

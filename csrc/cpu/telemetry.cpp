@@ -17,7 +17,7 @@ double norm_of_norms(NormType type, const std::vector<double>& norms) {
   return relative_root(type, extreme, powers);
 }
 
-// Of all gradients, each scaled by its scope's coefficient.
+// Returns the norm of all gradients, each scaled by its scope's coefficient.
 double clipped_norm(const Tensors& tensors, const GradNorms& norms, const ScopeNorms& scopes,
                     const std::vector<GroupOptions>& groups, const StepOptions& options,
                     const Policies& policies, const std::vector<bool>& has_group) {
@@ -26,7 +26,8 @@ double clipped_norm(const Tensors& tensors, const GradNorms& norms, const ScopeN
   };
   std::vector<double> clipped;
   if (options.clip_scope == ClipScope::tensor) {
-    std::vector<double> coefficients(scopes.slots.size(), 1.0);  // of what only other processes have
+    std::vector<double> coefficients(scopes.slots.size(),
+                                     1.0);  // 1 for tensors that only other processes have
     for (size_t t = 0; t < tensors.size(); ++t) {
       const Norm& norm = scopes.tensors[t];
       const double chosen = coefficient(tensors[t].group, tensors[t].place, norm);
@@ -64,7 +65,7 @@ double clipped_norm(const Tensors& tensors, const GradNorms& norms, const ScopeN
   });
 }
 
-// On any process.
+// Returns which groups have elements on any process.
 std::vector<bool> groups_with_elements(const Tensors& tensors, const ScopeNorms& scopes, size_t groups) {
   std::vector<bool> found(groups);
   for (const TensorOperands& tensor : tensors) {

@@ -1,4 +1,4 @@
-// What a step on the CPU leaves in its optimizer's ring.
+// Records a step on the CPU in its optimizer's ring.
 #pragma once
 
 #include <vector>
@@ -8,7 +8,7 @@
 
 namespace steadygrad::cpu {
 
-// For a step that has been decided, after its policies were asked.
+// Records a step that has been decided, after its policies were asked.
 void record(const Telemetry& telemetry, const Tensors& tensors, const GradNorms& norms,
             const ScopeNorms& scopes, const std::vector<GroupOptions>& groups, const StepOptions& options,
             const Policies& policies, const Outcome& outcome);

@@ -7,7 +7,7 @@ namespace {
 
 constexpr NormType kSquares{NormKind::two, 2.0};
 
-// The norm of up to any number of elements, in tiles: lanes as in a chunk, however many there are.
+// Computes the norm of any number of elements in tiles, with the same lanes as for a chunk.
 template <class T>
 class LaneNorm {
  public:
@@ -43,7 +43,7 @@ struct UnitNorms {
   double grad = 0;
 };
 
-// What takes memory is made once for many units.
+// Computes the norms of units; the object is large, so it is made once for many units.
 template <class T>
 class UnitReader {
  public:
@@ -73,14 +73,14 @@ class UnitReader {
   LaneNorm<T> grad_norm_;
 };
 
-// Starting on a unit costs about as much as this many elements.
+// Starting on a unit takes about as long as this many elements.
 constexpr int64_t kUnitOverhead = 64;
 
 }  // namespace
 
 UnitClips::UnitClips(const Tensors& tensors, const std::vector<GroupOptions>& groups,
                      const std::vector<TransformOptions>& transforms, double eps) {
-  std::vector<int64_t> cost{0};  // of all tensors before this one
+  std::vector<int64_t> cost{0};  // work in all tensors before this one
   int64_t count = 0;
   int64_t elements = 0;
   for (const TensorOperands& tensor : tensors) {
@@ -96,7 +96,7 @@ UnitClips::UnitClips(const Tensors& tensors, const std::vector<GroupOptions>& gr
     if (cost[t + 1] > cost[t]) units_[t].coefficients = coefficients_.data() + units_[t].first;
   }
   for_each_share(cost.back(), elements, [&](int64_t first, int64_t last) {
-    // A unit is its whose share it begins in.
+    // A unit belongs to the share in which it begins.
     size_t t = std::upper_bound(cost.begin(), cost.end(), first) - cost.begin() - 1;
     for (; t < tensors.size() && cost[t] < last; ++t) {
       const TensorUnits& units = units_[t];

@@ -1,4 +1,4 @@
-// Clipping by output unit on the CPU: the pass that finds the coefficients, and what pass 2 does with them.
+// Clipping by output unit on the CPU: the pass that computes the coefficients, and how pass 2 applies them.
 #pragma once
 
 #include <algorithm>
@@ -12,17 +12,18 @@
 
 namespace steadygrad::cpu {
 
-// The coefficients of a step's units. By default there are none.
+// The coefficients of a step's units; by default there are none.
 class UnitClips {
  public:
   UnitClips() = default;
   UnitClips(UnitClips&&) = default;
   UnitClips& operator=(UnitClips&&) = default;
-  // Of a step that proceeds, from one more read of gradients and parameters. A unit belongs to one thread.
+  // Computes them for a step that proceeds, from one more read of gradients and parameters. One thread reads
+  // a unit.
   UnitClips(const Tensors& tensors, const std::vector<GroupOptions>& groups,
             const std::vector<TransformOptions>& transforms, double eps);
 
-  // Whether a coefficient is not 1.
+  // Returns whether any coefficient is not 1.
   bool clip() const { return clip_; }
   TensorUnits of(size_t tensor) const { return units_.empty() ? TensorUnits() : units_[tensor]; }
 
@@ -32,8 +33,8 @@ class UnitClips {
   bool clip_ = false;
 };
 
-// out = transform(grad) for elements [begin, begin + count) of a tensor; `out` may be `grad`, and `param` is
-// null where no penalty reads it.
+// Computes out = transform(grad) for the elements [begin, begin + count) of a tensor. `out` may be `grad`,
+// and `param` is null if no penalty reads it.
 template <class T>
 void transform_units(T* out, const T* grad, const T* param, int64_t begin, int64_t count,
                      TransformOptions options, const TensorUnits& units) {

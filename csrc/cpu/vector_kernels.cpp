@@ -1,10 +1,10 @@
-// Compiled once per instruction set into a namespace of that name. Everything here has internal linkage or is
-// always inlined, so that no code of one instruction set can be linked into another.
+// This file is compiled once per instruction set into a namespace of that name. Everything here has internal
+// linkage or is always inlined, so that no code of one instruction set can be linked into another.
 #include "cpu/vector_kernels.h"
 
 #include "core/rules/table.h"
 
-// The elements of the next loop do not depend on one another, wherever its operands lie.
+// The iterations of the next loop are independent of each other, wherever its operands are in memory.
 #if defined(__clang__)
 #define STEADYGRAD_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #else
@@ -14,8 +14,8 @@
 namespace steadygrad::cpu::STEADYGRAD_INSTRUCTION_SET {
 namespace {
 
-// One AVX-512 register of doubles; narrower instruction sets take it in parts. `aligned(8)` lets it load any
-// element.
+// A vector fills one AVX-512 register of doubles; narrower instruction sets split it. `aligned(8)` lets it be
+// loaded from any element.
 constexpr int kWidth = 8;
 typedef double DoubleVector __attribute__((vector_size(kWidth * sizeof(double))));
 template <class T>
@@ -29,7 +29,7 @@ struct VectorOf<double> {
   typedef double type __attribute__((vector_size(kWidth * sizeof(double)), aligned(8), may_alias));
 };
 
-// A cache line ahead of the hardware prefetcher's reach over a page boundary.
+// This distance is beyond the hardware prefetcher's reach, which ends at a page boundary.
 constexpr int64_t kPrefetchAhead = 4096;
 
 template <class T, class Term, class Combine>
@@ -159,8 +159,8 @@ void store(void* __restrict out, DType dtype, const T* in, int64_t count) {
   }
 }
 
-// `out` may be `grad` itself: an element depends on nothing but its own input. `param` is null where
-// no penalty reads it; the element passed on in its place is never used.
+// `out` may be `grad` itself, since each element depends only on its own input. `param` is null if no penalty
+// reads it; the element that is passed instead is not used then.
 template <class T>
 void before_clip(T* out, const T* grad, const T* param, int64_t count,
                  const GradientTransform<T>& transform) {
@@ -221,7 +221,7 @@ void update(const Tile<T>& tile, const RuleStep& step, const ScaleFactors<T>& sc
   });
 }
 
-// Nothing is kept beside parameters in fp64.
+// For parameters in fp64 nothing is kept beside them.
 template <class T>
 void join(T* param, const T* extra, int64_t count, const ParamStorage& storage) {
   if constexpr (sizeof(T) == sizeof(float)) {

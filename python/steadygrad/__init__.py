@@ -15,7 +15,7 @@ from steadygrad.prerequisites import runs_as_program as _runs_as_program
 if _problem := _find_problem():
     if not _runs_as_program():
         raise ImportError(_problem, name=__name__)
-    # The doctor works all the same, to say what is wrong.
+    # The doctor runs even so, to print the problem.
     from steadygrad.doctor import main as _main
 
     raise SystemExit(_main())

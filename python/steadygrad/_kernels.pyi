@@ -1,4 +1,4 @@
-"""The compiled kernels and the checks in front of them; called by the public functions only."""
+"""The compiled kernels and the checks of their arguments; only the public functions call them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,12 +9,12 @@ from torch import Tensor
 Allocate = Callable[[int], Tensor]
 NormTensors = tuple[Tensor, Tensor, Tensor] | None
 VERSION: str
-# Keys of every param group: what limits it, and what its steps count.
+# Keys of every param group: its limits, and the counters of steps.
 LIMITS: tuple[str, ...]
 CLIPPING: str
 COUNTERS: tuple[str, str]
 ROUNDED_STEPS: str
-# Where things lie in rows of numbers, and in the bytes of an outcome.
+# The places of values in rows of numbers, and in the bytes of an outcome.
 POLICY_ROW: dict[str, int]
 TELEMETRY_COLUMNS: dict[str, int]
 TELEMETRY_FLAGS: dict[str, int]
@@ -56,7 +56,7 @@ def add_penalty_(
 def soft_threshold_(params: list[Tensor], amount: float, allocate: Allocate) -> None: ...
 
 class Reduction:
-    """Rows of sums, which tensors this process counts, what combines the rows of all processes, what asks a policy."""
+    """The rows of sums, which tensors this process counts, and what is called to combine rows and to ask a policy."""
 
     rows: Tensor
     counted: Tensor

@@ -14,10 +14,10 @@ from steadygrad.telemetry.recorder import TooManySkippedSteps
 
 
 class GradScaler(torch.amp.GradScaler):
-    r"""``torch.amp.GradScaler`` that learns from the stabilized step whether gradients overflowed.
+    r"""Scales the loss as ``torch.amp.GradScaler`` does, and learns from the optimizer's step what overflowed.
 
     A stabilized step (:class:`steadygrad.Stabilizer`, ``steadygrad.optim``) divides by the scale and counts non-finite
-    elements in the pass that takes the norm. So :meth:`step` runs no check of its own before it, and what the step saw
+    elements in the pass that computes the norm. So :meth:`step` makes no check of its own before it, and the count
     becomes the ``found_inf`` that :meth:`update` reads:
 
     .. math:: s \leftarrow s \cdot \text{backoff} \ \text{if found\_inf, else}\ s \cdot \text{growth}
@@ -28,29 +28,30 @@ class GradScaler(torch.amp.GradScaler):
     >>> scaler.step(optimizer)      # unscale, check, norm, clip, update: two passes over memory
     >>> scaler.update()
 
-    Arguments, methods and the state dict are torch's, and so is everything for optimizers that are not stabilized. With
-    several optimizers only those whose gradients overflowed are skipped, and the scale is shared, as in torch. On a
-    CUDA device nothing waits: ``found_inf`` is taken from the step's outcome there.
+    Arguments, methods and the state dict are torch's. For an optimizer that is not stabilized everything is as in
+    torch. With several optimizers the scale is shared, and only those whose gradients overflowed skip their step, as in
+    torch. On a CUDA device nothing waits: ``found_inf`` is computed there from the step's outcome.
 
-    - A scaler's overflow is skipped under every ``nonfinite`` policy, as with torch's scaler: the scale backs off, and
-      the next step goes on. The policies ``"zero"``, ``"raise"`` and ``"propagate"`` hold for steps without a scaler.
-    - ``found_inf`` is set where the step saw a non-finite gradient after unscaling (and after a penalty that comes
-      before the clip), or was told of one.
+    - A step whose scaled gradients overflowed is skipped under every ``nonfinite`` policy, as with torch's scaler: the
+      scale backs off, and training goes on with the next step. The policies ``"zero"``, ``"raise"`` and
+      ``"propagate"`` apply to steps without a scaler.
+    - ``found_inf`` is set if the step saw a non-finite gradient after unscaling (and after a penalty that is added
+      before the clip), or if the optimizer was told of one.
     - :meth:`unscale_` may be called before :meth:`step`, to read or change gradients; they are not unscaled twice. It
       is a pass of its own, and clipping does not need it.
-    - A step without any gradient counts as one that found none, where torch's :meth:`update` raises: a rank
-      without gradients follows the others.
-    - Gradients in fp16 are taken; only :meth:`unscale_` refuses them, as torch does.
+    - A step without any gradient counts as one without overflow, where torch's :meth:`update` raises. So a rank without
+      gradients keeps the same scale as the other ranks.
+    - Gradients in fp16 are accepted; only :meth:`unscale_` refuses them, as torch does.
 
     Source: Micikevicius et al. 2018, "Mixed precision training"; torch/amp/grad_scaler.py.
 
     Raises:
-        RuntimeError: :meth:`step` with a closure, or twice before :meth:`update`; :meth:`unscale_` after
-            :func:`steadygrad.accumulate` has summed half-precision gradients apart from ``.grad``.
+        RuntimeError: :meth:`step` was called with a closure, or twice before :meth:`update`; or :meth:`unscale_` was
+            called after :func:`steadygrad.accumulate` had summed half-precision gradients apart from ``.grad``.
     """
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divides the gradients in ``.grad`` by the scale, as torch does; the step then does not."""
+        """Divides the gradients in ``.grad`` by the scale, as torch does; the step then does not divide again."""
         if (
             self.is_enabled()
             and isinstance(optimizer, StabilizedOptimizer)
@@ -63,14 +64,14 @@ class GradScaler(torch.amp.GradScaler):
         super().unscale_(optimizer)
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
-        """One step of the optimizer, skipped if its gradients overflowed.
+        """Steps the optimizer, or skips the step if its gradients overflowed.
 
         Returns:
-            What the optimizer's ``step`` returned; for an optimizer that is not stabilized None if it was skipped.
+            What the optimizer's ``step`` returned. For an optimizer that is not stabilized, None if it was skipped.
         """
         if not (self.is_enabled() and isinstance(optimizer, StabilizedOptimizer)):
             return super().step(optimizer, *args, **kwargs)
-        closure = args[0] if args else None  # torch refuses it by name only
+        closure = args[0] if args else None  # torch's scaler refuses closure= by its name only
         if closure is not None:
             raise RuntimeError(
                 "step: closure: expected none while the GradScaler is enabled, "
@@ -81,22 +82,22 @@ class GradScaler(torch.amp.GradScaler):
             with optimizer.finding_inf():
                 result = super().step(optimizer, **kwargs)
         except BaseException as error:
-            # Left behind, the scale would be multiplied into the next step's.
+            # A scale left in these attributes would multiply into the scale of the next step.
             for key in AMP_KEYS:
                 vars(optimizer).pop(key, None)
             vars(optimizer).update(before)
             if isinstance(error, TooManySkippedSteps):
-                self._hear_from(optimizer)  # the step was decided
+                self._hear_from(optimizer)  # the step was already decided when it raised
             raise
         self._hear_from(optimizer)
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Torch's, once every number in it is one that a scaler can go on from.
+        """Loads a scaler's state as torch does, after a check that every number in it is in range.
 
         Raises:
-            TypeError: an entry is no number.
-            ValueError: an entry is out of range.
+            TypeError: An entry is not a number.
+            ValueError: An entry is out of range.
         """
         for key, value in state_dict.items() if self.is_enabled() else ():
             where = f"GradScaler.load_state_dict: {key}"
@@ -114,18 +115,18 @@ class GradScaler(torch.amp.GradScaler):
             self._record_found_inf(optimizer, found_inf)
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[Any, Tensor]:
-        # torch's step calls this for optimizers that unscale by themselves; a stabilized one looks by itself, too.
+        # torch's step calls this for optimizers that unscale gradients themselves; a stabilized step also checks them.
         if not isinstance(optimizer, StabilizedOptimizer):
             checked: dict[Any, Tensor] = super()._check_inf_per_device(optimizer)
             return checked
         scale = self._get_scale_async()
-        assert scale is not None  # step has checked it
+        assert scale is not None  # torch's step has created it
         return self._record_found_inf(optimizer, torch.zeros_like(scale))
 
     def _record_found_inf(
         self, optimizer: torch.optim.Optimizer | StabilizedOptimizer, found_inf: Tensor
     ) -> dict[Any, Tensor]:
-        # Where torch's update looks for it.
+        # torch's update looks for found_inf in this entry.
         recorded = {found_inf.device: found_inf}
         self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = recorded
         return recorded

@@ -1,4 +1,4 @@
-"""Checks of numbers that users give, with messages that say where and what was expected."""
+"""Checks numbers that users pass, with errors that name the argument and say what was expected."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 
 def converted_to_float(where: str, value: Any, expected: str, got: object) -> float:
-    """``value`` as a float, or an error that says where, what was expected and, by ``got``, what came."""
+    """Converts ``value`` to a float, or raises an error made from ``where``, ``expected`` and ``got``."""
     try:
         return float(value)
-    except (TypeError, ValueError, RuntimeError):  # RuntimeError: tensors that hold no number
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: tensors
         raise TypeError(f"{where}: expected {expected}, got {got!r}") from None
     except OverflowError:
-        # Without its digits: Python refuses to print some thousands of them.
+        # The message leaves out the digits, since Python refuses to print integers of several thousand digits.
         kind = type(value).__name__
         raise ValueError(
             f"{where}: expected {expected}, got a larger {kind} than float64 holds"
@@ -25,7 +25,7 @@ def converted_to_float(where: str, value: Any, expected: str, got: object) -> fl
 def checked_number(
     where: str, value: Any, *, low: float = 0.0, below: float = math.inf, finite: bool = True
 ) -> float:
-    """``value`` as a float in [low, below), or an error that says where and what was expected."""
+    """Converts ``value`` to a float in [low, below), or raises an error that says what was expected."""
     expected = "a finite number" if finite else "a number"
     if low != -math.inf:
         expected += f" >= {low:g}"
@@ -40,7 +40,7 @@ def checked_number(
 
 
 def checked_count(where: str, value: Any, *, low: int = 0) -> int:
-    """``value`` as an int of at least ``low``, or an error that says where and what was expected."""
+    """Converts ``value`` to an int of at least ``low``, or raises an error that says what was expected."""
     expected = f"{where}: expected an int >= {low}, got {value!r}"
     count = as_int(value)
     if not isinstance(count, int) or isinstance(count, bool):
@@ -51,14 +51,14 @@ def checked_count(where: str, value: Any, *, low: int = 0) -> int:
 
 
 def as_float(value: Any) -> Any:
-    """``value`` as Python's float where it is a real number of another type, such as NumPy's; else as it is."""
+    """Converts a real number of another type, such as NumPy's, to a float; returns anything else unchanged."""
     if type(value) in (int, float) or not isinstance(value, numbers.Real):
         return value
     return float(value)
 
 
 def as_int(value: Any) -> Any:
-    """``value`` as Python's int where it is an integer of another type, such as NumPy's; else as it is."""
+    """Converts an integer of another type, such as NumPy's, to an int; returns anything else unchanged."""
     if isinstance(value, bool):
         return value
     try:

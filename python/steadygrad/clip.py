@@ -24,7 +24,7 @@ from steadygrad.memory import NormOutput, allocator, is_asynchronous, is_number_
 
 
 def as_list(function: str, argument: str, tensors: Iterable[Tensor] | Tensor) -> list[Tensor]:
-    """The tensors as a list; a single tensor is a list of one."""
+    """Returns the tensors as a list; a single tensor becomes a list of one."""
     if isinstance(tensors, Tensor):
         return [tensors]
     try:
@@ -37,7 +37,7 @@ def as_list(function: str, argument: str, tensors: Iterable[Tensor] | Tensor) ->
 
 
 def _clipped_list(function: str, parameters: Iterable[Tensor] | Tensor) -> list[Tensor]:
-    """:func:`as_list`, with torch's warning of a generator that somebody has used up: nothing would be clipped."""
+    """Returns the parameters as a list, and warns as torch does of a used-up generator, which clips nothing."""
     listed = as_list(function, "parameters", parameters)
     if not listed and isinstance(parameters, types.GeneratorType):
         warnings.warn(
@@ -47,7 +47,7 @@ def _clipped_list(function: str, parameters: Iterable[Tensor] | Tensor) -> list[
 
 
 def grads_of(function: str, parameters: Iterable[Tensor] | Tensor) -> list[Tensor]:
-    """The gradients of those parameters that have one."""
+    """Returns the gradients of those parameters that have one."""
     listed = as_list(function, "parameters", parameters)
     try:
         return [grad for p in listed if (grad := p.grad) is not None]
@@ -59,7 +59,7 @@ def grads_of(function: str, parameters: Iterable[Tensor] | Tensor) -> list[Tenso
 
 
 def writable_grads_of(function: str, parameters: Iterable[Tensor] | Tensor) -> list[Tensor]:
-    """:func:`grads_of`, as this process's parts where parameters are DTensors."""
+    """Returns the gradients to write to; for DTensors, the parts of the gradients that this process holds."""
     listed = as_list(function, "parameters", parameters)
     if not has_dtensors(listed):
         return grads_of(function, listed)
@@ -68,18 +68,18 @@ def writable_grads_of(function: str, parameters: Iterable[Tensor] | Tensor) -> l
 
 
 def _announced(params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-    """Kernels bump the versions of what they write; of the DTensors around that they know nothing."""
+    """Bumps the version counters of the DTensors that hold ``grads``: kernels bump only those of the local tensors."""
     increment_version([grad for p in params if (grad := p.grad) is not None])
     return grads
 
 
 def as_number(function: str, argument: str, value: float | Tensor) -> float:
-    """The value as a float, or an error that names the argument."""
+    """Converts the value to a float, or raises an error that names the argument."""
     return converted_to_float(f"{function}: {argument}", value, "a number", _Described(value))
 
 
 class _Described:
-    """A value that prints as what it is, and not with all its elements."""
+    """Prints a tensor by its shape and device instead of all its elements."""
 
     def __init__(self, value: object) -> None:
         self._value = value
@@ -92,9 +92,9 @@ class _Described:
 
 
 def device_of(tensors: list[Tensor]) -> torch.device | None:
-    """The asynchronous device the tensors are on, by the first; that the others are there too, the kernels check."""
+    """Returns the device of the first tensor if it is asynchronous; the kernels check that all tensors are on it."""
     device = getattr(tensors[0], "device", None) if tensors else None
-    # NumPy arrays have a device too, a string; the kernels refuse them.
+    # The device of a NumPy array is a string. The kernels refuse NumPy arrays with a message of their own.
     return device if isinstance(device, torch.device) and is_asynchronous(device) else None
 
 
@@ -112,31 +112,32 @@ def get_total_norm(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
-    r"""The norm of all elements of ``tensors``, as if they were one vector: :math:`(\sum |x|^p)^{1/p}`.
+    r"""Returns the norm of all elements of ``tensors``, as if they were one vector: :math:`(\sum |x|^p)^{1/p}`.
 
-    Right to one ulp of fp32 against float64, whatever the dtype; never over- or underflows for finite
-    elements; the same bits on every run and for every number of threads. One read of the tensors for p in
-    {2, 1, inf}, two for a general p.
+    The result is within one ulp of fp32 of the float64 result, whatever the dtype. It never overflows or underflows
+    for finite elements, and has the same bits on every run and for every number of threads. The tensors are read once
+    for p in {2, 1, inf}, and twice for any other p.
 
     Args:
-        tensors: dense tensors of any shape; float32, float64, bfloat16, float16, or complex. All on the CPU or all on
-            one CUDA device they go through the kernels; on other devices, on several ones, and where complex ones have
-            another norm than p = 2, through torch's own operations with their precision. A tensor that appears twice
-            counts once. An empty list has norm 0. For DTensors it is the norm of all ranks together, in one collective,
-            to which all ranks of their meshes have to come with as many tensors: :func:`clip_grad_norm_` is for
-            parameters without a gradient on some ranks.
-        norm_type: p. ``inf`` is the largest magnitude, ``-inf`` the smallest, 0 the number of non-zeros.
-        error_if_nonfinite: wait for the device, and raise if an element is infinite or NaN. Default: False.
-        foreach: accepted for compatibility with torch; there is one implementation.
+        tensors: Dense tensors of any shape; float32, float64, bfloat16, float16, or complex. The kernels take tensors
+            that are all on the CPU or all on one CUDA device. Tensors on other devices or on several devices, and
+            complex tensors with a norm other than p = 2, go through torch's own operations, with their precision.
+            A tensor that appears twice counts once. An empty list has norm 0. For DTensors the norm is that of all
+            ranks together and takes one collective, so all ranks of their meshes have to call this function with the
+            same number of tensors. If some ranks have parameters without a gradient, use :func:`clip_grad_norm_`.
+        norm_type: The exponent p. ``inf`` is the largest magnitude, ``-inf`` the smallest, 0 the number of non-zeros.
+            Default: 2.
+        error_if_nonfinite: Whether to wait for the device and raise if an element is infinite or NaN. Default: False.
+        foreach: Accepted for compatibility with torch; there is only one implementation.
 
     Returns:
-        A 0-d tensor on the tensors' device, which is not waited for: float32, or float64 if any tensor is float64.
-        Plain and the same on all ranks, also for DTensors.
+        A 0-d tensor on the tensors' device, without waiting for the device: float64 if any tensor is float64, else
+        float32. For DTensors it is a plain tensor with the same value on all ranks.
 
     Raises:
-        TypeError: a tensor is sparse, of another dtype, or no tensor.
+        TypeError: A tensor is sparse or of another dtype, or is not a tensor.
         ValueError: ``norm_type`` is NaN.
-        RuntimeError: non-finite elements under ``error_if_nonfinite``, on any rank; a process group was destroyed, or
+        RuntimeError: Under ``error_if_nonfinite`` some rank has non-finite elements; a process group was destroyed; or
             ranks hold different DTensors.
 
     Source: ``torch.nn.utils.get_total_norm``.
@@ -182,30 +183,31 @@ def clip_grad_norm_(
     r"""Scales the gradients in place so that their total norm is at most ``max_norm``.
 
     :math:`g \leftarrow g \cdot \min(1, \text{max\_norm} / (N + 10^{-6}))` with the norm :math:`N` of
-    :func:`get_total_norm`. The coefficient comes from the double-precision norm, so finite gradients whose norm
-    exceeds fp32's range are clipped right. Nothing is written when the clip is not active. A generator without
-    parameters, such as one that was iterated over before, is warned about (``UserWarning``).
+    :math:`g \leftarrow g \cdot \min(1, \text{max\_norm} / (N + 10^{-6}))` with the norm :math:`N` of
+    :func:`get_total_norm`. The coefficient is computed from the norm in double precision, so finite gradients whose
+    norm exceeds the range of fp32 are clipped correctly. Gradients that are within the limit are not written to. A
+    generator that yields no parameters, for example because it was iterated over before, gives a ``UserWarning``.
 
     Args:
-        parameters: tensors whose ``.grad`` is clipped; those without one take no part. Where there are DTensors among
-            them, every rank of their meshes has to come with the same parameters, also without gradients: the norm
-            is that of all ranks together, taken in one collective, in which plain tensors count once.
-        max_norm: the limit, at least 0; ``inf`` only takes the norm.
-        norm_type: see :func:`get_total_norm`. Default: 2.
-        error_if_nonfinite: wait for the device, and raise if an element is infinite or NaN, with the gradients left
-            alone. Otherwise
-            what torch does: an infinite norm makes the finite elements 0, NaN makes all of them NaN.
-        foreach: accepted for compatibility with torch; there is one implementation.
+        parameters: Tensors whose ``.grad`` is clipped; tensors without a gradient are left out. If there are DTensors
+            among them, every rank of their meshes has to pass the same parameters, with or without gradients: the norm
+            is that of all ranks together, takes one collective, and counts plain tensors once.
+        max_norm: The limit, at least 0. With ``inf`` the function only computes the norm.
+        norm_type: The exponent p; see :func:`get_total_norm`. Default: 2.
+        error_if_nonfinite: Whether to wait for the device and raise if an element is infinite or NaN, leaving the
+            gradients as they are. If False, the result is torch's: an infinite norm makes the finite elements 0, a NaN
+            norm makes all elements NaN. Default: False.
+        foreach: Accepted for compatibility with torch; there is only one implementation.
 
     Returns:
-        The total norm before clipping, a 0-d tensor on the gradients' device, which is not waited for: float32,
-        or float64 if any gradient is float64. Plain and the same on all ranks, also for DTensors.
+        The total norm before clipping, a 0-d tensor on the gradients' device, without waiting for the device: float64
+        if any gradient is float64, else float32. For DTensors it is a plain tensor with the same value on all ranks.
 
     Raises:
-        TypeError: a gradient is sparse, or of another dtype.
-        ValueError: ``max_norm`` is negative or NaN, ``norm_type`` is NaN, or a parameter is a part of one that FSDP1
-            has split over ranks; the message has the lines to write.
-        RuntimeError: non-finite elements under ``error_if_nonfinite``, on any rank; a process group was destroyed, or
+        TypeError: A gradient is sparse or of another dtype.
+        ValueError: ``max_norm`` is negative or NaN, ``norm_type`` is NaN, or a parameter is one that FSDP1 has split
+            over ranks; the message says what to write instead.
+        RuntimeError: Under ``error_if_nonfinite`` some rank has non-finite elements; a process group was destroyed; or
             ranks hold different DTensors.
 
     Source: ``torch.nn.utils.clip_grad_norm_``; Pascanu, Mikolov and Bengio 2013, algorithm 1.
@@ -217,8 +219,8 @@ def clip_grad_norm_(
     part = part_of_fsdp1(listed)
     if part is not None:
         raise ValueError(
-            f"clip_grad_norm_: parameters[{part}]: expected a whole parameter or a DTensor, got one of "
-            "FullyShardedDataParallel, of which each rank holds a part. Write instead: "
+            f"clip_grad_norm_: parameters[{part}]: expected a whole parameter or a DTensor, got one that "
+            "FullyShardedDataParallel has split over the ranks. Write instead: "
             "norm = sg.get_total_norm([p.grad for p in parameters if p.grad is not None]); "
             "norm = sg.distributed.reduce_norm(norm, model.process_group) (not under ShardingStrategy.NO_SHARD); "
             "sg.clip_grads_with_norm_(parameters, max_norm, norm)"
@@ -230,7 +232,7 @@ def clip_grad_norm_(
         taken = [part is not None for part in parts]
         reduction = list_reduction("clip_grad_norm_", listed, taken, p)
         grads = _announced(listed, [part for part in parts if part is not None])
-        device = device_of(local_tensors(listed[:1]))  # also of a rank without gradients
+        device = device_of(local_tensors(listed[:1]))  # a rank without gradients has a device, too
     else:
         grads = grads_of("clip_grad_norm_", listed)
         device = device_of(grads)
@@ -268,13 +270,13 @@ def clip_grads_with_norm_(
     r"""Scales the gradients in place by :math:`\min(1, \text{max\_norm} / (\text{total\_norm} + 10^{-6}))`.
 
     Args:
-        parameters: tensors whose ``.grad`` is scaled; those without one take no part.
-        max_norm: the limit, at least 0.
-        total_norm: a norm taken before, by :func:`get_total_norm` or over a larger set of gradients.
-        foreach: accepted for compatibility with torch; there is one implementation.
+        parameters: Tensors whose ``.grad`` is scaled; tensors without a gradient are left out.
+        max_norm: The limit, at least 0.
+        total_norm: A norm computed before, by :func:`get_total_norm` or over a larger set of gradients.
+        foreach: Accepted for compatibility with torch; there is only one implementation.
 
     Raises:
-        TypeError: a gradient is sparse, or of another dtype.
+        TypeError: A gradient is sparse or of another dtype.
         ValueError: ``max_norm`` is negative or NaN.
 
     Source: ``torch.nn.utils.clip_grads_with_norm_``.
@@ -309,12 +311,12 @@ def clip_grad_value_(
     r"""Clamps every gradient element to :math:`[-\text{clip\_value}, \text{clip\_value}]` in place; NaN stays NaN.
 
     Args:
-        parameters: tensors whose ``.grad`` is clamped; those without one take no part.
-        clip_value: the largest magnitude allowed, at least 0.
-        foreach: accepted for compatibility with torch; there is one implementation.
+        parameters: Tensors whose ``.grad`` is clamped; tensors without a gradient are left out.
+        clip_value: The largest magnitude allowed, at least 0.
+        foreach: Accepted for compatibility with torch; there is only one implementation.
 
     Raises:
-        TypeError: a gradient is sparse, complex, or of another dtype.
+        TypeError: A gradient is sparse, complex, or of another dtype.
         ValueError: ``clip_value`` is negative or NaN.
 
     Source: ``torch.nn.utils.clip_grad_value_``.

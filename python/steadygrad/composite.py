@@ -2,9 +2,9 @@
 
 The kernels take real, dense tensors that are all on the CPU, or all on one CUDA device that they were built for. All
 others come here: tensors on another device (MPS, XPU, ROCm, CUDA in a build without it), lists over several devices,
-and complex tensors. The definition is the same, the precision is torch's, and it takes more passes over memory. A
-tensor that appears twice counts once, as with the kernels. Nothing here waits for a device, except to raise where that
-was asked for.
+and complex tensors. The definitions are the same as the kernels'; the precision is torch's, and memory is read more
+often. A tensor that appears twice counts once, as with the kernels. Nothing here waits for a device, except to raise an
+error that the caller has asked for.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _COMPLEX = (torch.complex64, torch.complex128)
 
 
 def takes(tensors: Sequence[Any]) -> bool:
-    """Tell whether these tensors are for this module: torch can compute with them, and no kernel can.
+    """Tells whether these tensors are for this module: torch can compute with them, and no kernel can.
 
-    What torch cannot take either (a list of NumPy arrays, sparse tensors, integers) is left to the kernels, which
-    refuse it in words.
+    Lists that torch cannot compute with either (NumPy arrays, sparse tensors, integers) are left to the kernels, whose
+    error says what is wrong with them.
     """
     if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors):
         return False
@@ -41,7 +41,7 @@ def takes(tensors: Sequence[Any]) -> bool:
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Tell whether this build has kernels for tensors on the device."""
+    """Tells whether this build has kernels for tensors on the device."""
     return device.type == "cpu" or (
         device.type == "cuda" and torch.version.hip is None and _kernels.is_asynchronous("cuda")
     )
@@ -49,9 +49,10 @@ def has_kernels(device: torch.device) -> bool:
 
 @torch.no_grad()
 def get_total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-    """Return the p-norm of all elements, a 0-d tensor on the first tensor's device: fp32, or fp64 if any tensor is.
+    """Returns the p-norm of all elements, a 0-d tensor on the first tensor's device: fp32, or fp64 if any tensor is.
 
-    Formula: ``(sum |x|^p)^(1/p)``, the norms of single tensors first. Source: ``torch.nn.utils.get_total_norm``.
+    Formula: ``(sum |x|^p)^(1/p)``, computed from the norms of single tensors. Source:
+    ``torch.nn.utils.get_total_norm``.
     """
     device = tensors[0].device
     norms = [
@@ -69,7 +70,7 @@ def get_total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
 def clip_grads_with_norm_(
     grads: Sequence[Tensor], max_norm: float, total_norm: Tensor | float
 ) -> None:
-    """Scale the gradients in place by ``min(1, max_norm / (total_norm + 1e-6))``.
+    """Scales the gradients in place by ``min(1, max_norm / (total_norm + 1e-6))``.
 
     Source: ``torch.nn.utils.clip_grads_with_norm_``.
     """
@@ -86,22 +87,22 @@ def clip_grads_with_norm_(
 
 @torch.no_grad()
 def clip_grad_value_(grads: Sequence[Tensor], clip_value: float) -> None:
-    """Clamp every element to ``[-clip_value, clip_value]`` in place; of complex ones the real and imaginary part."""
+    """Clamps every element to ``[-clip_value, clip_value]`` in place; a complex one by real and imaginary part."""
     for grad in grads:
         _as_real(grad).clamp_(-clip_value, clip_value)
 
 
 @torch.no_grad()
 def add_penalty_(params: Sequence[Tensor], grads: Sequence[Tensor], l1: float, l2: float) -> Tensor:
-    """Add ``l1 * sign(p) + l2 * p`` to the gradients; return ``l1 * sum|p| + l2 / 2 * sum p^2``, 0-d.
+    """Adds ``l1 * sign(p) + l2 * p`` to the gradients; returns ``l1 * sum|p| + l2 / 2 * sum p^2``, 0-d.
 
-    The sign of a complex number is its direction, ``p / |p|``, and 0 for 0, as autograd has it.
+    The sign of a complex number is its direction, ``p / |p|``, and 0 for 0, as in autograd.
     """
     value = torch.zeros((), device=params[0].device)
     for param, grad in dict(zip(params, grads, strict=True)).items():
         wide = _widened(param)
         term = l1 * wide.sgn() + l2 * wide
-        grad.add_(term)  # in fp32 where the term is, rounded once
+        grad.add_(term)  # The sum is in fp32 if the term is, and is rounded once.
         if l1 != 0:
             value = value + l1 * _norm(param, 1.0).to(value.device)
         if l2 != 0:
@@ -111,7 +112,7 @@ def add_penalty_(params: Sequence[Tensor], grads: Sequence[Tensor], l1: float, l
 
 @torch.no_grad()
 def soft_threshold_(params: Sequence[Tensor], amount: float) -> None:
-    """Shrink every magnitude by ``amount`` in place, to 0 at least: ``sign(p) * max(|p| - amount, 0)``."""
+    """Reduces every magnitude by ``amount`` in place, but not below 0: ``sign(p) * max(|p| - amount, 0)``."""
     if amount == 0:
         return
     for param in dict.fromkeys(params):
@@ -120,7 +121,7 @@ def soft_threshold_(params: Sequence[Tensor], amount: float) -> None:
 
 
 def nonfinite_count(tensors: Sequence[Tensor]) -> int:
-    """Return how many elements are infinite or NaN; waits for every device."""
+    """Returns how many elements are infinite or NaN; waits for every device."""
     return sum(int((~torch.isfinite(tensor)).sum()) for tensor in tensors)
 
 
@@ -136,7 +137,7 @@ def _norm(tensor: Tensor, norm_type: float) -> Tensor:
 
 
 def _widened(tensor: Tensor) -> Tensor:
-    """Return a half-precision tensor in fp32, and any other as it is."""
+    """Returns a half-precision tensor in fp32, and any other tensor unchanged."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 

@@ -1,6 +1,6 @@
 """``python -m steadygrad``: what is installed, whether it works, and what to do about anything that does not.
 
-Works without torch and without the extension too, and then says what ``import steadygrad`` says.
+The doctor also runs without torch or without the extension; it then prints the message of ``import steadygrad``.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ class Fact:
 
 
 class _CannotPrint(Exception):
-    """Raised where standard output takes nothing, as on a full disk."""
+    """Raised if standard output cannot be written to, for instance because the disk is full."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the doctor from the command line.
+    """Runs the doctor from the command line.
 
     Args:
-        argv: arguments after the program's name; ``sys.argv[1:]`` by default.
+        argv: Arguments after the program's name; ``sys.argv[1:]`` by default.
 
     Returns:
-        the exit code: 0 if all is well, 1 if something is wrong, 130 after Ctrl-C.
+        The exit code: 0 if all is well, 1 if something is wrong, 130 after Ctrl-C.
 
     Raises:
-        SystemExit: with code 2 for arguments that are not understood, with 0 after ``--help``.
+        SystemExit: With code 2 if the arguments are not understood, with 0 after ``--help``.
     """
     parser = argparse.ArgumentParser(
         prog="steadygrad",
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.parse_args(argv)
     try:
         return run()
-    except BrokenPipeError:  # a reader such as head has seen enough
+    except BrokenPipeError:  # A reader such as head has closed the pipe.
         _drop_output()
         return 1
     except _CannotPrint as error:
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _drop_output() -> None:
-    """Send what still waits for standard output nowhere: Python would fail for it once more at its end."""
+    """Discards what is still buffered for standard output: Python would fail again when it flushes that at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
@@ -91,7 +91,7 @@ def _print(line: str) -> None:
 
 
 def run() -> int:
-    """Print what is installed and how every kernel does; return 0 if all is well, else 1."""
+    """Prints what is installed and how every kernel does; returns 0 if all is well, else 1."""
     _print_facts("Versions", version_facts())
     if problem := find_problem():
         _print("The kernels were not checked: steadygrad cannot be imported.")
@@ -129,7 +129,7 @@ def _conclude(problems: Sequence[str]) -> int:
 
 
 def version_facts() -> list[Fact]:
-    """Return the versions of what is installed, and the machine that it is on."""
+    """Returns the versions of what is installed, and the machine that it is on."""
     return [
         Fact("steadygrad", installed_version("steadygrad")),
         Fact("Python", f"{platform.python_version()}  {sys.executable}"),
@@ -141,7 +141,7 @@ def version_facts() -> list[Fact]:
 
 
 def extension_facts(package: ModuleType, kernels: ModuleType) -> list[Fact]:
-    """Return what the extension says about itself, and whether it shares torch's OpenMP."""
+    """Returns what the extension says about itself, and whether it shares torch's OpenMP."""
     info = kernels.build_info()
     version = str(info["version"])
     mine, theirs = str(info["openmp_library"]), torch_openmp()
@@ -169,7 +169,7 @@ def extension_facts(package: ModuleType, kernels: ModuleType) -> list[Fact]:
 
 
 def cuda_facts(torch: ModuleType, kernels: ModuleType) -> list[Fact]:
-    """Return what the extension and torch say about CUDA. A machine without a GPU is in order."""
+    """Returns what the extension and torch say about CUDA. A machine without a GPU is in order."""
     info = kernels.build_info().get("cuda", {})
     seen = torch.cuda.is_available()
     if not info.get("compiled"):
@@ -183,7 +183,7 @@ def cuda_facts(torch: ModuleType, kernels: ModuleType) -> list[Fact]:
     if not info["driver_version"]:
         without = "no NVIDIA driver, so only the CPU is used"
         return [Fact("backend", compiled), Fact("CUDA driver", without)]
-    hidden = "cudaErrorNoDevice" in info["problem"]  # the driver shows none, perhaps as told
+    hidden = "cudaErrorNoDevice" in info["problem"]  # CUDA_VISIBLE_DEVICES may hide all devices.
     facts = [
         Fact("backend", compiled),
         Fact("CUDA driver", f"for CUDA {driver}", "" if hidden else info["problem"]),
@@ -205,7 +205,7 @@ def cuda_facts(torch: ModuleType, kernels: ModuleType) -> list[Fact]:
 
 
 def usable_devices(torch: ModuleType, kernels: ModuleType) -> list[str]:
-    """Return the devices to check kernels on: "cpu", and "cuda" where its first one is usable."""
+    """Returns the devices to check kernels on: "cpu", and "cuda" if its first device is usable."""
     devices = kernels.build_info().get("cuda", {}).get("devices", [])
     seen = torch.cuda.is_available()
     return ["cpu", *(["cuda"] if seen and devices and devices[0]["usable"] else [])]
@@ -216,7 +216,7 @@ def _cuda_version(number: int) -> str:
 
 
 def dlpack_facts(torch: ModuleType, kernels: ModuleType) -> list[Fact]:
-    """Return the DLPack version of torch's exchange API and whether the extension can use it."""
+    """Returns the DLPack version of torch's exchange API and whether the extension can use it."""
     capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if capsule is None:
         value = f"torch {torch.__version__} has none"
@@ -232,7 +232,7 @@ def dlpack_facts(torch: ModuleType, kernels: ModuleType) -> list[Fact]:
 
 
 def exchange_api_version(capsule: object) -> tuple[int, int]:
-    """Return major and minor version: the first two fields of the struct in the capsule."""
+    """Returns major and minor version: the first two fields of the struct in the capsule."""
     prototype = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
     get_pointer = prototype(("PyCapsule_GetPointer", ctypes.pythonapi))
     major, minor = (ctypes.c_uint32 * 2).from_address(get_pointer(capsule, b"dlpack_exchange_api"))
@@ -249,9 +249,9 @@ class _SymbolInfo(ctypes.Structure):
 
 
 def torch_openmp() -> str:
-    """Return the path of the OpenMP copy that torch calls, or "" where that cannot be told."""
+    """Returns the path of the OpenMP copy that torch calls, or "" if it cannot be found out."""
     lib = Path(str(import_module("torch").__file__)).parent / "lib"
-    # As the dynamic linker resolves it: first among what is loaded globally, then torch's own.
+    # The dynamic linker looks among the libraries that are loaded globally, and then among torch's own.
     for name in (None, *map(str, sorted(lib.glob("libtorch_cpu.*")))):
         try:
             library = ctypes.CDLL(name)
@@ -273,7 +273,7 @@ def _print_facts(title: str, facts: Sequence[Fact]) -> None:
 
 
 def _print_checks(checks: Sequence[Check], device: str) -> None:
-    """One row an operation, one column a dtype; tolerances stand above the rows they are for."""
+    """Prints one row per operation and one column per dtype; tolerances stand above the rows that they are for."""
     dtypes = list(dict.fromkeys(check.dtype for check in checks))
     by_operation: dict[str, list[Check]] = {}
     for check in checks:
@@ -300,7 +300,7 @@ def _cell(check: Check) -> str:
 
 
 def _failures(checks: Sequence[Check], device: str) -> list[str]:
-    """One line for each way in which an operation failed, with the dtypes that it failed in."""
+    """Returns one line for each way in which an operation failed, with the dtypes that it failed for."""
     dtypes: dict[str, list[str]] = {}
     where = "" if device == "cpu" else f" on {device}"
     for check in checks:
@@ -316,7 +316,7 @@ def _cpu_fact(package: Any) -> Fact:
     try:
         usable = float(package.get_total_norm([torch.ones(4)])) == 2.0
         problem = "gives wrong results"
-    except Exception as error:  # a backend that cannot run says why
+    except Exception as error:  # The message says why this backend cannot run.
         usable, problem = False, str(error)
     if usable:
         return Fact("backend", "cpu: compiled, usable")
@@ -324,7 +324,7 @@ def _cpu_fact(package: Any) -> Fact:
 
 
 def installed_version(distribution: str) -> str:
-    """Return the version that pip has recorded, or "not installed"."""
+    """Returns the version that pip has recorded, or "not installed"."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -332,10 +332,10 @@ def installed_version(distribution: str) -> str:
 
 
 def _imported_version(name: str) -> str:
-    """Return the version of the module that is imported, or of the one that cannot be."""
+    """Returns the version of the module; the one that pip has recorded if it cannot be imported."""
     try:
         return str(import_module(name).__version__)
-    except Exception:  # a broken install raises more than ImportError
+    except Exception:  # A broken install raises more than ImportError.
         return installed_version(name)
 
 

@@ -1,4 +1,4 @@
-"""A scheduler that takes the learning rate back after a bad step and lets it recover."""
+"""A scheduler that reduces the learning rate after a bad step and lets it recover."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from steadygrad.arguments import checked_count, checked_number
 from steadygrad.memory import is_asynchronous
 from steadygrad.optim.stabilized import StabilizedOptimizer
 
-# How often counters are looked at where that waits for a device.
+# The number of calls from one look at the counters to the next, where reading them waits for a device.
 _EVERY_ON_DEVICE = 16
 
-# Others save these by themselves.
+# These are left out of the state dict: the optimizer and the other scheduler have state dicts of their own.
 _NOT_SAVED = ("optimizer", "scheduler", "_groups")
 
 
@@ -25,34 +25,34 @@ class LRBackoff(LRScheduler):
     >>> opt = sg.optim.SGD(model.parameters(), lr=0.1, clip=sg.ClipZScore(), skip=sg.SkipSpikes())
     >>> scheduler = sg.LRBackoff(opt, torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max=1000))
     >>> opt.step()
-    >>> scheduler.step()    # in the place of the other one, which it steps
+    >>> scheduler.step()    # replaces the call of the other scheduler, which it steps itself
 
     A bad step is one that was skipped, for non-finite gradients or by ``skip=SkipSpikes()``, and with ``clipped=True``
-    also one that was clipped. After it :math:`m \leftarrow \max(\text{factor} \cdot m, \text{min\_factor})`; from
-    there it rises in a straight line and is 1 again ``recovery_steps`` calls later.
+    also one that was clipped. After a bad step :math:`m \leftarrow \max(\text{factor} \cdot m, \text{min\_factor})`.
+    From there :math:`m` rises linearly and reaches 1 after ``recovery_steps`` calls.
 
-    Only counters are read. Where steps are decided on a CUDA device reading them waits for it, so there they are looked
-    at every 16 calls; bad steps between two looks count as one.
+    The scheduler reads nothing but counters. If steps are decided on a CUDA device, reading the counters waits for the
+    device, so they are read at every 16th call only; several bad steps in between count as one.
+
+    The scheduler sets the learning rates of all param groups. Groups may be added and removed. A group that is added
+    while :math:`m` is less than 1 starts with its full rate, which the next call multiplies.
+
+    The state dict holds the state of the other scheduler, too.
 
     Args:
-        optimizer: a :class:`steadygrad.Stabilizer` or one of ``steadygrad.optim``.
-        scheduler: of the same optimizer; its rates are multiplied. None: those that the param groups have now.
-            Default: None.
-        factor: in (0, 1). Default: 0.5.
-        recovery_steps: calls, at least 1. Default: 100.
-        min_factor: the least :math:`m`, in (0, 1]. Default: 1/64.
-        clipped: whether a clipped step is a bad one: for policies that clip spikes only. Default: False.
-        every: calls from one look at the counters to the next, at least 1; None: 1, or 16 on a CUDA device.
-            Default: None.
-
-    The rates of the param groups are this scheduler's to set. Groups may be added and removed; one that is added while
-    :math:`m` is less than 1 comes with its full rate, which the next call multiplies.
-
-    Its state dict holds that of the other scheduler.
+        optimizer: A :class:`steadygrad.Stabilizer` or an optimizer of ``steadygrad.optim``.
+        scheduler: Another scheduler of the same optimizer, whose rates are multiplied. None multiplies the rates that
+            the param groups have now. Default: None.
+        factor: The factor of one bad step, in (0, 1). Default: 0.5.
+        recovery_steps: The number of calls until :math:`m` is 1 again, at least 1. Default: 100.
+        min_factor: The smallest :math:`m`, in (0, 1]. Default: 1/64.
+        clipped: Whether a clipped step is a bad one, for policies that clip nothing but spikes. Default: False.
+        every: The number of calls from one look at the counters to the next, at least 1. None stands for 1, or for 16
+            on a CUDA device. Default: None.
 
     Raises:
-        TypeError: ``optimizer`` is not stabilized, ``scheduler`` is none, or an argument is no number.
-        ValueError: an argument is out of range, or ``scheduler`` is that of another optimizer.
+        TypeError: ``optimizer`` is not stabilized, ``scheduler`` is not a scheduler, or an argument is not a number.
+        ValueError: An argument is out of range, or ``scheduler`` belongs to another optimizer.
     """
 
     def __init__(
@@ -94,17 +94,17 @@ class LRBackoff(LRScheduler):
         self._last_lr = [_copied(lr) for lr in self._scheduled]
 
     def get_lr(self) -> list[Any]:
-        """The scheduled rates, multiplied."""
+        """Returns the scheduled rates times the factor :math:`m`."""
         return [lr * self.multiplier for lr in self._scheduled]
 
     def step(self, *args: Any, **kwargs: Any) -> None:
-        """To be called after the optimizer's step; arguments go to the other scheduler."""
+        """Steps the other scheduler with the arguments and sets the rates; call it after the optimizer's step."""
         self._step_count += 1
         self.last_epoch += 1
         groups = self.optimizer.param_groups
         self._follow_groups()
         if self.scheduler is not None:
-            # Most schedulers go on from the rates that they find.
+            # Most schedulers compute the next rate from the one in the group, so they have to find their own there.
             for group, lr in zip(groups, self._scheduled, strict=True):
                 _set_rate(group, lr)
             self.scheduler.step(*args, **kwargs)
@@ -115,11 +115,11 @@ class LRBackoff(LRScheduler):
         self._last_lr = [_copied(group["lr"]) for group in groups]
 
     def _follow_groups(self) -> None:
-        """Param groups that were added since have the rates they came with; those that are gone need none."""
+        """Takes up the rates of param groups that were added since the last call, and drops those of removed groups."""
         groups = self.optimizer.param_groups
         places = {id(group): place for place, group in enumerate(self._groups)}
         if not any(id(group) in places for group in groups):
-            # A loaded state dict puts others into their places.
+            # A loaded state dict replaces all groups by others in the same order.
             places = {id(group): i for i, group in enumerate(groups[: len(self._scheduled)])}
         self._scheduled = [
             self._scheduled[places[id(group)]] if id(group) in places else _copied(group["lr"])
@@ -151,13 +151,13 @@ class LRBackoff(LRScheduler):
         return self.optimizer.skipped_steps + clipped
 
     def state_dict(self) -> dict[str, Any]:
-        """Its own state, and under ``"scheduler"`` the other scheduler's."""
+        """Returns the state of this scheduler, and under ``"scheduler"`` that of the other one."""
         own = {k: v for k, v in self.__dict__.items() if k not in _NOT_SAVED}
         inner = None if self.scheduler is None else self.scheduler.state_dict()
         return {**own, "scheduler": inner}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads both; load the optimizer's first, as its counters are compared with."""
+        """Loads the state of both schedulers; load the optimizer first, since its counters are compared."""
         own = dict(state_dict)
         inner = own.pop("scheduler", None)
         if (inner is None) != (self.scheduler is None):
@@ -174,7 +174,7 @@ class LRBackoff(LRScheduler):
 
 
 def _check_loaded(own: dict[str, Any]) -> None:
-    """Refuses counters and multipliers that no call could go on from, before any of them is loaded."""
+    """Refuses out-of-range counters and multipliers before any of them is loaded."""
     for key in ("multiplier", "_lowest", "factor", "min_factor"):
         where = f"LRBackoff.load_state_dict: state_dict[{key!r}]"
         if key in own and not 0 < checked_number(where, own[key]) <= 1:
@@ -204,7 +204,7 @@ def _copied(lr: Any) -> Any:
 
 
 def _set_rate(group: dict[str, Any], lr: Any) -> None:
-    if isinstance(group["lr"], Tensor):  # a captured graph reads this one
+    if isinstance(group["lr"], Tensor):  # a captured graph reads this very tensor
         group["lr"].fill_(lr) if not isinstance(lr, Tensor) else group["lr"].copy_(lr)
     else:
         group["lr"] = lr

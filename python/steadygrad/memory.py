@@ -1,4 +1,4 @@
-"""Memory that kernels fill: what a call leaves behind, and scratch space on the tensors' device."""
+"""Memory that kernels write to: the outcome of a call, and scratch space on the tensors' device."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from steadygrad import _kernels
 
 
 def is_asynchronous(device: torch.device) -> bool:
-    """Whether kernels for tensors on this device run behind the host's back, so that results must stay there."""
+    """Returns whether kernels on this device run asynchronously, so that reading a result would wait for them."""
     return _kernels.is_asynchronous(device.type)
 
 
 def keep_for_graphs(kept: list[Tensor], *replaced: Tensor) -> None:
-    """Keeps tensors that captured graphs may go on with; none on the CPU, where no step is captured."""
+    """Appends the replaced tensors to ``kept``, since a captured graph may still use them; the CPU has no graphs."""
     kept += [tensor for tensor in replaced if is_asynchronous(tensor.device)]
 
 
 def is_number_on(value: Any, device: torch.device | None) -> bool:
-    """Whether it is a number in a tensor on an asynchronous device, which kernels can read without a wait."""
+    """Returns whether ``value`` is a one-element tensor on this asynchronous device, which kernels read themselves."""
     return (
         device is not None
         and isinstance(value, Tensor)
@@ -34,14 +34,14 @@ def is_number_on(value: Any, device: torch.device | None) -> bool:
 
 
 def allocator(device: torch.device | None) -> Callable[[int], Tensor]:
-    """A function that makes so many bytes of scratch space; never called for the CPU's kernels, None."""
+    """Returns a function that allocates ``nbytes`` of scratch space on the device; the CPU's kernels never call it."""
     return lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
 class Outcome:
-    """What a norm, a clip or a step leaves on an asynchronous device; :class:`_kernels.Outcome` is that of the host.
+    """Holds on an asynchronous device what :class:`_kernels.Outcome` holds on the host: what a call has found and done.
 
-    Until it is read it says that nothing happened: the device keeps the counts.
+    The attributes ``skipped``, ``refused`` and ``clipped`` are False, since the device counts such steps itself.
     """
 
     skipped = refused = clipped = False
@@ -53,22 +53,22 @@ class Outcome:
         return self.record.view(dtype)[_kernels.OUTCOME_OFFSETS[name] // dtype.itemsize]
 
     def norm(self, wide: bool) -> Tensor:
-        """The norm, 0-d, without waiting: float64 or float32."""
+        """Returns the norm as a 0-d tensor of float64 or float32, without waiting for the device."""
         part = ("norm", torch.float64) if wide else ("norm_float32", torch.float32)
         return self._part(*part).clone()
 
     def found_nonfinite(self) -> Tensor:
-        """1.0 if there were non-finite elements or the step was skipped for such, else 0.0, without waiting."""
+        """Returns 1.0 if there were non-finite elements or they skipped the step, else 0.0, without waiting."""
         skipped, spiked = (self._part(name, torch.uint8) for name in ("skipped", "spiked"))
         return ((self._part("nonfinite", torch.int64) > 0) | (skipped > spiked)).float()
 
     def read(self) -> _kernels.Outcome:
-        """Copies the outcome to the host; waits for the device."""
+        """Copies the outcome to the host, which waits for the device."""
         return _kernels.Outcome(self.record.cpu())
 
 
 class NormOutput:
-    """Where kernels put the norm that a function returns; on the CPU they return it."""
+    """Holds the tensors that kernels write a norm to; the CPU's kernels return the norm instead."""
 
     def __init__(self, device: torch.device | None) -> None:
         self.tensors: tuple[Tensor, Tensor, Tensor] | None = None
@@ -81,11 +81,11 @@ class NormOutput:
             )
 
     def result(self, norm: float, wide: bool) -> Tensor:
-        """The norm as a tensor of its own, without waiting."""
+        """Returns the norm as a tensor of its own, without waiting for the device."""
         if self.tensors is not None:
             return self.tensors[2 if wide else 1]
         return torch.tensor(norm, dtype=torch.float64 if wide else torch.float32, device="cpu")
 
     def nonfinite(self, count: int) -> int:
-        """The number of non-finite elements; waits for the device."""
+        """Returns the number of non-finite elements, which waits for the device."""
         return count if self.tensors is None else self.outcome.read().nonfinite

@@ -1,4 +1,4 @@
-"""Names of parameters, as param groups hold them: for messages, reports and plots."""
+"""Names of parameters in param groups, for messages, reports and plots."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _places(group_index: int, count: int) -> list[str]:
 
 
 def parameter_names(param_groups: list[dict[str, Any]]) -> tuple[str, ...]:
-    """Returns a name for every parameter, no two alike: torch's ``param_names`` of its group, or its place."""
+    """Returns a different name for every parameter: from the ``param_names`` of its group, or its place."""
     names: list[str] = []
     for g, group in enumerate(param_groups):
         places = _places(g, len(group["params"]))
@@ -32,7 +32,7 @@ def parameter_names(param_groups: list[dict[str, Any]]) -> tuple[str, ...]:
 
 
 def named_alike(param_groups: list[dict[str, Any]], added: dict[str, Any]) -> dict[str, Any]:
-    """A group that is to be added, with places for names where the others have names: torch takes all or none."""
+    """Gives the parameters of a new group names if the other groups have names, since torch takes all or none."""
     params = added.get("params")
     if not param_groups or "param_names" not in param_groups[0] or "param_names" in added:
         return added
@@ -46,10 +46,10 @@ def named_alike(param_groups: list[dict[str, Any]], added: dict[str, Any]) -> di
 def set_parameter_names(
     param_groups: list[dict[str, Any]], named: Iterable[tuple[str, Tensor]]
 ) -> None:
-    """Sets every group's ``param_names``, as torch does where an optimizer is made from named parameters.
+    """Sets every group's ``param_names``, as torch does for an optimizer that is made from named parameters.
 
     Raises:
-        ValueError: a parameter has no name, or one that another has, too; then nothing is set.
+        ValueError: A parameter has no name, or shares its name with another. Then nothing is set.
     """
     names = {id(param): name for name, param in named}
     used = Counter(
@@ -73,8 +73,8 @@ def set_parameter_names(
         shown = ", ".join(nameless[:3]) + (", ..." if len(nameless) > 3 else "")
         raise ValueError(
             f"name_parameters: named_parameters: expected a name for each of the optimizer's {count} parameters, got "
-            f"none for {len(nameless)}: {shown}. Pass those of the model whose parameters are optimized, after it was "
-            "moved, wrapped or sharded"
+            f"none for {len(nameless)}: {shown}. Pass model.named_parameters() of the model whose parameters are "
+            "optimized, after it was moved, wrapped or sharded"
         )
     for group in param_groups:
         group["param_names"] = [names[id(param)] for param in group["params"]]

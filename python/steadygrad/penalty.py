@@ -1,4 +1,4 @@
-"""L1 and L2 penalties on parameters, without autograd: added to the gradients, or applied as a proximal step."""
+"""L1 and L2 penalties on parameters without autograd, added to the gradients or applied as a proximal step."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from steadygrad.memory import allocator
 def add_penalty_(params: Iterable[Tensor] | Tensor, l1: float = 0.0, l2: float = 0.0) -> Tensor:
     r"""Adds the gradient of :math:`l_1 \sum |p| + \tfrac{l_2}{2} \sum p^2` to ``p.grad`` and returns its value.
 
-    What autograd would have added had the penalty been part of the loss, in one pass over memory:
+    The gradients become what autograd would give if the penalty were part of the loss, in one pass over memory:
     :math:`g \leftarrow g + l_1 \operatorname{sign}(p) + l_2 p` with :math:`\operatorname{sign}(0) = 0`.
 
     Args:
-        params: parameters of any shape; those without a gradient take no part, also not in the value.
-        l1: weight of the sum of magnitudes, at least 0.
-        l2: weight of half the sum of squares, at least 0.
+        params: Parameters of any shape. Parameters without a gradient are left out, also of the penalty's value. If
+            there are DTensors among them, every rank of their meshes has to pass the same parameters.
+        l1: Weight of the sum of magnitudes, at least 0. Default: 0.
+        l2: Weight of half the sum of squares, at least 0. Default: 0.
 
     Returns:
-        The penalty's value, a 0-d float64 tensor on the parameters' device, which is not waited for (float32 where no
-        kernel takes the parameters). Where there are DTensors, that of all ranks together: every rank of their meshes
-        has to come, with the same parameters.
+        The penalty's value, a 0-d float64 tensor on the parameters' device, without waiting for the device (float32
+        where no kernel takes the parameters). For DTensors it is the value over all ranks together.
 
     Raises:
-        TypeError: a parameter or gradient is sparse, or of another dtype.
+        TypeError: A parameter or gradient is sparse or of another dtype.
         ValueError: ``l1`` or ``l2`` is negative or NaN.
     """
     given = as_list("add_penalty_", "params", params)
@@ -62,7 +62,7 @@ def _add(
 
 
 def _add_to_shards(params: list[Tensor], l1: float, l2: float) -> Tensor:
-    """Where a part has several replicas each gets the penalty's gradient, and one of them counts its value."""
+    """Adds the penalty's gradient on every replica of a part, and counts the penalty's value on one of them."""
     layout = layout_of("add_penalty_", params)
     grads = local_gradients("add_penalty_", params)
     increment_version([p.grad for p in params if p.grad is not None])
@@ -87,16 +87,17 @@ def _grad(param: Tensor) -> Tensor | None:
 
 
 def soft_threshold_(params: Iterable[Tensor] | Tensor, amount: float) -> None:
-    r"""The proximal step of an L1 penalty: :math:`p \leftarrow \operatorname{sign}(p) \max(|p| - \text{amount}, 0)`.
+    r"""Applies the proximal step of an L1 penalty: :math:`p \leftarrow \operatorname{sign}(p) \max(|p| - a, 0)`.
 
-    Unlike a penalty's gradient it gives exact zeros.
+    Here :math:`a` is ``amount``. Unlike the gradient of a penalty, this step makes small elements exactly zero.
 
     Args:
-        params: tensors of any shape, changed in place.
-        amount: what is taken from every magnitude, at least 0; for an L1 penalty, learning rate times ``l1``.
+        params: Tensors of any shape, changed in place.
+        amount: What is subtracted from every magnitude, at least 0. For an L1 penalty this is the learning rate times
+            ``l1``.
 
     Raises:
-        TypeError: a parameter is sparse, or of another dtype.
+        TypeError: A parameter is sparse or of another dtype.
         ValueError: ``amount`` is negative or NaN.
 
     Source: Parikh and Boyd 2014, Proximal Algorithms, section 6.5.2.
@@ -105,7 +106,7 @@ def soft_threshold_(params: Iterable[Tensor] | Tensor, amount: float) -> None:
     number = as_number("soft_threshold_", "amount", amount)
     if has_dtensors(listed):
         if number > 0:
-            increment_version(listed)  # the kernels know only of what is within
+            increment_version(listed)  # the kernels bump only the versions of the local tensors
         listed = local_tensors(dict.fromkeys(listed))
     try:
         _kernels.soft_threshold_(listed, number, allocator(device_of(listed)))

@@ -1,4 +1,4 @@
-"""What has to be there before the package can be imported: torch, NumPy and the compiled extension."""
+"""Checks what the package cannot be imported without: torch, NumPy and the compiled extension."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ REINSTALL = "reinstall it; in a clone: pip install --force-reinstall --no-deps .
 
 
 def find_problem() -> str:
-    """Say what keeps the package from working and the one thing to do; return "" if nothing does."""
+    """Says what keeps the package from working and the one thing to do; returns "" if nothing does."""
     return (
-        _import_problem("torch", "torch>=2.10")  # loads the OpenMP copy that the kernels run on
+        _import_problem("torch", "torch>=2.10")  # Loads the OpenMP copy that the kernels use.
         or _torch_version_problem()
         or _import_problem("numpy", "numpy")
         or _extension_problem()
@@ -21,9 +21,9 @@ def find_problem() -> str:
 
 
 def runs_as_program() -> bool:
-    """Tell whether Python is starting ``python -m steadygrad`` or the script ``steadygrad``."""
+    """Tells whether Python is starting ``python -m steadygrad`` or the script ``steadygrad``."""
     program = sys.argv[0]
-    if program == "-m":  # Python puts this there until it has found the module.
+    if program == "-m":  # Python leaves "-m" there until it has found the module.
         program = sys.orig_argv[-len(sys.argv)]
     return os.path.basename(program) == "steadygrad"
 
@@ -31,7 +31,7 @@ def runs_as_program() -> bool:
 def _import_problem(module: str, requirement: str) -> str:
     try:
         import_module(module)
-    except Exception as error:  # a broken install raises more than ImportError
+    except Exception as error:  # A broken install raises more than ImportError.
         if isinstance(error, ModuleNotFoundError) and error.name == module:
             return f"steadygrad needs {module}, which is not installed: pip install '{requirement}'"
         reason = str(error).partition("\n")[0] or type(error).__name__
@@ -50,7 +50,7 @@ def _torch_version_problem() -> str:
 
 
 def _extension_problem() -> str:
-    """Say why the compiled extension cannot be imported; return "" if it can."""
+    """Says why the compiled extension cannot be imported; returns "" if it can."""
     try:
         import_module("steadygrad._kernels")
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Every operation on small tensors, compared with its definition in NumPy on the same numbers."""
+"""Runs every operation on small tensors and compares it with its definition in NumPy on the same numbers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-# Largest |got - want| / max |want|. Norms are fp32 for half types too; elements are rounded to the
-# gradient's or parameter's dtype, at most twice.
+# Largest |got - want| / max |want|. Norms are fp32 for half types too; elements are rounded at most twice to the dtype
+# of the gradient or parameter.
 TOLERANCES = {
     "norm": {"float32": 1.2e-7, "float64": 1e-15, "bfloat16": 1.2e-7, "float16": 1.2e-7},
     "elements": {"float32": 5e-7, "float64": 1e-14, "bfloat16": 8e-3, "float16": 1e-3},
 }
 
-# Chunk and vector edges: sizes that no vector width divides, and a 4-d tensor.
+# Sizes that no vector width divides, one just above half a chunk, and a 4-d tensor.
 SHAPES = ((33, 7), (4099,), (8, 3, 3, 3))
 LIMIT, CLIP_VALUE, L1, L2, AMOUNT = 40.0, 0.5, 0.1, 0.2, 0.3
 MOMENTUM, EPS = 0.1, 1e-5
@@ -30,7 +30,7 @@ Arrays = Sequence[Any]
 
 @dataclass(frozen=True)
 class Check:
-    """The outcome of one operation in one dtype. ``message`` says how it raised, if it did."""
+    """Holds the outcome of one operation in one dtype; ``message`` is the error if it raised one."""
 
     operation: str
     dtype: str
@@ -41,16 +41,16 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the error is within the tolerance; NaN is not."""
+        """Returns whether the error is within the tolerance; NaN is not."""
         return self.error <= self.tolerance
 
 
 @dataclass(frozen=True)
 class _Operation:
-    """What ``run`` returns, if it does, and what ``writes`` names is compared with ``define``.
+    """Describes an operation: ``run`` calls the package, ``define`` the reference, and the results are compared.
 
-    ``writes`` is "gradients", "parameters", "outputs" where ``run`` returns all of them, or empty
-    where it returns a norm alone.
+    Besides what ``run`` returns, the tensors that ``writes`` names are compared: "gradients" or "parameters".
+    ``writes`` is "outputs" if all results are returned, and empty if only a norm is.
     """
 
     name: str
@@ -62,7 +62,7 @@ class _Operation:
 def check_kernels(
     package: ModuleType, device: str = "cpu", dtypes: Sequence[str] = tuple(TOLERANCES["norm"])
 ) -> list[Check]:
-    """Run every operation in every dtype on small random tensors; compare with its definition."""
+    """Runs every operation in every dtype on small random tensors and compares it with its definition."""
     reference = import_module("steadygrad.reference")
     return [
         _check(operation, dtype, package, reference, device)
@@ -77,15 +77,15 @@ def _check(operation: _Operation, dtype: str, package: Any, reference: Any, devi
     want = operation.define(reference, _arrays(numbers), _arrays(_grads(numbers)))
     start = time.perf_counter()
     try:
-        operation.run(package, _random_parameters(dtype, device))  # the first call also loads code
+        operation.run(package, _random_parameters(dtype, device))  # loads code, so it is not timed
         params = _random_parameters(dtype, device)
         start = time.perf_counter()
         returned = operation.run(package, params)
         if returned is None or isinstance(returned, torch.Tensor):
             returned = [] if returned is None else [returned]
-        # Reading waits for a device, so that its errors are found here, and in its time.
+        # Reading waits for the device, so that its errors are raised here and its time is counted.
         got = _arrays([*returned, *_written(operation, params)])
-    except Exception as error:  # whatever a broken kernel raises is a finding
+    except Exception as error:  # the doctor reports whatever a broken kernel raises
         message = f"{type(error).__name__}: {error}"
         return Check(
             operation.name, dtype, math.nan, tolerance, time.perf_counter() - start, message
@@ -136,18 +136,18 @@ def _operations() -> list[_Operation]:
             lambda ref, params, grads: [ref.penalty.soft_threshold(p, AMOUNT) for p in params],
         ),
         _steps("SGD", lr=0.05, momentum=0.9, nesterov=True),
-        # eps stands well above the roots of squares that a float16 state cannot hold.
+        # eps is well above the roots of squares that a float16 state cannot hold.
         _steps("Adam", lr=0.05, eps=0.1, amsgrad=True),
         _steps("AdamW", lr=0.05, eps=0.1, weight_decay=0.1),
         _steps("Adagrad", lr=0.05, lr_decay=0.1),
         _steps("RMSprop", lr=0.05, momentum=0.9),
         _steps("Adamax", lr=0.05, eps=0.1),
-        # NAdam and ASGD keep numbers in fp32, as torch does: these are exact there.
+        # NAdam and ASGD keep some numbers in fp32, as torch does; with these options the numbers are exact in fp32.
         _steps("NAdam", lr=0.05, betas=(0.5, 0.999), eps=0.1, momentum_decay=0.0),
         _steps("RAdam", lr=0.05, weight_decay=0.1),
         _steps("Adadelta", lr=0.5, eps=0.1),
         _steps("ASGD", lr=0.0625, lambd=0.1, alpha=0.0, t0=0.0),
-        # Steps by the sign of a gradient, which a sum that rounds to 0 has not: short ones, which no tolerance shows.
+        # Rprop steps by the sign of a gradient, which is 0 where a sum rounds to 0. The steps are too short to show it.
         _steps("Rprop", lr=1e-3),
         _steps("Lion", lr=0.05, weight_decay=0.1),
         _batch_norm("batch_norm", training=True),
@@ -177,7 +177,7 @@ def _penalized(reference: Any, params: Arrays, grads: Arrays) -> Arrays:
 
 
 def _steps(rule: str, **hyper: Any) -> _Operation:
-    """Two fused steps, the second on the state of the first, with penalty and clip."""
+    """Describes two fused steps with penalty and clip, the second on the state that the first left."""
 
     def run(sg: Any, params: list[torch.nn.Parameter]) -> None:
         optimizer = getattr(sg.optim, rule)(params, max_norm=LIMIT, l1=L1, l2=L2, **hyper)
@@ -199,10 +199,10 @@ def _steps(rule: str, **hyper: Any) -> _Operation:
 
 
 def _batch_norm(name: str, training: bool, activation: str | None = None) -> _Operation:
-    """Output, running statistics, gradients; with an activation a residual too, in channels last.
+    """Describes a batch norm by its output, running statistics and gradients.
 
-    The image is normalised; its gradient comes back, and is the residual. The vectors are rows of
-    the matrix.
+    The image is normalised, the image's gradient is the gradient of the output, and rows of the matrix are weight,
+    bias, mean and variance. With an activation the layout is channels last, and the gradient is also the residual.
     """
 
     def run(sg: Any, params: list[torch.nn.Parameter]) -> Sequence[torch.Tensor]:

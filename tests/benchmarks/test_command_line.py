@@ -86,7 +86,12 @@ def test_a_run_prints_writes_and_draws(
     assert asked["quick"] is True and asked["limit"] == 90
     assert json.loads(out.read_text()) == found
     text = capsys.readouterr().out
-    for expected in ("clip_grad_norm_, active", f"skipped a/b: {reason}", "Floors", "written to"):
+    for expected in (
+        "clip_grad_norm_, active",
+        f"skipped a/b: {reason}",
+        "Floors",
+        f"Written to {page}",
+    ):
         assert expected in text
     assert "a/b" in page.read_text()
 
@@ -117,5 +122,8 @@ def test_standard_output_that_takes_nothing_is_said(tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr == "benchmarks: standard output takes nothing: No space left on device\n"
+    assert (
+        done.stderr
+        == "benchmarks: standard output or a file takes nothing: No space left on device\n"
+    )
     assert page.exists()

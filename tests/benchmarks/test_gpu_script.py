@@ -136,18 +136,19 @@ def test_later_stages_run_after_one_that_failed(tmp_path: Path) -> None:
     said: list[str] = []
     stages = [
         stage("bad", "print('the reason'); raise SystemExit(3)"),
-        stage("lacking", "", tools=("no-such-program",)),
-        stage("left out", "", modules=("no_such_module",), optional=True),
+        gpu.Stage("lacking", ("no-such-program",), 20.0, "log"),
+        stage("left out", "import no_such_module", optional=True),
         stage("good", "print('fine')"),
     ]
     outcomes = gpu.run_all(stages, tmp_path, said.append)
     assert [outcome.verdict for outcome in outcomes] == [
-        "exit status 3", "no-such-program not found", "no_such_module not found", "ok",
+        "exit status 3", "no-such-program not found", "exit status 1", "ok",
     ]  # fmt: skip
     assert [outcome.failed for outcome in outcomes] == [True, True, False, False]
     log = (tmp_path / "log").read_text()
     assert "== bad: " in log and "the reason" in log and "fine" in log
     assert any("    the reason" in line for line in said)
+    assert any("No module named 'no_such_module'" in line for line in said)
 
 
 def test_failures_are_said_while_the_stage_runs(tmp_path: Path) -> None:
@@ -173,15 +174,16 @@ def test_a_hanging_a_failing_and_a_killed_stage_lose_no_others_result(
     benchmark = f"""
 import os, signal
 from benchmarks import __main__, measure
-measure.CASES = [case for case in measure.CASES if case.key == "adamw/policy"] * 2
-measure.FULL = measure.QUICK = (0.0, 1, 1)
+device = measure.HostDevice
+device.plan = [case for case in measure.CASES if case.key == "adamw/policy"] * 2
+device.efforts = ((0.0, 1, 1),) * 2
 measure._SMALLEST_BUFFER = 2**16
-contest = measure.Contest
+contest = measure.contest
 def killed_at_the_second(*arguments):
     if os.path.exists({str(numbers)!r}):
         os.kill(os.getpid(), signal.SIGKILL)
     return contest(*arguments)
-measure.Contest = killed_at_the_second
+measure.contest = killed_at_the_second
 __main__.main(["--threads", "1", "--out", {str(numbers)!r}])
 """
     deaf = """
@@ -199,7 +201,7 @@ time.sleep(60)
         stage("last", "print('the last')"),
     ]
     monkeypatch.setitem(gpu.LOGS, "correctness", ("log", "correctness.txt"))
-    assert gpu._run("correctness", stages, tmp_path) == 4
+    assert gpu.run_call("correctness", stages, tmp_path) == 4
     summary = (tmp_path / "correctness.txt").read_text()
     for expected in (
         r"good: .* ok", r"hangs: .* stopped after \d s, killed", r"crashes: .* exit status -6",

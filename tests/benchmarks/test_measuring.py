@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -139,13 +139,8 @@ class Host(measure.HostDevice):
 
     def __init__(self, plan: Sequence[Case], rounds: int = 3) -> None:
         super().__init__()
-        self._plan, self._rounds = plan, rounds
-
-    def cases(self) -> Sequence[Case]:
-        return self._plan
-
-    def effort(self, quick: bool) -> measure.Effort:
-        return 0.0, self._rounds, self._rounds
+        self.plan = plan
+        self.efforts = ((0.0, rounds, rounds),) * 2
 
 
 @pytest.fixture
@@ -219,17 +214,12 @@ class FakeDevice(measure.CudaDevice):
     """A GPU whose tensors are the host's, and whose clock and queue are a script's."""
 
     place = torch.device("cpu")
+    efforts = (0.0, 2, 2), (0.0, 2, 2)
 
-    def __init__(self, plan: Sequence[Case] = ()) -> None:
-        self.queue, self._plan = Queue(), plan
-        self._prepare(environment.this_machine(GPU), self.queue)
+    def __init__(self) -> None:
+        self.queue = Queue()
+        self.environment = environment.this_machine(GPU)
         self.race = partial(DeviceRace, events=self.queue, clock=self.queue.clock)
-
-    def cases(self) -> Sequence[Case]:
-        return self._plan
-
-    def effort(self, quick: bool) -> measure.Effort:
-        return 0.0, 2, 2
 
     def free_bytes(self) -> int:
         return 2**40
@@ -238,13 +228,6 @@ class FakeDevice(measure.CudaDevice):
         stick = measure.GpuYardstick(torch.device("cpu"), elements=2**10)
         stick.candidates = (launching(self.queue, "copy_", 0.0, 1e-6),)
         return stick
-
-    def peak_bytes(self, call: Callable[[], object]) -> int | None:
-        call()
-        return 77
-
-    def release(self) -> None:
-        pass
 
 
 def scripted_run(monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[str, Any]:
@@ -262,7 +245,7 @@ def scripted_run(monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[str, A
     ours, fused = ticking("steadygrad", 1e-5, 2e-5), ticking(candidates.CLIP_FUSED, 2e-4, 3e-5)
     operation = cases.Operation("adamw", "clip + AdamW", 8, 4, (ours, fused, broken))
     small = shapes.ModelShapes("small", "small", ((8,),) * 4)
-    device._plan = [
+    device.plan = [
         cases.model_case(operation, model, host_cost=model is small)
         for model in (small, shapes.one_tensor(28), shapes.one_tensor(50))
     ]
@@ -283,7 +266,6 @@ def test_a_result_file_has_both_clocks_and_what_the_gpu_is(monkeypatch: pytest.M
     for case, elements in ((small, 32), (large, 2**28)):
         assert case["floor_bytes"] == 32 * elements
         assert case["ours"]["device_median_seconds"] == pytest.approx(2e-5)
-        assert case["ours"]["peak_bytes"] == case["peers"][0]["peak_bytes"] == 77
         assert case["gigabytes_per_second"] == pytest.approx(32 * elements / 2e-5 / 1e9)
         assert case["share_of_copy"] == pytest.approx(
             case["gigabytes_per_second"] / (2 * 4 * 2**10 / 1e-6 / 1e9)
@@ -323,7 +305,7 @@ def test_small_sets_of_buffers_rotate_past_the_cache() -> None:
 @pytest.mark.parametrize("key", ["batch_norm/32x512x7x7_fp32_nhwc", "adam/resnet50"])
 def test_what_allocates_is_called_over_more_buffers_than_a_cache_holds(key: str) -> None:
     device = measure.HostDevice()
-    (case,) = (case for case in device.cases() if case.key == key)
+    (case,) = (case for case in device.plan if case.key == key)
     sets = device.sets(case)
     if case.allocates:
         assert sets * case.working_set_bytes >= 4 * device.environment["cache_bytes"]

@@ -1,4 +1,4 @@
-"""What crosses into the kernels: every kind of tensor is right, or refused in words, unchanged."""
+"""Checks that the kernels handle every kind of tensor correctly, or refuse it in words and leave it unchanged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REFUSALS = (TypeError, ValueError, RuntimeError)
 
 
 class Subclass(torch.Tensor):
-    """Somebody's tensor type, whose operations are not the kernels'."""
+    """A tensor type whose operations are not the kernels'."""
 
 
 def fake() -> Tensor:
@@ -38,7 +38,7 @@ def freed() -> Tensor:
     return values
 
 
-# Name: how it is made, what the message expects, what it got.
+# By name: how a bad tensor is made, what the message says was expected, and what it got.
 BAD: dict[str, tuple[Callable[[], Tensor], str, str]] = {
     "integer": (lambda: torch.full((7,), 50), "float", "int64"),
     "boolean": (lambda: torch.ones(7, dtype=torch.bool), "float", "bool"),
@@ -49,7 +49,7 @@ BAD: dict[str, tuple[Callable[[], Tensor], str, str]] = {
     "subclass": (lambda: torch.ones(7).as_subclass(Subclass), r"torch\.Tensor", "Subclass"),
     "freed": (freed, "memory|storage", "freed|null|released"),
 }
-# What autograd lets stand as the gradient of a parameter without ado; the others are set by hand.
+# autograd accepts some of these as the gradient of a parameter; the others are set by hand.
 FUNCTIONS: dict[str, tuple[str, Callable[[Any], object]]] = {
     "get_total_norm": ("tensors", lambda ts: sg.get_total_norm(ts)),
     "clip_grad_norm_": ("parameters", lambda ps: sg.clip_grad_norm_(ps, 1.0)),
@@ -65,12 +65,12 @@ TAKES_TENSORS = ("get_total_norm", "soft_threshold_")
 
 
 def carrier(gradient: Tensor) -> Tensor:
-    """Return a tensor whose ``.grad`` is the given one, whatever its kind."""
+    """Return a tensor whose ``.grad`` is the given one, of any kind."""
     if gradient.layout == torch.strided:
         tensor = torch.empty_like(gradient)
     elif gradient.layout == torch.sparse_coo:
         tensor = gradient.to_dense()
-    else:  # nothing else may carry it
+    else:  # no other tensor may carry it
         tensor = gradient.clone()
     tensor.grad = gradient
     return tensor
@@ -119,7 +119,7 @@ def test_what_is_no_tensor_is_refused(backend: Backend, function: str, wrong: ob
             function=function,
             argument=argument,
             expected="expected.*tensor",
-            # An array as the list itself is one of numbers.
+            # An array in the place of the list is one of numbers.
             got=f"got.*({type(wrong).__name__}|float64)",
             unchanged=[Snapshot(good)],
         )
@@ -158,7 +158,7 @@ def test_numbers_that_are_none_are_refused(
 
 @pytest.mark.parametrize("function", [f for f in FUNCTIONS if f != "get_total_norm"])
 def test_inference_tensors_are_written_like_others(backend: Backend, function: str) -> None:
-    # Autograd cannot save them, so there is no graph that a write could make wrong.
+    # Autograd cannot save inference tensors, so there is no graph that a write could make wrong.
     _, call = FUNCTIONS[function]
     with torch.inference_mode():
         inferred = torch.full((5,), 50.0, device=backend.device)
@@ -221,7 +221,7 @@ def test_lazily_negated_and_conjugated_gradients(backend: Backend) -> None:
 
 
 def negative_view(values: Tensor) -> Tensor:
-    """Return a contiguous tensor of these values, whose memory holds them with the other sign."""
+    """Return a contiguous tensor of these values, whose memory holds them with the opposite sign."""
     view: Tensor = torch._neg_view(values.detach().neg())
     assert view.is_neg() and view.is_contiguous() and torch.equal(view, values)
     return view
@@ -369,7 +369,7 @@ def test_one_gradient_of_two_parameters(backend: Backend) -> None:
 
 
 def test_an_expanded_gradient_in_a_step(backend: Backend) -> None:
-    # As x.sum() can leave it: one element for all; it is only read.
+    # The gradient is expanded from one element, as x.sum() can leave it; it is only read.
     param = Parameter(torch.zeros(3, 5, device=backend.device))
     param.grad = torch.full((1,), 2.0, device=backend.device).expand(3, 5)
     optimizer = sg.Stabilizer(torch.optim.SGD([param], lr=1.0), max_norm=1.0)
@@ -397,7 +397,7 @@ def test_an_expanded_parameter_is_refused(backend: Backend) -> None:
 
 
 def test_more_than_two_to_the_31_elements(backend: Backend) -> None:
-    # Without the memory: every row is the same one.
+    # The tensor is large without using memory, since every row is the same one.
     row = torch.full((2**15 + 1,), 2.0, dtype=torch.bfloat16, device=backend.device)
     got = sg.get_total_norm([row.expand(2**16 + 1, 2**15 + 1)])
     want = 2.0 * math.sqrt((2**16 + 1) * (2**15 + 1))

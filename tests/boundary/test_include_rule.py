@@ -1,4 +1,4 @@
-"""Who may include what in csrc, and what the built extension may depend on."""
+"""Checks which layer may include which in csrc, and what the built extension may depend on."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import steadygrad._kernels as kernels
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 
-# layer: the layers it may include, and the outside headers beside the C++ standard library
+# By layer: the layers that it may include, and the outside headers beside the C++ standard library.
 RULE = {
     "core": ({"core"}, set()),
     "cpu": ({"core", "cpu"}, {"dlfcn.h", "immintrin.h", "link.h", "unistd.h"}),
     "cuda": ({"core", "cuda"}, {"cooperative_groups.h", "cuda_runtime.h"}),
-    # Stands in for the CUDA runtime.
+    # The emulation replaces the CUDA runtime.
     "emulation": (
         {"emulation"},
         {"cuda_runtime.h", "link.h", "math.h", "sanitizer/", "sys/mman.h", "unistd.h"},
@@ -36,7 +36,7 @@ def violations(layer: str, text: str) -> list[str]:
     layers, outside = RULE[layer]
     found = []
     for bracket, header in INCLUDE.findall(text):
-        # <vector>, <cmath>: the C++ standard library is all that has neither folder nor extension.
+        # <vector>, <cmath>: only headers of the C++ standard library have neither folder nor extension.
         standard = bracket == "<" and re.fullmatch(r"\w+", header)
         ours = bracket == '"' and header.split("/")[0] in layers and "/" in header
         allowed = any(header == name or header.startswith(name) for name in outside)

@@ -1,4 +1,4 @@
-"""What the fused step keeps from one step to the next, and how it notices that something was exchanged."""
+"""Checks what the fused step keeps from step to step, and that it notices when something was exchanged."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_freed_memory_of_a_state_is_refused(backend: Backend, index: int, key: s
     assert all(torch.equal(one, other) for one, other in zip(params, before, strict=True))
 
 
-# Around the kernels' tiles of 1024 and chunks of 8192 elements.
+# These sizes are around the kernels' tiles of 1024 and chunks of 8192 elements.
 @pytest.mark.parametrize("size", [1023, 1024, 1025, 8191, 8192, 8193, 16384, 20000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_nonfinite_elements_in_large_tensors(

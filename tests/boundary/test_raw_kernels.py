@@ -1,4 +1,4 @@
-"""The bindings by themselves: wrong arguments are errors, short ones, and never a crash."""
+"""Checks the bindings alone: wrong arguments give short errors, and never a crash."""
 
 from __future__ import annotations
 

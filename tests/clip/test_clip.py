@@ -118,7 +118,7 @@ def test_an_inactive_clip_writes_nothing(
     norm = sg.clip_grad_norm_(params, max_norm)
     assert 1.0 < norm.item() < 1e4
     snapshot.assert_unchanged()
-    # Where the device decides, the host announces what may be written.
+    # If the device decides, the host announces everything that may be written.
     announced = backend.asynchronous and max_norm < math.inf
     assert versions(params) == before or announced
     sg.clip_grads_with_norm_(params, max_norm, norm)

@@ -1,4 +1,4 @@
-"""What no kernel takes goes through torch's operations: several devices, devices without kernels, complex tensors."""
+"""Tensors that no kernel takes go through torch's operations: on several devices, on other devices, or complex."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_complex_penalties_are_those_of_autograd() -> None:
 
 @pytest.mark.parametrize("devices", [("cpu", "cuda"), ("cuda", "cpu"), ("mps", "mps")], ids=str)
 def test_several_devices_and_devices_without_kernels_are_taken(devices: tuple[str, str]) -> None:
-    """Fake tensors have a device and no numbers: what is looked at is where everything goes."""
+    """Use fake tensors, which have a device and no numbers, to see that every device is accepted."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         params = [Parameter(torch.ones(3, device=devices[0]))]
         params.append(Parameter(torch.ones(2, 2, device=devices[1], dtype=torch.bfloat16)))

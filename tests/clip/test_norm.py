@@ -30,14 +30,14 @@ RTOL64 = TOLERANCES[torch.float64].rtol
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Put the number of threads back."""
+    """Restore the number of threads after the test."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
 
 
 def normal(size: int, scale: float, seed: int = 0) -> Tensor:
-    """Return normally distributed float32 values, denormal ones included."""
+    """Return normally distributed float32 values, including denormal ones."""
     values = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return (values * scale).clamp(-3.4e38, 3.4e38).float()
 
@@ -53,7 +53,7 @@ def float64_norm(tensors: Sequence[Tensor]) -> float:
 
 
 def assert_one_ulp(got: Tensor, want: float) -> None:
-    """Assert a 0-d float32 that is next to, or is, the float64 value."""
+    """Assert that a 0-d float32 tensor is the float64 value or one of its neighbours."""
     assert got.dim() == 0 and got.dtype == torch.float32
     with np.errstate(over="ignore"):
         nearest = np.float32(want)
@@ -73,7 +73,7 @@ def test_one_ulp_over_sizes_and_scales(backend: Backend, size: int) -> None:
 def test_one_ulp_of_30_million_elements(backend: Backend) -> None:
     values = normal(30_000_000, 1e-3).to(backend.device)
     assert_one_ulp(sg.get_total_norm(values), float64_norm([values]))
-    # The worst case of a float32 sum: equal terms that stop counting.
+    # This is the worst case of a float32 sum: equal terms that stop counting.
     values.fill_(3e-5)
     want = float(np.float32(3e-5)) * math.sqrt(30_000_000)
     assert_one_ulp(sg.get_total_norm(values), want)

@@ -1,4 +1,4 @@
-"""What the functions return is a tensor like any other, whatever mode or default is in force."""
+"""Checks that the functions return ordinary tensors, whatever mode or default is in force."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_two_wrappers_of_one_optimizer_take_turns(backend: Backend) -> None:
         second = sg.Stabilizer(inner, max_norm=1.0) if other else first
         assert params[0].grad is not None
         params[0].grad[0] = torch.nan
-        first.step()  # skipped: the next one is SGD's first, which is not dampened
+        first.step()  # skipped, so that the next one is SGD's first, which is not dampened
         params[0].grad[0] = 1.0
         second.step()
         second.step()

@@ -1,4 +1,4 @@
-"""What checkpoints are taken of: optimizers whose steps have the same bits however their parameters are shared."""
+"""Optimizers to take checkpoints of, whose steps have the same bits however their parameters are shared."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.distributed.sharded_cases import Network, groups_of
 Found = dict[str, Any]
 
 BEFORE, AFTER = 5, 4  # steps before and after the checkpoint
-_SKIPPED = 2  # the one with a NaN
+_SKIPPED = 2  # the step with a NaN
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Case:
         return "-".join(words + (["float32_state"] if self.state_dtype else []))
 
     def optimizer(self, network: nn.Module, **torch_options: Any) -> torch.optim.Optimizer:
-        """With its parameters in two param groups."""
+        """Return the optimizer, with its parameters in two param groups."""
         groups = groups_of(network)
         groups[1]["lr"] = 0.05
         adamw = {"lr": 0.1, "weight_decay": 0.05}
@@ -70,16 +70,16 @@ TORCH_CASES = [
     for rule in ("AdamW", "SGD")
     for dtype in (torch.float32, torch.bfloat16)
 ]
-# Read where the options that they have keys for did not exist when the checkpoint was made.
+# These are read by optimizers with options that did not exist when the checkpoint was made.
 OLD_CASES = [case for case in CASES if case.kind == "wrapper"]
-# Also saved as whole tensors.
+# These are also saved as whole tensors.
 FULL_CASES = [CASES[i] for i in (0, 2, 7, 9, 11)]
 OLD_KEYS = ("rounded_steps", "skipped_steps", "clipped_steps", "l1", "clip_value")
 OLD_STATE = ("master_param", "kahan_compensation")
 
 
 def network(case: Case, seed: int) -> Network:
-    """Its parameters are multiples of 1/64, which every dtype holds."""
+    """Return a network whose parameters are multiples of 1/64, which every dtype can hold."""
     made = Network()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -89,7 +89,7 @@ def network(case: Case, seed: int) -> Network:
 
 
 def give(net: nn.Module, step: int) -> None:
-    """Gradients that are multiples of 1/8: sums of their squares are exact, in any order."""
+    """Set gradients that are multiples of 1/8, so that sums of their squares are exact in any order."""
     generator = torch.Generator().manual_seed(step)
     for param in net.parameters():
         whole = torch.randint(-8, 9, param.shape, generator=generator).to(param.dtype) / 8
@@ -99,7 +99,7 @@ def give(net: nn.Module, step: int) -> None:
 
 
 def like(param: Tensor, whole: Tensor) -> Tensor:
-    """The same elements, shared as the parameter is."""
+    """Return the same elements, shared as the parameter is."""
     if not isinstance(param, DTensor):
         return whole
     shared: Tensor = distribute_tensor(
@@ -118,7 +118,7 @@ def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> Non
 
 
 def local(value: Any) -> Any:
-    """A copy of this rank's part."""
+    """Return a copy of this rank's part."""
     if not isinstance(value, Tensor):
         return value
     part = value.to_local() if isinstance(value, DTensor) else value
@@ -126,7 +126,7 @@ def local(value: Any) -> Any:
 
 
 def contents(net: nn.Module, optimizer: torch.optim.Optimizer) -> Found:
-    """All that has to survive, by the parameters' names; of tensors this rank's parts."""
+    """Return everything that has to survive, by the parameters' names, with this rank's parts of tensors."""
     state = {
         name: {key: local(value) for key, value in optimizer.state[param].items()}
         for name, param in net.named_parameters()
@@ -140,15 +140,15 @@ def contents(net: nn.Module, optimizer: torch.optim.Optimizer) -> Found:
 
 
 def joined(parts: list[Any]) -> Any:
-    """The contents of all ranks as those of one process; parameters are sharded by rows."""
+    """Combine the contents of all ranks to those of one process; parameters are sharded by rows."""
     first = parts[0]
     if isinstance(first, dict):
-        # torch leaves some keys of whole state dicts, which its optimizers do not know, on rank 0 alone.
+        # Some keys of whole state dicts are unknown to torch's optimizers, and torch leaves them on rank 0 alone.
         shared = [key for key in first if all(key in part for part in parts)]
         return {key: joined([part[key] for part in parts]) for key in shared}
     if isinstance(first, list):
         return [joined(list(each)) for each in zip(*parts, strict=True)]
     if isinstance(first, Tensor) and first.dim() > 0:
         return torch.cat(parts)
-    assert all(part == first for part in parts)  # counters: the same on all ranks
+    assert all(part == first for part in parts)  # counters are the same on all ranks
     return first

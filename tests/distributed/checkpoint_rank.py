@@ -52,7 +52,7 @@ def shared(case: Case, mesh: DeviceMesh | None, seed: int) -> nn.Module:
 
 
 def options_for(case: Case) -> StateDictOptions:
-    """Half of the cases have their state dicts flat."""
+    """Return the options of the state dicts, which are flat for half of the cases."""
     return StateDictOptions(flatten_optimizer_state_dict=case.rule == "SGD")
 
 
@@ -64,7 +64,7 @@ def state_dicts(case: Case, net: nn.Module, optimizer: Optimizer) -> Found:
 
 
 def without_new_keys(tree: Any) -> Any:
-    """As it was saved before some options existed."""
+    """Return the state as it was saved before some options existed."""
     if not isinstance(tree, (dict, list)):
         return tree
     if isinstance(tree, list):
@@ -109,7 +109,7 @@ def save(folder: Path, mesh: DeviceMesh) -> Found:
 def resumed(
     pairs: list[tuple[Case, Case]], checkpoint: Path, mesh: DeviceMesh | None, partial: bool = False
 ) -> Found:
-    """Of each pair the first is what was saved, the second what goes on."""
+    """Return pairs of what was saved and what the resumed optimizer holds."""
     made = {}
     for saved, case in pairs:
         net = shared(case, mesh, seed=2)
@@ -136,7 +136,7 @@ def gone_on(net: nn.Module, optimizer: Optimizer) -> Found:
 def resumed_from_full(
     file: Path, cases: list[tuple[Case, Case]], mesh: DeviceMesh | None, broadcast: bool
 ) -> Found:
-    """From whole tensors, as one process or rank 0 has saved them."""
+    """Resume from whole tensors, as one process or rank 0 has saved them."""
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast)
     reads = not broadcast or dist.get_rank() == 0
     dicts = torch.load(file) if reads else {}

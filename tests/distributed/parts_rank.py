@@ -1,4 +1,4 @@
-"""One rank of a gloo group: optimizers over parts of a whole that no DTensor tells of."""
+"""One rank of a gloo group: optimizers over parts of a whole that are not DTensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import steadygrad as sg
 from tests.ranks import join_ranks, leave_ranks
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of torch.jit.script, which torch uses there itself
+    warnings.simplefilter("ignore")  # torch itself uses torch.jit.script there, which is deprecated
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
 Found = dict[str, Any]
@@ -34,19 +34,19 @@ def network(layers: int = 3) -> nn.Module:
 
 
 def backward(model: nn.Module, step: int) -> None:
-    """The same batch on every rank."""
+    """Run backward on the same batch on every rank."""
     model.zero_grad()
     input = torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
     (50 * model(input).square().mean()).backward()
 
 
 def wrapped(params: Any, lr: float) -> sg.Stabilizer:
-    """What a function in the place of a class makes."""
+    """Return a wrapped optimizer from a function that is used like a class."""
     return sg.Stabilizer(torch.optim.AdamW(params, lr=lr), max_norm=MAX_NORM)
 
 
 def of_one_process(layers: int) -> tuple[nn.Module, float]:
-    """Torch's own clip and optimizer; the last norm."""
+    """Train with torch's own clip and optimizer in one process; return the model and the last norm."""
     model = network(layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     norm = torch.zeros(())
@@ -58,7 +58,7 @@ def of_one_process(layers: int) -> tuple[nn.Module, float]:
 
 
 def zero_redundancy(rank: int, layers: int, optimizer_class: Any, **options: Any) -> Found:
-    """Trains, consolidates, saves and loads the state on the first rank, and says how far off the whole it is."""
+    """Train, consolidate, save and load the state on the first rank; return how far off the whole is."""
     model = network(layers)
     optimizer = ZeroRedundancyOptimizer(
         model.parameters(), optimizer_class=optimizer_class, lr=0.1, **options
@@ -72,7 +72,7 @@ def zero_redundancy(rank: int, layers: int, optimizer_class: Any, **options: Any
         file = io.BytesIO()
         torch.save(optimizer.state_dict(), file)
         file.seek(0)
-        state_dict = torch.load(file)  # as its default has it: nothing but tensors and plain values
+        state_dict = torch.load(file)  # by default it accepts nothing but tensors and plain values
         saved = len(state_dict["state"])
         optimizer.load_state_dict(state_dict)
     whole, norm = of_one_process(layers)
@@ -98,7 +98,7 @@ def raised(function: Any) -> str:
 
 
 def fsdp1(use_orig_params: bool, strategy: ShardingStrategy) -> Found:
-    """FSDP1 with the default, with the line that its refusal says, and with what no line makes right."""
+    """Train under FSDP1 with default options, with the line that the refusal suggests, and with options that fail."""
     whole = network()
     backward(whole, 0)
     model = FullyShardedDataParallel(
@@ -129,7 +129,7 @@ def fsdp1(use_orig_params: bool, strategy: ShardingStrategy) -> Found:
 
 
 def main(rank: int, world: int, folder: Path) -> None:
-    # Such as that FSDP1 goes to NO_SHARD where it is asked to.
+    # FSDP1 warns, for example that it switches to NO_SHARD when asked to.
     warnings.simplefilter("ignore")
     join_ranks(rank, world, folder)
     everyone = dist.group.WORLD

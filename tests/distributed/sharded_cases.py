@@ -1,4 +1,4 @@
-"""Training runs that ranks share, and what one process with torch's own clip and optimizers finds for the whole."""
+"""Training runs that ranks share, and what one process with torch's clip and optimizers finds for the whole."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Case:
         return 2
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """Torch's, over these param groups."""
+        """Return torch's optimizer over these param groups."""
         if self.rule == "sgd":
             return torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.01)
         if self.rule == "adadelta":
@@ -85,7 +85,7 @@ EMULATED_CASES = [
 
 
 class Network(nn.Module):
-    """Two layers to be split over ranks, and a normalization that tensor parallelism leaves alone."""
+    """Two layers to split over ranks, and a normalization layer that tensor parallelism does not split."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Network(nn.Module):
 
 
 def groups_of(network: nn.Module) -> list[dict[str, Any]]:
-    """Its parameters as two param groups, in the order of their names."""
+    """Return the network's parameters as two param groups, in the order of their names."""
     named = dict(network.named_parameters())
     down = [name for name in named if name.startswith("down")]
     return [
@@ -110,7 +110,7 @@ def groups_of(network: nn.Module) -> list[dict[str, Any]]:
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
-    """Eight samples; every seventh step's targets are far off, so that gradients spike."""
+    """Return eight samples; every seventh step's targets are far off, so that gradients spike."""
     generator = torch.Generator().manual_seed(100 + step)
     spike = 300.0 if step % 7 == 3 else 1.0
     return (
@@ -119,7 +119,7 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     )
 
 
-# Of the parameters of "tensors": some do not divide by the number of ranks, some leave ranks without an element.
+# Shapes of the parameters of "tensors": some do not divide by the number of ranks, some leave ranks without elements.
 SHAPES = [(5, 3), (1, 2), (4, 6), (3,), (7, 2), (2, 9), ()]
 FIRST_GROUP = 4
 
@@ -142,7 +142,7 @@ class Expected:
 
 
 def expected(case: Case) -> Expected:
-    """The same steps in one process."""
+    """Take the same steps in one process."""
     if case.layout == "tensors":
         params = [nn.Parameter(p) for p in whole_params()]
         groups = [{"params": params[:FIRST_GROUP]}, {"params": params[FIRST_GROUP:]}]

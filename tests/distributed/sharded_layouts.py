@@ -32,11 +32,11 @@ from tests.distributed.sharded_cases import (
     whole_params,
 )
 
-Place = tuple[DeviceMesh, list[Placement]] | None  # None: a plain tensor
+Place = tuple[DeviceMesh, list[Placement]] | None  # None for a plain tensor
 
 
 class Meshes:
-    """Made once, since all ranks have to come."""
+    """The meshes of the tests, made once, since all ranks have to take part."""
 
     def __init__(self, world: int) -> None:
         self.flat = init_device_mesh("cpu", (world,), mesh_dim_names=("flat",))
@@ -45,12 +45,12 @@ class Meshes:
             self._rows = [DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [2, 3])]
 
     def row(self, number: int) -> DeviceMesh:
-        """Half of the four ranks."""
+        """Return a mesh of half of the four ranks."""
         return self._rows[number]
 
 
 def shared_network(layout: str, meshes: Meshes) -> tuple[Network, int, int]:
-    """The network, and which part of how many of each batch this rank takes."""
+    """Return the network, and the number of this rank's part of a batch among how many."""
     network = Network()
     plan: dict[str, Any] = {"up": ColwiseParallel(), "down": RowwiseParallel()}
     if layout == "tp":
@@ -69,7 +69,7 @@ def shared_network(layout: str, meshes: Meshes) -> tuple[Network, int, int]:
 
 
 class NetworkTraining:
-    """Gradients by backward, of this rank's part of the batch."""
+    """Training whose gradients come from backward, with this rank's part of the batch."""
 
     def __init__(self, layout: str, meshes: Meshes) -> None:
         self.network, self.part, self.parts = shared_network(layout, meshes)
@@ -114,7 +114,7 @@ def placed(whole: Tensor, place: Place) -> Tensor:
 
 
 def in_parts(whole: Tensor, place: Place) -> Tensor:
-    """As a sum of which every rank of the mesh has another part."""
+    """Return a partial sum, of which every rank of the mesh has a different part."""
     assert place is not None
     mesh = place[0]
     share = (mesh.get_local_rank(0) + 1) / sum(range(mesh.size(0) + 1))
@@ -124,11 +124,11 @@ def in_parts(whole: Tensor, place: Place) -> Tensor:
 
 
 class TensorTraining:
-    """Parameters and gradients that were made by hand."""
+    """Training whose parameters and gradients are made by hand."""
 
     def __init__(self, meshes: Meshes, world: int) -> None:
         self.places = places(meshes, world)
-        # The one that every rank of its mesh has.
+        # This is the gradient that every rank of its mesh has.
         self.summed = next(
             i
             for i, place in enumerate(self.places)
@@ -167,6 +167,6 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def locals_of(params: list[Tensor]) -> list[Tensor]:
-    """Copies, to see later that nothing has changed."""
+    """Return copies, to see later that nothing has changed."""
     with torch.no_grad():
         return [local(param).clone() for param in params]

@@ -31,7 +31,7 @@ ELEMENTS = 1 << 14
 
 
 def half_precision(rank: int, world: int, meshes: Meshes) -> Found:
-    """Steps by gradients that were made by hand, one of them with a NaN that one rank has."""
+    """Step with gradients that were made by hand; in one step one rank has a NaN."""
     found: Found = {}
     for case in HALF_CASES:
         runs = []
@@ -46,14 +46,14 @@ def half_precision(rank: int, world: int, meshes: Meshes) -> Found:
 
 
 def rounded_by_chance(rank: int, world: int, meshes: Meshes) -> Found:
-    """A sharded and a replicated parameter, moved by a quarter of their last bit."""
+    """Move a sharded and a replicated parameter by a quarter of their last bit."""
     found: Found = {}
     for name, placement in (("sharded", Shard(0)), ("replicated", Replicate())):
         ones = torch.ones(ELEMENTS, dtype=torch.bfloat16)
         param = nn.Parameter(distribute_tensor(ones, meshes.flat, [placement], src_data_rank=None))
         optimizer = sg.optim.SGD([param], lr=2.0**-9, rounding="stochastic", rounding_seed=3)
         param.grad = like(param, -ones)
-        optimizer.step()  # by 2^-9, where numbers are 2^-7 apart
+        optimizer.step()  # a step of 2^-9, where numbers are 2^-7 apart
         found[name] = local(param).detach().clone()
     return found
 
@@ -67,7 +67,7 @@ def product(dtype: torch.dtype) -> nn.Linear:
 
 
 def micro_batch(number: int, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """So small that all sums of gradients are exact."""
+    """Return a micro-batch that is so small that all sums of gradients are exact."""
     generator = torch.Generator().manual_seed(100 * number + rank)
     input = torch.randint(-2, 3, (1, 6), generator=generator) / 4
     weight = torch.randint(-2, 3, (1, 9), generator=generator) / 2
@@ -75,7 +75,7 @@ def micro_batch(number: int, rank: int, dtype: torch.dtype) -> tuple[Tensor, Ten
 
 
 def accumulated(rank: int, world: int, meshes: Meshes) -> Found:
-    """Micro-batches under fully_shard, whose sums in float32 are DTensors."""
+    """Accumulate micro-batches under fully_shard, whose sums in float32 are DTensors."""
     found: Found = {}
     for dtype in (torch.float32, torch.bfloat16):
         for sync in (True, False):
@@ -106,7 +106,7 @@ def spoilt(step: int) -> bool:
 
 
 def scale_up(net: nn.Module, scale: float, step: int, rank: int) -> None:
-    """Gradients as backward of a scaled loss leaves them; those of spoilt steps are infinite on one rank."""
+    """Scale gradients as backward of a scaled loss does; in spoilt steps they are infinite on one rank."""
     give(net, step + 3)
     for param in net.parameters():
         param.grad.mul_(scale)
@@ -115,7 +115,7 @@ def scale_up(net: nn.Module, scale: float, step: int, rank: int) -> None:
 
 
 def scaled(rank: int, world: int, meshes: Meshes) -> Found:
-    """Loss scaling by both scalers, whose scales have to stay the same on all ranks."""
+    """Scale losses with both scalers, whose scales have to stay the same on all ranks."""
     found: Found = {}
     for kind in ("ours", "torch"):
         for unscaled in (False, True):
@@ -128,7 +128,7 @@ def scaled(rank: int, world: int, meshes: Meshes) -> Found:
             scales = []
             for step in range(SCALED_STEPS):
                 scale_up(net, scaler.get_scale(), step, rank)
-                scaler.scale(torch.ones(()))  # as a loss is
+                scaler.scale(torch.ones(()))  # a loss is scaled, too
                 if unscaled:
                     scaler.unscale_(optimizer)
                 scaler.step(optimizer)
@@ -139,7 +139,7 @@ def scaled(rank: int, world: int, meshes: Meshes) -> Found:
 
 
 def stages_scaled(rank: int, world: int, meshes: Meshes) -> Found:
-    """Other parameters on each rank, where torch's scaler would back off on one of them alone."""
+    """Step with different parameters on each rank, where torch's scaler would back off on one of them alone."""
     net = network(Case("SGD", "wrapper"), seed=rank)
     optimizer = sg.optim.SGD(net.parameters(), lr=0.1, max_norm=1.0, reduce_norm=meshes.flat)
     scaler = sg.GradScaler("cpu", init_scale=2.0**16, growth_interval=4)
@@ -154,7 +154,7 @@ def stages_scaled(rank: int, world: int, meshes: Meshes) -> Found:
 
 
 def warm_up_from_nothing(rank: int, world: int, meshes: Meshes) -> Found:
-    """A first learning rate of 0, where one rank has a gradient: not a step that only creates state."""
+    """Take a first step with learning rate 0 and a gradient on one rank, which is not a step that creates state."""
     ones = torch.ones(8, 2, dtype=torch.bfloat16)
     param = nn.Parameter(distribute_tensor(ones, meshes.flat, [Shard(0)], src_data_rank=None))
     param.grad = like(param, torch.cat([ones[:1], 0 * ones[1:]]))
@@ -165,7 +165,7 @@ def warm_up_from_nothing(rank: int, world: int, meshes: Meshes) -> Found:
 
 
 def mixed_precision(rank: int, world: int, meshes: Meshes) -> Found:
-    """fully_shard's own: parameters in float32, everything else in bf16."""
+    """Use fully_shard's mixed precision: parameters in float32, everything else in bf16."""
     layer = product(torch.float32)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     fully_shard(layer, mesh=meshes.flat, mp_policy=policy)
@@ -180,7 +180,7 @@ def mixed_precision(rank: int, world: int, meshes: Meshes) -> Found:
 
 
 def data_parallel_accumulation(rank: int, world: int, meshes: Meshes) -> Found:
-    """Micro-batches under DistributedDataParallel, all but the last in no_sync; an overflow on one rank."""
+    """Accumulate under DistributedDataParallel, all but the last micro-batch in no_sync; one rank overflows."""
     model = nn.parallel.DistributedDataParallel(product(torch.float32))
     optimizer = sg.optim.SGD(model.parameters(), lr=0.5, momentum=0.9, max_norm=0.25)
     scaler = sg.GradScaler("cpu", init_scale=2.0**10)
@@ -207,7 +207,7 @@ def data_parallel_accumulation(rank: int, world: int, meshes: Meshes) -> Found:
 def loss(model: Any, scaler: Any, step: int, number: int, rank: int) -> Tensor:
     input, weight = micro_batch(3 * step + number, rank, torch.float32)
     if (step, number, rank) == (1, 0, 1):
-        weight = weight * torch.inf  # inf and NaN
+        weight = weight * torch.inf  # gives infinity and NaN
     scaled: Tensor = scaler.scale((model(input) * weight).sum())
     return scaled
 

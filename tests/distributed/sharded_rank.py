@@ -37,7 +37,7 @@ def run_case(case: Case, meshes: Meshes) -> Found:
     collectives: dict[str, int] = {}
     for step in range(case.steps):
         trained.backward(step)
-        if step == 2:  # without gradients in parts, which have collectives of their own
+        if step == 2:  # this step has no partial gradients, which need collectives of their own
             with CommDebugMode() as mode:
                 optimizer.step()
             collectives = {str(op): count for op, count in mode.get_comm_counts().items()}
@@ -64,7 +64,7 @@ def run_case(case: Case, meshes: Meshes) -> Found:
 
 def main(rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    # Of fully_shard around tensor parallel layers, whatever is done with their output.
+    # fully_shard warns of tensor parallel layers, whatever is done with their output.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     store = dist.FileStore(str(folder / "store"), world)
     dist.init_process_group(
@@ -86,7 +86,7 @@ def main(rank: int, world: int, folder: Path) -> None:
     for refusal in REFUSALS:
         sys.stderr.write(f"{refusal.__name__}\n")
         found[refusal.__name__] = refusal(rank, world, meshes)
-        dist.barrier()  # as a rank that asks again at once may be heard by one that still waits
+        dist.barrier()  # a rank that asks again at once might be answered by one that still waits
     leave_ranks(found, rank, folder)
 
 

@@ -1,4 +1,4 @@
-"""What ranks must be told instead of waiting for each other; these come last, since they leave groups behind."""
+"""Situations in which ranks have to raise instead of waiting; they come last, since they leave groups behind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Found = dict[str, Any]
 
 
 def sharded(mesh: DeviceMesh, rows: int = 4) -> nn.Parameter:
-    """A parameter of ones with a gradient of ones; nothing is sent."""
+    """Return a sharded parameter of ones with a gradient of ones, without communication."""
     here = mesh.get_coordinate()
     part = torch.ones(0 if here is None else rows // mesh.size(), 2)
     shape = {"shape": torch.Size((rows, 2)), "stride": (2, 1)}
@@ -81,7 +81,7 @@ def wrong_arguments(rank: int, world: int, meshes: Meshes) -> Found:
 
 
 def other_tensors(rank: int, world: int, meshes: Meshes) -> Found:
-    """The same meshes everywhere, but not the same parameters on the last rank."""
+    """Use the same meshes everywhere, but other parameters on the last rank."""
     last = rank == world - 1
     shapes = [sharded(meshes.flat, 8 if last else 4), sharded(meshes.flat)]
     plain = nn.Parameter(torch.ones(2))
@@ -93,7 +93,7 @@ def other_tensors(rank: int, world: int, meshes: Meshes) -> Found:
 
 
 def other_meshes(rank: int, world: int, meshes: Meshes) -> Found:
-    """Ranks whose meshes reach differently far, so that each would wait for one that is elsewhere."""
+    """Use meshes over different ranks on each rank, so that each would wait for one that waits for another."""
     if world != 4:
         return {}
     pair, all_ranks = [0, 1], [0, 1, 2, 3]
@@ -102,7 +102,7 @@ def other_meshes(rank: int, world: int, meshes: Meshes) -> Found:
 
 
 def other_groups(rank: int, world: int, meshes: Meshes) -> Found:
-    """The same parameters, but the last rank has them in one param group."""
+    """Use the same parameters, but in one param group on the last rank."""
     params = [sharded(meshes.flat), sharded(meshes.flat, 8)]
     groups = [{"params": params}]
     if rank != world - 1:
@@ -115,7 +115,7 @@ def other_groups(rank: int, world: int, meshes: Meshes) -> Found:
     return found
 
 
-# Each with what the other ranks have, and what the last one has.
+# By option: what the other ranks have, and what the last one has.
 OTHER_OPTIONS = {
     "norm_type": (2.0, torch.inf),
     "clip_scope": ("global", "tensor"),
@@ -130,7 +130,7 @@ OTHER_OPTIONS = {
 
 
 def other_options(rank: int, world: int, meshes: Meshes) -> Found:
-    """Something else asked for on the last rank; for parameters that are no DTensors what matters to collectives."""
+    """Give the last rank other options; without DTensors only those that collectives depend on matter."""
     last = rank == world - 1
     found = {}
     for name, values in OTHER_OPTIONS.items():
@@ -140,7 +140,7 @@ def other_options(rank: int, world: int, meshes: Meshes) -> Found:
     for param in plain:
         param.grad = torch.ones(2)
     everyone = dist.group.WORLD
-    shared: Found = {"norm_type": 5.0}  # which has not been agreed upon before
+    shared: Found = {"norm_type": 5.0}  # a value that was not agreed on before
     found["stages: clip_scope"] = refused_step(
         plain, reduce_norm=everyone, clip_scope="tensor" if last else "global", **shared
     )
@@ -161,14 +161,14 @@ def master_of_double(rank: int, world: int, meshes: Meshes) -> Found:
         "sharded": refused_step([param, wide], rounding="master"),
         "plain": refused_step([param, plain], rounding="master"),
     }
-    # The next step of all ranks meets as if nothing had been.
+    # The next step of all ranks succeeds as if nothing had happened.
     optimizer = sg.optim.AdamW([param], lr=0.1, rounding="master")
     optimizer.step()
     return {**found, "norm": float(optimizer.grad_norm)}
 
 
 def a_rank_that_does_not_come(rank: int, world: int, meshes: Meshes) -> Found:
-    """The last one has no DTensor at all, and steps on its own."""
+    """Step alone on the last rank, which has no DTensor at all."""
     limit, agreement.TIME_LIMIT = agreement.TIME_LIMIT, 2.0
     try:
         last = rank == world - 1

@@ -1,4 +1,4 @@
-"""What ranks go through together besides training; each function runs on all ranks, over every backend."""
+"""Situations of ranks that share parameters, besides training; each function runs on all ranks, on every backend."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def message(call: Callable[[], object]) -> tuple[str, str]:
 def stepped_with(
     optimizer: torch.optim.Optimizer, params: list[Tensor], spoil: Callable[[], None]
 ) -> Found:
-    """A good step, then one whose gradients this rank has spoilt, then a good one."""
+    """Take a good step, then one whose gradients this rank has spoilt, then a good one."""
     optimizer.step()
     before = locals_of(params)
     spoil()
@@ -49,7 +49,7 @@ def stepped_with(
 
 
 def nan_on_one_rank(rank: int, world: int, meshes: Meshes) -> Found:
-    """In every kind of parameter, under every policy; also where no rank counts it."""
+    """Put a NaN into every kind of parameter, under every policy, also where no rank counts it."""
     found: Found = {}
     for policy in ("skip", "zero", "raise", "propagate"):
         for place in range(7):
@@ -64,7 +64,7 @@ def nan_on_one_rank(rank: int, world: int, meshes: Meshes) -> Found:
                 part = local(trained.params[place].grad)
                 if rank == 1 and part.numel() > 0:
                     part.view(-1)[-1] = torch.nan
-                elif rank == 1:  # it has nothing of this one
+                elif rank == 1:  # this rank has no part of the parameter
                     local(trained.params[0].grad).view(-1)[0] = torch.nan
 
             trained.backward(0)
@@ -73,7 +73,7 @@ def nan_on_one_rank(rank: int, world: int, meshes: Meshes) -> Found:
 
 
 def infinity_found_on_one_rank(rank: int, world: int, meshes: Meshes) -> Found:
-    """By a gradient scaler that has looked at its own rank alone."""
+    """Let a gradient scaler report an overflow that it has found on its own rank alone."""
     trained = TensorTraining(meshes, world)
     optimizer = sg.optim.AdamW(trained.groups, lr=0.1, max_norm=1.0)
 
@@ -114,7 +114,7 @@ def functions(rank: int, world: int, meshes: Meshes) -> Found:
         trained.backward(0)
         found[f"clip {p:g}"] = sg.clip_grad_norm_(params, 0.5, p)
         found[f"clipped {p:g}"] = [whole(param.grad) for param in params]
-        trained.backward(1)  # one of them in parts
+        trained.backward(1)  # one of the gradients is a partial sum
         found[f"norm {p:g}"] = sg.get_total_norm([param.grad for param in params], p)
     trained.backward(0)
     with CommDebugMode() as mode:
@@ -154,7 +154,7 @@ def functions(rank: int, world: int, meshes: Meshes) -> Found:
 
 
 def options_of_a_step(rank: int, world: int, meshes: Meshes) -> Found:
-    """Elementwise options, on shards."""
+    """Use every elementwise option on shards."""
     trained = TensorTraining(meshes, world)
     options = {"l1": 0.05, "l2": 0.1, "clip_value": 0.3, "l1_mode": "proximal", "write_grads": True}
     optimizer = sg.optim.SGD(
@@ -178,7 +178,7 @@ def options_of_a_step(rank: int, world: int, meshes: Meshes) -> Found:
 
 
 def pipeline_and_experts(rank: int, world: int, meshes: Meshes) -> Found:
-    """Plain parameters that differ from rank to rank, and some that do not; as many on each as it likes."""
+    """Step with plain parameters, some different on each rank and some not, in any number per rank."""
     found: Found = {}
     for scope, p in (("global", 2.0), ("group", 2.0), ("global", 3.0), ("group", torch.inf)):
         generator = torch.Generator().manual_seed(7)
@@ -219,10 +219,10 @@ def pipeline_and_experts(rank: int, world: int, meshes: Meshes) -> Found:
 
 
 def stages_of_shards(rank: int, world: int, meshes: Meshes) -> Found:
-    """A pipeline whose stages are sharded: one collective over the stage's mesh, one over the pipeline's ranks."""
+    """Step a pipeline of sharded stages: one collective over the stage's mesh, one over the pipeline's ranks."""
     if world != 4:
         return {}
-    mesh = meshes.square  # dp is the pipeline here
+    mesh = meshes.square  # its dimension dp is the pipeline here
     generator = torch.Generator().manual_seed(30 + mesh.get_local_rank("dp"))
     param = nn.Parameter(
         distribute_tensor(torch.randn(5, 2, generator=generator), mesh["tp"], [Shard(0)])
@@ -244,10 +244,10 @@ def stages_of_shards(rank: int, world: int, meshes: Meshes) -> Found:
 
 
 def experts_of_stages(rank: int, world: int, meshes: Meshes) -> Found:
-    """Of a stage, which two ranks have alike, each has experts of its own: one group inside the other."""
+    """Give each of the two ranks of a stage experts of its own, so that one group is inside the other."""
     if world != 4:
         return {}
-    mesh = meshes.square  # dp is the pipeline here
+    mesh = meshes.square  # its dimension dp is the pipeline here
     found: Found = {}
     for scope, p in (("global", 2.0), ("group", 2.0), ("global", 3.0), ("group", torch.inf)):
         for reverse in (False, True):
@@ -278,7 +278,7 @@ def experts_of_stages(rank: int, world: int, meshes: Meshes) -> Found:
 
 
 def meshes_beside_each_other(rank: int, world: int, meshes: Meshes) -> Found:
-    """Two meshes without a common rank in one model: every rank holds all DTensors, some of them without elements."""
+    """Use two meshes without a common rank in one model: all ranks hold all DTensors, some without elements."""
     if world != 4:
         return {}
     rows = [meshes.row(0), meshes.row(1)]
@@ -301,7 +301,7 @@ def meshes_beside_each_other(rank: int, world: int, meshes: Meshes) -> Found:
 
 
 def meshes_that_overlap(rank: int, world: int, meshes: Meshes) -> Found:
-    """On three ranks of four; the one that is on both is a member of more groups than the others."""
+    """Use overlapping meshes on three of four ranks; the rank on both is in more groups than the others."""
     if world < 4:
         return {}
     both = [DeviceMesh("cpu", torch.tensor(ranks)) for ranks in ([0, 1], [1, 2])]
@@ -316,7 +316,7 @@ def meshes_that_overlap(rank: int, world: int, meshes: Meshes) -> Found:
 
 
 def clips_of_empty_parts(rank: int, world: int, meshes: Meshes) -> Found:
-    """One row that the first rank holds, clipped; a second group on the same rank only, which is not."""
+    """Clip one row that the first rank holds; a second group on the same rank is not clipped."""
     found: Found = {}
     for scope in ("global", "group", "tensor"):
         params = [
@@ -329,7 +329,7 @@ def clips_of_empty_parts(rank: int, world: int, meshes: Meshes) -> Found:
         optimizer = sg.optim.SGD(groups, lr=1.0, max_norm=0.1, clip_scope=scope)
         optimizer.step()
         clipped = optimizer.clipped_steps
-        if rank > 0 and scope != "tensor":  # also where this rank takes no part at all
+        if rank > 0 and scope != "tensor":  # the case that this rank has no gradient at all
             params[0].grad = None
         optimizer.step()
         found[scope] = [clipped, optimizer.clipped_steps]
@@ -354,7 +354,7 @@ def norms_of_ranks(rank: int, world: int, meshes: Meshes) -> Found:
 
 
 def checkpoint_into_torch(rank: int, world: int, meshes: Meshes) -> Found:
-    """A state dict of ours goes on in torch's optimizer, and torch's in ours."""
+    """Load a state dict of ours into torch's optimizer, and torch's into ours."""
     trained = TensorTraining(meshes, world)
     other = TensorTraining(meshes, world)
     ours = sg.optim.AdamW(trained.groups, lr=0.1)
@@ -378,7 +378,7 @@ def checkpoint_into_torch(rank: int, world: int, meshes: Meshes) -> Found:
 
 
 def exchanged_shards(rank: int, world: int, meshes: Meshes) -> Found:
-    """A DTensor's memory may be exchanged behind it, as fully_shard does when a model is moved."""
+    """Exchange a DTensor's memory behind it, as fully_shard does when a model is moved."""
     param = nn.Parameter(distribute_tensor(torch.ones(4, 2), meshes.flat, [Shard(0)]))
     optimizer = sg.optim.SGD([param], lr=1.0)
     param.grad = distribute_tensor(torch.ones(4, 2), meshes.flat, [Shard(0)])

@@ -1,4 +1,4 @@
-"""``ZeroRedundancyOptimizer`` and FSDP1, whose ranks hold parts of a whole that no DTensor tells of."""
+"""``ZeroRedundancyOptimizer`` and FSDP1, whose ranks hold parts of a whole that are not DTensors."""
 
 from __future__ import annotations
 

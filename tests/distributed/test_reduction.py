@@ -1,4 +1,4 @@
-"""The hook between the passes: what it is given, what it decides, and that a step waits for nothing else."""
+"""The hook between the passes: what it gets, what it decides, and that a step waits for nothing else."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Change = Callable[[Tensor], None]
 
 
 class Hook:
-    """Stands in the place of the sum over processes."""
+    """Replaces the sum over processes."""
 
     def __init__(self, change: Change, rows: int, counted: list[int], device: torch.device) -> None:
         self.change = change
@@ -43,7 +43,7 @@ class Hook:
 
 
 def unchanged(rows: Tensor) -> None:
-    """As if no other process held anything."""
+    """Change nothing, as if no other process held anything."""
 
 
 def optimizer_of(backend: Backend, **options: Any) -> tuple[list[Parameter], sg.optim.SGD]:
@@ -57,7 +57,7 @@ def optimizer_of(backend: Backend, **options: Any) -> tuple[list[Parameter], sg.
 
 
 class HookedSharding:
-    """What a stepper asks for, with a hook in it."""
+    """Replaces the sharding of a stepper, with a hook in it."""
 
     def __init__(self, hook: Hook) -> None:
         self.reduction = hook.reduction
@@ -125,7 +125,7 @@ def test_a_hook_that_changes_nothing_gives_the_bits_of_a_step_without(
     for _ in range(2):
         optimizer.step()
     for a, b in zip(snapshot(params, optimizer), snapshot(same, alone), strict=True):
-        if scope == "global":  # over groups first, then over all: another order
+        if scope == "global":  # sums over groups and then over all have another order
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
         else:
             assert torch.equal(a, b)
@@ -190,7 +190,7 @@ def test_an_error_in_the_hook_leaves_everything(
 
     params, optimizer = optimizer_of(backend, max_norm=1.0, nonfinite=nonfinite)
     optimizer.step()
-    optimizer.param_groups[1]["params"] = list(params[2:])  # a new plan, with the hook
+    optimizer.param_groups[1]["params"] = list(params[2:])  # a new plan uses the hook, too
     hook = hooked(optimizer, monkeypatch, broken)
     optimizer._current_stepper()._plan = None
     before = snapshot(params, optimizer)
@@ -253,7 +253,7 @@ def test_one_more_launch(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> N
     optimizer.step()
     before = _kernels.launch_count()
     optimizer.step()
-    # The norm, the rows, the decision, the update.
+    # These are the norm, the rows, the decision and the update.
     assert _kernels.launch_count() - before == 4
 
 

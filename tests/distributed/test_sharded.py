@@ -43,10 +43,10 @@ def test_ranks_on_a_device_that_the_host_does_not_wait_for(case: Case) -> None:
 def assert_trains_as_one_process(case: Case) -> None:
     one = expected(case)
     ranks = found(case.world, str(case))
-    assert max(one.norms) > 100 * min(one.norms)  # the spikes
+    assert max(one.norms) > 100 * min(one.norms)  # the run has spikes
     for rank in ranks:
         torch.testing.assert_close(rank["norms"], one.norms, rtol=1e-5, atol=0)
-        assert rank["norms"] == ranks[0]["norms"]  # the same bits on all ranks
+        assert rank["norms"] == ranks[0]["norms"]  # all ranks have the same bits
         for actual, exact in zip(rank["weights"], one.weights, strict=True):
             torch.testing.assert_close(actual, exact, rtol=1e-5, atol=1e-5)
         assert rank["skipped"] == 0
@@ -57,7 +57,7 @@ def assert_trains_as_one_process(case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_one_collective_a_step(case: Case) -> None:
-    """Whatever the number of meshes: a sum, or for a norm that is not one a gather."""
+    """Allow one collective, whatever the number of meshes: a sum, or a gather for norms that are not sums."""
     name = "allreduce_" if case.p in (1, 2) else "allgather"
     for rank in found(case.world, str(case)):
         assert sum(rank["collectives"].values()) == 1
@@ -75,7 +75,7 @@ def test_state_is_laid_out_as_torch_has_it() -> None:
 
 
 def test_replicas_stay_replicas() -> None:
-    """Plain parameters, and what is replicated over a mesh, have the same bits on all ranks."""
+    """Check that plain parameters, and parameters replicated over a mesh, have the same bits on all ranks."""
     for world in (2, 4):
         ranks = found(world, f"cpu-tensors-{world}-adamw-global-2-l2")
         for i in (4, 5, 6) if world == 4 else (3, 4, 6):

@@ -1,4 +1,4 @@
-"""Checkpoints that two ranks save and one process, two and four ranks resume from, ours and torch's, new and old."""
+"""Checkpoints, ours and torch's, new and old, that one process or two ranks save and one process or ranks resume."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ WORLDS = (1, 2, 4)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With what one process has saved."""
+    """Return a folder with what one process has saved."""
     made = tmp_path_factory.mktemp("checkpoints")
     whole = {}
     for case in FULL_CASES:
@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @cache
 def found_by(world: int, folder: Path) -> Found:
     if world == 1:
-        found_by(2, folder)  # saves
+        found_by(2, folder)  # the ranks save their checkpoints
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             return checkpoint_rank.resume(folder, None)
@@ -80,14 +80,14 @@ def before(case: Case) -> Found:
 
 @cache
 def after(case: Case) -> Found:
-    """What one process has that was not interrupted."""
+    """Return what one process holds that was not interrupted."""
     net, optimizer = begun(case)
     train(net, optimizer, range(BEFORE, BEFORE + AFTER))
     return contents(net, optimizer)
 
 
 def continued(saved: Found, case: Case) -> Found:
-    """What one process has that goes on from torch's plain state dicts."""
+    """Return what one process holds that resumes from torch's plain state dicts."""
     net = network(case, seed=2)
     net.load_state_dict(saved["weights"])
     optimizer = case.optimizer(net, lr=3.0)
@@ -109,7 +109,7 @@ def assert_same_bits(got: Any, want: Any) -> None:
 
 
 def assert_gone_on(got: Found, want: Found, case: Case, world: int, same_draws: bool) -> None:
-    """Bit for bit; but random bits are drawn for the place in a rank's part."""
+    """Compare bit for bit; random bits are exempt, since they are drawn for the place in a rank's part."""
     if case.rounding != "stochastic" or same_draws:
         assert_same_bits(got, want)
         return
@@ -166,8 +166,8 @@ def test_checkpoints_of_torch_go_on_in_ours(
     resumed = found_by(world, folder)[way][str(saved)]
     case = checkpoint_rank.into_ours(saved)
     group = resumed["loaded"]["groups"][0]
-    assert group["lr"] == 0.1  # the saved one
-    assert group["max_norm"] == 1.5  # which it lacks
+    assert group["lr"] == 0.1  # the saved value
+    assert group["max_norm"] == 1.5  # the checkpoint lacks it
     assert group["skipped_steps"] == 0
     assert_same_bits(resumed["after"], continued(found_by(2, folder)["saved"][str(saved)], case))
 
@@ -202,7 +202,7 @@ def test_checkpoints_from_before_the_options_load(case: Case, world: int, folder
     group = resumed["loaded"]["groups"][0]
     assert group["lr"] == 0.1
     assert group["max_norm"] == 1.5
-    for key in set(OLD_KEYS) & set(group):  # what the fresh optimizer had
+    for key in set(OLD_KEYS) & set(group):  # keys of the fresh optimizer
         assert not group[key]
     assert_same_bits(resumed["loaded"]["weights"], two["weights"])
     want = continued(checkpoint_rank.without_new_keys(two), case)

@@ -45,10 +45,10 @@ def test_half_precision_is_that_of_one_process(world: int, ran_on: Backend, case
     if case.rounding != "stochastic":
         assert_same_bits(runs[0], want)
         return
-    assert_same_bits(runs[1], runs[0])  # the same bits again
+    assert_same_bits(runs[1], runs[0])  # a second run has the same bits
     assert_same_bits(runs[0]["groups"], want["groups"])
     assert runs[0]["groups"][0]["rounded_steps"] == 5
-    # Each step may round to the one neighbour or to the other.
+    # Each step may round to either neighbour.
     torch.testing.assert_close(runs[0]["weights"], want["weights"], rtol=0.03, atol=0.03)
 
 
@@ -62,7 +62,7 @@ def test_rounding_by_chance_is_unbiased(world: int, ran_on: Backend) -> None:
             assert count == ELEMENTS // (world if name == "sharded" else 1)
             deviation = (count * 0.25 * 0.75) ** 0.5
             assert abs(int(up.sum()) - 0.25 * count) < 4 * deviation
-    for rank in ranks:  # replicas stay replicas
+    for rank in ranks:  # replicas have to stay equal
         assert torch.equal(rank["replicated"], ranks[0]["replicated"])
 
 
@@ -90,7 +90,7 @@ def test_accumulation_of_shards(
 
 
 def whole_loss(layer: nn.Module, number: int, world: int, dtype: torch.dtype) -> Tensor:
-    """That of all ranks."""
+    """Return the loss over all ranks."""
     parts = [micro_batch(number, rank, dtype) for rank in range(world)]
     total: Tensor = sum((layer(input) * weight).sum() for input, weight in parts)  # type: ignore
     return total
@@ -139,7 +139,7 @@ def test_mixed_precision_of_fully_shard(world: int, ran_on: Backend) -> None:
     layer = product(torch.float32)
     optimizer = sg.optim.AdamW(layer.parameters(), lr=0.1, max_norm=0.25)
     for step in range(4):
-        # Sums of these gradients are exact in bf16, too.
+        # Sums of these gradients are exact even in bf16.
         (whole_loss(layer, step, world, torch.float32) / world).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -151,7 +151,7 @@ def test_mixed_precision_of_fully_shard(world: int, ran_on: Backend) -> None:
 def test_accumulation_and_scaling_under_data_parallelism(world: int, ran_on: Backend) -> None:
     layer = product(torch.float32)
     optimizer = sg.optim.SGD(layer.parameters(), lr=0.5, momentum=0.9, max_norm=0.25)
-    for step in (0, 2):  # rank 1's gradient is not finite in the other one
+    for step in (0, 2):  # in the other step rank 1's gradient is not finite
         for number in range(MICRO_BATCHES):
             with sg.accumulate(optimizer):
                 (whole_loss(layer, 3 * step + number, world, torch.float32) / world).backward()

@@ -1,4 +1,4 @@
-"""What ranks are told when they do not fit together: errors on every rank, and nothing waits."""
+"""Ranks that do not fit together get an error, on every rank, and none of them waits."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_wrong_arguments(world: int) -> None:
 def test_other_parameters_on_one_rank_are_an_error_on_all(world: int) -> None:
     last = world - 1
     for number, rank in enumerate(refusals(world, "other_tensors")):
-        words = (f"got others on ranks [{last}] than on rank 0", "Give every rank the same")
+        words = (f"got different ones on ranks [{last}] than on rank 0", "Give every rank the same")
         assert_refused(rank["shape"], "RuntimeError", *words)
         assert_refused(rank["count"], "RuntimeError", *words)
         assert words[0] in rank["function"][1]
@@ -74,7 +74,10 @@ def test_a_rank_that_does_not_come_is_not_waited_for_for_ever(world: int) -> Non
 def test_other_param_groups_on_one_rank_are_an_error_on_all(world: int) -> None:
     last = world - 1
     for number, rank in enumerate(refusals(world, "other_groups")):
-        words = ("step: parameters: expected", f"got others on ranks [{last}] than on rank 0")
+        words = (
+            "step: parameters: expected",
+            f"got different ones on ranks [{last}] than on rank 0",
+        )
         for result in rank.values():
             assert_refused(result, "RuntimeError", *words)
         if number == last:
@@ -87,7 +90,10 @@ def test_other_param_groups_on_one_rank_are_an_error_on_all(world: int) -> None:
 def test_other_options_on_one_rank_are_an_error_on_all(world: int, option: str) -> None:
     last = world - 1
     for number, rank in enumerate(refusals(world, "other_options")):
-        words = ("step: options: expected the same", f"got others on ranks [{last}] than on rank 0")
+        words = (
+            "step: options: expected the same",
+            f"got different ones on ranks [{last}] than on rank 0",
+        )
         assert_refused(rank[option], "RuntimeError", *words)
         if number == last:
             assert f"; here {option} " in rank[option]["raised"][1]

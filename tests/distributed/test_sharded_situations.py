@@ -1,4 +1,4 @@
-"""What else ranks that share parameters go through: non-finite elements on one of them, absent gradients, functions."""
+"""Further situations of ranks that share parameters: non-finite elements on one rank, absent gradients, functions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def world(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(params=backend_parameters(BACKENDS[:2]))
 def ran_on(request: pytest.FixtureRequest) -> Backend:
-    """Where the ranks ran their kernels; this process only reads what they found."""
+    """Return the backend on which the ranks ran their kernels; this process only reads what they found."""
     chosen: Backend = request.param
     if chosen.why_not() is not None:
         pytest.skip(str(chosen.why_not()))
@@ -92,7 +92,7 @@ def test_zero_and_propagate_are_one_decision(world: int, ran_on: Backend, place:
         assert zero["norm"] == ranks[0][f"zero {place}"]["norm"]
         propagated = rank[f"propagate {place}"]
         assert not propagated["norm"].isfinite()
-        if place == 0:  # counted: it makes all of them NaN, as torch has it
+        if place == 0:  # a counted NaN makes all of them NaN, as in torch
             assert not any(bool(weight.isfinite().any()) for weight in propagated["weights"])
 
 
@@ -122,7 +122,7 @@ def test_ranks_without_gradients_take_part(world: int, ran_on: Backend) -> None:
         assert rank[str(world)]["norm"] == rank[str(world)]["function"] == 0
         assert rank["1"]["norm"] == ranks[0]["1"]["norm"] > 0
     assert [any(rank["1"]["grads"]) for rank in ranks] == [r != 1 for r in range(world)]
-    # Elements that only the absent rank holds are not there; replicas that others hold are.
+    # Elements that only the absent rank holds are missing; replicas that other ranks hold are not.
     if world == 2:
         squares = sum(
             float(grad.double().square().sum())
@@ -156,7 +156,7 @@ def test_torch_refuses_what_is_mixed(world: int, ran_on: Backend) -> None:
     for rank in found(world, ran_on, "functions"):
         assert rank["mixed"][0] == "RuntimeError"
         assert "got mixed torch.Tensor and DTensor" in rank["mixed"][1]
-        assert rank["collectives"] == 2  # of ours, one for each call
+        assert rank["collectives"] == 2  # one of ours for each call
 
 
 def test_functions_on_elements(world: int, ran_on: Backend) -> None:
@@ -236,7 +236,7 @@ def test_parameters_that_differ_from_rank_to_rank(
         assert torch.equal(rank["moved"][0], ranks[0]["moved"][0])
     moved = [ranks[0]["moved"][0], *(m for rank in ranks for m in rank["moved"][1:])]
     for part in [slice(None)] if scope == "global" else [slice(1), slice(1, None)]:
-        # The learning rate is 1, so that parameters move by clipped gradients.
+        # The learning rate is 1, so parameters move by the clipped gradients.
         scale = 0.5 / (float(nn.utils.get_total_norm(whole[part], p)) + 1e-6)
         assert_close(moved[part], [scale * grad for grad in whole[part]])
 
@@ -290,7 +290,7 @@ def test_reduce_norm(world: int, ran_on: Backend) -> None:
         for p in (1.0, 2.0, 3.0, torch.inf):
             assert_close(rank[f"{p:g}"], torch.linalg.vector_norm(numbers, p))
         assert rank["float32"].dtype == torch.float32
-        assert rank["float32"].isinf() or world == 1  # beyond fp32, as get_total_norm has it
+        assert rank["float32"].isinf() or world == 1  # the norm exceeds fp32
         assert_close(rank["huge"], torch.tensor(1e300 * world ** (1 / 7), dtype=torch.float64))
         assert float(rank["tiny"]) == pytest.approx(1e-300 * world ** (1 / 7))
         assert rank["zero"] == 0
@@ -319,7 +319,7 @@ def test_state_goes_to_torch_and_back(world: int, ran_on: Backend) -> None:
 
 def test_exchanged_parameters_are_noticed(world: int, ran_on: Backend) -> None:
     for rank in found(world, ran_on, "exchanged_shards"):
-        assert bool((rank["old"] == 0).all())  # the step before took one from it
+        assert bool((rank["old"] == 0).all())  # the step before subtracted 1
         assert bool((rank["new"] == 4).all())
         assert bool((rank["fresh"] == 0).all())
         assert_close(rank["norm"], 8**0.5)

@@ -1,4 +1,4 @@
-// Atomics: relaxed, as on the GPU. Only the types that CUDA has.
+// Atomics for the types that CUDA has. They are relaxed, as on the GPU.
 #pragma once
 
 #include <type_traits>

@@ -7,8 +7,8 @@
 #include "emulation/sanitizers.h"
 #include "emulation/settings.h"
 
-// Not zero, which keeps these out of the part of thread-local storage that holds `__shared__` variables and
-// is filled before each block.
+// Their initial values are not zero, so that they are not in the part of thread-local storage that holds
+// `__shared__` variables and is filled before each block.
 __thread uint3 threadIdx = {1, 1, 1};
 __thread uint3 blockIdx = {1, 1, 1};
 __thread dim3 blockDim = {1, 1, 1};
@@ -64,7 +64,7 @@ bool Block::prepare(unsigned threads, size_t shared_bytes) {
     shared_memory_ = nullptr;
     shared_bytes_ = 0;
     constexpr size_t kAlignment = 128;
-    // Exactly as many bytes as asked for: AddressSanitizer sees the first one beyond.
+    // This allocates exactly as many bytes as asked for, so that AddressSanitizer sees an access beyond them.
     if (shared_bytes != 0 && posix_memalign(&shared_memory_, kAlignment, shared_bytes) != 0) return false;
     shared_bytes_ = shared_bytes;
   }
@@ -110,7 +110,7 @@ STEADYGRAD_UNCHECKED void Block::run(Grid& grid, uint64_t index) {
   if (dead_) abandon();
 }
 
-// The threads of a failed block stay where they are; only their stacks and what they wrote are taken over.
+// The threads of a failed block never go on; the next block takes over their stacks and what they wrote.
 STEADYGRAD_UNCHECKED void Block::abandon() {
   for (unsigned i = 0; i < size_; ++i) release_as(threads_[i].fiber, own_stack_, &end_mark_);
   acquire(&end_mark_);
@@ -167,7 +167,7 @@ STEADYGRAD_UNCHECKED Thread* Block::next_ready() {
   return ready_[ready_begin_++ % kMaxThreads];
 }
 
-// Null: back to the OS thread's own stack.
+// Null stands for the OS thread's own stack.
 STEADYGRAD_UNCHECKED void Block::switch_to(Thread* thread) {
   Fiber& from = current_ == nullptr ? own_stack_ : current_->fiber;
   Fiber& to = thread == nullptr ? own_stack_ : thread->fiber;
@@ -194,7 +194,7 @@ STEADYGRAD_UNCHECKED void Block::yield() {
   }
   if (ready_count_ == 0) std::this_thread::yield();
   if (grid_->order == Order::reverse) {
-    // To the end whose turn comes last, or it would get every turn itself.
+    // It goes to the end of the ring, or it would get every turn itself.
     current_->state = State::ready;
     ready_[--ready_begin_ % kMaxThreads] = current_;
     ++ready_count_;
@@ -216,7 +216,7 @@ STEADYGRAD_UNCHECKED void Block::release_barrier() {
 }
 
 STEADYGRAD_UNCHECKED BarrierVotes Block::barrier(bool predicate, Location at) {
-  // Two marks: some threads may be at the next barrier while others leave this one.
+  // There are two marks, since some threads may be at the next barrier while others leave this one.
   char* mark = &barrier_marks_[barrier_phase_ % 2];
   release(mark);
   if (at_barrier_ == 0) {

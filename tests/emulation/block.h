@@ -37,7 +37,7 @@ struct Warp {
 
 bool same_place(Location a, Location b);
 
-// Belongs to one OS thread, and its fibers are used again from block to block and from launch to launch.
+// A block object belongs to one OS thread, which uses its fibers again for every block and launch.
 class Block {
  public:
   // Called on the OS thread that will run it.
@@ -105,7 +105,7 @@ class Block {
   unsigned grid_phase_ = 0;
   Warp warps_[kMaxWarps];
 
-  // For the race detector: the order that the start, the barriers and the end give.
+  // These tell the race detector the order that the start, the barriers and the end of a block give.
   char start_mark_ = 0;
   char end_mark_ = 0;
   char barrier_marks_[2] = {};

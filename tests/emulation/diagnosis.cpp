@@ -1,4 +1,4 @@
-// What is said about a kernel that cannot go on.
+// Describes why a kernel cannot go on.
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>

@@ -45,7 +45,8 @@ const Known* find(cudaError_t error) {
 // Each OS thread has its own, as in CUDA. Worker threads, which fill such variables, have none to report.
 thread_local cudaError_t last_error = cudaSuccess;
 
-// Why kernels failed, kept as long as the process lives: the caller of cudaGetErrorString holds the pointer.
+// The reasons why kernels failed. They live as long as the process, since callers of cudaGetErrorString hold
+// pointers to them.
 struct Reasons {
   std::mutex mutex;
   std::list<std::string> texts;

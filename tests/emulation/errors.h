@@ -7,7 +7,7 @@
 
 namespace steadygrad::emulation {
 
-// Keeps it for cudaGetLastError and returns it.
+// Keeps the error for cudaGetLastError and returns it.
 cudaError_t remember(cudaError_t error);
 
 // Keeps the reason for cudaGetErrorString and returns cudaErrorLaunchFailure.

@@ -23,7 +23,7 @@ void grid_barrier(Location at);
 
 enum class WarpOperation : uint8_t { synchronize, shuffle, ballot, match, reduce };
 
-// What a lane brings to a rendezvous of its warp.
+// The operation and the operands with which a lane comes to a rendezvous of its warp.
 struct WarpRequest {
   WarpOperation operation;
   uint64_t value = 0;
@@ -34,7 +34,7 @@ struct WarpRequest {
 // Waits for all lanes in `mask` and returns what the operation gives this lane.
 uint64_t warp_rendezvous(unsigned mask, const WarpRequest& request, Location at);
 
-// All lanes of the warp that have not exited.
+// Returns the lanes of the warp that have not exited.
 unsigned live_lanes();
 unsigned thread_rank();
 unsigned block_size();

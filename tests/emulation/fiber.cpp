@@ -6,8 +6,8 @@
 
 #include "emulation/sanitizers.h"
 
-// Saves the registers that a call preserves on the stack that is left, takes them from the stack that is
-// entered, and returns there.
+// Saves the registers that a call preserves on the old stack, loads those of the new stack, and returns
+// there.
 extern "C" __attribute__((visibility("hidden"))) void steadygrad_emulation_switch_stack(void** left,
                                                                                         void* entered);
 
@@ -125,7 +125,7 @@ STEADYGRAD_UNCHECKED Fiber Stacks::create(unsigned index, void (*entry)()) const
   char* stack = memory_ + index * bytes_;
   fiber.stack = stack;
   fiber.stack_bytes = bytes_;
-  // Staggered: at equal offsets from a page, the frames of all fibers would fall into the same cache sets.
+  // Offsets are staggered: with equal ones the frames of all fibers would fall into the same cache sets.
   const uintptr_t top = reinterpret_cast<uintptr_t>(stack + bytes_ - 64 - index * 7 % 32 * 192);
   auto** saved = reinterpret_cast<void**>(top & ~static_cast<uintptr_t>(15)) - kSavedWords;
   for (size_t i = 0; i < kSavedWords; ++i) saved[i] = nullptr;

@@ -22,7 +22,7 @@ class Stacks {
   Stacks& operator=(const Stacks&) = delete;
   ~Stacks() { release(); }
 
-  // False: the system has no memory for so many.
+  // Returns false if the system has no memory for so many.
   bool reserve(unsigned count, size_t bytes);
   void release();
 
@@ -38,18 +38,18 @@ class Stacks {
 // Removes what `create` made beside the stack. The fiber must not be running.
 void destroy_fiber(Fiber& fiber);
 
-// Fibers that exist in the process.
+// Returns the number of fibers in the process.
 uint64_t live_fibers();
 
-// The calling OS thread's own stack as a fiber, to switch away from.
+// Returns the calling OS thread's own stack as a fiber, to switch away from.
 Fiber thread_fiber();
 
 void switch_fiber(Fiber& from, Fiber& to);
 
-// What `entry` calls first: completes the switch that started the fiber. `left` is the fiber that was left.
+// Completes the switch that started the fiber; `entry` calls it first. `left` is the fiber that ran before.
 void enter_fiber(Fiber& entered, Fiber& left);
 
-// Lets what an abandoned fiber did happen before an acquire of `address`.
+// Orders everything that an abandoned fiber did before an acquire of `address`.
 void release_as(const Fiber& fiber, const Fiber& current, void* address);
 
 }  // namespace steadygrad::emulation

@@ -53,7 +53,7 @@ STEADYGRAD_UNCHECKED uint64_t Grid::take_block() {
   const uint64_t k = __atomic_fetch_add(&next_block, uint64_t{1}, __ATOMIC_RELAXED);
   if (k >= block_count || order == Order::forward) return k < block_count ? k : block_count;
   if (order == Order::reverse) return block_count - 1 - k;
-  // A prime larger than any grid, so that every block comes once.
+  // This prime is larger than any grid, so that every block comes once.
   constexpr uint64_t kStep = 2654435761;
   return (k * kStep + seed % block_count) % block_count;
 }

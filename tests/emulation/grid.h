@@ -29,8 +29,8 @@ struct Grid {
   bool failed = false;
   char message[1024] = "";
 
-  // grid.sync(). The marks alternate, because a block may reach the next barrier while another leaves this
-  // one.
+  // These implement grid.sync(). The marks alternate, because a block may reach the next barrier while
+  // another leaves this one.
   std::mutex mutex;
   std::condition_variable changed;
   uint64_t arrived = 0;
@@ -43,13 +43,14 @@ struct Grid {
   // Takes the reason of the first failure. Blocks that have not started will not start.
   void fail(const char* reason);
 
-  // Blocks the OS thread of block `block` until every block has called it. False: the grid has failed.
+  // Blocks the OS thread of block `block` until every block has called it. Returns false if the grid has
+  // failed.
   bool wait_for_blocks(uint64_t block);
 
-  // Called by every block when it is over.
+  // Every block calls this when it is over.
   void leave(uint64_t block);
 
-  // Blocks in the order in which they shall run; `block_count` when there are no more.
+  // Returns the next block to run; `block_count` if there is none left.
   uint64_t take_block();
 };
 

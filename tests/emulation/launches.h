@@ -5,7 +5,7 @@
 
 namespace steadygrad::emulation {
 
-// Launch calls of this process that succeeded.
+// The number of launch calls of this process that succeeded.
 uint64_t launch_count();
 
 }  // namespace steadygrad::emulation

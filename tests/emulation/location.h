@@ -1,4 +1,5 @@
-// Where in a kernel something was called; a default argument, so that it names the caller's line.
+// The place in a kernel where a function was called. It is a default argument, so that it names the caller's
+// line.
 #pragma once
 
 namespace steadygrad::emulation {

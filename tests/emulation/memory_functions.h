@@ -1,4 +1,4 @@
-// Loads and stores with a cache hint. The hint is lost; the access is the same.
+// Loads and stores with a cache hint, which is ignored.
 #pragma once
 
 namespace steadygrad::emulation {

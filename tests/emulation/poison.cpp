@@ -9,8 +9,8 @@
 namespace steadygrad::emulation {
 namespace {
 
-// The zero-initialised part of this module's thread-local storage. Nothing of the emulator's own may lie in
-// it.
+// The zero-initialised part of this module's thread-local storage. No variable of the emulator itself may be
+// in it.
 struct Range {
   int initialised = 1;
   bool known = false;
@@ -52,7 +52,7 @@ void poison_shared_variables() {
 STEADYGRAD_UNCHECKED void poison(void* memory, size_t bytes) {
   if (bytes == 0) return;
 #if STEADYGRAD_THREAD_SANITIZER
-  // memset is checked, and slowly. The barrier keeps the compiler from making one of this loop.
+  // Sanitizers check memset, which is slow. The barrier keeps the compiler from turning this loop into one.
   auto* bytes_left = static_cast<unsigned char*>(memory);
   for (; bytes >= sizeof(uint64_t); bytes -= sizeof(uint64_t), bytes_left += sizeof(uint64_t)) {
     *reinterpret_cast<uint64_t __attribute__((may_alias, aligned(1)))*>(bytes_left) = ~uint64_t{0};

@@ -16,7 +16,7 @@ constexpr int kMajor = 9;
 constexpr int kMinor = 0;
 constexpr int kThreadsPerMultiprocessor = 2048;
 
-// Dynamic shared memory that kernels have asked for, where it is not the usual limit.
+// The limit of dynamic shared memory for kernels that have asked for another than the usual one.
 struct SharedMemoryLimits {
   std::mutex mutex;
   std::map<const void*, int> bytes;

@@ -138,7 +138,7 @@ cudaError_t cudaDeviceSynchronize();
 cudaError_t cudaGetLastError();
 cudaError_t cudaPeekAtLastError();
 const char* cudaGetErrorName(cudaError_t error);
-// Of cudaErrorLaunchFailure: what was wrong with the last kernel that failed, and where.
+// For cudaErrorLaunchFailure it returns what was wrong with the last kernel that failed, and where.
 const char* cudaGetErrorString(cudaError_t error);
 
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status);

@@ -20,9 +20,9 @@
 #endif
 #undef STEADYGRAD_HAS_FEATURE
 
-// For every function that touches the state of a block: its fibers take turns on one OS thread, which the
-// race detector, told that each of them is a thread of its own, would report. Such a function calls no
-// template of the standard library: an instantiation of that would be checked again.
+// Marks every function that touches the state of a block. The block's fibers take turns on one OS thread, but
+// the race detector takes each fiber for a thread, and would report a race. Such a function must not call
+// templates of the standard library, since their instantiations would be checked.
 #if STEADYGRAD_THREAD_SANITIZER
 #define STEADYGRAD_UNCHECKED __attribute__((noinline, no_sanitize("thread")))
 #else
@@ -50,7 +50,7 @@ void __sanitizer_finish_switch_fiber(void* fake_stack, const void** left_stack, 
 
 namespace steadygrad::emulation {
 
-// What this thread did so far happens before whatever follows an acquire of the same address.
+// Orders everything that this thread did so far before whatever follows an acquire of the same address.
 STEADYGRAD_UNCHECKED inline void release([[maybe_unused]] void* address) {
 #if STEADYGRAD_THREAD_SANITIZER
   __tsan_release(address);

@@ -28,7 +28,7 @@ inline void __syncwarp(unsigned mask = ~0u,
   warp_rendezvous(mask & live_lanes(), {WarpOperation::synchronize}, at);
 }
 
-// An approximation: the lanes that have not exited, whichever branch they are in.
+// Returns the lanes that have not exited, whichever branch they are in; this is an approximation.
 inline unsigned __activemask() { return steadygrad::emulation::live_lanes(); }
 
 inline void __threadfence_block() { steadygrad::emulation::memory_fence(); }

@@ -1,4 +1,4 @@
-"""The emulator of CUDA: it runs right kernels right, and notices wrong ones."""
+"""The emulator of CUDA runs correct kernels correctly, and notices wrong ones."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ SANITIZERS = {
     "thread": ["-O1", "-g", "-fsanitize=thread"],
 }
 OPTIONS = {
-    # Leaks cannot be looked for where a debugger is not allowed to attach.
+    # Leaks cannot be found on machines that do not allow a debugger to attach.
     "ASAN_OPTIONS": "detect_leaks=0",
-    # Without the second that it waits for other threads at the end.
+    # This leaves out the second for which TSan waits for other threads at the end.
     "TSAN_OPTIONS": "atexit_sleep_ms=0",
 }
 COMPILE = [
@@ -36,7 +36,7 @@ COMPILE = [
     *(f"-I{EMULATION / 'include'}", f"-I{EMULATION.parent}", f"-I{CSRC}", "-pthread"),
 ]
 
-# How each seeded defect shows, in each build where it does.
+# By build: how a seeded defect shows there.
 WRONG = {"optimized": "wrong", "address": "wrong"}
 DIAGNOSIS = {"optimized": "diagnosis", "address": "diagnosis", "thread": "diagnosis"}
 FINDINGS = {
@@ -81,12 +81,12 @@ class Build:
     """The programs, compiled in one way."""
 
     folder: Path
-    missing: str = ""  # why there are none
-    fills_variables: bool = True  # shared variables, before each block
+    missing: str = ""  # why this build is not there
+    fills_variables: bool = True  # whether shared variables are filled before each block
     prefix: list[str] = field(default_factory=list)
 
     def run(self, program: str, *arguments: str, **settings: str) -> subprocess.CompletedProcess:
-        """Run a program; `settings` are variables of the emulator, without their prefix."""
+        """Run a program; ``settings`` are variables of the emulator, without their prefix."""
         if self.missing:
             pytest.skip(self.missing)
         environment = {
@@ -131,7 +131,7 @@ def probe(compiler: str, build: Build, flags: list[str]) -> None:
 
 @pytest.fixture(scope="session")
 def builds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Build]]:
-    """Compile emulator and programs with and without sanitizers, as many files at a time as fit."""
+    """Compile emulator and programs with and without sanitizers, several files at a time."""
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("needs a C++ compiler named c++")
@@ -168,12 +168,12 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Build
 
 @pytest.fixture(params=SANITIZERS)
 def build(request: pytest.FixtureRequest, builds: dict[str, Build]) -> Build:
-    """One build after the other."""
+    """Return one build after the other."""
     return builds[request.param]
 
 
 def findings(result: subprocess.CompletedProcess) -> set[str]:
-    """Say what a run of a defect showed."""
+    """Return what a run of a defect showed."""
     marks = {
         "race": "ThreadSanitizer: data race",
         "address": "ERROR: AddressSanitizer",
@@ -184,7 +184,7 @@ def findings(result: subprocess.CompletedProcess) -> set[str]:
     found |= {"right", "wrong"} & lines
     if any(line.startswith("cudaErrorLaunchFailure: ") for line in lines):
         found.add("diagnosis")
-    # A kernel that kills the process has not gone unnoticed either.
+    # A kernel that kills the process was noticed, too.
     if result.returncode < 0:
         found.add("wrong")
     return found

@@ -1,4 +1,4 @@
-"""How many kernels a call launches: one per pass, however many tensors, unless arguments do not fit one."""
+"""How many kernels a call launches: one per pass for any number of tensors whose arguments fit into one launch."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from tests.backends import BACKENDS, Backend, backend_parameters
 from tests.optim.optimizer_runs import tensor_state
 from tests.snapshots import assert_same_tree, bits
 
-# What the arguments of one launch of pass 1 hold: 32 KB of gradient addresses and param groups.
+# The arguments of one launch of pass 1 hold 32 KB of gradient addresses and param groups.
 GRADIENTS_PER_LAUNCH = 3500
 GROUPS_PER_LAUNCH = 22
-# After pass 1, the decision and the update.
+# The launches after pass 1 are the decision and the update.
 DECIDE_AND_UPDATE = 2
 
 MODELS = [resnet50(), gpt2_small(), many_small()]
@@ -43,7 +43,7 @@ RULES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture
 def device(backend: Backend) -> torch.device:
-    """Where kernels are launched."""
+    """Return the device on which kernels are launched."""
     if not backend.asynchronous:
         pytest.skip("this backend launches no kernels")
     return backend.device
@@ -56,7 +56,7 @@ def launches(call: Callable[[], object]) -> int:
 
 
 def parameters(model: ModelShapes, device: torch.device) -> list[Parameter]:
-    """Vectors as many as the model has tensors; their sizes differ as much, but are a fraction."""
+    """Return as many vectors as the model has tensors, with sizes in the same proportions but smaller."""
     shrink = 1 if model.key == "small" else 4096
     sizes = [max(1, math.prod(shape) // shrink) for shape in model.shapes]
     return [Parameter(torch.full((size,), 0.5, device=device)) for size in sizes]
@@ -64,7 +64,7 @@ def parameters(model: ModelShapes, device: torch.device) -> list[Parameter]:
 
 def new_gradients(params: Sequence[Parameter], value: float) -> None:
     """Give every parameter a gradient in memory that no step has seen."""
-    kept = [p.grad for p in params]  # not to get the same memory back
+    kept = [p.grad for p in params]  # keeps the old memory from being used again
     for param in params:
         param.grad = torch.full_like(param, value)
     assert all(
@@ -86,7 +86,7 @@ def test_a_step_is_at_most_three_launches(
     optimizer = made(rule, params, max_norm=1.0)
     new_gradients(params, 1.0)
     first = launches(optimizer.step)
-    # In new memory, with the clip inactive and active.
+    # The gradients are in new memory, with the clip inactive and active.
     for value in (1e-7, 2.0):
         optimizer.zero_grad(set_to_none=True)
         new_gradients(params, value)
@@ -197,7 +197,7 @@ def test_several_optimizers_do_not_disturb_each_other(device: torch.device) -> N
 
 
 def pieces(groups_of_tensors: Sequence[int], group_count: int) -> int:
-    """Launches of pass 1 for tensors of these param groups, in order; groups without tensors are brought, too."""
+    """Return the launches of pass 1 for tensors of these param groups, in order; empty groups are sent, too."""
     count, first_group, gradients = 1, 0, 0
     for group in groups_of_tensors:
         while gradients == GRADIENTS_PER_LAUNCH or group >= first_group + GROUPS_PER_LAUNCH:
@@ -209,7 +209,7 @@ def pieces(groups_of_tensors: Sequence[int], group_count: int) -> int:
 
 
 def many_groups(counts: Sequence[int], device: torch.device) -> list[dict[str, Any]]:
-    """Param groups of so many parameters, with options of their own, so that a mix-up shows."""
+    """Return param groups of so many parameters, each with its own options, so that a mix-up shows."""
     generator = torch.Generator().manual_seed(len(counts))
     sizes = itertools.cycle([1, 5, 3, 0, 2, 129])
     return [
@@ -229,7 +229,7 @@ def many_groups(counts: Sequence[int], device: torch.device) -> list[dict[str, A
 def run_groups(
     backend: Backend, rule: str, counts: Sequence[int], scope: str, bare: Sequence[int]
 ) -> tuple[list[int], list[Tensor], Any, list[Tensor]]:
-    """Two steps without gradients for the groups in ``bare``: launches, parameters, state, norms."""
+    """Take two steps, without gradients for the groups in ``bare``; return launches, parameters, state, norms."""
     with backend.active():
         groups = many_groups(counts, backend.device)
         optimizer = made(rule, groups, clip_scope=scope)
@@ -275,7 +275,7 @@ def test_what_one_launch_cannot_hold_is_split(
     _, want, want_state, want_norms = run_groups(BACKENDS[0], rule, counts, "group", bare)
     assert launched[1] == passes + DECIDE_AND_UPDATE < launched[0]
     assert all(torch.equal(a.cpu(), b) for a, b in zip(norms, want_norms, strict=True))
-    if other.name == "cuda":  # its compiler may join a product and a sum
+    if other.name == "cuda":  # its compiler may fuse a product and a sum
         return
     assert all(torch.equal(a, b) for a, b in zip(params, want, strict=True))
     assert_same_tree(state, want_state)
@@ -288,11 +288,11 @@ def test_functions_bring_their_table_with_each_call(device: torch.device, norm_t
     grads = [p.grad for p in params if p.grad is not None]
     general = 0 if norm_type == 2.0 else 2
     for _ in range(2):
-        # The table, pass 1, the decision; then pass 2.
+        # These are the table, pass 1 and the decision; then pass 2.
         assert launches(lambda: sg.get_total_norm(grads, norm_type)) == 3 + general
         assert launches(lambda: sg.clip_grad_norm_(params, math.inf, norm_type)) == 3 + general
         assert launches(lambda: sg.clip_grad_norm_(params, 1.0, norm_type)) == 4 + general
-        # Whether the clip is active is known to the device alone.
+        # Only the device knows whether the clip is active.
         assert launches(lambda: sg.clip_grad_norm_(params, 1e9, norm_type)) == 4 + general
 
 
@@ -304,7 +304,7 @@ def test_functions_of_one_pass(device: torch.device) -> None:
     assert launches(lambda: sg.clip_grads_with_norm_(params, 1.0, 5.0)) == 2
     assert launches(lambda: sg.clip_grad_value_(params, 0.1)) == 2
     assert launches(lambda: sg.soft_threshold_(params, 0.1)) == 2
-    # Its value is added up in a launch of its own.
+    # The penalty's value is added up in a launch of its own.
     assert launches(lambda: sg.add_penalty_(params, l1=0.1, l2=0.1)) <= 3
 
 
@@ -321,7 +321,7 @@ def test_more_tensors_than_one_upload_takes(device: torch.device) -> None:
     params = [Parameter(torch.full((2,), 0.5, device=device)) for _ in range(4000)]
     new_gradients(params, 3.0)
     count = launches(lambda: sg.clip_grad_norm_(params, 1.0))
-    # 10 words a tensor at most, 4,092 a launch.
+    # A tensor takes at most 10 words, and a launch has 4,092.
     assert 4 < count <= 3 + 10
     total = sg.get_total_norm([p.grad for p in params if p.grad is not None])
     assert total.item() == pytest.approx(1.0, rel=1e-6)

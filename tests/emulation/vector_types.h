@@ -81,8 +81,8 @@ constexpr double2 make_double2(double x, double y) { return {x, y}; }
 
 static constexpr int warpSize = 32;
 
-// Objects and no macros, so that cudaLaunchConfig_t::blockDim compiles. `__thread`, because a `thread_local`
-// of another file is reached through a call that checks whether it is initialised.
+// These are objects and not macros, so that cudaLaunchConfig_t::blockDim compiles. They are `__thread`,
+// because access to a `thread_local` of another file calls a function that checks whether it is initialised.
 extern __thread uint3 threadIdx;
 extern __thread uint3 blockIdx;
 extern __thread dim3 blockDim;

@@ -29,7 +29,7 @@ STEADYGRAD_UNCHECKED uint64_t Block::warp_rendezvous(unsigned mask, const WarpRe
   }
   if ((warp.waiting & mask) == mask) {
     complete_rendezvous(warp, thread);
-    // The lane that came last shall not always be the first to go on.
+    // Otherwise the lane that came last would always go on first.
     if (grid_->order == Order::random && mask != 1u << lane) yield();
   } else {
     thread.state = State::at_warp_function;
@@ -39,7 +39,8 @@ STEADYGRAD_UNCHECKED uint64_t Block::warp_rendezvous(unsigned mask, const WarpRe
   return thread.result;
 }
 
-// Gives every lane its result now: a lane that goes on may bring its next value before another has woken up.
+// Gives every lane its result now, since a lane that goes on may bring its next value before another has
+// woken up.
 STEADYGRAD_UNCHECKED void Block::complete_rendezvous(Warp& warp, const Thread& arrived) {
   Thread* lanes = &threads_[arrived.rank / kWarpLanes * kWarpLanes];
   const WarpOperation operation = arrived.request.operation;

@@ -39,7 +39,7 @@ T reduce(unsigned mask, T value, Combine, Location at) {
 }
 
 struct Add {
-  // Wraps around, as the GPU does.
+  // The lane wraps around, as on the GPU.
   int operator()(int a, int b) const {
     return static_cast<int>(static_cast<unsigned>(a) + static_cast<unsigned>(b));
   }

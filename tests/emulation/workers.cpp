@@ -18,10 +18,10 @@
 namespace steadygrad::emulation {
 namespace {
 
-// Threads and fibers that ThreadSanitizer may see at a time; it gives up a little above 8000.
+// The number of threads and fibers that ThreadSanitizer may see at a time; it fails a little above 8000.
 constexpr uint64_t kMaxFollowed = 7000;
-// Grids of at most so many get a worker per block where races are looked for: two blocks that one worker
-// runs, one after the other, look ordered, which hides their races.
+// If races are looked for, grids of at most so many blocks get one worker per block: two blocks that one
+// worker runs, one after the other, look ordered, which hides their races.
 constexpr uint64_t kMaxApart = 4400;
 
 constexpr uint64_t kAnyBlock = ~uint64_t{0};
@@ -32,8 +32,8 @@ struct InBlock {
 };
 __thread InBlock in_block;
 
-// Every worker is told and asked through variables of its own: through common ones, what one block did would
-// be ordered before the start of another.
+// Every worker communicates through its own variables: common ones would order what one block did before the
+// start of another, and so hide races.
 class Worker {
  public:
   Worker() {
@@ -52,7 +52,7 @@ class Worker {
     changed_.wait(lock, [this] { return grid_ == nullptr; });
   }
 
-  // Only while no grid runs.
+  // This may be called only while no grid runs.
   void release_fibers() {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (state_ != nullptr) state_->release_fibers();
@@ -128,7 +128,8 @@ class Workers {
   std::vector<std::unique_ptr<Worker>> workers_;
 };
 
-// A child of fork() has none of its parent's threads and starts its own; what it inherited is left alone.
+// A child of fork() has none of its parent's threads, and starts its own; it does not touch the inherited
+// ones.
 struct Process {
   pid_t id;
   Workers workers;

@@ -7,8 +7,8 @@
 namespace steadygrad::emulation {
 
 // Runs all blocks of the grid, none of them on the calling thread, whose thread-local variables may belong to
-// others. One grid at a time; callers wait for each other. False: the system has too few threads, or the
-// caller is itself a block.
+// others. Only one grid runs at a time; callers wait for each other. Returns false if the system has too few
+// threads, or if the caller is itself a block.
 bool run_grid(Grid& grid);
 
 }  // namespace steadygrad::emulation

@@ -10,7 +10,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 def batches(count: int = 4, size: int = 20, classes: int = 5, examples: int = 16) -> list[Batch]:
-    """Normal inputs ``(examples, size)`` with random labels, the same ones each time."""
+    """Return normal inputs ``(examples, size)`` with random labels, the same ones each time."""
     generator = torch.Generator().manual_seed(1)
     return [
         (
@@ -22,7 +22,7 @@ def batches(count: int = 4, size: int = 20, classes: int = 5, examples: int = 16
 
 
 def mlp(layers: int = 6, gain: float = 1.0, width: int = 20, classes: int = 5) -> nn.Sequential:
-    """Linear layers with ReLUs between, weights drawn from ``N(0, (gain sqrt(2 / fan_in))^2)``."""
+    """Return linear layers with ReLUs between, with weights drawn from ``N(0, (gain sqrt(2 / fan_in))^2)``."""
     generator = torch.Generator().manual_seed(2)
     modules: list[nn.Module] = []
     for layer in range(layers):
@@ -50,7 +50,7 @@ class Everything(nn.Module):
         self.kept: list[Tensor] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(examples, 20)`` to ``(examples, 5)``."""
+        """Map ``(examples, 20)`` to ``(examples, 5)``."""
         self.calls += 1
         x = self.drop(functional.relu(self.norm(self.conv(x.view(-1, 4, 5))))).mT
         x = self.shared(self.shared(x))

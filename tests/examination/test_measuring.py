@@ -1,4 +1,4 @@
-"""What is measured by layer and by parameter, in every kind of network."""
+"""What an examination measures by layer and by parameter, in every kind of network."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_a_wrapped_model_is_looked_through(one_rank: None) -> None:
     found = sg.examine(wrapped, cross_entropy, given)
     assert found.norms == plain.norms
     assert [row.name for row in found.parameters] == [row.name for row in plain.parameters]
-    cross_entropy(wrapped(given[0][0]), given[0][1]).backward()  # its reducer was left alone
+    cross_entropy(wrapped(given[0][0]), given[0][1]).backward()  # DDP's reducer still works
 
 
 @pytest.mark.compile

@@ -1,4 +1,4 @@
-"""Bad input is refused by name, and changes nothing."""
+"""An examination refuses bad input by name, and changes nothing."""
 
 from __future__ import annotations
 

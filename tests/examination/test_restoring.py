@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Whatever an examination could change, in a form that can be compared."""
+    """Return everything that an examination could change, in a form that can be compared."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     state = {
         (place, key): value
@@ -51,7 +51,7 @@ def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
 
 
 def trained() -> tuple[Everything, torch.optim.Optimizer]:
-    """A model with state, gradients, a frozen parameter, a hook, and one module in another mode."""
+    """Return a model with state, gradients, a frozen parameter, a hook, and one module in another mode."""
     model = Everything()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     inputs, labels = batches(1)[0]
@@ -65,7 +65,7 @@ def trained() -> tuple[Everything, torch.optim.Optimizer]:
 
 
 def noisy_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """A loss that draws from every generator, and changes what it should not."""
+    """Return a loss that draws from every generator, and changes what it should not."""
     random.random(), np.random.rand(), torch.rand(1)
     model.train()
     return cross_entropy(model(batch[0]), batch[1])
@@ -160,7 +160,7 @@ def graphs() -> list[Tensor]:
 
 def test_nothing_keeps_the_graph_or_the_batches() -> None:
     model = mlp()
-    others = graphs()  # of tests before this one, in the same process
+    others = graphs()  # those of earlier tests in the same process
     given = batches()
     seen = [weakref.ref(batch[0]) for batch in given]
     found = sg.examine(

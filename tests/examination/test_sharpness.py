@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def exact(model: nn.Module, batch: Any, scale: Tensor | None = None) -> float:
-    """The largest eigenvalue of the Hessian, in float64."""
+    """Return the largest eigenvalue of the Hessian, in float64."""
     model = model.double()
     shapes = {name: p.shape for name, p in model.named_parameters()}
     flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])

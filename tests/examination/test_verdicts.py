@@ -1,4 +1,4 @@
-"""Planted faults are named, healthy networks are left alone."""
+"""Planted faults are named, and healthy networks get no verdict."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_a_saturated_recurrent_network() -> None:
 
 
 class HalfPrecision(nn.Module):
-    """Activations in fp16, between a first and a last layer in fp32; in fp32 once it has been converted."""
+    """Activations in fp16 between a first and a last layer in fp32; all in fp32 once it has been converted."""
 
     def __init__(self, factor: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""One rank of a gloo group: runs every snippet of docs/distributed.md, and leaves what came of it in a file."""
+"""One rank of a gloo group: runs every snippet of docs/distributed.md, and saves the results in a file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Layer(nn.Module):
 
 
 def names(rank: int, folder: Path) -> dict[str, Any]:
-    """What the page says there is, and what its snippets would import."""
+    """Return the names that the page's snippets use without defining or importing them."""
     torch.manual_seed(5)
     model = nn.Sequential(Layer(), Layer(), Layer())
     torch.manual_seed(50 + rank)
@@ -50,7 +50,7 @@ def names(rank: int, folder: Path) -> dict[str, Any]:
 
 
 def after(scope: dict[str, Any]) -> dict[str, Any]:
-    """A step, where the snippet only made the optimizer; then what that came to."""
+    """Step if the snippet only made the optimizer, and return the result."""
     optimizer = scope.get("optimizer")
     if optimizer is None:
         return {"norm": float(scope["norm"]), "skipped": 0}

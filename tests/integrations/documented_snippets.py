@@ -9,7 +9,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 def snippets(page: str = "distributed.md") -> dict[str, str]:
-    """Of one heading's, the second and later ones have a number."""
+    """Return the snippets by heading; the second and later ones under a heading have a number."""
     found: dict[str, str] = {}
     text = (DOCS / page).read_text(encoding="utf-8")
     for section in re.split(r"^#+ ", text, flags=re.MULTILINE):

@@ -23,7 +23,7 @@ BATCHES = 8
 
 @pytest.fixture
 def fresh_state() -> Iterator[None]:
-    """accelerate keeps its settings for the process."""
+    """Reset accelerate's settings, which it keeps for the whole process."""
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerate.state.GradientState._reset_state()
     yield
@@ -32,7 +32,7 @@ def fresh_state() -> Iterator[None]:
 
 
 class Run:
-    """A model, its optimizer and its scheduler, as accelerate hands them back."""
+    """A model, its optimizer and its scheduler, as accelerate returns them."""
 
     def __init__(self, kind: str, **options: Any) -> None:
         self.accelerator = accelerate.Accelerator(cpu=True, **options)
@@ -134,7 +134,7 @@ def test_its_own_clipping_leaves_the_rest_to_ours() -> None:
 @pytest.mark.parametrize("ours", [False, True])
 @pytest.mark.parametrize("kind", ["max_norm", "subclass"])
 def test_a_loss_scale(kind: str, ours: bool) -> None:
-    # accelerate makes one for devices only, so its wrapper is given it here.
+    # accelerate makes a scaler only for devices, so its wrapper is given one here.
     accelerate.Accelerator(cpu=True)
     model = network()
     optimizer = OPTIMIZERS[kind](model.parameters())
@@ -152,6 +152,6 @@ def test_a_loss_scale(kind: str, ours: bool) -> None:
         norms.append(float(optimizer.grad_norm))
     assert optimizer.skipped_steps == 1 and scaler.get_scale() == 2.0**9
     assert max(norm for norm in norms if math.isfinite(norm)) < 10
-    # The step decides by itself, so accelerate does not hear of it, and its scheduler goes on.
+    # The step decides itself, so accelerate does not know that it was skipped, and its scheduler goes on.
     assert wrapped.step_was_skipped is False
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * 0.9**6)

@@ -22,7 +22,7 @@ from tests.nn.vision_libraries import vision
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "folder"),
-    # Lightning's own, under torch 2.13 and on few cores.
+    # Lightning itself gives this warning under torch 2.13, and on few cores.
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
 ]
@@ -31,7 +31,7 @@ REMEDIES = {
     remedy: line for remedy, line, _ in TABLE_LINE.findall((DOCS / "remedies.md").read_text())
 }
 INTEGRATIONS = snippets("integrations.md")
-# What the founding articles name.
+# The techniques that the founding articles name.
 NAMED = ["clipping by norm", "clipping by value", "L1", "L2", "activation penalties", "batch norm"]
 NAMED += ["dropout", "initialisation", "activation functions", "learning rate schedule"]
 NAMED += ["dynamic adjustment", "data normalisation", "augmentation", "early stopping"]
@@ -56,7 +56,7 @@ def one_rank(folder: Path) -> Iterator[None]:
 
 
 def scope(folder: Path) -> dict[str, Any]:
-    """What the pages say there is."""
+    """Return the names that the pages use without defining them."""
     model = network(norm=True)
     given = list(batches(4))
     return {

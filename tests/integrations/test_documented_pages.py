@@ -1,4 +1,4 @@
-"""The README and the pages of the guide, executed as they stand: every block of a page, one after the other."""
+"""Executes the README and the pages of the guide as they are: every block of a page, one after the other."""
 
 from __future__ import annotations
 

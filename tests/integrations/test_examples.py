@@ -1,4 +1,4 @@
-"""The examples, as a user starts them, and the snippets of docs/distributed.md."""
+"""The examples, run as a user runs them, and the snippets of docs/distributed.md."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.integrations.documented_snippets import snippets
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SNIPPETS_RANK = Path(__file__).with_name("documented_rank.py")
-TIME_LIMIT = 120  # seconds for one set of ranks; they take about 20 alone
+TIME_LIMIT = 120  # seconds for one set of ranks, which take about 20 on an idle machine
 WAYS = {2: ["ddp", "fsdp2", "tp", "pp"], 4: ["hsdp", "fsdp2_tp"]}
 ARMS = ["fp32", "bf16 naive", "bf16, fp32 state", "bf16 + Kahan", "bf16 + stochastic"]
 ARMS += ["bf16 + master"]
@@ -35,7 +35,7 @@ with_gloo = pytest.mark.skipif(
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """As many for torch afterwards as before."""
+    """Restore torch's number of threads after the test."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -43,7 +43,7 @@ def threads() -> Iterator[None]:
 
 def test_every_example_is_run_here() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
-        "digits.py",  # the data of the others
+        "digits.py",  # the data of the other examples
         "distributed.py",
         "half_precision.py",
         "lightning_digits.py",
@@ -54,7 +54,7 @@ def test_every_example_is_run_here() -> None:
 
 
 def run(name: str, monkeypatch: pytest.MonkeyPatch, out: Path, *options: str) -> str:
-    """Run an example as a user does, in this process; returns its report, which is in a file and was drawn."""
+    """Run an example as a user does, in this process; check its report and plot, and return the report."""
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *options, "--out", str(out)])
     monkeypatch.syspath_prepend(EXAMPLES)
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
@@ -71,7 +71,7 @@ def test_plain_loop(
     printed = capsys.readouterr().out
     held_out = re.findall(r"epoch +\d: held-out loss ([\d.]+)", printed)
     assert len(held_out) == 3 and float(held_out[2]) < float(held_out[0])
-    # The batches that were spoiled are what the report is about.
+    # The report is about the batches that were spoiled.
     assert "steps 0 to 239, 12 parameters" in report
     skipped = [row["step"] for row in rows_of(tmp_path / "plain_loop.csv") if row["skipped"] == "1"]
     assert skipped and {int(step) % 40 for step in skipped} == {39}
@@ -83,7 +83,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-# Lightning's own, under torch 2.13 and on few cores.
+# Lightning itself gives this warning under torch 2.13, and on few cores.
 @pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec")
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.usefixtures("threads")
@@ -162,7 +162,7 @@ def test_distributed(world: int) -> None:
         assert "equal to one process" in own[-1] and f"{world} ranks" in own[-1]
         assert [line.split()[2] for line in own[:-1]] == ["0", "6", "10", "11"]
         assert [line.split()[-1] for line in own[:-1]] == ["0", "1", "1", "1"]  # skipped
-    # One training, whatever the way.
+    # All ways are the same training.
     norms = {line.split()[6] for line in lines if "step   0" in line}
     assert len(norms) == 1
 

@@ -27,7 +27,7 @@ LIBRARIES += ["tensorboard", "torchvision", "matplotlib", "huggingface_hub", "ml
 
 
 class Around:
-    """Holds an optimizer, as accelerate's does."""
+    """Holds an optimizer, as accelerate's wrapper does."""
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
@@ -96,7 +96,7 @@ def test_names_that_do_not_match_are_no_reason_to_stop() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         name_parameters(optimizer, model.named_parameters())
-        # Names of the user's own stay.
+        # Names that the user has given stay.
         name_parameters(optimizer, ((f"model.{name}", p) for name, p in model.named_parameters()))
     assert optimizer.param_groups[0]["param_names"][0] == "0.weight"
 

@@ -24,7 +24,7 @@ from steadygrad.integrations.lightning import StabilizerMonitor  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    # Lightning's own, under torch 2.13 and on few cores.
+    # Lightning itself gives this warning under torch 2.13, and on few cores.
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
@@ -33,7 +33,7 @@ BATCHES = 8
 
 
 class DigitTraining:
-    """Trains with whatever optimizer it is given; mixed into the LightningModule of either package."""
+    """Trains with any optimizer; mixed into the LightningModule of either package."""
 
     def __init__(
         self, make: Callable[[Any], Any], manual: bool = False, spoiled: tuple[int, ...] = ()
@@ -90,7 +90,7 @@ def loader() -> torch.utils.data.DataLoader[Any]:
 
 
 def fitted(folder: Path, module: Any, ckpt_path: str | None = None, **options: Any) -> Any:
-    """The Trainer, after it has fitted."""
+    """Return the Trainer after it has fitted the module."""
     made = trainer(folder, **options)
     made.fit(module, loader(), ckpt_path=ckpt_path)
     return made
@@ -185,7 +185,7 @@ def test_bf16_mixed_precision(tmp_path: Path, kind: str) -> None:
 # The scale begins far too large, so that more than twenty steps are skipped.
 @pytest.mark.filterwarnings("ignore:step. 20 steps in a row were skipped:RuntimeWarning")
 def test_a_loss_scale(tmp_path: Path) -> None:
-    # On a CPU the Trainer would take bf16 in its place, so it is given the plugin.
+    # On a CPU the Trainer would use bf16 instead of fp16, so it is given the plugin.
     scaler = sg.GradScaler("cpu", init_scale=2.0**40, growth_interval=4)
     plugin = pl.plugins.MixedPrecision("16-mixed", "cpu", scaler)
     module = Digits(OPTIMIZERS["max_norm"])
@@ -275,7 +275,7 @@ def test_two_clippers_are_explained(tmp_path: Path, kind: str) -> None:
     assert ("two clippers" in message) == (kind != "none")
     assert ("Give the optimizer max_norm=0.01" in message) == (kind == "none")
     assert "leave gradient_clip_val out" in message
-    # As it says: what the optimizer saw is what Lightning left.
+    # As the warning says, the optimizer saw only what Lightning had left.
     assert float(made.optimizers[0].grad_norm) == pytest.approx(0.01, rel=1e-3)
 
 
@@ -340,7 +340,7 @@ def test_fabric() -> None:
     ("make", "listed"),
     [
         (lambda params: sg.optim.AdamW(params, max_norm=1.0), ["lr-AdamW"]),
-        # It takes what has an `optimizer` for DeepSpeed's wrapper, which no scheduler knows.
+        # Lightning takes anything with an `optimizer` for DeepSpeed's wrapper, which no scheduler knows.
         (lambda params: sg.Stabilizer(torch.optim.AdamW(params)), ["lr-Stabilizer", "lr-AdamW"]),
     ],
 )

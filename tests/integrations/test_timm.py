@@ -23,13 +23,13 @@ EPOCHS, UPDATES = 4, 8
 
 @pytest.fixture(scope="module")
 def timm() -> Iterator[Any]:
-    """timm with all that a training script imports of it, for the time of this file."""
+    """Yield timm with everything that a training script imports of it, while the tests of this file run."""
     with vision("timm", "timm.models", "timm.optim", "timm.scheduler", "timm.utils") as found:
         yield found[0]
 
 
 def plan(timm: Any, optimizer: Any, name: str = "cosine") -> Any:
-    """One of timm's schedulers, stepped per update, with a warm-up."""
+    """Return one of timm's schedulers, stepped per update, with a warm-up."""
     scheduler, _ = timm.scheduler.create_scheduler_v2(
         optimizer,
         sched=name,
@@ -54,7 +54,7 @@ def train(
     average: Any = None,
     **clipping: Any,
 ) -> list[float]:
-    """The inside of timm's train.py, from one epoch to another."""
+    """Run the inner loop of timm's train.py from one epoch to another."""
     losses = []
     for index in range(first * UPDATES, last * UPDATES):
         losses.append(train_one(optimizer, model, scheduler, index, scaler, **clipping))
@@ -72,7 +72,7 @@ def train_one(
     spoiled: int | None = None,
     **clipping: Any,
 ) -> float:
-    """One update; returns its loss."""
+    """Take one update and return its loss."""
     optimizer.zero_grad()
     found = loss_of(model, next(batches(1, skip=index)))
     loss = found * math.inf if index == spoiled else found
@@ -145,7 +145,7 @@ def test_its_scaler_and_clipping(timm: Any, name: str, mode: str | None) -> None
     norm = float(optimizer.grad_norm)
     if mode is None:
         assert fell(losses) and 0.01 < norm < 10
-    elif mode == "norm":  # a second clipper: ours sees what is left
+    elif mode == "norm":  # with a second clipper, ours sees gradients that were already clipped
         assert norm == pytest.approx(0.01, rel=1e-3)
 
 

@@ -25,7 +25,7 @@ ABSTRACT = {"LRScheduler", "_LRScheduler"}
 def train(
     model: Any, optimizer: Any, scheduler: Any = None, steps: int = 12, skip: int = 0
 ) -> list[float]:
-    """The losses of so many steps."""
+    """Return the losses of ``steps`` steps."""
     losses = []
     for batch in batches(steps, skip):
         optimizer.zero_grad()
@@ -49,7 +49,7 @@ def test_no_class_of_torch_is_left_out() -> None:
     assert classes - ABSTRACT == set(SCHEDULERS)
 
 
-# torch's SequentialLR hands its schedulers an epoch, which they warn of.
+# torch's SequentialLR passes its schedulers an epoch, of which they warn.
 @pytest.mark.filterwarnings("ignore:.*epoch parameter:UserWarning")
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("kind", ["max_norm", "policies", "in-place"])
@@ -158,7 +158,7 @@ def test_averaged_weights_with_our_batch_norm() -> None:
     update_bn(((batch, labels) for batch, labels in batches(20)), averaged)
     norm = averaged.module[1]
     assert isinstance(norm, sg.nn.BatchNorm1d) and int(norm.num_batches_tracked) == 20
-    # The statistics that update_bn leaves are the mean of the batches', with the averaged weights.
+    # update_bn leaves the mean of the batches' statistics, computed with the averaged weights.
     means = [averaged.module[0](batch).mean(0) for batch, _ in batches(20)]
     torch.testing.assert_close(norm.running_mean, torch.stack(means).mean(0), rtol=1e-4, atol=1e-5)
     assert accuracy(averaged) > 0.9

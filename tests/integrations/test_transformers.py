@@ -69,7 +69,7 @@ def trainer(
 
 
 def optimizer_of(trained: Any) -> Any:
-    """Ours, behind accelerate's."""
+    """Return our optimizer from inside accelerate's."""
     return trained.optimizer.optimizer
 
 
@@ -90,7 +90,7 @@ def test_an_optimizer_and_its_scheduler(tmp_path: Path, kind: str) -> None:
     first = optimizer.param_groups[0]
     assert first["lr"] == pytest.approx(first["initial_lr"] / 2)
     assert optimizer.path.startswith("in-place" if kind == "in-place" else "fused")
-    # The Trainer's own norm, taken before the step.
+    # This is the Trainer's own norm, which it computes before the step.
     logged = [entry["grad_norm"] for entry in trained.state.log_history if "loss" in entry]
     assert float(optimizer.grad_norm) == pytest.approx(logged[-1], rel=1e-5)
 
@@ -103,7 +103,7 @@ def test_a_class_and_its_arguments(tmp_path: Path, name: str) -> None:
     optimizer = optimizer_of(trained)
     assert type(optimizer) is getattr(sg.optim, name) and len(optimizer.param_groups) == 2
     assert fell(losses(trained)) and optimizer.clipped_steps > 0
-    # The Trainer's linear schedule has come to its end.
+    # The Trainer's linear schedule has ended.
     assert optimizer.param_groups[0]["lr"] == 0.0
 
 
@@ -135,7 +135,7 @@ def test_accumulated_batches(tmp_path: Path) -> None:
     for one in (whole, parts):
         for module in one.model.modules():
             if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0  # the masks would differ
+                module.p = 0.0  # the masks would be different
         one.train()
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-3)
     assert optimizer_of(parts).grad_norm.item() == pytest.approx(
@@ -167,7 +167,7 @@ def test_the_callback_adds_to_the_logs(tmp_path: Path) -> None:
     assert norms == pytest.approx([entry["grad_norm"] for entry in entries], rel=1e-4)
     assert [entry["steadygrad/limit"] for entry in entries] == [0.5] * len(entries)
     assert entries[-1]["steadygrad/clipped_steps"] == optimizer.clipped_steps > 0
-    # A reporter that was there before it sees the same.
+    # A reporter that was registered before the callback sees the same keys.
     assert [logs["steadygrad/grad_norm"] for logs in seen if "loss" in logs] == norms
     assert not any("steadygrad/grad_norm" in logs for logs in seen if "train_runtime" in logs)
     assert "transformer.h.0.attn.c_attn.weight" in optimizer.telemetry.names
@@ -214,7 +214,7 @@ def test_a_gradient_that_is_not_finite(tmp_path: Path, nonfinite: Any) -> None:
     optimizer = optimizer_of(trained)
     assert all(p.isfinite().all() for p in trained.model.parameters())
     assert optimizer.skipped_steps == (1 if nonfinite == "skip" else 0)
-    # The Trainer's own norm has multiplied all of them by NaN before the step.
+    # The Trainer's own norm was NaN, and has multiplied all gradients by it before the step.
     counts = optimizer.telemetry.tensor_nonfinite[2]
     sizes = [p.numel() for p in trained.model.parameters()]
     assert counts.tolist() == sizes

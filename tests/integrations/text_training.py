@@ -1,4 +1,4 @@
-"""A language model of a few thousand parameters on the text of Python's documentation; nothing is downloaded."""
+"""A language model of a few thousand parameters on the text of Python's documentation, without a download."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CONTEXT = 32
 
 
 class Text(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """``count`` pieces of bytes, int64, as a causal language model takes them."""
+    """``count`` pieces of bytes, int64, in the form that a causal language model takes."""
 
     def __init__(self, count: int) -> None:
         topics = pydoc_data.topics.topics
@@ -28,7 +28,7 @@ class Text(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 def language_model(dtype: torch.dtype = torch.float32) -> Any:
-    """A GPT-2 of two small layers, with the same random weights on every call."""
+    """Return a GPT-2 of two small layers, with the same random weights on every call."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(7)

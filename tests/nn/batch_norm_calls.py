@@ -1,4 +1,4 @@
-"""Calls of the batch norm kernels on random numbers, and what the definition says of them."""
+"""Calls of the batch norm kernels on random numbers, and the results of their definition."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ FUSIONS = {
     "add+relu": (True, True),
 }
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-GUARD = 24  # elements on each side of a tensor that kernels must not write
-# Stands around what is written, in every dtype; NaN around what is read, so that it would be noticed.
+GUARD = 24  # number of elements on each side of a tensor that kernels must not write
+# What is written is surrounded by this number, in every dtype; what is read is surrounded by NaN, which would show.
 UNWRITTEN = 77.0
 
 
@@ -41,7 +41,7 @@ def place(
     offset: int = 0,
     surroundings: float = math.nan,
 ) -> Tensor | None:
-    """A tensor with these values and this layout, dense, in the midst of a larger storage."""
+    """Return a dense tensor with these values and this layout, in the middle of a larger storage."""
     if values is None:
         return None
     last = layout == "last" and values.ndim > 1
@@ -56,7 +56,7 @@ def place(
 
 
 def assert_surroundings_unwritten(*tensors: Tensor | None) -> None:
-    """Check that what lies around tensors of :func:`place` is as it was."""
+    """Check that the surroundings of tensors of :func:`place` are as they were."""
     for tensor in tensors:
         if tensor is None or tensor.numel() == 0:
             continue
@@ -69,7 +69,7 @@ def assert_surroundings_unwritten(*tensors: Tensor | None) -> None:
 
 @dataclass
 class Case:
-    """What is normalised, and how. ``weight`` and ``bias`` are dtypes, or None where absent."""
+    """The operands and options of a call. ``weight`` and ``bias`` are dtypes, or None where absent."""
 
     shape: Shape
     device: torch.device
@@ -89,7 +89,7 @@ class Case:
         rng = np.random.default_rng(self.seed)
         x, added, grad = rng.normal(size=(3, *self.shape))
         scale, shift = rng.normal(size=(2, self.channels))
-        # Scales that differ from 0, or ReLU would cut everything or nothing.
+        # Scales keep away from 0, or ReLU would cut everything or nothing.
         scale += np.copysign(0.5, scale)
         self.put("input", x + self.mean)
         self.put("residual", added if self.added else None)
@@ -110,7 +110,7 @@ class Case:
         return FUSIONS[self.fusion][1]
 
     def put(self, name: str, values: Array | None, dtype: torch.dtype | None = None) -> None:
-        """Set an argument; its values are what the dtype makes of them."""
+        """Set an argument to these values, rounded to the dtype."""
         tensor = place(values, dtype or self.dtype, self.device, self.layout, self.offset)
         self.tensors[name] = tensor
         self.values[name] = None if tensor is None else float64(tensor).copy()
@@ -121,26 +121,26 @@ class Case:
         return tensor
 
     def array(self, name: str) -> Array:
-        """The values of an argument that is there."""
+        """Return the values of an argument that is not None."""
         values = self.values[name]
         assert values is not None
         return values
 
     def empty(self) -> Tensor:
-        """A place for an output, filled with a number that no kernel may leave there."""
+        """Return memory for an output, filled with a number that no kernel may leave there."""
         values = np.full(self.shape, UNWRITTEN)
         tensor = place(values, self.dtype, self.device, self.layout, self.offset, UNWRITTEN)
         assert tensor is not None
         return tensor
 
     def vector(self, size: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        """A place for so many numbers."""
+        """Return memory for ``size`` numbers."""
         tensor = place(np.full(size, UNWRITTEN), dtype, self.device, surroundings=UNWRITTEN)
         assert tensor is not None
         return tensor
 
     def mask(self) -> Tensor | None:
-        """A place for the mask, where one is needed."""
+        """Return memory for the mask, or None if no mask is needed."""
         if not (self.relu and self.added):
             return None
         return self.vector(mask_size(self["input"]), torch.uint8)
@@ -154,14 +154,14 @@ class Case:
         return allocator(self.device)
 
     def keep_off_the_kink(self, statistics: Statistics) -> None:
-        """Gradients of 0 where rounding decides which side of ReLU an element is on."""
+        """Set gradients to 0 where rounding decides on which side of ReLU an element is."""
         if self.relu:
             before = reference.batch_norm(*self.defined(statistics))
             grad = np.where(np.abs(before) < 1e-3, 0.0, self.array("grad_output"))
             self.put("grad_output", grad)
 
     def defined(self, statistics: Statistics) -> tuple[Any, ...]:
-        """The arguments of the definition, without the activation."""
+        """Return the arguments of the definition, without the activation."""
         values = (self.values[name] for name in ("input", "weight", "bias", "residual"))
         x, weight, bias, residual = values
         return x, statistics, weight, bias, self.eps, residual
@@ -179,7 +179,7 @@ class Case:
         batches: Tensor | None = None,
         momentum: float | None = 0.1,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Output, mask and statistics of ``batch_norm_forward``."""
+        """Return output, mask and statistics of ``batch_norm_forward``."""
         output, mask = self.empty(), self.mask()
         statistics = self.vector(2 * self.channels + 1)
         _kernels.batch_norm_forward(
@@ -201,7 +201,7 @@ class Case:
         return output, mask, statistics
 
     def statistics(self) -> Tensor:
-        """What ``batch_norm_statistics`` finds."""
+        """Return the results of ``batch_norm_statistics``."""
         statistics = self.vector(2 * self.channels + 1)
         _kernels.batch_norm_statistics(self["input"], statistics, self.allocate)
         assert_surroundings_unwritten(statistics)
@@ -213,7 +213,7 @@ class Case:
         running_mean: Tensor | None = None,
         running_var: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Output and mask of ``batch_norm_normalize``."""
+        """Return output and mask of ``batch_norm_normalize``."""
         output, mask = self.empty(), self.mask()
         _kernels.batch_norm_normalize(
             self["input"],
@@ -237,7 +237,7 @@ class Case:
         running_mean: Tensor | None = None,
         running_var: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """All gradients that the case has, of ``batch_norm_backward``."""
+        """Return all gradients of the case, from ``batch_norm_backward``."""
         grads = self.gradients()
         _kernels.batch_norm_backward(
             self["grad_output"],
@@ -259,7 +259,7 @@ class Case:
         return grads
 
     def passed(self, mask: Tensor) -> NDArray[np.bool_]:
-        """Where a mask lets through. Only the kernels know the order of its bits, so they are asked."""
+        """Return where a mask lets gradients through, by asking the kernels, which alone know the order of its bits."""
         ones = place(np.ones(self.shape), self.dtype, self.device, self.layout, self.offset)
         grad, zeros = self.empty(), torch.zeros(self.channels, device=self.device)
         _kernels.batch_norm_backward(
@@ -278,7 +278,7 @@ class Case:
         return values != 0
 
     def backward_sums(self, mask: Tensor | None, statistics: Tensor) -> Tensor:
-        """What ``batch_norm_backward_sums`` finds."""
+        """Return the results of ``batch_norm_backward_sums``."""
         sums = self.vector(2 * self.channels)
         _kernels.batch_norm_backward_sums(
             self["grad_output"],
@@ -297,7 +297,7 @@ class Case:
     def backward_input(
         self, mask: Tensor | None, statistics: Tensor, sums: Tensor
     ) -> dict[str, Tensor]:
-        """Gradients of input and residual, of ``batch_norm_backward_input``."""
+        """Return the gradients of input and residual, from ``batch_norm_backward_input``."""
         grads = self.gradients()
         _kernels.batch_norm_backward_input(
             self["grad_output"],
@@ -315,7 +315,7 @@ class Case:
         return {name: grads[name] for name in ("input", "residual") if name in grads}
 
     def gradients(self) -> dict[str, Tensor]:
-        """Places for the gradients. Without ReLU the residual's is the output's: no kernel writes it."""
+        """Return memory for the gradients; without ReLU no kernel writes the residual's, which is the output's."""
         grads = {"input": self.empty()}
         if self.relu and self.added:
             grads["residual"] = self.empty()
@@ -324,12 +324,12 @@ class Case:
                 grads[name] = self.vector(self.channels, dtype)
         return grads
 
-    # --- what must come out ---
+    # --- the expected results ---
 
     def running(
         self, dtype: torch.dtype = torch.float32, seed: int = 1
     ) -> tuple[Tensor, Tensor, Statistics]:
-        """Running mean and variance, near the batch's, and their values."""
+        """Return running mean and variance, near the batch's, and their values."""
         rng = np.random.default_rng(seed)
         mean = place(self.mean + rng.normal(size=self.channels), dtype, self.device)
         var = place(rng.uniform(0.2, 3.0, size=self.channels), dtype, self.device)
@@ -345,7 +345,7 @@ class Case:
         assert_rounded(output, want, self._sizes(statistics), self.dtype)
 
     def assert_mask(self, mask: Tensor | None, output: Tensor, statistics: Statistics) -> None:
-        """It says which side of ReLU an element is on; where rounding decides, ``output`` says it."""
+        """Check on which side of ReLU the mask puts each element; where rounding decides, ``output`` has to agree."""
         if mask is not None:
             before = reference.batch_norm(*self.defined(statistics))
             clear = np.abs(before) > 1e-3
@@ -369,7 +369,7 @@ class Case:
         return reference.batch_norm(self.array("input"), statistics, eps=self.eps)
 
     def _sizes(self, statistics: Statistics) -> Array:
-        """The magnitudes that add up to an element of the output; a deviation counts too."""
+        """Return the magnitudes that add up to an element of the output; a deviation counts, too."""
         v = self.values
         weight = 1.0 if v["weight"] is None else self._along(np.abs(v["weight"]))
         sizes = (np.abs(self._x_hat(statistics)) + 1) * weight

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import steadygrad as sg
 
-# Input shapes, with the number of the module that takes them.
+# Input shapes, with the number of dimensions of the module that takes them.
 SHAPES = [
     ((6, 5), 1),
     ((6, 5, 7), 1),
@@ -29,7 +29,7 @@ LAYOUTS = ["first", "last", "strided"]
 
 
 def laid_out(tensor: Tensor, layout: str) -> Tensor:
-    """The same numbers contiguous, with channels last, or with gaps between them."""
+    """Return the same numbers contiguous, with channels last, or with gaps between them."""
     if layout == "first":
         return tensor.contiguous()
     if layout == "last":
@@ -38,7 +38,7 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
 
 
 class Pair:
-    """A module of torch's, ours with the same parameters and buffers, and what the first is followed by."""
+    """A module of torch's with what follows it, and ours with the same parameters and buffers."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Pair:
         return F.relu(output) if self.relu else output
 
     def results(self, input: Tensor, residual: Tensor | None = None) -> list[list[Tensor]]:
-        """Outputs, gradients and buffers: torch's, then ours."""
+        """Return outputs, gradients and buffers: torch's, then ours."""
         found = []
         for module, call in ((self.theirs, self.torch_call), (self.ours, self.ours)):
             x = input.detach().requires_grad_()
@@ -108,5 +108,5 @@ class Pair:
 
 
 def twin(module: nn.Module) -> nn.Module:
-    """A module with the same parameters and buffers in memory of its own."""
+    """Return a module with the same parameters and buffers in memory of its own."""
     return copy.deepcopy(module)

@@ -1,7 +1,7 @@
 """ResNet-18, ResNet-50 and a network in the style of MobileNetV2, written out for tests and benchmarks.
 
-torchvision's compiled part loads beside the torch alone that it was built for. Sources: He et al. 2016, Deep Residual
-Learning; Sandler et al. 2018, MobileNetV2. Modules and their names are torchvision's, so that its checkpoints fit.
+torchvision's compiled part can only be loaded with the torch that it was built for. Sources: He et al. 2016, Deep
+Residual Learning; Sandler et al. 2018, MobileNetV2. Modules and names are torchvision's, so its checkpoints fit.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+
+from steadygrad.nn.fusion import Steps
 
 
 def _conv(inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
@@ -151,7 +153,7 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """Inverted residuals between two convolutions, and a linear layer: (N, 3, H, W) to (N, classes)."""
 
-    # expansion, channels, blocks, stride of the first.
+    # The columns are expansion, channels, blocks, and the stride of the first block.
     STAGES = (
         *((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2)),
         *((6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)),
@@ -197,4 +199,24 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "ResNet-18": resnet18,
     "ResNet-50": resnet50,
     "MobileNetV2": mobilenet_v2,
+}
+
+
+# What their forwards do, for `register_block`.
+STEPS = {
+    BasicBlock: Steps(
+        "conv1 bn1 relu conv2 bn2", True, shortcut="downsample?", last="relu", in_place=True
+    ),
+    Bottleneck: Steps(
+        "conv1 bn1 relu conv2 bn2 relu conv3 bn3",
+        True,
+        shortcut="downsample?",
+        last="relu",
+        in_place=True,
+    ),
+    InvertedResidual: Steps("conv", "use_res_connect"),
+    ResNet: Steps(
+        "conv1 bn1 relu maxpool layer1 layer2 layer3 layer4 avgpool",
+        end=lambda model, x: model.fc(torch.flatten(x, 1)),
+    ),
 }

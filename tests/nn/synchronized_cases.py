@@ -14,10 +14,10 @@ EPS = 1e-5
 
 @dataclass(frozen=True)
 class Case:
-    """Some training steps on batches of which each rank holds some samples."""
+    """Some training steps on batches whose samples are distributed over ranks."""
 
-    counts: tuple[int, ...]  # samples of each rank
-    shape: tuple[int, ...]  # of a sample, channels first
+    counts: tuple[int, ...]  # number of samples of each rank
+    shape: tuple[int, ...]  # shape of a sample, channels first
     dtype: torch.dtype = torch.float32
     fusion: str = "plain"
     channels_last: bool = False
@@ -49,7 +49,7 @@ class Case:
 
 @dataclass
 class Batch:
-    """One step's tensors; of the whole batch, or of one rank."""
+    """The tensors of one step, of the whole batch or of one rank."""
 
     input: Tensor
     residual: Tensor | None
@@ -84,16 +84,16 @@ CASES += [
     Case((5, 2), (5, 3, 4), affine=False, fusion="relu"),
     Case((5, 2), (5, 3, 4), momentum=None, steps=3),
     Case((4, 0, 3), (5, 3, 4), momentum=None, steps=3),
-    # a mean that cancels, and of which the ranks have quite different ones
+    # a mean that cancels, and that differs much between the ranks
     *(Case((7, 5), (3, 8, 8), mean=1000.0, channels_last=last) for last in (False, True)),
     Case((7, 0, 5), (3, 8, 8), mean=1000.0, fusion="add_relu"),
-    # counts that float16 and bfloat16 round, and that float16 does not reach
+    # counts that float16 and bfloat16 round, and one that float16 cannot hold
     Case((3, 2), (2, 2049), torch.float16),
     Case((3, 2), (2, 2049), torch.bfloat16, channels_last=True),
     Case((1, 1, 1), (1, 300, 300), torch.float16, fusion="relu"),
 ]
 
-# What the emulated CUDA kernels run, where the host does not wait for the device.
+# These cases run on the emulated CUDA kernels, where the host does not wait for the device.
 EMULATED_CASES = [
     *_uneven(torch.float32, "add_relu", True),
     *_uneven(torch.float32, "relu", False),
@@ -109,7 +109,7 @@ def memory_format(case: Case) -> torch.memory_format:
 
 
 def laid_out(case: Case, tensor: Tensor) -> Tensor:
-    """In the case's dtype and layout."""
+    """Return the tensor in the case's dtype and layout."""
     tensor = tensor.to(case.dtype)
     if case.channels_last and len(case.shape) == 2:
         return tensor.transpose(1, 2).contiguous().transpose(1, 2)
@@ -117,7 +117,7 @@ def laid_out(case: Case, tensor: Tensor) -> Tensor:
 
 
 def vectors(case: Case) -> tuple[Tensor | None, Tensor | None]:
-    """Weight and bias."""
+    """Return weight and bias."""
     if not case.affine:
         return None, None
     generator = torch.Generator().manual_seed(7)
@@ -141,7 +141,7 @@ def whole_batch(case: Case, step: int) -> Batch:
 
 
 def part_of(case: Case, whole: Batch, rank: int) -> Batch:
-    """What this rank holds; an empty rank nothing."""
+    """Return what this rank holds; an empty rank holds nothing."""
     end = list(accumulate(case.counts))[rank]
     rows = slice(end - case.counts[rank], end)
 
@@ -163,7 +163,7 @@ class Expected:
 
 
 def expected(case: Case) -> Expected:
-    """By torch in float64, on the whole batch at once."""
+    """Compute the results with torch in float64, on the whole batch at once."""
     running_mean = torch.zeros(case.shape[0], dtype=torch.float64)
     running_var = torch.ones(case.shape[0], dtype=torch.float64)
     for step in range(case.steps):

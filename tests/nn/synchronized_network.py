@@ -1,4 +1,4 @@
-"""The network that ranks train; in a module of its own, so that whoever loads one that was saved finds its class."""
+"""The network that ranks train, in a module of its own, so that loading a saved network finds its class."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from steadygrad.nn import BatchNorm1d
 
 
 class Network(nn.Module):
-    """Two layers with the normalization between them."""
+    """Two layers with a normalization between them."""
 
     def __init__(self) -> None:
         super().__init__()

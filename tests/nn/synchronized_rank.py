@@ -70,7 +70,7 @@ def run_case(case: Case, rank: int) -> Found:
 
 
 def message(call: Callable[[], object]) -> tuple[str, str]:
-    """Type and message of what it raises."""
+    """Return type and message of the exception that the call raises."""
     try:
         call()
     except Exception as error:
@@ -79,7 +79,7 @@ def message(call: Callable[[], object]) -> tuple[str, str]:
 
 
 def samples(rank: int, rows: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Rows of 3 channels, different on each rank."""
+    """Return rows of 3 channels, different on each rank."""
     generator = torch.Generator().manual_seed(rank)
     return torch.randn(rows, 3, generator=generator, dtype=dtype)
 
@@ -162,7 +162,7 @@ def gradient_penalty(rank: int, world: int) -> Found:
 
 
 def gradient_penalty_of_different_inputs(rank: int, world: int) -> Found:
-    """Only the first rank's gradient has one of its own; the others join its double backward all the same."""
+    """Give only the first rank's gradient a gradient; the others take part in its double backward all the same."""
     input = samples(rank, rank + 2).requires_grad_(rank == 0)
     residual = samples(rank + 7, rank + 2).requires_grad_(rank > 0)
     output = norm(input, residual, relu=True)
@@ -205,7 +205,7 @@ def refused_groups(rank: int, world: int) -> Found:
 
 
 def saved_whole(rank: int, world: int) -> Found:
-    """A module over the default group, and one over another, which is the same ranks here."""
+    """Save a module with the default group, and one with another group of the same ranks."""
     stored = io.BytesIO()
     torch.save(Network(), stored)
     stored.seek(0)
@@ -225,13 +225,13 @@ def saved_whole(rank: int, world: int) -> Found:
 def data_parallel(rank: int, world: int) -> Found:
     model = nn.parallel.DistributedDataParallel(Network())
     found: Found = {}
-    for step, rows in enumerate((3 * rank, 2)):  # one rank is empty, then none
+    for step, rows in enumerate((3 * rank, 2)):  # one rank is empty in the first step
         model.zero_grad()
         model(samples(rank, rows)).pow(2).sum().backward()
         for name, parameter in model.module.named_parameters():
             assert parameter.grad is not None
             found[f"{step}.{name}"] = parameter.grad.clone()
-    if rank == 0:  # alone: what is evaluated needs no other rank
+    if rank == 0:  # evaluation needs no other rank
         found["evaluated"] = model.module.eval()(samples(rank, 2)).detach()
         model.module.norm.running_mean = model.module.norm.running_var = None
         found["untracked"] = model.module(samples(rank, 2)).detach()
@@ -249,7 +249,7 @@ def compiled(rank: int, world: int) -> Found:
     for function in (step, torch.compile(step, backend="aot_eager")):
         input = samples(rank, 3 * rank + 1).requires_grad_()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what Dynamo sets off in torch where a graph breaks
+            warnings.simplefilter("ignore")  # Dynamo makes torch warn where a graph breaks
             output = function(input)
         output.sum().backward()
         found.append([output.detach(), input.grad])
@@ -257,7 +257,7 @@ def compiled(rank: int, world: int) -> Found:
 
 
 def without_the_host(rank: int, world: int) -> Found:
-    """As on a device that the host does not wait for, where it cannot know what the others have."""
+    """Run as on a device that the host does not wait for, where it cannot know what the others have."""
     emulated = next(backend for backend in BACKENDS if backend.name == "emulated")
     known = synchronized.is_asynchronous
     synchronized.is_asynchronous = lambda device: True

@@ -144,7 +144,7 @@ def test_autocast() -> None:
     assert model[1].value is not None and model[1].value > 0
 
 
-# torch's own tracer instantiates it.
+# torch's own tracer instantiates a deprecated class.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_as_one_graph() -> None:
     torch.compiler.reset()

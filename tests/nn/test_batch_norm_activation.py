@@ -1,4 +1,4 @@
-"""An activation that a batch norm has of its own is kept or named by whatever makes another module of it."""
+"""A batch norm's own activation is kept, or named in an error, when another module is made from the batch norm."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch.optim.swa_utils import update_bn
 
 import steadygrad as sg
 
-# of torch.jit, on which torch.utils.mkldnn is built
+# torch.utils.mkldnn is built on torch.jit, which gives this warning.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 NEXT = "to synchronise, call .*convert_batchnorm.*set activation to None"
 
 
 def network(activation: str | None = "relu") -> nn.Sequential:
-    """A convolution and a batch norm whose outputs are negative here and there without ReLU."""
+    """Return a convolution and a batch norm, some of whose outputs are negative without ReLU."""
     torch.manual_seed(0)
     norm = sg.nn.BatchNorm2d(4, activation=activation)
     return nn.Sequential(nn.Conv2d(3, 4, 3), norm).eval()
@@ -94,7 +94,7 @@ def test_what_reads_the_attributes_of_a_batch_norm_is_refused(
 ) -> None:
     with pytest.raises(RuntimeError, match=f"activation='relu', .*{NEXT}"):
         rebuild(network())
-    rebuild(network(None))  # which has nothing to lose
+    rebuild(network(None))  # without an activation nothing can be lost
 
 
 @pytest.mark.parametrize("fuse", [quantization.fuse_modules, quantization.fuse_modules_qat])
@@ -126,7 +126,7 @@ def test_an_activation_taken_away_frees_the_module() -> None:
 
 
 def test_whoever_asks_whether_there_is_eps_is_told_too() -> None:
-    """A default in its place would be as wrong as the value."""
+    """Check getattr and hasattr: a default instead of ``eps`` would be as wrong as the value."""
     norm = network()[1]
     with pytest.raises(RuntimeError, match=r"BatchNorm2d\.eps"):
         getattr(norm, "eps", 1e-3)
@@ -139,7 +139,7 @@ def test_whoever_asks_whether_there_is_eps_is_told_too() -> None:
 
 
 def test_it_stays_a_batch_norm_to_whatever_looks_for_one() -> None:
-    """Groups without weight decay, frozen statistics, FSDP's mixed precision and update_bn go by the class."""
+    """Check tools that look for the class: groups without weight decay, frozen statistics, FSDP, update_bn."""
     model = network().train()
     assert isinstance(model[1], nn.BatchNorm2d)
     update_bn([image()], model)

@@ -13,8 +13,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import steadygrad as sg
 from tests.nn.batch_norm_modules import FUSIONS, LAYOUTS, laid_out
 
-# The emulated kernels are a Python attribute that a compiled graph does not look up again; these tests are
-# about the tracer, and run where the tensors are.
+# The emulated kernels are a Python attribute that a compiled graph does not look up again. These tests concern only the
+# tracer, so they run where the tensors are.
 DEVICE = "cpu"
 
 
@@ -24,7 +24,7 @@ def fresh_compiler() -> None:
 
 
 def step(module: Any, x: Tensor, r: Tensor | None) -> list[Tensor]:
-    """Output and gradients of one call."""
+    """Return output and gradients of one call."""
     leaves = [t.detach().requires_grad_() for t in (x, r) if t is not None]
     output = module(*leaves)
     output.backward(torch.linspace(-1, 1, output.numel()).view(output.shape).to(output.dtype))
@@ -59,7 +59,7 @@ def test_same_bits_in_one_graph(fusion: str, layout: str, training: bool) -> Non
         assert_same_bits(
             eager, compiled, fn, laid_out(x, layout), laid_out(r, layout) if adds else None
         )
-    # Once for the first size and once for all others.
+    # It compiles once for the first size and once for all others.
     assert counter.frame_count <= 2
 
 
@@ -101,7 +101,7 @@ def test_without_gradients_no_mask_is_kept() -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_the_default_compiler() -> None:
-    """Between a convolution and a linear layer, whose memory formats the compiler may choose."""
+    """Compile between a convolution and a linear layer, whose memory formats the compiler may choose."""
     for memory_format in (torch.contiguous_format, torch.channels_last):
         torch.manual_seed(1)
         eager = nn.Sequential(
@@ -154,7 +154,7 @@ def test_refusals_in_compiled_code() -> None:
 
 
 def test_after_a_graph_break_inside() -> None:
-    """Frames of ours that are compiled one by one give the same."""
+    """Compile frames of ours one by one, which has to give the same results."""
     eager = sg.nn.BatchNorm2d(5, activation="relu")
     compiled = copy.deepcopy(eager)
 
@@ -180,7 +180,7 @@ def test_export(training: bool, strict: bool) -> None:
     program = torch.export.export(
         module, (x, r), dynamic_shapes=({0: batch}, {0: batch}), strict=strict
     )
-    # Torch's operations alone, so that the program runs where this package is not.
+    # Only torch's operations may appear, so that the program runs without this package.
     assert not any("steadygrad" in str(node.target) for node in program.graph.nodes)
     x, r = torch.randn(2, 7, 5, 3, 3)
     torch.testing.assert_close(program.module()(x, r), module(x, r))

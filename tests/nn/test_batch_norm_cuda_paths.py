@@ -1,4 +1,4 @@
-"""The two ways through a CUDA batch norm: two reads of the tensors, and one where channels fit on chip."""
+"""The two paths of a CUDA batch norm: two reads of the tensors, and one where channels fit on chip."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tests.backends import Backend
 from tests.nn.batch_norm_calls import LAYOUTS, Case
 
 PATHS = ["one_read", "two_reads"]
-# One launch, or sums, what follows from them, and the elements.
+# One launch; or the sums, what follows from them, and the elements.
 LAUNCHES = {"one_read": 1, "two_reads": 3}
 
-# Units are 8 elements; groups of columns 16 to 256 channels; blocks 256 threads, which share a channel from
-# 1 KB a plane on.
+# A unit has 8 elements, a group of columns 16 to 256 channels, and a block 256 threads, which share a channel whose
+# plane has 1 KB or more.
 SHAPES = {
     "one group": (40, 16, 5, 5),
     "a part of a unit": (6, 13, 9, 9),
@@ -42,7 +42,7 @@ each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 @pytest.fixture
 def device(backend: Backend) -> torch.device:
-    """Where there are two ways."""
+    """Return a device that has both paths."""
     if not backend.asynchronous:
         pytest.skip("the CPU's kernels have one way")
     return backend.device
@@ -50,7 +50,7 @@ def device(backend: Backend) -> torch.device:
 
 @pytest.fixture
 def take(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Sets the path of the calls that follow."""
+    """Return a function that sets the path of the calls that follow."""
     return lambda path: monkeypatch.setenv("STEADYGRAD_BATCH_NORM_PATH", path)
 
 
@@ -68,7 +68,7 @@ def same_bits(a: Any, b: Any) -> bool:
 
 
 def results(case: Case) -> list[Tensor]:
-    """Everything that a forward and a backward call write."""
+    """Return everything that a forward and a backward call write."""
     output, mask, statistics = case.forward()
     grads = case.backward(mask, statistics)
     written = [output, statistics, *grads.values()]
@@ -130,7 +130,7 @@ def test_path_is_taken(
 
 @each_layout
 def test_paths_agree(device: torch.device, take: Callable[[str], None], layout: str) -> None:
-    """The statistics to a rounding, and so the rest, whose rounding differs with it."""
+    """Compare both paths; their statistics differ by a rounding, and so does everything that follows from them."""
     case = Case((64, 24, 16, 16), device, torch.float32, layout, "bn", mean=100.0)
     by_path = []
     for path in PATHS:
@@ -150,7 +150,7 @@ def test_same_bits_every_time(
     layout: str,
     shape: tuple[int, ...],
 ) -> None:
-    """Each launch of the emulator draws another order of threads and blocks."""
+    """Repeat calls: each launch of the emulator draws another order of threads and blocks."""
     take(path)
     case = Case(shape, device, torch.float32, layout, "add+relu")
     first = results(case)
@@ -181,7 +181,7 @@ def test_one_block_far_from_the_others(
 def test_storage_offsets(
     device: torch.device, take: Callable[[str], None], path: str, layout: str, offset: int
 ) -> None:
-    """Tensors that do not begin at 16 bytes are read element by element, by two reads."""
+    """Use tensors that do not begin at 16 bytes; they are read element by element, in two reads."""
     take(path)
     case = Case((16, 24, 9, 8), device, HALF, layout, "add+relu", offset=offset)
     exact = case.batch_statistics()
@@ -196,7 +196,7 @@ def test_storage_offsets(
 def test_scratch_may_hold_anything(
     device: torch.device, take: Callable[[str], None], path: str, layout: str
 ) -> None:
-    """As with a replayed graph, whose scratch holds what the last replay left."""
+    """Fill the scratch memory, since a replayed graph finds what the last replay has left there."""
     take(path)
     case = Case((64, 24, 16, 16), device, torch.float32, layout, "relu")
     want = results(case)
@@ -223,7 +223,7 @@ def test_scratch_may_hold_anything(
 def test_batches_are_counted_once(
     device: torch.device, take: Callable[[str], None], path: str, momentum: float | None
 ) -> None:
-    """And the cumulative factor comes from the number after it went up."""
+    """Check the number of batches, and the cumulative factor, which uses the number after it went up."""
     take(path)
     case = Case((64, 48, 16, 16), device, torch.float32, "last")
     mean = torch.zeros(48, device=device)

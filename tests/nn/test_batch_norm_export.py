@@ -1,4 +1,4 @@
-"""Exported programs, ONNX files and traces: torch's operations alone, so that they run without this package."""
+"""Exported programs, ONNX files and traces hold only torch's operations, so that they run without this package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from steadygrad.nn import known_blocks
 
 
 class Block(nn.Module):
-    """All that is fused: with ReLU, with a residual, with an activation of its own; and a penalty."""
+    """Everything that is fused: with ReLU, with a residual, with an activation of its own; and a penalty."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Block(nn.Module):
 
 
 def fused(self: Block, input: Tensor) -> Tensor:
-    """The same with the operations that are one."""
+    """Compute the same with fused operations."""
     made = sg.nn.batch_norm_add_relu(self.norm, self.first(input), relu=self.relu)
     made = sg.nn.batch_norm_add_relu(self.last, self.second(made), made, self.relu)
     output: Tensor = self.penalty(self.own(made))
@@ -63,7 +63,7 @@ def image() -> Tensor:
 
 
 def operations(program: torch.export.ExportedProgram) -> set[str]:
-    """Namespaces of the operators called."""
+    """Return the namespaces of the operators that a program calls."""
     calls = [
         str(node.target)
         for module in program.graph_module.modules()
@@ -99,20 +99,20 @@ def test_an_exported_file_runs_without_this_package(tmp_path: Path) -> None:
     subprocess.run(command, check=True, timeout=100)
 
 
-@pytest.mark.filterwarnings("ignore")  # of the deprecated tracer
+@pytest.mark.filterwarnings("ignore")  # the tracer is deprecated
 @pytest.mark.parametrize("training", [False, True])
 def test_a_trace_holds_torchs_operators_alone(training: bool) -> None:
     model = converted().train(training)
     twin = copy.deepcopy(model)
     with torch.no_grad():
         traced = torch.jit.trace(model, (image(),), check_trace=False)
-        twin(image())  # as the trace has run
+        twin(image())  # the trace has run once, too
         kinds = {node.kind().partition("::")[0] for node in traced.inlined_graph.nodes()}
         assert kinds <= {"aten", "prim"}
         torch.testing.assert_close(traced(image()), twin(image()))
 
 
-@pytest.mark.filterwarnings("ignore")  # of the exporters
+@pytest.mark.filterwarnings("ignore")  # the exporters give warnings
 @pytest.mark.parametrize("dynamo", [True, False], ids=["torch.export", "TorchScript"])
 def test_onnx(tmp_path: Path, dynamo: bool) -> None:
     onnx = pytest.importorskip("onnx")
@@ -128,7 +128,7 @@ def test_onnx(tmp_path: Path, dynamo: bool) -> None:
 
 
 def test_training_over_ranks_is_refused() -> None:
-    """The ranks' collectives are no part of what is exported."""
+    """Refuse to export training over ranks, since collectives cannot be exported."""
     model = sg.nn.BatchNorm2d(3, process_group=object())
     with pytest.raises(
         TypeError, match=r"process_group: .*exported or traced in training.*model\.eval\(\)"

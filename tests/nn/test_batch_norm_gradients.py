@@ -1,4 +1,4 @@
-"""Gradients: against finite differences, of any order, with any part of them wanted."""
+"""Gradients against finite differences, of any order, with any subset of them needed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def case(
     shape: tuple[int, ...] = (3, 2, 2, 2),
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Callable[..., Tensor], Arguments]:
-    """A call as a function of input, residual, weight and bias, and these."""
+    """Return a call as a function of input, residual, weight and bias, and these tensors."""
     relu, adds = FUSIONS[fusion]
 
     def made(*size: int) -> Tensor:
@@ -73,7 +73,7 @@ def test_formula_equals_kernels(
     fusion: str,
     layout: str,
 ) -> None:
-    """With ``create_graph`` the gradients come from a formula: the same ones, also at ReLU's mask."""
+    """Compare gradients with ``create_graph``, which come from a formula, with the kernels', also at ReLU's kink."""
     call, arguments = case(backend, fusion, training, True, layout, shape, dtype)
     given = [a for a in arguments if a is not None]
     output = call(*arguments)
@@ -144,7 +144,7 @@ def test_strided_and_expanded_gradients(backend: Backend, fusion: str) -> None:
 @pytest.mark.parametrize("layout", ["first", "last"])
 @pytest.mark.parametrize("fusion", ["bn", "add+relu"])
 def test_batches_of_gradients(backend: Backend, fusion: str, layout: str) -> None:
-    """``is_grads_batched`` and vectorised jacobians call backward under vmap."""
+    """Call backward under vmap, as ``is_grads_batched`` and vectorised jacobians do."""
     call, (x, *others) = case(backend, fusion, True, layout=layout)
     output = call(x, *others)
     grads = torch.randn(3, *output.shape, dtype=output.dtype, device=backend.device)
@@ -184,7 +184,7 @@ def test_changes_of_what_is_kept_are_noticed(backend: Backend, which: str) -> No
 
 
 def test_changes_of_running_statistics(backend: Backend) -> None:
-    """Noticed after evaluation, which reads them; training does not, so that batches may follow one another."""
+    """Notice changes after evaluation, which reads the running statistics; training may change them again."""
     module = sg.nn.BatchNorm2d(5, device=backend.device)
     x = torch.randn(4, 5, 3, 3, device=backend.device, requires_grad=True)
     first = module(x)
@@ -197,7 +197,7 @@ def test_changes_of_running_statistics(backend: Backend) -> None:
 
 
 def test_residual_and_output_may_change(backend: Backend) -> None:
-    """Neither is kept, so that both may be overwritten before backward."""
+    """Overwrite residual and output before backward, which keeps neither."""
     pair = Pair(2, fusion="add+relu", device=backend.device)
     x, r = torch.randn(2, 4, 5, 3, 3, dtype=torch.float64, device=backend.device)
     leaf = x.clone().requires_grad_()
@@ -212,7 +212,7 @@ def test_residual_and_output_may_change(backend: Backend) -> None:
 
 @pytest.mark.parametrize(("fusion", "most"), [("bn", 1.0), ("relu", 1.0), ("add+relu", 1 + 1 / 32)])
 def test_memory_that_is_kept(backend: Backend, fusion: str, most: float) -> None:
-    """The input, and with ReLU after a residual one bit an element."""
+    """Check what is kept: the input, and with ReLU after a residual one bit per element."""
     module = Pair(2, fusion=fusion, device=backend.device, dtype=torch.float32, channels=64).ours
     x = torch.randn(8, 64, 16, 16, device=backend.device, requires_grad=True)
     kept: dict[int, int] = {}
@@ -230,7 +230,7 @@ def test_memory_that_is_kept(backend: Backend, fusion: str, most: float) -> None
 @pytest.mark.parametrize("layout", ["first", "last"])
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_hooks_that_lose_the_memory_format(backend: Backend, fusion: str, layout: str) -> None:
-    """Offloading brings saved tensors back contiguous."""
+    """Return saved tensors contiguous, as offloading does."""
     call, arguments = case(backend, fusion, True, layout=layout, shape=(3, 5, 2, 3))
     given = [a for a in arguments if a is not None]
     grad = torch.randn(3, 5, 2, 3, dtype=torch.float64, device=backend.device)

@@ -24,7 +24,7 @@ from tests.nn.batch_norm_calls import (
 )
 from tests.tolerances import assert_close, assert_rounded, float64
 
-# Dtypes of weight and bias: "same" is the input's, "other" another one.
+# Dtypes of weight and bias: "same" is the input's, "other" is a different one.
 AFFINE: dict[str, tuple[str | None, str | None]] = {
     "same": ("same", "same"),
     "other": ("other", "other"),
@@ -61,7 +61,7 @@ def counter(device: torch.device, value: int = 0) -> Tensor:
 
 
 def assert_statistics(got: Tensor, want: Statistics, dtype: torch.dtype) -> None:
-    """Means to a part of the deviation, variances to a part of themselves, the exact count."""
+    """Compare means relative to the deviation, variances relative to themselves, and counts exactly."""
     channels = want.mean.size
     deviation = np.sqrt(want.var)
     assert got.shape == (2 * channels + 1,)
@@ -157,7 +157,7 @@ def test_parts_of_a_batch_equal_the_whole(
     ends = np.cumsum(shares)
     parts = [whole_part(whole, end - n, end) for n, end in zip(shares, ends, strict=True) if n]
 
-    # A part without elements is not looked at, whatever it holds.
+    # A part without elements is not read, whatever it contains.
     rows = [part.statistics() for part in parts]
     empty = torch.full_like(rows[0], torch.nan)
     empty[-1] = 0
@@ -181,7 +181,7 @@ def test_parts_of_a_batch_equal_the_whole(
 
 
 def whole_part(whole: Case, start: int, end: int) -> Case:
-    """The same case on some of its samples."""
+    """Return the same case for some of its samples."""
     shape = (end - start, *whole.shape[1:])
     part = Case(shape, whole.device, whole.dtype, whole.layout, whole.fusion, whole.weight)
     for name in ("input", "residual", "grad_output"):
@@ -194,7 +194,7 @@ def whole_part(whole: Case, start: int, end: int) -> Case:
 def combine(
     case: Case, parts: Tensor, momentum: float | None, batches: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Combined statistics, running mean and variance, and the number of batches."""
+    """Return combined statistics, running mean and variance, and the number of batches."""
     statistics = case.vector(parts.shape[1])
     mean = place(np.zeros(case.channels), torch.float32, case.device)
     var = place(np.ones(case.channels), torch.float32, case.device)
@@ -287,7 +287,7 @@ def test_running_statistics_may_be_absent(backend: Backend) -> None:
 @each_layout
 @each_dtype
 def test_relu_is_found_again_as_it_was(backend: Backend, layout: str, dtype: torch.dtype) -> None:
-    """The gradient of the bias counts the elements that passed, kink or not."""
+    """Count the elements that passed ReLU, at its kink or not, by the gradient of the bias."""
     case = Case((9, 7, 11, 5), backend.device, dtype, layout, "relu", torch.float32, torch.float32)
     case.put("grad_output", np.ones(case.shape))
     output, mask, statistics = case.forward()
@@ -313,7 +313,7 @@ def test_mask_has_the_bits_of_the_output(backend: Backend, layout: str, dtype: t
 def test_every_byte_of_a_mask_is_written(
     backend: Backend, shape: tuple[int, ...], layout: str, training: bool
 ) -> None:
-    """Also where a row fills its last byte in part: equal calls give equal masks."""
+    """Compare masks of equal calls, also where a row fills its last byte only in part."""
     case = Case(shape, backend.device, layout=layout, fusion="add+relu")
     statistics = case.statistics()
     masks = []

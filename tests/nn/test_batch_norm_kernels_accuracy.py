@@ -1,4 +1,4 @@
-"""Batch norm kernels on numbers that are hard to add, and in half precision against torch."""
+"""Batch norm kernels on numbers that are hard to add, and in half precision compared with torch."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ each_mean = pytest.mark.parametrize("mean", NORMALIZED_ERROR)
 def cases(
     backend: Backend, layout: str, shapes: list[Shape] = SHAPES, **options: Any
 ) -> list[Case]:
-    """Batch norm of several sizes; plain and without weight and bias, unless told."""
+    """Yield batch norms of several sizes, with and without weight and bias."""
     options = {"weight": None, "bias": None} | options
     return [Case(shape, backend.device, layout=layout, **options) for shape in shapes]
 
 
 def assert_normalized(case: Case, largest_error: float) -> None:
-    """Outputs to an error for those of magnitude 1, relative above; statistics to match."""
+    """Check outputs, absolutely up to magnitude 1 and relatively above, and the statistics."""
     exact = case.batch_statistics()
     output, _, statistics = case.forward()
     want = reference.batch_norm(*case.defined(exact))
@@ -49,7 +49,7 @@ def assert_normalized(case: Case, largest_error: float) -> None:
 
 
 def assert_statistics(statistics: Tensor, exact: Statistics) -> None:
-    """The mean to a part of the deviation, the variance to a part of itself."""
+    """Compare the mean relative to the deviation, and the variance relative to itself."""
     channels = exact.mean.size
     mean, var = float64(statistics[:channels]), float64(statistics[channels:-1])
     assert np.all(np.abs(mean - exact.mean) <= STATISTICS_ERROR * np.sqrt(exact.var))
@@ -67,7 +67,7 @@ def test_output(backend: Backend, mean: float, layout: str) -> None:
 @each_mean
 @pytest.mark.parametrize("where", ["first", "first of each sample", "last", "first two"])
 def test_output_with_outliers(backend: Backend, where: str, mean: float, layout: str) -> None:
-    """An outlier must not be what all others are compared with."""
+    """Place an outlier, which must not be what all other elements are compared with."""
     for case in cases(backend, layout, mean=mean):
         values = case.array("input")
         samples = {"first of each sample": slice(None), "last": -1, "first two": slice(2)}
@@ -99,7 +99,7 @@ def test_output_of_unusual_distributions(backend: Backend, kind: str, layout: st
 @each_layout
 @each_mean
 def test_gradients(backend: Backend, mean: float, layout: str) -> None:
-    """The terms of a gradient are relative to the deviation, whatever the mean."""
+    """Compare gradients, whose terms are relative to the deviation, whatever the mean is."""
     for case in cases(backend, layout, mean=mean, weight=torch.float32, bias=torch.float32):
         exact = case.batch_statistics()
         case.assert_gradients(case.backward(None, case.forward()[2]), exact)
@@ -107,7 +107,7 @@ def test_gradients(backend: Backend, mean: float, layout: str) -> None:
 
 @each_layout
 def test_sums_of_equal_terms(backend: Backend, layout: str) -> None:
-    """The worst case of a float32 sum: terms that stop counting."""
+    """Sum equal terms, the worst case of a float32 sum, in which terms stop counting."""
     for case in cases(backend, layout, weight=torch.float32, bias=torch.float32):
         case.put("grad_output", np.full(case.shape, 1 / 3))
         exact = case.batch_statistics()
@@ -132,14 +132,14 @@ def test_scale_is_without_effect(backend: Backend, mean: float, scale: float, la
 @each_layout
 @pytest.mark.parametrize("scale", [1e-38, 1e-40, 1e-44])
 def test_denormals(backend: Backend, scale: float, layout: str) -> None:
-    last_place = 2 * 2.0**-149  # what float32 cannot say better, of the mean
+    last_place = 2 * 2.0**-149  # what float32 cannot resolve in the mean
     for case in cases(backend, layout, eps=1e-12):
         case.put("input", (case.array("input") + 3) * scale)
         exact = case.batch_statistics()
         output, _, statistics = case.forward()
         mean, var = (float64(part) for part in statistics[:-1].view(2, -1))
         np.testing.assert_allclose(mean, exact.mean, rtol=1e-6, atol=last_place)
-        # Squares of denormals may be lost: eps stands far above them.
+        # Squares of denormals may be lost, since eps is far above them.
         np.testing.assert_allclose(var + case.eps, exact.var + case.eps, rtol=1e-15)
         want = reference.batch_norm(*case.defined(exact))
         allowed = 1e-6 * np.abs(want).max() + last_place / np.sqrt(case.eps)
@@ -153,7 +153,7 @@ def test_float64(backend: Backend, mean: float, layout: str) -> None:
         exact = case.batch_statistics()
         output, _, statistics = case.forward()
         want = reference.batch_norm(*case.defined(exact))
-        # The mean itself is known to a unit in its last place.
+        # The mean itself is exact to a unit in its last place.
         deviation = np.sqrt(exact.var.min() + case.eps)
         allowed = (1e-13 + 4 * np.spacing(mean)) / min(deviation, 1)
         assert np.abs(float64(output) - want).max() <= allowed * max(1, np.abs(want).max())
@@ -200,7 +200,7 @@ def test_half_precision_errs_at_most_as_torch(
 
 @pytest.mark.parametrize("layout", ["first", "last"])
 def test_variance_of_float64_far_from_zero(layout: str) -> None:
-    """Units' means are kept as differences: rounded at 1e6, they took 4e-12 from the variance with channels last."""
+    """Compute variances far from 0; had units' means been rounded at 1e6, the variance would lose 4e-12."""
     x = np.random.default_rng(5).normal(size=(64, 3, 30, 30)) + 1e6
     tensor = torch.from_numpy(x)
     if layout == "last":

@@ -21,7 +21,7 @@ from tests.tolerances import float64
 CHANNELS = [1, 2, 3, 7, 8, 16, 31, 64, 65, 130]
 INNER: list[Shape] = [(), (1,), (2,), (7,), (8,), (3, 3), (7, 7), (63,), (8, 8), (65,), (17, 241)]
 OUTER = [1, 2, 3, 33]
-# Channels that are split over threads or blocks, and others that share one.
+# Some channels are split over threads or blocks, and others share one.
 LARGE: list[Shape] = [
     (9, 1, 20011),
     (3, 2, 201, 303),
@@ -45,14 +45,14 @@ each_fusion = pytest.mark.parametrize("fusion", FUSIONS)
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Put the number of threads back."""
+    """Restore the number of threads after the test."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
 
 
 def most_elements(backend: Backend) -> int:
-    """What each of many shapes may hold, so that the emulated backend keeps up."""
+    """Return the largest number of elements of one of many shapes that is fast enough on the backend."""
     return {"emulated": 10_000}.get(backend.name, 50_000)
 
 
@@ -75,7 +75,7 @@ def assert_inference(case: Case) -> None:
 
 
 def training_bits(case: Case) -> dict[str, Tensor]:
-    """Everything that training and inference, whole and in pieces, leave behind."""
+    """Return the bits of everything that training and inference, whole and in pieces, leave behind."""
     mean, var, _ = case.running()
     evaluated, evaluated_mask = case.normalize(None, mean, var)
     frozen = case.backward(evaluated_mask, None, mean, var)
@@ -95,7 +95,7 @@ def assert_same_bits(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 
 
 def bits(tensor: Tensor) -> bytes:
-    if tensor.is_floating_point():  # a NaN that a GPU makes has other bits than one of a CPU
+    if tensor.is_floating_point():  # a NaN made by a GPU has other bits than one made by a CPU
         tensor = tensor.masked_fill(tensor.isnan(), math.nan)
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
@@ -145,7 +145,7 @@ def test_any_alignment(backend: Backend, layout: str, dtype: torch.dtype, offset
 @pytest.mark.parametrize("name", ["input", "residual", "grad_output"])
 @each_layout
 def test_one_tensor_out_of_line(backend: Backend, layout: str, name: str) -> None:
-    """Its neighbours are aligned, it is not."""
+    """Misalign one tensor while its neighbours are aligned."""
     case = Case((4, 16, 6, 4), backend.device, torch.bfloat16, layout, "add+relu", offset=0)
     exact = case.batch_statistics()
     case.keep_off_the_kink(exact)
@@ -184,7 +184,7 @@ def test_any_shape(
     options = (backend.device, dtype, layout, fusion, *affine)
     assert_inference(Case(shape, *options, offset=offset, seed=seed))
     if math.prod(shape) > shape[1]:
-        # Two elements may lie so close that their gradient is all rounding, but for eps.
+        # Without eps, two elements may be so close that their gradient is nothing but rounding.
         assert_training(Case(shape, *options, eps=0.1, offset=offset, seed=seed))
 
 
@@ -238,7 +238,7 @@ def test_nonfinite_elements_stay_in_their_channel(
         exact = case.batch_statistics()
         if name == "input":
             assert got["output"][:, 7].isnan().all()
-            # The running statistics of that channel keep what they have.
+            # The running statistics of that channel stay as they are.
             mean, var, _ = case.running()
             assert got["mean"][7] == mean[7] and got["var"][7] == var[7]
         else:
@@ -246,7 +246,7 @@ def test_nonfinite_elements_stay_in_their_channel(
 
 
 def per_channel(vector: Tensor) -> Tensor:
-    """Statistics without their count, sums, or one number a channel, as (numbers, channels)."""
+    """Return statistics without their count, sums, or one number per channel, as (numbers, channels)."""
     return vector[: vector.numel() // 19 * 19].view(-1, 19)
 
 
@@ -257,7 +257,7 @@ def per_channel(vector: Tensor) -> Tensor:
 def test_nonfinite_elements_in_inference(
     backend: Backend, value: float, fusion: str, dtype: torch.dtype, layout: str
 ) -> None:
-    """One element alone is touched; ReLU lets NaN through, and its gradient."""
+    """Check that one element alone is affected; ReLU lets NaN through, and its gradient."""
     case = Case((3, 19, 5, 4), backend.device, dtype, layout, fusion, dtype, dtype)
     mean, var, exact = case.running()
     case.keep_off_the_kink(exact)

@@ -18,7 +18,7 @@ from tests.tolerances import float64
 Arguments = dict[str, Any]
 CHANNELS = 5
 SHAPE = (4, CHANNELS, 6, 3)
-# Arguments in the order of each kernel; "=" marks what it writes.
+# The arguments in the order of each kernel; "=" marks those that it writes.
 AFFINE = ["weight", "bias"]
 RUNNING = ["running_mean", "running_var"]
 SAVED = ["grad_output", "input", "mask", *AFFINE, "statistics"]
@@ -51,7 +51,7 @@ def to_numpy(tensor: Tensor) -> Any:
     return float64(tensor)
 
 
-# What is wrong with an argument, and how to make it so.
+# By what is wrong with an argument: how to make it so.
 WRONG_TENSOR: dict[str, Change] = {
     "integers": lambda t: t.to(torch.int32),
     "complex": lambda t: t.to(torch.complex64),
@@ -98,7 +98,7 @@ WRONG_INPUT = {
 
 
 def changes(argument: str) -> dict[str, Change]:
-    """All that can be wrong with an argument."""
+    """Return everything that can be wrong with an argument."""
     if argument == "input":
         return WRONG_INPUT | WRONG_TENSOR
     if argument in FULL:
@@ -124,7 +124,7 @@ REFUSALS = [
 
 
 def valid_arguments(kernel: str, backend: Backend, dtype: torch.dtype = torch.float32) -> Arguments:
-    """Arguments that the kernel takes."""
+    """Return arguments that the kernel takes."""
     case = Case(SHAPE, backend.device, dtype, fusion="add+relu")
     _, mask, statistics = case.forward()
     mean, var, _ = case.running()
@@ -147,7 +147,7 @@ def valid_arguments(kernel: str, backend: Backend, dtype: torch.dtype = torch.fl
     }
     chosen = {name: values[name] for name in KERNELS[kernel]}
     if kernel in ("batch_norm_normalize", "batch_norm_backward"):
-        # Statistics of one kind: the batch's.
+        # The kernel takes one kind of statistics, here the batch's.
         chosen |= {"running_mean": None, "running_var": None}
     return chosen
 
@@ -157,7 +157,7 @@ def call(kernel: str, arguments: Arguments) -> None:
 
 
 def storages(arguments: Arguments) -> dict[str, bytes]:
-    """The bytes beneath all tensors that have some."""
+    """Return the bytes in memory of all tensors that have some."""
     found = {}
     for name, value in arguments.items():
         if (
@@ -192,7 +192,7 @@ def test_refusal_names_function_and_argument(
     if argument in RUNNING and arguments[argument] is None:
         arguments |= {"statistics": None}
         arguments |= {name: torch.ones(CHANNELS, device=backend.device) for name in RUNNING}
-        call(kernel, arguments)  # so much is right
+        call(kernel, arguments)  # the other arguments are right
     arguments[argument] = changes(argument)[what](arguments[argument])
     before = storages(arguments)
     with pytest.raises(
@@ -257,7 +257,7 @@ def test_layouts(backend: Backend) -> None:
         assert layout(torch.zeros(shape[0], 2 * shape[1], *shape[2:])[:, ::2]) == 0
     assert layout(torch.zeros(4, 3)) != 0
     assert layout(torch.zeros(3, 4).t()) == 0
-    # Strides of axes of size 1 say nothing.
+    # Strides of dimensions of size 1 do not matter.
     assert layout(torch.zeros(4, 3, 1, 1).to(memory_format=torch.channels_last)) != 0
     assert layout(torch.zeros(2, 3, 4)[:1]) == 1
     assert layout(torch.empty_strided((1, 3, 4), (99, 4, 1))) == 1
@@ -267,7 +267,7 @@ def test_layouts(backend: Backend) -> None:
 
 
 def test_counts_that_do_not_fit_are_refused(backend: Backend) -> None:
-    """A mask of another layout has another size."""
+    """Refuse a mask of another layout, which has another size."""
     for shape in [(3, 5, 7), (2, 9, 4)]:
         case = Case(shape, backend.device, fusion="add+relu")
         right = case.mask()

@@ -1,4 +1,4 @@
-"""torch's own inputs for its tests of batch norms, through converted and through restored modules."""
+"""The inputs of torch's own tests of batch norms, through converted and through restored modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Modules against torch's: outputs, gradients, buffers, and what travels with a module."""
+"""Modules compared with torch's: outputs, gradients, buffers, and what copies and files of a module keep."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_shapes_and_layouts(
 def test_options(backend: Backend, options: dict[str, Any], training: bool) -> None:
     pair = Pair(2, fusion="add+relu", device=backend.device, **options)
     for step in range(4):
-        # In training first, so that there are statistics to evaluate with.
+        # The first step trains, so that there are statistics to evaluate with.
         pair.train(training or step < 2)
         x = torch.randn(4, 5, 3, 3, dtype=torch.float64, device=backend.device)
         pair.assert_equal(x + step)
@@ -69,7 +69,7 @@ def test_options(backend: Backend, options: dict[str, Any], training: bool) -> N
 def test_dtypes(
     backend: Backend, dtype: torch.dtype, parameters: torch.dtype | None, training: bool
 ) -> None:
-    """Half-precision input with its own parameters or float32 ones, to rounding of the smaller dtype."""
+    """Compare half-precision input with its own or float32 parameters, to the rounding of the smaller dtype."""
     pair = Pair(2, fusion="relu", device=backend.device, dtype=parameters or dtype)
     pair.train(training)
     x = torch.randn(4, 5, 3, 3, device=backend.device).to(dtype)
@@ -78,7 +78,7 @@ def test_dtypes(
 
 
 def test_flags_that_change_later(backend: Backend) -> None:
-    """``track_running_stats`` and ``momentum`` are read at each call, as torch does."""
+    """Change ``track_running_stats`` and ``momentum``, which are read at each call, as in torch."""
     pair = Pair(2, device=backend.device)
     x = torch.randn(4, 5, 3, 3, dtype=torch.float64, device=backend.device)
     for training, track, momentum in [
@@ -143,7 +143,7 @@ def test_made_in_inference_mode(backend: Backend) -> None:
 
 
 def test_buffers_are_changed_in_place(backend: Backend) -> None:
-    """As data-parallel wrappers need it, and seen by version counters."""
+    """Check that buffers are changed in place, as data-parallel wrappers need, and that version counters show it."""
     module = sg.nn.BatchNorm2d(5, device=backend.device)
     before = {name: (buffer, buffer._version) for name, buffer in module.named_buffers()}
     module(torch.randn(4, 5, 3, 3, device=backend.device))
@@ -271,7 +271,7 @@ def test_conversions_of_a_module(backend: Backend) -> None:
 
 
 def test_parametrized_weight(backend: Backend) -> None:
-    """Parametrizations, pruning and replicas keep parameters outside of where modules register them."""
+    """Use parametrizations, pruning and replicas, which keep parameters elsewhere than modules register them."""
 
     class Twice(nn.Module):
         def forward(self, weight: torch.Tensor) -> torch.Tensor:
@@ -317,7 +317,7 @@ def test_symbolic_tracing_keeps_the_modules_as_calls() -> None:
     assert len(traced.graph.nodes) == len(calls) + 2
     twin = copy.deepcopy(block)
     x = torch.randn(2, 3, 5, 5)
-    for training in (True, False):  # the traced module has both modes
+    for training in (True, False):  # a traced module has both modes
         got, want = traced.train(training)(x), twin.train(training)(x)
         assert torch.equal(got, want)
     for ours, theirs in zip(traced.buffers(), twin.buffers(), strict=True):
@@ -338,7 +338,7 @@ def test_symbolic_tracing_refuses_hooks_that_would_run_twice() -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("grad", [True, False])
 def test_the_way_in_is_short(training: bool, grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the module to the kernel's binding: the function, autograd's function, and nothing else."""
+    """Count the calls from the module to the kernel's binding: the function, autograd's function, nothing else."""
     kernel = "batch_norm_forward" if training else "batch_norm_normalize"
     original = getattr(_kernels, kernel)
     seen: list[str] = []

@@ -15,7 +15,7 @@ import steadygrad as sg
 from tests.backends import Backend
 from tests.nn.batch_norm_modules import FUSIONS, LAYOUTS, SHAPES, Pair, laid_out
 
-# torch 2.14's opcheck looks at the .grad of tensors that it has made non-leaves of.
+# torch 2.14's opcheck reads the .grad of tensors that it has turned into non-leaves.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 
 OPERATORS = torch.ops.steadygrad
@@ -23,7 +23,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 
 class Recorder(TorchDispatchMode):
-    """The names of the operators that run."""
+    """Records the names of the operators that run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ def operands(
     shape: tuple[int, ...] = (3, 5, 2, 3),
     grad: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Input, residual, weight and bias."""
+    """Return input, residual, weight and bias."""
 
     def made(*size: int) -> Tensor:
         return torch.randn(size, dtype=torch.float64, device=backend.device).to(dtype)
@@ -154,7 +154,7 @@ def test_same_bits_as_eager_calls(
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_derivatives_of_any_order(backend: Backend, fusion: str, training: bool) -> None:
-    """The operators' gradients can be differentiated too."""
+    """Differentiate the operators' gradients again."""
     relu, adds = FUSIONS[fusion]
     given = operands(backend, fusion, "last", True, shape=(3, 2, 2, 2))
     mean = torch.randn(2, dtype=torch.float64, device=backend.device)
@@ -177,7 +177,7 @@ def test_no_mask_no_gradient(backend: Backend) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_fake_tensors(layout: str) -> None:
-    """Shapes, dtypes and strides without a computation."""
+    """Check shapes, dtypes and strides without a computation."""
     with FakeTensorMode():
         module = sg.nn.BatchNorm2d(5, activation="relu")
         x = laid_out(torch.empty(4, 5, 3, 3), layout)

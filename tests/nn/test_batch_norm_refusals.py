@@ -1,4 +1,4 @@
-"""What is refused, with which error, and that nothing changed; and what is left to torch."""
+"""Calls that are refused, with which error and without any change; and calls that are left to torch."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ batch_norm = sg.nn.functional.batch_norm
 
 
 class Numbers(Tensor):
-    """A subclass, such as the kernels leave to torch."""
+    """A subclass of Tensor, which the kernels leave to torch."""
 
 
 def image(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape or (4, 5, 3, 3)).to(dtype)
 
 
-# Arguments of a module for 5 channels, the error, and what the message says.
+# Inputs of a module for 5 channels, the error, and what the message says.
 REFUSED_BY_BOTH: dict[str, tuple[Callable[[], Tensor], type[Exception], str]] = {
     "channels": (lambda: image(4, 6, 3, 3), RuntimeError, "expected 6 elements.* got 5"),
     "rank 3": (lambda: image(4, 5, 3), ValueError, "4D input"),
@@ -71,7 +71,7 @@ def assert_unchanged(module: nn.Module, before: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("eps", [0.0, -1e-5, float("nan")])
 def test_eps(backend: Backend, eps: float, training: bool) -> None:
-    """Positive in training; where the statistics are given, 0 too. Torch takes NaN."""
+    """Refuse eps that is not positive; 0 is allowed with given statistics, and torch accepts even NaN."""
     module = sg.nn.BatchNorm2d(5, eps=eps, device=backend.device).train(training)
     before = state(module)
     x = image().to(backend.device)
@@ -84,7 +84,7 @@ def test_eps(backend: Backend, eps: float, training: bool) -> None:
     assert_unchanged(module, before)
 
 
-# Residuals for an input of (4, 5, 3, 3).
+# Residuals for an input of shape (4, 5, 3, 3).
 RESIDUALS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "shape": (lambda: image(4, 5, 3, 2), RuntimeError, r"shape \(4, 5, 3, 3\), got \(4, 5, 3, 2\)"),
     "broadcast": (lambda: image(1, 5, 1, 1), RuntimeError, "shape"),
@@ -133,7 +133,7 @@ def test_unknown_options_of_the_constructor() -> None:
         sg.nn.BatchNorm2d()
 
 
-# Calls of the functional form that torch refuses with the same type.
+# Calls of the functional form that torch refuses with the same type of error.
 CALLS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "one dimension": (lambda f: f(image(5), torch.zeros(5), torch.ones(5)), "dimensions"),
     "no statistics": (lambda f: f(image(), None, None), "running_mean must be defined"),
@@ -224,7 +224,7 @@ def test_meta_tensors() -> None:
 
 
 def test_strided_statistics_and_odd_shapes(backend: Backend) -> None:
-    """Torch looks at the number of elements alone."""
+    """Use statistics of odd shapes: torch looks only at their number of elements."""
     x = torch.randn(4, 5, 3, 3, dtype=torch.float64, device=backend.device)
     numbers = torch.rand(4, 10, dtype=torch.float64, device=backend.device)
     ours, theirs = numbers.clone()[:, ::2], numbers.clone()[:, ::2]
@@ -241,7 +241,7 @@ def test_strided_statistics_and_odd_shapes(backend: Backend) -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_transforms(backend: Backend) -> None:
-    """``torch.func`` and forward-mode derivatives."""
+    """Use ``torch.func`` and forward-mode derivatives."""
     module = sg.nn.BatchNorm1d(5, activation="relu", dtype=torch.float64, device=backend.device)
     module.eval()
     x, t = torch.randn(2, 6, 5, dtype=torch.float64, device=backend.device)
@@ -273,7 +273,7 @@ def test_jit_trace_records_torchs_operation() -> None:
 
 
 def test_refused_after_a_good_call(backend: Backend) -> None:
-    """A refusal in the midst of training leaves a module that goes on as if nothing had happened."""
+    """Check that a module goes on after a refusal in the middle of training as if nothing had happened."""
     module = sg.nn.BatchNorm2d(5, device=backend.device)
     other = copy.deepcopy(module)
     x = image().to(backend.device)

@@ -1,4 +1,4 @@
-"""What does not enter running statistics: a channel of a batch whose own are not finite, which torch never forgets."""
+"""A channel whose batch statistics are not finite does not enter the running statistics; torch never forgets it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.nn.batch_norm_modules import LAYOUTS, laid_out
 
 
 def bad_image(device: torch.device | str, value: float, layout: str = "first") -> Tensor:
-    """Five channels, of which the second has one element that is not finite."""
+    """Return an image of five channels, the second of which has one non-finite element."""
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(4, 5, 3, 3, dtype=torch.float64, generator=generator)
     x[2, 1, 0, 1] = value
@@ -63,7 +63,7 @@ def test_on_both_paths_of_a_device(
 
 
 def test_what_the_running_statistics_cannot_hold(backend: Backend) -> None:
-    """A variance of 1e6 is finite, and infinite in fp16; of 1e40 in fp32 and bf16."""
+    """Use a variance of 1e6, which fp16 cannot hold, and one of 1e40, which fp32 and bf16 cannot hold."""
     for dtype, scale in ((torch.float16, 1e3), (torch.float32, 1e25), (torch.bfloat16, 1e25)):
         norm = sg.nn.BatchNorm1d(3, momentum=1.0, device=backend.device, dtype=dtype)
         x = torch.randn(8, 3, generator=torch.Generator().manual_seed(4))
@@ -85,7 +85,7 @@ def test_in_compiled_code() -> None:
 
 
 def test_where_torch_computes() -> None:
-    """Subclasses of tensors are left to torch, whose running statistics are put right afterwards."""
+    """Use subclasses of tensors, which are left to torch and whose running statistics are corrected afterwards."""
 
     class Numbers(Tensor):
         pass
@@ -99,7 +99,7 @@ def test_where_torch_computes() -> None:
 
 
 def test_backward_of_an_evaluation_whose_statistics_have_changed() -> None:
-    """An error, where torch's gradient is that of other statistics than the output's."""
+    """Expect an error where torch's gradient would be that of other statistics than the output's."""
     norm = sg.nn.BatchNorm2d(5, dtype=torch.float64).eval()
     x = bad_image("cpu", 0.5).requires_grad_()
     output = norm(x)

@@ -46,7 +46,7 @@ def world(request: pytest.FixtureRequest) -> int:
 
 
 def error(actual: Tensor, exact: Tensor) -> float:
-    """Largest deviation, relative to the largest magnitude where that is above 1."""
+    """Return the largest deviation, relative to the largest magnitude if that is above 1."""
     assert actual.shape == exact.shape
     if exact.numel() == 0:
         return 0
@@ -54,7 +54,7 @@ def error(actual: Tensor, exact: Tensor) -> float:
 
 
 def assert_rounded(actual: Tensor, exact: Tensor) -> None:
-    """Half precision: nothing but the rounding of the result."""
+    """Check that a half-precision result has no error but its own rounding."""
     assert actual.shape == exact.shape
     info = torch.finfo(actual.dtype)
     bound = 0.51 * info.eps * exact.abs() + info.smallest_normal * info.eps + 1e-6
@@ -94,7 +94,7 @@ def assert_equals_the_whole_batch(case: Case, ranks: Found) -> None:
         assert error(mean, whole.running_mean) <= tolerance
         assert error(var, whole.running_var) <= tolerance
         assert int(batches) == case.steps
-        assert torch.equal(mean, ranks[0]["running"][0])  # the same bits on all ranks
+        assert torch.equal(mean, ranks[0]["running"][0])  # all ranks have the same bits
         assert torch.equal(var, ranks[0]["running"][1])
 
 
@@ -251,7 +251,7 @@ def test_groups_that_are_refused(world: int) -> None:
 
 
 def test_a_module_over_the_default_group_can_be_saved_whole(world: int) -> None:
-    """And loaded where there are no other processes, as torch's SyncBatchNorm can."""
+    """Load the module where there are no other processes, as is possible with torch's SyncBatchNorm."""
     for rank in found(world, "saved_whole"):
         assert rank["same group"] and rank["copied"]
         for output in rank["outputs"]:
@@ -282,7 +282,7 @@ def test_gradients_of_distributed_data_parallel_are_the_mean_of_the_whole(world:
 
 
 def test_evaluation_takes_the_statistics_of_its_own_batch(world: int) -> None:
-    """Without running statistics, on one rank alone: it would wait for the others."""
+    """Evaluate without running statistics on one rank alone, which would otherwise wait for the others."""
     model = Network()
     hidden = model.first(samples(0, 2))
     affine = (model.norm.weight, model.norm.bias)

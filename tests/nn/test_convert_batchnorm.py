@@ -1,4 +1,4 @@
-"""convert_batchnorm on batch norms and chains: what it keeps, what it fuses, what its report says."""
+"""What convert_batchnorm keeps and fuses of batch norms and chains, and what its report says."""
 
 from __future__ import annotations
 
@@ -287,7 +287,7 @@ def test_classes_made_at_run_time_go_with_their_models() -> None:
 
     left = classes()
     gc.collect()
-    gc.collect()  # the classes they derive from, which the first has set free
+    gc.collect()  # also frees the base classes, which the first collection has released
     assert [kind() for kind in left] == [None] * 4
 
 

@@ -19,7 +19,7 @@ from tests.nn.vision_libraries import vision
 
 
 class Block(nn.Module):
-    """A residual block with most of what `Steps` can say."""
+    """A residual block that uses most of what `Steps` can describe."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ def assert_same(model: nn.Module, twin: nn.Module, x: Tensor | None = None) -> N
 
 
 class Calls:
-    """Counts the calls of batch norms that take on a ReLU or an addition."""
+    """Counts the calls of batch norms that are fused with a ReLU or an addition."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.fused: list[str] = []
@@ -234,7 +234,7 @@ def test_a_block_that_looks_otherwise_does_what_is_written(change: str, calls: C
                 m(image())
         return
     assert calls.of(copy.deepcopy(twin)) == sorted(expected)
-    if change == "a shortcut that writes":  # over what backward needs
+    if change == "a shortcut that writes":  # it overwrites what backward needs
         torch.testing.assert_close(twin(image()), model(image()))
     elif change != "own forward replaced":
         assert_same(model, twin)
@@ -341,7 +341,7 @@ def made(libraries: tuple[Any, Any], name: str) -> nn.Module:
     return model
 
 
-# What is fused; the rest is what another batch norm adds, or has another activation.
+# The numbers of fused batch norms; the others are added by another batch norm, or have another activation.
 NETWORKS = {
     "timm.test_resnet": (8, 4, 0, 3),
     "timm.resnet18": (9, 8, 0, 3),

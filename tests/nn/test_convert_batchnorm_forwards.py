@@ -1,4 +1,4 @@
-"""A forward that convert_batchnorm does not know is run as it is written, at each call and at no other time."""
+"""A forward that convert_batchnorm does not know runs as it is written, at each call and at no other time."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def image() -> Tensor:
 
 
 def pair(body: Callable[..., Tensor]) -> tuple[Block, Block]:
-    """The block as it was and its converted twin."""
+    """Return the original block and its converted twin."""
     torch.manual_seed(0)
     model = Block(body).double()
     return model, sg.nn.convert_batchnorm(copy.deepcopy(model))
@@ -113,7 +113,7 @@ def counts(m: Block, x: Tensor) -> Tensor:
 
 
 def reset(to: int) -> None:
-    """Begins everything that the bodies draw from anew, in another place each time."""
+    """Reset every source of randomness that the bodies use, each to another value."""
     global GENERATOR, COUNTER
     np.random.seed(to)
     GENERATOR, COUNTER = np.random.default_rng(to), itertools.count(to)

@@ -13,13 +13,11 @@ from torch import Tensor, nn
 from steadygrad.nn import known_blocks
 from steadygrad.nn.conversion_report import conversion_report
 from steadygrad.nn.convert import convert_batchnorm
-from steadygrad.nn.fusion import Steps
 from steadygrad.nn.known_blocks import register_block
 from tests.nn.networks import (
     NETWORKS,
+    STEPS,
     BasicBlock,
-    Bottleneck,
-    InvertedResidual,
     ResNet,
     mobilenet_v2,
     resnet18,
@@ -31,25 +29,6 @@ COUNTS = {
     "MobileNetV2": {"batch norm + add": 10},
 }
 NOT_FUSED = {"ResNet-18": 3, "ResNet-50": 4, "MobileNetV2": 42}
-
-
-STEPS = {
-    BasicBlock: Steps(
-        "conv1 bn1 relu conv2 bn2", True, shortcut="downsample?", last="relu", in_place=True
-    ),
-    Bottleneck: Steps(
-        "conv1 bn1 relu conv2 bn2 relu conv3 bn3",
-        True,
-        shortcut="downsample?",
-        last="relu",
-        in_place=True,
-    ),
-    InvertedResidual: Steps("conv", "use_res_connect"),
-    ResNet: Steps(
-        "conv1 bn1 relu maxpool layer1 layer2 layer3 layer4 avgpool",
-        end=lambda model, x: model.fc(torch.flatten(x, 1)),
-    ),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +50,7 @@ def without_dropout(model: nn.Module) -> nn.Module:
 
 
 def assert_near(actual: Tensor, expected: Tensor, scale: Tensor, relative: float) -> None:
-    """Compare with the largest element: gradients that cancel to zero are rounding alone."""
+    """Compare relative to the largest element, since gradients that cancel to zero are nothing but rounding."""
     assert actual.shape == expected.shape
     assert (actual - expected).abs().max() <= relative * scale
 

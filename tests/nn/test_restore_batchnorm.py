@@ -1,4 +1,4 @@
-"""restore_batchnorm: torch's modules again, with the same tensors, and what torch's tools then make of them."""
+"""restore_batchnorm gives torch's modules back, with the same tensors, and torch's tools work on them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import steadygrad as sg
 
 
 class Net(nn.Module):
-    """A chain, a block of its own and a subclass, in code that TorchScript takes."""
+    """A chain, a block of its own and a subclass, in code that TorchScript accepts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ def test_folding_into_convolutions() -> None:
     torch.testing.assert_close(fused(image()), expected)
 
 
-@pytest.mark.filterwarnings("ignore")  # of the quantizer, which is deprecated
+@pytest.mark.filterwarnings("ignore")  # the quantizer is deprecated
 def test_quantization_after_training() -> None:
     model = restored()
     mapping = QConfigMapping().set_global(get_default_qconfig("fbgemm"))
@@ -199,7 +199,7 @@ def test_quantization_after_training() -> None:
     assert (quantized(image()) - model(image())).abs().max() < 0.1
 
 
-@pytest.mark.filterwarnings("ignore")  # of the exporters
+@pytest.mark.filterwarnings("ignore")  # the exporters give warnings
 def test_onnx() -> None:
     onnx = pytest.importorskip("onnx")
     model = restored()

@@ -1,6 +1,7 @@
-"""timm and torchvision, which ``make test`` installs beside the environment and not in it.
+"""timm and torchvision, which ``make test`` installs into a folder of their own.
 
-Other libraries look for torchvision and import it if it is there, and the registry's builds of it want CUDA.
+They are not in the environment itself, because other libraries import torchvision if it is there, and the registry's
+builds of it need CUDA.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ BESIDE = Path(sys.prefix) / "vision"
 
 @contextmanager
 def vision(*modules: str) -> Iterator[list[ModuleType]]:
-    """These modules, of timm and torchvision, which are forgotten afterwards; skips the test where they are not."""
+    """Yield these modules of timm and torchvision and unload them afterwards; skip the test if they are missing."""
     with pytest.MonkeyPatch.context() as patch:
         if BESIDE.is_dir():
             patch.syspath_prepend(str(BESIDE))
@@ -32,7 +33,7 @@ def vision(*modules: str) -> Iterator[list[ModuleType]]:
         try:
             importlib.import_module("torchvision")
         except RuntimeError:
-            # Its compiled part wants CUDA. Its Python, which is all that is used here, wants these names to exist.
+            # Its compiled part needs CUDA. Its Python, which is all that is used here, only needs these names to exist.
             _forget("torchvision")
             operators = torch.library.Library("torchvision", "FRAGMENT")
             for name in ("nms", "qnms"):

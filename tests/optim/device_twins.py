@@ -1,4 +1,4 @@
-"""Ours beside torch where steps are decided on the device, and a guard against waiting for it."""
+"""Ours beside torch where the device decides about steps, and a guard against waiting for it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RULES: dict[str, tuple[str, Options]] = {
     "AdamW": ("AdamW", {"lr": 0.01}),
     "Adagrad": ("Adagrad", {"lr": 0.05}),
     "RMSprop-both": ("RMSprop", {"lr": 0.001, "centered": True, "momentum": 0.5, "eps": 1e-3}),
-    # The rules whose states have numbers beside the step counter, or none at all.
+    # These are the rules whose states have numbers beside the step counter, or no numbers at all.
     "NAdam": ("NAdam", {"lr": 0.01}),
     "ASGD": ("ASGD", {"lr": 0.05, "t0": 3.0}),
     "Lion": ("Lion", {"lr": 0.01}),
@@ -37,7 +37,7 @@ both_ways = pytest.mark.parametrize("wrap", [True, False], ids=["wrapped", "subc
 
 
 def asynchronous_device(backend: Backend) -> torch.device:
-    """Where decisions stay; skips the test where the host knows them at once."""
+    """Return a device that decides about steps; skip the test if the host does."""
     if not backend.asynchronous:
         pytest.skip("decisions of this backend are known to the host at once")
     return backend.device
@@ -45,7 +45,7 @@ def asynchronous_device(backend: Backend) -> torch.device:
 
 @contextmanager
 def no_waiting(device: torch.device) -> Iterator[None]:
-    """Fails on what makes the host wait for a device: on the host, on what would make it wait."""
+    """Fail on anything that makes the host wait for a device; on the host, on what would make it wait."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
@@ -66,7 +66,7 @@ def no_waiting(device: torch.device) -> Iterator[None]:
 
 
 class Twins:
-    """Ours, and torch's clip and optimizer, which does not see the gradients that are to be skipped."""
+    """Ours beside torch's clip and optimizer, which does not get the gradients of steps that are to be skipped."""
 
     def __init__(self, rule: str, device: torch.device, wrap: bool = True, **ours: Any) -> None:
         name, options = RULES[rule]

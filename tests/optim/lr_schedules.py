@@ -31,7 +31,7 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
 
 
 def advance(name: str, scheduler: Any) -> None:
-    """One call, with the metric that one class wants: it stands still, so that the rate falls."""
+    """Step the scheduler; the metric that one class needs never improves, so that the rate falls."""
     if name == "ReduceLROnPlateau":
         scheduler.step(1.0)
     else:

@@ -28,7 +28,7 @@ Gradients = Sequence[Sequence[Tensor | None]]
 def backward(
     params: Sequence[Parameter], grads: Sequence[Tensor | None], scaler: Any = None
 ) -> None:
-    """Through a loss whose gradients are these."""
+    """Run backward of a loss whose gradients are these."""
     losses = [(p * g).sum().float() for p, g in zip(params, grads, strict=True) if g is not None]
     loss = torch.stack(losses).sum()
     (loss if scaler is None else scaler.scale(loss)).backward()
@@ -41,7 +41,7 @@ def add(optimizer: Any, params: Sequence[Parameter], grads: Gradients, **how: An
 
 
 def mean_of(grads: Gradients, **how: Any) -> list[Any]:
-    """Of each parameter, in float64; gradients that are not there count as zeros."""
+    """Return each parameter's mean gradient in float64; missing gradients count as zeros."""
     return [
         accumulated_mean([0.0 * float64(some[0]) if g is None else float64(g) for g in some], **how)
         for some in zip(*grads, strict=True)
@@ -49,5 +49,5 @@ def mean_of(grads: Gradients, **how: Any) -> list[Any]:
 
 
 def batches(params: Sequence[Parameter], count: int, seed: int = 0) -> list[list[Tensor | None]]:
-    """Gradients of ``count`` micro-batches; the first one has them all."""
+    """Return gradients of ``count`` micro-batches; the first one has a gradient for every parameter."""
     return gradient_sequence(params, count, seed=seed, decades=1.0)

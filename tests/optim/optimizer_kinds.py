@@ -1,4 +1,4 @@
-"""The ways to get a stabilized optimizer, each with torch's own optimizer to compare with."""
+"""The kinds of stabilized optimizers, each with torch's own optimizer to compare with."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _subclass(rule: str) -> Make:
     return make
 
 
-# The fused path wrapped and as one piece, for rules with and without state; the in-place path.
+# The fused path as a wrapper and as a class, for rules with and without state, and the in-place path.
 MAKERS: dict[str, Make] = {
     "AdamW": _wrapped("AdamW"),
     "SGD": _wrapped("SGD"),
@@ -38,7 +38,7 @@ MAKERS: dict[str, Make] = {
     "in-place": _wrapped("NAdam"),
 }
 _TWINS = {"subclass": "AdamW", "in-place": "NAdam"}
-# Those whose step goes through the adaptive moments that schedulers cycle and checkpoints carry.
+# These kinds have adaptive moments, which schedulers cycle and checkpoints hold.
 WITH_STATE = ["AdamW", "subclass", "in-place"]
 
 
@@ -49,7 +49,7 @@ def make_twin(kind: str, params: Any, lr: Any = 0.05) -> torch.optim.Optimizer:
 
 
 def give(params: Sequence[Parameter], seed: int = 0, element: float | None = None) -> None:
-    """Set gradients of norm about 10, the last element of the last one as told."""
+    """Set gradients of norm about 10, and the last element of the last one to ``element`` if given."""
     assign_copies(params, gradient_sequence(params, 1, seed=seed, decades=0)[0])
     if element is not None:
         last = params[-1].grad

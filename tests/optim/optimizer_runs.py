@@ -31,7 +31,7 @@ Gradients = list[list[Tensor | None]]
 def shared_gradients(
     dtype: torch.dtype, device: torch.device, steps: int, dense: bool, decades: float
 ) -> Gradients:
-    """Return gradients for ``mixed_parameters`` or ``dense_parameters``; whoever writes copies."""
+    """Return gradients for ``mixed_parameters`` or ``dense_parameters``; copy them before writing."""
     build = dense_parameters if dense else mixed_parameters
     sequence = gradient_sequence(build(dtype, device), steps, decades=decades)
     if dense:
@@ -45,13 +45,13 @@ def shared_gradients(
 
 
 def plain_class(rule: str) -> type[Optimizer]:
-    """Return torch's class of this name, or the one that torch does not have."""
+    """Return torch's class of this name, or our plain one if torch has none."""
     found: type[Optimizer] = sg.optim.lion.Lion if rule == "Lion" else getattr(torch.optim, rule)
     return found
 
 
 def make_ours(rule: str, params: Any, options: dict[str, Any], wrap: bool, **ours: Any) -> Any:
-    """Return the wrapped torch optimizer, or the class of one piece."""
+    """Return the wrapped torch optimizer, or the stabilized class."""
     options = copy.deepcopy(options)
     if wrap:
         return sg.Stabilizer(plain_class(rule)(params, **options), **ours)
@@ -105,7 +105,7 @@ def run_beside_torch(
     build: Callable[..., list[Parameter]] | None = None,
     torch_options: dict[str, Any] | None = None,
 ) -> tuple[Any, Optimizer]:
-    """Step both, swap their checkpoints at ``swap_at``, compare all; return both optimizers."""
+    """Step both, swap their checkpoints at ``swap_at``, and compare everything; return both optimizers."""
     build = build or (dense_parameters if dense else mixed_parameters)
     mine, theirs = build(dtype, device), build(dtype, device)
     torch_options = options if torch_options is None else torch_options

@@ -1,4 +1,4 @@
-"""Parameters and gradients of every shape and layout that a model can hand to an optimizer."""
+"""Parameters and gradients of every shape and layout that a model can give to an optimizer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _draw(seed: int, dtype: torch.dtype, device: torch.device | str) -> Draw:
 def mixed_parameters(
     dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
 ) -> list[Parameter]:
-    """Return 0-d, empty, odd-sized, channels_last, transposed and strided parameters."""
+    """Return 0-d, empty, odd-sized, channels-last, transposed and strided parameters."""
     draw = _draw(seed, dtype, device)
     tensors = [
         draw(),
@@ -63,11 +63,11 @@ def dense_parameters(
 
 
 def like_layout(values: Tensor, layout: int) -> Tensor:
-    """Return the values in another memory layout: 0 to 4, with strides that torch may produce."""
+    """Return the values in another memory layout, 0 to 4, with strides that torch can produce."""
     if values.dim() == 0 or layout == 0:
         return values.clone(memory_format=torch.contiguous_format)
     if layout == 1:
-        # An odd offset in a flat buffer, as a bucketed gradient has: aligned to the element only.
+        # The offset in a flat buffer is odd, as for a bucketed gradient: only elements are aligned.
         flat = values.new_empty(values.numel() + 1)
         view = flat[1:].view(values.shape)
         return view.copy_(values)
@@ -86,14 +86,14 @@ def like_layout(values: Tensor, layout: int) -> Tensor:
 def gradient_sequence(
     params: Sequence[Tensor], steps: int, seed: int = 0, decades: float = 6.0
 ) -> list[list[Tensor | None]]:
-    """Return gradients for each step; their norm varies by ``10**decades``, one in seven is None.
+    """Return gradients for each step; their norm varies by ``10**decades``, and one in seven is None.
 
-    Their strides are as often different from the parameter's as not.
+    Their strides differ from the parameter's as often as not.
     """
     generator = torch.Generator().manual_seed(seed)
     sequence: list[list[Tensor | None]] = []
     for step in range(steps):
-        # The first two steps carry the ends of the range, so that it is covered whatever is drawn.
+        # The first two steps have the ends of the range, so that it is covered whatever is drawn.
         place = {0: 0.0, 1: 1.0}.get(step, float(torch.rand((), generator=generator)))
         scale = 10.0 ** (decades * (place - 0.5))
         gradients: list[Tensor | None] = []
@@ -109,7 +109,7 @@ def gradient_sequence(
 
 
 def assign(params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-    """Set the gradients themselves: whoever writes them changes the sequence."""
+    """Set the gradients themselves, so that writing to them changes the sequence."""
     for param, gradient in zip(params, gradients, strict=True):
         param.grad = gradient
 
@@ -124,7 +124,7 @@ def with_gradients(tensors: Sequence[Tensor]) -> list[Parameter]:
     """Return parameters whose gradients are the given tensors (not copies of them)."""
     params = []
     for tensor in tensors:
-        # Through .data: an expanded or sliced gradient keeps its strides.
+        # Set through .data, so that an expanded or sliced gradient keeps its strides.
         param = Parameter(torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device))
         param.grad = tensor
         params.append(param)

@@ -1,4 +1,4 @@
-"""An optimizer of half-precision parameters, stepped beside what the definition of its rounding says."""
+"""An optimizer of half-precision parameters, stepped beside the definition of its rounding."""
 
 from __future__ import annotations
 
@@ -42,11 +42,10 @@ def with_grad_dtype(params: Sequence[Tensor], dtype: torch.dtype) -> list[Parame
 
 
 class BesideTwin:
-    """Ours, and a fp32 twin whose parameters are set to the values that ours stand for before each step.
+    """Ours, and an fp32 twin whose parameters are set before each step to the values that ours represent.
 
-    State and gradients are fp32 in both, so an update has the same bits in both, and what ours makes
-    of it is what :mod:`steadygrad.reference.rounding` says. ``sizes`` of the gradients are free;
-    their dtype is fp32.
+    State and gradients are fp32 in both, so an update has the same bits in both. What ours stores of it has to be what
+    :mod:`steadygrad.reference.rounding` defines. The gradients may have any size, and their dtype is fp32.
     """
 
     def __init__(
@@ -56,7 +55,7 @@ class BesideTwin:
         self.seed = ours.pop("rounding_seed", 3)
         self.dtype = HALVES[params[0].dtype]
         self.params = list(params)
-        # `to` keeps the strides, so that both visit their elements in the same order.
+        # `to` keeps the strides, so both visit their elements in the same order.
         self.twins = [Parameter(p.detach().float()) for p in params]
         options = HYPER[rule]
         self.ours = make_ours(
@@ -73,7 +72,7 @@ class BesideTwin:
         self.steps = 0
 
     def extra(self, index: int) -> Tensor | None:
-        """Return what the state keeps beside a parameter."""
+        """Return what the state keeps beside a parameter, or None."""
         name = EXTRAS.get(self.how)
         return None if name is None else self.ours.state[self.params[index]].get(name)
 

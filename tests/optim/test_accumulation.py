@@ -41,7 +41,7 @@ def test_64_micro_batches_lose_nothing_but_their_own_rounding(
 ) -> None:
     param = Parameter(torch.zeros(4099, dtype=dtype, device=backend.device))
     optimizer = sg.optim.SGD([param], lr=1.0, max_norm=math.inf, write_grads=True)
-    # As gradients have it, a mean far below the noise.
+    # As in training, the mean of the gradients is far below their noise.
     grads = [[(torch.randn(4099) + 0.1).to(dtype).to(backend.device)] for _ in range(64)]
     add(optimizer, [param], grads)
     exact = mean_of(grads)[0]
@@ -54,7 +54,7 @@ def test_64_micro_batches_lose_nothing_but_their_own_rounding(
     ours = abs(total - exact).max() / magnitude
     theirs = abs(float64(naive.grad) / 64 - exact).max() / magnitude
     assert ours < 1e-6 and theirs > 1e-3 and theirs > 2000 * ours, (ours, theirs)
-    # The gradient that the update used is the exact mean, rounded once.
+    # The update used the exact mean, rounded once.
     assert_rounded(param.grad, exact, abs(exact) + 1.0, torch.float32)
     assert optimizer.grad_norm.item() == pytest.approx(total_norm([exact]), rel=1e-6)
 
@@ -163,7 +163,7 @@ def test_parameters_whose_gradients_have_another_dtype(
 
 @all_kinds
 def test_the_clip_is_that_of_the_mean(backend: Backend, kind: str) -> None:
-    # The sum's norm is beyond the limit and the mean's is not.
+    # The norm of the sum exceeds the limit, and that of the mean does not.
     for dtype in DTYPES:
         param = Parameter(torch.zeros(4, dtype=dtype, device=backend.device))
         optimizer = MAKERS[kind]([param], lr=1.0, max_norm=3.0)
@@ -183,7 +183,7 @@ def test_with_a_grad_scaler(backend: Backend, kind: str, dtype: torch.dtype) -> 
 
     plain, scaled = params_of(), params_of()
     optimizers = [MAKERS[kind](some, max_norm=1.0) for some in (plain, scaled)]
-    # fp16 gradients themselves must not overflow.
+    # The fp16 gradients themselves must not overflow.
     scaler = sg.GradScaler(backend.device.type, init_scale=64.0, growth_interval=2)
     scales = []
     for step, bad in enumerate([None, None, math.inf, None, math.nan, None]):
@@ -203,7 +203,7 @@ def test_with_a_grad_scaler(backend: Backend, kind: str, dtype: torch.dtype) -> 
         scales.append(scaler.get_scale())
     assert scales == [64, 128, 64, 64, 32, 32] and optimizers[1].skipped_steps == 2
     assert_close(optimizers[1].grad_norm, optimizers[0].grad_norm, optimizers[1].grad_norm.dtype)
-    if dtype in HALF:  # a scale is a power of two: the same bits, but for what is subnormal in fp16
+    if dtype in HALF:  # scales are powers of two: only subnormal fp16 may differ
         assert dtype == torch.float16 or all(map(same_bits, plain, scaled))
     else:
         assert_same_params(scaled, plain, dtype)
@@ -267,13 +267,13 @@ def test_memory_is_freed_by_the_step(backend: Backend, kind: str, dtype: torch.d
     assert all(p.grad is None for p in params)
     sums = [weakref.ref(total) for total in optimizer.accumulated.sums.values()]
     assert len(sums) == len(params)
-    gc.disable()  # by their count of references alone
+    gc.disable()  # the sums have to be freed by their reference counts alone
     try:
         optimizer.step()
         assert [ref() for ref in sums] == [None] * len(sums)
     finally:
         gc.enable()
-    # In place, the wrapped optimizer needed gradients in .grad.
+    # The in-place path needed the gradients in .grad.
     assert all((p.grad is None) == (kind != "in-place") for p in params)
 
 
@@ -370,7 +370,7 @@ def test_counts_of_tokens_on_the_device_are_not_waited_for(
         scaler.update()
     want = total_norm(mean_of(grads, weights=[12, 0, 7], decay=0.5))
     assert optimizer.grad_norm.item() == pytest.approx(want, rel=1e-6)
-    # Where nobody can be told that there were none, the step is skipped.
+    # If the host cannot know that the weights add up to 0, the step is skipped.
     add(optimizer, params, grads, weight=torch.zeros((), device=device))
     before = [bits(p) for p in params]
     optimizer.step()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from contextlib import ExitStack
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ import torch.distributed as dist
 
 import steadygrad as sg
 from steadygrad.reference.norm import total_norm
-from tests.ranks import leave_ranks
+from tests.ranks import found, join_ranks, leave_ranks
 
 RANKS = 2
 MICRO_BATCHES = 4
@@ -28,7 +26,7 @@ def inputs(rank: int, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 class Product(torch.nn.Module):
-    """Whose gradient is its input."""
+    """A module whose gradient is its input."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -38,56 +36,44 @@ class Product(torch.nn.Module):
         return (self.weight * x).sum()
 
 
-def main(rank: int, folder: Path) -> None:
+def main(rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), RANKS)
-    limit = timedelta(seconds=TIME_LIMIT / 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=limit)
-    found = {}
+    join_ranks(rank, world, folder)
+    results = {}
     for name, dtype in DTYPES.items():
         model = torch.nn.parallel.DistributedDataParallel(Product(dtype))
         optimizer = sg.optim.SGD(model.parameters(), lr=1.0, max_norm=0.5)
         for step, x in enumerate(inputs(rank, dtype)):
             with ExitStack() as stack:
-                # What one rank has summed in fp32 apart from .grad is never reduced later.
+                # What a rank has summed in fp32 apart from .grad is never reduced later.
                 if dtype == torch.float32 and step < MICRO_BATCHES - 1:
                     stack.enter_context(model.no_sync())
                 stack.enter_context(sg.accumulate(optimizer))
                 model(x).backward()
         optimizer.step()
-        found[name] = {"norm": optimizer.grad_norm, "weight": model.module.weight.detach()}
-    leave_ranks(found, rank, folder)
+        results[name] = {"norm": optimizer.grad_norm, "weight": model.module.weight.detach()}
+    leave_ranks(results, rank, folder)
 
 
 @pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
 )
-def test_every_rank_steps_by_the_mean_of_all(tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "error", __file__]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True)
-        for rank in range(RANKS)
-    ]
-    try:
-        errors = [rank.communicate(timeout=TIME_LIMIT)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0] * RANKS, "\n".join(errors)
-    found = [torch.load(tmp_path / f"found{rank}") for rank in range(RANKS)]
-    for name, dtype in DTYPES.items():
-        everything = torch.stack([x for rank in range(RANKS) for x in inputs(rank, dtype)])
-        mean = everything.double().mean(0)
-        # Averages over two ranks are rounded to bf16 once more.
-        error = 1e-6 if dtype == torch.float32 else 2.0**-8
-        norm = total_norm([mean.numpy()])
-        assert norm > 0.5
-        for one in found:
-            assert one[name]["norm"].item() == pytest.approx(norm, rel=error)
-            want = -mean * 0.5 / (norm + 1e-6)
-            torch.testing.assert_close(one[name]["weight"].double(), want, rtol=0, atol=2 * error)
-        assert torch.equal(found[0][name]["weight"], found[1][name]["weight"])
+@pytest.mark.parametrize("name", DTYPES)
+def test_every_rank_steps_by_the_mean_of_all(name: str) -> None:
+    dtype = DTYPES[name]
+    everything = torch.stack([x for rank in range(RANKS) for x in inputs(rank, dtype)])
+    mean = everything.double().mean(0)
+    # Averages over two ranks are rounded to bf16 once more.
+    error = 1e-6 if dtype == torch.float32 else 2.0**-8
+    norm = total_norm([mean.numpy()])
+    assert norm > 0.5
+    ranks = found(Path(__file__), RANKS, TIME_LIMIT, name)
+    for rank in ranks:
+        assert rank["norm"].item() == pytest.approx(norm, rel=error)
+        want = -mean * 0.5 / (norm + 1e-6)
+        torch.testing.assert_close(rank["weight"].double(), want, rtol=0, atol=2 * error)
+    assert torch.equal(ranks[0]["weight"], ranks[1]["weight"])
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

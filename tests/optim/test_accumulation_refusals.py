@@ -1,4 +1,4 @@
-"""What accumulation refuses, what may be tried again, and what needs a new start."""
+"""What accumulation refuses, what may be tried again, and what needs a fresh start."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_bad_arguments_are_refused(
         expected=expected,
         got=got,
     )
-    add(optimizer, params, batches(params, 1))  # nothing is open
+    add(optimizer, params, batches(params, 1))  # no micro-batch is open
 
 
 def test_weights_that_are_all_zero_are_refused() -> None:

@@ -54,10 +54,10 @@ def test_point_6_grad_scale_is_divided_out(backend: Backend, kind: str, scale: f
     assert_same_state(ours, torchs, torch.float32)
 
 
-# The in-place path writes the unscaled gradients in their dtype, before the optimizer reads them.
+# The in-place path writes the unscaled gradients in their own dtype before the optimizer reads them.
 @pytest.mark.parametrize("kind", [kind for kind in MAKERS if kind != "in-place"])
 def test_point_6_the_norm_is_taken_after_unscaling_in_float32(backend: Backend, kind: str) -> None:
-    # Unscaled, these vanish in float16: only arithmetic in float32 sees them.
+    # These vanish in float16 when they are unscaled, so only float32 arithmetic sees them.
     param = Parameter(torch.ones(1000, dtype=torch.float16, device=backend.device))
     optimizer = MAKERS[kind]([param], max_norm=1.0, nonfinite="raise")
     assert optimizer.path == "fused"

@@ -151,7 +151,7 @@ def test_point_10_float32_state_stays_float32(
     params[0].grad = torch.ones_like(params[0])
     optimizer.step()
     state = copy.deepcopy(optimizer.state_dict())
-    # Values that the parameter's dtype cannot hold.
+    # The parameter's dtype cannot hold these values.
     moments = {
         "exp_avg": torch.linspace(0.1, 0.2, 40) + 1e-6,
         "exp_avg_sq": torch.linspace(0.1, 0.3, 40) + 1e-6,
@@ -162,7 +162,7 @@ def test_point_10_float32_state_stays_float32(
         assert optimizer.state[params[0]][key].dtype == torch.float32
         assert torch.equal(optimizer.state[params[0]][key], value)
     assert optimizer.state[params[0]]["step"].dtype == torch.float32
-    # And the step uses them as they are.
+    # The step uses them as they are.
     gradient = torch.linspace(-2, 2, 40).to(dtype)
     params[0].grad = gradient.clone()
     coefficient = 1.0 / (float64(gradient.double().norm()) + 1e-6)
@@ -180,7 +180,7 @@ def test_point_10_float32_state_stays_float32(
         assert got.dtype == torch.float32
         assert_close(got, new_state[key], torch.float32)
     rounded = torch.as_tensor(want).to(dtype)
-    # One unit in the last place: the update itself is rounded once.
+    # The update itself is rounded once, so the last place may differ by one unit.
     assert torch.allclose(params[0].detach().double(), rounded.double(), rtol=2.0**-7, atol=1e-6)
 
 

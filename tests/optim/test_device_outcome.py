@@ -1,4 +1,4 @@
-"""Steps that are decided on the device: what they decide and count there, without anybody waiting."""
+"""Steps that the device decides: what they decide and count there, without anything waiting."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_no_option_waits(device: torch.device, ours: Options) -> None:
 
 
 def test_a_rate_of_zero_does_not_wait(device: torch.device) -> None:
-    # Schedules that warm up begin there.
+    # Schedules with a warm-up begin at a learning rate of 0.
     twins = Twins("AdamW", device)
     for step, rate in enumerate((0.0, 0.01, 0.0)):
         for optimizer in (twins.ours, twins.torchs):

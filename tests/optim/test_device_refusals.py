@@ -1,4 +1,4 @@
-"""Tensors and numbers that are not where they are needed: refused in words, or right."""
+"""Tensors and numbers on the wrong device are refused in words, or handled correctly."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_total_norm_that_is_no_number(backend: Backend, norm: Tensor) -> None:
 def test_a_total_norm_of_any_dtype(
     backend: Backend, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    # torch's own get_total_norm gives the gradients' dtype.
+    # torch's own get_total_norm returns the gradients' dtype.
     mine, theirs = params_on(backend.device), params_on(backend.device)
     norm = torch.full(shape, 8, dtype=dtype, device=backend.device)
     sg.clip_grads_with_norm_(mine, 1.0, norm)
@@ -130,7 +130,7 @@ def test_state_on_another_device(backend: Backend, state: str) -> None:
 
 @pytest.mark.parametrize("rule", ["none", "sgd"])
 def test_a_gradient_on_another_device_than_its_parameter(backend: Backend, rule: str) -> None:
-    # torch lets nobody assign one, so it is handed to the kernels themselves.
+    # torch does not allow such a gradient to be assigned, so it is passed to the kernels directly.
     device = asynchronous_device(backend)
     params = params_on(device, device)
     options = StabilizerOptions(l2=0.1)

@@ -1,4 +1,4 @@
-"""State where steps are decided on the device: kept only if the step was, and saved with its counts."""
+"""State where the device decides about steps: it is kept only if the step was taken, and saved with its counts."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_skipped_first_step_leaves_nothing_behind(
 @pytest.mark.parametrize("read", [False, True], ids=["unread", "read"])
 def test_a_skipped_first_step_of_one_parameter(device: torch.device, read: bool, rule: str) -> None:
     twins = Twins(rule, device)
-    # Parameter 1 has its first gradient in a step that is skipped, then none, then one that counts.
+    # Parameter 1 has its first gradient in a step that is skipped, then none, then one in a step that is taken.
     for seed, bad, without in [
         (0, None, [1]),
         (1, NAN, []),
@@ -146,7 +146,7 @@ def test_checkpoints_take_what_was_counted(device: torch.device, good: int, wrap
     assert bool(saved["state"]) == bool(good)
     twins.ours = make_ours("SGD", twins.mine, DAMPENED, wrap, max_norm=9.0)
     give(twins.mine, 0, NAN)
-    twins.ours.step()  # its own count gives way to the loaded one
+    twins.ours.step()  # its own count is replaced by the loaded one
     with pytest.warns(UserWarning, match="max_norm: loaded 1.0, asked for 9.0"):
         twins.ours.load_state_dict(saved)
     assert twins.ours.param_groups[0]["max_norm"] == 1.0
@@ -180,7 +180,7 @@ def test_step_counters_live_on_the_device_and_go_both_ways(device: torch.device,
     steps = [None, NAN, None]
     for seed, bad in enumerate(steps):
         twins.step(seed, bad)
-    # torch keeps its counters on the CPU; ours continues them, and torch ours.
+    # torch keeps its counters on the CPU. Ours continues from them, and torch from ours.
     ours, torchs = (copy.deepcopy(o.state_dict()) for o in (twins.ours, twins.torchs))
     twins.ours.load_state_dict(torchs)
     twins.torchs.load_state_dict(ours)
@@ -205,7 +205,7 @@ def test_parameters_that_come_and_go(device: torch.device, rule: str) -> None:
 @pytest.mark.parametrize("rule", ["SGD-dampened", "AdamW"])
 def test_memory_that_moves_between_steps(device: torch.device, rule: str) -> None:
     twins = Twins(rule, device)
-    kept = []  # so that nothing gets the memory of what was moved
+    kept = []  # keeps the memory of what was moved from being used again
     for seed in range(6):
         twins.step(seed, NAN if seed in (0, 3) else None)
         for index, param in enumerate(twins.mine):
@@ -257,7 +257,7 @@ drawn_steps = st.lists(
 
 
 def happen(event: str, twins: Twins) -> None:
-    """Do to ours what may be done between steps; torch's optimizer, which skipped nothing, is the measure."""
+    """Do to ours what may be done between steps; torch's optimizer, which skipped nothing, is the reference."""
     ours, torchs = twins.ours, twins.torchs
     if event == "read":
         twins.assert_equal()
@@ -279,7 +279,7 @@ def happen(event: str, twins: Twins) -> None:
 
 
 def _counts(ours: Any) -> dict[str, Any]:
-    """Param groups as they are, so that a checkpoint of torch's does not start the counts anew."""
+    """Return the param groups' keys, so that a checkpoint of torch's does not reset the counts."""
     return {"param_groups": copy.deepcopy(ours.state_dict()["param_groups"])}
 
 

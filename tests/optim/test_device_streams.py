@@ -1,4 +1,4 @@
-"""On a GPU: nothing waits, on any stream, and a captured graph steps as eager code does."""
+"""On a GPU nothing waits, on any stream, and a captured graph steps as eager code does."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.snapshots import assert_same_tree, bits
 pytestmark = pytest.mark.parametrize("backend", backend_parameters(BACKENDS[2:]), indirect=True)
 
 STEPS = 20
-# torch's other classes have no such option; fused, they can be captured all the same.
+# torch's other classes have no such option; with fused steps they can be captured all the same.
 CAPTURABLE = {"Adam-amsgrad", "AdamW", "RMSprop-both"}
 
 
@@ -37,14 +37,14 @@ def made(rule: str, params: Sequence[Parameter], wrap: bool = True, **ours: Any)
 
 
 def static_gradients(params: Sequence[Parameter]) -> list[Tensor]:
-    """Gradients in memory that stays, as a captured backward pass has them."""
+    """Set gradients in memory that stays in place, as a captured backward pass does."""
     for param in params:
         param.grad = torch.zeros_like(param)
     return [p.grad for p in params if p.grad is not None]
 
 
 def sequence_for(params: Sequence[Parameter], steps: int, seed: int = 0) -> list[list[Tensor]]:
-    """Gradients whose clip is active and not, with a NaN in two of the steps."""
+    """Return gradients for which the clip is active or not, with a NaN in two of the steps."""
     generator = torch.Generator().manual_seed(seed)
     sequence = []
     for step in range(steps):
@@ -64,7 +64,7 @@ def put(static: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
 def warm_up(
     optimizer: Any, static: Sequence[Tensor], sequence: Sequence[list[Tensor]]
 ) -> torch.cuda.Stream:
-    """Steps on a side stream, as torch's notes on graphs ask for."""
+    """Step on a side stream, as torch's notes on graphs require."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -163,7 +163,7 @@ def test_replays_and_eager_steps_take_turns(backend: Backend) -> None:
                 graph.replay()
             elif step % 4 == 2:
                 ours.step()
-            else:  # with other gradients than the graph's
+            else:  # the gradients are not those of the graph
                 assign(mine, [g.clone() for g in gradients])
                 ours.step()
                 assign(mine, static)
@@ -171,7 +171,7 @@ def test_replays_and_eager_steps_take_turns(backend: Backend) -> None:
 
 
 def test_a_graph_outlives_the_plan_it_was_captured_with(backend: Backend) -> None:
-    # Other parameters get gradients, so that the plan is made anew; then the graph steps again.
+    # Other parameters get gradients, so that a new plan is made; then the graph steps again.
     mine, expected = (dense_parameters(device=backend.device) for _ in range(2))
     ours, same = made("SGD-dampened", mine), made("SGD-dampened", expected)
     sequence = sequence_for(mine, 12, seed=2)
@@ -197,7 +197,7 @@ def test_a_graph_outlives_the_plan_it_was_captured_with(backend: Backend) -> Non
             mine[0].grad = None
         else:
             graph.replay()
-        # Memory that was given back is now somebody else's.
+        # Memory that was freed is now used by others.
         for stream in (side, torch.cuda.current_stream()):
             torch.cuda.synchronize()
             with torch.cuda.stream(stream):
@@ -270,7 +270,7 @@ def test_steps_follow_the_current_stream(backend: Backend, rule: str) -> None:
     results = []
     for step in range(6):
         with torch.cuda.stream(stream):
-            torch.cuda._sleep(2_000_000)  # what the step must come after
+            torch.cuda._sleep(2_000_000)  # the step has to come after this
             mine[0].grad = torch.full_like(mine[0], NAN if step == 2 else step + 1.0)
             ours.step()
             results.append((mine[0][:3].clone(), ours.grad_norm))
@@ -310,7 +310,7 @@ def test_a_plans_memory_is_recorded_on_other_streams(
 
 
 def test_a_step_without_gradients_follows_the_current_stream(backend: Backend) -> None:
-    # With nothing to take the device from, the stream must still be the parameters'.
+    # Without gradients to take the device from, the stream has to be the parameters' all the same.
     params = dense_parameters(device=backend.device)
     optimizer = made("AdamW", params)
     static = static_gradients(params)

@@ -1,4 +1,4 @@
-"""The wrapped optimizer's own step, called past the wrapper: it works, but says that nothing was stabilized."""
+"""The wrapped optimizer's own step, called directly: it works, but warns that nothing was stabilized."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_a_step_that_somebody_replaced_stays_as_it_is() -> None:
     original = later.optimizer.step
     later.optimizer.step = lambda closure=None: (calls.append(2), original())[1]
     give(later.param_groups[0]["params"])
-    later.step()  # passes through both
+    later.step()  # goes through both
     assert calls == [1, 1, 2] and later.path.startswith("in-place")
 
 

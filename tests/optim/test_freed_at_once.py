@@ -1,4 +1,4 @@
-"""A model and its optimizer are freed with their last names, without the cycle collector."""
+"""A model and its optimizer are freed with the last reference, without the cycle collector."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EVERYTHING: dict[str, Any] = {"clip": sg.ClipZScore(), "skip": sg.SkipSpikes()}
 
 @pytest.fixture(autouse=True)
 def no_collector() -> Iterator[None]:
-    # torch's first step in a process leaves a cycle of its own.
+    # torch's first step in a process leaves a reference cycle of its own.
     model = nn.Linear(3, 2)
     plain(model, torch.optim.SGD(model.parameters(), lr=0.1))
     gc.disable()

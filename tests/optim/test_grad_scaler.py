@@ -1,4 +1,4 @@
-"""GradScaler: torch's skips, scales and weights, with found_inf from the step instead of a pass of its own."""
+"""GradScaler has torch's skips, scales and weights, with found_inf from the step instead of a pass of its own."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from tests.snapshots import Snapshot, assert_refused, assert_same_tree
 from tests.tolerances import float64
 
 STEPS = 60
-# Once, twice in a row, in different parameters, and as what is neither positive nor negative.
+# Overflows happen once, twice in a row, in different parameters, and as NaN.
 OVERFLOWS = {5: math.inf, 6: -math.inf, 20: math.nan, 33: math.inf, 34: math.inf, 47: math.nan}
 SCALERS = {"torch": torch.amp.GradScaler, "ours": sg.GradScaler}
 scalers = pytest.mark.parametrize("scaler", SCALERS)
 all_kinds = pytest.mark.parametrize("kind", MAKERS)
-# Every fused rule, and one of torch's that goes through its own step.
+# Every fused rule, and one of torch's rules that uses its own step.
 ALL_RULES = {**RULES, "in-place": ("NAdam", {"lr": 0.01})}
 
 
 class Operations(TorchDispatchMode):
-    """The names of the operations that torch runs."""
+    """Records the names of the operations that torch runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Operations(TorchDispatchMode):
 
 
 def backward(scaler: Any, params: Sequence[Parameter], grads: Sequence[Tensor | None]) -> None:
-    """Through a loss whose gradients are these."""
+    """Run backward of a loss whose gradients are these."""
     losses = [(p * g).sum() for p, g in zip(params, grads, strict=True) if g is not None]
     scaler.scale(torch.stack(losses).sum()).backward()
 
@@ -74,7 +74,7 @@ def steady(params: Sequence[Parameter]) -> list[list[Tensor | None]]:
 def run(
     scaler: Any, optimizer: Any, params: list[Parameter], clips: bool, unscales: bool = False
 ) -> list[float]:
-    """All steps; torch's way where ``clips``. Returns the scales."""
+    """Take all steps, in torch's way if ``clips``; return the scales."""
     scales = []
     for grads in overflowing(params):
         optimizer.zero_grad()
@@ -129,7 +129,7 @@ def test_a_step_takes_no_pass_to_look_for_infinities(
         scaler.update()
     assert operations.inf_checks == 0
     assert scaler.get_scale() == 2.0 ** (16 if bad is None else 15)
-    # The same count sees torch's pass: if torch's scaler asks in another way some day, this does not pass unnoticed.
+    # The same count sees torch's own pass, so that a change in how torch's scaler asks would be noticed.
     give(params)
     with Operations() as operations:
         made_by_torch = made(backend, "torch")
@@ -172,7 +172,7 @@ def test_an_overflow_is_skipped_under_every_policy(
     assert optimizer.skipped_steps == 1 and scaling.get_scale() == 2.0**15
     if scaler == "torch":
         return
-    # Without the scaler the policy is the one that was asked for.
+    # Without the scaler the policy is the one that was given.
     give(params, element=math.inf)
     if policy == "raise":
         with pytest.raises(sg.NonfiniteGradientError):
@@ -188,7 +188,7 @@ def test_an_overflow_is_skipped_under_every_policy(
 def test_several_optimizers(backend: Backend, kind: str) -> None:
     def make(stabilized: bool) -> tuple[list[list[Parameter]], list[Any]]:
         sets = [dense_parameters(device=backend.device, seed=seed) for seed in range(3)]
-        # The last one is torch's own either way.
+        # The last set uses torch's own optimizer in either case.
         ours = [MAKERS[kind](some, max_norm=math.inf) for some in sets[:2]] if stabilized else []
         return sets, ours + [make_twin(kind, some) for some in sets[len(ours) :]]
 
@@ -227,7 +227,7 @@ def test_optimizers_of_torch_are_stepped_as_torch_does(backend: Backend) -> None
 
 @all_kinds
 def test_gradients_that_overflow_after_unscale(backend: Backend, kind: str) -> None:
-    # Whoever changes them may also break them: the step sees it, and so does the scale.
+    # User code between unscale_ and step may also make gradients non-finite; the step and the scale see it.
     params = dense_parameters(device=backend.device)
     optimizer, scaler = MAKERS[kind](params, max_norm=1.0), made(backend)
     backward(scaler, params, steady(params)[0])
@@ -273,7 +273,7 @@ def test_sparse_gradients(backend: Backend) -> None:
         scaler.step(optimizer)
         scaler.update()
         assert scaler.get_scale() == scale
-    # Both rows are one: a gradient of 4 in three places, clipped to 1.
+    # Both entries are one row: a gradient of 4 in three places, clipped to 1.
     assert weight[1].tolist() == pytest.approx([1 - 1 / math.sqrt(3)] * 3, rel=1e-6)
     assert optimizer.path == "in-place: sparse gradients" and optimizer.skipped_steps == 1
 
@@ -311,7 +311,7 @@ def test_no_closure_may_be_said_by_place(backend: Backend, kind: str) -> None:
     optimizer, scaler = MAKERS[kind](params, max_norm=1.0), made(backend)
     scaler.scale(torch.zeros((), device=backend.device))
     give(params)
-    scaler.step(optimizer, None)  # as accelerate does
+    scaler.step(optimizer, None)  # accelerate passes None
     scaler.update()
     assert optimizer.grad_norm is not None
 

@@ -1,4 +1,4 @@
-"""Wrappers that only take an optimizer's class: what is read through them is what the optimizer knows."""
+"""Wrappers that only imitate an optimizer's class show what the optimizer itself knows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.snapshots import assert_same_tree
 
 
 class Imitation:
-    """Takes the class of the optimizer that it wraps, as those of Lightning and its Fabric do."""
+    """Imitates the class of the optimizer that it wraps, as those of Lightning and its Fabric do."""
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer

@@ -1,4 +1,4 @@
-"""Every optimizer without a fused rule, and every option the fused step does not take."""
+"""Every optimizer without a fused rule, and every option that the fused step does not take."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CASES = [
 
 
 def without_empty(params: list[Parameter], rule: str) -> list[Parameter]:
-    """Drop what the optimizer itself cannot take."""
+    """Return the parameters that the optimizer itself accepts."""
     return [p for p in params if p.numel()] if rule == "Adafactor" else params
 
 
@@ -75,13 +75,13 @@ def test_equals_torch_with_swapped_checkpoints(
         clipped += bool(norm + 1e-6 > 1.0)
         assert ours.grad_norm is not None
         assert_close(ours.grad_norm, norm, dtype)
-        # torch casts its own float32 scalars when it loads them beside float64 parameters.
+        # When torch loads float32 scalars beside float64 parameters, it casts them.
         if step == 9 and dtype == torch.float32:
             from_ours, from_torch = ours.state_dict(), torchs.state_dict()
             ours, torchs = sg.Stabilizer(kind(mine, **options), max_norm=1.0), kind(theirs)
             ours.load_state_dict(copy.deepcopy(from_torch))
             torchs.load_state_dict(copy.deepcopy(from_ours))
-            # A plain torch checkpoint knows of no counters.
+            # A plain torch checkpoint has no counters.
             assert ours.clipped_steps == 0
             clipped = 0
     assert_same_params(mine, theirs, dtype)
@@ -106,7 +106,7 @@ def test_muon_equals_torch(backend: Backend, nesterov: bool) -> None:
         ours.step()
         clip_grad_norm_([p for p in theirs if p.grad is not None], 1.0)
         torchs.step()
-    # Its orthogonalization runs in bfloat16: only the momentum shows the gradients closely.
+    # The orthogonalization runs in bfloat16, so only the momentum shows the gradients closely.
     assert_same_state(ours, torchs, torch.float32)
     for one, other in zip(mine, theirs, strict=True):
         assert torch.allclose(one, other, rtol=2.0**-8, atol=1e-4)
@@ -141,13 +141,13 @@ def test_sparse_gradients_equal_torch(backend: Backend, rule: str) -> None:
     generator = torch.Generator().manual_seed(1)
     for step in range(12):
         for one, other in zip(mine, theirs, strict=True):
-            # The same row twice: its gradient is the sum.
+            # A row appears twice, and its gradient is the sum.
             rows = torch.randint(9, (4,), generator=generator)
             rows[3] = rows[0]
             values = torch.randn(4, one.shape[1], generator=generator) * 10.0 ** (step % 5 - 2)
             sparse = torch.sparse_coo_tensor(rows[None], values, one.shape, check_invariants=True)
             one.grad, other.grad = sparse.clone(), sparse.clone()
-        # torch's Adagrad warns when nobody says whether to check its own sparse tensors.
+        # torch's Adagrad warns unless it is told whether to check its own sparse tensors.
         with torch.sparse.check_sparse_tensor_invariants():
             ours.step()
             norm = clip_sparse(theirs, 1.0)
@@ -200,7 +200,7 @@ def test_lbfgs_clips_every_evaluation(backend: Backend, line_search: str | None)
     (mine, my_count, my_losses), (theirs, count, losses) = run(False), run(True)
     assert my_count == count
     assert any(clipped) and torch.isfinite(mine).all()
-    # Curvature is a difference of gradients: it magnifies the last bit by some decades.
+    # The curvature is a difference of gradients, which magnifies the last bit by some decades.
     assert_close(torch.stack(my_losses), torch.stack(losses), torch.float32)
     assert_close(mine, theirs, torch.float32)
 
@@ -266,7 +266,7 @@ def test_capturable_is_fused_where_steps_are_decided_on_the_device(
         assert ours.state[param]["step"].device == param.device
         return
     assert ours.path.startswith("in-place: ") and "capturable" in ours.path
-    with pytest.raises(AssertionError, match="capturable"):  # torch's own refusal comes through
+    with pytest.raises(AssertionError, match="capturable"):  # torch's own error comes through
         ours.step()
 
 

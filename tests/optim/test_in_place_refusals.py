@@ -20,7 +20,7 @@ NAN = math.nan
 
 
 def stepped(backend: Backend, rule: str, **options: Any) -> sg.Stabilizer:
-    """An optimizer after its first step, with a gradient that the next one would clip."""
+    """Return an optimizer after its first step, with a gradient that the next step would clip."""
     param = Parameter(torch.ones(3, device=backend.device))
     optimizer = sg.Stabilizer(
         unfused.optimizer_class(rule)([param], lr=0.1), max_norm=0.1, **options
@@ -152,7 +152,7 @@ def test_the_line_that_the_refusal_says_clips_what_sam_updates() -> None:
     closure()
     optimizer.step(closure)
     assert (param.detach() - 1).norm() == pytest.approx(0.001, rel=1e-3)
-    # What is no key of a param group does not stay in one.
+    # Options that are not keys of a param group do not stay in one.
     assert not {"telemetry", "clip_scope"} & set(optimizer.param_groups[0])
 
 

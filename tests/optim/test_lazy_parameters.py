@@ -1,4 +1,4 @@
-"""Parameters that a lazy module has not made yet: a step passes over them until they have gradients, as torch does."""
+"""Parameters of a lazy module not initialized yet: steps ignore them until they have gradients, as in torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.optim import unfused
 
 Make = Callable[[Any], torch.optim.Optimizer]
 
-# Ours, what path it takes, and torch's that does the same.
+# For each kind: ours, the path it takes, and torch's that does the same.
 KINDS: dict[str, tuple[Make, str, Make]] = {
     "adamw": (
         lambda params: sg.optim.AdamW(params, lr=0.1, telemetry="tensor", clip_scope="tensor"),
@@ -47,7 +47,7 @@ def network(dtype: torch.dtype = torch.float32) -> nn.ModuleDict:
 
 
 def train(model: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> None:
-    """Two steps without the lazy branch, two with it."""
+    """Train for two steps without the lazy branch and two with it."""
     device = model["used"].weight.device
     for step in range(4):
         optimizer.zero_grad()
@@ -82,7 +82,7 @@ def test_kept_bits_of_lazy_parameters_begin_with_their_first_gradient(rounding: 
 
 
 def test_param_groups_refuse_what_has_no_dimensions_yet() -> None:
-    with pytest.raises(ValueError, match=r"UninitializedParameter in 'late\.weight'.*run a batch"):
+    with pytest.raises(ValueError, match=r"UninitializedParameter at 'late\.weight'.*run a batch"):
         sg.param_groups(network(), l2=0.1)
 
 

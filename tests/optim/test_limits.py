@@ -31,7 +31,7 @@ def in_two_groups(kind: str, **ours: Any) -> tuple[list[Parameter], Any]:
 
 
 def reloaded(optimizer: Any) -> Any:
-    """Return the state dict as a file gives it back to torch's safe loader."""
+    """Return the state dict after a file and torch's safe loader."""
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
     file.seek(0)
@@ -102,7 +102,7 @@ def test_groups_that_differ_have_no_common_limit(kind: str) -> None:
 def test_a_group_that_is_added_gets_the_value_set_last(kind: str) -> None:
     _, optimizer = in_two_groups(kind, max_norm=1.0, l1=0.1)
     optimizer.max_norm = 0.5
-    optimizer.param_groups[0]["max_norm"] = 0.25  # that group's alone
+    optimizer.param_groups[0]["max_norm"] = 0.25  # sets this group alone
     optimizer.add_param_group({"params": [Parameter(torch.zeros(2))]})
     optimizer.add_param_group({"params": [Parameter(torch.zeros(2))], "max_norm": 7.0})
     assert [group["max_norm"] for group in optimizer.param_groups] == [0.25, 0.5, 0.5, 7.0]
@@ -184,7 +184,7 @@ def test_loading_another_limit_than_was_asked_for_warns(kind: str) -> None:
     text = str(warning.message)
     assert "max_norm: loaded 1.0, asked for None; l2: loaded 0.1, asked for 0.2" in text
     assert "optimizer.max_norm = None; optimizer.l2 = 0.2" in text
-    assert (new.max_norm, new.l2) == (1.0, 0.1)  # as torch's lr, the checkpoint's wins
+    assert (new.max_norm, new.l2) == (1.0, 0.1)  # the checkpoint's values win, as for torch's lr
     new.add_param_group({"params": [Parameter(torch.zeros(2))]})
     assert new.param_groups.pop()["l2"] == 0.2
     new.max_norm, new.l2 = None, 0.2

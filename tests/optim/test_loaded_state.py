@@ -1,4 +1,4 @@
-"""State that no step could go on from: refused as it is loaded, by the name of its key, with nothing changed."""
+"""State from which no step could continue is refused when it is loaded, by the name of its key."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BAD: dict[str, tuple[dict[str, Any], str, Any]] = {
 
 
 class Limit(sg.ClipPolicy):
-    """Has a number and a tensor."""
+    """A policy whose state is a number and a tensor."""
 
     def __init__(self) -> None:
         self.limit = torch.ones(())

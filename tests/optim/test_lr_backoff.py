@@ -34,7 +34,7 @@ def made(backend: Backend, kind: str = "subclass", lr: Any = 0.5, **ours: Any) -
 def step(
     optimizer: Any, scheduler: Any, bad: bool = False, norm: float = 1.0, **given: Any
 ) -> float:
-    """One step of both; returns the rate of the first group."""
+    """Step optimizer and scheduler; return the rate of the first group."""
     for group in optimizer.param_groups:
         group["params"][0].grad = torch.full_like(group["params"][0], math.nan if bad else norm)
     optimizer.step()
@@ -189,7 +189,7 @@ def test_other_optimizers_and_schedulers() -> None:
     with pytest.raises(TypeError, match=r"LRBackoff: optimizer: expected a steadygrad\.Stab"):
         sg.LRBackoff(plain)
     ours = sg.Stabilizer(plain)
-    sg.LRBackoff(ours, StepLR(plain, 1))  # of the wrapped one is as good
+    sg.LRBackoff(ours, StepLR(plain, 1))  # a scheduler of the wrapped optimizer is accepted, too
     other = sg.optim.SGD([Parameter(torch.zeros(1))], lr=1.0)
     with pytest.raises(
         ValueError, match="LRBackoff: scheduler: expected one of the same optimizer"
@@ -220,7 +220,7 @@ def test_param_groups_may_come_and_go(backend: Backend, inner: bool) -> None:
     multiplier = scheduler.multiplier
     assert rates == pytest.approx([0.25 * factor**3 * multiplier, 8.0 * factor**2 * multiplier])
 
-    # What was saved with the groups that there are now goes on with them.
+    # A state that was saved with the present groups goes on with them.
     saved = copy.deepcopy(scheduler.state_dict()), copy.deepcopy(optimizer.state_dict())
     step(optimizer, scheduler)
     after = [float(group["lr"]) for group in optimizer.param_groups]

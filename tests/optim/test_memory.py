@@ -28,7 +28,7 @@ ELEMENTS = 100_000
 
 
 class LargestResult(TorchDispatchMode):
-    """Records the largest storage that an operator of torch made new."""
+    """Records the largest new storage that an operator of torch made."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class LargestResult(TorchDispatchMode):
 
 
 def largest_allocation(call: Callable[[], object]) -> int:
-    """Return the bytes of the largest tensor made, seen by torch's dispatcher and allocator."""
+    """Return the size in bytes of the largest tensor made, as torch's dispatcher and allocator see it."""
     with LargestResult() as dispatched:
         call()
     with torch.profiler.profile(
@@ -124,8 +124,8 @@ def test_the_in_place_path_adds_nothing_of_gradient_size(backend: Backend) -> No
     assert largest_allocation(optimizer.step) < 4096
 
 
-# In a process of its own, whose peak nothing else has raised. Memory that the extension itself
-# took would be seen here, and torch's own optimizer shows that the measurement can see it.
+# This runs in a process of its own, whose peak nothing else has raised. It would also see memory that the extension
+# allocates itself; torch's own optimizer shows that the measurement works.
 PEAK = """
 import json, re, torch, steadygrad as sg
 from torch.nn import Parameter
@@ -162,6 +162,6 @@ def test_the_peak_of_the_process_does_not_rise(backend: Backend) -> None:
         [sys.executable, "-c", PEAK], capture_output=True, text=True, check=True, timeout=300
     )
     rise = json.loads(ran.stdout)
-    # A quarter of one of the four gradients, 4 MB; torch's default step takes one at least.
+    # The limit is a quarter of one of the four gradients of 4 MB; torch's default step takes at least one.
     assert rise["ours"] < rise["gradient"] // 4
     assert rise["torch"] > rise["gradient"] // 2

@@ -1,4 +1,4 @@
-"""Bytes that unscale, clip and AdamW move for each fp32 parameter: ours, and torch's three calls."""
+"""Bytes that unscale, clip and AdamW move for each fp32 parameter, in ours and in torch's three calls."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tests.backends import Backend
 from tests.snapshots import bits
 
 SIZES = [2**16, 2**14, 2**16]
-# A step is pass 1, a decision that reads sums of chunks, and pass 2.
+# The launches of a step are pass 1, a decision that reads sums of chunks, and pass 2.
 LAUNCHES = 3
 
 
 class Traffic(TorchDispatchMode):
-    """Bytes that torch's operations read and write, each tensor once for each operation it is given to."""
+    """Counts bytes that torch's operations read and write, each tensor once per operation that it is given to."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Traffic(TorchDispatchMode):
             *((a, kwargs[a.name]) for a in schema if a.name in kwargs),
         ]:
             writes = argument.alias_info is not None and argument.alias_info.is_write
-            # torch's fused optimizers write gradients only where they unscale them.
+            # torch's fused optimizers write gradients only if they unscale them.
             if argument.name == "grads" and kwargs.get("grad_scale") is None:
                 writes = False
             for tensor in tensors(value):
@@ -61,14 +61,14 @@ def parameters(device: torch.device) -> list[Parameter]:
 
 
 def scaled_gradients(params: list[Parameter], scaler: Any) -> None:
-    """Large enough for the clip to be active, as its second pass over gradients is counted."""
+    """Set gradients that are large enough for the clip to be active, since its second pass is counted."""
     for param in params:
         param.grad = None
     scaler.scale(torch.stack([(p * p).sum() for p in params]).sum()).backward()
 
 
 def moved_by_torch(device: torch.device, **options: bool) -> float:
-    """Bytes for each parameter of unscale, clip and AdamW, when the state is there."""
+    """Return the bytes per parameter of unscale, clip and AdamW once the state exists."""
     params = parameters(device)
     optimizer = torch.optim.AdamW(params, lr=1e-3, **options)
     scaler = torch.amp.GradScaler(device.type)
@@ -83,9 +83,9 @@ def moved_by_torch(device: torch.device, **options: bool) -> float:
 
 
 def test_torch_moves_48(backend: Backend) -> None:
-    # Unscale 8, norm 4, clip 8, update 28.
+    # These are unscale 8, norm 4, clip 8 and update 28.
     assert moved_by_torch(backend.device, fused=True) == pytest.approx(48, abs=0.01)
-    # Which is its best: 104 as of torch 2.13 with an operation after the other.
+    # That is torch's best; with one operation after the other it is 104 as of torch 2.13.
     assert moved_by_torch(backend.device, foreach=True) > 2 * 48
 
 
@@ -106,9 +106,9 @@ def test_a_step_moves_32(backend: Backend) -> None:
         launched = _kernels.launch_count() - launched
     assert optimizer.clipped_steps == 2
     assert launched == (LAUNCHES if backend.asynchronous else 0)
-    # What torch does around the kernels are operations on single numbers.
+    # Around the kernels torch runs only operations on single numbers.
     assert traffic.bytes / sum(SIZES) < 0.005
-    # Pass 1 reads gradients; pass 2 reads all operands, and writes those that have changed.
+    # Pass 1 reads gradients. Pass 2 reads all operands, and writes those that have changed.
     moved = 0
     for operand, kept in zip(operands, before, strict=True):
         param, gradient, *state = tensors(operand)
@@ -124,7 +124,7 @@ def test_a_step_moves_32(backend: Backend) -> None:
 
 @pytest.mark.parametrize("operand", ["gradient", "parameter", "exp_avg", "exp_avg_sq"])
 def test_pass_1_reads_gradients_alone(backend: Backend, operand: str) -> None:
-    # Told to skip, a step ends after pass 1. What it has not read cannot have spoilt the norm.
+    # A step that is told to skip ends after pass 1. Elements that it has not read cannot have changed the norm.
     params = parameters(backend.device)
     optimizer = sg.optim.AdamW(params, lr=1e-3, max_norm=1.0)
     scaled_gradients(params, torch.amp.GradScaler("cpu", enabled=False))

@@ -1,4 +1,4 @@
-"""param_groups: weights with the penalty, biases and norm-layer parameters without."""
+"""param_groups puts weights into the penalised group, and biases and norm-layer parameters into the other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.backends import Backend
 
 
 class Net(nn.Module):
-    """One of each kind of layer, a bare parameter and a tied weight."""
+    """A network with one layer of each kind, a bare parameter and a tied weight."""
 
     def __init__(self) -> None:
         super().__init__()

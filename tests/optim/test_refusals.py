@@ -22,7 +22,7 @@ REFUSALS = (TypeError, ValueError, RuntimeError)
 NON_NEGATIVE = "non-negative|nonnegative|>= ?0|at least 0|not negative"
 WHERE = "step|Stabilizer"
 all_kinds = pytest.mark.parametrize("kind", MAKERS)
-# The fused rules that read each hyper-parameter.
+# For each hyper-parameter, the fused rules that read it.
 READ_BY = {
     "lr": ["SGD", "Adam", "AdamW", "Adagrad", "RMSprop"],
     "weight_decay": ["SGD", "Adam", "AdamW", "Adagrad", "RMSprop"],
@@ -61,7 +61,7 @@ def test_unknown_policies_are_refused(made: str, argument: str, known: str) -> N
     params = dense_parameters()
     inner = torch.optim.SGD(params, lr=0.1)
     before = [dict(group) for group in inner.param_groups]
-    # None leaves the scope to the clip policy.
+    # None is allowed for the scope, which the clip policy then chooses.
     for wrong in ("sometimes", "", 1 if argument == "clip_scope" else None, 1):
         assert_refused(
             lambda wrong=wrong: (
@@ -197,7 +197,7 @@ def refuse_step(
     assert (optimizer.skipped_steps, optimizer.clipped_steps) == counters
 
 
-# Without a penalty the in-place path reads no parameter: of those only gradients are in its care.
+# Without a penalty the in-place path does not read parameters, so it checks only gradients.
 @pytest.mark.parametrize(
     ("rule", "what"),
     [

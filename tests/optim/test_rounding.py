@@ -29,7 +29,7 @@ halves = pytest.mark.parametrize("dtype", list(HALVES), ids=HALVES.get)
 
 
 def some_parameters(dtype: torch.dtype, backend: Backend) -> list[Parameter]:
-    """Return contiguous, sliced and misaligned ones, of sizes at the edges of vectors and chunks."""
+    """Return contiguous, sliced and misaligned parameters, of sizes at the edges of vectors and chunks."""
     generator = torch.Generator().manual_seed(2)
     tensors = [
         torch.randn(size, generator=generator).to(dtype).to(backend.device)
@@ -88,7 +88,7 @@ def test_the_proximal_step_acts_on_the_value(
 @pytest.mark.parametrize("kind", ["any", "ordinary"])
 @pytest.mark.parametrize("how", ROUNDINGS)
 def test_every_number(backend: Backend, how: str, kind: str, dtype: torch.dtype) -> None:
-    # A step of 1 from 0 puts any number at all into the parameter.
+    # A step from 0 with learning rate 1 puts any number into the parameter.
     name = HALVES[dtype]
     count = 20000 if backend.name == "cpu" else 9000
     values = any_floats(count) if kind == "any" else ordinary_floats(name, count)
@@ -100,7 +100,7 @@ def test_every_number(backend: Backend, how: str, kind: str, dtype: torch.dtype)
         [param], lr=1.0, rounding=how, rounding_seed=2**63 + 5, nonfinite="propagate"
     )
     optimizer.step()
-    # 0 - (-0) and 0 - 0 are both 0.
+    # Both 0 - (-0) and 0 - 0 are 0.
     values = values + np.float32(0)
     want = rounding.round_nearest(values, name)
     if how == "stochastic":
@@ -118,7 +118,7 @@ def test_every_number(backend: Backend, how: str, kind: str, dtype: torch.dtype)
 
 @halves
 def test_stochastic_rounding_is_unbiased(backend: Backend, dtype: torch.dtype) -> None:
-    # Steps of 1/64 of what the parameter can hold: to nearest, it would never move.
+    # Steps are 1/64 of the spacing of the parameter's dtype, so rounding to nearest would never move it.
     size, steps = 4096, 64
     start = 1.0
     spacing = float(rounding.FORMATS[HALVES[dtype]].spacing(start))
@@ -129,7 +129,7 @@ def test_stochastic_rounding_is_unbiased(backend: Backend, dtype: torch.dtype) -
         param.grad = torch.full((size,), -spacing / 64, device=backend.device)
         optimizer.step()
     moved = (float64(param) - start) / spacing
-    # A sum of 64 draws of probability 1/64: mean 1, variance 63/64.
+    # This is a sum of 64 draws with probability 1/64: mean 1, variance 63/64.
     assert abs(moved.mean() - 1) < 5 / size**0.5
     assert abs(moved.var() - 63 / 64) < 0.15
 
@@ -164,14 +164,14 @@ def test_penalties_see_the_parameter_as_it_is_stored(backend: Backend, dtype: to
         param.grad = torch.zeros(200, device=backend.device)
         optimizer.step()
     assert float(optimizer.grad_norm) == pytest.approx(200**0.5, rel=1e-6)
-    # Twice the penalty of 1, though the value is a little below it in the second step.
+    # The penalty of 1 acts twice, although the value is a little below 1 in the second step.
     same(optimizer.state[param]["master_param"], np.full(200, 1 - 2 * 2.0**-12), "master")
 
 
 @halves
 @pytest.mark.parametrize("how", ROUNDINGS)
 def test_any_layout_of_gradients(backend: Backend, how: str, dtype: torch.dtype) -> None:
-    # Gradients in the parameter's own dtype, strided ones too: the twin takes the same numbers.
+    # The gradients have the parameter's own dtype and may be strided; the twin gets the same numbers.
     for layout in range(4):
         generator = torch.Generator().manual_seed(layout)
         params = [
@@ -188,7 +188,7 @@ def test_any_layout_of_gradients(backend: Backend, how: str, dtype: torch.dtype)
         for optimizer in optimizers:
             optimizer.step()
         if how == "stochastic":
-            # The order of visits may differ, and with it the odds of each element.
+            # The order of visits may differ, and with it the random bits of each element.
             spacing = rounding.FORMATS[HALVES[dtype]].spacing(float64(params[1]))
             assert (np.abs(float64(params[0]) - float64(params[1])) <= spacing).all()
         else:

@@ -1,4 +1,4 @@
-"""What is kept for half-precision parameters: made, skipped, saved, loaded, copied and refused."""
+"""What is kept for half-precision parameters: how it is made, skipped, saved, loaded, copied and refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ROUNDINGS = ["stochastic", "kahan", "master"]
 BF16 = torch.bfloat16
 both_ways = pytest.mark.parametrize("wrap", [True, False], ids=["wrapped", "subclass"])
 every_rounding = pytest.mark.parametrize("how", ROUNDINGS)
-# Without state, with state, and with a counter besides.
+# The rules have no state, state tensors, and state tensors with a counter.
 rules = pytest.mark.parametrize("rule", ["plain", "SGD", "AdamW"])
 
 
@@ -76,7 +76,7 @@ def test_no_master_copies_of_fp64(backend: Backend, wrap: bool, where: int) -> N
     params[where] = Parameter(params[where].detach().double())
     optimizer = make("AdamW", params, wrap, rounding="master")
     give(params, 0)
-    params[where].grad = None  # it is refused before it has a gradient
+    params[where].grad = None  # the parameter is refused even without a gradient
     assert_refused(
         optimizer.step,
         ValueError,
@@ -219,7 +219,7 @@ def test_a_kept_value_that_is_missing_is_made_and_nothing_else(backend: Backend,
             kept = state.pop(EXTRAS[how])
             assert kept.dtype == (torch.float32 if how == "master" else BF16)
             assert_same_tree(state, want)
-            assert torch.equal(bits(param), bits(old))  # nothing had been lost before
+            assert torch.equal(bits(param), bits(old))  # nothing had been lost yet
 
 
 @rules
@@ -241,7 +241,7 @@ def test_a_parameter_that_was_written_counts(backend: Backend, how: str, rule: s
             some[2].view(-1)[::3] = 0.0
         name = EXTRAS.get(how)
         if name is not None:
-            # As if what was kept had been made from the written elements.
+            # The result is as if the kept state had been made from the written elements.
             kept = fresh.state[params_of(fresh)[2]][name]
             kept.view(-1)[::3] = 0.0
     step(optimizer, params, 2)
@@ -326,7 +326,7 @@ def test_a_resumed_run_goes_on_with_the_same_bits(
         **{**options, "rounding_seed": 12},
     )
     for made in (again, other_seed):
-        # In use already: its own count makes way.
+        # The optimizer has been used already; its own count is replaced.
         made_params = params_of(made)
         start = [p.detach().clone() for p in made_params]
         step(made, made_params, 5, 6, 7)
@@ -372,7 +372,7 @@ def test_torch_loads_and_steps(backend: Backend, how: str, wrap: bool) -> None:
     give(copies, 2)
     torchs.step()
     assert all(not torch.equal(a, b) for a, b in zip(params, copies, strict=True))
-    # And back: torch has rounded all state, the master copy too, which is made anew.
+    # On the way back, torch has rounded all state, also the master copy, which is made anew.
     ours = make("AdamW", copies, wrap, rounding=how, state_dtype=torch.float32)
     ours.load_state_dict(torchs.state_dict())
     assert all(state["exp_avg"].dtype == BF16 for state in ours.state.values())
@@ -410,7 +410,7 @@ def test_options_pickled_before_there_were_these() -> None:
 
 
 def test_small_steps_arrive(backend: Backend) -> None:
-    """A linear model in bf16 at a learning rate whose updates round to nothing."""
+    """Train a linear model in bf16 at a learning rate whose updates round to nothing."""
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(64, 8, generator=generator).to(backend.device)
     weights = {}

@@ -1,4 +1,4 @@
-"""The same bits from every backend: norms, penalties and whole steps, in whatever order threads run."""
+"""Every backend gives the same bits, of norms, penalties and whole steps, in whatever order threads run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ INF = math.inf
 
 OTHERS = backend_parameters(BACKENDS[1:])
 others = pytest.mark.parametrize("other", OTHERS)
-# A GPU's compiler may join a product and a sum, and its powers may be rounded differently.
+# A GPU's compiler may fuse a product and a sum, and its powers may be rounded differently.
 on_host = pytest.mark.parametrize("other", OTHERS[:1])
 
 Result = TypeVar("Result")
@@ -59,7 +59,7 @@ def on_both(other: Backend, call: Callable[[torch.device], Sequence[Tensor]]) ->
         assert same, f"result {index}: {a} is not {b}"
 
 
-# The magnitude of elements, from where squares vanish in fp32 (or fp64) to where they overflow.
+# The decades of element magnitudes, from where squares vanish in fp32 (or fp64) to where they overflow.
 DECADES = {torch.float32: 7.5, torch.float64: 60.0, torch.bfloat16: 7.5, torch.float16: 0.9}
 SPECIAL = [None, None, None, None, math.nan, INF, -INF, 0.0, -0.0]
 shapes = st.one_of(
@@ -251,7 +251,7 @@ OURS: dict[str, dict[str, Any]] = {
 def steps_of(
     backend: Backend, rule: str, dtype: torch.dtype, scale: float = 1.0, **ours: Any
 ) -> Any:
-    """Five steps, one of them with a NaN: parameters, state, norms, gradients and counters."""
+    """Take five steps, one with a NaN; return parameters, state, norms, gradients and counters."""
     with backend.active():
         params = mixed_parameters(dtype, backend.device)
         large = torch.linspace(-2, 2, 8197, dtype=torch.float64).to(dtype)
@@ -286,7 +286,7 @@ def test_a_nan_has_the_same_bits_wherever_it_was_made() -> None:
 
 
 def as_bits(found: Any) -> Any:
-    """Put bits in the place of tensors: a NaN is like any other number then."""
+    """Replace tensors by their bits, so that a NaN compares like any other number."""
     if isinstance(found, Tensor):
         return bits(found)
     if isinstance(found, dict):
@@ -330,7 +330,7 @@ def test_steps_of_parameters_of_all_dtypes_at_once(other: Backend, rule: str, sc
                 values = torch.randn(param.shape, generator=generator, dtype=torch.float64)
                 values *= scale if param.dtype == torch.float64 else 10.0 ** (step - 2)
                 param.grad = values.to(device, param.dtype)
-                # As autocast and .data leave it: a gradient of another dtype than its parameter.
+                # A gradient may have another dtype than its parameter, as autocast and .data leave it.
                 if i in (2, 4, 8) and rule != "NAdam":
                     param.grad.data = values.to(device, DTYPES[(i + step) % 4])
             optimizer.step()

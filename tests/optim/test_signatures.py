@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from inspect import Parameter as Argument
 from typing import Any
 
@@ -24,7 +25,7 @@ def arguments(function: Any) -> dict[str, Argument]:
 
 
 def shown(argument: Argument) -> tuple[Any, ...]:
-    """What a caller has to know of it."""
+    """Return what a caller has to know of an argument."""
     return argument.name, argument.kind, argument.default
 
 
@@ -36,6 +37,21 @@ def own_arguments() -> dict[str, Argument]:
 
 def weight() -> Parameter:
     return Parameter(torch.zeros(2))
+
+
+def test_the_first_screen_of_help_has_an_example_and_six_options() -> None:
+    """A screen has 24 lines, of which help() needs 5 for the names and the signature."""
+    screen = inspect.getdoc(sg.Stabilizer).split("\n")[:19]  # type: ignore[union-attr]
+    listed = [found[1] for line in screen if (found := re.match(r"    (\w+): [A-Z`]", line))]
+    options = ["max_norm", "clip", "skip", "nonfinite", "rounding", "telemetry"]
+    assert sum(line.startswith(">>> ") for line in screen) >= 3
+    assert listed == ["optimizer", *options]
+
+
+def test_help_describes_every_option_once() -> None:
+    text = inspect.getdoc(sg.Stabilizer) or ""
+    described = re.findall(r"(?m)^    (\w+): [A-Z`]", text.partition("Raises:")[0])
+    assert sorted(described) == sorted(["optimizer", *own_arguments()])
 
 
 def test_the_wrapper_has_the_options_in_their_order() -> None:
@@ -72,7 +88,7 @@ def test_a_class_has_torchs_parameters_and_then_the_wrappers(name: str) -> None:
 def test_every_parameter_arrives(name: str) -> None:
     make = getattr(sg.optim, name)
     torchs = arguments(plain_class(name))
-    # No two of these can be given at once, and none is a number that a default could stand for.
+    # No two of these can be given together, and their defaults are not numbers that could be tested.
     apart = {"params", "foreach", "fused", "differentiable", "capturable", "nesterov"}
     apart |= {"betas", "etas", "step_sizes"}
     given = {key: 0.25 if v.default is not False else True for key, v in torchs.items()}

@@ -1,4 +1,4 @@
-"""What is said when step after step is skipped."""
+"""The warning when step after step is skipped."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def made(backend: Backend, kind: str = "subclass", **ours: Any) -> tuple[list[Pa
 
 
 def run(params: list[Parameter], opt: Any, steps: int, value: float = math.nan) -> list[str]:
-    """Steps with two such elements in the second gradient; returns what was warned about."""
+    """Step with two such elements in the second gradient; return the warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(steps):
@@ -46,7 +46,7 @@ def test_twenty_in_a_row_are_said_once(backend: Backend, kind: str) -> None:
     assert message.startswith("step: 20 steps in a row were skipped: ")
     assert NOT_FINITE.format(first=3) in message
     assert run(params, opt, 100) == []
-    # Another time that it happens is worth another word.
+    # A second series of skipped steps gets a second warning.
     assert run(params, opt, 1, value=1.0) == []
     assert NOT_FINITE.format(first=128) in run(params, opt, 20)[0]
 
@@ -68,7 +68,7 @@ def test_what_is_said_is_chosen(backend: Backend) -> None:
 
 
 def test_spikes_and_found_inf_are_named(backend: Backend) -> None:
-    # One in a row: it teaches the policy that such norms occur.
+    # The series has one step, since the policy learns that such norms occur.
     telemetry = sg.Telemetry(warn_after_skips=1, every=1)
     params, opt = made(backend, skip=sg.SkipSpikes(window=8), telemetry=telemetry)
     run(params, opt, 30, value=1.0)
@@ -90,5 +90,5 @@ def test_a_warning_made_an_error_leaves_a_decided_step() -> None:
     with pytest.raises(RuntimeWarning, match="1 steps in a row were skipped"):
         opt.step()
     assert opt.skipped_steps == 1
-    opt.step()  # it was said
+    opt.step()  # there was a warning already
     assert opt.skipped_steps == 2

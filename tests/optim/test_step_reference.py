@@ -21,8 +21,8 @@ from tests.optim.parameter_sets import assign, dense_parameters, gradient_sequen
 from tests.snapshots import bits
 from tests.tolerances import assert_close, float64
 
-# As torch's constructors and the reference's functions both name them. NAdam and ASGD keep numbers in fp32, which the
-# reference does not: they are compared with torch.
+# Both torch's constructors and the reference's functions use these names. NAdam and ASGD keep numbers in fp32, which
+# the reference does not, so they are compared with torch.
 HYPER: dict[str, dict[str, Any]] = {
     "SGD": {"lr": 0.05, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01},
     "Adam": {"lr": 0.01, "amsgrad": True, "weight_decay": 0.01},
@@ -39,7 +39,7 @@ RULES = list(HYPER)
 ORDERS = ["before_clip", "after_clip"]
 L1_MODES = ["subgradient", "proximal"]
 SCOPES = ["global", "group", "tensor"]
-# Per group: every limit and strength differs, and is missing once.
+# In every group each limit and strength has another value, and each is missing once.
 GROUP_KEYS: list[dict[str, float | None]] = [
     {"max_norm": 0.5, "clip_value": 0.2, "l1": 0.01, "l2": 0.02},
     {"max_norm": 2.0, "clip_value": None, "l1": 0.0, "l2": 0.1},
@@ -48,7 +48,7 @@ GROUP_KEYS: list[dict[str, float | None]] = [
 
 
 class Descent(torch.optim.Optimizer):
-    """Somebody's own optimizer: it takes the in-place path, and equals SGD without options."""
+    """A user's own optimizer, which takes the in-place path and equals SGD without options."""
 
     def __init__(self, params: Any, lr: float) -> None:
         super().__init__(params, {"lr": lr})
@@ -67,17 +67,17 @@ class Descent(torch.optim.Optimizer):
 
 
 class BesideReference:
-    """An optimizer of three groups and the reference's view of the same run."""
+    """An optimizer of three groups, and the reference's version of the same run."""
 
     def __init__(
         self, rule: str, dtype: torch.dtype, backend: Backend, inplace: bool = False, **ours: Any
     ) -> None:
-        """Make three groups of the mixed parameters; ``write_grads`` is not a reference option."""
+        """Make three groups of the mixed parameters; the reference has no ``write_grads``."""
         self.dtype = dtype
         self.params: Sequence[Parameter] = mixed_parameters(dtype, backend.device)
         self.states: list[dict[str, Any]] = [{} for _ in self.params]
         self.write_grads = bool(ours.get("write_grads"))
-        # The proximal amount is lr * l1: large enough that zeros appear in every run.
+        # The proximal amount is lr * l1, and has to be large enough for zeros to appear in every run.
         stronger = 100.0 if ours.get("l1_mode") == "proximal" else 1.0
         keys_of = [{**keys, "l1": stronger * (keys["l1"] or 0.0)} for keys in GROUP_KEYS]
         thirds = [range(k, len(self.params), 3) for k in range(3)]
@@ -105,7 +105,7 @@ class BesideReference:
         result = step(
             self.exact, grads, self.states, self.groups, self.options, grad_scale, found_inf
         )
-        # As a GradScaler does: set for one step, then deleted.
+        # A GradScaler sets these for one step, then deletes them.
         self.optimizer.grad_scale = torch.tensor(grad_scale)
         self.optimizer.found_inf = torch.tensor(found_inf)
         self.optimizer.step()
@@ -171,7 +171,7 @@ def test_all_modes_with_three_groups(
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("rule", RULES)
 def test_float32(backend: Backend, rule: str, order: str, scope: str) -> None:
-    # Without L1: its sign makes rounding visible where a parameter crosses zero.
+    # There is no L1 penalty, whose sign makes rounding visible where a parameter crosses zero.
     run = BesideReference(rule, torch.float32, backend, penalty_order=order, clip_scope=scope)
     run.groups = [
         Group(params=g.params, hyper=g.hyper, max_norm=g.max_norm, clip_value=g.clip_value, l2=g.l2)
@@ -215,7 +215,7 @@ def test_scaling_and_non_finite_policies(
             gradient = gradients[6 if gradients[6] is not None else 7]
             assert gradient is not None
             gradient.reshape(-1)[:3] = torch.tensor([float("nan"), float("inf"), 2.0])
-            # reshape copies where the layout needs it: put the values back then.
+            # reshape makes a copy if the layout needs it, so the values are put back then.
             if torch.isfinite(gradient).all():
                 gradient[(0,) * gradient.dim()] = float("nan")
         assign(run.params, gradients)

@@ -40,7 +40,7 @@ def test_skip_changes_nothing_bit_for_bit(
             optimizer.step()
     give(params, 9, element)
     snapshot = Snapshot(params, optimizer, counters=False)
-    # torch's Adagrad makes its state when it is constructed, all others in their first step.
+    # torch's Adagrad makes its state in the constructor, all others in their first step.
     assert warm or kind == "Adagrad" or not optimizer.state_dict()["state"]
     for skips in (1, 2):
         optimizer.step()
@@ -182,7 +182,7 @@ def test_the_fused_path_does_not_write_gradients(backend: Backend, kind: str) ->
     give(params)
     before = [(p.grad, bits(p.grad), p.grad._version) for p in params if p.grad is not None]
     optimizer.step()
-    if kind == "in-place":  # that path writes them, as its name says
+    if kind == "in-place":  # that path writes gradients, as its name says
         assert optimizer.path.startswith("in-place: ")
         return
     assert optimizer.path == "fused"
@@ -239,7 +239,7 @@ def test_grad_norm(backend: Backend, kind: str, dtype: torch.dtype) -> None:
         assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert torch.equal(got, norm)
         kept.append((got, got.item()))
-    # A list of norms keeps its values.
+    # Norms that were collected in a list keep their values.
     assert all(tensor.item() == value for tensor, value in kept)
 
 

@@ -1,4 +1,4 @@
-"""What changes while a step is under way or between wrappers: hooks, closures, checkpoints, amp attributes."""
+"""What changes during a step or between wrappers: hooks, closures, checkpoints, amp attributes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.optim import unfused
 
 
 class Marked(Parameter):
-    """A parameter subclass: not fused."""
+    """A subclass of Parameter, which is not fused."""
 
 
 def test_a_stabilized_class_unscales_once_in_place() -> None:

@@ -1,4 +1,4 @@
-"""What PyTorch's ecosystem asks of an optimizer: points 1 to 5, 7 and 8 of the wrapper protocol.
+"""What PyTorch's ecosystem expects of an optimizer: points 1 to 5, 7 and 8 of the wrapper protocol.
 
 The mixed-precision points are in test_amp.py, the checkpoint points in test_checkpoints.py.
 """
@@ -92,7 +92,7 @@ def test_point_1_a_scheduler_on_the_wrapped_optimizer(backend: Backend, kind: st
     optimizer = sg.Stabilizer(inner, max_norm=1.0)
     for seed in range(4):
         step_both(params, theirs, optimizer, torchs, seed)
-        for schedule in schedules:  # warns when it believes that there was no step
+        for schedule in schedules:  # a scheduler warns if it believes that there was no step
             schedule.step()
     assert optimizer.param_groups[0]["lr"] == 0.05 / 16
     assert_same_params(params, theirs, torch.float32)
@@ -173,7 +173,7 @@ def test_point_2_a_profiler_sees_the_step_and_global_hooks_run_once(
 
 @pytest.mark.parametrize("kind", ["AdamW", "subclass"])
 def test_a_plain_step_is_one_call_into_the_kernels(backend: Backend, kind: str) -> None:
-    """From the optimizer's step it is two calls to the kernels, and nothing else of ours is deep."""
+    """Check that a plain step is two calls to the kernels, a few of our functions deep."""
     params = dense_parameters(device=backend.device)
     optimizer = MAKERS[kind](params, max_norm=1.0)
     calls: list[tuple[str, int]] = []
@@ -192,7 +192,7 @@ def test_a_plain_step_is_one_call_into_the_kernels(backend: Backend, kind: str) 
             optimizer.step()
         finally:
             sys.setprofile(None)
-    # Stabilizer.step or AdamW.step, Stepper.step, Stepper._run
+    # These are Stabilizer.step or AdamW.step, Stepper.step and Stepper._run.
     assert len(calls) == 1 and calls[0][1] == 3
 
 
@@ -268,7 +268,7 @@ def test_point_4_a_replaced_parameter_is_followed(backend: Backend, kind: str) -
     for params, optimizer in ((mine, ours), (theirs, torchs)):
         params[1] = Parameter(torch.full((17,), 3.0))
         optimizer.param_groups[0]["params"][1] = params[1]
-        if kind == "Adagrad":  # torch's own needs the state that its constructor makes
+        if kind == "Adagrad":  # torch's Adagrad needs the state that its constructor makes
             optimizer.state[params[1]] = {"step": torch.tensor(0.0), "sum": torch.zeros(17)}
     for seed in range(1, 4):
         step_both(mine, theirs, ours, torchs, seed)
@@ -283,7 +283,7 @@ def test_point_4_swapped_storage_is_followed(backend: Backend, kind: str) -> Non
     step_both(mine, theirs, ours, torchs, 0)
     kept = [(p.data, bits(p.data)) for p in mine]
     for param in (*mine, *theirs):
-        # Another layout too: channels_last becomes contiguous.
+        # The layout changes, too: channels_last becomes contiguous.
         param.data = param.data.clone(memory_format=torch.contiguous_format) * 2
     for seed in range(1, 4):
         step_both(mine, theirs, ours, torchs, seed)
@@ -305,7 +305,7 @@ def test_point_4_swapped_state_is_followed(backend: Backend, kind: str) -> None:
     step_both(mine, theirs, ours, torchs, 1)
     for optimizer in (ours, torchs):
         optimizer.state.clear()
-    if kind != "Adagrad":  # torch's own needs the state that its constructor makes
+    if kind != "Adagrad":  # torch's Adagrad needs the state that its constructor makes
         step_both(mine, theirs, ours, torchs, 2)
     assert_same_params(mine, theirs, torch.float32)
     assert_same_state(ours, torchs, torch.float32)
@@ -353,7 +353,7 @@ def test_point_4_a_module_moved_in_the_middle_is_right_or_refused(
         try:
             optimizer.step()
         except (TypeError, ValueError, RuntimeError) as refusal:
-            # torch's own rules refuse it too: a state of one dtype, a gradient of another.
+            # torch's own rules refuse it, too: the state has one dtype, the gradient another.
             assert seed == 2 and "float32" in str(refusal) and "float64" in str(refusal)
             assert all(torch.equal(bits(p), b) for p, b in zip(mine, before, strict=True))
             return
@@ -448,7 +448,7 @@ def test_point_8_setstate_takes_partial_dicts(backend: Backend, kind: str) -> No
     optimizer.__setstate__({"state": optimizer.state})
     optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
     assert_same_tree(optimizer.state_dict(), before)
-    # As torch's load_state_dict calls it: new lists and dicts, without our keys in the groups.
+    # torch's load_state_dict calls it like this: with new lists and dicts, without our keys in the groups.
     ours = {"max_norm", "clip_value", "l1", "l2", "skipped_steps", "clipped_steps"}
     groups = [{k: v for k, v in group.items() if k not in ours} for group in optimizer.param_groups]
     optimizer.__setstate__({"state": optimizer.state, "param_groups": groups})
@@ -501,7 +501,7 @@ def test_what_is_the_optimizers_stays_when_its_first_group_goes(
         step(value)
     optimizer.add_param_group({"params": params[1:]})
     del optimizer.param_groups[0]
-    optimizer.state.pop(params[0], None)  # or torch cannot save it
+    optimizer.state.pop(params[0], None)  # torch could not save it
     assert (optimizer.skipped_steps, optimizer.clipped_steps) == (2, 1)
     step(torch.nan)
     assert (optimizer.skipped_steps, optimizer.clipped_steps) == (3, 1)

@@ -1,4 +1,4 @@
-"""Optimizers that no kernel takes: not torch's very classes but others, which may override anything."""
+"""Optimizers that no kernel takes: subclasses of torch's classes, which may override anything."""
 
 from __future__ import annotations
 
@@ -32,5 +32,5 @@ class Rprop(torch.optim.Rprop):
 
 
 def optimizer_class(name: str) -> Any:
-    """Return the class above of this name, or else torch's."""
+    """Return the class of this name in this file, or else torch's."""
     return globals().get(name) or getattr(torch.optim, name)

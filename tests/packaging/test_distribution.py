@@ -21,7 +21,7 @@ def read(name: str) -> str:
 
 
 def broken_links(page: Path, text: str) -> list[str]:
-    """Return the links that lead nowhere from PyPI (README) or from the pages made of docs."""
+    """Return the links that do not work on PyPI (README) or on the pages made of docs."""
     found = []
     for link in LINK.findall(text):
         target = link.partition("#")[0]
@@ -102,7 +102,7 @@ def test_installed_files_are_the_package_and_nothing_else() -> None:
     extensions = {file for file in beside if re.fullmatch(r"steadygrad/_kernels\..+\.so", file)}
     assert expected <= installed
     assert len(extensions) == 1
-    # The script, and the module that only a build for the tests has.
+    # These are the script, and the module that only a build for the tests has.
     others = {Path(file).name.partition(".")[0] for file in beside - extensions}
     assert others <= {"steadygrad", "steadygrad_emulated"}
     assert any(file.endswith(".dist-info/licenses/LICENSE") for file in installed)

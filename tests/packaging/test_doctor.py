@@ -1,4 +1,4 @@
-"""The doctor, which is all of the package's command line."""
+"""The doctor, which is the package's whole command line."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ def test_doctor_checks_every_usable_device(monkeypatch: pytest.MonkeyPatch, caps
     assert usable(True, True) == ["cpu", "cuda"]
     assert usable(True, False) == usable(False, True) == usable(True) == ["cpu"]
 
-    # A device that no kernel takes stands for a broken one.
+    # A device that no kernel takes serves as a broken one.
     monkeypatch.setattr(doctor, "usable_devices", lambda *_: ["cpu", "meta"])
     assert main([]) == 1
     text = capsys.readouterr().out

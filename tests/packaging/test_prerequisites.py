@@ -1,4 +1,4 @@
-"""What the package and its command line say where torch, NumPy or the extension is not as needed."""
+"""What the package and its command line say if torch, NumPy or the extension is missing or does not fit."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ MISSING = "raise ModuleNotFoundError(\"No module named '{0}'\", name='{0}')\n"
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 REINSTALL = "reinstall it; in a clone: pip install --force-reinstall --no-deps ."
 
-# For each state: modules that stand in for the real ones, the extension's bytes (None: no file), and the message,
-# in which {} is the package's folder.
+# For each state: modules that replace the real ones, the extension's bytes (None: no file), and the message, in which
+# {} is the package's folder.
 STATES: dict[str, tuple[dict[str, str], bytes | None, str]] = {
     "no torch": (
         {"torch": MISSING.format("torch")},
@@ -56,7 +56,7 @@ STATES: dict[str, tuple[dict[str, str], bytes | None, str]] = {
 
 
 class Installation:
-    """A folder with our Python files, an extension or none, and stand-ins for what we need."""
+    """A folder with our Python files, with or without an extension, and replacements for what we import."""
 
     def __init__(self, folder: Path, state: str) -> None:
         modules, extension, message = STATES[state]

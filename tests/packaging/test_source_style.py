@@ -12,7 +12,7 @@ FOLDERS = (".ci", "benchmarks", "cmake", "csrc", "docs", "examples", "python", "
 SOURCE_SUFFIXES = {".cpp", ".cu", ".cuh", ".h", ".py", ".pyi"}
 TEXT_SUFFIXES = SOURCE_SUFFIXES | {"", ".cmake", ".json", ".md", ".toml", ".txt"}
 
-# Names that say nothing about what a file or folder does.
+# These names say nothing about what a file or folder does.
 EMPTY_NAMES = {"common", "helper", "helpers", "misc", "util", "utils"}
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:home|mnt|opt|root|tmp|work|Users)/\w")
 OUTPUT = re.compile(r"std::(?:cout|cerr|clog|exit|abort)\b|\b(?:f?printf|f?puts|exit|abort)\s*\(")
@@ -44,14 +44,14 @@ def test_no_two_parts_of_the_package_import_each_other() -> None:
     for path in package.rglob("*.py"):
         part = path.relative_to(package).parts[0].removesuffix(".py")
         if part == "__init__":
-            continue  # it gathers what the parts offer
+            continue  # it collects what the parts offer
         for statement in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(statement, ast.ImportFrom) and statement.module is not None:
                 root, _, rest = statement.module.partition(".")
                 if root == "steadygrad" and rest and rest.split(".")[0] != part:
                     imports.setdefault(part, set()).add(rest.split(".")[0])
     assert {"policies", "telemetry"} <= imports["optim"]
-    tuple(graphlib.TopologicalSorter(imports).static_order())  # raises where there is a cycle
+    tuple(graphlib.TopologicalSorter(imports).static_order())  # raises if there is a cycle
 
 
 def test_names_say_what_files_and_folders_do() -> None:

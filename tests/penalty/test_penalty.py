@@ -1,4 +1,4 @@
-"""add_penalty_ and soft_threshold_ against autograd, torch and the NumPy reference."""
+"""add_penalty_ and soft_threshold_ compared with autograd, torch and the NumPy reference."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NON_NEGATIVE = "non-negative|nonnegative|>= ?0|at least 0|not negative"
 
 
 def with_penalized_gradients(dtype: torch.dtype, backend: Backend) -> list[Parameter]:
-    """Return parameters of every layout, exact zeros among them, with gradients."""
+    """Return parameters of every layout, with exact zeros among their elements, and gradients."""
     params = mixed_parameters(dtype, backend.device)
     with torch.no_grad():
         params[6][:5] = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 0.0], dtype=dtype)

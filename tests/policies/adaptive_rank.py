@@ -1,4 +1,4 @@
-"""One rank of a gloo group: clipping by output unit where parameters are DTensors."""
+"""One rank of a gloo group: clipping by output unit if parameters are DTensors."""
 
 from __future__ import annotations
 

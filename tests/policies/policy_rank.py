@@ -1,4 +1,4 @@
-"""One rank of a gloo group: policies over parameters of which every rank has others."""
+"""One rank of a gloo group: policies over parameters that differ from rank to rank."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEPS = 80
 
 
 def norms_of(rank: int) -> list[tuple[float | None, float | None]]:
-    """Of both parameters of a rank; the second one has gradients on the first rank alone."""
+    """Return the norms of a rank's two parameters; the second one has gradients on the first rank alone."""
     first, second = recorded_norms(STEPS, seed=rank), recorded_norms(STEPS, seed=7)
     return [(a, b if rank == 0 else None) for a, b in zip(first, second, strict=True)]
 
@@ -42,7 +42,7 @@ def run(name: str, scope: Any, rank: int) -> dict[str, Any]:
 
 
 class RaisesOnTheLastRank(sg.ClipPolicy):
-    """A policy whose second question is too much for one rank."""
+    """A policy that raises on one rank when it is asked a second time."""
 
     def __init__(self) -> None:
         self.asked = 0
@@ -55,7 +55,7 @@ class RaisesOnTheLastRank(sg.ClipPolicy):
 
 
 def raising(rank: int) -> dict[str, Any]:
-    """Three steps, of which the second is refused; what each raised, and the parameter after it."""
+    """Take three steps, of which the second is refused; return what each raised, and the parameter after it."""
     param = torch.nn.Parameter(torch.ones(2))
     optimizer = sg.optim.SGD(
         [param], lr=0.1, clip=RaisesOnTheLastRank(), reduce_norm=dist.group.WORLD

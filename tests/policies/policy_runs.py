@@ -25,7 +25,7 @@ class Case:
     reference: Make
 
 
-# Short windows and warm-ups come round; the defaults do not in 500 steps.
+# Windows and warm-ups are short enough to be passed; with the defaults they would not be in 500 steps.
 CLIPS: dict[str, Case] = {
     "percentile": Case(sg.ClipPercentile, reference.ClipPercentile),
     "percentile-window": Case(
@@ -60,7 +60,7 @@ SKIPS: dict[str, Case] = {
 
 
 def recorded_norms(steps: int = 500, seed: int = 0) -> list[float]:
-    """Norms as of a training run: a falling level, noise, spikes, and the steps that teach nothing."""
+    """Return norms like those of a training: a falling level, noise, spikes, and steps that teach nothing."""
     rng = np.random.default_rng(seed)
     norms = 3 * np.exp(-np.arange(steps) / 250) * np.exp(rng.normal(0, 0.3, steps))
     spikes = rng.choice(np.arange(30, steps), size=steps // 40, replace=False)
@@ -71,13 +71,14 @@ def recorded_norms(steps: int = 500, seed: int = 0) -> list[float]:
 
 
 class Driven:
-    """An optimizer of parameters of one element, whose gradients are the norms they are given.
+    """An optimizer of parameters of one element, whose gradients are given norms.
 
     Args:
-        count: of parameters, one param group each.
-        device: where they are.
-        make: from param groups and options; SGD with a rate of 1 by default, so that an update is the clipped norm.
-        ours: options of the stabilized optimizer.
+        count: Number of parameters, each in a param group of its own.
+        device: Device of the parameters.
+        make: A function of param groups and options; by default SGD with a rate of 1, so that an update is the clipped
+            norm.
+        ours: Options of the stabilized optimizer.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class Driven:
         self.optimizer = make([{"params": [p]} for p in self.params], lr=1.0, **ours)
 
     def step(self, *norms: float | None) -> list[float]:
-        """One step; returns what of the gradients the update took."""
+        """Take one step; return the part of the gradients that the update used."""
         for param, norm in zip(self.params, norms, strict=True):
             param.data.zero_()
             param.grad = None if norm is None else torch.full_like(param, norm)
@@ -97,16 +98,16 @@ class Driven:
         return [-param.item() for param in self.params]
 
     def learnt(self) -> list[Any]:
-        """What the policies have learnt, as a state dict has it."""
+        """Return what the policies have learnt, as a state dict holds it."""
         group = self.optimizer.state_dict()["param_groups"][0]
         return [group.get("clip_state"), group.get("skip_state")]
 
 
 def assert_follows(taken: float, norm: float, coefficient: float) -> None:
-    """The update took the gradient times the coefficient."""
+    """Check that the update is the gradient times the coefficient."""
     assert math.isclose(taken, norm * coefficient, rel_tol=1e-12), (taken, norm, coefficient)
 
 
 def finite(norms: Sequence[float]) -> list[float]:
-    """The norms of steps that are not skipped."""
+    """Return the norms of steps that are not skipped."""
     return [norm for norm in norms if math.isfinite(norm)]

@@ -1,4 +1,4 @@
-"""Clip policies as users write them, in torch."""
+"""Clip policies as users write them, on torch tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.policies.policy_runs import Case
 
 
 class ZScore(sg.ClipPolicy):
-    """``sg.ClipZScore`` again, for any number of scopes."""
+    """Reimplements ``sg.ClipZScore`` for any number of scopes."""
 
     def __init__(self, max_norm: float = math.inf, warmup: int = 25) -> None:
         self.max_norm, self.warmup = max_norm, warmup
@@ -31,7 +31,7 @@ class ZScore(sg.ClipPolicy):
         seen = torch.where(warms | (z <= 2.5), norms, own)
         share = torch.where(warms, 1 / (count + 1), 0.03)
         moved = mean + share * (seen - mean)
-        # Welford's for the first ones, the published one for the moving average.
+        # Welford's formula is for the first norms, the published one for the moving average.
         spread = torch.where(warms, (seen - mean) * (seen - moved), (seen - moved).square())
         changed = (1 - share) * variance + share * spread
         teaches = (norms > 0) & norms.isfinite()
@@ -41,7 +41,7 @@ class ZScore(sg.ClipPolicy):
 
 
 class Median(sg.ClipPolicy):
-    """Twice the median of the last norms, this one not included; a number as long as there is none."""
+    """Limits to twice the median of the last norms, without this one; a number as long as there are none."""
 
     def __init__(self, window: int = 9) -> None:
         self.norms = torch.full((window,), math.nan, dtype=torch.float64)
@@ -57,7 +57,7 @@ class Median(sg.ClipPolicy):
 
 
 class Given(sg.ClipPolicy):
-    """Gives what it is told to, and remembers what it was asked."""
+    """Gives the limits that it is told to, and remembers the norms that it was asked about."""
 
     def __init__(self, given: Any = math.inf) -> None:
         self.given = given

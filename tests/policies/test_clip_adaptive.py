@@ -1,4 +1,4 @@
-"""Clipping by output unit against its definition and against the formula in torch, on every backend."""
+"""Clipping by output unit, compared with its definition and with the formula in torch, on every backend."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.optim.parameter_sets import (
 )
 from tests.snapshots import assert_same_tree, bits
 
-# Rows shorter and longer than a tile and a chunk, whose number does not fit a block of warps.
+# Rows are shorter and longer than a tile and a chunk, and their number does not fit a block of warps.
 UNITS = ((10, 3, 3, 3), (5, 9000), (20_000,), (3, 128), (7, 1), (1, 300), (2, 1030), (257, 2))
 
 
@@ -44,7 +44,7 @@ def units_of(device: torch.device, dtype: torch.dtype = torch.float32) -> list[P
 def as_defined(
     params: Sequence[Tensor], grads: Sequence[Tensor | None], clip: sg.ClipAdaptive
 ) -> list[Tensor | None]:
-    """The gradients, clipped as the reference says, in float64."""
+    """Return the gradients clipped as the reference defines it, in float64."""
     policy = reference.ClipAdaptive(clip.clipping, clip.eps)
     clipped: list[Tensor | None] = []
     for param, grad in zip(params, grads, strict=True):
@@ -58,7 +58,7 @@ def as_defined(
 
 
 def as_timm_has_it(param: Tensor, grad: Tensor, clip: sg.ClipAdaptive) -> Tensor:
-    """The formula of ``timm.utils.adaptive_clip_grad``, with its least gradient norm of 1e-6."""
+    """Apply the formula of ``timm.utils.adaptive_clip_grad``, with its least gradient norm of 1e-6."""
     weights, rows = (
         t.reshape(1, -1) if t.ndim < 2 else t.reshape(t.shape[0], -1) for t in (param, grad)
     )
@@ -71,7 +71,7 @@ def as_timm_has_it(param: Tensor, grad: Tensor, clip: sg.ClipAdaptive) -> Tensor
 def assert_moved(
     params: Sequence[Tensor], before: Sequence[Tensor], grads: Sequence[Tensor | None], rtol: float
 ) -> None:
-    """A step of SGD with a rate of 1 took these gradients."""
+    """Check that a step of SGD with a rate of 1 used these gradients."""
     for param, old, grad in zip(params, before, grads, strict=True):
         want = old.double().cpu() - (0 if grad is None else grad)
         assert torch.allclose(param.detach().double().cpu(), want, rtol=rtol, atol=rtol)
@@ -155,7 +155,7 @@ def test_half_precision(backend: Backend, dtype: torch.dtype, rounding: Any) -> 
 
 
 def clipped(grads: Sequence[Tensor | None], params: Sequence[Tensor], **how: Any) -> list[Tensor]:
-    """What a step with ``write_grads`` leaves in ``.grad``."""
+    """Return what a step with ``write_grads`` leaves in ``.grad``."""
     assign_copies(params, grads)
     make = how.pop(
         "make", lambda given, **ours: sg.optim.SGD(given, lr=1.0, write_grads=True, **ours)
@@ -199,7 +199,7 @@ def test_every_path_takes_the_same_gradient(backend: Backend) -> None:
 
 
 def two_units(backend: Backend, *rows: float) -> list[Parameter]:
-    """A parameter with two units of norm 5, one of norm 2, and one of zeros; all gradients are along (0.6, 0.8)."""
+    """Return a parameter with two units of norm 5, one of norm 2, and one of zeros, with gradients along (0.6, 0.8)."""
     values = [[[3.0, 4.0], [0.0, -5.0]], [2.0], [0.0]]
     params = [
         Parameter(torch.tensor(v, dtype=torch.float64, device=backend.device)) for v in values
@@ -231,7 +231,7 @@ def test_limits_of_param_groups(backend: Backend) -> None:
     groups = [{"params": params[:1]}, {"params": params[1:], "clipping": None}]
     optimizer = sg.optim.SGD(groups, lr=1.0, clip=sg.ClipAdaptive(0.1))
     assert np.allclose(norms_taken(params, optimizer), [0.5, 0.4, 1.0, 1.0])
-    optimizer.param_groups[1]["clipping"] = 0.1  # from one step to the next
+    optimizer.param_groups[1]["clipping"] = 0.1  # changes between steps
     for param, old in zip(params, two_units(backend, 1.0, 0.4, 1.0, 1.0), strict=True):
         param.data.copy_(old.data)
     assert np.allclose(norms_taken(params, optimizer), [0.5, 0.4, 0.2, 1e-4])
@@ -296,7 +296,7 @@ def test_nonfinite_gradients(backend: Backend, bad: float, make: str) -> None:
     params = two_units(backend, *rows)
     taken = norms_taken(params, made(params, nonfinite="propagate"))
     assert np.allclose(taken, [0.5, math.nan, 0.2, 1e-4], equal_nan=True)
-    # A unit as such is what timm's formula makes of it.
+    # timm's formula treats each unit by itself.
     written = two_units(backend, *rows)
     expected = [
         as_timm_has_it(p.detach(), p.grad, sg.ClipAdaptive(0.1))

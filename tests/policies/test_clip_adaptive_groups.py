@@ -1,4 +1,4 @@
-"""Which param groups are clipped by output unit: those of wrappers made anew, and those of gradients without units."""
+"""Which param groups are clipped by output unit: with new wrappers, and if gradients have no units."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_group_keeps_its_own_number_in_its_first_wrapper() -> None:
 
 
 def sparse(device: torch.device) -> Parameter:
-    """Its gradient has the rows (3, 4) and twice (6, 8)."""
+    """Return a parameter whose sparse gradient has the rows (3, 4) and twice (6, 8)."""
     param = Parameter(torch.ones(3, 2, device=device))
     param.grad = torch.sparse_coo_tensor(
         [[0, 2, 2]],
@@ -66,14 +66,14 @@ def sparse(device: torch.device) -> Parameter:
 
 
 def whole(device: torch.device) -> Parameter:
-    """A complex one."""
+    """Return a complex parameter."""
     param = Parameter(torch.ones(3, 2, dtype=torch.complex64, device=device))
     param.grad = torch.full_like(param, 3 + 4j)
     return param
 
 
 def dense(device: torch.device) -> Parameter:
-    """One row of norm 5, whose gradient has norm 10."""
+    """Return a parameter of one row of norm 5, whose gradient has norm 10."""
     param = Parameter(torch.tensor([[3.0, 4.0]], device=device))
     param.grad = torch.tensor([[6.0, 8.0]], device=device)
     return param
@@ -101,7 +101,7 @@ def test_gradients_without_units_are_left_out_with_their_group(backend: Backend,
     assert history is not None and history.tensor_norms is not None
     norms = [10.0, float(np.linalg.norm(wanted.numpy()))]
     assert np.allclose(history.tensor_norms[0], norms)
-    # The norm limits it all the same.
+    # The limit of the norm applies all the same.
     optimizer.param_groups[1]["max_norm"] = optimizer.param_groups[0]["max_norm"] = 1.0
     optimizer.step()
     assert optimizer.clipped_steps == 2

@@ -1,4 +1,4 @@
-"""Clipping by output unit over two ranks: whole units are clipped as in one process, others are refused."""
+"""Clipping by output unit over two ranks: whole units are clipped as in one process, split ones are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clip policies in Python: what they are asked, what their limits do, and that their state goes with the optimizer."""
+"""Clip policies in Python: what they are asked, what their limits do, and how their state is saved and loaded."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_forms_of_a_limit(backend: Backend, given: Any) -> None:
     for norm, taken in zip((3.0, 4.0), driven.step(3.0, 4.0), strict=True):
         assert_follows(taken, norm, 2.0 / (5.0 + 1e-6))
     assert driven.optimizer.clipped_steps == 1
-    driven.optimizer.param_groups[1]["max_norm"] = 1.0  # still a cap
+    driven.optimizer.param_groups[1]["max_norm"] = 1.0  # it caps the policy's limit
     assert_follows(driven.step(3.0, 4.0)[1], 4.0, 1.0 / (5.0 + 1e-6))
 
 
@@ -194,7 +194,7 @@ def test_a_bad_limit_changes_nothing(
 def test_a_bad_element(backend: Backend, bad: float) -> None:
     policy = Given(lambda norms: torch.where(norms < 3.5, bad, 1.0))
     driven = Driven(2, backend.device, clip=policy, clip_scope="group")
-    if backend.asynchronous:  # nobody has seen it, and it limits nothing
+    if backend.asynchronous:  # the host cannot see the limit, so it limits nothing
         first, second = driven.step(3.0, 4.0)
         assert first == 3.0
         assert_follows(second, 4.0, 1.0 / (4.0 + 1e-6))
@@ -249,7 +249,7 @@ def test_a_step_that_only_makes_state_asks_nothing(backend: Backend) -> None:
     for param in params:
         param.grad = torch.zeros_like(param)
     optimizer.step()
-    # That gradients are zero is known to a device alone.
+    # Only a device knows that the gradients are zero.
     assert policy.asked == ([[0.0]] if backend.asynchronous else [])
 
 
@@ -315,12 +315,12 @@ def test_the_same_optimizer_goes_back(backend: Backend) -> None:
     driven.optimizer.load_state_dict(saved)
     assert driven.optimizer.state_dict()["param_groups"] == saved["param_groups"]
     assert [driven.step(norm) for norm in finite(NORMS[20:40])] == later
-    driven.optimizer.load_state_dict(fresh)  # of before it had learnt anything
+    driven.optimizer.load_state_dict(fresh)  # the state before it had learnt anything
     assert [driven.step(norm) for norm in finite(NORMS[:20])] == first
     driven.optimizer.load_state_dict(saved)
     state = driven.optimizer.state_dict()
     for group in state["param_groups"]:
-        group["clip_state"] = ["ClipMedian", "{}"]  # of another policy
+        group["clip_state"] = ["ClipMedian", "{}"]  # the state of another policy
     driven.optimizer.load_state_dict(state)
     assert [driven.step(norm) for norm in finite(NORMS[:20])] == first
 
@@ -405,7 +405,7 @@ def test_a_step_on_the_device_waits_for_nothing(backend: Backend) -> None:
         before = _kernels.launch_count()
         with no_waiting(device):
             optimizer.step()
-        if step > 0:  # norm, sums, what the policy is told, decision, update
+        if step > 0:  # the launches are norm, sums, the policy's norms, decision and update
             assert _kernels.launch_count() - before == 5
 
 

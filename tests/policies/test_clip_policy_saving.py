@@ -1,4 +1,4 @@
-"""What of a clip policy in Python is saved, brought back, and by whom a state that cannot be saved is refused."""
+"""How the state of a clip policy in Python is saved and restored, and where one that cannot be saved is refused."""
 
 from __future__ import annotations
 

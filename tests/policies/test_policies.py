@@ -1,4 +1,4 @@
-"""Every policy against its definition, over recorded norms with spikes, on every backend."""
+"""Every policy compared with its definition, over recorded norms with spikes, on every backend."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_clip_follows_its_reference(backend: Backend, name: str) -> None:
 
 
 def test_a_long_history_is_kept_sorted(backend: Backend) -> None:
-    # Longer than what a block of threads moves at a time.
+    # The window is longer than what a block of threads moves at a time.
     window, oldest = 2500, 700
     rng = np.random.default_rng(3)
     history = [float(norm) for norm in np.exp(rng.normal(0, 1, window))]
@@ -119,7 +119,7 @@ def test_nonfinite_norms_teach_nothing(backend: Backend, name: str, nonfinite: A
             driven.step(bad, 0.0 if nonfinite == "zero" else 1.0)
         assert driven.learnt() == before
     if nonfinite == "zero":
-        driven.step(math.nan, 1.5)  # of norm 1.5
+        driven.step(math.nan, 1.5)  # the total norm is 1.5
         same = Driven(2, backend.device, **options)
         for norm in finite(recorded_norms(60)):
             same.step(norm, norm / 2)
@@ -137,7 +137,7 @@ def test_skipped_steps_teach_nothing(backend: Backend, name: str) -> None:
     assert driven.step(1.0) == [0.0]
     assert driven.learnt() == [clip, skip]
     del driven.optimizer.found_inf
-    # A spike is no lesson for the clip, and one for the next spike.
+    # The clip does not learn from a spike, but the next spike is compared with it.
     assert driven.step(100.0) == [0.0]
     assert driven.learnt()[0] == clip and driven.learnt()[1] != skip
     assert driven.optimizer.skipped_steps == 2
@@ -198,7 +198,7 @@ def test_around_an_optimizer_without_a_fused_rule(backend: Backend, name: str, s
 
 
 class LoneReduction:
-    """A reduction over one process: the path that many take."""
+    """A reduction over one process, which takes the same path as one over many."""
 
     def __init__(self, params: list[Parameter], groups: int) -> None:
         device = params[0].device
@@ -255,7 +255,7 @@ def test_a_step_on_the_device_waits_for_nothing_and_launches_no_more(
 
 
 def test_a_step_that_only_makes_state_teaches_nothing(backend: Backend) -> None:
-    # As torch.distributed.checkpoint takes it: zero gradients, a rate of 0, no state yet.
+    # torch.distributed.checkpoint makes such a step: zero gradients, a rate of 0, and no state yet.
     params = dense_parameters(device=backend.device)
     optimizer = sg.optim.AdamW(params, lr=0.0, clip=sg.ClipPercentile(window=5))
     for param in params:

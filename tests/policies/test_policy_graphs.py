@@ -1,4 +1,4 @@
-"""On a GPU: a replayed graph asks the policies and lets them learn, as eager steps do."""
+"""On a GPU, a replayed graph asks the policies and lets them learn, as eager steps do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two ranks that reduce their norms learn the same, which is what one process with all parameters learns."""
+"""Two ranks that reduce their norms learn the same as one process with all parameters."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ TIME_LIMIT = 90.0
 def test_ranks_learn_what_one_process_learns(backend_name: str, name: str, scope: Any) -> None:
     first, second = found(SCRIPT, 2, TIME_LIMIT, f"{backend_name}-{name}-{scope}")
     assert first["learnt"] == second["learnt"]
-    # Each rank counts the clips of what it has gradients of.
+    # Each rank counts the clips of groups in which it has gradients.
     same = slice(1) if scope == "group" else slice(2)
     assert first["counts"][same] == second["counts"][same]
-    # Two groups again, the first one with a parameter of each rank.
+    # There are two groups again, the first one with a parameter of each rank.
     one = Driven(
         3,
         torch.device("cpu"),
@@ -51,7 +51,7 @@ def test_a_policy_that_raises_on_one_rank_refuses_the_step_on_all(backend_name: 
     for rank, result in enumerate(results):
         first, second, third = result["raised"]
         assert first == third == "nothing"
-        assert ("no space left" if rank == 1 else "got an exception on another one") in second
+        assert ("no space left" if rank == 1 else "got an exception on another rank") in second
         assert torch.equal(result["values"][0], result["values"][1])
         assert result["clipped"] == 2
     for one, other in zip(results[0]["values"], results[1]["values"], strict=True):
@@ -59,6 +59,6 @@ def test_a_policy_that_raises_on_one_rank_refuses_the_step_on_all(backend_name: 
 
 
 def in_two(groups: Any, **options: Any) -> Any:
-    """The third parameter belongs to the first group."""
+    """Return two groups, with the third parameter in the first one."""
     first, second, third = (group["params"] for group in groups)
     return sg.optim.SGD([{"params": [*first, *third]}, {"params": second}], **options)

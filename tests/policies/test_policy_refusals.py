@@ -1,4 +1,4 @@
-"""Impossible parameters of policies, and policies where none can be: the message names what is wrong."""
+"""Impossible arguments of policies, and policies where none can be: the message names what is wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What policies have learnt survives everything that optimizers are saved and copied by."""
+"""What policies have learnt survives every way to save and copy an optimizer."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def by_deepcopy(kind: str, model: nn.Linear, optimizer: Any, ours: dict[str, Any
 
 def by_distributed_checkpoint(flat: bool) -> Callable[..., Any]:
     def move(kind: str, model: nn.Linear, optimizer: Any, ours: dict[str, Any]) -> Any:
-        optimizer.zero_grad()  # with gradients torch makes no state to load into
+        optimizer.zero_grad()  # if there were gradients, torch would make no state to load into
         options = StateDictOptions(flatten_optimizer_state_dict=flat)
         saved = get_optimizer_state_dict(model, optimizer, options=options)
         fresh = MAKERS[kind](list(model.parameters()), **ours)
@@ -120,7 +120,7 @@ def test_it_goes_on_as_if_nothing_had_happened(
     assert_same_tree(tensor_state(moved), tensor_state(expected))
     groups, expected_groups = (o.state_dict()["param_groups"] for o in (moved, expected))
     for group in [*groups, *expected_groups] if backend.asynchronous else []:
-        # Steps that make state for a checkpoint are recorded where nothing waits for their gradients.
+        # A step that makes state for a checkpoint is recorded, since nothing waits to see that its gradients are 0.
         del group["recorded_steps"]
     assert groups == expected_groups
     assert_same_tree(dict(model.state_dict()), dict(expected_model.state_dict()))

@@ -30,7 +30,7 @@ EPS = 1e-3
 def vectors(
     channels: int, affine: tuple[bool, bool], rng: np.random.Generator
 ) -> tuple[Array | None, Array | None]:
-    """Weight and bias, each None where ``affine`` says so."""
+    """Return weight and bias, each None if ``affine`` says so."""
     weight, bias = rng.normal(size=(2, channels))
     return (weight if affine[0] else None), (bias if affine[1] else None)
 
@@ -42,7 +42,7 @@ def tensor(array: Array | None, requires_grad: bool = True) -> Any:
 def statistics_for(
     x: Array, training: bool, rng: np.random.Generator
 ) -> tuple[Statistics, Array, Array]:
-    """Statistics that normalise ``x``, with the running ones that torch is given."""
+    """Return statistics that normalise ``x``, with the running ones that torch is given."""
     running_mean, running_var = rng.normal(size=x.shape[1]), rng.uniform(0.1, 3, size=x.shape[1])
     if training:
         return channel_statistics(x), running_mean, running_var
@@ -168,7 +168,7 @@ def test_empty_parts_are_not_looked_at() -> None:
 
 @pytest.mark.parametrize("shift", [0.0, 1e3, 1e8, 1e12])
 def test_nothing_cancels(shift: float) -> None:
-    x = shift + np.arange(-8.0, 9.0).reshape(17, 1)  # exact sums, mean and variance
+    x = shift + np.arange(-8.0, 9.0).reshape(17, 1)  # its sums, mean and variance are exact
     statistics = channel_statistics(x)
     np.testing.assert_array_equal(statistics.mean, [shift])
     np.testing.assert_allclose(statistics.var, [24.0], rtol=1e-14)

@@ -18,7 +18,7 @@ INF = math.inf
 NORM_TYPES = [2.0, 1.0, 0.5, 1.5, 3.0, 0.0, INF, -INF, -1.0, -2.0]
 
 finite_elements = st.floats(allow_nan=False, allow_infinity=False, width=64)
-# Squares and cubes of these stay inside float64, so torch is a valid witness.
+# Squares and cubes of these numbers stay within float64, so torch can be compared with.
 ordinary_elements = st.one_of(
     st.just(0.0), st.floats(1e-30, 1e30), st.floats(1e-30, 1e30).map(lambda x: -x)
 )
@@ -27,7 +27,7 @@ lists_of_arrays = st.lists(st.lists(ordinary_elements, min_size=1, max_size=9), 
 
 def test_reference_does_not_import_torch() -> None:
     package = Path(reference.__file__).parent
-    # Loaded by its path: the parent package does import torch.
+    # The module is loaded by its path, since the parent package does import torch.
     program = f"""
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location(
@@ -64,7 +64,7 @@ def test_tensor_norm_with_zeros_equals_torch(norm_type: float) -> None:
 def test_total_norm_equals_torch(norm_type: float, rng: np.random.Generator) -> None:
     arrays = [rng.normal(size=shape) for shape in [(31,), (4, 8), (), (2, 1, 3)]]
     tensors = [torch.as_tensor(array) for array in arrays]
-    if norm_type == 0:  # torch counts tensors here
+    if norm_type == 0:  # torch counts tensors for p = 0
         expected = torch.linalg.vector_norm(torch.cat([t.flatten() for t in tensors]), norm_type)
     else:
         expected = torch.nn.utils.get_total_norm(tensors, norm_type)

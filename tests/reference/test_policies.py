@@ -1,4 +1,4 @@
-"""The definitions of policies against hand-made numbers and the sources' own procedures."""
+"""The definitions of policies, compared with hand-made numbers and the sources' own procedures."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_percentile_forgets() -> None:
 
 
 def test_zscores_as_the_authors_compute_them() -> None:
-    # github.com/bluorion-com/ZClip, mode zscore with adaptive scaling, in their order of operations.
+    # This is github.com/bluorion-com/ZClip, mode zscore with adaptive scaling, in its order of operations.
     norms = [n for n in finite(recorded_norms(300)) if n > 0]
     policy = ClipZScore(2.5, 0.97, 25, max_norm=None)
     mean, var = float(np.mean(norms[:25])), float(np.var(norms[:25]))

@@ -1,4 +1,4 @@
-"""The definition of the roundings: against torch's and NumPy's own, and what makes each worth having."""
+"""The definition of the roundings, compared with torch's and NumPy's own, and what each is good for."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ DTYPES = ["bfloat16", "float16"]
 
 
 def any_floats(count: int, seed: int = 0) -> np.ndarray:
-    """Return numbers of float32 of every size, NaN and infinities among them."""
+    """Return float32 numbers of every size, with NaN and infinities among them."""
     words = np.random.default_rng(seed).integers(0, 2**32, count, dtype=np.uint32)
     values = words.view(np.float32)
     return np.where(np.isnan(values), np.float32(np.nan), values)
 
 
 def ordinary_floats(dtype: str, count: int, seed: int = 0) -> np.ndarray:
-    """Return numbers of float32 around and within the format's range, subnormal ones included."""
+    """Return float32 numbers around and within the format's range, with subnormal ones among them."""
     generator = np.random.default_rng(seed)
     low = rounding.FORMATS[dtype].min_exponent - 12
     exponents = generator.uniform(low if dtype == "float16" else -130, 17, count)
@@ -60,8 +60,8 @@ def test_stochastic_has_the_value_as_its_mean(dtype: str, scale: float) -> None:
     words = np.stack([rounding.random_words(7, step, 0, count) for step in range(draws)])
     got = rounding.round_stochastic(np.broadcast_to(values, words.shape), dtype, words)
     spacing = rounding.FORMATS[dtype].spacing(values)
-    # The mean of so many draws of variance r (1 - r) <= 1/4 deviates by more than 5 of its
-    # deviations once in millions; over all values together the same holds for the mean error.
+    # The mean of so many draws with variance r (1 - r) <= 1/4 deviates by more than 5 of its standard deviations once
+    # in millions of times; the same holds for the mean error over all values.
     error = (got.mean(axis=0) - values) / spacing
     assert np.abs(error).max() < 5 * 0.5 / draws**0.5
     assert abs(error.mean()) < 5 * 0.5 / (draws * count) ** 0.5
@@ -90,7 +90,7 @@ def test_a_compensation_belongs_to_its_parameter_and_holds_what_it_can(dtype: st
     finite = np.isfinite(param)
     np.testing.assert_array_equal(got[~finite], param[~finite])
     exact = values[finite].astype(np.float64)
-    # The compensation is below half a spacing of the parameter, and rounded to its own spacing.
+    # The compensation is below half a spacing of the parameter, and is rounded to its own spacing.
     allowed = rounding.FORMATS[dtype].spacing(exact - param[finite]) / 2
     assert (
         np.abs(got[finite] - exact) <= allowed + np.spacing(np.abs(exact), dtype=np.float64)

@@ -20,7 +20,7 @@ Case = tuple[str, dict[str, Any]]
 
 
 def cases() -> Iterator[Case]:
-    """Every combination of options that torch takes, as (name in torch.optim, arguments)."""
+    """Yield every combination of options that torch accepts, as (name in torch.optim, arguments)."""
     switch = [False, True]
     decay = [0.0, 0.1]
     for momentum, dampening, wd, nesterov, maximize in itertools.product(
@@ -92,7 +92,7 @@ def cases() -> Iterator[Case]:
 
 
 CASES = list(cases())
-# What torch has; Lion has tests of its own.
+# The rules that torch has; Lion has tests of its own.
 TORCH_RULES = [name for name in reference.rules.RULES if name != "Lion"]
 
 
@@ -103,7 +103,7 @@ def name_of(case: Case) -> str:
 
 @pytest.fixture(autouse=True)
 def float64_scalars() -> Iterator[None]:
-    """Have torch keep the numbers of NAdam's and ASGD's states in float64, too."""
+    """Make torch keep the numbers of NAdam's and ASGD's states in float64, too."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -117,7 +117,7 @@ class Pair:
         self.params = [rng.normal(size=shape) for shape in SHAPES]
         self.tensors = [torch.nn.Parameter(torch.tensor(param)) for param in self.params]
         self.optimizer = getattr(torch.optim, name)(self.tensors, **options)
-        # Adagrad alone has state before the first step.
+        # Only Adagrad has state before the first step.
         self.states = [
             {key: float64(value) for key, value in self.optimizer.state[tensor].items()}
             for tensor in self.tensors
@@ -146,7 +146,7 @@ class Pair:
 
 
 def grads_with_gaps(step: int, rng: np.random.Generator) -> list[NDArray[np.float64] | None]:
-    """Return gradients of which the first is there at all steps and the others are None at some."""
+    """Return gradients; the first one exists at all steps, the others are None at some."""
     return [
         None if i and (step + i) % 3 == 0 else rng.normal(size=shape)
         for i, shape in enumerate(SHAPES)

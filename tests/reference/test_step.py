@@ -25,7 +25,7 @@ POLICIES = ["skip", "zero", "raise", "propagate"]
 def sgd_step(
     params: Sequence[Array], grads: Sequence[Array | None], modes: dict[str, Any], **group: Any
 ) -> StepResult:
-    """Take a first step of plain SGD with all parameters in one group; lr is 0.5."""
+    """Take a first step of plain SGD with lr 0.5 and all parameters in one group."""
     groups = [Group(range(len(params)), {"lr": 0.5}, **group)]
     return step(params, grads, [{} for _ in params], groups, StepOptions("SGD", **modes))
 

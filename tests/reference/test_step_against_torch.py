@@ -35,7 +35,7 @@ def random_grads(rng: np.random.Generator, step_number: int = 0) -> Grads:
 
 
 class TorchStep:
-    """The same step put together from torch's own functions."""
+    """The same step, composed of torch's own functions."""
 
     def __init__(self, params: list[Array], groups: list[Group], options: StepOptions) -> None:
         self.params = [torch.nn.Parameter(torch.tensor(param)) for param in params]

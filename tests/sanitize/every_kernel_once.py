@@ -1,8 +1,8 @@
-"""Every operation and batch-norm kernel once on small tensors of odd sizes: short enough to run under a sanitizer.
+"""Runs every operation and batch-norm kernel once on small tensors of odd sizes, which is short enough for a sanitizer.
 
     compute-sanitizer --tool memcheck python -m tests.sanitize.every_kernel_once
 
-torch has to allocate every tensor by itself for that: PYTORCH_NO_CUDA_MEMORY_CACHING=1.
+torch has to allocate every tensor separately for that: PYTORCH_NO_CUDA_MEMORY_CACHING=1.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from benchmarks.rehearsal import emulate
 from steadygrad import _kernels, memory, nn
 from steadygrad.self_check import TOLERANCES, check_kernels
 
-# More than one launch has room for in its parameters.
+# The number of tensors exceeds what fits into the parameters of one launch.
 _MANY = 4200
-# Channels and pixels that no vector divides, few channels with many pixels, and 2-D input.
+# Channels and pixels that no vector width divides, few channels with many pixels, and 2-D input.
 _SHAPES = ((5, 19, 7, 7), (3, 2, 41, 43), (67, 70))
-# Largest error beside torch's fp64, as a share of the largest element.
+# The largest error against torch's fp64, relative to the largest element.
 _OF_BATCH_NORM = {"float32": 5e-6, "float64": 1e-12, "bfloat16": 1.6e-2, "float16": 2e-3}
 _EPS = 1e-5
 
 
 def _drawn(device: str, *shape: int, seed: int = 0) -> Tensor:
-    # Drawn on the host: torch's own kernels are not what is being looked at.
+    # The numbers are drawn on the host, since torch's own kernels are not under test.
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
@@ -79,12 +79,12 @@ def _layered(device: str, dtype: str, shape: tuple[int, ...], last: bool, seed: 
 def _compare(what: str, dtype: str, got: Tensor, want: Tensor) -> None:
     want = want.detach()
     error = (got.detach().cpu().double() - want).abs().max() / want.abs().max()
-    if not error <= _OF_BATCH_NORM[dtype]:  # NaN is wrong too
+    if not error <= _OF_BATCH_NORM[dtype]:  # also false for NaN
         raise AssertionError(f"{what}, {dtype}: error {error:.3g}")
 
 
 def batch_norms(device: str, dtype: str) -> None:
-    """Forward and backward of the modules: fusions and layouts, both paths of training, eval."""
+    """Run forward and backward of the modules: fusions and layouts, both paths of training, evaluation."""
     fusions = ((False, False), (False, True), (True, True))
     for taken, shape, last, (add, relu) in product(
         ("two_reads", "one_read", None), _SHAPES, (False, True), fusions
@@ -123,7 +123,7 @@ def _batch_norm(
         eps=_EPS,
     )
     wanted = wanted + exact[1] if add else wanted
-    # The kernel rounds only once, so ReLU's mask is that of its own output.
+    # The kernel rounds only once, so the expected ReLU mask is taken from its own output.
     wanted = wanted * (output.detach().cpu() > 0) if relu else wanted
     grads = torch.autograd.grad(wanted, [*exact, weight, bias], grad_output.cpu().double())
     where = f"of {shape}, channels_last={last}, training={training}"
@@ -132,7 +132,7 @@ def _batch_norm(
 
 
 def batch_norm_in_parts(device: str, dtype: str) -> None:
-    """The kernels of synchronised statistics: two parts of a batch, beside the whole of it."""
+    """Run the kernels of synchronised statistics on two parts of a batch, and compare with the whole batch."""
     whole, grad = (_layered("cpu", dtype, _SHAPES[0], True, seed) for seed in range(2))
     channels = whole.shape[1]
     inputs = [part.to(device) for part in whole.split([2, 3])]

@@ -7,10 +7,11 @@
 #include "sanitize/openmp.h"
 #include "sanitize/report.h"
 
-// Read by the sanitizers' runtimes. Leaks cannot be looked for where a debugger is not allowed to attach.
+// The sanitizers' runtimes read these options. Leak detection fails where a debugger is not allowed to
+// attach.
 extern "C" const char* __asan_default_options() { return "detect_leaks=0"; }
 extern "C" const char* __ubsan_default_options() { return "print_stacktrace=1"; }
-// Without the second that it waits for other threads at the end; one race leads to many reports.
+// This turns off the second that it waits for other threads at exit; one race leads to many reports.
 extern "C" const char* __tsan_default_options() { return "atexit_sleep_ms=0:halt_on_error=1"; }
 
 int main(int count, char** arguments) {

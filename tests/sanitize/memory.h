@@ -1,4 +1,4 @@
-// Memory in which no access past an end, and no read before a write, goes unnoticed.
+// Memory in which every access past an end, and every read before a write, is noticed.
 #pragma once
 
 #include <cstddef>
@@ -41,7 +41,7 @@ class Single {
   Block block_;
 };
 
-// The device memory of calls. As with the bindings, the block of an earlier call is gone with the next one.
+// The device memory of calls. As with the bindings, the next call frees the block of the call before.
 class DeviceMemory {
  public:
   std::function<void*(int64_t)> allocate();

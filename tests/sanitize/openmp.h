@@ -1,11 +1,11 @@
-// What the program asks of its OpenMP runtime.
+// The program's interface to its OpenMP runtime.
 #pragma once
 
 #include <cstdint>
 
 namespace steadygrad::sanitize {
 
-// Teams of threads that have run so far.
+// The number of teams of threads that have run so far.
 int64_t team_count();
 
 }  // namespace steadygrad::sanitize

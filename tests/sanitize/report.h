@@ -25,9 +25,8 @@ class Report {
   // Only cases whose name contains `wanted` are run.
   explicit Report(std::string wanted) : wanted_(std::move(wanted)) {}
 
-  // The first word of `name` is the operation. `run` returns how the backends differ, nothing where they do
-  // not. Where the tensors are enough work for
-  // a team of threads, the CPU backend has to take one.
+  // The first word of `name` is the operation. `run` returns how the backends differ, or nothing if they
+  // agree. If the tensors are enough work for a team of threads, the CPU backend has to use one.
   void check(const std::string& name, const Specs& specs, const std::function<std::string()>& run);
 
   int64_t cases() const { return cases_; }
@@ -42,7 +41,7 @@ class Report {
   std::vector<std::string> failures_;
 };
 
-// Empty where both numbers have the same bits or are NaN.
+// Returns an empty text if both numbers have the same bits or are NaN.
 std::string difference(const std::string& what, double cpu, double emulated);
 std::string difference_of_counts(const std::string& what, int64_t cpu, int64_t emulated);
 

@@ -15,21 +15,21 @@ struct StepCase {
   Specs specs;
   RuleVariant rule;
   StepOptions options;
-  // Of the first group; every further one has a larger learning rate and a smaller limit.
+  // The options of the first group; every further group has a larger learning rate and a smaller limit.
   GroupOptions group;
-  // Of each step; a step has fresh gradients.
+  // The kind of each step's gradients, which are new in every step.
   std::vector<Values> gradients = {Values::ordinary, Values::ordinary};
   // Learning rate, gradient scale and found_inf are in device memory.
   bool numbers_on_device = false;
   // Every second step leaves out some of the tensors.
   bool tensors_come_and_go = false;
-  // Whose rows each backend has for itself. A percentile's is full from the beginning.
+  // Each backend has its own rows for these policies. The window of a percentile is full from the beginning.
   Policies policies;
   // Another process holds the same, and does not count every third tensor.
   bool two_processes = false;
 };
 
-// How the backends differ after any of the steps, in results or in what they say about them.
+// Returns how the backends differ after any of the steps, in results or in what they report about them.
 std::string compare_steps(const StepCase& step_case);
 
 }  // namespace steadygrad::sanitize

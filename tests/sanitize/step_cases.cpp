@@ -1,5 +1,4 @@
-// Whole steps: every rule on every kind of tensors, every policy in every scope, and the options on their
-// own.
+// Whole steps: every rule on every kind of tensors, every policy in every scope, and each option alone.
 #include "sanitize/report.h"
 #include "sanitize/step.h"
 

@@ -12,7 +12,7 @@ Specs combined(std::string name, const std::vector<DType>& dtypes, const std::ve
     TensorSpec& spec = specs.tensors.emplace_back();
     spec.numel = sizes[t];
     spec.group = static_cast<int32_t>(3 * t / sizes.size());
-    // Every third tensor is alike in all roles, as most are.
+    // Every third tensor has the same form in all roles, as most tensors in practice.
     for (size_t role = 0; role < kRoles; ++role) {
       const size_t place = t / 3 + (t % 3 == 0 ? 0 : role);
       spec.forms[role] = {dtypes[place % dtypes.size()], layouts[(place + t) % layouts.size()]};

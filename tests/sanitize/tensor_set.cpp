@@ -72,7 +72,7 @@ double get(const void* from, DType dtype, int64_t index) {
   }
 }
 
-// Two dimensions where the size has a factor for it.
+// The shape has two dimensions if the size has a factor for it.
 std::vector<int64_t> sizes_of(int64_t numel) {
   for (const int64_t rows : {100, 11, 3}) {
     if (numel > rows && numel % rows == 0) return {rows, numel / rows};
@@ -141,11 +141,11 @@ void TensorSet::fill(size_t t, int role, Values values, uint64_t seed) {
   uint64_t state = seed * 1000003 + t * kRoles + static_cast<uint64_t>(role);
   const int64_t elements = memory.bytes() / size_of(form.dtype);
   for (int64_t i = 0; i < elements; ++i) {
-    // Non-finite elements in one tensor of three: the others show what is done to them.
+    // One tensor of three has non-finite elements; the others show what is done to finite ones.
     double value = values == Values::extreme                   ? extreme_value(form.dtype, state)
                    : values == Values::nonfinite && t % 3 == 1 ? nonfinite_value(state)
                                                                : ordinary_value(state);
-    // As moments are: squares of no other sign, and larger than the square of their mean.
+    // These are like moments: squares are not negative, and larger than the square of the mean.
     if (role >= 2 && role != kExtra) value = std::fabs(value) * (role == 3 ? 0x1p-6 : 1);
     put(memory.data(), form.dtype, i, value);
   }

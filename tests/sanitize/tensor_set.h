@@ -42,7 +42,7 @@ struct Specs {
   }
 };
 
-// At vector, lane, tile and chunk edges, and empty.
+// Sizes at vector, lane, tile and chunk edges, and empty tensors.
 const std::vector<int64_t>& edge_sizes();
 Specs direct_tensors();  // fp32 in memory order
 Specs half_tensors();    // bf16, fp16 and fp32 in all layouts
@@ -66,8 +66,8 @@ struct Uses {
   bool extra = false;   // beside parameters in half precision
 };
 
-// `extreme`: squares of it leave the range of the type. `nonfinite`: inf, -inf and NaN in some of the
-// tensors.
+// The squares of `extreme` elements leave the range of the type. With `nonfinite` some of the tensors have
+// inf, -inf and NaN.
 enum class Values { ordinary, extreme, nonfinite };
 
 class TensorSet {
@@ -76,10 +76,10 @@ class TensorSet {
 
   const std::vector<TensorOperands>& operands() const { return operands_; }
 
-  // Fresh gradients at other addresses, for the next step.
+  // Makes new gradients at other addresses, for the next step.
   void renew_gradients(Values values, uint64_t seed);
 
-  // The first element that differs, in or between the tensors' elements; empty if none does.
+  // Describes the first difference, in the tensors' elements or between them; empty if there is none.
   std::string difference_from(const TensorSet& emulated) const;
 
  private:

@@ -12,7 +12,6 @@ import torch
 
 from study import Classification, Curve, Dataset, Experiment, Mlp, Problem, Run
 from study import remedies as r
-from study.training import Evaluations
 
 SEEDS = (0, 1)
 
@@ -89,7 +88,7 @@ def a_run(**changes: object) -> Run:
         memory_bytes=1000,
         first_losses=(2.4, 1.0, 0.5),
         curve=Curve(step=(1, 2, 3), loss=(2.4, 1.0, 0.5), grad_norm=(5.0, 2.0, 1.0)),
-        evaluations=Evaluations((2, 3), (0.8, 0.8)),
+        evaluations={"step": [2, 3], "metric": [0.8, 0.8]},
     )
     return dataclasses.replace(run, **changes)  # type: ignore[arg-type]
 

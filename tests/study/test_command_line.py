@@ -31,7 +31,7 @@ def test_help(capsys: Any) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--quick", "--full"], "expected one of them"),
+        (["--quick", "--full"], "--full: not allowed with argument --quick"),
         (["--quick", "digits"], "is an experiment of its own"),
         (["--jobs", "0"], "expected a whole number of at least 1, got '0'"),
         (["--limit", "soon"], "expected a number of seconds above 0, got 'soon'"),

@@ -145,30 +145,30 @@ def test_compression_is_seen_in_the_content(mnist_folder: Path, digits: dict[str
 def test_each_missing_mnist_file_is_named(mnist_folder: Path, name: str) -> None:
     (mnist_folder / name).unlink()
     assert "mnist" in datasets_in(mnist_folder)
-    refused(mnist, mnist_folder, str(mnist_folder / name), "no such file")
+    refused(mnist, mnist_folder, str(mnist_folder / name), "No such file")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_wrong_magic_number(mnist_folder: Path, name: str) -> None:
     path = mnist_folder / name
     path.write_bytes(b"\0\0\x0d" + path.read_bytes()[3:])
-    expected = "0x00000803" if "images" in name else "0x00000801"
+    expected = "00000803" if "images" in name else "00000801"
     found = expected.replace("08", "0d", 1)
-    refused(mnist, mnist_folder, str(path), f"magic number {expected}", f"got {found}")
+    refused(mnist, mnist_folder, str(path), f"begins with {expected}", f"got {found}")
 
 
 def test_labels_in_the_place_of_images(mnist_folder: Path) -> None:
     (mnist_folder / NAMES[0]).write_bytes((mnist_folder / NAMES[1]).read_bytes())
-    refused(mnist, mnist_folder, NAMES[0], "0x00000803", "got 0x00000801")
+    refused(mnist, mnist_folder, NAMES[0], "00000803", "got 00000801")
 
 
 @pytest.mark.parametrize(
     ("kept", "words"),
     [
-        (0, ("expected an IDX file", "got a file of 0 bytes")),
-        (3, ("expected an IDX file", "got a file of 3 bytes")),
-        (9, ("truncated", "header of 16 bytes", "got 9")),
-        (-1, ("truncated", "30 x 4 x 3", "expected 360 bytes", "got 359")),
+        (0, ("expected an IDX file", "got nothing and 0 bytes")),
+        (3, ("expected an IDX file", "and 3 bytes")),
+        (9, ("expected an IDX file", "header of 16 bytes", "and 9 bytes")),
+        (-1, ("truncated", "expected 30 x 4 x 3 bytes", "got 359")),
     ],
 )
 def test_truncated_mnist_file(mnist_folder: Path, kept: int, words: tuple[str, ...]) -> None:
@@ -192,7 +192,7 @@ def test_damaged_gzip_file(mnist_folder: Path, damage: str) -> None:
     else:
         content[-5] ^= 0xFF  # of the checksum
     path.write_bytes(bytes(content))
-    refused(mnist, mnist_folder, str(path), "whole gzip file")
+    refused(mnist, mnist_folder, str(path), "whole file")
 
 
 def test_sizes_that_disagree(mnist_folder: Path, digits: dict[str, Any]) -> None:
@@ -202,7 +202,7 @@ def test_sizes_that_disagree(mnist_folder: Path, digits: dict[str, Any]) -> None
     labels.write_bytes(idx(digits[NAMES[1]]))
     images = mnist_folder / NAMES[2]
     images.write_bytes(idx(digits[NAMES[2]].reshape(TEST, 3, 4)))
-    refused(mnist, mnist_folder, str(images), "images of 4 x 3", "got 3 x 4")
+    refused(mnist, mnist_folder, str(images), "images of 4 x 3", "got 20 x 3 x 4")
 
 
 def test_mnist_files_without_meaning(mnist_folder: Path, digits: dict[str, Any]) -> None:
@@ -215,7 +215,7 @@ def test_mnist_files_without_meaning(mnist_folder: Path, digits: dict[str, Any])
     refused(mnist, mnist_folder, str(mnist_folder), "are all 0")
     images.write_bytes(idx(digits[NAMES[0]][:0]))
     (mnist_folder / NAMES[1]).write_bytes(idx(digits[NAMES[1]][:0]))
-    refused(mnist, mnist_folder, str(images), "expected images, got 0 x 4 x 3")
+    refused(mnist, mnist_folder, str(images), "expected images of 4 x 3, got 0 x 4 x 3")
 
 
 # --- CIFAR-10 ---
@@ -237,7 +237,7 @@ def test_cifar_is_the_batches_in_order_normalised_by_colour(cifar_folder: Path) 
     assert data.name == "CIFAR-10 (32 x 32, 3 colours), 20 images to train on and 10 to test"
 
 
-def test_cifar_from_the_archive_and_from_compressed_batches(
+def test_cifar_from_the_archive(
     cifar_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     expected = cifar10(cifar_folder)
@@ -245,13 +245,6 @@ def test_cifar_from_the_archive_and_from_compressed_batches(
     cifar_archive(elsewhere)
     assert list(datasets_in(elsewhere)) == ["cifar10"]
     assert torch.equal(datasets_in(elsewhere)["cifar10"]().train_inputs, expected.train_inputs)
-
-    inner = cifar_folder / "cifar-10-batches-bin"
-    for name in BATCHES:
-        path = inner / name
-        (inner / f"{name}.gz").write_bytes(gzip.compress(path.read_bytes()))
-        path.unlink()
-    assert torch.equal(cifar10(cifar_folder).train_inputs, expected.train_inputs)
 
 
 def test_folder_of_the_batches_may_be_named_itself(cifar_folder: Path) -> None:
@@ -295,7 +288,7 @@ def test_pickles_are_not_opened_and_the_file_that_is_wanted_is_named(
 def test_missing_cifar_batch(cifar_folder: Path, tmp_path_factory: Any) -> None:
     path = cifar_folder / "cifar-10-batches-bin" / "data_batch_3.bin"
     path.unlink()
-    refused(cifar10, cifar_folder, str(path), "no such file")
+    refused(cifar10, cifar_folder, str(path), "No such file")
     elsewhere = tmp_path_factory.mktemp("archive")
     archive = cifar_archive(elsewhere, ("data_batch_1.bin", "test_batch.bin"))
     refused(cifar10, elsewhere, str(archive), "data_batch_2.bin, data_batch_3.bin", "not found")
@@ -305,7 +298,7 @@ def test_missing_cifar_batch(cifar_folder: Path, tmp_path_factory: Any) -> None:
 def test_damaged_cifar_archive(tmp_path: Path, kept: int) -> None:
     path = cifar_archive(tmp_path)
     path.write_bytes(path.read_bytes()[:kept])
-    refused(cifar10, tmp_path, str(path), "whole tar archive")
+    refused(cifar10, tmp_path, str(path), "expected a whole file")
 
 
 # --- the folder ---
@@ -321,7 +314,7 @@ def test_folder_that_is_missing_or_holds_neither(tmp_path: Path) -> None:
     refused(
         datasets_in, tmp_path, str(tmp_path), "train-images-idx3-ubyte", "cifar-10-binary.tar.gz"
     )
-    refused(cifar10, tmp_path, str(tmp_path), "cifar-10-batches-bin", "found neither")
+    refused(cifar10, tmp_path, str(tmp_path), "cifar-10-batches-bin", "found nothing")
     file = tmp_path / "file"
     file.touch()
     refused(datasets_in, file, "no such folder")

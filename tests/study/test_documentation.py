@@ -162,7 +162,7 @@ def test_readme_and_decisions(facts: Facts) -> None:
         [
             f"{sum(len(own) for own in facts.runs.values()):,} runs over 10 seeds. In "
             f"{facts.hard_settings} settings in which plain SGD fails, clipping at 1 kept {clip.kept} of "
-            f"{clip.runs} runs, of which {clip.learned} learned",
+            f"{clip.runs} runs from diverging, of which only {clip.learned} learned",
             f"beside it all {he.learned} learned that were tried, and batch norm kept {norm.kept} of {norm.runs}.",
             f"kept {sum(each.kept for each in named)} of {sum(each.runs for each in named)}.",
         ],

@@ -93,7 +93,7 @@ class Refuses(Classification):
 def test_everything_is_built_once_before_anything_is_trained(
     tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "_carry_out", pytest.fail)
+    monkeypatch.setattr(runner._Study, "carry_out", pytest.fail)
     problem: Problem = tiny().problems[0]
     strange = dataclasses.replace(problem, task=lambda: Refuses(blobs()))
     cases: list[tuple[Experiment, str]] = [

@@ -20,7 +20,7 @@ import pytest
 from rich.console import Console
 
 import study
-from study import Run, Selection, Settings, runner, workers
+from study import Run, RunKey, Selection, Settings, runner, workers
 from study.__main__ import main
 from study.journal import NAME, Journal, JournalError
 from study.record import encode
@@ -170,7 +170,7 @@ def test_a_journal_of_another_study_is_refused(tmp_path: Path, console: Console)
         first.add("tiny", encode(EXPLODED))
     with contextlib.closing(Journal(path, plan, "later")) as again:
         assert (again.started, len(again.runs), len(again.sessions)) == ("now", 2, 2)
-        assert again.runs["tiny", EXPLODED.key] == encode(EXPLODED)
+        assert again.runs["tiny", RunKey("blobs", "none", 0.01, 1)] == encode(EXPLODED)
         with pytest.raises(JournalError, match="a study is running in this folder"):
             Journal(path, plan, "later")
     with pytest.raises(JournalError, match="an unfinished study with other experiments"):
@@ -244,7 +244,7 @@ def test_a_run_that_raises_is_named(own_file: Path, console: Console, tmp_path: 
             ["digits", "--arms", "clip 1,prayer"],
             "unknown arm 'prayer': expected some of none, none (torch), clip 1",
         ),
-        (["missing.py"], "missing.py: no such file"),
+        (["missing.py"], "missing.py: FileNotFoundError: [Errno 2] No such file"),
         (["char", "--data", "."], "expected experiments on images"),
         (["digits", "digits"], "expected experiments of different names"),
     ],
@@ -256,7 +256,7 @@ def test_what_is_not_there_is_refused(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(runner, "_carry_out", pytest.fail)
+    monkeypatch.setattr(runner._Study, "carry_out", pytest.fail)
     assert main([*argv, "--out", str(tmp_path / "out")]) == 1
     assert message in " ".join(capsys.readouterr().out.split())
 
@@ -272,7 +272,7 @@ def test_what_is_not_there_is_refused(
         (
             OWN_FILE + "from study import Arm\n"
             "EXPERIMENT = tiny(arms=(Arm('none'), Arm('x', model={'depth': 3})))",
-            "arm 'x': model: expected fields of Mlp",
+            "arm 'x': TypeError: Mlp.__init__() got an unexpected keyword argument 'depth'",
         ),
         (
             OWN_FILE + "from study import Arm\n"
@@ -345,7 +345,7 @@ def test_data_of_one_s_own_take_the_place_of_the_digits(tmp_path: Path) -> None:
 def test_data_that_are_damaged_are_refused_before_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "_carry_out", pytest.fail)
+    monkeypatch.setattr(runner._Study, "carry_out", pytest.fail)
     out = ["--out", str(tmp_path / "out")]
     assert main(["--data", str(tmp_path / "nowhere"), *out]) == 1
     assert "no such folder" in " ".join(capsys.readouterr().out.split())

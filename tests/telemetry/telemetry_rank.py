@@ -24,7 +24,7 @@ BAD_STEP = 4
 
 
 def gradients(step: int) -> list[torch.Tensor]:
-    """Of whole parameters."""
+    """Return gradients of whole parameters."""
     generator = torch.Generator().manual_seed(step)
     return [torch.randn(shape, generator=generator) for shape in SHAPES]
 
@@ -38,7 +38,7 @@ def is_bad(step: int, index: int) -> bool:
 
 
 def sharded(scope: Any) -> sg.History:
-    """The second parameter is empty on one rank of two, the third replicated."""
+    """Return the history of a run whose second parameter is empty on one rank of two, and whose third is replicated."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     placements = [[Shard(0)], [Shard(0)], [Replicate()]]
     params = [

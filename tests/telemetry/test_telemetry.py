@@ -1,4 +1,4 @@
-"""What steps leave in the ring, against NumPy, on every backend."""
+"""What steps record in the ring, compared with NumPy, on every backend."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def parameters(backend: Backend, dtype: torch.dtype = torch.float32) -> list[nn.
 
 
 def gradients(step: int, params: list[nn.Parameter]) -> list[np.ndarray[Any, Any] | None]:
-    """Fills them; the second parameter has none in odd steps."""
+    """Set gradients and return them; the second parameter has none in odd steps."""
     rng = np.random.default_rng(step)
     found: list[np.ndarray[Any, Any] | None] = []
     for i, param in enumerate(params):
@@ -40,7 +40,7 @@ def norm(values: Any, p: float) -> float:
 
 
 def recorded(opt: Any) -> sg.History:
-    """After waiting for the device."""
+    """Return the history after waiting for the device."""
     history: sg.History = opt.report().history
     return history
 
@@ -231,7 +231,7 @@ def test_a_step_waits_for_nothing(backend: Backend) -> None:
     device = asynchronous_device(backend)
     params = parameters(backend)
     seen: list[int] = []
-    # Looking is a copy and an event; the emulated device has neither, so there it comes after the guard.
+    # A look is a copy and an event. The emulated device has neither, so its look comes after the guard.
     every = 2 if device.type == "cuda" else 8
     telemetry = sg.Telemetry(
         level="tensor", history=8, every=every, writers=[lambda record: seen.append(record.step)]

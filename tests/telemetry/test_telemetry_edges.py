@@ -1,4 +1,4 @@
-"""Telemetry where programs are not as simple as one loop: streaks, interruptions, groups, names, other wrappers."""
+"""Telemetry in programs that are more than one loop: streaks, interruptions, groups, names, other wrappers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def param_on(backend: Backend, size: int = 2) -> nn.Parameter:
 
 
 def step(opt: Any, *values: float) -> list[str]:
-    """What becomes of steps with such gradients."""
+    """Take steps with such gradients and return their outcomes."""
     found = []
     for value in values:
         for group in opt.param_groups:
@@ -182,7 +182,7 @@ def test_a_checkpoint_with_a_bad_number_of_steps_is_refused(backend: Backend, ba
     with pytest.raises((TypeError, ValueError), match=r"param_groups\[0\]\['recorded_steps'\]"):
         opt.load_state_dict(saved)
     assert opt.state_dict()["param_groups"][0]["recorded_steps"] == 1
-    # Set past the check of what is loaded, it is refused by the step.
+    # A value that was set after loading, and so was not checked there, is refused by the step.
     opt.param_groups[0]["recorded_steps"] = bad
     before = opt.param_groups[0]["params"][0].detach().clone()
     with pytest.raises((TypeError, ValueError), match=r"param_groups\[0\]\['recorded_steps'\]"):

@@ -1,4 +1,4 @@
-"""Two ranks of sharded parameters record the norms of whole ones, which is what one process records."""
+"""Two ranks with sharded parameters record the norms of whole parameters, as one process does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report and the plot: which parameter exploded, when, and how often was clipped and skipped."""
+"""The report and the plot say which parameter exploded, when, and how often steps were clipped and skipped."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PLANTED = 37
 
 
 def trained(backend: Backend | None, steps: int = 60, **options: Any) -> Any:
-    """A network in one layer of which the gradient explodes."""
+    """Train a network in which the gradient of one layer explodes, and return its optimizer."""
     device = torch.device("cpu") if backend is None else backend.device
     model = nn.Sequential(
         nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 2)
@@ -34,7 +34,7 @@ def trained(backend: Backend | None, steps: int = 60, **options: Any) -> Any:
     opt = sg.Stabilizer(torch.optim.SGD(model.named_parameters(), lr=0.05), **options)
     for step in range(steps):
         inputs = torch.randn(32, 6, device=device)
-        # Gradients flow back: what lies before the layer that explodes explodes with it, less.
+        # Gradients flow backwards: layers before the one that explodes explode with it, but less.
         times = 1e4 if step == PLANTED else 1.0
         handle = model[2].weight.register_hook(lambda grad, times=times: grad * times)
         opt.zero_grad()
@@ -116,7 +116,7 @@ def test_a_plot_of_little_or_bad_steps_is_drawn(tmp_path: Path) -> None:
 
 
 def rows(norms: list[list[float]]) -> History:
-    """A history with these norms of parameters."""
+    """Return a history with these norms of parameters."""
     values = np.zeros((len(norms), TOTALS + 2 * len(norms[0])))
     values[:, TOTALS : TOTALS + len(norms[0])] = norms
     values[:, TOTALS + len(norms[0]) :] = ~np.isfinite(norms)
@@ -132,7 +132,7 @@ def test_what_counts_as_an_explosion() -> None:
     found = [(e.step, e.name) for e in Report(history).explosions]
     assert (100, "d") in found and (108, "b") in found
     assert {name for _, name in found} == {"b", "c", "d"}
-    # A lasting rise becomes the usual.
+    # A lasting rise becomes the usual norm.
     assert [step for step, name in found if name == "c"] == list(range(110, 115))
 
 
@@ -149,6 +149,33 @@ def test_a_gradient_that_comes_back_has_not_exploded() -> None:
     assert Report(rows([[norm, 1.0] for norm in back])).explosions[0].name == "a"
 
 
+def test_in_the_first_steps_only_a_hundredfold_rise_is_an_explosion() -> None:
+    found = Report(rows([[1.0, 1.0], [90.0, 110.0], [1.0, 1.0]])).explosions
+    assert [(e.step, e.name) for e in found] == [(101, "b")]
+
+
+def test_a_run_that_explodes_from_the_start_is_told_from_there() -> None:
+    report = Report(
+        rows([[2.0, 1.0], [4e3, 9e3], [3e9, 8e10], [math.nan, math.nan], [math.nan, math.nan]])
+    )
+    assert [(e.step, e.name) for e in report.explosions[:6:2]] == [
+        (101, "b"),
+        (102, "b"),
+        (103, "b"),
+    ]
+    (conclusion,) = report.conclusions
+    start = (
+        "the gradient of b exploded at step 101, and that of b was not finite at step 103. sg.ex"
+    )
+    assert conclusion.startswith(start)
+
+
+def test_an_explosion_long_before_is_not_where_it_began() -> None:
+    report = Report(rows([[1.0]] * 10 + [[20.0]] + [[1.0]] * 30 + [[math.nan]]))
+    assert [e.step for e in report.explosions] == [110, 141]
+    assert report.conclusions[0].startswith("the gradient of a was not finite at step 141.")
+
+
 def test_usual_norms_are_a_geometric_moving_average() -> None:
     norms = np.exp(np.random.default_rng(0).normal(0, 1, (40, 2)))
     norms[7, 0], norms[9, 1] = np.nan, 0.0
@@ -156,7 +183,7 @@ def test_usual_norms_are_a_geometric_moving_average() -> None:
     for column in range(2):
         average, known = 0.0, 0
         for step in range(40):
-            if known < 5:
+            if known == 0:
                 assert np.isnan(found[step, column])
             else:
                 assert math.isclose(found[step, column], math.exp(average), rel_tol=1e-12)

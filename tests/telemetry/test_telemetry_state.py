@@ -1,4 +1,4 @@
-"""Step numbers go on in a resumed run; names; the hard stop."""
+"""Step numbers go on in a resumed run; names and the hard stop are kept, too."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def test_a_resumed_run_goes_on_counting(backend: Backend) -> None:
     assert steps(other) == [3, 4]
     step(param, opt, 1.0)
     assert steps(opt) == [0, 1, 2, 3]
-    # Back again: what came after the checkpoint never happened.
+    # After going back, what came after the checkpoint is forgotten.
     opt.load_state_dict(saved)
     step(param, opt, 1.0)
     assert steps(opt) == [3]
-    # torch's own optimizer takes it.
+    # torch's own optimizer loads the state dict.
     torch.optim.SGD([nn.Parameter(torch.zeros(2, device=backend.device))], lr=0.1).load_state_dict(
         opt.state_dict()
     )
@@ -61,7 +61,7 @@ def test_other_checkpoints_leave_the_count_alone(backend: Backend) -> None:
     opt.load_state_dict(plain.state_dict())
     step(param, opt, 1.0)
     assert steps(opt)[-1] == 2
-    # Nor does one that was not recorded make an error of itself.
+    # An optimizer without telemetry raises no error of its own.
     _, silent = made(backend, telemetry=None)
     silent.load_state_dict(opt.state_dict())
     assert silent.telemetry is None
@@ -73,7 +73,7 @@ def test_copies_go_on_counting(backend: Backend) -> None:
     for other in (copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
         step(other.param_groups[0]["params"][0], other, 1.0)
         assert steps(other) == [2]
-    # Another wrapper of the same optimizer goes on from what this one knew.
+    # Another wrapper of the same optimizer continues from this one's record.
     again = sg.Stabilizer(opt.optimizer, telemetry="tensor")
     step(param, again, 1.0)
     assert steps(again) == [2]
@@ -119,7 +119,7 @@ def test_too_many_skipped_steps_stop_the_training(backend: Backend) -> None:
     assert caught.value.report.skipped_steps == [1, 2, 4, 5, 6]
     assert torch.equal(param, before) and opt.skipped_steps == 5
     assert [record.step for record in records] == list(range(7))
-    step(param, opt, 1.0, math.nan)  # and it can go on
+    step(param, opt, 1.0, math.nan)  # training can go on
     assert not torch.equal(param, before)
 
 
@@ -131,8 +131,8 @@ def test_the_state_creation_step_is_none(backend: Backend, told: bool) -> None:
     param.grad = torch.zeros_like(param)
     lr = opt.param_groups[0]["lr"]
     opt.param_groups[0]["lr"] = 0.0
-    opt.step()  # as torch.distributed.checkpoint does to make state
+    opt.step()  # torch.distributed.checkpoint makes state with such a step
     opt.param_groups[0]["lr"] = lr
     step(param, opt, 1.0)
-    # A device that nothing waits for cannot say that the gradients were zero.
+    # A device that nothing waits for cannot tell that the gradients were zero.
     assert steps(opt) == ([0, 1] if backend.asynchronous and not told else [0])

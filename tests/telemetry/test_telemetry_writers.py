@@ -197,7 +197,7 @@ def test_a_loaded_state_leaves_no_step_unwritten(backend: Backend) -> None:
     go_on(model, opt, 1)
     late = nn.Parameter(torch.ones(2, device=backend.device))
     opt.add_param_group({"params": [late], "param_names": ["late"]})
-    opt.flush_telemetry()  # the new one has no column yet
+    opt.flush_telemetry()  # the new parameter has no column yet
     late.grad = torch.ones_like(late)
     go_on(model, opt, 1)
     opt.flush_telemetry()

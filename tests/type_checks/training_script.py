@@ -1,6 +1,7 @@
-"""A user's script for type checkers: ``make lint`` reads it, and nothing runs it.
+"""A user's script for type checkers; ``make lint`` checks it, and nothing runs it.
 
-Each ``type: ignore`` is a mistake that mypy has to find: where it does not, the comment is unused, which is an error.
+Each ``type: ignore`` is a mistake that mypy has to find. If mypy does not find it, the comment is unused, which is an
+error.
 """
 
 from __future__ import annotations

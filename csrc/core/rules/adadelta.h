@@ -49,7 +49,7 @@ struct AdadeltaRule {
   static constexpr FieldList<FlagField> kFlags = kAdadeltaFlags;
   static constexpr FieldList<StateField> kStates = kAdadeltaStates;
   static constexpr FieldList<const char*> kStateNumbers = {};
-  // With all terms.
+  // The functor with all terms.
   template <class T>
   using Full = Adadelta<T, true>;
 

@@ -45,7 +45,7 @@ struct AdagradRule {
   static constexpr FieldList<FlagField> kFlags = kAdagradFlags;
   static constexpr FieldList<StateField> kStates = kAdagradStates;
   static constexpr FieldList<const char*> kStateNumbers = {};
-  // With all terms.
+  // The functor with all terms.
   template <class T>
   using Full = Adagrad<T, true>;
 

@@ -63,7 +63,7 @@ struct AdamRule {
   static constexpr FieldList<FlagField> kFlags = kAdamFlags;
   static constexpr FieldList<StateField> kStates = kAdamStates;
   static constexpr FieldList<const char*> kStateNumbers = {};
-  // With all terms.
+  // The functor with all terms.
   template <class T>
   using Full = Adam<T, true, true>;
 

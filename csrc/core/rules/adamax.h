@@ -39,7 +39,7 @@ struct Adamax {
     exp_avg = exp_avg * beta1 + one_minus_beta1 * grad;
     const T decayed = exp_inf * beta2;
     const T magnitude = std::abs(grad) + eps;
-    // NaN on either side stays, as in torch.
+    // NaN on either side is kept, as in torch.
     exp_inf = decayed > magnitude || decayed != decayed ? decayed : magnitude;
     param = param - step_size * (exp_avg / exp_inf);
   }
@@ -53,7 +53,7 @@ struct AdamaxRule {
   static constexpr FieldList<FlagField> kFlags = kAdamaxFlags;
   static constexpr FieldList<StateField> kStates = kAdamaxStates;
   static constexpr FieldList<const char*> kStateNumbers = {};
-  // With all terms.
+  // The functor with all terms.
   template <class T>
   using Full = Adamax<T, true>;
 

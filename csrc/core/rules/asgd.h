@@ -48,7 +48,7 @@ struct AsgdRule {
   static constexpr FieldList<FlagField> kFlags = kAsgdFlags;
   static constexpr FieldList<StateField> kStates = kAsgdStates;
   static constexpr FieldList<const char*> kStateNumbers = kAsgdStateNumbers;
-  // With all terms.
+  // The functor with all terms.
   template <class T>
   using Full = Asgd<T, true>;
 

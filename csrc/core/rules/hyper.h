@@ -1,4 +1,4 @@
-// The hyper-parameters of an update rule: one struct for all rules, a rule reads the fields it has.
+// The hyper-parameters of update rules: one struct for all rules, each of which reads the fields that it has.
 #pragma once
 
 #include <cmath>
@@ -7,7 +7,7 @@
 
 namespace steadygrad {
 
-// "none" leaves the update to somebody else: only the gradients are transformed.
+// "none" means that something else does the update, and only the gradients are transformed.
 enum class RuleKind : uint8_t {
   none,
   sgd,
@@ -23,10 +23,10 @@ enum class RuleKind : uint8_t {
   lion
 };
 
-// Numbers that the state of a parameter has beside its step counter and its tensors.
+// The largest number of numbers that a parameter's state has beside its step counter and its tensors.
 constexpr int kMaxNumbers = 2;
 
-// Constant over a param group in one step. Names are those of torch's constructors.
+// The options of a rule, constant over a param group in one step, with the names of torch's constructors.
 struct RuleHyper {
   double lr = 0;
   double weight_decay = 0;
@@ -52,17 +52,17 @@ struct RuleHyper {
   bool decoupled_weight_decay = false;
 };
 
-// By name, since nvcc writes a member's declaration in a way that GCC warns of.
+// These types have names, since nvcc rewrites the declaration of such a member in a way that GCC warns of.
 using HyperNumber = double RuleHyper::*;
 using HyperFlag = bool RuleHyper::*;
 
-// A number of a param group: in [low, below), and finite.
+// A finite number of a param group in [low, below).
 struct NumberField {
   const char* key;
   HyperNumber to;
   double low = 0;
   double below = INFINITY;
-  int index = -1;  // within a key that holds several numbers, as betas does; -1: it holds one
+  int index = -1;  // index in a key with several numbers, such as betas; -1 if the key has one number
 };
 
 struct FlagField {
@@ -70,13 +70,13 @@ struct FlagField {
   HyperFlag to;
 };
 
-// A state tensor, in the rule's order; null: it is always there.
+// A state tensor, in the rule's order; is_kept is null if it always exists.
 struct StateField {
   const char* name;
   bool (*is_kept)(const RuleHyper& hyper) = nullptr;
 };
 
-// A list whose elements lie in static memory.
+// A list whose elements are in static memory.
 template <class T>
 struct FieldList {
   constexpr FieldList() = default;
@@ -91,16 +91,16 @@ struct FieldList {
 
 inline bool has_momentum(const RuleHyper& hyper) { return hyper.momentum != 0; }
 
-// What follows from the step counter of one tensor, in double as torch computes it in Python.
+// The numbers that follow from the step counter of one tensor, in double as torch computes them in Python.
 struct StepScalars {
   double step_size = 0;
   double inverse_sqrt_bias_correction2 = 1;
-  double weight = 0;                 // of the second term, in rules that have one
-  double numbers[kMaxNumbers] = {};  // the state's numbers once the step has been taken
+  double weight = 0;                 // weight of the second term, in rules that have one
+  double numbers[kMaxNumbers] = {};  // the state's numbers after the step
   bool first = false;
 };
 
-// The options that change which operands a rule has, or whether a term exists at all.
+// The options that decide which operands a rule has, or whether a term exists at all.
 struct RuleTerms {
   bool decay = false;
   bool momentum = false;

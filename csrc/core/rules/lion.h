@@ -47,7 +47,7 @@ struct LionRule {
   static constexpr FieldList<FlagField> kFlags = kLionFlags;
   static constexpr FieldList<StateField> kStates = kLionStates;
   static constexpr FieldList<const char*> kStateNumbers = {};
-  // With all terms.
+  // The functor with all terms.
   template <class T>
   using Full = Lion<T>;
 

@@ -59,7 +59,7 @@ struct NAdamRule {
   static constexpr FieldList<FlagField> kFlags = kNAdamFlags;
   static constexpr FieldList<StateField> kStates = kNAdamStates;
   static constexpr FieldList<const char*> kStateNumbers = kNAdamStateNumbers;
-  // With all terms.
+  // The functor with all terms.
   template <class T>
   using Full = NAdam<T, true>;
 

@@ -43,7 +43,7 @@ struct RAdam {
     if (kDecay) grad = grad + weight_decay * param;
     exp_avg = exp_avg * beta1 + one_minus_beta1 * grad;
     exp_avg_sq = exp_avg_sq * beta2 + one_minus_beta2 * grad * grad;
-    // In the first steps the variance cannot be rectified, and the average alone is taken.
+    // In the first steps the variance cannot be rectified, so the update is the average alone.
     const T factor = rectification != T(0) ? rectification / (std::sqrt(exp_avg_sq) + eps) : T(1);
     param = param * decay - step_size * (exp_avg * factor);
   }
@@ -57,7 +57,7 @@ struct RAdamRule {
   static constexpr FieldList<FlagField> kFlags = kRAdamFlags;
   static constexpr FieldList<StateField> kStates = kRAdamStates;
   static constexpr FieldList<const char*> kStateNumbers = {};
-  // With all terms.
+  // The functor with all terms.
   template <class T>
   using Full = RAdam<T, true>;
 

@@ -65,7 +65,7 @@ struct RmsPropRule {
   static constexpr FieldList<FlagField> kFlags = kRmsPropFlags;
   static constexpr FieldList<StateField> kStates = kRmsPropStates;
   static constexpr FieldList<const char*> kStateNumbers = {};
-  // With all terms.
+  // The functor with all terms.
   template <class T>
   using Full = RmsProp<T, true, true, true>;
 

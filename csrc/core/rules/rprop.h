@@ -34,9 +34,9 @@ struct Rprop {
     grad = direction * grad;
     const T product = grad * prev;
     const T size = step_size * (product > T(0) ? etaplus : product < T(0) ? etaminus : T(1));
-    // NaN stays, as in torch.
+    // NaN is kept, as in torch.
     step_size = size < step_size_min ? step_size_min : size > step_size_max ? step_size_max : size;
-    // After a change of sign the step waits.
+    // After a change of sign the parameter stays as it is for one step.
     prev = product < T(0) ? T(0) : grad;
     param = param - (prev > T(0) ? step_size : prev < T(0) ? -step_size : T(0));
   }
@@ -50,7 +50,7 @@ struct RpropRule {
   static constexpr FieldList<FlagField> kFlags = kRpropFlags;
   static constexpr FieldList<StateField> kStates = kRpropStates;
   static constexpr FieldList<const char*> kStateNumbers = {};
-  // With all terms.
+  // The functor with all terms.
   template <class T>
   using Full = Rprop<T>;
 

@@ -51,7 +51,7 @@ struct SgdRule {
   static constexpr FieldList<FlagField> kFlags = kSgdFlags;
   static constexpr FieldList<StateField> kStates = kSgdStates;
   static constexpr FieldList<const char*> kStateNumbers = {};
-  // With all terms.
+  // The functor with all terms.
   template <class T>
   using Full = Sgd<T, true, true, true>;
 

@@ -1,4 +1,5 @@
-// The list of update rules: a new one is a file beside this one, its kind in hyper.h and its entry here.
+// The list of update rules. A new rule is a file beside this one, a kind in hyper.h and an entry in this
+// list.
 #pragma once
 
 #include <array>
@@ -29,7 +30,7 @@ struct RuleEntry {
   std::string_view name;
   RuleKind kind;
   bool has_step;  // keeps a step counter per parameter
-  // How torch's class keeps its options and its state.
+  // The options and the state as torch's class names them.
   FieldList<NumberField> numbers;
   FieldList<FlagField> flags;
   FieldList<StateField> states;
@@ -54,13 +55,13 @@ STEADYGRAD_INLINE void with_rule_in(RuleList<Rule...>, RuleKind kind, Function f
   (void)((kind == Rule::kKind && (function(Rule()), true)) || ...);
 }
 
-// Calls function(Rule()) with the rule of this kind; "none" is no rule.
+// Calls function(Rule()) with the rule of this kind, or does nothing for "none".
 template <class Function>
 STEADYGRAD_INLINE void with_rule_of(RuleKind kind, Function function) {
   with_rule_in(Rules(), kind, function);
 }
 
-// `numbers`: those of the state before the step.
+// `numbers` are the numbers of the state before the step.
 STEADYGRAD_INLINE StepScalars step_scalars(RuleKind kind, const RuleHyper& hyper, double step,
                                            const double* numbers) {
   StepScalars scalars;
@@ -82,9 +83,9 @@ STEADYGRAD_INLINE RuleTerms rule_terms(const RuleHyper& hyper) {
           hyper.amsgrad, hyper.centered};
 }
 
-// Calls function(RuleType<Functor>{}) with the functor of the rule that has these terms. Its numbers are
-// those of the rule with all terms, so that bit_cast makes one of the other where the terms are looked at
-// with every few elements.
+// Calls function(RuleType<Functor>{}) with the functor of the rule that has these terms. It has the same
+// members as the functor with all terms, so that bit_cast converts between them in loops that look at the
+// terms as they go.
 template <class T, class Rule, class Function>
 STEADYGRAD_INLINE void with_rule_type(const RuleTerms& terms, Function function) {
   if (terms.decay) {
@@ -94,8 +95,8 @@ STEADYGRAD_INLINE void with_rule_type(const RuleTerms& terms, Function function)
   }
 }
 
-// Calls `function` with the rule as a functor, whose terms are compile-time constants, so that its loop has
-// no branch.
+// Calls `function` with the rule as a functor whose terms are compile-time constants, so that its loop has no
+// branch.
 template <class T, class Rule, class Function>
 STEADYGRAD_INLINE void with_functor(const RuleHyper& hyper, const StepScalars& scalars, Function function) {
   with_rule_type<T, Rule>(rule_terms(hyper), [&](auto type) __attribute__((always_inline)) {

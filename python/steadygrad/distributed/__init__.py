@@ -1,7 +1,8 @@
-"""Norms, clips and steps over tensors that several processes share; the engine is ``torch.distributed``.
+"""Norms, clips and steps over tensors that several processes share, by ``torch.distributed``.
 
-Parameters that are DTensors (``fully_shard``, tensor parallel) need nothing from here: every function and every step
-takes them. :func:`reduce_norm`, and the option of that name, are for groups of ranks that the tensors do not know of.
+For parameters that are DTensors (``fully_shard``, tensor parallel) nothing has to be called: every function and every
+step accepts them. :func:`reduce_norm`, and the option of that name, are for groups of ranks that hold different
+parameters without DTensors.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Ranks that are about to sum together say first what they hold, so that a difference is an error and not a wait.
+"""Compares what ranks hold before they sum together, so that a difference is an error and not an endless wait.
 
-Once for each optimizer and its parameters, or list of tensors, through the store that the ranks met at: no collective,
-which would hang where one rank does not come, while the store tells who is missing.
+The ranks compare once for each optimizer and its parameters, or each list of tensors. They use the store of
+``init_process_group``, and no collective: a collective would hang if a rank did not come, while the store tells who is
+missing.
 """
 
 from __future__ import annotations
@@ -13,23 +14,23 @@ from typing import Any
 
 import torch.distributed as dist
 
-# Seconds that a rank waits for another one to come to the same first step.
+# The time, in seconds, that a rank waits for the others to come to the same first step.
 TIME_LIMIT = 300.0
-# Seconds for which two ranks must be seen to wait for each other.
+# The time, in seconds, after which a rank looks whether the ranks it waits for wait for it.
 _PATIENCE = 2.0
 _PREFIX = "steadygrad/meshes"
 _WITHDRAWN = "withdrawn"
 
 
 class _Agreements:
-    """What this process has agreed on under one ``init_process_group``."""
+    """Holds what this process has agreed on under one ``init_process_group``."""
 
     def __init__(self, store: Any) -> None:
         self.store = store
         self.reached: dict[tuple[tuple[int, ...], str], list[list[int]]] = {}
         self.asked: dict[tuple[int, ...], int] = {}
         self.questions = 0
-        # What other ranks waited for when this one refused to wait on: said once, it is not news later.
+        # Waits of other ranks that this rank has already refused to join; each is an error once only.
         self.refused: set[tuple[int, int]] = set()
 
 
@@ -44,18 +45,18 @@ def agreed_meshes(
     settings: list[str],
     anew: bool,
 ) -> list[list[int]]:
-    """The meshes as the first of ``ranks`` names them, when all have called this with the same tensors and settings.
+    """Returns the meshes as the first of ``ranks`` lists them, once all ranks came with the same tensors and settings.
 
     Args:
-        function: starts the messages.
-        ranks: those of all the meshes, ascending; this one among them.
-        meshes: the ranks of each mesh, in the order in which the tensors bring them.
-        tensors: a line on each tensor, the same on all ranks.
-        settings: a line on each option that has to be the same on all ranks.
-        anew: whether to ask also where all have agreed on the same before, the same on all ranks.
+        function: The function's name, with which messages start.
+        ranks: The ranks of all the meshes, ascending; this rank is one of them.
+        meshes: The ranks of each mesh, in the order in which the tensors use them.
+        tensors: A line on each tensor, which is the same on all ranks.
+        settings: A line on each option that has to be the same on all ranks.
+        anew: Whether to ask even if all ranks have agreed on the same before. It is the same on all ranks.
 
     Raises:
-        RuntimeError: another rank holds other tensors or meshes or has other settings, or did not come within
+        RuntimeError: Another rank holds other tensors or meshes, has other settings, or did not come within
             ``TIME_LIMIT`` seconds.
     """
     global _agreements
@@ -95,9 +96,10 @@ def _ask(
     try:
         _wait(known, function, ranks, base)
     except RuntimeError:
-        store.set(f"{base}/{rank}", _WITHDRAWN)  # or it would answer the next question of this turn
+        store.set(f"{base}/{rank}", _WITHDRAWN)  # not an answer to the next question
         raise
-    known.asked[ranks] = turn + 1  # where the others did not come, it is still their turn
+    # If the others did not come, this line is not reached, and the next question has the same number.
+    known.asked[ranks] = turn + 1
     store.set(f"{_PREFIX}/waits/{rank}", "null")
     digests = {other: _read(store, f"{base}/{other}").split() for other in ranks}
     first_meshes, first_tensors, first_settings = json.loads(_read(store, f"{base}/first"))
@@ -107,8 +109,8 @@ def _ask(
         told = f"; here {theirs} on rank {ranks[0]}" if rank in strangers else ""
         raise RuntimeError(
             f"{function}: parameters: expected the same ones, in the same order and on the same meshes, on ranks "
-            f"{list(ranks)}, got others on ranks {strangers} than on rank {ranks[0]}{told}. Give every rank the "
-            "same param groups"
+            f"{list(ranks)}, got different ones on ranks {strangers} than on rank {ranks[0]}{told}. Give every rank "
+            "the same param groups"
         )
     strangers = _others(digests, ranks, part=1)
     if strangers:
@@ -116,8 +118,8 @@ def _ask(
         theirs = next((f"{a}, but {b}" for a, b in pairs if a != b), "there are more or fewer")
         told = f"; here {theirs} on rank {ranks[0]}" if rank in strangers else ""
         raise RuntimeError(
-            f"{function}: options: expected the same ones on ranks {list(ranks)}, which step together, got others on "
-            f"ranks {strangers} than on rank {ranks[0]}{told}"
+            f"{function}: options: expected the same ones on ranks {list(ranks)}, which step together, got different "
+            f"ones on ranks {strangers} than on rank {ranks[0]}{told}"
         )
     found: list[list[int]] = first_meshes
     return found
@@ -152,9 +154,9 @@ def _wait(known: _Agreements, function: str, ranks: tuple[int, ...], base: str) 
                 _refuse_crossed_waits(known, function, ranks, other)
             if now - begin > TIME_LIMIT:
                 raise RuntimeError(
-                    f"{function}: parameters: expected ranks {list(ranks)}, whose meshes they are on, to come to "
-                    f"the same first step, got none of ranks {absent} within {TIME_LIMIT:g} seconds. Every rank of "
-                    "a mesh has to take the step, also without gradients"
+                    f"{function}: parameters: expected all of ranks {list(ranks)}, which share meshes, to take the "
+                    f"same first step, got none of ranks {absent} within {TIME_LIMIT:g} seconds. Every rank of "
+                    "a mesh has to take the step, even without gradients"
                 )
         time.sleep(pause)
         pause = min(2 * pause, 0.1)
@@ -179,7 +181,7 @@ def _refuse_crossed_waits(
     if others != ranks and dist.get_rank() in others and not met:
         known.refused.add((other, waits[2]))
         raise RuntimeError(
-            f"{function}: parameters: expected meshes over the same ranks on each, got ranks {list(ranks)} here and "
-            f"ranks {list(others)} on rank {other}. Give every rank the same param groups: where a mesh spans "
-            "ranks that others do not, every rank has to hold its DTensors, empty ones included"
+            f"{function}: parameters: expected meshes over the same ranks on each rank, got ranks {list(ranks)} here "
+            f"and ranks {list(others)} on rank {other}. Give every rank the same param groups: if a mesh spans more "
+            "ranks than another, every rank has to hold the DTensors of both, even the empty ones"
         )

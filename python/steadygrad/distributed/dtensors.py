@@ -1,4 +1,4 @@
-"""DTensors as the kernels take them: this process's part of each."""
+"""Gives the kernels the part of each DTensor that this process holds."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor
 
 
 def dtensor_type() -> type[Any] | None:
-    """``torch.distributed.tensor.DTensor``, or None as long as nobody has imported it: then there is none."""
+    """Returns ``torch.distributed.tensor.DTensor``; None if it was never imported, so that no DTensor can exist."""
     module = sys.modules.get("torch.distributed.tensor")
     found: type[Any] | None = getattr(module, "DTensor", None)
     return found
 
 
 def has_dtensors(tensors: Iterable[object]) -> bool:
-    """Whether one of them is a DTensor."""
+    """Returns whether any of the tensors is a DTensor."""
     kind = dtensor_type()
     return kind is not None and any(type(tensor) is kind for tensor in tensors)
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """This process's part of a DTensor, in the memory that the DTensor itself has; any other tensor as it is."""
+    """Returns this process's part of a DTensor, sharing its memory; returns any other tensor unchanged."""
     kind = dtensor_type()
     if kind is None or type(tensor) is not kind:
         return tensor
@@ -32,12 +32,12 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """:func:`local_tensor` of each."""
+    """Returns :func:`local_tensor` of each tensor."""
     return [local_tensor(tensor) for tensor in tensors]
 
 
 def _arrived(local: Tensor) -> Tensor:
-    """What a collective is still filling, once it is queued behind it; the same memory."""
+    """Queues a wait for the collective that still fills the tensor, if any, and returns a tensor of the same memory."""
     if type(local) is Tensor:
         return local
     wait = getattr(local, "trigger_wait", None)
@@ -46,7 +46,7 @@ def _arrived(local: Tensor) -> Tensor:
 
 
 def without_partial(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """DTensors that hold parts of sums get the sums; all ranks of their meshes have to come."""
+    """Replaces DTensors that hold partial sums by the sums; all ranks of their meshes have to call it."""
     return [_summed(tensor) for tensor in tensors]
 
 
@@ -68,15 +68,18 @@ def _summed(tensor: Tensor) -> Tensor:
 def local_gradients(
     function: str, params: Sequence[Tensor], sums: dict[Tensor, Tensor] | None = None
 ) -> list[Tensor | None]:
-    """Per parameter this process's part of the gradient, laid out as the parameter is; None where there is none.
+    """Returns this process's part of each parameter's gradient, laid out like the parameter; None for no gradient.
 
-    ``sums``: gradients that are used in the place of ``.grad``.
+    A gradient with another layout than its parameter, such as a partial sum, is redistributed first and replaces the
+    old one. All ranks of the mesh have to call it then.
 
-    A gradient whose layout differs from its parameter's, such as a sum of which every rank holds a part, is brought to
-    it first and takes the other's place: all ranks of the mesh have to come.
+    Args:
+        function: The function's name, with which messages start.
+        params: The parameters.
+        sums: Gradients by parameter that are used instead of ``.grad``.
 
     Raises:
-        TypeError: a DTensor has a gradient that is none, or the reverse.
+        TypeError: A parameter is a DTensor and its gradient is not, or the reverse.
     """
     kind = dtensor_type()
     found: list[Tensor | None] = []

@@ -1,4 +1,4 @@
-"""The process groups that sums are taken over."""
+"""The process groups over which sums are computed."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 
 import torch.distributed as dist
 
-# Groups over the ranks of a mesh of several dimensions, for which torch makes none.
+# Groups over the ranks of a mesh of several dimensions; torch has none for such a mesh.
 _made: dict[tuple[int, ...], dist.ProcessGroup] = {}
-# How often they have been made under a store.
+# The store and how often a group over these ranks was made under it.
 _turns: dict[tuple[int, ...], tuple[Any, int]] = {}
 
 
 def check_process_group(where: str, process_group: Any) -> None:
-    """Refuses what collectives cannot run over on this rank; ``where`` starts the messages.
+    """Refuses a group over which this rank cannot run collectives; messages start with ``where``.
 
     Raises:
-        TypeError: it is not a ``torch.distributed.ProcessGroup``.
-        RuntimeError: it was destroyed or never initialised, or this rank is not a member.
+        TypeError: The group is not a ``torch.distributed.ProcessGroup``.
+        RuntimeError: The group was destroyed or never initialised, or this rank is not a member.
     """
     if not dist.is_available():
         raise RuntimeError(f"{where}: this torch was built without torch.distributed")
@@ -36,7 +36,7 @@ def check_process_group(where: str, process_group: Any) -> None:
 
 
 def check_initialized(where: str) -> None:
-    """Refuses where there are no other ranks to speak to.
+    """Refuses to go on if there are no other ranks to communicate with; messages start with ``where``.
 
     Raises:
         RuntimeError: torch has no distributed package, or ``init_process_group`` was not called or was undone.
@@ -45,13 +45,13 @@ def check_initialized(where: str) -> None:
         raise RuntimeError(f"{where}: this torch was built without torch.distributed")
     if not dist.is_initialized():
         raise RuntimeError(
-            f"{where}: expected an initialized group, got none: call init_process_group() first, and make meshes "
-            "anew after it was destroyed"
+            f"{where}: expected an initialized group, got none: call init_process_group() first, and make new meshes "
+            "after the group was destroyed"
         )
 
 
 def is_alive(process_group: dist.ProcessGroup) -> bool:
-    """Whether collectives can still run over it."""
+    """Returns whether collectives can still run over the group."""
     try:
         if dist.is_initialized():
             dist.get_backend(process_group)
@@ -62,12 +62,12 @@ def is_alive(process_group: dist.ProcessGroup) -> bool:
 
 
 def as_process_group(where: str, group: Any) -> dist.ProcessGroup:
-    """A process group, or that of a device mesh of one dimension.
+    """Returns a process group unchanged, or the group of a device mesh of one dimension.
 
     Raises:
-        TypeError: it is neither.
-        ValueError: the mesh has several dimensions.
-        RuntimeError: the group was destroyed, or this rank is not a member.
+        TypeError: The argument is neither.
+        ValueError: The mesh has several dimensions.
+        RuntimeError: The group was destroyed, or this rank is not a member.
     """
     if hasattr(group, "get_group") and hasattr(group, "mesh_dim_names"):
         if group.ndim != 1:
@@ -82,10 +82,10 @@ def as_process_group(where: str, group: Any) -> dist.ProcessGroup:
 
 
 def group_over(ranks: tuple[int, ...], meshes: list[Any]) -> dist.ProcessGroup | None:
-    """A group of exactly these ranks; all of them have to come. None for a rank that is not among them.
+    """Returns a group of exactly these ranks, or None if this rank is not among them.
 
-    Where neither a mesh nor the world has one, it is made, once: only its members take part in that, and they
-    have just agreed on it.
+    If neither a mesh nor the world has such a group, it is made, once, and all of the ranks have to call this function.
+    Only the members take part in that, and they have just agreed on it.
     """
     if dist.get_rank() not in ranks:
         return None
@@ -102,10 +102,11 @@ def group_over(ranks: tuple[int, ...], meshes: list[Any]) -> dist.ProcessGroup |
 
 
 def _new_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
-    """Among its members alone, under a name that all of them know.
+    """Makes a group among its members alone, under a name that all of them know.
 
-    torch would name it by how many groups a rank has made or is in. Where these numbers differ, members wait for each
-    other under different names; and a count that only some have raised parts the names of groups made later.
+    torch would derive the name from the number of groups that a rank has made or belongs to. If these numbers differ,
+    the members wait for each other under different names. And if only some ranks raised their count, the names of
+    groups made later would differ.
     """
     module: Any = dist.distributed_c10d
     store = module._get_default_store()
@@ -124,5 +125,5 @@ def _new_group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
 
 
 def ranks_of(mesh: Any) -> tuple[int, ...]:
-    """The ranks of a device mesh, ascending."""
+    """Returns the ranks of a device mesh, ascending."""
     return tuple(sorted(mesh.mesh.flatten().tolist()))

@@ -1,4 +1,4 @@
-"""Which ranks hold what of a list of tensors, and which of them counts it."""
+"""Finds out which ranks hold which parts of a list of tensors, and which of them counts a part."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from steadygrad.distributed.groups import check_initialized, group_over, ranks_o
 
 
 class Layout:
-    """Where the elements of some tensors are.
+    """Says which parts of some tensors this rank counts in sums over all ranks.
 
-    A DTensor's elements are counted by the ranks at coordinate 0 of those mesh dimensions that replicate it, of the
-    mesh that the first rank sees it on. Tensors of other kinds are taken as replicas, which the first rank counts.
+    A DTensor is counted by the ranks at coordinate 0 of every mesh dimension that replicates it; the mesh is the one on
+    which the first rank sees the DTensor. Any other tensor is taken as a replica, which the first rank counts.
 
     Attributes:
-        counted: per tensor, whether this rank counts the part of it that it holds.
-        group: over all ranks of all the meshes; None where there is nothing to add up.
+        counted: For each tensor, whether this rank counts the part that it holds.
+        group: The process group over all ranks of all the meshes; None if there is nothing to add up.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Layout:
         self.group: dist.ProcessGroup | None = None
         mesh_ranks = [ranks_of(mesh) for mesh in self._meshes]
         ranks = tuple(sorted(set().union(*mesh_ranks)))
-        # One rank alone has nothing to ask. Ranks beside the meshes hold nothing of them.
+        # A single rank has nobody to ask. Ranks outside the meshes hold no part of the tensors.
         if len(ranks) < 2:
             return
         check_initialized(f"{function}: parameters")
@@ -67,11 +67,11 @@ class Layout:
         self.group = group_over(ranks, self._meshes)
 
     def is_of(self, groups: Sequence[Sequence[Tensor]]) -> bool:
-        """Whether it was made from DTensors of the very same layouts."""
+        """Returns whether the layout was made from tensors with the very same ``DTensorSpec`` objects."""
         return self._key == _key_of(groups)[0]
 
     def _place(self, function: str, tensor: Any) -> tuple[int, str, bool]:
-        """The number of its mesh, how it lies there, and whether this rank is no replica of another one."""
+        """Returns the number of the tensor's mesh, a line on its placements, and whether this rank counts it."""
         mesh, placements = tensor.device_mesh, tensor.placements
         place = self._places.get((id(mesh), placements))
         if place is not None:
@@ -94,7 +94,7 @@ class Layout:
 
 
 def _key_of(groups: Sequence[Sequence[Tensor]]) -> tuple[tuple[int, ...], list[Any]]:
-    """By the identity of the objects that say where DTensors are, which come with it to be kept."""
+    """Returns a key made from the ids of the tensors' layouts, and the objects, which have to live as long as it."""
     kept: list[Any] = [getattr(tensor, "_spec", None) for group in groups for tensor in group]
     kept.append(dist.group.WORLD)
     return (*map(len, groups), *map(id, kept)), kept
@@ -105,16 +105,16 @@ _KEPT = 16
 
 
 def layout_of(function: str, tensors: Sequence[Tensor]) -> Layout:
-    """The layout of a function's tensors; all ranks of their meshes have to ask for it, the first time.
+    """Returns the layout of a function's tensors; at the first call all ranks of their meshes have to call it.
 
     Raises:
-        TypeError: a DTensor is a partial sum.
-        RuntimeError: another rank holds other tensors, or did not come.
+        TypeError: A DTensor is a partial sum.
+        RuntimeError: Another rank holds other tensors, or did not come.
     """
     key = _key_of([tensors])[0]
     layout = _layouts.get(key)
     if layout is None:
-        # Gradients may come with new objects each time: what is known by its contents is not asked for again.
+        # Gradients may have new layout objects at every call, so ranks that agreed on equal contents do not ask again.
         layout = _layouts[key] = Layout(function, [tensors], anew=False)
         if len(_layouts) > _KEPT:
             _layouts.popitem(last=False)

@@ -1,4 +1,4 @@
-"""Norms over several processes: what happens between the two passes of a step or a clip."""
+"""Combines norms over several processes, between the two passes of a step or a clip."""
 
 from __future__ import annotations
 
@@ -18,37 +18,38 @@ from steadygrad.distributed.groups import (
     check_process_group,
 )
 
-# A row holds the numbers of core/scope_sums.h.
+# A row holds the numbers that core/scope_sums.h defines.
 COLUMNS = len(_kernels.SCOPE_COLUMNS)
 _MEDIUM = _kernels.SCOPE_COLUMNS.index("medium")
 
 
 def reduce_norm(norm: Tensor | float, group: Any = None, norm_type: float = 2.0) -> Tensor:
-    r"""The norm of what all ranks of ``group`` hold, from the norm of what each of them holds.
+    r"""Returns the norm of what all ranks of ``group`` hold, from the norm of what each of them holds.
 
-    For parameters of which every rank has others, where no DTensor says so: pipeline stages, experts. In float64,
-    :math:`(\sum_r N_r^p)^{1/p}`, relative to the largest :math:`N_r`, so that no power leaves the range; the maximum
-    for p = inf. One collective, and the same bits on all ranks:
+    Use it where ranks hold different parameters that are not DTensors, such as pipeline stages and experts. The result
+    is :math:`(\sum_r N_r^p)^{1/p}`, in float64 and relative to the largest :math:`N_r`, so that no power leaves the
+    range, or the maximum for p = inf. It takes one collective, and has the same bits on all ranks:
 
     >>> norm = sg.get_total_norm([p.grad for p in stage.parameters() if p.grad is not None])
     >>> norm = sg.distributed.reduce_norm(norm, mesh["pp"])
     >>> sg.clip_grads_with_norm_(stage.parameters(), 1.0, norm)
 
-    Optimizers do the same by themselves: ``sg.optim.AdamW(stage.parameters(), max_norm=1.0, reduce_norm=mesh["pp"])``.
+    An optimizer does the same itself: ``sg.optim.AdamW(stage.parameters(), max_norm=1.0, reduce_norm=mesh["pp"])``.
 
     Args:
-        norm: this rank's, 0-d float32 or float64, or a number. A rank without gradients passes 0.
-        group: a process group, a device mesh of one dimension, or None for all ranks. All have to come.
-        norm_type: p, not 0 and not negative: a rank without elements would count. Default: 2.
+        norm: This rank's norm, a 0-d float32 or float64 tensor or a number. A rank without gradients passes 0.
+        group: A process group, a device mesh of one dimension, or None for all ranks. All of its ranks have to call
+            this function. Default: None.
+        norm_type: The exponent p, more than 0: for other norms, a rank without elements would count. Default: 2.
 
     Returns:
-        A 0-d tensor of the norm's dtype and device (a number: float64 on the CPU), which is not waited for. Infinite or
-        NaN where it is on one of the ranks.
+        A 0-d tensor of the norm's dtype and device, without waiting for the device (float64 on the CPU for a number).
+        It is infinite or NaN if the norm of some rank is.
 
     Raises:
-        TypeError: ``norm`` is no number, ``group`` none of the above.
+        TypeError: ``norm`` is not a number, or ``group`` is none of the above.
         ValueError: ``norm_type`` is not positive, or the mesh has several dimensions.
-        RuntimeError: the group was destroyed, or this rank is not a member.
+        RuntimeError: The group was destroyed, or this rank is not a member.
     """
     p = converted_to_float("reduce_norm: norm_type", norm_type, "a number > 0", norm_type)
     if not p > 0:
@@ -72,33 +73,33 @@ def reduce_norm(norm: Tensor | float, group: Any = None, norm_type: float = 2.0)
 
 
 def power_sum(norms: Tensor, p: float) -> Tensor:
-    r""":math:`(\sum N^p)^{1/p}` over the first dimension of float64 norms, relative to the extreme one."""
+    r"""Returns :math:`(\sum N^p)^{1/p}` over the first dimension of float64 norms, relative to the extreme one."""
     extreme = norms.amin(0) if p < 0 else norms.amax(0)
     if math.isinf(p):
         return extreme
     ordinary = (extreme > 0) & extreme.isfinite()
     ratio = torch.where(ordinary, norms / extreme, 1.0)
-    # By halves, since the root may leave the range where the product does not.
+    # The root is computed as the square of its half power, since it may leave the range although the product does not.
     root = ratio.pow(p).sum(0).pow(0.5 / p)
     return torch.where(ordinary, extreme * root * root, extreme)
 
 
 def is_additive(p: float) -> bool:
-    """Whether ranks' rows are combined by adding them up, as a single reduction does."""
+    """Returns whether rows of several ranks are combined by adding them, so that a reduction will do."""
     return p in (0.0, 1.0, 2.0)
 
 
 def combined_rows(stack: Tensor, p: float) -> Tensor:
-    """Rows of several ranks or scopes, (n, rows, COLUMNS), as one set of rows."""
+    """Combines rows of several ranks or scopes, shape (n, rows, COLUMNS), to one set of rows."""
     total = stack.sum(0)
     if not is_additive(p):
-        # The first row's are flags and counts, for any norm.
+        # The first row holds flags and counts, which are added whatever the norm is.
         total[1:, _MEDIUM] = power_sum(stack[:, 1:, _MEDIUM], p)
     return total
 
 
 def _gathered(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The tensors of all ranks, (ranks, ...)."""
+    """Returns the tensors of all ranks, shape (ranks, ...)."""
     gathered = tensor.new_empty(group.size() * tensor.shape[0], *tensor.shape[1:])
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(gathered, tensor.contiguous(), group=group)
@@ -106,7 +107,7 @@ def _gathered(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def reduce_rows(rows: Tensor, p: float, group: dist.ProcessGroup) -> None:
-    """Combines the rows of all ranks in place, in one collective: a sum, or for other kinds of norms a gather."""
+    """Combines the rows of all ranks in place, in one collective: a sum, or a gather for norms that are not sums."""
     if is_additive(p):
         dist.all_reduce(rows, group=group)
     else:
@@ -114,23 +115,24 @@ def reduce_rows(rows: Tensor, p: float, group: dist.ProcessGroup) -> None:
 
 
 class NormReduction:
-    """Combines the rows that pass 1 leaves with those of other ranks; called between the passes.
+    """Combines the rows that the first pass leaves with the rows of other ranks; called between the passes.
 
-    First over all ranks of the parameters' meshes, in one collective. Then over every process group that was given, one
-    after the other, small ones first: what its param groups hold differs from rank to rank of it. What belongs to a
-    group around it differs too, and waits for that one's turn; everything else is replicated there and taken from its
-    first rank. Both carry non-finite counts and flags of all, so that all ranks decide alike.
+    First the rows are combined over all ranks of the parameters' meshes, in one collective. Then they are combined over
+    each process group that was given, from the smallest to the largest. A row whose param groups belong to that process
+    group differs on its ranks, so it is added up. A row that belongs to a larger group around it also differs, but has
+    to wait for that group. All other rows are replicated, so only the group's first rank contributes them. Every
+    collective also carries the counts and flags of non-finite elements, so that all ranks decide alike.
 
     Args:
-        function: starts the messages.
-        group: over the ranks of all meshes, or None.
-        counted: per tensor, whether this rank counts it.
-        group_count: of param groups.
-        extra: per param group a process group or None.
-        norm_type: p.
-        scope: what a limit holds for, ``"global"``, ``"group"`` or ``"tensor"``.
-        per_tensor: whether there is a row for each tensor.
-        device: where the rows are.
+        function: The function's name, with which messages start.
+        group: The process group over the ranks of all meshes, or None.
+        counted: For each tensor, whether this rank counts it.
+        group_count: The number of param groups.
+        extra: For each param group, a process group or None.
+        norm_type: The exponent p.
+        scope: What a limit applies to, ``"global"``, ``"group"`` or ``"tensor"``.
+        per_tensor: Whether there is a row for each tensor.
+        device: The device of the rows.
     """
 
     def __init__(
@@ -153,7 +155,7 @@ class NormReduction:
         self._rows = torch.empty(rows, COLUMNS, dtype=torch.float64, device=device)
         marks = torch.tensor(counted, dtype=torch.int32, device="cpu")
         self._counted = marks.to(device, non_blocking=True)
-        # Of groups inside each other the inner one's rows have to be whole before the outer one takes them as such.
+        # If a group is inside another one, its rows have to be complete before the outer group adds them up.
         distinct = dict.fromkeys(e for e in extra if e is not None)
         self._extra = sorted(distinct, key=dist.ProcessGroup.size)
         self._ranks = {e: set(dist.get_process_group_ranks(e)) for e in self._extra}
@@ -161,14 +163,14 @@ class NormReduction:
 
     @property
     def for_kernels(self) -> _kernels.Reduction:
-        """What the kernels take: the rows they fill, who counts what, and this."""
+        """Returns what the kernels take: the rows they fill, which tensors are counted, and this object to call."""
         for group in (self._group, *self._extra):
             if group is not None:
                 check_process_group(f"{self._function}: process group", group)
         return _kernels.Reduction(rows=self._rows, counted=self._counted, reduce=self)
 
     def __call__(self) -> None:
-        """Combines the rows in place."""
+        """Combines the rows of all ranks in place."""
         if self._group is not None:
             reduce_rows(self._rows, self._p, self._group)
         if not self._extra:
@@ -193,7 +195,7 @@ class NormReduction:
             rows[1 + members[0]] = payload[row]
 
     def on_any_rank(self, happened: bool) -> bool:
-        """Whether it happened on this rank or on one that steps together with it; waits for them."""
+        """Returns whether it happened on this rank or on one that steps together with it; waits for these ranks."""
         flag = self._rows.new_full((1,), float(happened))
         for group in (self._group, *self._extra):
             if group is not None:
@@ -210,7 +212,7 @@ class NormReduction:
 def _parts(
     extra: Sequence[dist.ProcessGroup | None], per_group: bool
 ) -> list[tuple[list[int], dist.ProcessGroup | None]]:
-    """The param groups whose rows travel as one, and the process group over which they differ."""
+    """Returns the param groups whose rows are combined as one, with the process group over which they differ."""
     if per_group:
         return [([number], group) for number, group in enumerate(extra)]
     members: dict[dist.ProcessGroup | None, list[int]] = {}

@@ -1,4 +1,4 @@
-"""Parameters that are parts of a whole though no DTensor says so: those of ``ZeroRedundancyOptimizer`` and of FSDP1."""
+"""Finds parameters that are parts of a whole without being DTensors, as ``ZeroRedundancyOptimizer`` and FSDP1 make."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 def zero_redundancy_optimizer() -> Any | None:
-    """The ``ZeroRedundancyOptimizer`` that is making its local optimizer further up this call stack, or None.
+    """Returns the ``ZeroRedundancyOptimizer`` that is making its local optimizer up this call stack, or None.
 
-    It gives each rank other parameters and tells the local optimizer nothing of it, so only the stack knows.
+    It gives each rank different parameters and does not tell the local optimizer, so only the call stack knows.
     """
     module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     if module is None:
@@ -28,8 +28,8 @@ def zero_redundancy_optimizer() -> Any | None:
 
 
 def part_of_fsdp1(params: Sequence[Tensor]) -> int | None:
-    """The place of the first parameter that ``FullyShardedDataParallel`` has split; None without one."""
-    # FSDP1 cannot have been at work where it was never imported or where there is one rank.
+    """Returns the index of the first parameter that ``FullyShardedDataParallel`` has split, or None."""
+    # FSDP1 has split nothing if it was never imported or if there is only one rank.
     if "torch.distributed.fsdp" not in sys.modules or not dist.is_initialized():
         return None
     if dist.get_world_size() == 1:
@@ -38,7 +38,7 @@ def part_of_fsdp1(params: Sequence[Tensor]) -> int | None:
 
 
 def _is_marked(param: Tensor) -> bool:
-    # The first mark is that of a flat parameter, the second that of a view of one (use_orig_params=True).
+    # The first attribute marks a flat parameter, the second a view of one (use_orig_params=True).
     return bool(getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False))
 
 
@@ -47,17 +47,17 @@ def check_parts(
     reduce_norm: Any,
     clips_parameters: bool,
 ) -> None:
-    """Refuses parameters of FSDP1 whose norm over all ranks a step would not take.
+    """Refuses parameters of FSDP1 if the step would not compute their norm over all ranks.
 
-    A list in ``reduce_norm`` is the user's word on each param group, also where it says None.
+    A list in ``reduce_norm`` decides for each param group, also where its entry is None.
 
     Args:
-        param_groups: of the optimizer.
-        reduce_norm: the option.
-        clips_parameters: whether a limit holds for each parameter, or each unit of it, by itself.
+        param_groups: The param groups of the optimizer.
+        reduce_norm: The option of that name.
+        clips_parameters: Whether each parameter, or each unit of it, has a limit of its own.
 
     Raises:
-        ValueError: there is such a parameter.
+        ValueError: There is such a parameter.
     """
     is_list = isinstance(reduce_norm, (list, tuple))
     for number, group in enumerate(param_groups):
@@ -67,13 +67,13 @@ def check_parts(
         where = f"step: param_groups[{number}]['params'][{place}]"
         if reduce_norm is None:
             raise ValueError(
-                f"{where}: expected reduce_norm=model.process_group with parameters of FullyShardedDataParallel, of "
-                "which each rank holds a part, got reduce_norm=None: every rank would clip by the norm of its own "
-                "part. Under ShardingStrategy.NO_SHARD write reduce_norm=[None], with a None for each param group"
+                f"{where}: expected reduce_norm=model.process_group, since FullyShardedDataParallel has split the "
+                "parameter over the ranks, got reduce_norm=None: every rank would clip by the norm of its own part "
+                "alone. Under ShardingStrategy.NO_SHARD write reduce_norm=[None], with a None for each param group"
             )
         if clips_parameters:
             raise ValueError(
-                f"{where}: expected clip_scope='global' or 'group', and no ClipAdaptive, with parameters of "
-                "FullyShardedDataParallel, of which each rank holds a part, got a limit for each parameter by itself; "
-                "fully_shard (FSDP2) has no such restriction"
+                f"{where}: expected clip_scope='global' or 'group', and no ClipAdaptive, since "
+                "FullyShardedDataParallel has split the parameter over the ranks, got a limit for each single "
+                "parameter or unit; fully_shard (FSDP2) has no such restriction"
             )

@@ -1,4 +1,4 @@
-"""What a step or a function does besides, where several processes share its tensors."""
+"""Adds to a step or a function what it needs if several processes share its tensors."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 class Sharding:
-    """How the parameters of one optimizer are shared; made anew whenever they are exchanged.
+    """Describes how ranks share the parameters of one optimizer; made anew whenever the parameters are exchanged.
 
     Args:
-        param_groups: of the optimizer.
-        options: of the step.
-        previous: the one before, whose ranks have agreed on the layout if that is the same.
+        param_groups: The param groups of the optimizer.
+        options: The options of the step.
+        previous: The sharding before, whose layout the ranks have agreed on, for use if the layout is still the same.
     """
 
     def __init__(
@@ -69,23 +69,23 @@ class Sharding:
 
     @property
     def reduction(self) -> _kernels.Reduction | None:
-        """For the kernels; None where there is nothing to add up."""
+        """Returns the reduction for the kernels; None if there is nothing to add up."""
         return None if self._reduction is None else self._reduction.for_kernels
 
     def gradients(self, sums: dict[Tensor, Tensor]) -> list[Tensor | None] | None:
-        """This process's part of each gradient or accumulated sum; None where they are taken as they are."""
+        """Returns this process's part of each gradient or accumulated sum; None if there are no DTensors."""
         return local_gradients("step", self._params, sums) if self._has_dtensors else None
 
 
 def sharding_of(
     param_groups: list[dict[str, Any]], options: StabilizerOptions, previous: Sharding | None
 ) -> Sharding | None:
-    """None where every parameter is this process's alone."""
+    """Returns how the parameters are shared, or None if every parameter belongs to this process alone."""
     groups = [group["params"] for group in param_groups]
     params = [param for group in groups for param in group]
     clips_parameters = options.scope == "tensor" or options.unit_clipping is not None
     check_parts(param_groups, options.reduce_norm, clips_parameters)
-    # A rank without parameters has to come all the same where others wait for its norm.
+    # A rank without parameters has to take part, too, if others wait for its norm.
     if options.reduce_norm is None and not has_dtensors(params):
         return None
     if options.unit_clipping is not None:
@@ -93,7 +93,7 @@ def sharding_of(
     return Sharding(param_groups, options, previous)
 
 
-# What all ranks have to have alike: else they would wait for another collective, or part ways.
+# These options have to be the same on all ranks. Otherwise ranks would wait in different collectives, or diverge.
 _SHARED_OPTIONS = (
     "clip",
     "skip",
@@ -112,7 +112,7 @@ def _settings(
     options: StabilizerOptions,
     extra: list[dist.ProcessGroup | None],
 ) -> list[str]:
-    """A line on each option, for ranks that share DTensors."""
+    """Returns a line on each option that ranks which share DTensors have to have in common."""
     lines = [f"norm_type is {float(options.norm_type)}"]
     for name in _SHARED_OPTIONS:
         shown = "clip_scope" if name == "scope" else name
@@ -154,12 +154,12 @@ def _agree_on_options(
 
 
 def groups_to_reduce(reduce_norm: Any, group_count: int) -> list[dist.ProcessGroup | None]:
-    """The option, checked: per param group a process group or None.
+    """Checks the option ``reduce_norm`` and returns a process group or None for each param group.
 
     Raises:
-        TypeError: an entry is neither a process group, a device mesh nor None.
-        ValueError: there is not one entry per param group.
-        RuntimeError: a group was destroyed, or this rank is not a member.
+        TypeError: An entry is neither a process group, a device mesh nor None.
+        ValueError: There is not exactly one entry per param group.
+        RuntimeError: A group was destroyed, or this rank is not a member.
     """
     where = "step: reduce_norm"
     if reduce_norm is None:
@@ -179,7 +179,7 @@ def groups_to_reduce(reduce_norm: Any, group_count: int) -> list[dist.ProcessGro
 def list_reduction(
     function: str, tensors: Sequence[Tensor], taken: Sequence[bool], norm_type: float
 ) -> NormReduction | None:
-    """For a function on a list of tensors, of which the kernels are given those that are ``taken``."""
+    """Returns the reduction for a function on a list of tensors; the kernels get only those that are ``taken``."""
     layout = layout_of(function, tensors)
     if layout.group is None:
         return None
@@ -191,7 +191,7 @@ def list_reduction(
 
 
 def reduced_sum(function: str, layout: Layout, value: Tensor) -> Tensor:
-    """The sum of all ranks' values."""
+    """Adds up the values of all ranks in place, and returns the sum."""
     if layout.group is not None:
         check_process_group(f"{function}: process group", layout.group)
         dist.all_reduce(value, group=layout.group)

@@ -1,4 +1,4 @@
-"""Whether this process holds the output units of sharded parameters as a whole."""
+"""Checks that this process holds whole output units of sharded parameters."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from steadygrad.distributed.dtensors import dtensor_type
 
 
 def check_whole_units(param_groups: Sequence[dict[str, Any]], default: float) -> None:
-    """For :class:`steadygrad.ClipAdaptive`: refuses DTensors that cut through units which it is to clip.
+    """Refuses DTensors whose shards cut through units that :class:`steadygrad.ClipAdaptive` has to clip.
 
     Args:
-        param_groups: of the optimizer.
-        default: ``clipping`` of param groups without the key.
+        param_groups: The param groups of the optimizer.
+        default: The ``clipping`` of param groups without that key.
 
     Raises:
-        ValueError: the first such parameter, by its name where the param group has names, and by its place.
+        ValueError: There is such a parameter; the message has its place, and its name if the param group has names.
     """
     place = 0
     for number, group in enumerate(param_groups):

@@ -1,4 +1,4 @@
-"""Why a network explodes, and which remedy will hold it: :func:`steadygrad.examine`."""
+"""Finds out why a network explodes, and which remedy will hold it: :func:`steadygrad.examine`."""
 
 from __future__ import annotations
 

@@ -17,14 +17,14 @@ _TOLERANCE = 0.01
 def largest_eigenvalue(
     loss: Tensor, parameters: Sequence[Tensor], scale: Tensor | None, products: int
 ) -> float:
-    """Return the largest eigenvalue of ``S H S``, H the Hessian of a loss and S a diagonal matrix.
+    """Returns the largest eigenvalue of ``S H S``, H the Hessian of a loss and S a diagonal matrix.
 
-    Lanczos iteration: each step takes one Hessian-vector product by double backward, as a power iteration does, and
-    gets more out of it. It ends early where the residual, which bounds the error, is below 1 % (Golub and Van Loan,
-    Matrix Computations, section 10.1). Negative eigenvalues are passed over: the loss falls along them at any rate.
+    Lanczos iteration: each step takes one Hessian-vector product by double backward, as a power iteration does, but
+    converges in fewer steps. It ends early once the residual, which bounds the error, is below 1 % (Golub and Van Loan,
+    Matrix Computations, section 10.1). Negative eigenvalues are ignored: the loss falls along them at any rate.
 
     ``scale`` is the diagonal of S, ``(n,)`` for n elements of parameters, None for the identity; at most ``products``
-    Hessian-vector products are taken. Raises RuntimeError where an operation has no second derivative.
+    Hessian-vector products are taken. Raises RuntimeError if an operation has no second derivative.
     """
     device = parameters[0].device
     found = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
@@ -68,7 +68,7 @@ def largest_eigenvalue(
 
 
 def _check_differentiable(nodes: list[Any]) -> None:
-    """Raise for functions marked ``once_differentiable``, whose part autograd would leave out without a word."""
+    """Raises for functions marked ``once_differentiable``, whose second derivative autograd would silently omit."""
     seen: set[Any] = set()
     while nodes:
         node = nodes.pop()
@@ -80,13 +80,13 @@ def _check_differentiable(nodes: list[Any]) -> None:
 
 
 def step_size(optimizer: torch.optim.Optimizer | None) -> tuple[float, float]:
-    """Return the learning rate, and the largest stable one times the sharpness.
+    """Returns the learning rate, and the product of the largest stable one and the sharpness.
 
     The second is 2 for gradient descent, ``2 (1 + momentum)`` with momentum, ``2 (1 + momentum) / (1 + 2 momentum)``
-    with Nesterov's (Cohen et al. 2021), and ``2 (1 + beta1) / (1 - beta1)`` for Adam, whose sharpness is that of the
-    preconditioned Hessian (Cohen et al. 2022).
+    with Nesterov's (Cohen et al. 2021), and ``2 (1 + beta1) / (1 - beta1)`` for Adam, for which the sharpness of the
+    preconditioned Hessian counts (Cohen et al. 2022).
 
-    The first is NaN without an optimizer, the second where nothing is known of it.
+    The first is NaN without an optimizer; the second is NaN for an optimizer whose limit is not known.
     """
     if optimizer is None:
         return math.nan, 2.0
@@ -105,9 +105,9 @@ def step_size(optimizer: torch.optim.Optimizer | None) -> tuple[float, float]:
 def step_scale(
     optimizer: torch.optim.Optimizer | None, parameters: Sequence[Tensor], squares: Sequence[Tensor]
 ) -> Tensor | None:
-    """Return the diagonal matrix S for which the optimizer is gradient descent on ``S H S``; None for the identity.
+    """Returns the diagonal matrix S for which the optimizer is gradient descent on ``S H S``; None for the identity.
 
-    ``squares`` are mean squares of the gradients, in the place of state that Adam and RMSprop do not have yet.
+    ``squares`` are mean squares of the gradients; they replace state that Adam and RMSprop do not have yet.
     """
     if optimizer is None:
         return None

@@ -1,4 +1,4 @@
-"""What stands out from when on, with its source; and what the study measured for each remedy."""
+"""The thresholds above which a number stands out, with their sources; and what the study measured for each remedy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Threshold(NamedTuple):
-    """From which number on something stands out, where that comes from, and the remedy: a key of :data:`REMEDIES`."""
+    """A number above which something stands out, its source, and the remedy: a key of :data:`REMEDIES`."""
 
     value: float
     source: str
@@ -14,7 +14,7 @@ class Threshold(NamedTuple):
 
 
 class Remedy(NamedTuple):
-    """The line to write for a remedy, as in ``docs/remedies.md``, and what ``docs/study.md`` says of it."""
+    """The line of code for a remedy, as in ``docs/remedies.md``, and what ``docs/study.md`` says of the remedy."""
 
     line: str
     study: str = ""
@@ -24,11 +24,12 @@ THRESHOLDS = {
     "rate": Threshold(
         1.0, "lr by the largest stable one; Cohen et al. 2021, Gilmer et al. 2022", "learning rate"
     ),
-    # 4 to 21 in the study's MLPs of 5 and 10 layers, which all survive, from 76 on in deeper ones.
+    # The growth is 4 to 21 in the study's MLPs of 5 and 10 layers, which all survive, and 76 or more in deeper ones.
     "growth": Threshold(30.0, "over all layers; the study, docs/examine.md", "initialisation"),
     "vanishing": Threshold(1e-4, "over all layers; Glorot and Bengio 2010", "initialisation"),
     "first step": Threshold(1.0, "by the parameters' norm; You et al. 2017", "clip"),
-    # At most 0.5 at the start of any network of the study, 50 layers deep; 0.01 saturated.
+    # At the start of any network of the study, even 50 layers deep, at most half of the ReLUs are dead, and at most 1 %
+    # of the outputs are saturated.
     "dead": Threshold(0.9, "share of ReLUs; the study, docs/examine.md", "leaky"),
     "saturated": Threshold(0.5, "share beyond 0.99; Glorot and Bengio 2010", "Glorot"),
     "entropy": Threshold(0.05, "share of a uniform one's; Zhai et al. 2023", "attention"),
@@ -37,7 +38,7 @@ THRESHOLDS = {
     "inputs": Threshold(10.0, "root mean square; LeCun et al. 1998", "normalised data"),
 }
 
-# In the order in which they are recommended where several hold.
+# The remedies are in the order in which they are recommended if several hold.
 REMEDIES = {
     "clip and initialisation": Remedy(
         'nn.init.kaiming_normal_(layer.weight, nonlinearity="relu") and max_norm={max_norm:.2g}',

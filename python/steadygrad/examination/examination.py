@@ -17,11 +17,11 @@ class ParameterGradient:
     """The gradient of a parameter.
 
     Attributes:
-        name: as in ``model.named_parameters()``.
-        norm: mean over the batches; NaN where it is frozen or unused.
-        share: ``norm`` by the mean norm of all gradients together.
-        ratio: ``norm`` by the norm of the parameter.
-        spread: standard deviation of the norm over the batches, by ``norm``.
+        name: Name of the parameter, as in ``model.named_parameters()``.
+        norm: Mean of its norm over the batches; NaN if the parameter is frozen or unused.
+        share: ``norm`` divided by the mean norm of all gradients together.
+        ratio: ``norm`` divided by the norm of the parameter.
+        spread: Standard deviation of the norm over the batches, divided by ``norm``.
         state: ``"frozen"``, ``"unused"`` or ``""``.
     """
 
@@ -35,15 +35,15 @@ class ParameterGradient:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Something that stands out.
+    """A finding that stands out.
 
     Attributes:
-        kind: a key of the table of thresholds, ``"not finite"``, ``"lost"`` or ``"unused"``.
-        sure: from 0 to 1; verdicts are in this order.
-        number: what stands out.
-        text: number and reason, in a sentence.
-        line: what to write against it; ``""`` where there is no such line.
-        study: what the study measured for it.
+        kind: A key of the table of thresholds, ``"not finite"``, ``"lost"`` or ``"unused"``.
+        sure: How sure the finding is, from 0 to 1; verdicts are sorted by it.
+        number: The number that stands out.
+        text: The number and the reason, in a sentence.
+        line: The line of code that helps against it; ``""`` if there is none.
+        study: What the study measured for that remedy.
     """
 
     kind: str
@@ -56,25 +56,27 @@ class Verdict:
 
 @dataclass
 class Examination:
-    """What :func:`steadygrad.examine` found; ``print(found)`` is a page of it.
+    """What :func:`steadygrad.examine` found; ``print(found)`` prints a page of it.
 
     Attributes:
-        layers: calls of layers in the order of execution, the model's input first.
-        parameters: in the model's order.
-        units: activation functions.
-        losses: one a batch.
-        norms: norm of all gradients, one a batch.
-        depth: calls of layers with weights.
-        factor: root mean square of the last such layer's output by that of the input, or of the first one's output.
-        gradient_factor: norm of the loss's gradient at the first such layer's output by that at the last one's.
-        sharpness: largest eigenvalue of the Hessian, preconditioned for adaptive optimizers; NaN where it was left out.
-        why_no_sharpness: the reason.
-        lr: of the optimizer's first param group; NaN without an optimizer.
-        largest_stable_lr: infinite where the sharpness is not above 0, NaN where it is unknown.
-        max_norm: a limit to begin with.
-        trials: remedies tried on a copy.
-        why_no_trials: what was raised where they could not be tried.
-        verdicts: what stands out, the surest first.
+        layers: Calls of layers in the order of execution, the model's input first.
+        parameters: Gradients of the parameters, in the model's order.
+        units: Activation functions.
+        losses: Loss of each batch.
+        norms: Norm of all gradients together, for each batch.
+        depth: Number of calls of layers with weights.
+        factor: Root mean square of the last such layer's output, divided by that of the input; or by that of the first
+            such layer's output.
+        gradient_factor: Norm of the loss's gradient at the first such layer's output, divided by that at the last
+            one's.
+        sharpness: Largest eigenvalue of the Hessian, preconditioned for adaptive optimizers; NaN if it was left out.
+        why_no_sharpness: Reason why it was left out.
+        lr: Learning rate of the optimizer's first param group; NaN without an optimizer.
+        largest_stable_lr: Largest stable learning rate; infinite unless the sharpness is above 0, NaN if it is unknown.
+        max_norm: Recommended limit to begin with.
+        trials: Remedies that were tried on a copy.
+        why_no_trials: Error that kept them from being tried.
+        verdicts: Findings that stand out, the surest first.
     """
 
     layers: list[Layer]
@@ -95,7 +97,7 @@ class Examination:
     verdicts: list[Verdict] = field(default_factory=list)
 
     def __str__(self) -> str:
-        """What was measured, what stands out, and which remedies hold."""
+        """Returns a page: what was measured, what stands out, and which remedies hold."""
         norms = sorted(self.norms)
         lines = [
             f"batches    {len(norms)}, loss {min(self.losses):.3g} to {max(self.losses):.3g}",
@@ -135,10 +137,10 @@ class Examination:
         return "\n".join(lines)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw activations and gradients of the layers with weights, by depth.
+        """Draws activations and gradients of the layers with weights, by depth.
 
         Args:
-            path: of the file; its suffix says the format, as in ``matplotlib``.
+            path: Path of the file; its suffix gives the format, as in ``matplotlib``.
 
         Raises:
             ImportError: matplotlib is not installed.

@@ -25,8 +25,8 @@ from steadygrad.examination.verdicts import judge
 from steadygrad.optim.stabilizer import Stabilizer
 
 _BATCHES, _PRODUCTS = 16, 20
-# Of the parameters' norm: how far a step should go at most. Brock et al. 2021 clip there by output unit; with it the
-# study's runs do as well as with its best fixed limit, or better (docs/examine.md).
+# A step should move the parameters by at most this share of their norm. Brock et al. 2021 clip there by output unit;
+# the study's runs with it do as well as with their best fixed limit, or better (docs/examine.md).
 _STEP_SHARE = 0.01
 _QUANTILE = 0.9
 
@@ -42,35 +42,37 @@ def examine(
     remedies: bool = True,
     at: Literal["first_nonfinite"] | None = None,
 ) -> Examination:
-    """Say why a network's training explodes, or will, and which remedy will hold it.
+    """Says why a network's training explodes, or will, and which remedy will hold it.
 
     Passes forward and backward over up to 16 batches and changes nothing: parameters, buffers, ``.grad``, modes, hooks
-    and the states of random generators are as before afterwards, also after an exception or Ctrl-C. ``docs/examine.md``
+    and the states of random generators are the same afterwards, also after an exception or Ctrl-C. ``docs/examine.md``
     says what is measured and how sure the verdicts are.
 
     Args:
-        model: in the mode in which it is trained. ``DistributedDataParallel`` and ``torch.compile`` are looked through:
-            what they hold runs eagerly, on this rank alone. ``torch.autocast`` around the call holds.
-        loss_fn: takes outputs and targets and returns a loss of one element; or takes model and batch, where its first
+        model: Network in the mode in which it is trained. ``DistributedDataParallel`` and ``torch.compile`` are looked
+            through: the module inside runs eagerly, on this rank alone. ``torch.autocast`` around the call applies.
+        loss_fn: Function of outputs and targets that returns a loss of one element; or of model and batch, if its first
             parameter is called ``model``, ``module``, ``net`` or ``network``.
-        batches: iterable of ``(inputs, targets)``, which are moved to the model's device; or of what ``loss_fn(model,
-            batch)`` takes. An iterator has given away what was looked at.
-        optimizer: whose learning rate and state count, stabilized or not; None: plain gradient descent.
-        loss_scale: what the loss is multiplied by before backward, ``scaler.get_scale()``. Default: 1.
-        sharpness: whether the largest eigenvalue of the Hessian is taken, with at most 20 Hessian-vector products.
-        remedies: whether remedies are tried, each on a copy of model and optimizer, where something stands out and an
-            optimizer is given.
-        at: ``"first_nonfinite"`` examines the first batch alone, of all, whose loss or gradient is not finite.
+        batches: Iterable of ``(inputs, targets)``, which are moved to the model's device; or of batches for
+            ``loss_fn(model, batch)``. The batches that an iterator yields here are not yielded again.
+        optimizer: Optimizer, stabilized or not, whose learning rate and state are taken into account; None stands for
+            plain gradient descent.
+        loss_scale: Factor of the loss before backward, such as ``scaler.get_scale()``. Default: 1.
+        sharpness: Whether to compute the largest eigenvalue of the Hessian, with at most 20 Hessian-vector products.
+        remedies: Whether to try remedies, each on a copy of model and optimizer. This needs an optimizer, and happens
+            only if something stands out or the largest stable learning rate is unknown.
+        at: ``"first_nonfinite"`` examines only the first of all batches whose loss or gradient is not finite.
 
     Returns:
         Numbers and verdicts. The largest stable learning rate is ``2 / sharpness`` for gradient descent, ``2 (1 + beta)
-        / sharpness`` with momentum (Cohen et al. 2021) and ``2 (1 + beta1) / (1 - beta1) / sharpness`` for Adam, of the
-        preconditioned Hessian (Cohen et al. 2022). Above it training leaves the place where it is (Gilmer et al. 2022).
+        / sharpness`` with momentum (Cohen et al. 2021) and ``2 (1 + beta1) / (1 - beta1) / sharpness`` for Adam, with
+        the sharpness of the preconditioned Hessian (Cohen et al. 2022). Above that rate training leaves the place where
+        it is (Gilmer et al. 2022).
 
     Raises:
-        TypeError: an argument is of the wrong kind, or the loss is not of one element.
-        ValueError: there is no batch, no trainable parameter, a lazy or sharded one, the loss has no graph, or the
-            optimizer is for other parameters.
+        TypeError: An argument is of the wrong kind, or the loss does not have exactly one element.
+        ValueError: There is no batch or no trainable parameter, a parameter is lazy or sharded, the loss has no graph,
+            or the optimizer is for other parameters.
     """
     model, optimizer = _checked(model, batches, optimizer, at, loss_scale)
     loss_of = loss_form(loss_fn)
@@ -95,7 +97,7 @@ def examine(
         try:
             with _apart(model):
                 found.sharpness = sharpness_of(*given)
-        except RuntimeError as error:  # an operation has no second derivative
+        except RuntimeError as error:  # An operation has no second derivative.
             found.why_no_sharpness = str(error).partition("\n")[0]
         if math.isnan(found.sharpness) and not found.why_no_sharpness:
             found.why_no_sharpness = "the gradient's own gradient is not finite"
@@ -116,8 +118,8 @@ def examine(
 
 @contextlib.contextmanager
 def _apart(model: nn.Module, batches: object = None) -> Iterator[None]:
-    """Restore everything at the end; meanwhile take gradients, and run eagerly what is compiled."""
-    # Where dynamo was never imported nothing is compiled, and importing it takes seconds.
+    """Restores everything at the end; meanwhile enables gradients, and runs compiled modules eagerly."""
+    # If dynamo was never imported, nothing is compiled, and importing it would take seconds.
     compiled = "torch._dynamo" in sys.modules
     eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     with all_restored(model, batches), torch.inference_mode(False), torch.enable_grad(), eager:
@@ -178,7 +180,7 @@ def _ratio(value: float, by: float) -> float:
 def _max_norm(
     model: nn.Module, optimizer: torch.optim.Optimizer | None, norms: list[float]
 ) -> float:
-    """Return the 0.9 quantile of the norms, or less: the limit at which steps of SGD are 1 % of the parameters."""
+    """Returns the 0.9 quantile of the norms, or less: the limit at which steps of SGD are 1 % of the parameters."""
     limit = float(np.quantile(norms, _QUANTILE)) if norms else math.nan
     if isinstance(optimizer, torch.optim.SGD) and norms:
         group = optimizer.param_groups[0]
@@ -191,7 +193,7 @@ def _max_norm(
 def _lost_to_fp16(
     model: nn.Module, loss_of: LossOf, batch: Any, measured: Measurement, loss_scale: float
 ) -> dict[str, float]:
-    """Return the share of the gradient that fp16 loses, by layer, from a copy in fp32."""
+    """Returns the share of the gradient that fp16 loses, by layer; a copy in fp32 computes the gradient."""
     layers = measured.recorder.layers
     half = [key for key, layer in layers.items() if layer.dtype == torch.float16]
     if not half:
@@ -208,7 +210,7 @@ def _lost_to_fp16(
 
 
 def _inside(model: nn.Module) -> nn.Module:
-    """Return what DistributedDataParallel, DataParallel and torch.compile have been put around."""
+    """Returns the module inside of DistributedDataParallel, DataParallel and torch.compile."""
     while True:
         inner: Any = getattr(model, "_orig_mod", None)
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
@@ -221,7 +223,7 @@ def _inside(model: nn.Module) -> nn.Module:
 def _checked(
     model: Any, batches: object, optimizer: Any, at: object, loss_scale: float
 ) -> tuple[nn.Module, torch.optim.Optimizer | None]:
-    """Return the network inside of model, and the optimizer inside of a Stabilizer."""
+    """Returns the network inside of model, and the optimizer inside of a Stabilizer."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"examine: model: expected a torch.nn.Module, got {type(model).__name__}")
     if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
@@ -258,7 +260,7 @@ def _checked(
 
 
 def _counted(batches: Iterable[Any]) -> Iterator[Any]:
-    """Count on stderr, where that is a terminal."""
+    """Yields the batches, and counts them on stderr if that is a terminal."""
     shown = sys.stderr.isatty()
     for number, batch in enumerate(batches, 1):
         if shown:

@@ -1,4 +1,4 @@
-"""Forward and backward passes over batches, and the numbers that they leave."""
+"""Forward and backward passes over batches, and the numbers that they yield."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ _MODEL_NAMES = ("model", "module", "net", "network")
 
 
 class Measurement:
-    """What passes over batches found: losses and norms, a list each with one a batch.
+    """Losses, norms and gradients of passes over batches; the lists have one entry per batch.
 
-    ``gradients`` holds norms by name of the parameter, nothing where it is unused, and ``squares`` the mean square of
-    each element. They are unscaled and go nowhere near ``.grad``; those in ``recorder`` are of the scaled loss.
+    ``gradients`` maps the name of a parameter to its norms, and has no entry for an unused one; ``squares`` holds the
+    mean square of each element. Both are unscaled and never touch ``.grad``; those in ``recorder`` are of the scaled
+    loss.
     """
 
     def __init__(
@@ -66,17 +67,17 @@ class Measurement:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that are not frozen, by name."""
+    """Returns the parameters that are not frozen, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def loss_form(loss_fn: Any) -> LossOf:
-    """Return the loss as a checked function of model and batch; :func:`steadygrad.examine` documents its forms."""
+    """Returns the loss as a checked function of model and batch; :func:`steadygrad.examine` documents its forms."""
     if not callable(loss_fn):
         raise TypeError(f"examine: loss_fn: expected a function, got {_shown(loss_fn)}")
     takes_model = False
     if not isinstance(loss_fn, nn.Module):
-        with contextlib.suppress(TypeError, ValueError):  # functions in C have no signature
+        with contextlib.suppress(TypeError, ValueError):  # Functions in C have no signature.
             first = next(iter(inspect.signature(loss_fn).parameters.values()), None)
             takes_model = first is not None and first.name in _MODEL_NAMES
 
@@ -113,10 +114,10 @@ def sharpness_of(
     squares: Sequence[Tensor],
     products: int,
 ) -> float:
-    """Return the largest eigenvalue of the Hessian on a batch, preconditioned as the optimizer does."""
+    """Returns the largest eigenvalue of the Hessian on a batch, preconditioned as the optimizer does."""
     parameters = list(trainable(model).values())
     scale = step_scale(optimizer, parameters, squares)
-    # Fused attention and cuDNN's recurrent layers have no second derivatives, what they replace has.
+    # Fused attention and cuDNN's recurrent layers have no second derivatives; the operations that they replace have.
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     without = torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
     with sdpa_kernel(SDPBackend.MATH), without:

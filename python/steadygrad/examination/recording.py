@@ -1,4 +1,4 @@
-"""What hooks see of forward and backward passes: calls of layers, and activation functions."""
+"""Records what hooks see of forward and backward passes: calls of layers, and activation functions."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_SATURATED = 0.99  # tanh passes on 2 % of the gradient there, and a sigmoid 1 %
+_SATURATED = 0.99  # There tanh passes on 2 % of the gradient, and a sigmoid 1 %.
 _FP16_LOST = 2.0**-25  # half of the smallest fp16 number above 0
 _KINDS = {"relu": "ReLU", "tanh": "tanh", "sigmoid": "sigmoid", "_softmax": "softmax"}
 
 
 class Numbers(NamedTuple):
-    """Root mean square, norm, standard deviation and largest magnitude of a tensor; its share that fp16 loses."""
+    """Root mean square, norm, standard deviation and largest magnitude of a tensor, and the share that fp16 loses."""
 
     rms: float
     norm: float
@@ -34,15 +34,15 @@ class Layer:
     """One call of a layer: a call of a module in which no other module is called.
 
     Attributes:
-        name: of the module, as in ``model.named_modules()``; ``"input"`` for what the model is given.
-        call: which call of that module in a forward pass, from 0.
-        kind: class of the module.
-        has_weight: whether it has a parameter of two or more dimensions.
-        dtype: of the output.
-        outputs: numbers of its output, by batch.
-        gradients: numbers of the loss's gradient with respect to its output, by batch.
-        gain: root mean square of the output by that of the layer before.
-        gradient_gain: norm of the gradient by that of the layer after.
+        name: Name of the module, as in ``model.named_modules()``; ``"input"`` for the model's input.
+        call: Number of the call of that module within a forward pass, from 0.
+        kind: Class of the module.
+        has_weight: Whether the module has a parameter of two or more dimensions.
+        dtype: Dtype of the output.
+        outputs: Numbers of the output, by batch.
+        gradients: Numbers of the loss's gradient with respect to the output, by batch.
+        gain: Root mean square of the output, divided by that of the layer before.
+        gradient_gain: Norm of the gradient, divided by that of the layer after.
     """
 
     name: str
@@ -57,25 +57,26 @@ class Layer:
 
     @property
     def rms(self) -> float:
-        """Root mean square of the output, median over the batches."""
+        """Returns the root mean square of the output, the median over the batches."""
         return statistics.median(numbers.rms for numbers in self.outputs.values())
 
     @property
     def gradient_norm(self) -> float:
-        """Norm of the gradient, median over the batches; NaN where there is none."""
+        """Returns the norm of the gradient, the median over the batches; NaN if there is none."""
         norms = [numbers.norm for numbers in self.gradients.values()]
         return statistics.median(norms) if norms else math.nan
 
 
 @dataclass
 class Units:
-    """What an activation function did, over the batches.
+    """What an activation function did, over all batches.
 
     Attributes:
-        name: of the module that calls it.
+        name: Name of the module that calls it.
         kind: ``"ReLU"``, ``"tanh"``, ``"sigmoid"`` or ``"softmax"``.
-        share: of ReLUs that were 0 for every example, or of outputs that are saturated (beyond 0.99 for tanh, 0.01 and
-            0.99 for a sigmoid); for a softmax, its entropy by that of a uniform distribution.
+        share: For a ReLU, the share of units that were 0 for every example; for tanh and a sigmoid, the share of
+            outputs that are saturated (beyond 0.99 for tanh, 0.01 and 0.99 for a sigmoid); for a softmax, its entropy
+            divided by that of a uniform distribution.
     """
 
     name: str
@@ -85,7 +86,7 @@ class Units:
     _alive: Tensor | None = None
 
     def add(self, output: Tensor, channels: int, dim: int = -1) -> None:
-        """Count an output, whose units are along dimension ``channels``."""
+        """Counts an output, whose units are along dimension ``channels``."""
         values = output.detach().float()
         if self.kind == "ReLU":
             alive = (values > 0).movedim(channels, 0).flatten(1).any(1)
@@ -107,8 +108,9 @@ class Units:
 class Recorder(TorchDispatchMode):
     """Listens to a model's forward passes, and to the backward pass after each.
 
-    ``layers`` are in the order of execution, the model's input first; ``broken`` are those whose output or gradient is
-    not finite, as (batch, "output" or "gradient", layer). ``in_fp16`` counts the share of gradients that fp16 loses.
+    ``layers`` are in the order of execution, the model's input first; ``broken`` lists the layers whose output or
+    gradient is not finite, as (batch, "output" or "gradient", layer). ``in_fp16`` turns on counting the share of
+    gradients that fp16 loses.
     """
 
     def __init__(self, model: nn.Module, in_fp16: bool = False) -> None:
@@ -124,18 +126,18 @@ class Recorder(TorchDispatchMode):
 
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
-        """Hook all modules for as long as a ``with`` block runs."""
+        """Hooks all modules for as long as a ``with`` block runs."""
         with contextlib.ExitStack() as stack:
             for name, module in self.model.named_modules():
                 if "parametrizations" in name.split("."):
-                    continue  # computes a weight, and not a part of the network
+                    continue  # It computes a weight, and is not a part of the network.
                 stack.callback(module.register_forward_pre_hook(self._entering(name)).remove)
                 stack.callback(module.register_forward_hook(self._leaving).remove)
             yield
 
     @contextlib.contextmanager
     def forward_pass(self) -> Iterator[None]:
-        """Listen to the next batch's forward pass."""
+        """Listens to the next batch's forward pass."""
         self.batch += 1
         for kept in (self._stack, self._calls, self._seen):
             kept.clear()
@@ -144,10 +146,10 @@ class Recorder(TorchDispatchMode):
             with self:
                 yield
         finally:
-            self._listens = False  # what is computed again during backward is not listened to
+            self._listens = False  # A checkpoint may compute layers again during backward.
 
     def end_batch(self) -> None:
-        """Take the numbers of a batch from the device, after its backward pass."""
+        """Copies the numbers of a batch from the device, after its backward pass."""
         for layer, what, size, sums in self._seen:
             norm, mean, largest, *lost = sums.tolist()
             rms = norm / math.sqrt(size)
@@ -195,7 +197,7 @@ class Recorder(TorchDispatchMode):
             tensor.register_hook(hook)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Look at the outputs of activation functions, whoever calls them."""
+        """Looks at the outputs of activation functions, whoever calls them."""
         output = func(*args, **(kwargs or {}))
         kind = _KINDS.get(func._schema.name.removeprefix("aten::").removesuffix("_"))
         if kind and self._stack and self._listens and output.numel():
@@ -207,7 +209,7 @@ class Recorder(TorchDispatchMode):
         self, kind: str, name: str, module: nn.Module, output: Tensor, dim: int = -1
     ) -> None:
         call = 0
-        if not isinstance(module, nn.RNNBase):  # which has the same units at every step
+        if not isinstance(module, nn.RNNBase):  # An RNN has the same units at every step.
             call = self._calls[name, kind]
             self._calls[name, kind] += 1
         last = self._seen[-1][0].kind if self._seen else ""
@@ -216,7 +218,7 @@ class Recorder(TorchDispatchMode):
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """Return the first dense floating-point tensor in nested tuples, lists and dicts."""
+    """Returns the first dense floating-point tensor in nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         usable = value.layout == torch.strided and value.is_floating_point() and value.numel()
         return value if usable else None
@@ -227,11 +229,11 @@ def first_tensor(value: Any) -> Tensor | None:
 
 
 def _sums(tensor: Tensor, in_fp16: bool) -> Tensor:
-    """Return what :class:`Numbers` are made of, on the device: it is not waited for."""
+    """Returns what :class:`Numbers` are computed from, on the device, without waiting for it."""
     values = tensor.detach()
     values = values.float() if values.element_size() < 4 else values
     low, high = values.aminmax()
-    norm = torch.linalg.vector_norm(values, dtype=torch.float64)  # squares may be beyond fp32
+    norm = torch.linalg.vector_norm(values, dtype=torch.float64)  # Squares may overflow fp32.
     sums = [norm, values.mean().double(), torch.maximum(-low, high).double()]
     if in_fp16:
         present = values != 0

@@ -1,4 +1,4 @@
-"""A network and the generators of random numbers, put back as they were."""
+"""Restores a network and the generators of random numbers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _CONTAINERS = (dict, OrderedDict, list, set)
 
 @contextlib.contextmanager
 def all_restored(model: nn.Module, batches: object) -> Iterator[None]:
-    """Put everything back at the end of a ``with`` block, also after an exception or Ctrl-C.
+    """Restores everything at the end of a ``with`` block, also after an exception or Ctrl-C.
 
-    What is put back: the attributes of every module (mode, hooks, buffers, whatever a forward leaves there), the bits
-    of parameters, buffers and ``.grad``, ``requires_grad``, and the generators of Python, NumPy, torch, CUDA and a
-    DataLoader. Meanwhile there is a copy of parameters, buffers and gradients.
+    This restores the attributes of every module (mode, hooks, buffers, whatever a forward leaves there), the bits of
+    parameters, buffers and ``.grad``, ``requires_grad``, and the generators of Python, NumPy, torch, CUDA and a
+    DataLoader. Meanwhile it keeps a copy of parameters, buffers and gradients.
     """
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     modules = [_Attributes(module) for module in model.modules()]
@@ -48,7 +48,7 @@ def all_restored(model: nn.Module, batches: object) -> Iterator[None]:
 
 
 class _Attributes:
-    """The attributes of a module, and what its dicts and lists hold."""
+    """The attributes of a module, and the contents of its dicts and lists."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.training = module, module.training
@@ -62,7 +62,7 @@ class _Attributes:
         for container, before in self.held:
             container.clear()
             container.extend(before) if isinstance(before, list) else container.update(before)
-        if self.module.training != self.training:  # scripted modules keep it elsewhere
+        if self.module.training != self.training:  # A scripted module keeps the mode elsewhere.
             self.module.training = self.training
 
 
@@ -79,7 +79,7 @@ class _Value:
     def restore(self) -> None:
         with torch.no_grad():
             for tensor, before, version in self.written:
-                # What nobody wrote stays untouched: a graph of the caller's may hold on to it.
+                # A tensor that nobody wrote is left alone: a graph of the caller's may hold on to it.
                 same = tensor.is_sparse or torch.equal(tensor, before)
                 if tensor._version != version or not same:
                     tensor.copy_(before)

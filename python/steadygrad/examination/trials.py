@@ -1,4 +1,4 @@
-"""Remedies, tried on copies of the network: a few steps, and whether they lead anywhere."""
+"""Tries remedies on copies of the network for a few steps, to see whether they lead anywhere."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from steadygrad.examination.curvature import step_size
 from steadygrad.examination.measuring import LossOf, sharpness_of, trainable
 
 STEPS = 16
-# A run is lost where its loss rises to five times that of the start; or where its rate is five
-# times the largest stable one and the loss is not below 0.7 of the start after 16 steps. Below five
-# times that rate networks often find a flatter place (Lewkowycz et al. 2020). Fixed on half of the
-# study's problems, judged on the other half: docs/examine.md.
+# A run is lost if its loss rises to five times the first loss; or if its learning rate is five times the largest stable
+# one and the loss is not below 0.7 of the first after 16 steps. Below five times the stable rate networks often find a
+# flatter place (Lewkowycz et al. 2020). The numbers were fixed on half of the study's problems and judged on the other
+# half: docs/examine.md.
 _RISEN, _UNSTABLE, _FALLEN = 5.0, 5.0, 0.7
 _PRODUCTS = 8
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -30,11 +30,11 @@ class Trial:
     """A remedy, tried on a copy.
 
     Attributes:
-        remedy: its name; ``"as it is"`` for none.
-        holds: whether the run is expected to survive.
-        ratio: learning rate by the largest stable one, after the clip; NaN where unknown.
-        first_step: length of the first step by the norm of the parameters.
-        losses: of each step, at most 16.
+        remedy: Name of the remedy; ``"as it is"`` for none.
+        holds: Whether the run is expected to survive.
+        ratio: Learning rate divided by the largest stable one, after the clip; NaN if that is unknown.
+        first_step: Length of the first step, divided by the norm of the parameters.
+        losses: Loss of each step, at most 16.
     """
 
     remedy: str
@@ -44,7 +44,7 @@ class Trial:
     losses: tuple[float, ...]
 
     def __str__(self) -> str:
-        """One line."""
+        """Returns the result in one line."""
         return (
             f"{self.remedy:<24} {'holds' if self.holds else 'lost':<6}"
             f" loss {self.losses[0]:.3g} -> {self.losses[-1]:.3g}, first step {self.first_step:.2g}"
@@ -59,9 +59,9 @@ def try_remedies(
     optimizer: torch.optim.Optimizer,
     found: Any,
 ) -> list[Trial]:
-    """Try the network as it is, and every remedy that applies to it, on copies of model and optimizer.
+    """Tries the network as it is, and every remedy that applies to it, on copies of model and optimizer.
 
-    Raises RuntimeError or TypeError where they cannot be copied, or the optimizer's step takes more than gradients.
+    Raises RuntimeError or TypeError if they cannot be copied, or if the optimizer's step needs more than gradients.
     """
     own = float(optimizer.param_groups[0].get("max_norm") or math.inf)
 
@@ -107,7 +107,7 @@ def try_remedies(
 def _copied(
     optimizer: torch.optim.Optimizer, model: nn.Module, network: nn.Module
 ) -> torch.optim.Optimizer:
-    """Return torch's optimizer of that kind for the copy of a model; what ours add to it would write its telemetry."""
+    """Returns a plain torch optimizer of the same kind for a copy of the model; ours would write its telemetry."""
     twins = dict(zip(model.parameters(), network.parameters(), strict=True))
     groups = [
         {**group, "params": [twins[p] for p in group["params"] if p in twins]}
@@ -124,7 +124,7 @@ def _copied(
 
 @torch.no_grad()
 def _initialise(network: nn.Module, relu: bool) -> None:
-    """He's initialisation (2015) or Glorot's (2010); orthogonal recurrent weights; biases at zero."""
+    """Draws He's (2015) or Glorot's (2010) initial weights, and orthogonal recurrent ones; sets biases to zero."""
     for module in network.modules():
         if isinstance(module, (nn.Linear, nn.RNNBase, *_CONVOLUTIONS)):
             for name, p in module.named_parameters(recurse=False):
@@ -140,7 +140,7 @@ def _initialise(network: nn.Module, relu: bool) -> None:
 
 
 def _normalise(network: nn.Module, last: str) -> None:
-    """Normalise the outputs of linear and convolutional layers but the last over the batch."""
+    """Normalises the outputs of linear and convolutional layers, except the last, over the batch."""
 
     def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         channels = 1 if isinstance(module, _CONVOLUTIONS) else output.dim() - 1
@@ -154,7 +154,7 @@ def _normalise(network: nn.Module, last: str) -> None:
 
 
 def _normal(batch: Any) -> Any:
-    """Return a batch with normalised inputs; itself where they are normalised, or are not known."""
+    """Returns a batch with normalised inputs; the batch itself if they are normalised already, or are not known."""
     inputs = batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
     if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or inputs.abs().max() <= 10:
         return batch
@@ -186,7 +186,7 @@ def _try(
             group["lr"] = whole * (0.01 + 0.99 * step / STEPS if warm_up else 1.0)
         loss = loss_of(network, batch)
         losses.append(loss.item())
-        if not losses[-1] <= _RISEN * abs(losses[0]):  # NaN, too
+        if not losses[-1] <= _RISEN * abs(losses[0]):  # also true for NaN
             break
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         for p, gradient in zip(parameters, gradients, strict=True):
@@ -200,13 +200,13 @@ def _try(
             curved = sharpness_of(network, loss_of, batch, optimizer, squares, _PRODUCTS) + l2
             ratio = rates[0] * curved / product * min(1.0, limit / max(norm, 1e-30))
         except RuntimeError:
-            pass  # no second derivative
+            pass  # An operation has no second derivative.
         before = [p.detach().clone() for p in parameters]
         optimizer.step()
         moved = (float((p.detach() - b).norm()) for p, b in zip(parameters, before, strict=True))
         first_step = math.hypot(*moved) / max(start, 1e-30)
     lost = not losses[-1] <= _RISEN * abs(losses[0])
-    # A clip bounds every step, and a normalised network does not see how large its weights are.
+    # A clip bounds every step, and a normalised network does not depend on how large its weights are.
     if limit == math.inf and not normalised:
         lost |= ratio > _UNSTABLE and losses[-1] > _FALLEN * abs(losses[0])
     return Trial(name, not lost, ratio, first_step, tuple(losses))

@@ -1,4 +1,4 @@
-"""What stands out in the numbers of an examination."""
+"""Judges the numbers of an examination: says what stands out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from steadygrad.examination.recording import Recorder
 def judge(
     found: Examination, recorder: Recorder, model: nn.Module, lost: dict[str, float]
 ) -> list[Verdict]:
-    """Return what stands out, the surest first; ``lost`` is the share that fp16 loses, by layer."""
+    """Returns what stands out, the surest first; ``lost`` is the share that fp16 loses, by layer."""
     judge = _Judge(found, recorder)
     found_by = (judge.not_finite(model), judge.depth(), judge.units(lost), judge.steps())
     return sorted((v for each in found_by for v in each), key=lambda verdict: -verdict.sure)
@@ -40,7 +40,7 @@ class _Judge:
     def above(
         self, kind: str, sure: float, number: float, text: str, remedy: str = ""
     ) -> Iterator[Verdict]:
-        """The verdict if its number is above the threshold of its kind."""
+        """Yields the verdict if its number is above the threshold of its kind."""
         if number > THRESHOLDS[kind].value:
             yield self.verdict(kind, sure, number, text, remedy)
 
@@ -103,7 +103,7 @@ class _Judge:
         ratio = found.lr / found.largest_stable_lr if found.largest_stable_lr > 0 else math.nan
         sure, flatter = (0.6 if ratio < 5 else 0.8), ""
         if tried is not None and not tried.holds:
-            # A clip hides what a better start removes.
+            # A clip would hide what a better start removes.
             grows = found.factor > THRESHOLDS["growth"].value
             order = [*REMEDIES] if grows else ["clip", *REMEDIES]
             holding = [trial.remedy for trial in found.trials if trial.holds]

@@ -1,6 +1,6 @@
-"""Callbacks for the libraries that people train with; plain use of an optimizer needs none of them.
+"""Callbacks for training libraries; they are optional, and using an optimizer needs none of them.
 
-Each module is imported by its own name, and only then imports its library:
+Import each module by its own name; only then does it import its library:
 
 >>> from steadygrad.integrations.lightning import StabilizerMonitor
 >>> from steadygrad.integrations.transformers import StabilizerCallback

@@ -25,22 +25,22 @@ from steadygrad.optim.stabilized import StabilizedOptimizer
 
 
 class StabilizerMonitor(pl.Callback):
-    """Logs gradient norms, clipped and skipped steps to Lightning's loggers.
+    """Logs gradient norms, clipped steps and skipped steps to Lightning's loggers.
 
-    As ``steadygrad/grad_norm``, ``steadygrad/skipped_steps`` and ``steadygrad/clipped_steps``, and with telemetry
-    ``steadygrad/clipped_norm`` and ``steadygrad/limit``. ``trainer.callback_metrics`` has the same numbers. With
-    several stabilized optimizers their number comes between: ``steadygrad/0/grad_norm``.
+    The keys are ``steadygrad/grad_norm``, ``steadygrad/skipped_steps`` and ``steadygrad/clipped_steps``, and with
+    telemetry ``steadygrad/clipped_norm`` and ``steadygrad/limit``. ``trainer.callback_metrics`` has the same numbers.
+    With several stabilized optimizers the keys contain the number of the optimizer: ``steadygrad/0/grad_norm``.
 
-    When training starts it names the optimizer's parameters by the module's names, and warns if
-    ``Trainer(gradient_clip_val=...)`` clips as well: Lightning clips before the optimizer's step, which then sees what
-    is left. With ``precision="16-mixed"`` or ``"bf16-mixed"`` Lightning refuses ``gradient_clip_val`` at the first
-    step, since a stabilized optimizer divides by the loss scale itself.
+    When training starts, the callback names the optimizer's parameters by the module's names. It warns if
+    ``Trainer(gradient_clip_val=...)`` clips as well: Lightning clips before the optimizer's step, which then sees
+    gradients that were already clipped. With ``precision="16-mixed"`` or ``"bf16-mixed"`` Lightning refuses
+    ``gradient_clip_val`` at the first step, since a stabilized optimizer divides by the loss scale itself.
 
-    Optimizers that are not stabilized are passed over. Training needs no callback: return the optimizer from
-    ``configure_optimizers``. Works with ``lightning.pytorch`` and ``pytorch_lightning``.
+    Optimizers that are not stabilized are ignored. Training works without the callback: just return the optimizer from
+    ``configure_optimizers``. The callback works with ``lightning.pytorch`` and ``pytorch_lightning``.
 
     Args:
-        every: optimizer steps from one line in the log to the next, at least 1; None: the Trainer's
+        every: Number of optimizer steps from one entry in the log to the next, at least 1. None takes the Trainer's
             ``log_every_n_steps``. Default: None.
 
     Raises:
@@ -57,7 +57,7 @@ class StabilizerMonitor(pl.Callback):
         self._logged = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Names parameters, and looks for a second clipper."""
+        """Names the parameters, and warns of a second clipper."""
         self._logged = trainer.global_step
         limit = trainer.gradient_clip_val
         for optimizer in _stabilized_optimizers(trainer):
@@ -73,7 +73,7 @@ class StabilizerMonitor(pl.Callback):
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Logs, if steps were taken since."""
+        """Logs the numbers of the last step if enough steps were taken since the last entry."""
         every = self.every or trainer.log_every_n_steps
         if not every or trainer.global_step - self._logged < every:
             return
@@ -89,7 +89,7 @@ class StabilizerMonitor(pl.Callback):
             logger.log_metrics(values, step=trainer.global_step)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Hands telemetry's writers what they have not seen."""
+        """Hands telemetry's writers the steps that they have not seen."""
         for optimizer in _stabilized_optimizers(trainer):
             if optimizer.telemetry is not None:
                 optimizer.flush_telemetry()

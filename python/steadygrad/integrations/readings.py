@@ -1,4 +1,4 @@
-"""What the callbacks have in common: the optimizer behind a library's wrapper, its numbers, and a second clipper."""
+"""What the callbacks share: the optimizer in a library's wrapper, its numbers, and the warning of a second clipper."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from steadygrad.optim.stabilized import StabilizedOptimizer
 
 
 def stabilized(optimizer: Any) -> StabilizedOptimizer | None:
-    """The stabilized optimizer that this is, or that it wraps as its ``optimizer``; None if there is none.
+    """Returns the stabilized optimizer that ``optimizer`` is or wraps, or None.
 
     Args:
-        optimizer: for instance accelerate's ``AcceleratedOptimizer`` or Lightning's ``LightningOptimizer``.
+        optimizer: Any optimizer or wrapper with an attribute ``optimizer``, for instance accelerate's
+            ``AcceleratedOptimizer`` or Lightning's ``LightningOptimizer``.
     """
     while optimizer is not None:
         inner = getattr(optimizer, "optimizer", None)
@@ -28,10 +29,10 @@ def stabilized(optimizer: Any) -> StabilizedOptimizer | None:
 
 
 def readings(optimizer: StabilizedOptimizer) -> dict[str, float]:
-    """Numbers of the last step, by name; empty before the first.
+    """Returns numbers of the last step by name; an empty dict before the first step.
 
-    ``grad_norm`` before the clip, ``skipped_steps`` and ``clipped_steps`` so far; with telemetry also ``clipped_norm``
-    and ``limit``, where they are numbers. On a CUDA device this waits for the step.
+    They are ``grad_norm`` before the clip, ``skipped_steps`` and ``clipped_steps`` so far, and with telemetry also
+    ``clipped_norm`` and ``limit`` if they are finite. On a CUDA device this waits for the step.
     """
     if not optimizer.has_stepped:
         return {}
@@ -52,7 +53,7 @@ def readings(optimizer: StabilizedOptimizer) -> dict[str, float]:
 def name_parameters(
     optimizer: StabilizedOptimizer, named_parameters: Iterable[tuple[str, Tensor]]
 ) -> None:
-    """Names the parameters, if they have no names yet; where one cannot be named, that is a warning."""
+    """Names the parameters if they have no names yet, and warns if one cannot be named."""
     groups = optimizer.param_groups
     if all("param_names" in group for group in groups):
         return
@@ -63,7 +64,7 @@ def name_parameters(
 
 
 def clips(optimizer: StabilizedOptimizer) -> bool:
-    """Whether the optimizer limits gradients itself."""
+    """Returns whether the optimizer limits gradients itself."""
     return optimizer._options.clip is not None or any(
         group.get(key) is not None
         for group in optimizer.param_groups
@@ -77,10 +78,10 @@ def warn_of_second_clipper(
     """Warns that gradients are clipped before the optimizer's own step sees them.
 
     Args:
-        optimizer: ours.
-        other: what clips, for instance ``"Trainer(gradient_clip_val=1.0)"``.
-        without: what to do to drop it.
-        limit: of the other one.
+        optimizer: The stabilized optimizer.
+        other: What else clips, for instance ``"Trainer(gradient_clip_val=1.0)"``.
+        without: What to do to remove the other clipper, as a part of a sentence.
+        limit: The limit of the other clipper.
     """
     if clips(optimizer):
         what = f"two clippers: {other} clips the gradients before {_name(optimizer)} does"
@@ -89,8 +90,8 @@ def warn_of_second_clipper(
         what = f"{other} clips the gradients before {_name(optimizer)} sees them"
         advice = f"Give the optimizer max_norm={limit!r} and {without}"
     warnings.warn(
-        f"steadygrad: {what}, so that its grad_norm, policies and telemetry see what is left, in three more passes "
-        f"over the gradients. {advice}.",
+        f"steadygrad: {what}, so that its grad_norm, policies and telemetry see gradients that were already clipped, "
+        f"and the gradients are read in three more passes. {advice}.",
         stacklevel=3,
     )
 

@@ -1,4 +1,4 @@
-"""A callback of Hugging Face's Trainer that adds what the stabilized steps saw to its logs.
+"""A callback for Hugging Face's Trainer that adds what the stabilized steps saw to its logs.
 
 Sources: transformers 5.23, ``trainer.py`` (``_clip_grad_norm`` and ``_get_grad_norm`` come before ``optimizer.step``,
 ``log`` before ``on_log``) and ``trainer_callback.py``.
@@ -19,25 +19,25 @@ from steadygrad.integrations.readings import (
 
 
 class StabilizerCallback(TrainerCallback):
-    """Adds gradient norms, clipped and skipped steps to the Trainer's logs.
+    """Adds gradient norms, clipped steps and skipped steps to the Trainer's logs.
 
-    As ``steadygrad/grad_norm``, ``steadygrad/skipped_steps`` and ``steadygrad/clipped_steps``, and with telemetry
-    ``steadygrad/clipped_norm`` and ``steadygrad/limit``. They are in ``trainer.state.log_history`` and on the console.
-    Reporters such as TensorBoard, which the Trainer puts before the callbacks of its caller, see them after
-    :meth:`put_first`.
+    The keys are ``steadygrad/grad_norm``, ``steadygrad/skipped_steps`` and ``steadygrad/clipped_steps``, and with
+    telemetry ``steadygrad/clipped_norm`` and ``steadygrad/limit``. They appear in ``trainer.state.log_history`` and on
+    the console. The Trainer calls reporters such as TensorBoard before a user's callbacks, so reporters see these keys
+    only after :meth:`put_first`.
 
-    When training begins it names the optimizer's parameters by the model's names, and warns if ``max_grad_norm`` is
-    not 0: its default, 1.0, clips before the optimizer's step, which then sees what is left. With ``max_grad_norm=0``
-    the Trainer still takes a norm for its own ``grad_norm``; where that is not finite, the pass makes all gradients
-    NaN. So ``nonfinite="zero"`` cannot save a step there, and telemetry cannot tell whose gradient it was;
-    ``"skip"``, the default, skips the step as ever.
+    When training begins, the callback names the optimizer's parameters by the model's names. It warns if
+    ``max_grad_norm`` is not 0: its default, 1.0, clips before the optimizer's step, which then sees gradients that were
+    already clipped. With ``max_grad_norm=0`` the Trainer still computes a norm for its own ``grad_norm``; if that is
+    not finite, the same pass makes all gradients NaN. So ``nonfinite="zero"`` cannot save such a step, and telemetry
+    cannot tell which gradient was the first; ``"skip"``, the default, skips the step as always.
 
-    Training needs no callback: pass ``optimizers=(optimizer, scheduler)`` or ``optimizer_cls_and_kwargs``. An optimizer
-    that is not stabilized is passed over.
+    Training works without the callback: just pass ``optimizers=(optimizer, scheduler)`` or
+    ``optimizer_cls_and_kwargs``. An optimizer that is not stabilized is ignored.
     """
 
     def put_first(self, trainer: Trainer) -> StabilizerCallback:
-        """Puts this callback before all others of a Trainer, whether it has it already or not.
+        """Puts this callback before all others of a Trainer, which may or may not have it already.
 
         Returns:
             This callback.
@@ -47,7 +47,7 @@ class StabilizerCallback(TrainerCallback):
         return self
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Names parameters, and looks for a second clipper."""
+        """Names the parameters, and warns of a second clipper."""
         optimizer = stabilized(kwargs.get("optimizer"))
         if optimizer is None:
             return
@@ -64,7 +64,7 @@ class StabilizerCallback(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
     ) -> None:
-        """Adds to the logs of a training step."""
+        """Adds the numbers of the last step to the logs of a training step."""
         optimizer = stabilized(kwargs.get("optimizer"))
         if optimizer is None or "loss" not in logs:
             return
@@ -73,7 +73,7 @@ class StabilizerCallback(TrainerCallback):
         state.log_history[-1].update(values)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Hands telemetry's writers what they have not seen."""
+        """Hands telemetry's writers the steps that they have not seen."""
         optimizer = stabilized(kwargs.get("optimizer"))
         if optimizer is not None and optimizer.telemetry is not None:
             optimizer.flush_telemetry()

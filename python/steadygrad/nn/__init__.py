@@ -1,4 +1,4 @@
-"""Batch normalization: modules that take the place of torch's, their functional form, and the conversion of models."""
+"""Batch normalization: modules that replace torch's, their functional form, and the conversion of models."""
 
 from steadygrad.nn import functional
 from steadygrad.nn.activation_penalty import ActivationPenalty

@@ -17,31 +17,32 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class ActivationPenalty(nn.Module):
-    r"""Passes its input through, and adds the gradient of :math:`l_1 \sum |a| + \tfrac{l_2}{2} \sum a^2` in backward.
+    r"""Returns its input, and adds the gradient of :math:`l_1 \sum |a| + \tfrac{l_2}{2} \sum a^2` in the backward pass.
 
     .. math::
 
         \frac{\partial L}{\partial a} \leftarrow \frac{\partial L}{\partial a}
             + l_1 \operatorname{sign}(a) + l_2 \, a, \qquad \operatorname{sign}(0) = 0
 
-    The gradients are those of ``loss + penalty``, also when they are differentiated again; the loss itself stays what
-    it was. The penalty's gradient is added once for each forward, in the first backward through it, whatever the
-    scale of the incoming gradient; compiled code and transforms of `torch.func` add it in each. With a
-    ``GradScaler``, or a loss divided for accumulation, scale ``l1`` and ``l2`` alike. The sums run over all elements,
-    those of the batch included: for a mean over the batch, divide ``l1`` and ``l2`` by its size.
+    The gradients are those of ``loss + penalty``, also if they are differentiated again, but the loss itself does not
+    change. The penalty's gradient is added once for each forward pass, in the first backward pass through it, and is
+    not scaled by the incoming gradient. Compiled code and transforms of `torch.func` add it in every backward pass.
+    With a ``GradScaler``, or with a loss that is divided for accumulation, scale ``l1`` and ``l2`` in the same way. The
+    sums run over all elements, including the batch dimension: for a mean over the batch, divide ``l1`` and ``l2`` by
+    the batch size.
 
-    It acts in training mode alone, and where the input requires a gradient. Nothing is copied: what is kept for
-    backward is the input itself, so the next layer must not overwrite it (``ReLU(inplace=True)`` is an error then).
-    In half precision the gradient is computed in float32 and rounded once.
+    The layer acts only in training mode, and only if the input requires a gradient. It copies nothing: the backward
+    pass needs the input itself, so the next layer must not overwrite it (``ReLU(inplace=True)`` is an error then). In
+    half precision the gradient is computed in float32 and rounded once.
 
     Args:
-        l1: weight of the sum of magnitudes, at least 0.
-        l2: weight of half the sum of squares, at least 0.
-        track_value: whether compiled code computes `value`, which costs it a sum over the input. Uncompiled
-            code does so at no cost, whatever this says.
+        l1: Weight of the sum of magnitudes, at least 0. Default: 0.
+        l2: Weight of half the sum of squares, at least 0. Default: 0.
+        track_value: Whether compiled code computes `value`, for which it needs one more sum over the input. Code that
+            is not compiled always computes it, at no cost. Default: True.
 
     Shape:
-        any; the output is the input.
+        Any shape; the output is the input.
 
     Raises:
         TypeError: ``l1`` or ``l2`` is not a number.
@@ -58,7 +59,7 @@ class ActivationPenalty(nn.Module):
         self._latest: _Activations | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        """The input."""
+        """Returns the input, and records that its penalty is to be added in the backward pass."""
         if not self.training or not (self.l1 or self.l2):
             return input
         if not (torch.is_grad_enabled() and input.requires_grad):
@@ -77,15 +78,15 @@ class ActivationPenalty(nn.Module):
 
     @property
     def value(self) -> Tensor | None:
-        """The penalty of the last input that was penalised, 0-d float64 on its device, which is not waited for.
+        """Returns the penalty of the last penalised input, 0-d float64 on its device, without waiting for the device.
 
-        Backward finds it on its way; before that it is computed when it is asked for. If that input is gone without
-        a backward, that of the one before; None if there is none.
+        The backward pass computes it along the way; before that, reading this property computes it. If that input no
+        longer exists and there was no backward pass, it is the penalty of the input before. None if there is none.
         """
         return None if self._latest is None else self._latest.penalty()
 
     def extra_repr(self) -> str:
-        """The arguments."""
+        """Returns the arguments as text."""
         return f"l1={self.l1:g}, l2={self.l2:g}"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -102,7 +103,7 @@ def _weight(name: str, value: float) -> float:
 
 
 class _Activations:
-    """One input and its penalty, whichever of the two is at hand."""
+    """Holds the penalty of one input, or a reference to the input from which it can be computed."""
 
     def __init__(self, value: Tensor | None) -> None:
         self.value = value
@@ -113,7 +114,7 @@ class _Activations:
     def watch(self, input: Tensor, l1: float, l2: float, before: _Activations | None) -> None:
         self._input, self._l1, self._l2 = weakref.ref(input), l1, l2
         self._version = input._version
-        # Checkpointing runs the forward again, and backward through the first run.
+        # Checkpointing runs the forward pass twice, and the backward pass goes through the first run.
         self._before = before
         if before is not None:
             before._before = None
@@ -173,7 +174,7 @@ class _Penalize(torch.autograd.Function):
 
 
 def _fits(input: Tensor, grad_output: Tensor) -> bool:
-    """Whether the kernels take these."""
+    """Returns whether the kernels take these tensors."""
     return (
         type(input) in (Tensor, nn.Parameter)
         and type(grad_output) is Tensor
@@ -188,12 +189,12 @@ def _fits(input: Tensor, grad_output: Tensor) -> bool:
 
 
 def _is_transformed() -> bool:
-    """Whether tensors stand for more than their memory."""
+    """Returns whether a transform of torch.func is active, so that a tensor may stand for more than its memory."""
     return torch._C._are_functorch_transforms_active()
 
 
 def _penalized(grad: Tensor, input: Tensor, l1: float, l2: float) -> Tensor:
-    """Adds the penalty's gradient by torch's operations, which can be differentiated again and compiled."""
+    """Adds the penalty's gradient with torch's operations, which can be differentiated again and compiled."""
     wide = torch.float32 if input.dtype in (torch.bfloat16, torch.float16) else input.dtype
     result = grad.to(wide)
     if l1:

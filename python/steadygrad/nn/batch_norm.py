@@ -1,4 +1,4 @@
-"""The modules: torch's own, with an activation, a residual and synchronised statistics."""
+"""Batch norm modules: torch's own, with an activation, a residual and synchronised statistics."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class _UnreadWithActivation:
     """An attribute that cannot be read while the module has an activation.
 
-    Whatever makes another module out of a batch norm (one that is synchronised, frozen, quantized or folded into a
-    convolution) reads ``eps`` or ``num_features``, knows of no activation, and would lose it without a word.
+    Functions that make another module out of a batch norm (a synchronised, frozen or quantized one, or one folded into
+    a convolution) read ``eps`` or ``num_features``. They do not know of an activation and would drop it silently.
     """
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -32,10 +32,10 @@ class _UnreadWithActivation:
         if module.activation is None:
             return vars(module)[self._name]
         kind = type(module).__name__
-        # No AttributeError, for which getattr and hasattr have an answer of their own.
+        # The error is no AttributeError, since getattr and hasattr would hide it.
         raise RuntimeError(
             f"{kind}.{self._name}: expected a module without an activation, got activation={module.activation!r}, "
-            "which whatever makes another module of this one would lose: to synchronise, call "
+            "which would be lost in a module that is made from this one: to synchronise, call "
             "steadygrad.nn.convert_batchnorm(model, process_group=torch.distributed.group.WORLD); to fold, freeze or "
             "quantize, set activation to None and put a torch.nn.ReLU behind the module; to read the value alone, "
             f"vars(module)[{self._name!r}]"
@@ -46,13 +46,13 @@ class _UnreadWithActivation:
 
 
 class _BatchNorm(batchnorm._BatchNorm):
-    """What the three have in common; :class:`BatchNorm2d` describes it."""
+    """Base of the three batch norms; :class:`BatchNorm2d` describes it."""
 
-    # On the class too, for modules that were pickled or made without it.
+    # The class has the attribute, too, for modules that were pickled or made without it.
     activation: Activation | None = None
     eps: Any = _UnreadWithActivation()
     num_features: Any = _UnreadWithActivation()
-    # torch.jit.trace reads what is listed in the first and every other attribute that is not in the second.
+    # torch.jit.trace reads every attribute in __constants__, and every other one that __jit_ignored_attributes__ lacks.
     __constants__: Any = ("track_running_stats", "momentum", "affine")
     __jit_ignored_attributes__ = ("eps", "num_features", "process_group")
 
@@ -74,7 +74,7 @@ class _BatchNorm(batchnorm._BatchNorm):
             raise ValueError(
                 f"{type(self).__name__}: activation: expected 'relu' or None, got {activation!r}"
             )
-        # `bias`: where this torch has it; where not, its own TypeError.
+        # Older versions of torch have no `bias` and raise their own TypeError for it.
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype, **bias
         )
@@ -82,7 +82,7 @@ class _BatchNorm(batchnorm._BatchNorm):
         self.process_group = process_group
 
     def __dir__(self) -> list[str]:
-        """Lists what can be read, since torch.jit.trace reads all that is listed."""
+        """Lists only attributes that can be read, since torch.jit.trace reads every one that is listed."""
         listed: Any = super().__dir__
         names: list[str] = listed()
         if self.activation is None:
@@ -91,7 +91,7 @@ class _BatchNorm(batchnorm._BatchNorm):
 
     @property
     def process_group(self) -> ProcessGroup | None:
-        """The ranks whose statistics are taken together in training; None for this process alone."""
+        """Returns the ranks that compute statistics together in training; None for this process alone."""
         shared = vars(self).get("process_group")
         return None if shared is None else shared.group()
 
@@ -102,7 +102,7 @@ class _BatchNorm(batchnorm._BatchNorm):
     def forward(
         self, input: Tensor, residual: Tensor | None = None, relu: bool | None = None
     ) -> Tensor:
-        """Normalises ``input``, adds ``residual`` and applies ReLU, or the module's own activation for None."""
+        """Normalises ``input``, adds ``residual``, and applies ReLU; ``relu=None`` applies ``activation`` instead."""
         if isinstance(input, Proxy):
             return self._record(input, residual)
         checked: Any = self._check_input_dim
@@ -110,11 +110,11 @@ class _BatchNorm(batchnorm._BatchNorm):
         training = self.training
         momentum = self.momentum
         try:
-            # As attributes, without the 0.4 us that each costs there.
+            # Reading these from the dicts saves the 0.4 us that each attribute of a module costs.
             weight, bias = self._parameters["weight"], self._parameters["bias"]
             running_mean, running_var = self._buffers["running_mean"], self._buffers["running_var"]
             batches = self._buffers["num_batches_tracked"]
-        except KeyError:  # replicas and parametrizations have them elsewhere
+        except KeyError:  # replicas and parametrizations keep them elsewhere
             weight, bias = self.weight, self.bias
             running_mean, running_var = self.running_mean, self.running_var
             batches = self.num_batches_tracked
@@ -137,24 +137,24 @@ class _BatchNorm(batchnorm._BatchNorm):
             residual=residual,
             activation=self.activation if relu is None else "relu" if relu else None,
             num_batches_tracked=batches,
-            # Never in evaluation, whose ranks may come alone; not even with the batch's statistics.
+            # In evaluation there is no collective, even with the batch's statistics, since one rank may evaluate alone.
             process_group=self.process_group if self.training else None,
         )
 
     def _record(self, input: Proxy, residual: Tensor | None) -> Any:
-        """Stays one call under ``torch.fx.symbolic_trace``, which gives that to modules of ``torch.nn`` alone."""
+        """Records one call under ``torch.fx.symbolic_trace``, which does so itself only for modules of ``torch.nn``."""
         forward = self._forward_pre_hooks or self._forward_hooks
         if forward or self._backward_pre_hooks or self._backward_hooks:
             raise TraceError(
-                f"{type(self).__name__}: expected no hooks, which have run on the traced values when forward is "
-                "reached and would run again with the call: use a torch.fx.Tracer whose is_leaf_module says True of it"
+                f"{type(self).__name__}: expected no hooks, since they have already run on the traced values and would "
+                "run again with the recorded call: use a torch.fx.Tracer whose is_leaf_module returns True for it"
             )
         tracer: Any = input.tracer
         given = (input,) if residual is None else (input, residual)
         return tracer.create_proxy("call_module", tracer.path_of_module(self), given, {})
 
     def extra_repr(self) -> str:
-        """The arguments, as torch's modules show theirs."""
+        """Returns the arguments as text, as torch's modules do."""
         shown: str = batchnorm._NormBase.extra_repr(self)
         if self.activation is not None:
             shown += f", activation={self.activation}"
@@ -164,41 +164,44 @@ class _BatchNorm(batchnorm._BatchNorm):
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
-    """:class:`torch.nn.BatchNorm1d` for input of (N, C) or (N, C, L); see :class:`BatchNorm2d`."""
+    """:class:`torch.nn.BatchNorm1d` on fused kernels, for input (N, C) or (N, C, L); see :class:`BatchNorm2d`."""
 
 
 class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
-    """:class:`torch.nn.BatchNorm2d` on fused kernels, for input of (N, C, H, W).
+    """:class:`torch.nn.BatchNorm2d` on fused kernels, for input of shape (N, C, H, W).
 
-    Arguments, parameters, buffers and ``state_dict`` are torch's, and so are the outputs but for rounding, where
-    these are the closer ones; but a channel of a batch whose statistics are not finite stays out of the running ones.
-    ``forward(input, residual=None, relu=None)`` also takes what is to be added before the activation, of the input's
-    shape and dtype, and whether ReLU follows; None leaves that to ``activation``.
+    Arguments, parameters, buffers and ``state_dict`` are torch's. The outputs differ from torch's only by rounding, and
+    are the more exact ones. There is one difference: a channel of a batch whose statistics are not finite does not
+    enter the running statistics.
+
+    ``forward(input, residual=None, relu=None)`` adds ``residual``, of the input's shape and dtype, before the
+    activation. ``relu`` says whether ReLU follows; None leaves that to ``activation``.
 
     Args:
-        num_features: C.
-        eps: added to the variance.
-        momentum: weight of a batch in the running statistics; None for the average of all batches, which does not
-            wait for the device.
-        affine: whether there are weight and bias.
-        track_running_stats: whether there are running statistics.
-        device: of parameters and buffers.
-        dtype: of parameters and buffers.
-        activation: ``"relu"``, in the same pass; or None. A module that has one is refused, by a ``RuntimeError``, by
-            whatever makes another module of it from its attributes and would lose it
-            (``torch.nn.SyncBatchNorm.convert_sync_batchnorm``, ``fuse_conv_bn_eval``): ``eps`` and ``num_features``
-            cannot be read.
-        process_group: takes statistics over all its ranks when training; ``torch.distributed.group.WORLD`` for
-            all. None for this process alone. A module over the default group can be pickled; where it is loaded
-            without ``torch.distributed`` it is alone, as torch's ``SyncBatchNorm`` is.
-        **bias: ``bias=False`` for weight alone, where this torch's class has it.
+        num_features: Number of channels C.
+        eps: Number added to the variance. Default: 1e-5.
+        momentum: Weight of a batch in the running statistics; None for the average of all batches, which does not
+            wait for the device. Default: 0.1.
+        affine: Whether there are weight and bias. Default: True.
+        track_running_stats: Whether there are running statistics. Default: True.
+        device: Device of parameters and buffers.
+        dtype: Dtype of parameters and buffers.
+        activation: ``"relu"``, applied in the same pass, or None. Functions that make another module from this one's
+            attributes (``torch.nn.SyncBatchNorm.convert_sync_batchnorm``, ``fuse_conv_bn_eval``) would drop the
+            activation. So ``eps`` and ``num_features`` raise a ``RuntimeError`` when they are read from a module that
+            has one. Default: None.
+        process_group: In training, statistics are computed over all ranks of this group;
+            ``torch.distributed.group.WORLD`` stands for all ranks, None for this process alone. A module with the
+            default group can be pickled. Loaded without ``torch.distributed`` it works alone, as torch's
+            ``SyncBatchNorm`` does. Default: None.
+        **bias: ``bias=False`` for a weight without a bias, if this version of torch has the argument.
 
     Raises:
-        ValueError: an unknown activation.
+        ValueError: The activation is unknown.
 
-    What a call raises: :func:`steadygrad.nn.functional.batch_norm`. A call that is refused does not count as a batch.
+    :func:`steadygrad.nn.functional.batch_norm` lists what a call raises. A call that raises does not count as a batch.
     """
 
 
 class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
-    """:class:`torch.nn.BatchNorm3d` for input of (N, C, D, H, W); see :class:`BatchNorm2d`."""
+    """:class:`torch.nn.BatchNorm3d` on fused kernels, for input of shape (N, C, D, H, W); see :class:`BatchNorm2d`."""

@@ -1,4 +1,4 @@
-"""What `convert_batchnorm` did to a model, found out from the model itself."""
+"""Reports what `convert_batchnorm` did to a model, from the model itself."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class Finding:
     """What became of one batch norm.
 
     Attributes:
-        name: of the module in the model; the first one, if it has several.
-        kind: name of its class.
-        status: "fused", "converted" (to ours, and not fused) or "left" (as it was).
-        operation: what is computed at once, "batch norm + ReLU" and the like; empty if not fused.
-        reason: why it was not fused or not converted; empty if fused.
-        line: what to write by hand to have it fused; empty where there is nothing to write.
+        name: Name of the module in the model; the first one, if it has several.
+        kind: Name of the module's class.
+        status: "fused", "converted" (to ours, but not fused) or "left" (as it was).
+        operation: The operations computed at once, such as "batch norm + ReLU"; empty if not fused.
+        reason: Why the batch norm was not fused or not converted; empty if fused.
+        line: The line to write by hand to have it fused; empty if there is none.
     """
 
     name: str
@@ -57,29 +57,29 @@ class ConversionReport:
     """What became of every batch norm of a model; `str()` gives a table.
 
     Attributes:
-        findings: one for each batch norm, in the order of the model.
+        findings: A :class:`Finding` for each batch norm, in the order of the model.
     """
 
     findings: tuple[Finding, ...]
 
     @property
     def fused(self) -> tuple[Finding, ...]:
-        """The batch norms that take on an addition, a ReLU or both."""
+        """Returns the batch norms that are fused with an addition, a ReLU or both."""
         return self._of(FUSED)
 
     @property
     def not_fused(self) -> tuple[Finding, ...]:
-        """The batch norms that are ours and take on nothing."""
+        """Returns the batch norms that were converted to ours but are not fused."""
         return self._of(CONVERTED)
 
     @property
     def left(self) -> tuple[Finding, ...]:
-        """The batch norms that are not ours."""
+        """Returns the batch norms that were not converted."""
         return self._of(LEFT)
 
     @property
     def operations(self) -> dict[str, int]:
-        """How many batch norms compute what: counts of "batch norm + ReLU" and the like."""
+        """Returns the number of fused batch norms by operation, such as "batch norm + ReLU"."""
         counts = Counter(finding.operation for finding in self.fused)
         return {name: counts[name] for name in (RELU, ADD_RELU, ADD) if counts[name]}
 
@@ -104,14 +104,13 @@ class ConversionReport:
 
 
 def conversion_report(model: nn.Module) -> ConversionReport:
-    """What `convert_batchnorm` fused in a model, what it could not, why, and what to write by hand.
+    """Reports which batch norms of a model `convert_batchnorm` fused, which not, why, and what to write by hand.
 
-    It looks at the modules as they are now, in their present mode, runs none of them and changes nothing: modules that
-    were given hooks since the conversion are reported as what they are now, not fused. Before the conversion everything
-    is reported as left.
+    The report describes the modules as they are now, in their present mode. Nothing is run or changed. A module that
+    got hooks since the conversion is reported as not fused. Before the conversion every batch norm is reported as left.
 
     Args:
-        model: a model that `convert_batchnorm` has converted, or a part of one.
+        model: A model that `convert_batchnorm` has converted, or a part of one.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -152,7 +151,7 @@ def _finding(name: str, norm: nn.Module, operation: str, reason: tuple[str, str]
 
 
 def _seen(module: nn.Module) -> Iterator[tuple[nn.Module, str, str, str]]:
-    """What is known of the batch norms that a module itself calls: operation or reason, and the line to write."""
+    """Yields each batch norm that a module itself calls, with its operation, or the reason and the line to write."""
     kind = original_class(module)
     if isinstance(module, BatchNorm):
         if type(module).forward is norm_act and not acts(module, is_passed):
@@ -187,7 +186,7 @@ def _by_hand(line: str) -> str:
 
 
 def _called(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """The batch norms that a module can call itself, with their path: below it there are only containers."""
+    """Yields the batch norms that a module can call itself, and their paths, on which there are only containers."""
     for name, child in module.named_children():
         if isinstance(child, BatchNorm):
             yield child, name

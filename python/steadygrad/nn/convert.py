@@ -1,4 +1,4 @@
-"""`convert_batchnorm`: a model's batch norms become ours, in place, and take on what follows them; and back again."""
+"""Converts a model's batch norms to ours, in place, fuses them with what follows them, and converts them back."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _KINDS: dict[Kind, Kind] = {
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
 }
-# A derived class lives as long as its instances, and its key, with the bases in it, no longer than that.
+# A derived class lives only as long as its instances; so does its key, which refers to its bases.
 _DERIVED: WeakValueDictionary[tuple[Any, ...], Kind] = WeakValueDictionary()
 _MARK = "_made_by_steadygrad"
 
 
 class SynchronizedBatchNorm(BatchNorm):
-    """What a ``torch.nn.SyncBatchNorm`` becomes: takes input of 2 dimensions or more, as that does."""
+    """The class that a ``torch.nn.SyncBatchNorm`` is converted to: it also takes input of 2 or more dimensions."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -41,33 +41,34 @@ class SynchronizedBatchNorm(BatchNorm):
 def convert_batchnorm(
     model: Model, fuse: bool = True, process_group: dist.ProcessGroup | None = None
 ) -> Model:
-    r"""Makes every batch norm of a model one of `steadygrad.nn`, and fuses what follows it.
+    r"""Converts every batch norm of a model to one of `steadygrad.nn`, and fuses it with what follows it.
 
-    Modules are changed in place and stay the objects that they are: parameters, buffers, hooks, attributes and
-    names are the very same, so that optimizers, checkpoints and references go on working. Only their class
-    changes, to a subclass of what it was; :func:`restore_batchnorm` changes it back.
+    Modules are changed in place and stay the same objects: parameters, buffers, hooks, attributes and names remain the
+    same, so optimizers, checkpoints and references go on working. Only the class of a module changes, to a subclass of
+    its old class; :func:`restore_batchnorm` changes it back.
 
     - ``torch.nn.BatchNorm1d/2d/3d`` become `BatchNorm1d`, `BatchNorm2d`, `BatchNorm3d`. A ``torch.nn.SyncBatchNorm``
       becomes a `SynchronizedBatchNorm`, over its own process group if none is given.
-    - Left as they are: subclasses with a ``forward`` of their own (timm's ``BatchNormAct2d`` is known, and taken), lazy
-      ones, parametrized and scripted ones.
-    - With ``fuse`` a batch norm, an addition and a ReLU that follow each other are computed as one operation where
-      the structure shows them: in every ``nn.Sequential``, also with an ``nn.Identity`` or an inactive dropout in
-      between, and in the blocks whose forward is known: torchvision's and timm's residual blocks, inverted residuals
-      and ResNets, and what :func:`register_block` was told. Such a module becomes an instance of a subclass,
-      ``FusedBasicBlock`` for ``BasicBlock``, which differs in nothing but how it computes. `conversion_report` says
-      what was fused, what was not, and what to write then.
+    - Subclasses with a ``forward`` of their own stay as they are, and so do lazy, parametrized and scripted ones.
+      timm's ``BatchNormAct2d`` is known and is converted.
+    - With ``fuse``, a batch norm, an addition and a ReLU that follow each other are computed as one operation where
+      the structure of the modules shows them. That is the case in every ``nn.Sequential``, also with an
+      ``nn.Identity`` or an inactive dropout in between. It is also the case in blocks whose forward is known:
+      torchvision's and timm's residual blocks, inverted residuals and ResNets, and blocks given to
+      :func:`register_block`. Such a module becomes an instance of a subclass, for instance ``FusedBasicBlock`` for
+      ``BasicBlock``, which differs only in how it computes. `conversion_report` says what was fused, what was not, and
+      what to write then.
 
-    Numbers stay those of the unfused modules, up to rounding. No forward of the model is run here, and none is
-    guessed at: one whose source is not the known one is left alone. At each call a fused module takes the forward that
-    it had where a member has hooks or a forward of its own, is None or of another class than expected, or where there
-    are global module hooks.
+    The numbers are those of the unfused modules, up to rounding. The conversion runs no forward and guesses at none: a
+    block whose source code differs from the known one is left alone. At every call a fused module uses its original
+    forward if a member has hooks or a forward of its own, is None or of another class than expected, or if there are
+    global module hooks.
 
     Args:
-        model: any module, also a batch norm itself.
-        fuse: whether to fuse; False changes the batch norms alone.
-        process_group: the ranks whose statistics are taken together in training,
-            ``torch.distributed.group.WORLD`` for all; None leaves each process its own.
+        model: Any module, also a batch norm itself.
+        fuse: Whether to fuse; False converts the batch norms and nothing else. Default: True.
+        process_group: The ranks that compute statistics together in training, ``torch.distributed.group.WORLD`` for
+            all. With None each process computes its own. Default: None.
 
     Returns:
         ``model``.
@@ -88,24 +89,23 @@ def convert_batchnorm(
 
 
 def restore_batchnorm(model: Model) -> Model:
-    """Makes a converted model one of torch's modules again, in place: for export, quantization, folding, TorchScript.
+    """Converts a model back to torch's modules, in place: for export, quantization, folding and TorchScript.
 
-    Parameters and buffers are the same tensors, and fused blocks and chains get the class that they had. `BatchNorm2d`
-    becomes ``torch.nn.BatchNorm2d``, or ``torch.nn.SyncBatchNorm`` where it has a process group; likewise the others.
-    A subclass of one's own becomes that class again, without a process group. A batch norm with an activation becomes
-    an ``nn.Sequential`` of it and ``nn.ReLU``, so that its keys in the state dict change from ``bn.weight`` to
+    Parameters and buffers stay the same tensors, and fused blocks and chains get their old class back. `BatchNorm2d`
+    becomes ``torch.nn.BatchNorm2d``, or ``torch.nn.SyncBatchNorm`` if it has a process group, and the others likewise.
+    A user's own subclass becomes that class again, without a process group. A batch norm with an activation becomes an
+    ``nn.Sequential`` of a batch norm and ``nn.ReLU``. Its keys in the state dict then change from ``bn.weight`` to
     ``bn.0.weight``, and it no longer takes a residual.
 
     Args:
-        model: any module; what is torch's already stays as it is.
+        model: Any module; torch's own modules stay as they are.
 
     Returns:
-        ``model``, where every batch norm may be trained on and converted again.
+        ``model``, whose batch norms can be trained and converted again.
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: a batch norm is parametrized, or of a class of one's own that is derived from ours. Nothing has
-            changed then.
+        ValueError: A batch norm is parametrized, or its class is a user's subclass of ours. Then nothing has changed.
     """
     _check_module("restore_batchnorm", model)
     modules = list(model.named_modules())
@@ -131,7 +131,7 @@ def _check_module(function: str, model: object) -> None:
 
 
 def why_left(module: nn.Module, process_group: dist.ProcessGroup | None = None) -> str:
-    """Why a batch norm stays as it is; empty if nothing speaks against its conversion."""
+    """Returns why a batch norm cannot be converted; empty if it can."""
     kind = type(module)
     if isinstance(module, BatchNorm):
         return ""
@@ -186,7 +186,7 @@ def _convert(module: nn.Module, process_group: dist.ProcessGroup | None) -> None
 
 
 def _torch_class(norm: BatchNorm) -> Kind | None:
-    """Returns the class, torch's or the user's, that a batch norm of ours goes back to; None where there is none."""
+    """Returns the class, torch's or the user's, that a batch norm of ours goes back to; None if there is none."""
     kind = original_class(norm)
     if kind is not type(norm):
         return kind
@@ -209,7 +209,7 @@ def _restore(norm: BatchNorm) -> None:
     chain = nn.Sequential(inner, nn.ReLU())
     vars(inner).update(state)
     for name, empty in vars(nn.Module()).items():
-        if "hook" in name:  # they saw what came out of the activation
+        if "hook" in name:  # these hooks saw the output of the activation
             vars(inner)[name], vars(chain)[name] = empty, state[name]
     chain.train(norm.training)
     state.clear()
@@ -244,9 +244,9 @@ def original_class(module: nn.Module) -> Kind:
 
 
 def derived(kind: Kind, ours: Kind | None = None) -> Kind:
-    """Returns the subclass whose forward is fused; or, with one of our batch norms, the class that is both.
+    """Returns the subclass of ``kind`` whose forward is fused or, given ``ours``, a class derived from both.
 
-    Where its forward is not known, as when a file is loaded without what was registered, it is the class itself.
+    If the forward is not known, as in a process that loads a file without registering the block, it returns ``kind``.
     """
     bases = (kind,) if ours is None else (kind, ours)
     forward: Any
@@ -289,7 +289,7 @@ def derived(kind: Kind, ours: Kind | None = None) -> Kind:
 
 
 def _stepping_aside(kind: Kind, method: str, known: Any) -> Any:
-    """Returns a method that does what is known of a class' own, wherever that stands for it."""
+    """Returns a method that runs the known forward where that does the same, and else the class's own."""
     original = getattr(kind, method)
 
     @functools.wraps(original)

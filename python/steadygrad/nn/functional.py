@@ -1,4 +1,4 @@
-"""The functional form of batch normalization, and what becomes of calls that the kernels do not take."""
+"""The functional form of batch normalization, which decides between the kernels and torch's operation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PLAIN = (Tensor, Parameter)
 _TRACED = (Tensor, Parameter, FakeTensor, FunctionalTensor)
 _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, torch.float64, *_HALF)
-# A wheel without CUDA leaves CUDA tensors to torch; so does one for CUDA under a torch for ROCm.
+# CUDA tensors go to torch if the wheel has no CUDA kernels, or if this torch was built for ROCm.
 _ON_CUDA = _kernels.is_asynchronous("cuda") and torch.version.hip is None
 
 
@@ -44,58 +44,60 @@ def batch_norm(
     num_batches_tracked: Tensor | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
-    r"""Batch normalization, with a residual and ReLU in the same pass where they are wanted.
+    r"""Normalises each channel of a batch, and optionally adds a residual and applies ReLU in the same pass.
 
     .. math::
 
         y = \operatorname{activation}\left(\frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} \, w + b + \text{residual}\right)
 
-    :math:`\mu` and :math:`\sigma^2` are the batch's mean and biased variance of each channel when training, else the
-    running ones. They are found in float64, equally exact in every memory format. The output is dense: channels last
-    where the input is (also in 3-D, where torch makes it contiguous), else contiguous. With ReLU no output is kept for
-    backward; with ReLU and a residual, one bit an element is.
+    In training :math:`\mu` and :math:`\sigma^2` are the batch's mean and biased variance of each channel, else the
+    running ones. They are computed in float64, with the same precision in every memory format. The output is dense. It
+    has channels last if the input has (also in 3-D, where torch makes it contiguous), and is contiguous otherwise. With
+    ReLU no output is kept for the backward pass; with ReLU and a residual, one bit per element is kept.
 
-    What the kernels do not take goes to :func:`torch.nn.functional.batch_norm`: other devices than CPU and CUDA,
-    subclasses of tensors, transforms of :mod:`torch.func`, forward-mode derivatives, empty batches. So does what is
-    exported (:mod:`torch.export`, ONNX, ``torch.jit.trace``), so that files run without this package. Autocast leaves
-    the dtype of the input alone, as it does for torch's.
+    Calls that the kernels do not take go to :func:`torch.nn.functional.batch_norm`: devices other than CPU and CUDA,
+    subclasses of tensors, transforms of :mod:`torch.func`, forward-mode derivatives, and empty batches. So does
+    everything that is exported (:mod:`torch.export`, ONNX, ``torch.jit.trace``), so that exported files run without
+    this package. Autocast does not change the dtype of the input, as for torch's batch norm.
 
-    A channel of a batch whose mean or variance is not finite, or would not be as a running one, does not enter the
-    running statistics. In torch one such batch makes them NaN or infinite for ever, although a stabilized optimizer
-    skips its step. It counts in ``num_batches_tracked``, and so under ``momentum=None`` as one that equalled the
-    average so far.
+    A channel whose batch mean or variance is not finite, or whose running mean or variance would not be, does not enter
+    the running statistics. In torch one such batch makes them NaN or infinite for ever, even if a stabilized optimizer
+    skips the step. The batch counts in ``num_batches_tracked``, so under ``momentum=None`` it counts like a batch that
+    was equal to the average so far.
 
-    In evaluation backward reads the running statistics. Where they have changed meanwhile, by a call in training, it
-    raises autograd's ``RuntimeError`` ("modified by an inplace operation"); torch's gradient is wrong then.
+    In evaluation the backward pass reads the running statistics. If a call in training has changed them in between, it
+    raises autograd's ``RuntimeError`` ("modified by an inplace operation"); torch computes a wrong gradient then.
 
     Args:
-        input: (N, C) or (N, C, ...) in float32, float64, bfloat16 or float16; any strides.
-        running_mean: (C), brought up to date in place when training; or None.
-        running_var: as ``running_mean``; the unbiased variance goes in.
-        weight: (C) or None for 1. Like ``bias`` and the running statistics of the input's dtype, or float32
-            where the input is half precision.
-        bias: (C) or None for 0.
-        training: whether to normalise with the batch's statistics.
-        momentum: weight of the batch in the running statistics; None for the average of all batches, which
-            needs ``num_batches_tracked``.
-        eps: added to the variance, positive; 0 is allowed where not training.
-        residual: added before the activation; of the input's shape, dtype and device, any strides. Under autocast
-            another dtype is promoted as in ``batch_norm(...) + residual``.
-        activation: ``"relu"`` or None.
-        num_batches_tracked: 0-d int64, goes up by one when training, without waiting for the device; or None.
-        process_group: takes the statistics over all ranks when training,
-            :func:`~steadygrad.nn.synchronized.synchronized_batch_norm` says how; None for this process alone.
+        input: Input of shape (N, C) or (N, C, ...), in float32, float64, bfloat16 or float16, with any strides.
+        running_mean: Running mean, shape (C), updated in place in training; or None.
+        running_var: Running variance, shape (C), updated in place in training with the unbiased variance; or None.
+        weight: Weight of shape (C), or None for 1. Weight, bias and running statistics have the input's dtype, or
+            float32 if the input has half precision. Default: None.
+        bias: Bias of shape (C), or None for 0. Default: None.
+        training: Whether to normalise with the batch's statistics. Default: False.
+        momentum: Weight of the batch in the running statistics; None for the average of all batches, which
+            needs ``num_batches_tracked``. Default: 0.1.
+        eps: Number added to the variance, positive; 0 is allowed if not training. Default: 1e-5.
+        residual: Tensor added before the activation, of the input's shape, dtype and device, with any strides. Under
+            autocast another dtype is promoted as in ``batch_norm(...) + residual``. Default: None.
+        activation: ``"relu"`` or None. Default: None.
+        num_batches_tracked: 0-d int64 tensor that goes up by one in training, without waiting for the device; or None.
+            Default: None.
+        process_group: In training, statistics are computed over all ranks of this group;
+            :func:`~steadygrad.nn.synchronized.synchronized_batch_norm` says how. None for this process alone.
+            Default: None.
 
     Returns:
-        The output, as ``input`` in shape and dtype.
+        The output, with the shape and dtype of ``input``.
 
     Raises:
-        ValueError: one value per channel when training, ``eps`` out of range, or an unknown activation.
-        RuntimeError: another number of channels in an argument than in the input, an input of less than 2
-            dimensions, a residual of another shape or device, or no running statistics where not training.
-        TypeError: a residual of another dtype, or not strided, or an argument of another kind.
+        ValueError: There is one value per channel in training, ``eps`` is out of range, or the activation is unknown.
+        RuntimeError: An argument has another number of channels than the input, the input has less than 2 dimensions,
+            the residual has another shape or device, or there are no running statistics although not training.
+        TypeError: The residual has another dtype or is not strided, or an argument has the wrong type.
 
-        A call that is refused changes nothing.
+        A call that raises has changed nothing.
 
     Source: Ioffe and Szegedy 2015, Batch Normalization, algorithm 1.
     """
@@ -132,7 +134,7 @@ def batch_norm(
                 return gradient.apply(input, residual, weight, bias, options)
             return gradient.BatchNorm.forward(None, input, residual, weight, bias, options)
     except (AttributeError, TypeError):
-        # The kernels look at everything before they change anything: the long look is for what they refuse.
+        # The kernels check everything before they change anything, so the slower check is only for what they refuse.
         if traced or _fits(_PLAIN, input, weight, bias, options):
             raise
     if group is not None:
@@ -147,7 +149,7 @@ def batch_norm(
 
 
 def _is_traced(input: Tensor) -> bool:
-    """Whether operations are written down instead of carried out at once, or seen by a mode of torch's."""
+    """Returns whether a tracer records operations instead of running them, or a mode of torch's intercepts them."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -165,12 +167,12 @@ def _kernels_take(
 ) -> bool:
     """Decides between the kernels and torch's operation.
 
-    Eager calls get a short look, that most of them pass; the kernels see the rest for themselves.
+    Most eager calls pass a quick check, and the kernels check the rest.
     """
-    # Transforms rewrite operations; the order counts: under a tracer no more is evaluated than the first two.
+    # A tracer can follow only these two conditions, so the ones for eager calls come after them.
     transformed = torch._C._are_functorch_transforms_active()
     if torch.compiler.is_exporting() or transformed:
-        return False  # what is exported runs without this package
+        return False  # exported code runs without this package
     if traced:
         fits = _fits(_TRACED, input, weight, bias, options)
     else:
@@ -191,7 +193,7 @@ def _check_training(input: Tensor, options: Options, group: ProcessGroup | None)
 
 
 def _check_residual(residual: Tensor, input: Tensor) -> None:
-    """Refuses what cannot be added without broadcasting, promotion or a copy between devices."""
+    """Refuses a residual that would need broadcasting, promotion or a copy between devices."""
     if not isinstance(residual, Tensor):
         raise TypeError(
             f"batch_norm: residual: expected a torch.Tensor or None, got {type(residual).__name__}"
@@ -220,19 +222,19 @@ def _check_counted(options: Options) -> None:
 
 
 def _has_tangents_or_trace() -> bool:
-    """Whether tensors stand for more than their memory: under forward-mode derivatives and ``jit.trace``."""
+    """Returns whether forward-mode derivatives or ``jit.trace`` are active, so that tensors are more than memory."""
     return forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None
 
 
 def _is_recorded() -> bool:
-    """Whether operations are written down for elsewhere, where torch's operation is to stand alone."""
+    """Returns whether operations are exported, so that only torch's own operation may appear."""
     return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
 
 
 def _is_uniform(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options
 ) -> bool:
-    """A short look that most calls pass: all of one dtype. The rest of :func:`_fits` the kernels see for themselves."""
+    """Returns whether all tensors have one dtype, a quick check that most calls pass; the kernels check the rest."""
     if type(input) not in _PLAIN or input.layout is not torch.strided or input.dim() < 2:
         return False
     dtype = input.dtype
@@ -258,7 +260,7 @@ def _fits(
     bias: Tensor | None,
     options: Options,
 ) -> bool:
-    """Whether the kernels take these arguments."""
+    """Returns whether the kernels take these arguments."""
     if type(input) not in kinds or input.layout != torch.strided or input.dim() < 2:
         return False
     dtype = input.dtype
@@ -297,7 +299,7 @@ def _of_torch(
     bias: Tensor | None,
     options: Options,
 ) -> Tensor:
-    """Normalizes by torch's operations, which also refuse what no batch norm can take."""
+    """Normalizes with torch's operations, which also raise the errors for arguments that no batch norm takes."""
     if not isinstance(input, Tensor):
         raise TypeError(f"batch_norm: input: expected a torch.Tensor, got {type(input).__name__}")
     if input.dim() < 2:
@@ -327,7 +329,7 @@ def _of_torch(
                 factor = 1 / (float(num_batches_tracked) + 1)
     updated: list[tuple[Tensor, Tensor]] = []
     if training and running_mean is not None and running_var is not None and not _is_recorded():
-        # In copies, since torch's backward saves what it is given.
+        # The statistics are updated in copies, since torch's backward pass saves the tensors that it is given.
         updated = [(running, running.clone()) for running in (running_mean, running_var)]
         (_, running_mean), (_, running_var) = updated
     output = F.batch_norm(input, running_mean, running_var, weight, bias, training, factor, eps)
@@ -351,7 +353,7 @@ def _promoted(
     options: Options,
     group: ProcessGroup | None,
 ) -> Tensor:
-    """With a residual of another dtype, as autocast leaves them: the sum has the wider one."""
+    """Normalises, then adds a residual of another dtype, as autocast makes them; the sum has the wider dtype."""
     running_mean, running_var, num_batches_tracked, training, momentum, eps, relu = options
     output = batch_norm(
         input,

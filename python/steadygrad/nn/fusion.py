@@ -1,7 +1,7 @@
-"""Which calls of a network's layers become one: a batch norm with an addition and a ReLU that follow it.
+"""Fuses calls of a network's layers: a batch norm with the addition and the ReLU that follow it.
 
-What is fused is what can be seen in the modules. Nothing is run to find out, and every call looks at the modules as
-they are by then. The modules themselves do no more than before: what fuses is the chain or the block that calls them.
+Only what the modules show is fused. Nothing is run to find out, and every call looks at the modules as they are at that
+time. The modules themselves do no more than before: the chain or the block that calls them does the fusing.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ _SEQUENTIAL: Callable[..., Any] = nn.Sequential.forward
 _RELU = {nn.ReLU: nn.ReLU.forward}
 _DROPOUT = {k: k.forward for k in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)}
 _IDENTITY = {nn.Identity: nn.Identity.forward}
-# These change nothing but what they return, so that a batch norm may as well be called after them.
+# These modules change nothing but what they return, so a batch norm may also be called after them.
 _STILL = {
     kind: kind.forward
     for dimensions in ("1d", "2d", "3d")
     for kind in (getattr(nn, f"{name}{dimensions}") for name in ("Conv", "AvgPool", "MaxPool"))
 } | _IDENTITY
-# A module, and those after it that its call takes the place of: up to a ReLU, behind a batch norm.
+# A module, and the modules after it that its call replaces: a batch norm, and everything up to a ReLU.
 Call = tuple[Any, list[Any]]
-# `Steps`, or a function of one's own, which takes the module and what its forward takes.
+# `Steps`, or a user's function, which takes the module and the arguments of its forward.
 Forward = Callable[..., Any]
 
 
 def any_global_hook() -> bool:
-    """Returns whether somebody waits for the call of every module there is."""
+    """Returns whether there are hooks on the calls of all modules."""
     return bool(_has_any_global_hook())
 
 
 def is_plain(module: Any) -> bool:
-    """Returns whether calling a module is no more than calling its class' forward."""
+    """Returns whether calling a module does nothing but call its class's forward."""
     state = module.__dict__
     return not (
         state["_forward_hooks"]
@@ -57,14 +57,14 @@ def is_plain(module: Any) -> bool:
 
 
 def is_relu(module: Any) -> bool:
-    """Returns whether it is ReLU, as a function or as a module that may go uncalled."""
+    """Returns whether ``module`` is ReLU: a function, or a module whose call may be left out."""
     if _is_one_of(_RELU, module):
         return is_plain(module)
     return module is F.relu or module is torch.relu
 
 
 def is_passed(module: Any) -> bool:
-    """Returns whether a call of it would return its input: an identity, or a dropout that is inactive."""
+    """Returns whether ``module`` would return its input: an identity, or an inactive dropout."""
     if _is_one_of(_IDENTITY, module):
         return is_plain(module)
     inactive = _is_one_of(_DROPOUT, module) and (not module.training or module.p == 0)
@@ -72,7 +72,7 @@ def is_passed(module: Any) -> bool:
 
 
 def is_norm(module: Any) -> bool:
-    """Returns whether it is one of our batch norms that may take on what follows it."""
+    """Returns whether ``module`` is one of our batch norms and may be fused with what follows it."""
     return (
         isinstance(module, BatchNorm)
         and module.activation is None
@@ -82,7 +82,7 @@ def is_norm(module: Any) -> bool:
 
 
 def is_chain(module: Any) -> bool:
-    """Returns whether it calls its children one after the other and does nothing else."""
+    """Returns whether ``module`` calls its children one after the other and does nothing else."""
     forward = getattr(type(module), "forward", None)
     return forward is nn.Sequential.forward or forward is run_chain
 
@@ -93,7 +93,7 @@ def _is_one_of(kinds: dict[Any, Any], module: Any) -> bool:
 
 
 def leaves(modules: Iterable[Any]) -> list[Any]:
-    """Returns the modules with the children of chains in the place of the chains."""
+    """Returns the modules, with every chain replaced by its children."""
     found: list[Any] = []
     for module in modules:
         if is_chain(module) and is_plain(module):
@@ -104,7 +104,7 @@ def leaves(modules: Iterable[Any]) -> list[Any]:
 
 
 def planned(modules: Iterable[Any]) -> Iterator[Call]:
-    """Yields the calls that stand for calling the modules one after the other, looking at each when it is reached."""
+    """Yields calls that replace calling the modules one after the other; looks at each module when it is its turn."""
     rest = leaves(modules)
     at = 0
     while at < len(rest):
@@ -131,14 +131,14 @@ def run(calls: Iterable[Call], input: Any) -> Any:
 
 
 def run_chain(self: Any, input: Any) -> Any:
-    """Is the forward of an ``nn.Sequential`` that calls each ReLU together with the batch norm before it."""
+    """Runs an ``nn.Sequential``, calling each ReLU together with the batch norm before it; used as its forward."""
     if any_global_hook():
         return _SEQUENTIAL(self, input)
     return run(planned(self._modules.values()), input)
 
 
 def norm_act(self: Any, x: Any) -> Any:
-    """Is the forward of timm's ``BatchNormAct2d``: batch norm, ``drop`` and ``act``."""
+    """Runs timm's ``BatchNormAct2d``: batch norm, ``drop`` and ``act``; used as its forward."""
     if isinstance(x, Proxy):
         return self._record(x, None)
     if acts(self, is_relu) and not any_global_hook():
@@ -147,7 +147,7 @@ def norm_act(self: Any, x: Any) -> Any:
 
 
 def acts(module: Any, how: Callable[[Any], bool]) -> bool:
-    """Returns whether it is timm's ``BatchNormAct2d`` with an activation that is ReLU, or none (``is_passed``)."""
+    """Returns whether ``module`` is timm's ``BatchNormAct2d`` with an activation for which ``how`` is true."""
     inner = module._modules
     return (
         type(module).forward is norm_act and is_passed(inner.get("drop")) and how(inner.get("act"))
@@ -162,22 +162,22 @@ def batch_norm_add_relu(
     *,
     in_place: bool = False,
 ) -> Tensor:
-    """Computes ``relu(norm(input) + residual)``, as one operation where that gives the same.
+    """Computes ``relu(norm(input) + residual)``, as one operation if that gives the same result.
 
-    It is what a forward given to :func:`~steadygrad.nn.register_block` is written with. Where ``norm`` is no batch norm
-    of `steadygrad.nn`, where it or ``relu`` has hooks or a forward of its own, where there are global hooks, or where
-    the sum has another shape or dtype, it calls the modules one after the other.
+    Use it to write a forward for :func:`~steadygrad.nn.register_block`. It calls the modules one after the other if
+    ``norm`` is not a batch norm of `steadygrad.nn`, if ``norm`` or ``relu`` has hooks or a forward of its own, if there
+    are global hooks, or if the sum has another shape or dtype.
 
     Args:
-        norm: the batch norm.
-        input: what it is called with, (N, C, ...).
-        residual: what is added; None for nothing.
-        relu: the module, or ``torch.nn.functional.relu``; None for no activation. Any other activation is called
-            behind the sum.
-        in_place: whether the sum is written into the batch norm's output, where they are not one operation.
+        norm: The batch norm.
+        input: The input of the batch norm, of shape (N, C, ...).
+        residual: The tensor to add; None for nothing. Default: None.
+        relu: A ReLU module, or ``torch.nn.functional.relu``; None for no activation. Any other activation is called
+            after the addition. Default: None.
+        in_place: Whether the sum is written into the batch norm's output if they are not one operation. Default: False.
 
     Raises:
-        What the modules raise.
+        Exception: Whatever the modules raise.
     """
     one = is_norm(norm) and isinstance(input, Tensor) and not any_global_hook()
     if one and (residual is None or _fits(residual, input)):
@@ -203,22 +203,22 @@ def _fits(residual: Any, input: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Steps:
-    """A block's forward, told by the names of its members: layers one after the other, an addition, an activation.
+    """Describes a block's forward by the names of its members: layers, then an addition, then an activation.
 
-    ``Steps("conv1 bn1 relu conv2 bn2", add=True, shortcut="downsample?", last="relu")`` is that of a residual block.
-    Names are separated by spaces; one with a question mark may be None, and is then left out.
+    A residual block is ``Steps("conv1 bn1 relu conv2 bn2", add=True, shortcut="downsample?", last="relu")``. Names are
+    separated by spaces. A member whose name has a question mark may be None, and is then left out.
 
-    A call with keyword arguments, or with more than the one input, takes the block's own forward.
+    A call with keyword arguments or with more than one input uses the block's own forward.
 
     Attributes:
-        body: the layers.
-        add: whether the block's input is added to what they return; or the name of the attribute that says so.
-        before_add: what is called between the layers and the addition, and only where there is one.
-        shortcut: what the input goes through before it is added.
-        last: the activation after the addition or, without one, after the layers.
-        in_place: whether the addition is written ``y += x``.
-        unless: name of an attribute; where it is true the block takes its own forward.
-        end: takes the block and the result, returns the block's output.
+        body: Names of the layers, in the order of their calls.
+        add: Whether the block's input is added to their output, or the name of the attribute that says so.
+        before_add: Names of modules between the layers and the addition; called only if there is an addition.
+        shortcut: Names of modules that the input goes through before it is added.
+        last: Name of the activation after the addition or, if there is none, after the layers.
+        in_place: Whether the addition is written ``y += x``.
+        unless: Name of an attribute; if it is true, the block uses its own forward.
+        end: A function that takes the block and the result, and returns the block's output.
     """
 
     body: str
@@ -231,7 +231,7 @@ class Steps:
     end: Callable[[Any, Any], Any] | None = None
 
     def fits(self, block: nn.Module) -> bool:
-        """Returns whether the block's members are there, and are modules on whose calls nobody waits."""
+        """Returns whether the block has all members, and their calls do nothing but call their class's forward."""
         if self.unless and getattr(block, self.unless, True):
             return False
         if isinstance(self.add, str) and not hasattr(block, self.add):
@@ -264,7 +264,7 @@ class Steps:
         return calls, norm, shortcut, block._modules.get(self.last) if adds else None
 
     def __call__(self, block: nn.Module, input: Any) -> Any:
-        """Calls the members, each batch norm with what it takes on."""
+        """Calls the members, each batch norm together with what it is fused with."""
         calls, norm, shortcut, last = self.plan(block)
         output = run(calls, input)
         if shortcut is not None:
@@ -278,7 +278,7 @@ class Steps:
 
 
 def found(module: nn.Module, forward: Forward | None) -> list[tuple[nn.Module, str, str]]:
-    """Returns what becomes of each batch norm that a chain or a block calls: it, its operation or why there is none."""
+    """Returns, for each batch norm that a chain or block calls: the module, its operation, and why it has none."""
     if isinstance(forward, Steps):
         calls, norm, shortcut, last = forward.plan(module)
         after = "" if shortcut is None else "an addition"

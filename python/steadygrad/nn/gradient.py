@@ -1,4 +1,4 @@
-"""Batch normalization on the kernels, forward and backward: eager autograd, and what the operators share with it."""
+"""Batch normalization on the kernels for eager autograd, forward and backward, and what the operators share with it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from steadygrad import _kernels
 from steadygrad.memory import allocator
 from steadygrad.nn.relu_mask import new_mask, unpacked
 
-# Of input, residual, weight and bias.
+# The gradients of input, residual, weight and bias.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class Options(NamedTuple):
-    """What a forward is told beside its input, its residual, weight and bias."""
+    """The arguments of a forward pass beside its input, residual, weight and bias."""
 
     running_mean: Tensor | None
     running_var: Tensor | None
@@ -29,10 +29,10 @@ class Options(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What backward knows of a forward, in the order in which the kernels and the operators take it.
+    """What the backward pass needs of a forward pass, in the order in which the kernels and the operators take it.
 
-    The bias is needed only where ReLU kept no mask; statistics are those of the batch, (2 C + 1), and None where the
-    running ones were constants.
+    The bias is needed only if ReLU kept no mask. ``statistics`` are those of the batch, shape (2 C + 1), or None if the
+    running ones were used as constants.
     """
 
     input: Tensor
@@ -47,21 +47,21 @@ class Saved(NamedTuple):
 
 
 def is_channels_last(tensor: Tensor) -> bool:
-    """Whether the channels are neighbours in memory and everything else is in order, with no gaps."""
+    """Returns whether the channels are the innermost dimension in memory, without gaps and with the others in order."""
     if tensor.dim() == 4:
         return tensor.is_contiguous(memory_format=torch.channels_last)
     return tensor.movedim(1, -1).is_contiguous()
 
 
 def dense(input: Tensor) -> Tensor:
-    """The tensor itself where it is contiguous or has channels last, else a contiguous copy."""
+    """Returns the tensor itself if it is contiguous or has channels last, else a contiguous copy."""
     if input.is_contiguous() or is_channels_last(input):
         return input
     return input.contiguous()
 
 
 def as_dense_as(tensor: Tensor, input: Tensor) -> Tensor:
-    """The tensor in the memory format of a dense input of its shape."""
+    """Returns the tensor in the memory format of a dense input of the same shape."""
     if input.is_contiguous():
         return tensor.contiguous()
     if tensor.dim() == 4:
@@ -70,7 +70,7 @@ def as_dense_as(tensor: Tensor, input: Tensor) -> Tensor:
 
 
 def with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """The tensor itself where it has these strides, those of a dense tensor, else a copy that does."""
+    """Returns the tensor itself if it has these strides, which are those of a dense tensor, else a copy with them."""
     if tensor.stride() == strides:
         return tensor
     placed = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
@@ -80,7 +80,7 @@ def with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
 def backward(
     grad_output: Tensor, saved: Saved, bias_dtype: torch.dtype | None, needed: Sequence[bool]
 ) -> Gradients:
-    """The gradients that are needed, by the kernels."""
+    """Computes the needed gradients with the kernels."""
     input, _, weight, *_, relu = saved
     grad_output = with_strides(grad_output, input.stride())
     channels = input.shape[1]
@@ -117,7 +117,7 @@ def differentiable_backward(
     bias_dtype: torch.dtype | None,
     needed: Sequence[bool],
 ) -> Gradients:
-    r"""The same gradients as a formula of torch operations, for derivatives of any order.
+    r"""Computes the same gradients with torch operations, for derivatives of any order.
 
     With :math:`g` the gradient where ``passed`` is not 0, :math:`\hat x = (x - \mu) / \sigma` and
     :math:`\langle\rangle` the mean over a channel:
@@ -132,7 +132,7 @@ def differentiable_backward(
     if passed is not None:
         grad = grad.masked_fill(passed == 0, 0)
     if statistics is not None:
-        # Constants have no gradient: the mean is subtracted once in advance, so that nothing cancels.
+        # The constant means are subtracted first, so that nothing cancels; as constants they have no gradient.
         channels = input.shape[1]
         near = input.to(wide) - statistics[:channels].to(wide).view(shape)
         deviation = near - near.mean(reduced, keepdim=True)
@@ -161,7 +161,7 @@ def differentiable_backward(
 
 
 def let_through(saved: Saved) -> Tensor:
-    """Where ReLU let the gradient through, by the kernels' own arithmetic, so that no element changes sides."""
+    """Returns where ReLU let the gradient through, by the kernels' own arithmetic, so that every element agrees."""
     input, mask, weight, bias, statistics, running_mean, running_var, eps, _ = saved
     if mask is None:
         mask = new_mask(input)
@@ -174,12 +174,12 @@ def let_through(saved: Saved) -> Tensor:
 
 
 def new_statistics(input: Tensor) -> Tensor:
-    """Memory for means, biased variances and the number of elements of a channel."""
+    """Allocates memory for the means, the biased variances and the number of elements of a channel."""
     return torch.empty(2 * input.shape[1] + 1, dtype=torch.float64, device=input.device)
 
 
 class BatchNorm(torch.autograd.Function):
-    """Batch normalization for eager autograd; :mod:`steadygrad.nn.operators` has it for compiled code."""
+    """Batch normalization for eager autograd; :mod:`steadygrad.nn.operators` is the form for compiled code."""
 
     @staticmethod
     def forward(
@@ -190,7 +190,7 @@ class BatchNorm(torch.autograd.Function):
         bias: Tensor | None,
         options: Options,
     ) -> Tensor:
-        """The output; keeps the input, and no more of its size. ``ctx`` is None where no gradient will be asked for."""
+        """Returns the output, keeping the input and nothing else of its size; ``ctx`` is None if gradients are off."""
         running_mean, running_var, num_batches_tracked, training, momentum, eps, relu = options
         output = torch.empty_like(input)
         keep_mask = ctx is not None and relu and residual is not None
@@ -214,7 +214,7 @@ class BatchNorm(torch.autograd.Function):
                 statistics,
                 allocator(input.device),
             )
-            # Not to be saved: the next batch changes them, and these gradients do not depend on them.
+            # These are not saved: the next batch changes them, and the gradients do not depend on them.
             running_mean = running_var = None
         else:
             constants = (None, running_mean, running_var)
@@ -222,7 +222,8 @@ class BatchNorm(torch.autograd.Function):
                 input, residual, weight, bias, *constants, eps, relu, output, mask
             )
         if ctx is not None:
-            # Without a mask, backward finds again what ReLU let through; else bias is free to change before.
+            # Without a mask the backward pass computes again what ReLU let through. With one it does not read the bias,
+            # which may then change in between.
             read_bias = bias if relu and not keep_mask else None
             ctx.save_for_backward(
                 input, mask, weight, read_bias, statistics, running_mean, running_var
@@ -232,10 +233,10 @@ class BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of the first four arguments."""
+        """Returns the gradients of the first four arguments."""
         input, *others = ctx.saved_tensors
         eps, relu, bias_dtype, strides = ctx.arguments
-        # Hooks on saved tensors may bring them back in another memory format, which the mask does not have.
+        # Hooks on saved tensors may return the input in another memory format, which would not match the mask.
         saved = Saved._make((with_strides(input, strides), *others, eps, relu))
         needed = ctx.needs_input_grad
         if torch.is_grad_enabled() or not _is_single(grad_output):
@@ -249,13 +250,13 @@ class BatchNorm(torch.autograd.Function):
         return *grads, None
 
 
-# Past what torch.autograd.Function.apply does for torch.func, which costs 2 us; callers have seen to it that no
+# This skips what torch.autograd.Function.apply does for torch.func, which takes 2 us. Callers have checked that no
 # transform is active.
 apply: Callable[..., Tensor] = super(torch.autograd.Function, BatchNorm).apply
 
 
 def _is_single(tensor: Tensor) -> bool:
-    """Not where it stands for a batch of gradients, as under ``is_grads_batched``."""
+    """Returns whether the tensor is a single gradient, and not a batch of them as under ``is_grads_batched``."""
     try:
         tensor.data_ptr()
     except RuntimeError:

@@ -31,8 +31,8 @@ def _inverted(body: str) -> Steps:
 _LAYERS = "maxpool layer1 layer2 layer3 layer4"
 _TIMM = "timm.models._efficientnet_blocks"
 
-# The module and qualified name of a method, what `source_digest` says of the source that is known, what it does.
-# A method of that name with another source, of an older or newer version, is not fused.
+# For the full name of a method: the digest of its known source (see `source_digest`), and what that source does. A
+# method of that name with another source, from an older or newer version, is not fused.
 _KNOWN: dict[str, tuple[str, Forward]] = {
     "torchvision.models.resnet.BasicBlock.forward": (
         "3dc6cc10fd1c",
@@ -82,7 +82,7 @@ _KNOWN: dict[str, tuple[str, Forward]] = {
         "32048ec696a3",
         _inverted("conv_exp bn1 aa se conv_pwl bn2"),
     ),
-    # A batch norm that is a block: timm's ConvNormAct and ConvBnAct have it, and need no more than that.
+    # This batch norm is a block of its own. timm's ConvNormAct and ConvBnAct contain it, and need no entry.
     "timm.layers.norm_act.BatchNormAct2d.forward": ("b1e6468008c6", norm_act),
 }
 _METHODS = ("forward", "_forward_impl", "forward_features")
@@ -96,22 +96,22 @@ def register_block(block: type[nn.Module], forward: Forward) -> None:
 
         register_block(Block, Steps("conv bn relu"))
 
-        def forward(self, x):  # or, where names are not enough, its own lines
+        def forward(self, x):  # or a function, if names are not enough
             y = self.conv(x)
             return sg.nn.batch_norm_add_relu(self.bn, y, residual=x, relu=self.relu)
 
         register_block(Block, forward)
 
-    It holds for models that are converted afterwards, also for subclasses that inherit the forward. At each call a
-    block takes the forward of its class where a member has hooks or a forward of its own, where one is None that may
-    not be, or where there are global module hooks. A function reads the members at each call, as the class does.
+    It applies to models that are converted afterwards, and to subclasses that inherit the forward. At every call a
+    block uses the forward of its class if a member has hooks or a forward of its own, if a member is None that may not
+    be, or if there are global module hooks. A function reads the members at every call, as the class does.
 
     Args:
-        block: the class.
-        forward: :class:`~steadygrad.nn.Steps`, or a function that takes what the class' forward takes.
+        block: The class.
+        forward: :class:`~steadygrad.nn.Steps`, or a function with the arguments of the class's forward.
 
     Raises:
-        TypeError: ``block`` is no class of modules, or ``forward`` cannot be called.
+        TypeError: ``block`` is not a class of modules, or ``forward`` is not callable.
     """
     if not (isinstance(block, type) and issubclass(block, nn.Module)):
         raise TypeError(
@@ -125,9 +125,10 @@ def register_block(block: type[nn.Module], forward: Forward) -> None:
 
 
 def known_forward(kind: type[nn.Module]) -> tuple[str, Forward | None]:
-    """Returns the name of the method of a class that is known, and what it does.
+    """Returns the name of a class's method whose source is known, and what that source does.
 
-    Where its source is not the known one: the method's full name, and None. Where there is none: nothing, and None.
+    If the source differs from the known one, it returns the method's full name and None; if there is no such method, an
+    empty name and None.
     """
     changed = ""
     for method in _METHODS:
@@ -147,12 +148,12 @@ def known_forward(kind: type[nn.Module]) -> tuple[str, Forward | None]:
 
 @functools.cache
 def source_digest(function: FunctionType) -> str:
-    """Returns a digest of a function's arguments and statements: not of layout, comments, annotations or docstring.
+    """Returns a digest of a function's arguments and statements, without layout, comments, annotations or docstring.
 
-    Empty where there is no source to read.
+    The digest is empty if there is no source to read.
     """
     try:
-        # Of the code, since a wrapper passes itself off as what it wraps.
+        # The source is that of the code object, since a wrapper pretends to be the function that it wraps.
         source = inspect.getsource(function.__code__)
         (definition,) = ast.parse(textwrap.dedent(source)).body
     except (OSError, SyntaxError, ValueError):
@@ -168,7 +169,7 @@ def source_digest(function: FunctionType) -> str:
 def stands(
     block: nn.Module, forward: Forward, args: tuple[Any, ...] = (None,), kwargs: Any = None
 ) -> bool:
-    """Returns whether a known forward stands for that of the block's class, as block and arguments are now."""
+    """Returns whether a known forward may replace that of the block's class, for these arguments and members."""
     if any_global_hook():
         return False
     if isinstance(forward, Steps):

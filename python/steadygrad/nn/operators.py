@@ -1,7 +1,7 @@
 """Batch normalization as ``torch.library`` operators, for code that is traced: ``torch.compile``, fake tensors, modes.
 
-They run the same kernels as eager calls. Running statistics have an operator of their own, because one that changes
-its arguments has no gradient.
+The operators run the same kernels as eager calls. Running statistics have an operator of their own, because an operator
+that changes its arguments has no gradient.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def batch_norm(
     bias: Tensor | None,
     options: Options,
 ) -> Tensor:
-    """What :class:`steadygrad.nn.gradient.BatchNorm` does, by operators that a tracer sees."""
+    """Does what :class:`steadygrad.nn.gradient.BatchNorm` does, with operators that a tracer sees."""
     running_mean, running_var, num_batches_tracked, training, momentum, eps, relu = options
     keep_mask = relu and residual is not None and torch.is_grad_enabled()
     output: Tensor
@@ -67,7 +67,7 @@ def batch_norm_training(
     relu: bool,
     keep_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, mask of ReLU (empty where it is not kept) and statistics: means, biased variances, count."""
+    """Returns output, ReLU's mask (empty if it is not kept) and statistics: means, biased variances, count."""
     input = dense(input)
     if residual is not None:
         residual = as_dense_as(residual, input)
@@ -91,7 +91,7 @@ def batch_norm_inference(
     relu: bool,
     keep_mask: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Output, and mask of ReLU (empty where it is not kept), with statistics that are constants."""
+    """Returns output and ReLU's mask (empty if it is not kept), with running statistics as constants."""
     input = dense(input)
     if residual is not None:
         residual = as_dense_as(residual, input)
@@ -114,7 +114,7 @@ def batch_norm_track_(
     num_batches_tracked: Tensor | None,
     momentum: float | None,
 ) -> None:
-    """Brings running statistics up to date with those of a batch."""
+    """Updates running statistics with those of a batch."""
     _kernels.batch_norm_combine(
         statistics.unsqueeze(0),
         torch.empty_like(statistics),
@@ -140,7 +140,7 @@ def batch_norm_backward(
     bias_dtype: torch.dtype | None,
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of input, residual (with ReLU only), weight and bias; empty where they are not needed."""
+    """Returns the gradients of input, residual (with ReLU only), weight and bias; empty if they are not needed."""
     input = dense(input)
     constants = (statistics, running_mean, running_var)
     saved = Saved(input, mask, weight, bias, *constants, eps, relu)
@@ -237,10 +237,10 @@ def _save(
     eps: float,
     relu: bool,
 ) -> None:
-    """Keeps what the gradient needs; ``statistics``: those of the batch, running mean, running variance."""
+    """Keeps what the gradient needs; ``statistics`` are the batch's, the running mean and the running variance."""
     if relu and residual is not None and mask.numel() == 0 and any(ctx.needs_input_grad):
         raise RuntimeError(
-            "batch_norm: keep_mask: expected True where a gradient is needed through ReLU after residual, got False"
+            "batch_norm: keep_mask: expected True if a gradient is needed through ReLU after a residual, got False"
         )
     bias_dtype = None if bias is None else bias.dtype
     read_bias = bias if relu and residual is None else None
@@ -268,7 +268,7 @@ def _gradients(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
 
 
 def _let_through(saved: Saved) -> Tensor:
-    """What ReLU makes of a gradient of ones."""
+    """Returns the gradient of ones through ReLU: 1 where it let the gradient through, else 0."""
     input, mask, weight, bias, statistics, mean, var, eps, _ = saved
     if mask is None:
         if statistics is not None:

@@ -1,6 +1,7 @@
-"""The mask that backward needs of ReLU after a residual: one bit an element. Only its size is known here.
+"""The mask of ReLU after a residual, which the backward pass needs: one bit per element.
 
-Which bit belongs to which element is the business of the kernels, which write every byte of a mask and read it again.
+Only its size is known here. The kernels write every byte of a mask and read it again, and they alone know which bit
+belongs to which element.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from steadygrad.memory import allocator
 
 
 def mask_size(input: Tensor) -> int:
-    """Bytes of the mask of a dense input."""
+    """Returns the number of bytes of the mask of a dense input."""
     batch, channels = input.shape[:2]
     spatial = math.prod(input.shape[2:])
     rows, length = batch * channels, spatial
@@ -25,15 +26,15 @@ def mask_size(input: Tensor) -> int:
 
 
 def new_mask(input: Tensor) -> Tensor:
-    """Memory for a mask."""
+    """Allocates memory for a mask."""
     return torch.empty(mask_size(input), dtype=torch.uint8, device=input.device)
 
 
 def unpacked(mask: Tensor, input: Tensor) -> Tensor:
-    """A mask as a bool tensor of the input's shape, True where ReLU lets through."""
+    """Converts a mask to a tensor of bools of the input's shape, True where ReLU lets the gradient through."""
     passed = torch.empty_like(input)
     zeros = torch.zeros(input.shape[1], dtype=input.dtype, device=input.device)
-    # Of a residual's gradient nothing but the mask decides.
+    # The gradient of a residual depends on nothing but the mask, so the other arguments may be anything.
     _kernels.batch_norm_backward(
         torch.ones_like(input),
         input,

@@ -1,4 +1,4 @@
-"""How a module holds its process group: copies share it, and the default group is saved as what it is."""
+"""Holds a module's process group: copies share it, and the default group can be pickled."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 class SharedGroup:
-    """A process group that a module can be copied and, where it is the default group, pickled with.
+    """Holds a process group in a module that can be copied and, with the default group, pickled.
 
-    The default group is not held: it is whatever ``init_process_group`` has made by the time it is asked for.
+    The default group is not stored; it is always the one that ``init_process_group`` has made last.
 
     Args:
-        group: None for the default group.
+        group: The process group; None for the default group.
     """
 
     __slots__ = ("_group",)
@@ -28,18 +28,18 @@ class SharedGroup:
 
     @classmethod
     def of(cls, group: ProcessGroup | None) -> SharedGroup | None:
-        """Returns what a module is to hold for `group`, which is None for no group at all."""
+        """Returns the object that a module holds for `group`; None if there is no group."""
         if group is None:
             return None
         return cls(None if group is _default_group() else group)
 
     def group(self) -> ProcessGroup | None:
-        """Returns the group; None where it is the default one and ``torch.distributed`` is not initialized."""
+        """Returns the group, or None if it is the default one and ``torch.distributed`` is not initialized."""
         return _default_group() if self._group is None else self._group
 
     @property
     def held(self) -> ProcessGroup | None:
-        """What ``torch.nn.SyncBatchNorm`` holds for the same group: None for the default one."""
+        """Returns what ``torch.nn.SyncBatchNorm`` stores for the same group: None for the default one."""
         return self._group
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedGroup:
@@ -49,9 +49,9 @@ class SharedGroup:
         if self._group is None:
             return SharedGroup, (None,)
         raise pickle.PicklingError(
-            "batch norm: process_group: expected None or the default group in a module that is saved whole, got "
-            "another group, which is a connection between running processes: save model.state_dict() instead, or set "
-            "process_group to None in every batch norm first and anew after loading"
+            "batch norm: process_group: expected None or the default group in a module that is pickled, got another "
+            "group, which is a connection between running processes: save model.state_dict() instead, or set "
+            "process_group to None in every batch norm before saving and set it again after loading"
         )
 
 

@@ -1,4 +1,4 @@
-"""Batch normalization with the statistics of a whole process group: one gather forward, one reduction backward."""
+"""Batch normalization with the statistics of a whole process group: a gather forward, a reduction backward."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from steadygrad.nn.gradient import Options, with_strides
 from steadygrad.nn.relu_mask import new_mask
 from steadygrad.nn.synchronized_gradient import Call, anchor, differentiable_gradients, gradients
 
-# What a rank tells the others about its graph, beside its statistics.
-_FOLLOWS = 0.0  # nothing here requires a gradient
-_RECORDS = 1.0  # something does: this rank's backward reduces over all ranks
-_ABSENT = 2.0  # gradients are off: this rank will not run backward
+# Beside its statistics, a rank tells the others one of these about its graph.
+_FOLLOWS = 0.0  # nothing on this rank requires a gradient
+_RECORDS = 1.0  # something requires a gradient, so this rank's backward pass reduces over all ranks
+_ABSENT = 2.0  # gradients are disabled, so this rank will not run a backward pass
 
 
 def synchronized_batch_norm(
@@ -30,38 +30,39 @@ def synchronized_batch_norm(
     options: Options,
     process_group: dist.ProcessGroup,
 ) -> Tensor:
-    r"""Training batch normalization over the elements of all ranks of ``process_group``.
+    r"""Normalises in training with the statistics of the elements of all ranks of ``process_group``.
 
-    Every rank sends its means, biased variances and count in float64 and combines all of them by the formula of
-    Chan et al., in the order of the ranks, so that all get the same bits. Ranks may have any number of elements,
-    also none: an empty rank takes part in the same collectives. Backward reduces
-    :math:`\sum g` and :math:`\sum g (x - \mu)` in float64; double backward reduces once more. The gradients of
-    ``weight`` and ``bias`` are those of this rank, for ``DistributedDataParallel`` to average.
+    Every rank sends its means, biased variances and count in float64, and combines those of all ranks by the formula of
+    Chan et al. in the order of the ranks, so that all get the same bits. Ranks may have any number of elements; a rank
+    without elements takes part in the same collectives. The backward pass reduces :math:`\sum g` and
+    :math:`\sum g (x - \mu)` in float64, and a second backward pass reduces once more. The gradients of ``weight`` and
+    ``bias`` are those of this rank, for ``DistributedDataParallel`` to average.
 
-    The output requires a gradient where anything does on any rank: the losses of all ranks depend on every input.
-    So backward has to run on all ranks or on none; and all have to be in the same mode of training, and with
-    gradients on or off alike. Where one does not come, the others wait for the group's timeout. On a CUDA device
-    the host waits only on ranks where nothing requires a gradient although gradients are on: these ask the others.
+    The output requires a gradient if anything does on any rank, because the losses of all ranks depend on every input.
+    So the backward pass has to run on all ranks or on none. All ranks have to be in the same training mode, and to have
+    gradients enabled or disabled alike. If one rank does not come, the others wait for the group's timeout. On a CUDA
+    device the host waits only on ranks where gradients are enabled and nothing requires one, since these have to know
+    about the other ranks.
 
-    Under ``torch.compile`` this is a graph break; it runs eagerly.
+    Under ``torch.compile`` this function is a graph break and runs eagerly.
 
     Args:
-        input: (N, C, ...), contiguous or with channels last, or empty.
-        residual: as ``input``, added before ReLU; or None.
-        weight: (C) or None.
-        bias: (C) or None.
-        options: running statistics, momentum, eps and whether ReLU follows.
-        process_group: the ranks; ``torch.distributed.group.WORLD`` for all.
+        input: Input of shape (N, C, ...), contiguous or with channels last, or empty.
+        residual: Tensor like ``input`` that is added before ReLU, or None.
+        weight: Weight of shape (C), or None.
+        bias: Bias of shape (C), or None.
+        options: Running statistics, momentum, eps and whether ReLU follows.
+        process_group: The ranks; ``torch.distributed.group.WORLD`` for all.
 
     Returns:
-        The output, as ``input`` in shape, dtype and strides.
+        The output, with the shape, dtype and strides of ``input``.
 
     Raises:
         TypeError: ``process_group`` is not a ``ProcessGroup``.
-        RuntimeError: ``process_group`` was destroyed or never initialised, or this rank is not one of its members;
-            in backward, when a rank on the CPU ran forward without gradients.
-        ValueError: on the CPU, when all ranks together have one value per channel. On a CUDA device, where the host
-            does not know, the variance is then 0.
+        RuntimeError: ``process_group`` was destroyed or never initialised, or this rank is not a member. The backward
+            pass raises it if a rank on the CPU ran forward with gradients disabled.
+        ValueError: On the CPU, all ranks together have one value per channel. On a CUDA device the host does not know,
+            and the variance is 0 then.
     """
     if torch.compiler.is_compiling():
         eagerly: Callable[..., Tensor] = torch.compiler.disable(_synchronized)
@@ -87,7 +88,7 @@ def _synchronized(
         graph = _RECORDS if wanted else _FOLLOWS
     gathered = _gathered_statistics(input, graph, process_group)
     statistics = gathered.new_empty(2 * input.shape[1] + 1)
-    total = None  # elements of a channel, where the host can know
+    total = None  # number of elements of a channel, if the host knows it
     absent: tuple[int, ...] = ()
     if is_asynchronous(input.device):
         follows = graph == _FOLLOWS and _any_records(gathered)
@@ -121,7 +122,7 @@ def _alone(
     bias: Tensor | None,
     options: Options,
 ) -> Tensor:
-    """What a process without a group does."""
+    """Does what a process without a group does."""
     from steadygrad.nn.functional import batch_norm  # it imports this module
 
     running_mean, running_var, num_batches_tracked, _, momentum, eps, relu = options
@@ -141,14 +142,14 @@ def _alone(
 
 
 def _any_records(gathered: Tensor) -> bool:
-    """Whether any rank records a graph; waits for the device. A capture cannot wait, and assumes it."""
+    """Returns whether any rank records a graph, after waiting for the device; a capture cannot wait, and assumes it."""
     if gathered.is_cuda and torch.cuda.is_current_stream_capturing():
         return True
     return bool((gathered[:, -1] == _RECORDS).any())
 
 
 def _gathered_statistics(input: Tensor, graph: float, group: dist.ProcessGroup) -> Tensor:
-    """The ranks' vectors of statistics and what each said of its graph, (ranks, 2 * channels + 2)."""
+    """Gathers the statistics of all ranks and what each says about its graph, shape (ranks, 2 * channels + 2)."""
     size = 2 * input.shape[1] + 2
     record = torch.full((size,), graph, dtype=torch.float64, device=input.device)
     if input.numel() > 0:
@@ -157,7 +158,7 @@ def _gathered_statistics(input: Tensor, graph: float, group: dist.ProcessGroup) 
         record[:-1] = 0
     ranks = group.size()
     gathered = record.new_empty(ranks * size)
-    # torch 2.13 renamed it, and warns of the old name
+    # torch 2.13 renamed the function, and warns of the old name
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(gathered, record, group=group)
     return gathered.view(ranks, size)
@@ -184,7 +185,8 @@ class _Normalize(torch.autograd.Function):
             _kernels.batch_norm_normalize(
                 input, *affine, statistics, None, None, call.eps, call.relu, output, mask
             )
-        # Without a mask, ReLU is decided once more; else bias is free to change before backward.
+        # Without a mask the backward pass decides ReLU once more. With one it does not read the bias, which may then
+        # change in between.
         read_bias = bias if call.relu and mask is None else None
         ctx.save_for_backward(input, weight, read_bias, statistics, mask)
         ctx.call, ctx.strides = call, input.stride()
@@ -200,7 +202,7 @@ class _Normalize(torch.autograd.Function):
                 f"but ranks {list(call.absent)} ran forward with gradients off"
             )
         input, *saved = ctx.saved_tensors
-        # Hooks on saved tensors may bring it back in another memory format, which the mask does not have.
+        # Hooks on saved tensors may return the input in another memory format, which would not match the mask.
         input = with_strides(input, ctx.strides)
         needed = ctx.needs_input_grad[:4]
         arguments = (grad_output, input, *saved, call, ctx.bias_dtype, needed)

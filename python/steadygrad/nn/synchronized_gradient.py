@@ -1,4 +1,4 @@
-"""The gradients of synchronised batch normalization, which can be differentiated once more: a reduction for each."""
+"""The gradients of synchronised batch normalization, which can be differentiated once more; each takes a reduction."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from steadygrad.nn.gradient import Gradients, Saved, let_through, with_strides
 
 @dataclass(frozen=True)
 class Call:
-    """What the ranks know of a forward when its backward comes."""
+    """What the backward pass needs to know about its forward pass."""
 
     eps: float
     relu: bool
     group: dist.ProcessGroup
-    recorded: bool  # whether backward may come
-    absent: tuple[int, ...]  # ranks known not to run backward
+    recorded: bool  # whether there may be a backward pass
+    absent: tuple[int, ...]  # ranks known not to run a backward pass
 
 
 def anchor() -> Tensor:
-    """An input that makes autograd record a call in which nothing else requires a gradient."""
+    """Returns an input that makes autograd record a call in which nothing else requires a gradient."""
     return torch.empty(0, requires_grad=True, device="cpu")
 
 
@@ -43,7 +43,7 @@ def gradients(
     bias_dtype: torch.dtype | None,
     needed: tuple[bool, bool, bool, bool],
 ) -> tuple[Gradients, Tensor]:
-    """Gradients of input, residual, weight and bias where needed, and the sums over all ranks."""
+    """Computes the needed gradients of input, residual, weight and bias, and the sums over all ranks."""
     channels = input.shape[1]
     grad_output = with_strides(grad_output, input.stride())
     common = (grad_output, input, mask, weight, bias, statistics)
@@ -58,7 +58,7 @@ def gradients(
     grad_residual = grad_weight = grad_bias = None
     if needed[1]:
         grad_residual = torch.empty_like(input) if call.relu else grad_output
-    # Always, whatever is needed here: the others' input gradients need this rank's sums.
+    # The sum is always computed, whatever is needed here, since other ranks need this rank's sums.
     total, reduction = _start_sum(sums, call.group)
     if needed[2] and weight is not None:
         inverse = torch.rsqrt(statistics[channels:-1] + call.eps)
@@ -74,13 +74,13 @@ def gradients(
 
 
 def _start_sum(local: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, dist.Work | None]:
-    """Where the sum over all ranks will be, and what to wait for."""
+    """Starts the sum over all ranks, and returns the tensor that will hold it and the work to wait for."""
     total = local.clone()
     return total, dist.all_reduce(total, group=group, async_op=True)
 
 
 class _Gradient(torch.autograd.Function):
-    """The gradients as a function of grad_output, input and weight, differentiable once more."""
+    """Computes the gradients as a function of grad_output, input and weight that can be differentiated once more."""
 
     @staticmethod
     def forward(
@@ -123,10 +123,11 @@ def _second_gradients(
     mask: Tensor | None,
     sums: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients with respect to grad_output, input and weight, from those of what `gradients` returned.
+    """Returns the gradients with respect to grad_output, input and weight, from those of the outputs of `gradients`.
 
-    Plain torch in float64, as this is rare. ``h`` is input's gradient's gradient times weight, ``u`` is weight's
-    gradient's gradient times ``g``, ``d`` is ``input - mean``.
+    The arithmetic is plain torch in float64, as second derivatives are rare. ``h`` is the gradient with respect to
+    input's gradient times weight, ``u`` is the one with respect to weight's gradient times ``g``, and ``d`` is
+    ``input - mean``.
     """
     to_input, to_residual, to_weight, to_bias = grads
     channels = input.shape[1]
@@ -162,7 +163,7 @@ def _second_gradients(
     g_sum, gd_sum = (t.view(shape) for t in sums.chunk(2))
 
     def unscaled(v: Tensor, v_sum: Tensor, vd_sum: Tensor) -> Tensor:
-        """The first backward without weight, which is its own adjoint."""
+        """Applies the first backward pass without weight, a linear map that is its own adjoint."""
         return inverse * (v - v_sum / n - d * (inverse**2 * vd_sum / n))
 
     along = h_sum * g_sum / n - hg_sum + 3 * inverse**2 * gd_sum * hd_sum / n

@@ -1,4 +1,4 @@
-"""What micro-batches have left for the next step: sums of gradients and what to divide them by."""
+"""Accumulates the gradients of micro-batches for the next step: their sums, and the number to divide them by."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from steadygrad.optim.options import HALF_DTYPES, checked_number
 
 
 class Accumulated:
-    """The micro-batches since the last step.
+    """Holds the micro-batches since the last step.
 
-    Gradients of fp32 and fp64, and sparse ones, stay in ``.grad``, where backward sums them; those of half precision
-    are moved from ``.grad`` to sums in fp32 after every micro-batch.
+    Gradients in fp32 and fp64, and sparse ones, stay in ``.grad``, where the backward pass sums them. Gradients in half
+    precision are moved from ``.grad`` to sums in fp32 after every micro-batch.
 
     Attributes:
-        sums: per parameter whose gradients are of half precision, their sum.
-        divisor: what the sums are divided by, 1 before the first micro-batch; on the device where a weight was.
+        sums: The sum of the gradients of each parameter whose gradients have half precision.
+        divisor: What the sums are divided by, 1 before the first micro-batch; on a device if a weight was there.
     """
 
     def __init__(self) -> None:
@@ -32,14 +32,14 @@ class Accumulated:
         self._failure: str | None = None
 
     def check_closed(self, function: str) -> None:
-        """Refuses what would take or drop half a micro-batch."""
+        """Refuses a call inside a micro-batch, which would take or drop half of it."""
         if self._is_open:
             raise RuntimeError(
                 f"{function}: accumulate: expected a call after the micro-batch, got one inside"
             )
 
     def check_ready(self, closure: Closure | None, found_inf: Any) -> None:
-        """Refuses a step that would not be that of the mean; ``found_inf``: of a scaler that sees ``.grad`` only."""
+        """Refuses a step that would not be by the mean; ``found_inf`` comes from a scaler that sees only ``.grad``."""
         self.check_closed("step")
         self._check_unbroken("step")
         if self._is_empty:
@@ -55,13 +55,13 @@ class Accumulated:
             )
         if self.sums and found_inf is not None:
             raise RuntimeError(
-                "step: found_inf: expected that of steadygrad.GradScaler, as steadygrad.accumulate sums half-precision "
-                f"gradients apart from .grad, got {found_inf!r}"
+                "step: found_inf: expected that of steadygrad.GradScaler, since steadygrad.accumulate sums "
+                f"half-precision gradients apart from .grad, got {found_inf!r}"
             )
         if any(param.grad is not None for param in self.sums):
             raise RuntimeError(
                 "step: accumulate: expected every backward inside a micro-batch, got a gradient from outside, or "
-                "of a parameter whose dtype has changed since; zero_grad() drops it and all micro-batches"
+                "a parameter whose dtype has changed since; zero_grad() drops it and all micro-batches"
             )
 
     def _check_unbroken(self, function: str) -> None:
@@ -73,7 +73,7 @@ class Accumulated:
 
     @torch.no_grad()
     def begin(self, params: Sequence[Tensor], decay: float) -> None:
-        """Before a micro-batch's backward: what came before counts less."""
+        """Begins a micro-batch, before its backward pass: multiplies what came before by ``decay``."""
         if self._is_open:
             raise RuntimeError(
                 "accumulate: optimizer: expected one micro-batch at a time, got one inside another"
@@ -90,8 +90,8 @@ class Accumulated:
 
     @torch.no_grad()
     def complete(self, params: Sequence[Tensor], weight: float | Tensor) -> None:
-        """After it: gradients of half precision go to the sums."""
-        # Not by hooks: DistributedDataParallel writes what it has reduced at the end of backward.
+        """Completes a micro-batch, after its backward pass: moves gradients in half precision to the sums."""
+        # Hooks would come too early: DistributedDataParallel writes the reduced gradients at the end of backward.
         for param in params:
             grad = param.grad
             if grad is None or grad.dtype not in HALF_DTYPES or grad.layout != torch.strided:
@@ -105,28 +105,28 @@ class Accumulated:
         self._is_empty = self._is_open = False
 
     def fail(self, error: BaseException) -> None:
-        """After half a micro-batch: nothing can be taken out of the sums again."""
+        """Gives up the sums after an exception inside a micro-batch, since its part cannot be taken out again."""
         self.sums = {}
         self._is_open = False
         self._failure = type(error).__name__
 
     @torch.no_grad()
     def hand_over(self) -> None:
-        """Sums that have become the update's gradients go to ``.grad``, in the dtype that it has to have."""
+        """Moves sums that were changed to the update's gradients to ``.grad``, in the dtype that it has to have."""
         for param, total in self.sums.items():
-            # As of torch 2.11 it may differ from the parameter's; None allows any.
+            # From torch 2.11 on, the gradient's dtype may differ from the parameter's; None allows any.
             param.grad = total.to(getattr(param, "grad_dtype", None) or param.dtype)
         self.sums, self.divisor, self._is_empty = {}, 1.0, True
 
     def gradients(self, param_groups: list[dict[str, Any]]) -> list[Tensor | None] | None:
-        """One per parameter, from the sums where they are; None where ``.grad`` has them all."""
+        """Returns a gradient per parameter, from the sums if it has one there; None if ``.grad`` has all of them."""
         if not self.sums:
             return None
         return [self.sums.get(p, p.grad) for group in param_groups for p in group["params"]]
 
 
 def checked_weight(weight: float | Tensor) -> float | Tensor:
-    """A finite number, at least 0; one on a device that is not waited for is taken as it is."""
+    """Returns a weight as a finite number of at least 0; a number on a device is not checked, which would wait."""
     if isinstance(weight, Tensor) and weight.numel() == 1 and is_asynchronous(weight.device):
         return weight.detach().reshape(()).to(torch.float32)
     return checked_number("accumulate: weight", weight)

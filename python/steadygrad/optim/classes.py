@@ -1,4 +1,4 @@
-"""``torch.optim``'s classes with a stabilized step, and the fused rules behind them."""
+"""``torch.optim``'s classes with a stabilized step, and the fused rules that they use."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ Constructor = TypeVar("Constructor", bound=Callable[..., None])
 
 
 def written_out(signature: Constructor) -> Constructor:
-    """Decorates a constructor that is a signature without a body: :class:`StabilizedClass` takes its arguments.
+    """Decorates a constructor that only declares a signature; :class:`StabilizedClass` takes the arguments.
 
-    So editors, type checkers and ``inspect`` see the parameters of a class, while what was not given stays what the
-    torch that is there makes of it. ``inspect`` sees each of the Stabilizer's options in the place of ``options``.
+    Editors, type checkers and ``inspect`` see the parameters, while arguments that are not given get the defaults of
+    the installed torch. ``inspect`` sees each of the Stabilizer's options instead of ``options``.
     """
 
     @functools.wraps(signature)
@@ -57,9 +57,9 @@ def written_out(signature: Constructor) -> Constructor:
 
 
 class StabilizedClass(StabilizedOptimizer):
-    """Mixed into a torch optimizer class: the same optimizer with a stabilized step.
+    """Adds a stabilized step to a torch optimizer class, into which it is mixed.
 
-    Takes torch's arguments, and the keyword arguments of :class:`steadygrad.Stabilizer`.
+    The class takes torch's arguments, and the keyword arguments of :class:`steadygrad.Stabilizer`.
     """
 
     rule: ClassVar[UpdateRule]
@@ -74,7 +74,7 @@ class StabilizedClass(StabilizedOptimizer):
         self._join_zero_redundancy(given)
 
     def _check_keywords(self, given: Iterable[str], own: set[str]) -> None:
-        """Refuses unknown names. Torch's are those of the torch that is there, which may have more than we list."""
+        """Refuses unknown names; the installed torch may have arguments that our signatures do not list."""
         known = own | set(inspect.signature(self.rule.optimizer).parameters)
         for name in given:
             if name not in known:
@@ -87,7 +87,7 @@ class StabilizedClass(StabilizedOptimizer):
     def _make_stepper(self) -> Stepper:
         assert isinstance(self, torch.optim.Optimizer)
         torch_step = self.rule.optimizer.step
-        # torch hooks each class's step; this object's hooks run around our own.
+        # torch wraps the step of each class to run hooks. Here the hooks run around our own step.
         if getattr(torch_step, "hooked", False):
             torch_step = torch_step.__wrapped__  # type: ignore[attr-defined]
         return Stepper(
@@ -99,7 +99,7 @@ class StabilizedClass(StabilizedOptimizer):
         )
 
     def _torch_step(self, torch_step: Any, *closure: Closure) -> Any:
-        # torch's own step would unscale the gradients a second time.
+        # Without these attributes torch's own step does not unscale the gradients a second time.
         amp = {key: self.__dict__.pop(key) for key in AMP_KEYS if key in self.__dict__}
         try:
             return torch_step(self, *closure)
@@ -107,29 +107,29 @@ class StabilizedClass(StabilizedOptimizer):
             self.__dict__.update(amp)
 
     def step(self, closure: Closure | None = None) -> Any:
-        """One stabilized step; see :meth:`steadygrad.Stabilizer.step`."""
+        """Takes one stabilized step; see :meth:`steadygrad.Stabilizer.step`."""
         assert isinstance(self, torch.optim.Optimizer)
         stepper = self.__dict__.get("_stepper") or self._current_stepper()
         if not is_watched(self):
             return stepper.step(self, closure)
         return run_hooked(self, lambda closure: (stepper.step(self, closure), True), closure)
 
-    # Or torch would run the hooks, too.
+    # This mark keeps torch from wrapping the step, which would run the hooks twice.
     step.hooked = True  # type: ignore[attr-defined]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Sets or zeroes gradients as torch does; drops what :func:`steadygrad.accumulate` has gathered."""
+        """Sets gradients to None or zero as torch does, and drops what :func:`steadygrad.accumulate` has gathered."""
         self._drop_accumulated()
         super().zero_grad(set_to_none=set_to_none)  # type: ignore[misc]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a param group; keys it does not set get this optimizer's defaults."""
+        """Adds a param group; keys that it does not set get this optimizer's defaults."""
         self._flush()
         super().add_param_group(named_alike(self.param_groups, param_group))  # type: ignore[misc]
         self._enter_last_group()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict of this class or of torch's; what torch's lacks stays as it is."""
+        """Loads a state dict of this class or of torch's; keys that torch's lacks keep their values."""
         check_loaded(state_dict, self._options)
         self._flush()
         kept = self._kept_group_keys()
@@ -137,19 +137,19 @@ class StabilizedClass(StabilizedOptimizer):
         self._after_load(state_dict, kept)
 
     def state_dict(self) -> dict[str, Any]:
-        """Torch's state dict, with this class's keys in its param groups; torch can load it."""
+        """Returns torch's state dict, with this class's keys in its param groups; torch can load it."""
         with self._saving():
             state_dict: dict[str, Any] = super().state_dict()  # type: ignore[misc]
         return state_dict
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and deepcopy: torch's, and the options."""
+        """Returns torch's state for pickle and deepcopy, and the options."""
         self._flush_to_save()
         state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]
         return {**state, "_options": self._options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Takes whole or partial states, as torch's ``load_state_dict`` passes them."""
+        """Sets a whole state or, as torch's ``load_state_dict`` does, a part of it."""
         self._flush()
         super().__setstate__(state)  # type: ignore[misc]
         self._stepper = None
@@ -450,7 +450,7 @@ class Rprop(StabilizedClass, torch.optim.Rprop):
 class Lion(StabilizedClass, lion.Lion):
     """Lion (Chen et al. 2023) with the keyword arguments of :class:`steadygrad.Stabilizer`.
 
-    Its own arguments and its formula are those of :class:`steadygrad.optim.lion.Lion`.
+    Lion's own arguments and its formula are those of :class:`steadygrad.optim.lion.Lion`.
     """
 
     rule = LION_RULE
@@ -468,7 +468,7 @@ class Lion(StabilizedClass, lion.Lion):
     ) -> None: ...
 
 
-# The fused rule of each class. A subclass may override anything, so the type must be that very class.
+# The fused rule of each class. Subclasses are not fused, since a subclass may override anything.
 RULES = {
     rule.optimizer: rule
     for rule in (

@@ -1,4 +1,4 @@
-"""What a step raises of its own."""
+"""The error of a step with non-finite gradients, and its message."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from steadygrad.parameter_names import parameter_names
 
 
 class NonfiniteGradientError(RuntimeError):
-    """Raised under ``nonfinite="raise"``; nothing was changed."""
+    """Raised by a step with non-finite gradients under ``nonfinite="raise"``; nothing was changed."""
 
 
 def nonfinite_message(
@@ -20,10 +20,10 @@ def nonfinite_message(
     """Names the parameters whose gradients are not finite.
 
     Args:
-        param_groups: of the optimizer.
-        indices: of the parameters that took part, in the order of the groups.
-        counts: of the non-finite elements of each of them.
-        total: of all ranks.
+        param_groups: The param groups of the optimizer.
+        indices: Indices of the parameters that took part, in the order of the groups.
+        counts: Number of non-finite elements of each of them.
+        total: Number of non-finite elements on all ranks.
     """
     names = parameter_names(param_groups)
     found = [

@@ -1,4 +1,4 @@
-"""Param groups: the usual two, the limits that all of them have in common, and what is checked of loaded ones."""
+"""Param groups: the usual two, limits that can be set for all of them at once, and checks of loaded ones."""
 
 from __future__ import annotations
 
@@ -35,22 +35,23 @@ def param_groups(
     l2: float | None = None,
     weight_decay: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Splits a model's trainable parameters into two param groups: penalised weights, and the rest.
+    """Splits a model's trainable parameters into two param groups: weights to penalise, and the rest.
 
     The second group holds biases, the parameters of normalization layers, and everything with fewer than two
-    dimensions (scales, gains); it gets 0 for each option given here.
+    dimensions (scales, gains). It gets 0 for each option given here.
 
     Args:
-        model: any module; parameters with ``requires_grad=False`` are left out, tied ones appear once.
-        l1: ``l1`` of the first group; None leaves the key out, so that the optimizer's default holds for both.
-        l2: likewise.
-        weight_decay: likewise; the wrapped optimizer's own decay.
+        model: Any module. Parameters with ``requires_grad=False`` are left out, and tied ones appear once.
+        l1: The ``l1`` of the first group. None leaves the key out, so that both groups get the optimizer's default.
+            Default: None.
+        l2: The ``l2`` of the first group, likewise. Default: None.
+        weight_decay: The wrapped optimizer's own weight decay of the first group, likewise. Default: None.
 
     Returns:
-        ``[penalised, rest]``, each with ``params``, ``param_names`` and the options given; either may be empty.
+        ``[penalised, rest]``, each with ``params``, ``param_names`` and the given options; either may be empty.
 
     Raises:
-        ValueError: a parameter of a lazy module is not initialized yet, so its dimensions are not known.
+        ValueError: A parameter of a lazy module is not initialized yet, so its dimensions are not known.
     """
     given = {"l1": l1, "l2": l2, "weight_decay": weight_decay}
     options = {key: as_float(value) for key, value in given.items() if value is not None}
@@ -67,8 +68,8 @@ def param_groups(
             continue
         if is_lazy(param):
             raise ValueError(
-                f"param_groups: model: expected initialized parameters, got an {type(param).__name__} in {name!r}, of "
-                "a lazy module; run a batch through the model first"
+                f"param_groups: model: expected initialized parameters, got an {type(param).__name__} at {name!r}, "
+                "which belongs to a lazy module; run a batch through the model first"
             )
         is_bias = name.rsplit(".", 1)[-1].endswith("bias")
         exempt = is_bias or param.ndim < 2 or id(param) in exempt_ids
@@ -87,13 +88,14 @@ Groups = list[dict[str, Any]]
 
 
 class SettableLimits:
-    """``opt.max_norm = 0.5`` sets the key of every param group; groups that are added later get the value set last.
+    """Lets the limits of all param groups be set at once: ``opt.max_norm = 0.5``.
 
-    Reading gives the value that all groups have in common.
+    Setting a limit sets the key of every param group, and groups that are added later get the value set last. Reading
+    gives the value that all groups have in common.
 
     Raises:
-        TypeError: a value is no number.
-        ValueError: a value is negative or NaN, or infinite for a penalty; on reading, the groups differ.
+        TypeError: A value is not a number.
+        ValueError: A value is negative or NaN, or infinite for a penalty; when reading, the groups differ.
     """
 
     _options: StabilizerOptions
@@ -104,7 +106,7 @@ class SettableLimits:
 
     @property
     def max_norm(self) -> float | None:
-        """Limit of the gradient norm, None for none; beside ``clip`` a cap on what the policy allows."""
+        """The limit of the gradient norm; None for no limit. With ``clip`` it caps the limits of the policy."""
         limit: float | None = self._common("max_norm")
         return limit
 
@@ -114,7 +116,7 @@ class SettableLimits:
 
     @property
     def clip_value(self) -> float | None:
-        """Limit of every element after the norm's clip, None for none."""
+        """The limit of every element, after the clip by the norm; None for no limit."""
         limit: float | None = self._common("clip_value")
         return limit
 
@@ -124,7 +126,7 @@ class SettableLimits:
 
     @property
     def l1(self) -> float:
-        """Weight of the L1 penalty."""
+        """The weight of the L1 penalty."""
         l1: float = self._common("l1")
         return l1
 
@@ -134,7 +136,7 @@ class SettableLimits:
 
     @property
     def l2(self) -> float:
-        """Weight of the L2 penalty."""
+        """The weight of the L2 penalty."""
         l2: float = self._common("l2")
         return l2
 
@@ -146,7 +148,7 @@ class SettableLimits:
         default = getattr(self._genuine()._options, key)
         values = [as_float(group.get(key, default)) for group in self.param_groups]
         if any(value != values[0] for value in values):
-            # Not an AttributeError: a Stabilizer would look for the name on the optimizer that it wraps.
+            # With an AttributeError a Stabilizer would look for the name on the optimizer that it wraps.
             raise ValueError(
                 f"{key}: expected one value in all param groups, got {', '.join(map(repr, values))}; read "
                 f"param_groups[i][{key!r}], or set {key} for all of them"
@@ -165,7 +167,7 @@ class SettableLimits:
 
 
 def make_plain(groups: Groups) -> None:
-    """Makes the limits that were set in param groups Python's numbers, so that every file can hold them."""
+    """Converts the limits in param groups to Python's numbers, so that every format of checkpoints can hold them."""
     for group in groups:
         for key in (*LIMITS, CLIPPING):
             if key in group:
@@ -173,11 +175,11 @@ def make_plain(groups: Groups) -> None:
 
 
 def warn_of_other_limits(asked: Groups, groups: Groups) -> None:
-    """Warns, once, where limits that were loaded are others than those that the optimizer had.
+    """Warns once if loaded limits differ from those that the optimizer had before.
 
     Args:
-        asked: of each param group the keys that it had before loading.
-        groups: the param groups after it.
+        asked: For each param group, the keys that it had before loading.
+        groups: The param groups after loading.
     """
     found: list[str] = []
     remedies: list[str] = []
@@ -198,27 +200,28 @@ def warn_of_other_limits(asked: Groups, groups: Groups) -> None:
             remedies.append(f"optimizer.{target} = {mine!r}")
     if found:
         warnings.warn(
-            f"load_state_dict: the checkpoint's limits hold from here on ({'; '.join(found)}). To go on with those "
-            f"asked for, set them after loading: {'; '.join(remedies)}",
+            f"load_state_dict: the checkpoint's limits replace those of this optimizer ({'; '.join(found)}). To keep "
+            f"this optimizer's, set them after loading: {'; '.join(remedies)}",
             stacklevel=4,
         )
 
 
-# Beyond it numbers of steps are no floats.
+# Larger step numbers are not exact as float64.
 _MOST_STEPS = 2**53
 
 
 def check_loaded(state_dict: dict[str, Any], options: StabilizerOptions) -> None:
-    """Refuses a state dict whose counters or policies' states no step could go on from.
+    """Refuses a state dict with counters or policy states from which no step could continue.
 
     Args:
-        state_dict: of an optimizer, stabilized or not; keys that it lacks are not missed.
-        options: of the optimizer that is to load it.
+        state_dict: The state dict of an optimizer, stabilized or not; it may lack keys.
+        options: The options of the optimizer that will load it.
 
     Raises:
-        TypeError: a counter is no int.
-        ValueError: a counter is negative or too large, or a policy's state malformed.
+        TypeError: A counter is not an int.
+        ValueError: A counter is negative or too large, or a policy's state is malformed.
     """
+    # "{}" stands for the state of a policy written in Python, which is not called here.
     # Nothing is asked of a policy in Python; "{}" stands in for the state that it has.
     policies = PolicyStates(options.clip, options.skip, options.scope, options.per_tensor, "{}")
     for i, group in enumerate(state_dict.get("param_groups", ())):

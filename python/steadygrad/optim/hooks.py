@@ -1,4 +1,4 @@
-"""Steps as torch's hooks, its profiler and others see them: within their hooks, or past their wrapper."""
+"""Runs torch's hooks and profiler around a step, and warns of steps that bypass the wrapper."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from steadygrad.optim.in_place import Closure
 
 
 def is_watched(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a hook or a profiler would see its step; without, a step does without the time that it takes to ask."""
+    """Returns whether hooks or a profiler observe the step; other steps save the time of running them."""
     return bool(
         optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks
@@ -31,15 +31,16 @@ def run_hooked(
     step: Callable[[Closure | None], tuple[Any, bool]],
     closure: Closure | None,
 ) -> Any:
-    """A step between the optimizer's hooks, as ``torch.optim.Optimizer.profile_hook_step`` has it.
+    """Runs a step between the optimizer's hooks, as ``torch.optim.Optimizer.profile_hook_step`` does.
 
     Args:
-        optimizer: whose hooks run.
-        step: is given the closure, and returns its loss and whether the step was taken: post-hooks run only then.
-        closure: which pre-hooks may replace.
+        optimizer: The optimizer whose hooks run.
+        step: A function that takes the closure, and returns its loss and whether the step was taken; post-hooks run
+            only if it was.
+        closure: The closure, which pre-hooks may replace.
 
     Raises:
-        RuntimeError: a pre-hook returned something else than None or a pair of arguments.
+        RuntimeError: A pre-hook returned something other than None or a pair of arguments.
     """
     args: tuple[Any, ...] = (optimizer,) if closure is None else (optimizer, closure)
     kwargs: dict[str, Any] = {}
@@ -58,7 +59,7 @@ def run_hooked(
                 )
             args, kwargs = changed
         loss, taken = step(args[1] if len(args) > 1 else kwargs.get("closure"))
-        # Where a profiler that traces Python looks at the optimizer.
+        # A profiler that traces Python observes the optimizer in this call.
         optimizer._optimizer_step_code()
         if taken:
             for post_hook in chain(
@@ -70,16 +71,16 @@ def run_hooked(
 
 
 class _WatchedStep:
-    """Stands for the ``step`` of one wrapped optimizer, as an attribute of that object.
+    """Replaces the ``step`` of one wrapped optimizer, as an attribute of that object.
 
-    The fused path never calls it, so that watching costs nothing there. It keeps nothing alive.
+    The fused path never calls it, so watching costs nothing there. It keeps no object alive.
 
     Args:
-        optimizer: the wrapped one.
-        step: what a scheduler had put in the place of the optimizer's step before; None for the step of its class.
+        optimizer: The wrapped optimizer.
+        step: The step that a scheduler had put on the optimizer before; None for the step of its class.
     """
 
-    # A scheduler that is made for the wrapped optimizer would put a step of its own here; this one does its part.
+    # A scheduler for the wrapped optimizer would put a step of its own here; the mark says that this one does its part.
     _wrapped_by_lr_sched = True
 
     def __init__(self, optimizer: torch.optim.Optimizer, step: Callable[..., Any] | None) -> None:
@@ -96,7 +97,7 @@ class _WatchedStep:
             warnings.warn(
                 f"{type(optimizer).__name__}.step: called on the optimizer that a steadygrad.Stabilizer wraps: such "
                 "steps are not stabilized, nothing is clipped, penalised or checked. Call step of the Stabilizer, and "
-                "give it to schedulers, scalers and trainers in the place of the optimizer",
+                "give schedulers, scalers and trainers the Stabilizer instead of the optimizer",
                 stacklevel=2,
             )
         optimizer._opt_called = True
@@ -109,9 +110,9 @@ _watched: WeakKeyDictionary[torch.optim.Optimizer, _WatchedStep] = WeakKeyDictio
 
 
 def watch(wrapper: torch.optim.Optimizer, optimizer: torch.optim.Optimizer) -> None:
-    """Lets the step of a wrapped optimizer warn, once, where something else than a wrapper calls it.
+    """Makes the step of a wrapped optimizer warn, once, if anything but a wrapper calls it.
 
-    A step that somebody else had put on the object before stays as it is, and is not watched.
+    A step that something else has put on the object stays as it is, and is not watched.
     """
     step = vars(optimizer).get("step")
     if step is None or hasattr(step, "_wrapped_by_lr_sched"):
@@ -122,7 +123,7 @@ def watch(wrapper: torch.optim.Optimizer, optimizer: torch.optim.Optimizer) -> N
 
 
 def own_step(optimizer: torch.optim.Optimizer, *closure: Callable[[], Any]) -> Any:
-    """Calls the wrapped optimizer's own step for its wrapper."""
+    """Calls the wrapped optimizer's own step on behalf of its wrapper."""
     watched = _watched.get(optimizer)
     if watched is None:
         return optimizer.step(*closure)

@@ -1,4 +1,4 @@
-"""The in-place path: why an optimizer takes it, its closures, and what happens around its own step."""
+"""The in-place path: why an optimizer takes it, how closures are called, and what happens around its own step."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def why_not_fused(
     optimizer: torch.optim.Optimizer, rule: UpdateRule | None, bypasses_step: bool
 ) -> str | None:
-    """A short reason, or None when the fused path takes everything this optimizer holds.
+    """Returns a short reason, or None if the fused path can step everything that this optimizer holds.
 
-    ``bypasses_step``: whether fusing would pass over the optimizer's own ``step`` method.
+    ``bypasses_step`` tells whether fusing would pass over the optimizer's own ``step`` method.
 
     Raises:
-        RuntimeError: a parameter is an inference tensor, which nothing may update.
+        RuntimeError: A parameter is an inference tensor, which may not be updated.
     """
     params = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     for i, (param, _) in enumerate(params):
@@ -53,7 +53,7 @@ def why_not_fused(
     seen: set[int] = set()
     for param, group in params:
         if is_lazy(param):
-            continue  # like any parameter without a gradient; once it has one it is looked at again
+            continue  # It has no gradient yet; once it has one, this function is called again.
         local = local_tensor(param)
         why = _why_not_param(local, rule)
         if why is None and local.numel() > 0 and local.data_ptr() in seen:
@@ -102,13 +102,13 @@ Closure = Callable[[], Any]
 
 
 def evaluates_closure(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether its step calls the closure by itself, more than once, as LBFGS does: then it cannot do without."""
+    """Tells whether the optimizer's step itself calls the closure, more than once, as LBFGS's, so that it needs one."""
     parameter = inspect.signature(type(optimizer).step).parameters.get("closure")
     return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
 def other_update_methods(optimizer: torch.optim.Optimizer) -> list[str]:
-    """Public methods beside ``step`` that can be called as it is, such as ``first_step`` and ``second_step`` of SAM."""
+    """Returns methods like ``step`` that need no arguments, such as ``first_step`` and ``second_step`` of SAM."""
     kind = type(optimizer)
     names = [name for name in dir(kind) if name.endswith("_step") and not name.startswith("_")]
     return [
@@ -121,14 +121,14 @@ def other_update_methods(optimizer: torch.optim.Optimizer) -> list[str]:
 
 
 def _can_do_without_arguments(method: Callable[..., Any]) -> bool:
-    # What needs arguments, as ``update_step`` of bitsandbytes, is a part of the step.
+    # A method that needs arguments, such as ``update_step`` of bitsandbytes, is a part of the step.
     optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = list(inspect.signature(method).parameters.values())[1:]
     return all(p.kind in optional or p.default is not p.empty for p in parameters)
 
 
 def evaluated(closure: Closure | None) -> Any:
-    """The closure's loss, evaluated with gradients enabled; None without a closure."""
+    """Returns the closure's loss, evaluated with gradients enabled; None without a closure."""
     if closure is None:
         return None
     with torch.enable_grad():
@@ -136,7 +136,7 @@ def evaluated(closure: Closure | None) -> Any:
 
 
 def snapshot(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """A function that puts the parameters and the state back as they are now."""
+    """Returns a function that puts the parameters and the state back as they are now."""
     params = [(p, p.detach().clone()) for g in optimizer.param_groups for p in g["params"]]
     state = {p: copy.deepcopy(values) for p, values in optimizer.state.items()}
 
@@ -153,7 +153,7 @@ def snapshot(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
 def dense_grad(
     param: Tensor, group: dict[str, Any], options: StabilizerOptions, sums: dict[Tensor, Tensor]
 ) -> Tensor | None:
-    """The gradient, or accumulated sum, as kernels take it; the values of a sparse one."""
+    """Returns the gradient, or accumulated sum, as kernels take it: for a sparse one, its values."""
     grad = sums.get(param, param.grad)
     if grad is None or not grad.is_sparse:
         return grad
@@ -168,7 +168,7 @@ def dense_grad(
                 f"step: {key}: expected 0 where gradients are sparse (a penalty is dense), "
                 f"got {group.get(key)}"
             )
-    # Repeated indices must be summed before a norm can be taken.
+    # Repeated indices must be summed before the norm can be computed.
     param.grad = grad.coalesce()
     return param.grad.values()
 
@@ -179,21 +179,23 @@ def check_own_numbers(
     options: StabilizerOptions,
     device: torch.device | None,
 ) -> None:
-    """Refuses numbers that would make parameters NaN, or raise only after the update, where no rule is fused.
+    """Refuses numbers that would make parameters NaN, or that would raise an error only after the update.
+
+    This is for optimizers without a fused rule.
 
     Args:
-        optimizer: whose defaults name its hyper-parameters.
-        number: of the param group to look at.
-        options: of the step.
-        device: the asynchronous one that the parameters are on, or None; numbers there are not waited for.
+        optimizer: Optimizer whose defaults name its hyper-parameters.
+        number: Index of the param group to check.
+        options: Options of the step.
+        device: The asynchronous device that the parameters are on, or None; numbers on it are not waited for.
 
     Raises:
-        TypeError: a proximal step needs ``lr``, and it is no number.
+        TypeError: A proximal step needs ``lr``, and it is not a number.
         ValueError: ``lr`` is negative or not finite, or another hyper-parameter is NaN.
     """
     group = optimizer.param_groups[number]
     where = f"step: param_groups[{number}]: "
-    lr = group.get("lr")  # None where an optimizer finds it by itself
+    lr = group.get("lr")  # None if the optimizer chooses its rate itself
     shrinks = options.l1_mode == "proximal" and group.get("l1", options.l1) != 0
     needs_lr = shrinks or lr is not None or optimizer.defaults.get("lr") is not None
     if needs_lr and not is_number_on(lr, device):
@@ -208,7 +210,7 @@ def check_own_numbers(
 def apply_proximal(
     param_groups: list[dict[str, Any]], options: StabilizerOptions, only_check: bool = False
 ) -> None:
-    """The proximal step of the L1 penalty, after the update; or what it would refuse, before anything changes."""
+    """Takes the proximal step of the L1 penalty; ``only_check`` raises its errors before anything has changed."""
     if options.l1_mode != "proximal":
         return
     for i, group in enumerate(param_groups):

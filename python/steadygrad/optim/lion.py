@@ -1,4 +1,4 @@
-"""Lion, which ``torch.optim`` does not have, in torch's operations: what the fused rule is measured by."""
+"""Lion, which ``torch.optim`` does not have, in torch's operations: the fused rule is compared with it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 
 class Lion(torch.optim.Optimizer):
-    r"""Lion: every element moves by the learning rate, in the direction of an average of gradients.
+    r"""Moves every element by the learning rate, in the direction of an average of gradients (Lion).
 
     .. math:: p \leftarrow p (1 - \text{lr} \cdot \text{weight\_decay})
         - \text{lr} \cdot \operatorname{sign}(\beta_1 m + (1 - \beta_1) g), \quad
@@ -20,14 +20,14 @@ class Lion(torch.optim.Optimizer):
     Source: Chen et al. 2023, "Symbolic discovery of optimization algorithms", program 1.
 
     Args:
-        params: parameters or param groups.
-        lr: learning rate, at least 0; three to ten times less than AdamW's. Default: 1e-4.
+        params: Parameters or param groups.
+        lr: Learning rate, at least 0; use three to ten times less than for AdamW. Default: 1e-4.
         betas: :math:`\beta_1` and :math:`\beta_2`, in [0, 1). Default: (0.9, 0.99).
-        weight_decay: decoupled, at least 0; three to ten times more than AdamW's. Default: 0.
-        maximize: go up instead of down. Default: False.
+        weight_decay: Decoupled weight decay, at least 0; use three to ten times more than for AdamW. Default: 0.
+        maximize: Whether to maximize instead of minimize. Default: False.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: An argument is out of range.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Lion(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step; return what the closure does."""
+        """Takes one step and returns what the closure returns."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""What a stabilized step does besides the update: its options, checked when made and at each step."""
+"""The options of a stabilized step, checked when they are made and at each step."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from steadygrad.telemetry.settings import Level, Telemetry, telemetry_settings
 Rounding = Literal["nearest", "stochastic", "kahan", "master"]
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
-# Steps taken with stochastic rounding: a key of every param group then, and what its random bits start from.
+# A key of every param group with stochastic rounding: the number of such steps, from which the random bits derive.
 ROUNDED_STEPS = _kernels.ROUNDED_STEPS
-# What the state keeps beside a half-precision parameter, by rounding.
+# The state's key for what is kept beside a half-precision parameter, by rounding.
 _EXTRAS = {"master": "master_param", "kahan": "kahan_compensation"}
 
 
 @dataclass(frozen=True)
 class ParamStorage:
-    """How half-precision parameters and their state are stored; all others are left alone."""
+    """Says how half-precision parameters and their state are stored; all others are stored as usual."""
 
     state_dtype: torch.dtype | None
     rounding: Rounding
     rounding_seed: int
 
     def check(self) -> None:
-        """Refuses values that no optimizer can take; the rounding's name is checked with the other choices."""
+        """Refuses values that no optimizer takes; the name of the rounding is checked with the other choices."""
         if self.state_dtype not in (None, torch.float32):
             raise ValueError(
                 f"Stabilizer: state_dtype: expected None or torch.float32, got {self.state_dtype!r}"
@@ -57,47 +57,47 @@ class ParamStorage:
 
     @property
     def is_stochastic(self) -> bool:
-        """Whether steps are counted for random bits."""
+        """Returns whether steps are counted for random bits."""
         return self.rounding == "stochastic"
 
     def rounded_steps(self, param_groups: list[dict[str, Any]]) -> int:
-        """Steps taken with stochastic rounding, as far as the param groups say."""
+        """Returns the number of steps with stochastic rounding that the param groups hold."""
         if not param_groups:
             return 0
         where = f"step: param_groups[0][{ROUNDED_STEPS!r}]"
         return checked_count(where, param_groups[0].get(ROUNDED_STEPS, 0))
 
     def extra_name(self, param: Tensor) -> str | None:
-        """The state's key for what is kept beside this parameter, or None."""
+        """Returns the state's key for what is kept beside this parameter, or None."""
         return _EXTRAS.get(self.rounding) if param.dtype in HALF_DTYPES else None
 
     def new_extra(self, param: Tensor) -> Tensor:
-        """Makes what is kept beside a parameter that has lost nothing yet: a float32 copy, or a compensation of 0."""
+        """Makes what is kept beside a parameter without rounding errors: a float32 copy, or a compensation of 0."""
         if self.rounding == "master":
             return param.detach().to(torch.float32, copy=True)
         return torch.zeros_like(param).detach()
 
     def is_extra(self, value: Any, param: Tensor) -> bool:
-        """Whether a state's entry is one. Loading a master copy, torch rounds it to the parameter."""
+        """Returns whether a state's entry is valid; torch's loading rounds a master copy to the parameter's dtype."""
         dtype = torch.float32 if self.rounding == "master" else param.dtype
         return isinstance(value, Tensor) and value.dtype == dtype
 
     def dtype_for(self, param: Tensor) -> torch.dtype:
-        """The dtype of a parameter's state."""
+        """Returns the dtype of a parameter's state."""
         return self.state_dtype or param.dtype if param.dtype in HALF_DTYPES else param.dtype
 
     def check_fits(self, params: list[Tensor], why_in_place: str | None) -> None:
-        """Refuses what a step with these parameters cannot do; ``why_in_place`` is None on the fused path.
+        """Refuses storage that a step with these parameters cannot do; ``why_in_place`` is None on the fused path.
 
         Raises:
-            ValueError: another ``rounding`` or ``state_dtype`` than torch's on the in-place path, or master copies of
-                fp64 parameters.
+            ValueError: On the in-place path ``rounding`` or ``state_dtype`` differs from torch's, or fp64 parameters
+                would have master copies.
         """
         asked = {"rounding": (self.rounding, "nearest"), "state_dtype": (self.state_dtype, None)}
         for name, (value, default) in asked.items():
             if why_in_place is not None and value != default:
                 raise ValueError(
-                    f"step: {name}: expected {default!r} where the update is the wrapped optimizer's own "
+                    f"step: {name}: expected {default!r} if the wrapped optimizer does the update itself "
                     f"({why_in_place}), got {value!r}"
                 )
         for i, param in enumerate(params if self.rounding == "master" else []):
@@ -113,20 +113,20 @@ L1Mode = Literal["subgradient", "proximal"]
 ClipScope = Literal["global", "group", "tensor"]
 Nonfinite = Literal["skip", "zero", "raise", "propagate"]
 
-# Where options keep the state that a policy in Python had at first, in every copy and for every stepper.
+# The attribute that holds a Python policy's first state, for every copy of the options and every stepper.
 _FRESH = "_fresh"
 
 COUNTERS = _kernels.COUNTERS
 
-# Keys of every param group that can also be set for all of them at once; the first two may be None, for no limit.
+# Keys of every param group that can also be set for all groups at once. The first two may be None, for no limit.
 LIMITS = _kernels.LIMITS
 
-# What is the optimizer's and not a param group's: every group has the same, so that any of them may be removed.
+# Keys that describe the whole optimizer. Every param group has the same values, so that any group may be removed.
 SHARED_KEYS = (*COUNTERS, ROUNDED_STEPS, RECORDED_STEPS, CLIP_STATE, SKIP_STATE)
 
 
 def checked_limit(where: str, key: str, value: Any) -> float | None:
-    """A value for one of ``LIMITS`` as a Python float or None, or an error that says what was expected."""
+    """Converts a value for one of ``LIMITS`` to a float or None, or raises an error that says what was expected."""
     may_be_none = key in ("max_norm", "clip_value")
     if value is None and may_be_none:
         return None
@@ -140,7 +140,7 @@ def _checked_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 class StabilizerKeywords(TypedDict, total=False):
-    """Tells type checkers the keyword arguments of :class:`StabilizerOptions`, where a constructor passes them on."""
+    """Tells type checkers the keyword arguments of :class:`StabilizerOptions` that a constructor passes on."""
 
     max_norm: float | None
     clip: ClipPolicy | None
@@ -163,7 +163,7 @@ class StabilizerKeywords(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class StabilizerOptions:
-    """The keyword arguments of :class:`steadygrad.Stabilizer`, which documents them."""
+    """Holds and checks the keyword arguments of :class:`steadygrad.Stabilizer`, which documents them."""
 
     max_norm: float | None = None
     clip: ClipPolicy | None = None
@@ -184,7 +184,7 @@ class StabilizerOptions:
     telemetry: Telemetry | Level | None = "tensor"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StabilizerOptions:
-        """Itself, since process groups cannot be copied; but policies in Python have a state, and writers a file."""
+        """Copies only what has a state, a Python policy and telemetry's writers; process groups cannot be copied."""
         own: dict[str, Any] = {}
         if not isinstance(self.clip, (KernelPolicy, type(None))):
             own["clip"] = copy.deepcopy(self.clip, memo)
@@ -193,13 +193,13 @@ class StabilizerOptions:
         return self.changed(**own) if own else self
 
     def changed(self, **options: Any) -> StabilizerOptions:
-        """A copy with other options, which have been checked; here ``max_norm`` may be a cap beside ``clip``."""
+        """Returns a copy with other, checked options; in the copy ``max_norm`` may be a cap beside ``clip``."""
         copied = copy.copy(self)
         vars(copied).update(options)
         return copied
 
     def __post_init__(self) -> None:
-        """Checks every option, and makes every number one of Python's, which any file can hold."""
+        """Checks every option, and converts numbers to Python's, which every format of checkpoints can hold."""
         if self.clip is not None:
             self._check_clip()
         if not isinstance(self.skip, (SkipSpikes, type(None))):
@@ -237,42 +237,42 @@ class StabilizerOptions:
 
     @property
     def scope(self) -> ClipScope:
-        """What a limit holds for; the clip policy's own choice where none was made."""
+        """Returns the scope of a limit; the clip policy chooses it if the user has not."""
         if self.clip_scope is not None:
             return self.clip_scope
         return "global" if self.clip is None else self.clip.default_scope
 
     @property
     def telemetry_level(self) -> Level | None:
-        """What is recorded of each step."""
+        """Returns the level of telemetry, or None."""
         return self.telemetry.level if isinstance(self.telemetry, Telemetry) else None
 
     @property
     def per_tensor(self) -> bool:
-        """Whether the norm of every tensor, over all ranks, is asked for."""
+        """Returns whether the step computes the norm of every tensor over all ranks."""
         return self.scope == "tensor" or self.telemetry_level == "tensor"
 
     @property
     def unit_clipping(self) -> float | None:
-        """What limits the output units of param groups without a number of their own; None where nothing does."""
+        """Returns the ``clipping`` of param groups without that key, or None if output units are not clipped."""
         return self.clip.clipping if isinstance(self.clip, ClipAdaptive) else None
 
     def shown(self, name: str) -> str:
-        """An option as it is written; of a policy in Python its name alone, since nobody knows what else it says."""
+        """Returns an option as it is written; for a Python policy its name, since its repr may differ between ranks."""
         option = getattr(self, name)
         if name == "clip" and not isinstance(option, (KernelPolicy, type(None))):
             return type(option).__name__
         return repr(option)
 
     def policy_states(self) -> PolicyStates:
-        """What the policies learn, with nothing in it yet."""
+        """Returns new, empty states of the policies."""
         fresh = vars(self).get(_FRESH)
         states = PolicyStates(self.clip, self.skip, self.scope, self.per_tensor, fresh)
         vars(self)[_FRESH] = states.fresh
         return states
 
     def group_defaults(self) -> dict[str, Any]:
-        """The keys that every param group carries, so that they can differ per group and be saved."""
+        """Returns the keys that every param group has, so that they can differ per group and be saved."""
         return {
             **self.limits(),
             **dict.fromkeys(COUNTERS, 0),
@@ -282,7 +282,7 @@ class StabilizerOptions:
         }
 
     def learnt_defaults(self) -> dict[str, None]:
-        """The keys for what policies have learnt."""
+        """Returns the keys for what policies have learnt."""
         learns = self.clip is not None and self.clip.for_kernels is not None
         return {
             **({CLIP_STATE: None} if learns else {}),
@@ -290,19 +290,19 @@ class StabilizerOptions:
         }
 
     def clips_units(self, group: Mapping[str, Any]) -> bool:
-        """Whether the gradients of this param group are clipped by output unit."""
+        """Returns whether the gradients of this param group are clipped by output unit."""
         if self.unit_clipping is None:
             return False
         clipping = group.get(CLIPPING, self.unit_clipping)
         return clipping is not None and float(clipping) != math.inf
 
     def limits(self) -> dict[str, float | None]:
-        """What limits and penalties are where a param group has none of its own."""
+        """Returns the limits and penalties of a param group that has none of its own."""
         limits = {key: getattr(self, key) for key in LIMITS}
         return limits if self.unit_clipping is None else {**limits, CLIPPING: self.unit_clipping}
 
     def kernel_options(self) -> dict[str, object]:
-        """What stays the same from step to step, for a plan."""
+        """Returns the options that stay the same from step to step, for a plan."""
         return {
             "norm_type": self.norm_type,
             "clip_scope": self.scope,
@@ -319,5 +319,5 @@ class StabilizerOptions:
 
     @property
     def storage(self) -> ParamStorage:
-        """How half-precision parameters and their state are stored."""
+        """Returns how half-precision parameters and their state are stored."""
         return ParamStorage(self.state_dtype, self.rounding, self.rounding_seed)

@@ -1,4 +1,4 @@
-"""What a wrapper and the stabilized optimizer classes have in common."""
+"""The base class of the Stabilizer and of the stabilized optimizer classes."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from steadygrad.telemetry.report import Report
 
 
 class StabilizedOptimizer(SettableLimits):
-    """What can be read off a stabilized optimizer, and how its extra param group keys are kept."""
+    """The readings of a stabilized optimizer, and the upkeep of its additional keys in param groups."""
 
     _options: StabilizerOptions
     _stepper: Stepper | None
     param_groups: list[dict[str, Any]]
     state: Any
-    # torch.amp.GradScaler then leaves unscaling and skipping to step().
+    # This tells torch.amp.GradScaler to leave unscaling and skipping to step().
     _step_supports_amp_scaling = True
-    # Whether the step is to find out for a scaler what torch's would tell it.
+    # Whether the step has to find out whether gradients overflowed, because a scaler of ours will ask.
     _finds_inf = False
 
     def _make_stepper(self) -> Stepper:
         raise NotImplementedError
 
     def _genuine(self) -> StabilizedOptimizer:
-        """This object; where a wrapper only imitates the class, as Lightning's optimizers do, the one it wraps."""
+        """Returns this object, or the one it wraps if it only imitates the class, as Lightning's optimizers do."""
         if "_options" in self.__dict__:
             return self
         wrapped = getattr(self, "optimizer", None)
@@ -55,7 +55,7 @@ class StabilizedOptimizer(SettableLimits):
 
     @property
     def accumulated(self) -> Accumulated:
-        """What :func:`steadygrad.accumulate` has gathered for the next step."""
+        """The gradients that :func:`steadygrad.accumulate` has gathered for the next step."""
         own = self._genuine().__dict__
         accumulated: Accumulated = own.setdefault("_accumulated", Accumulated())
         return accumulated
@@ -66,7 +66,7 @@ class StabilizedOptimizer(SettableLimits):
 
     @contextmanager
     def finding_inf(self) -> Iterator[None]:
-        """For :class:`steadygrad.GradScaler`: non-finite gradients skip the step whatever the policy."""
+        """Makes non-finite gradients skip steps whatever the policy is; for :class:`steadygrad.GradScaler`."""
         self._finds_inf = True
         try:
             yield
@@ -74,9 +74,9 @@ class StabilizedOptimizer(SettableLimits):
             self._finds_inf = False
 
     def found_nonfinite(self) -> Tensor | None:
-        """1.0 if the last step saw a non-finite gradient or was told of one, else 0.0: fp32, 0-d, on its device.
+        """Returns 1.0 if the last step saw a non-finite gradient or was told of one, else 0.0, without waiting.
 
-        Does not wait for the device. None if the step did not come as far as that.
+        The result is a 0-d fp32 tensor on the step's device, or None if the step raised before it was decided.
         """
         outcome = self._current_stepper().outcome
         if outcome is None:
@@ -87,13 +87,13 @@ class StabilizedOptimizer(SettableLimits):
         return torch.tensor(float(found), dtype=torch.float32, device="cpu")
 
     def _join_zero_redundancy(self, own: Iterable[str]) -> None:
-        """Within ``ZeroRedundancyOptimizer``, which gives each rank other parameters, takes the norm over its ranks.
+        """Computes norms over the ranks of a ``ZeroRedundancyOptimizer``, which gives each rank different parameters.
 
-        It puts all keyword arguments into its param groups and so into ours, as other optimizers around a base
-        optimizer do. Those that are no keys of a group are taken out again: process groups cannot be pickled.
+        That optimizer puts all keyword arguments into its param groups and so into ours, as others around a base
+        optimizer do. The arguments that are not keys of a group are removed again: process groups cannot be pickled.
 
         Args:
-            own: names of the options that were given as keyword arguments.
+            own: Names of the options that were given as keyword arguments.
         """
         zero = zero_redundancy_optimizer()
         holders = self.param_groups
@@ -112,14 +112,14 @@ class StabilizedOptimizer(SettableLimits):
                 group.setdefault(key, value)
 
     def _enter_last_group(self) -> None:
-        """A group that was added takes the defaults, and what is the optimizer's from the first one."""
+        """Gives a group that was added the defaults, and the first group's values of keys that all groups share."""
         self._add_group_keys()
         first, last = self.param_groups[0], self.param_groups[-1]
         last.update({key: first[key] for key in SHARED_KEYS if key in first})
 
     def _kept_group_keys(self) -> list[dict[str, Any]]:
         keys = self._options.group_defaults()
-        # A checkpoint without what policies have learnt is one of before they had learnt anything.
+        # A checkpoint without learnt state was saved before the policies had learnt anything.
         learnt = self._options.learnt_defaults()
         return [
             {**{key: group.get(key, keys[key]) for key in keys}, **learnt}
@@ -134,8 +134,8 @@ class StabilizedOptimizer(SettableLimits):
 
     def _load_wide_state(self, state_dict: dict[str, Any]) -> None:
         if "state" not in state_dict:
-            return  # a load_state_dict pre-hook has put another one in its place
-        # torch casts state to the parameter's dtype; what was saved in fp32 would lose its low bits.
+            return  # a load_state_dict pre-hook has put another state dict in its place
+        # torch casts state to the parameter's dtype, and state that was saved in fp32 would lose its low bits.
         saved = state_dict["state"]
         for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for param, index in zip(group["params"], saved_group["params"], strict=True):
@@ -147,16 +147,16 @@ class StabilizedOptimizer(SettableLimits):
 
     @property
     def has_stepped(self) -> bool:
-        """Whether there was a step, skipped or not, since the optimizer was made, copied or loaded."""
+        """Whether a step was taken or skipped since the optimizer was made, copied or loaded."""
         return self._current_stepper().last_outcome is not None
 
     @property
     def grad_norm(self) -> Tensor:
-        """Global norm of the last step's gradients before clipping, 0-d; NaN before the first step.
+        """The global norm of the last step's gradients before clipping, 0-d; NaN before the first step.
 
-        After unscaling and the penalty that comes before the clip, on the parameters' device, which is not waited for.
-        fp32, or fp64 if any parameter is fp64; infinite for finite gradients whose norm is beyond that dtype's range
-        (they are clipped right all the same).
+        It is the norm after unscaling and after a penalty that comes before the clip. The tensor is on the parameters'
+        device, which is not waited for, in fp64 if any parameter is fp64, else in fp32. It is infinite if the norm of
+        finite gradients is beyond that dtype's range; they are clipped correctly all the same.
         """
         outcome = self._current_stepper().last_outcome
         params = [p for group in self.param_groups for p in group["params"]]
@@ -171,20 +171,20 @@ class StabilizedOptimizer(SettableLimits):
 
     @property
     def path(self) -> str:
-        """``"fused"``, or ``"in-place: <why>"`` where the wrapped optimizer's own step does the update."""
+        """``"fused"``, or ``"in-place: <why>"`` if the wrapped optimizer's own step does the update."""
         return self._current_stepper().path
 
     @property
     def skipped_steps(self) -> int:
-        """Steps that changed nothing, because of non-finite gradients or a spike; saved with the state dict.
+        """The number of steps skipped because of non-finite gradients or a spike; saved with the state dict.
 
-        On a CUDA device steps are counted there: reading waits for it, and so does :meth:`state_dict`.
+        Steps on a CUDA device are counted there, so reading this waits for the device, and so does :meth:`state_dict`.
         """
         return self._counter(COUNTERS[0])
 
     @property
     def clipped_steps(self) -> int:
-        """Steps in which the clip by the norm was active; saved with the state dict."""
+        """The number of steps in which the clip by the norm was active; saved with the state dict."""
         return self._counter(COUNTERS[1])
 
     # -- telemetry ------------------------------------------------------------------------------
@@ -192,13 +192,14 @@ class StabilizedOptimizer(SettableLimits):
     def name_parameters(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         """Names the parameters for reports and error messages: ``opt.name_parameters(model.named_parameters())``.
 
-        Sets the key ``param_names`` of every param group, as torch does for ``AdamW(model.named_parameters())``.
+        The method sets the key ``param_names`` of every param group, as torch does for
+        ``AdamW(model.named_parameters())``.
 
         Args:
-            named_parameters: pairs of name and parameter; those of parameters that are not optimized are left out.
+            named_parameters: Pairs of name and parameter. Parameters that are not optimized are ignored.
 
         Raises:
-            ValueError: a parameter of the optimizer has no name; then nothing is set.
+            ValueError: A parameter of the optimizer has no name; then nothing is set.
         """
         set_parameter_names(self.param_groups, named_parameters)
         recorder = self._current_stepper().recorder
@@ -215,30 +216,30 @@ class StabilizedOptimizer(SettableLimits):
 
     @property
     def telemetry(self) -> History | None:
-        """The last steps as arrays; None under ``telemetry=None``.
+        """The recorded steps as arrays; None under ``telemetry=None``.
 
-        On a CUDA device nothing is waited for: what is there at the last look that has arrived, and each access is a
-        look. :meth:`report` waits.
+        On a CUDA device nothing is waited for: each access starts a copy of the ring, and returns the last copy that
+        has arrived. :meth:`report` waits.
         """
         if self._options.telemetry is None:
             return None
         return self._recorder("telemetry").read(self.param_groups, wait=False)
 
     def report(self) -> Report:
-        """What happened in the recorded steps; waits for the device, and hands writers what they have not seen.
+        """Reports what happened in the recorded steps; waits for the device, and hands writers the steps they lack.
 
         Raises:
-            RuntimeError: there is no telemetry.
+            RuntimeError: There is no telemetry.
         """
         recorder = self._recorder("report")
         recorder.hand_over(self.param_groups, wait=True)
         return Report(recorder.read(self.param_groups, wait=True))
 
     def flush_telemetry(self) -> None:
-        """Hands the writers what they have not seen; done by itself at the end of the process.
+        """Hands the writers the steps they have not seen; this also happens at the end of the process.
 
         Raises:
-            RuntimeError: there is no telemetry.
+            RuntimeError: There is no telemetry.
         """
         self._recorder("flush_telemetry").hand_over(self.param_groups, wait=True)
 
@@ -246,11 +247,11 @@ class StabilizedOptimizer(SettableLimits):
         """Draws the recorded steps: norms, limit, skipped steps, and at level ``"tensor"`` each parameter's norms.
 
         Args:
-            path: of the file; the suffix says the format (``.png``, ``.svg``, ``.pdf``).
+            path: The path of the image; its suffix chooses the format (``.png``, ``.svg``, ``.pdf``).
 
         Raises:
-            RuntimeError: there is no telemetry.
-            ValueError: no step was recorded yet.
+            RuntimeError: There is no telemetry.
+            ValueError: No step was recorded yet.
             ImportError: matplotlib is not installed.
         """
         from steadygrad.telemetry.plot import plot_history
@@ -259,7 +260,7 @@ class StabilizedOptimizer(SettableLimits):
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
-        """While a state dict is made, the param groups know all that there is to know."""
+        """Puts everything that has to be saved into the param groups while a state dict is made."""
         last = self._flush_to_save()
         make_plain(self.param_groups)
         yield
@@ -267,7 +268,7 @@ class StabilizedOptimizer(SettableLimits):
             last.policies.take_back(self.param_groups)
 
     def _flush_to_save(self) -> Stepper | None:
-        """The last stepper, with all that it knows in the param groups; or what a state that cannot be saved raises."""
+        """Puts everything into the param groups and returns the stepper; raises if a state cannot be saved."""
         stepper = self._genuine().__dict__.get("_stepper")
         if stepper is None:
             return None

@@ -1,4 +1,4 @@
-"""The state that is stepped with each parameter: which there is, how it is made, and what of it a device decides."""
+"""The state that is stepped with each parameter: its names, how it is made, and what a device decides about it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Group = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class UpdateRule:
-    """A fused update rule and how torch's optimizer of that name keeps its options and state.
+    """Describes a fused update rule, and how torch's optimizer of that name keeps its options and state.
 
     Attributes:
-        name: the rule's name in the kernels.
-        optimizer: torch's class. Subclasses may override anything, so only this very type is fused.
-        takes_sparse: whether torch's class accepts sparse gradients.
-        initial_value: what a new tensor or number of the state is filled with, by its name.
+        name: The rule's name in the kernels.
+        optimizer: torch's class. Only this very class is fused, since a subclass may override anything.
+        takes_sparse: Whether torch's class accepts sparse gradients.
+        initial_value: A function of group and name that returns the value of a new tensor or number of the state.
     """
 
     name: str
@@ -36,20 +36,20 @@ class UpdateRule:
 
     @property
     def number_names(self) -> tuple[str, ...]:
-        """The names of the numbers in a state, the ``step`` counter first."""
+        """Returns the names of the numbers in a state, the ``step`` counter first."""
         return tuple(_kernels.state_numbers(self.name))
 
     @property
     def has_step(self) -> bool:
-        """Whether the state has a ``step`` counter."""
+        """Returns whether the state has a ``step`` counter."""
         return bool(self.number_names)
 
     def state_names(self, group: Group) -> tuple[str, ...]:
-        """The state tensors in the kernels' order, for the options of a group."""
+        """Returns the names of the state tensors in the kernels' order, for the options of a group."""
         return tuple(_kernels.state_names(self.name, group))
 
     def new_state(self, param: Tensor, group: Group, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The state torch's class creates before a parameter's first step, but for its dtype."""
+        """Makes the state that torch's class creates before a parameter's first step, except for the dtype."""
         state: dict[str, Tensor] = {}
         for name in self.number_names:
             wide = torch.get_default_dtype() == torch.float64
@@ -58,7 +58,7 @@ class UpdateRule:
                 (),
                 self.initial_value(group, name),
                 dtype=torch.float64 if wide else torch.float32,
-                # As torch has it without fused=True; where steps are decided on the device, on the device.
+                # torch keeps numbers on the CPU unless fused=True; if steps are decided on a device, they are there.
                 device=param.device if is_asynchronous(param.device) else "cpu",
             )
         for name in self.state_names(group):
@@ -85,18 +85,26 @@ def slot_of(
     has_grad: bool,
     on_device: bool,
 ) -> tuple[_kernels.Slot | None, dict[str, Tensor]]:
-    """A parameter's slot, and what of it is to be entered into its state once the step has been taken.
+    """Returns a parameter's slot, and the entries to put into its state once the step has been taken.
 
-    None without a gradient, also none that was accumulated, and without state. ``on_device``: whether the decision to
-    step is taken there. ``names``: of the states that the group's options ask
-    for.
+    The slot is None if there is no state, or if there is no gradient, not even an accumulated one.
+
+    Args:
+        rule: The update rule.
+        storage: How half-precision parameters are stored.
+        param: The parameter.
+        group: Its param group.
+        names: Names of the state tensors that the group's options need.
+        state: The parameter's state.
+        has_grad: Whether there is a gradient.
+        on_device: Whether the device decides if the step is taken.
     """
     extra = storage.extra_name(param)
     if not names and not rule.has_step and extra is None:
         return None, {}
-    # SGD keeps the key with None as its value until there is momentum.
+    # SGD keeps the key with the value None until there is momentum.
     first = any(state.get(name) is None for name in names)
-    # A checkpoint from elsewhere has none; the rest of its state stays.
+    # The state may come from an optimizer with another rounding; then only this entry is made.
     lacks_extra = extra is not None and not storage.is_extra(state.get(extra), param)
     if (first or lacks_extra) and not has_grad:
         return None, {}
@@ -110,13 +118,13 @@ def slot_of(
         made[extra] = storage.new_extra(param)
     for name in () if first else rule.number_names:
         if on_device and state[name].device != param.device:
-            # Where the decision to step is taken, as with fused=True and capturable=True.
+            # The numbers move to where the step is decided, as with fused=True and capturable=True.
             dtype = torch.float32 if name == "step" else None
             state[name] = state[name].to(param.device, dtype, non_blocking=True)
         elif state[name].dtype in HALF_DTYPES:
-            # Loading a checkpoint, torch rounds all numbers but the step counter.
+            # torch's loading rounds all numbers but the step counter to the parameter's dtype.
             widened[name] = state[name].float()
-    # Only SGD's momentum begins otherwise than it goes on. Elsewhere the mark says what a skipped step takes back.
+    # `first` matters to SGD, whose momentum begins differently. For other rules it marks state to take back if skipped.
     first = first or (bool(made) and (rule.has_step or not names))
     made = {**made, **widened}
     whole = {**state, **made}
@@ -127,7 +135,7 @@ def slot_of(
 
 
 def _widened(state: State, names: tuple[str, ...], dtype: torch.dtype) -> dict[str, Tensor]:
-    """State that was made in half precision in the dtype asked for: the same values."""
+    """Returns the state tensors in half precision that have to be fp32, converted; the values stay the same."""
     return {
         name: state[name].float()
         for name in names
@@ -141,13 +149,13 @@ def is_state_creation(
     asynchronous_device: torch.device | None,
     told: bool,
 ) -> bool:
-    """Whether a step without state has zero gradients and no learning rate.
+    """Returns whether a step without state has zero gradients and no learning rate, so that it only creates state.
 
     Args:
-        param_groups: of the optimizer.
-        defaults: of limits that a group lacks.
-        asynchronous_device: where decisions are taken, or None.
-        told: whether writers are told of each step.
+        param_groups: The param groups of the optimizer.
+        defaults: The limits of a group that lacks them.
+        asynchronous_device: The device that decides about steps, or None.
+        told: Whether telemetry's writers get every step.
     """
     for group in param_groups:
         rate = group.get("lr", 1)
@@ -155,8 +163,8 @@ def is_state_creation(
             return False
         if not isinstance(rate, (int, float, Tensor)) or float(rate) != 0:
             return False
-    # On a device to look at the gradients is to wait for them: only where a penalty, a clip to nothing or writers would
-    # leave traces. Without writers the ring has a row for it.
+    # Looking at gradients on a device waits for them. So they are looked at only if such a step would leave traces: by
+    # a penalty, by a clip to nothing, or in writers. Without writers the step just takes a row of the ring.
     waits = asynchronous_device is not None
     leaves_traces = told or any(_leaves_traces({**defaults, **group}) for group in param_groups)
     if waits and not leaves_traces:
@@ -177,7 +185,7 @@ def _leaves_traces(group: dict[str, Any]) -> bool:
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    """Whether torch may read it: one whose storage was freed would crash it, and the step says so in words."""
+    """Returns whether torch may read the tensor: freed storage would crash it, while the step raises an error."""
     return tensor.numel() == 0 or tensor.untyped_storage().nbytes() > 0
 
 
@@ -187,7 +195,7 @@ States = dict[Tensor, dict[str, Any]]
 def scaling(
     grad_scale: Any, found_inf: Any, divisor: float | Tensor, device: torch.device | None
 ) -> _kernels.Scaling:
-    """The scaler's numbers, checked where the host has them; ``divisor`` is that of accumulated gradients."""
+    """Checks the scaler's numbers if the host has them; ``divisor`` is that of accumulated gradients."""
     if isinstance(divisor, Tensor):
         grad_scale, divisor = divisor if grad_scale is None else grad_scale * divisor, 1.0
     scale_there = is_number_on(grad_scale, device)
@@ -213,7 +221,7 @@ def _checked_grad_scale(grad_scale: Any) -> float:
 
 
 def decision_device(param_groups: list[dict[str, Any]]) -> torch.device | None:
-    """Where the parameters are, if decisions are to stay there: by the first gradient, all others are checked."""
+    """Returns the device that decides about steps, by the first gradient, or None for the host; others are checked."""
     first: Tensor | None = None
     for group in param_groups:
         for param in group["params"]:
@@ -224,30 +232,30 @@ def decision_device(param_groups: list[dict[str, Any]]) -> torch.device | None:
 
 
 class DeviceSteps:
-    """What one optimizer's steps keep on the device between them.
+    """Holds what one optimizer's steps keep on the device between them.
 
     Attributes:
-        device: where its parameters are.
-        taken: per parameter, in order, whether its first step has been taken. A skipped one has not been.
+        device: The device of the parameters.
+        taken: For each parameter, in order, whether its first step has been taken; a skipped step does not count.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.taken = torch.ones(0, dtype=torch.int32, device=device)
-        # State entered before it is known that the step that made it was taken, by the parameter's place.
+        # State that was entered before it is known whether the step that made it was taken, by the parameter's place.
         self._unproven: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
-        # The same of state that was there before, in half precision: with the dtype that it had.
+        # The same for state that existed in half precision, with the dtype that it had.
         self._widened: list[tuple[Tensor, str, Tensor, torch.dtype]] = []
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)
         self._counted = [0, 0]
         self._counting = False
         self._kept: list[tuple[_kernels.Plan, Tensor]] = []
-        # Steps taken with stochastic rounding: there, and as far as the param groups know.
+        # The number of steps with stochastic rounding, on the device and in the param groups.
         self._rounded_steps: Tensor | None = None
         self._known_rounded_steps = 0
 
     def settle(self, params: list[Tensor], state: States) -> None:
-        """Before a new plan: state that was replaced is somebody else's, and flags go by the parameters' places."""
+        """Forgets state that was replaced, and takes unproven state back if parameters moved, before a new plan."""
         self._unproven = {
             index: (param, entered)
             for index, (param, entered) in self._unproven.items()
@@ -260,11 +268,11 @@ class DeviceSteps:
             self.take_back(state)
 
     def prepare(self, first: list[bool], replaced: _kernels.Plan | None) -> None:
-        """For a new plan: which parameters take their first step. Plans that graphs use are kept alive."""
+        """Notes which parameters take their first step with a new plan, and keeps a plan that graphs use alive."""
         before = self.taken
         if replaced is not None and replaced.captured:
             self._kept.append((replaced, before))
-        # Filled there: a copy of the list would wait for the device.
+        # The tensor is filled on the device, since copying the list would wait for it.
         self.taken = torch.ones(len(first), dtype=torch.int32, device=self.device)
         for begin, end in _runs([i for i, is_first in enumerate(first) if is_first]):
             self.taken[begin:end].zero_()
@@ -274,7 +282,7 @@ class DeviceSteps:
     def enter(
         self, index: int, param: Tensor, entered: dict[str, Tensor], before: dict[str, Any]
     ) -> None:
-        """Remembers the state of a first step that may turn out not to have been taken; ``before``: what was there."""
+        """Remembers the state of a first step that may turn out to be skipped; ``before`` is what was there."""
         replaced = {name for name in entered if before.get(name) is not None}
         self._widened += [(param, name, entered[name], before[name].dtype) for name in replaced]
         made = {name: value for name, value in entered.items() if name not in replaced}
@@ -282,9 +290,9 @@ class DeviceSteps:
             self._unproven[index] = param, made
 
     def take_back(self, state: States) -> None:
-        """Removes state that no step has used; waits for the device if there may be any."""
+        """Removes state that no step has used, which waits for the device if there may be any."""
         for param, name, wide, dtype in self._widened:
-            # What still is a number of the dtype that it had loses nothing by going back.
+            # A value that still fits the dtype that it had goes back without loss.
             narrow = wide.to(dtype)
             if state.get(param, {}).get(name) is wide and torch.equal(narrow.float(), wide):
                 state[param][name] = narrow
@@ -304,7 +312,7 @@ class DeviceSteps:
     def memory(
         self, outcome: Outcome, counts: bool, nonfinite: Tensor | None
     ) -> _kernels.DeviceMemory:
-        """For one step; ``counts``: whether the device is to count it."""
+        """Returns the memory for one step; ``counts`` says whether the device counts the step."""
         self._counting = self._counting or counts
         return _kernels.DeviceMemory(
             outcome=outcome.record,
@@ -316,26 +324,26 @@ class DeviceSteps:
         )
 
     def take_counts(self) -> list[int]:
-        """Skipped and clipped steps since the last call; waits for the device once steps have been taken there."""
+        """Returns skipped and clipped steps since the last call; waits for the device if it has counted steps."""
         if not self._counting:
             return [0, 0]
-        # Never set back, since a step may be counting at this moment, or a graph later.
+        # The counts are never reset, since a step may be counting at this moment, or a graph may later.
         counts: list[int] = self._counts.tolist()
         new = [now - before for now, before in zip(counts, self._counted, strict=True)]
         self._counted = counts
         return new
 
     def count_rounded_steps(self, known: int) -> None:
-        """Counts them there from now on, since replays of a graph take steps too; ``known`` as the param groups say."""
+        """Counts rounded steps on the device, for replays of graphs; ``known`` is the param groups' number."""
         if self._rounded_steps is None:
             self._rounded_steps = torch.zeros(1, dtype=torch.int64, device=self.device)
-        # Another number than the last one that was brought there: a checkpoint was loaded.
+        # A number that differs from the last one brought there means that a checkpoint was loaded.
         if known != self._known_rounded_steps:
             self._rounded_steps.fill_(known)
             self._known_rounded_steps = known
 
     def take_rounded_steps(self) -> int:
-        """Those that the param groups do not know of yet; waits for the device if there may be any."""
+        """Returns the rounded steps that the param groups do not know yet; waits for the device if there may be any."""
         if self._rounded_steps is None:
             return 0
         before, self._known_rounded_steps = self._known_rounded_steps, int(self._rounded_steps)
@@ -343,7 +351,7 @@ class DeviceSteps:
 
 
 def _runs(indices: list[int]) -> Iterator[tuple[int, int]]:
-    """Ascending indices as ranges [begin, end)."""
+    """Yields ascending indices as ranges [begin, end)."""
     begin = 0
     for i in range(1, len(indices) + 1):
         if i == len(indices) or indices[i] != indices[i - 1] + 1:

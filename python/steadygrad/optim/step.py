@@ -1,4 +1,4 @@
-"""One stabilized step of a torch optimizer: fused where its rule has a kernel, else around its own ``step``."""
+"""Takes one stabilized step of a torch optimizer: by a fused kernel if its rule has one, else by its own ``step``."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ from steadygrad.optim.state import (
 from steadygrad.telemetry.recorder import Recorder, recorder_of
 from steadygrad.telemetry.settings import Telemetry
 
-# The last one to step each optimizer, by the id of the optimizer, which lives at least as long as the stepper.
+# The stepper that stepped each optimizer last, by the optimizer's id; the optimizer lives at least as long.
 _steppers: WeakValueDictionary[int, Stepper] = WeakValueDictionary()
 
-# Set by torch.amp.GradScaler for the time of a step.
+# Attributes that torch.amp.GradScaler sets for the time of a step.
 AMP_KEYS = ("grad_scale", "found_inf")
 # Attributes of an optimizer that ask for more than a plain step.
 _REQUESTS = frozenset((*AMP_KEYS, "_accumulated"))
@@ -50,12 +50,12 @@ _REQUESTS = frozenset((*AMP_KEYS, "_accumulated"))
 
 @dataclass(frozen=True)
 class Request:
-    """What one step is asked for besides its closure.
+    """What a step is to take into account besides its closure.
 
     Attributes:
-        accumulated: what it is the mean of, or None.
-        scaling: of a ``GradScaler``, and what accumulated sums are divided by; None for neither.
-        skips_nonfinite: whether non-finite gradients skip it whatever the options say.
+        accumulated: Accumulated sums, whose mean is the gradient of the step, or None.
+        scaling: The scale of a ``GradScaler`` and the divisor of accumulated sums; None if there is neither.
+        skips_nonfinite: Whether non-finite gradients skip the step whatever the options say.
     """
 
     accumulated: Accumulated | None = None
@@ -64,11 +64,11 @@ class Request:
 
     @property
     def sums(self) -> dict[Tensor, Tensor]:
-        """Returns the accumulated sums of those gradients that are kept apart from ``.grad``."""
+        """Returns the accumulated sums of the gradients that are kept apart from ``.grad``."""
         return {} if self.accumulated is None else self.accumulated.sums
 
     def hand_over(self) -> None:
-        """Moves sums that the update has used to ``.grad``."""
+        """Moves the sums that the update has used to ``.grad``."""
         if self.accumulated is not None:
             self.accumulated.hand_over()
 
@@ -77,7 +77,7 @@ _PLAIN = Request()
 
 
 class _EvaluationSkippedError(Exception):
-    """Leaves the step of an optimizer that evaluates the model itself, which has no other way out."""
+    """Leaves the step of an optimizer that evaluates the model itself; an exception is the only way out of it."""
 
     def __init__(self, loss: Any) -> None:
         super().__init__()
@@ -85,22 +85,22 @@ class _EvaluationSkippedError(Exception):
 
 
 class Stepper:
-    """Takes steps for one optimizer; its plan is rebuilt whenever parameters, state or options are exchanged.
+    """Takes the steps of one optimizer; makes a new plan whenever parameters, state or options are exchanged.
 
-    It holds the optimizer by a weak reference, and nothing that refers back to the stepper: a model and its optimizer
-    are freed when the last name for them goes, and not when the cycle collector runs.
+    A stepper holds the optimizer by a weak reference, and nothing that refers back to the stepper. So a model and its
+    optimizer are freed when the last name for them goes, and not only when the cycle collector runs.
 
     Args:
-        optimizer: whose ``param_groups`` and ``state`` are stepped; whoever keeps the stepper keeps it alive.
-        options: what a step does besides the update.
-        rule: the fused rule, or None for an optimizer that has none.
-        base_step: the optimizer's own step, for the in-place path, which is given the optimizer, and the closure if
-            there is one; it runs the optimizer's hooks itself.
-        runs_hooks: whether the fused path must run the optimizer's step hooks.
+        optimizer: Optimizer whose ``param_groups`` and ``state`` are stepped; the stepper's owner keeps it alive.
+        options: What a step does besides the update.
+        rule: The fused rule, or None for an optimizer that has none.
+        base_step: The optimizer's own step, for the in-place path. It takes the optimizer, and the closure if there is
+            one, and runs the optimizer's hooks itself.
+        runs_hooks: Whether the fused path must run the optimizer's step hooks.
 
     Attributes:
-        outcome: of the last step, None where it did not come as far as that.
-        last_outcome: of the last step that was more than one that only makes state.
+        outcome: Outcome of the last step; None if the step ended before its outcome was decided.
+        last_outcome: Outcome of the last step that did more than create state.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Stepper:
         self._new_state: dict[Tensor, dict[str, Tensor]] = {}
         self.outcome: _kernels.Outcome | Outcome | None = None
         self.last_outcome: _kernels.Outcome | Outcome | None = None
-        # Only where decisions stay on the device.
+        # None as long as the host takes the decisions.
         self._device_steps: DeviceSteps | None = None
         self.policies = options.policy_states()
         self.recorder: Recorder | None = None
@@ -135,7 +135,7 @@ class Stepper:
         self._take_over(optimizer)
 
     def __del__(self) -> None:
-        """Leaves what it knows with a wrapped optimizer that outlives its wrapper."""
+        """Saves what it knows in the wrapped optimizer if that outlives its wrapper."""
         if (optimizer := self._optimizer_ref()) and _steppers.get(id(optimizer)) is self:
             self.flush()
 
@@ -147,19 +147,19 @@ class Stepper:
 
     @property
     def path(self) -> str:
-        """``"fused"`` or ``"in-place: <why>"``."""
+        """Returns ``"fused"`` or ``"in-place: <why>"``."""
         why = self._why()
         return "fused" if why is None else f"in-place: {why}"
 
     def set_limit(self, key: str, value: float | None, options: StabilizerOptions) -> None:
-        """Where a param group that was added past this object has no limit of its own, ``value`` holds."""
+        """Sets the limit that holds for param groups that were added past this object and have none of their own."""
         self._options = options
         self._limits[key] = value
 
     # -- a step ---------------------------------------------------------------------------------
 
     def step(self, owner: Any, closure: Closure | None) -> Any:
-        """One step for ``owner``, the stabilized optimizer that was asked to; returns the closure's loss."""
+        """Takes one step for ``owner``, the stabilized optimizer that was called; returns the closure's loss."""
         optimizer = self._optimizer
         if _steppers.get(id(optimizer)) is not self:
             self._take_over(optimizer)
@@ -180,7 +180,7 @@ class Stepper:
             own.pop("_accumulated", None)
             self._tell()
         except BaseException as error:
-            # Left behind by a scaler, the scale would be multiplied into the next step's.
+            # A scale that a scaler has left here would be multiplied into the scale of the next step.
             for key in AMP_KEYS:
                 own.pop(key, None)
             if isinstance(error, NonfiniteGradientError):
@@ -191,7 +191,7 @@ class Stepper:
     def _request(self, owner: Any, closure: Closure | None) -> Request:
         accumulated: Accumulated = owner.accumulated
         found_inf = owner.__dict__.get("found_inf")
-        # torch's scaler looks for infinities in .grad only, and would not lower its scale for those in the sums.
+        # torch's scaler looks for infinities in .grad only, and would not lower its scale for infinities in the sums.
         accumulated.check_ready(closure, None if owner._finds_inf else found_inf)
         device = decision_device(self._optimizer.param_groups)
         grad_scale = owner.__dict__.get("grad_scale")
@@ -208,7 +208,7 @@ class Stepper:
         request: Request,
         watched: bool,
     ) -> Any:
-        """A step with a closure or hooks, which may exchange anything, or around the optimizer's own step."""
+        """Takes a step that may exchange anything (it has a closure or hooks), or that the optimizer takes itself."""
         self._look_ahead(optimizer, request)
         if self._why_in_place is not None:
             return self._in_place(optimizer, closure, request)
@@ -223,33 +223,33 @@ class Stepper:
 
         loss = run_hooked(optimizer, fused, closure) if watched else fused(closure)[0]
         if not took:
-            # The wrapped optimizer's pre-hooks run again with its own step, this one time.
+            # The wrapped optimizer's own step runs its pre-hooks a second time; this happens in one step only.
             self._in_place(optimizer, None, request)
         return loss
 
     def _tell(self) -> None:
-        """After a step that was decided: telemetry looks whether there is somebody to tell."""
+        """Lets telemetry look for something to report, once the step's outcome is decided."""
         if self.recorder is not None and self.outcome is not None:
             known = self.outcome.skipped if self._device_steps is None else None
             self.recorder.after_step(self._optimizer.param_groups, known)
 
     def _take_over(self, optimizer: torch.optim.Optimizer) -> None:
-        """Lets the last stepper of the same optimizer say all it knows."""
+        """Makes the stepper that stepped this optimizer before write down all it knows."""
         previous = _steppers.get(id(optimizer))
         if previous is not None and previous is not self:
             previous.flush()
         _steppers[id(optimizer)] = self
 
     def flush_last(self, policies: bool = True) -> Stepper:
-        """:meth:`flush` of whichever stepper stepped the optimizer last; the ones before it have said all they know."""
+        """Calls :meth:`flush` of the stepper that stepped the optimizer last; earlier ones have nothing left to say."""
         last = _steppers.get(id(self._optimizer), self)
         last.flush(policies)
         return last
 
     def flush(self, policies: bool = True) -> None:
-        """Brings what the device has counted to the param groups, and takes back state that no step has used.
+        """Writes what the device has counted into the param groups, and removes state that no step has used.
 
-        And what policies have learnt, unless told not to. Waits for the device, once steps have been taken there.
+        Writes what policies have learnt there too, if ``policies``. Waits for the device if steps were taken on it.
         """
         groups = self._optimizer.param_groups
         with self._flushing:
@@ -268,13 +268,13 @@ class Stepper:
             self._device_steps.take_back(self._optimizer.state)
 
     def _why(self) -> str | None:
-        # Only a wrapper would pass over a step that somebody put in the wrapped optimizer's place.
+        # Somebody may have replaced the wrapped optimizer's step; only a wrapper could pass over that.
         return why_not_fused(self._optimizer, self._rule, bypasses_step=self._runs_hooks)
 
     # -- the plan -------------------------------------------------------------------------------
 
     def _look_ahead(self, optimizer: torch.optim.Optimizer, request: Request) -> None:
-        """Refuses wrong numbers, and makes the plan if there is none for what is there now."""
+        """Refuses wrong numbers, and makes a plan if none fits the current parameters, state and options."""
         self._check_own_numbers(optimizer)
         plan = self._plan
         if plan is None or not plan.matches(optimizer.param_groups, optimizer.state):
@@ -292,7 +292,7 @@ class Stepper:
         request: Request,
         why_in_place: str | None = None,
     ) -> None:
-        """Makes the plan for what is there now; ``why_in_place`` where a step has begun that cannot be fused."""
+        """Makes the plan for what is there now; ``why_in_place`` is set if a step that cannot be fused has begun."""
         groups = optimizer.param_groups
         device = decision_device(groups)
         rule = "none" if self._rule is None else self._rule.name
@@ -361,9 +361,9 @@ class Stepper:
         request: Request,
         in_place: tuple[list[Tensor | None], bool] | None = None,
     ) -> _kernels.Outcome | Outcome | None:
-        """One call into the kernels, which take the step; None where nothing was done, as a new plan is needed.
+        """Takes the step by one call into the kernels; returns None if nothing was done, since a new plan is needed.
 
-        ``in_place``: the gradients, and whether to wait for a device, where the update is the optimizer's own.
+        ``in_place`` is given if the optimizer does the update itself: the gradients, and whether to wait for a device.
         """
         plan, groups, state = self._plan, optimizer.param_groups, optimizer.state
         assert plan is not None
@@ -390,7 +390,7 @@ class Stepper:
                 nonfinite = torch.empty(self._parameters, dtype=torch.int64, device=device)
             if self._options.storage.is_stochastic:
                 device_steps.count_rounded_steps(self._options.storage.rounded_steps(groups))
-            # Whoever reads the outcome of a step that is not his own counts it.
+            # An in-place step that reads the outcome back counts on the host; any other step counts on the device.
             counts = in_place is None or not read_back
             memory = device_steps.memory(on_device, counts, nonfinite)
         record = None
@@ -413,7 +413,7 @@ class Stepper:
         except TypeError:
             if in_place is not None:
                 raise
-            # Gradients may have become sparse since the plan was made.
+            # A gradient may have become sparse since the plan was made.
             self._prepare(optimizer, request)
             if self._why_in_place is None:
                 raise
@@ -423,7 +423,7 @@ class Stepper:
         outcome = known = plan.outcome if on_device is None else on_device
         self.outcome = outcome
         if on_device is None:
-            # Of other ranks' gradients it is not known that they are zero.
+            # A step that creates state has zero gradients, but this rank cannot know that of other ranks' gradients.
             creates_state = creates_state and (sharding is None or known.norm == 0)
         elif read_back:
             known = on_device.read()
@@ -439,7 +439,7 @@ class Stepper:
             request.hand_over()
         if self._new_state:
             self._enter_new_state(optimizer)
-        # A scheduler made for the wrapped optimizer looks for this mark of its own step.
+        # A scheduler made for the wrapped optimizer looks for this mark of the optimizer's own step.
         optimizer._opt_called = True  # type: ignore[attr-defined]
         return known
 
@@ -448,14 +448,14 @@ class Stepper:
     def _fused(
         self, optimizer: torch.optim.Optimizer, request: Request
     ) -> _kernels.Outcome | Outcome | None:
-        """Takes the step, update and all; None where only the optimizer's own step can."""
+        """Takes the step together with the update; returns None if only the optimizer's own step can."""
         outcome = None if self._plan is None else self._run(optimizer, request)
         return self._fused_anew(optimizer, request) if outcome is None else outcome
 
     def _fused_anew(
         self, optimizer: torch.optim.Optimizer, request: Request
     ) -> _kernels.Outcome | Outcome | None:
-        """Takes the step after making a plan, where there is none or it no longer fits; None as in :meth:`_fused`."""
+        """Takes the step with a new plan, since there is none or it no longer fits; None as in :meth:`_fused`."""
         if self._why_in_place is None:
             self._prepare(optimizer, request)
         if self._why_in_place is not None:
@@ -465,7 +465,7 @@ class Stepper:
         return outcome
 
     def _grads(self, request: Request) -> list[Tensor | None] | None:
-        """Returns the gradients to step by where they are not the parameters' ``.grad``, or None."""
+        """Returns the gradients to step by if they are not the parameters' ``.grad``, else None."""
         if self._sharding is not None:
             grads = self._sharding.gradients(request.sums)
             if grads is not None:
@@ -475,7 +475,7 @@ class Stepper:
         return request.accumulated.gradients(self._optimizer.param_groups)
 
     def _enter_new_state(self, optimizer: torch.optim.Optimizer) -> None:
-        """Enters the state that the first steps of some parameters have made."""
+        """Enters the state that some parameters' first steps have made."""
         assert self._plan is not None
         for index, param in zip(self._plan.active_indices(), self._plan.active(), strict=True):
             if param not in self._new_state:
@@ -492,7 +492,7 @@ class Stepper:
     def _in_place(
         self, optimizer: torch.optim.Optimizer, closure: Closure | None, request: Request
     ) -> Any:
-        """The optimizer's own step, with gradients that are stabilized before it; returns the closure's loss."""
+        """Stabilizes the gradients, then calls the optimizer's own step; returns the closure's loss."""
         if evaluates_closure(optimizer):
             loss, skipped, clipped = self._evaluating(optimizer, closure, request)
         else:
@@ -511,7 +511,7 @@ class Stepper:
     def _evaluating(
         self, optimizer: torch.optim.Optimizer, closure: Closure | None, request: Request
     ) -> tuple[Any, bool, bool]:
-        """The step of an optimizer that evaluates the model itself: the loss, and whether it was skipped or clipped."""
+        """Steps an optimizer that evaluates the model itself; returns loss, whether skipped, and whether clipped."""
         if closure is None:
             name = type(optimizer).__name__
             raise TypeError(
@@ -528,7 +528,7 @@ class Stepper:
             clipped = clipped or outcome.clipped
             return loss
 
-        # It evaluates again in the middle of its step, where it has already moved.
+        # The optimizer evaluates again in the middle of its step, when it has already moved the parameters.
         restore = snapshot(optimizer)
         try:
             return self._base_step(optimizer, stabilized_closure), False, clipped
@@ -543,7 +543,7 @@ class Stepper:
     def _stabilize_grads(
         self, optimizer: torch.optim.Optimizer, request: Request
     ) -> _kernels.Outcome | Outcome:
-        # Hooks and the closure may have exchanged anything.
+        # Hooks and the closure may have exchanged any param group.
         self._check_own_numbers(optimizer)
         options, sums = self._options, request.sums
         grads = None if self._sharding is None else self._sharding.gradients(sums)
@@ -553,7 +553,7 @@ class Stepper:
                 for group in optimizer.param_groups
                 for param in group["params"]
             ]
-        # The wrapped step cannot be taken back, so whether to take it must be known.
+        # The wrapped step cannot be undone, so the host must know in advance whether to take it.
         read_back = (
             options.nonfinite in ("skip", "raise")
             or request.skips_nonfinite

@@ -1,4 +1,4 @@
-"""Clip policies: where a step's limit comes from, other than a constant."""
+"""Clip policies: rules that compute the limit of each step, other than a constant ``max_norm``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clipping by output unit."""
+"""Clips each output unit by the norm of its parameters."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from dataclasses import dataclass
 from steadygrad import _kernels
 from steadygrad.policies.clip_policy import KernelClipPolicy
 
-# Key of every param group: its own ``clipping``, or None where units are not clipped.
+# A key of every param group: the group's own ``clipping``, or None if its units are not clipped.
 CLIPPING = _kernels.CLIPPING
 
 
 @dataclass(frozen=True)
 class ClipAdaptive(KernelClipPolicy):
-    r"""AGC: the gradient of each output unit is limited relative to the norm of the unit's parameters.
+    r"""Clips the gradient of each output unit relative to the norm of the unit's parameters (AGC).
 
-    A unit is a row of a matrix or a filter of a convolution, in general one index of the first dimension of a parameter
-    of two or more; a vector or scalar is one unit. With 2-norms over the unit's elements, whatever ``norm_type`` is,
-    where :math:`\lVert g \rVert` is larger than its limit
+    A unit is one index of a parameter's first dimension, such as a row of a matrix or a filter of a convolution. A
+    vector or a scalar is one unit. With 2-norms over the unit's elements, whatever ``norm_type`` is, a gradient
+    :math:`g` whose norm exceeds its limit becomes
 
     .. math:: g \leftarrow \text{clipping} \cdot \max(\lVert w \rVert, \text{eps}) \, \frac{g}{\lVert g \rVert}
 
-    Source: Brock et al. 2021, "High-performance large-scale image recognition without normalization", section 4.1,
-    whose lambda is ``clipping``, as in optax; ``clip_factor`` of timm's ``adaptive_clip_grad``. The default is that of
-    large batches; small ones bear more.
+    Source: Brock et al. 2021, "High-performance large-scale image recognition without normalization", section 4.1.
+    ``clipping`` is the paper's lambda, optax's ``clipping`` and the ``clip_factor`` of timm's ``adaptive_clip_grad``.
+    The default is the paper's value for large batches; small batches allow a larger one.
 
-    **The final layer is not clipped** in the paper. Every param group has a key ``clipping``: its own number, or None
-    to leave it out:
+    **The paper does not clip the final layer.** Every param group has a key ``clipping``, a number of its own or None
+    to leave the group out:
 
     >>> opt = sg.optim.SGD(
     ...     [{"params": model.body.parameters()}, {"params": model.head.parameters(), "clipping": None}],
@@ -34,24 +34,26 @@ class ClipAdaptive(KernelClipPolicy):
     ...     clip=sg.ClipAdaptive(),
     ... )
 
-    The gradient is the one that ``max_norm`` would see: unscaled, with a penalty that comes before the clip. The key
-    ``max_norm`` of a param group still limits the norm of the step's scope; the smaller coefficient of both holds.
-    ``grad_norm`` is the total norm as ever, and a step counts in ``clipped_steps`` if any unit was clipped. It takes
-    one more read of gradients and parameters, and learns nothing. In telemetry ``limit`` is NaN, as there is no single
-    one, and ``clipped_norm`` is NaN for steps in which a unit or the norm was clipped.
+    The gradient that is compared is the one that ``max_norm`` would limit: unscaled, and with a penalty that comes
+    before the clip. If a param group also has a ``max_norm``, it still limits the norm of the step's scope, and the
+    smaller of the two coefficients applies. ``grad_norm`` is the total norm, as always. A step counts in
+    ``clipped_steps`` if any unit was clipped. The policy reads gradients and parameters once more, and has no state. In
+    telemetry ``limit`` is NaN, since there is no single limit, and ``clipped_norm`` is NaN for steps in which a unit or
+    the norm was clipped.
 
-    Sparse gradients and complex ones have no units: their parameters belong into a group whose ``clipping`` is None.
+    Sparse and complex gradients have no units. Their parameters have to be in a group whose ``clipping`` is None.
 
-    Of a DTensor every rank has to hold whole units: replicas, or for two and more dimensions ``Shard(0)``.
+    If a parameter is a DTensor, every rank has to hold whole units of it: a replica, or ``Shard(0)`` of a parameter of
+    two or more dimensions.
 
     Args:
-        clipping: lambda, more than 0. Default: 0.01.
-        eps: the least norm that a unit's parameters count with, at least 0, so that units of zeros can grow. Default:
+        clipping: The largest allowed ratio of the norms, more than 0. Default: 0.01.
+        eps: The least norm that a unit's parameters count with, at least 0, so that units of zeros can grow. Default:
             1e-3.
 
     Raises:
-        TypeError: an argument is no number.
-        ValueError: an argument is out of range.
+        TypeError: An argument is not a number.
+        ValueError: An argument is out of range.
     """
 
     clipping: float = 0.01
@@ -64,5 +66,5 @@ class ClipAdaptive(KernelClipPolicy):
 
     @property
     def for_kernels(self) -> _kernels.ClipPolicy:
-        """Its name and eps; ``clipping`` is a number of each param group."""
+        """Returns the policy's name and eps; ``clipping`` is not part of it, since each param group has its own."""
         return _kernels.ClipPolicy("adaptive", level=float(self.eps))

@@ -1,4 +1,4 @@
-"""A clip policy in Python within a step: it is asked between the passes, and its state goes with the optimizer."""
+"""Calls a clip policy that is written in Python between the passes of a step, and saves its state."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from steadygrad.policies.state_text import state_of, text_of
 
 Groups = list[dict[str, Any]]
 
-# A row per scope.
+# The policy's memory has a row per scope; these are the columns of the limit and of the norm.
 _LIMIT, _NORM = (_kernels.POLICY_ROW[name] for name in ("limit", "norm"))
 
-# What a policy may give in a tensor; not all that torch stores can be compared.
+# The dtypes that a policy may return; tensors of some other dtypes cannot be compared with 0.
 _NUMBERS = (
     torch.float64,
     torch.float32,
@@ -35,21 +35,23 @@ _UNREAD = object()
 
 
 class AskedPolicy:
-    """One policy's place in an optimizer. In the param groups its state is ``[name, text]``.
+    """Connects a user's policy with an optimizer; in the param groups its state is ``[name, text]``.
 
     Args:
-        key: of the param groups.
-        policy: the user's.
-        fresh: the state that it had when the optimizer took it over, as text; None if that is now.
+        key: The key of the param groups that holds the state.
+        policy: The user's policy.
+        fresh: The state, as text, that the policy had when the optimizer took it over. None means that the optimizer
+            takes it over now.
     """
 
     def __init__(self, key: str, policy: ClipPolicy, fresh: str | None = None) -> None:
         self._key = key
         self._policy = policy
         self._name = type(policy).__name__
-        # What the param groups held when both were the same. Later ones do not know what was loaded since.
+        # The entry of the param groups that the policy's state equals. Where the optimizer took the policy over
+        # earlier, a state may have been loaded since, so the first step reads the entry.
         self._known: Any = None if fresh is None else _UNREAD
-        # Refuses a state that cannot be saved before it is too late.
+        # A state that cannot be saved is refused here, before any training is lost.
         self.fresh = self._text() if fresh is None else fresh
         self._unsaved: Exception | None = None
         self._rows: Tensor | None = None
@@ -57,7 +59,7 @@ class AskedPolicy:
         self._replaced: list[Tensor] = []
 
     def rows(self, groups: Groups, scopes: int, device: torch.device) -> Tensor:
-        """For a step. A state that was loaded since the last one takes the place of the policy's."""
+        """Returns the memory for a step's norms and limits, after loading a state that came since the last step."""
         rows = self._rows
         if rows is None or rows.shape[0] != scopes or rows.device != device:
             if rows is not None:
@@ -76,7 +78,7 @@ class AskedPolicy:
         return rows
 
     def check(self, saved: Any) -> None:
-        """Refuses a state whose text says nothing; what the policy makes of it is its own."""
+        """Refuses a saved state whose text cannot be parsed; the policy itself judges the contents when it loads."""
         self._state_of(saved, torch.device("cpu"))
 
     def _state_of(self, saved: Any, device: torch.device) -> dict[str, Any]:
@@ -87,19 +89,19 @@ class AskedPolicy:
             return state_of(text, device)
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
             raise ValueError(
-                f"param_groups: {self._key}: expected [{self._name!r}, its state as text], got a text that is none: "
-                f"{error}"
+                f"param_groups: {self._key}: expected [{self._name!r}, its state as text], got a text that is no "
+                f"state: {error}"
             ) from error
 
     def reduction(
         self, of_processes: _kernels.Reduction | None, sums: int, slots: int
     ) -> _kernels.Reduction:
-        """What the kernels take: how processes combine their sums, if there are several, and this policy's question.
+        """Returns what the kernels call between the passes: the sums over processes, if any, and this policy.
 
         Args:
-            of_processes: how they do, or None where there is one.
-            sums: rows of sums that one process alone needs.
-            slots: parameters.
+            of_processes: The reduction over several processes, or None for a single process.
+            sums: The number of rows of sums that a single process needs.
+            slots: The number of parameters.
         """
         if of_processes is not None:
             others = of_processes.reduce
@@ -123,9 +125,9 @@ class AskedPolicy:
         )
 
     def save(self, groups: Groups) -> None:
-        """Brings the state to the param groups, unless one was loaded there; waits for the device.
+        """Writes the state to the param groups, unless one was loaded there since; waits for the device.
 
-        A state that cannot be saved is for :meth:`check_saved` to tell: not all that saves has to have it.
+        An error is kept for :meth:`check_saved`, since not everything that saves an optimizer needs the state.
         """
         self._unsaved = None
         if self._rows is None or not groups or groups[0].get(self._key) is not self._known:
@@ -138,13 +140,13 @@ class AskedPolicy:
             group[self._key] = self._known
 
     def check_saved(self) -> None:
-        """Raises what :meth:`save` has met."""
+        """Raises the error that :meth:`save` has kept, if any."""
         unsaved, self._unsaved = self._unsaved, None
         if unsaved is not None:
             raise unsaved
 
     def take_back(self, groups: Groups) -> None:
-        """What :meth:`save` has brought is theirs no longer."""
+        """Removes from the param groups what :meth:`save` has written there."""
         if self._known is None or groups[0].get(self._key) is not self._known:
             return
         self._known = None
@@ -155,7 +157,7 @@ class AskedPolicy:
         return text_of(f"{self._name}.state_dict", self._policy.state_dict())
 
     def _ask_alike(self, others: Any) -> None:
-        """Asks the policy. Where it raises on one rank, all ranks of the step raise, or their parameters would part."""
+        """Asks the policy for limits; if it raises on one rank, raises on all, since their parameters would diverge."""
         rows = self._rows
         capturing = rows is not None and rows.is_cuda and torch.cuda.is_current_stream_capturing()
         if others is None or capturing:
@@ -170,8 +172,8 @@ class AskedPolicy:
             raise error
         if failed:
             raise RuntimeError(
-                f"step: clip: {self._name}.limits: expected a limit on every rank, got an exception on another one, "
-                "which has its message; nothing was changed on any rank"
+                f"step: clip: {self._name}.limits: expected a limit on every rank, got an exception on another rank, "
+                "whose message says why; nothing was changed on any rank"
             )
 
     @torch.no_grad()
@@ -182,7 +184,7 @@ class AskedPolicy:
 
 
 def _put(where: str, given: Any, limits: Tensor) -> None:
-    """Leaves what a policy has given in the place for limits."""
+    """Checks the limits that a policy returned and writes them to the memory that the kernels read."""
     if not isinstance(given, Tensor) or (given.ndim == 0 and not is_asynchronous(given.device)):
         limits.fill_(checked_number(where, given, finite=False))
         return

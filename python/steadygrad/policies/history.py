@@ -1,4 +1,4 @@
-"""Policies that look at the last norms."""
+"""Policies that compare a norm with a window of earlier ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from steadygrad import _kernels
 from steadygrad.policies.clip_policy import KernelClipPolicy
 from steadygrad.policies.policy import LEARNT, KernelPolicy
 
-# How many norms there are, the place of the oldest one, and where they begin.
+# Columns of a policy's row: the number of norms, the place of the oldest one, and the place of the first one.
 _COUNT, _OLDEST, _BEFORE_NORMS = (
     _kernels.POLICY_ROW[name] for name in ("count", "oldest", "norms")
 )
@@ -20,7 +20,7 @@ def _restored_norms(saved: Sequence[float], window: int) -> list[float] | None:
         return [0.0] * (_BEFORE_NORMS + window)
     oldest, *norms = saved
     count = len(norms)
-    # As a full ring the oldest may be anywhere; before, the next place is the first free one.
+    # In a full ring the oldest norm may be at any place. Before that, the next place is the first free one.
     fits = 0 <= oldest < window and oldest == int(oldest) and count <= window
     if not fits or (count < window and oldest != count):
         return None
@@ -34,22 +34,22 @@ def _saved_norms(row: list[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class ClipPercentile(KernelClipPolicy):
-    """AutoClip: the limit is a percentile of the norms so far, that of this step included.
+    """Clips to a percentile of the norms so far, including this step's norm (AutoClip).
 
-    The percentile lies between its two neighbours as in ``numpy.percentile``. At the default only a tenth of the steps
-    is not clipped at all, and what the update sees follows the smaller norms.
+    The percentile is interpolated between its two neighbours, as in ``numpy.percentile``. At the default only one step
+    in ten is not clipped at all, so the sizes of the updates follow the smaller norms.
 
     Source: Seetharaman et al. 2020, "AutoClip: Adaptive gradient clipping for source separation networks" and
-    github.com/pseeth/autoclip, which keeps all norms; here the oldest are forgotten. There is no warm-up: the first
-    step's limit is its own norm. Steps that are skipped leave no norm, nor do norms of 0 and those that are not finite.
+    github.com/pseeth/autoclip, which keeps all norms; here a window is kept. There is no warm-up: the first step's
+    limit is its own norm. Norms of skipped steps, norms of 0 and non-finite norms do not enter the window.
 
     Args:
-        percentile: in [0, 100]. Default: 10.
-        window: how many norms are kept, at least 1: 16 bytes each, per scope. Default: 10000.
+        percentile: The percentile, in [0, 100]. Default: 10.
+        window: The number of norms kept, at least 1; each takes 16 bytes per scope. Default: 10000.
 
     Raises:
-        TypeError: an argument is no number, or ``window`` no int.
-        ValueError: an argument is out of range.
+        TypeError: An argument is not a number, or ``window`` is not an int.
+        ValueError: An argument is out of range.
     """
 
     percentile: float = 10.0
@@ -65,16 +65,16 @@ class ClipPercentile(KernelClipPolicy):
 
     @property
     def for_kernels(self) -> _kernels.ClipPolicy:
-        """Its name, fraction and window."""
+        """Returns the policy's name, fraction and window."""
         level = float(self.percentile) / 100
         return _kernels.ClipPolicy("percentile", level=level, window=self.window)
 
     def saved(self, row: list[float]) -> list[float]:
-        """The place of the oldest norm, and the norms in the order of steps."""
+        """Returns the place of the oldest norm, followed by the norms in the order of the ring."""
         return _saved_norms(row)
 
     def restored(self, saved: Sequence[float]) -> list[float] | None:
-        """With the norms sorted again."""
+        """Returns the row that these numbers were saved from, with sorted norms, or None if they do not fit."""
         row = _restored_norms(saved, self.window)
         if row is None:
             return None
@@ -86,22 +86,23 @@ class ClipPercentile(KernelClipPolicy):
 class SkipSpikes(KernelPolicy):
     r"""Skips a step whose norm is a spike: :math:`N > \mu + \text{sigma} \cdot s` over the last ``window`` norms.
 
-    :math:`\mu` and :math:`s` are their mean and standard deviation (n - 1), without this step's norm. The norm is the
-    global one, after unscaling and before clipping. The first window / 2 steps (at least 2) are never skipped.
-    Skipped steps count in ``skipped_steps``; ``sg.GradScaler`` does not take them for an overflow.
+    Here :math:`\mu` and :math:`s` are the mean and the standard deviation (n - 1) of those norms, without this step's.
+    The norm is the total norm, after unscaling and before clipping. The first window / 2 steps (at least 2) are never
+    skipped. Skipped steps count in ``skipped_steps``. ``sg.GradScaler`` does not count them as an overflow.
 
-    A spike's norm is remembered, too: after a lasting rise of the norm steps are taken again as soon as the window has
-    seen it, and after a lone spike the bar is higher until it has left the window. Nothing else of a skipped step is.
+    The norm of a skipped step enters the window, too, but nothing else of it is kept. So after a lasting rise of the
+    norm, steps are taken again once the window has seen enough of it, and after a single spike the threshold is higher
+    until the spike has left the window.
 
-    Source: the rule of OLMo-core's ``SkipStepOptimizer`` ("2 OLMo 2 Furious", 2025), there for the loss as well.
+    Source: the rule of OLMo-core's ``SkipStepOptimizer`` ("2 OLMo 2 Furious", 2025), which also applies it to the loss.
 
     Args:
-        sigma: standard deviations above the mean, more than 0. Default: 6.
-        window: how many norms are kept, at least 2. Default: 128.
+        sigma: The number of standard deviations above the mean, more than 0. Default: 6.
+        window: The number of norms kept, at least 2. Default: 128.
 
     Raises:
-        TypeError: ``sigma`` is no number, or ``window`` no int.
-        ValueError: an argument is out of range.
+        TypeError: ``sigma`` is not a number, or ``window`` is not an int.
+        ValueError: An argument is out of range.
     """
 
     sigma: float = 6.0
@@ -114,13 +115,13 @@ class SkipSpikes(KernelPolicy):
 
     @property
     def for_kernels(self) -> _kernels.SpikePolicy:
-        """Its two numbers."""
+        """Returns sigma and the window."""
         return _kernels.SpikePolicy(sigma=float(self.sigma), window=self.window)
 
     def saved(self, row: list[float]) -> list[float]:
-        """The place of the oldest norm, and the norms in the order of steps."""
+        """Returns the place of the oldest norm, followed by the norms in the order of the ring."""
         return _saved_norms(row)
 
     def restored(self, saved: Sequence[float]) -> list[float] | None:
-        """Returns the row that these numbers were saved from, or None where they do not fit."""
+        """Returns the row that these numbers were saved from, or None if they do not fit."""
         return _restored_norms(saved, self.window)

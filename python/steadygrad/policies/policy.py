@@ -1,4 +1,4 @@
-"""What every policy tells the step: its numbers for the kernels, and how its state is kept and saved."""
+"""The base class of policies that run in the kernels: their numbers, and how their state is saved."""
 
 from __future__ import annotations
 
@@ -13,45 +13,45 @@ from steadygrad.arguments import checked_count, checked_number
 Scope = Literal["global", "group", "tensor"]
 Described = _kernels.ClipPolicy | _kernels.SpikePolicy
 
-# Where in a row begins what was learnt: after the last step's coefficient and limit.
+# The column of a row at which the learnt numbers begin, after the last step's coefficient and limit.
 LEARNT = _kernels.POLICY_ROW["learnt"]
 
 
 @dataclass(frozen=True)
 class KernelPolicy:
-    """A policy that the kernels know, by its parameters; its state is one row of float64 numbers per clip scope.
+    """A policy that the kernels run; its state is one row of float64 numbers per clip scope.
 
-    The rows are those of ``csrc/core/policy.h``: the last coefficient and limit, then counts and what was learnt.
+    ``csrc/core/policy.h`` defines the rows: the last coefficient and limit, then counts and learnt numbers.
     """
 
     @property
     def for_kernels(self) -> Described | None:
-        """What a plan takes; None where a constant limit says it all."""
+        """Returns what a plan takes, or None if a constant limit is all there is to the policy."""
         return None
 
     @property
     def row_size(self) -> int:
-        """Numbers of state per scope."""
+        """Returns the number of state numbers per scope."""
         kernels = self.for_kernels
         return 0 if kernels is None else kernels.row_size
 
     def saved(self, row: list[float]) -> list[float]:
-        """What of a row a state dict keeps."""
+        """Returns the part of a row that a state dict holds."""
         return []
 
     def restored(self, saved: Sequence[float]) -> list[float] | None:
-        """The row again; None where the numbers cannot be those of such a policy."""
+        """Returns the row that these numbers were saved from, or None if this policy cannot have saved them."""
         return None if saved else [0.0] * self.row_size
 
     def _number(self, name: str, **limits: Any) -> float:
-        """Checks a parameter that is a number; from then on it is a Python float."""
+        """Checks an argument that is a number, and stores it as a Python float."""
         where = f"{type(self).__name__}: {name}"
         number = checked_number(where, getattr(self, name), **limits)
         object.__setattr__(self, name, number)
         return number
 
     def _count(self, name: str, low: int) -> int:
-        """Checks a parameter that is an int of at least ``low``; from then on it is a Python int."""
+        """Checks an argument that is an int of at least ``low``, and stores it as a Python int."""
         count = checked_count(f"{type(self).__name__}: {name}", getattr(self, name), low=low)
         object.__setattr__(self, name, count)
         return count
@@ -68,7 +68,7 @@ class KernelPolicy:
         return number
 
     def _cap(self, name: str) -> float:
-        """A limit, or None for no limit."""
+        """Checks an argument that is a limit, and returns infinity for None."""
         if getattr(self, name) is None:
             return math.inf
         return self._number(name, finite=False)

@@ -1,4 +1,4 @@
-"""What policies have learnt: on the parameters' device between steps, in the param groups when it is saved."""
+"""The state of policies: on the parameters' device between steps, in the param groups when it is saved."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from steadygrad.policies.policy import KernelPolicy
 
 Groups = list[dict[str, Any]]
 
-# Keys of every param group of an optimizer with such a policy; None before its first step.
+# Keys of every param group of an optimizer with such a policy; the values are None before the first step.
 CLIP_STATE, SKIP_STATE = "clip_state", "skip_state"
 
 
 class PolicyState:
-    """One policy's rows, (scopes, numbers per scope) in float64, updated in place by the kernels.
+    """Holds one policy's rows, float64 of shape (scopes, numbers per scope), which the kernels update in place.
 
-    The param groups hold them as lists, which equal each other and can be saved by anything:
-    ``[name, n, n numbers of the first scope, n, ...]``.
+    The param groups hold them as one list, ``[name, n, n numbers of the first scope, n, ...]``. Such lists can be
+    compared, and every format of checkpoints can save them.
 
     Args:
-        key: of the param groups.
-        policy: whose rows they are.
+        key: The key of the param groups that holds the list.
+        policy: The policy whose rows these are.
     """
 
     def __init__(self, key: str, policy: KernelPolicy) -> None:
         self._key = key
         self._policy = policy
         self._rows: Tensor | None = None
-        self._known: Any = None  # what the param groups held when both were the same
+        self._known: Any = None  # the entry of the param groups that the rows equal
         self._replaced: list[Tensor] = []
 
     def rows(self, groups: Groups, scopes: int, device: torch.device) -> Tensor:
-        """For a step. A list that was loaded since the last one takes the place of what was learnt."""
+        """Returns the rows for a step, after loading a list that came into the param groups since the last step."""
         saved = groups[0].get(self._key) if groups else None
         rows = self._rows
         if rows is not None and rows.shape[0] == scopes and rows.device == device:
@@ -55,17 +55,17 @@ class PolicyState:
         if rows is None or saved is not self._known:
             self._fill(made, saved)
         elif rows.shape[0] <= scopes:
-            # Scopes go by their places: new ones come last, and where some are gone none is known again.
+            # A scope is known by its place. New scopes come last; if some are gone, the places say nothing any more.
             made[: rows.shape[0]].copy_(rows)
         self._rows = made
         return made
 
     def save(self, groups: Groups) -> None:
-        """Brings them to the param groups; waits for the device if there was a step."""
+        """Writes the rows to the param groups, which waits for the device if there was a step."""
         if self._rows is None or not groups:
             return
         loaded = groups[0].get(self._key)
-        if loaded is not self._known:  # since the last step
+        if loaded is not self._known:  # loaded since the last step
             self._fill(self._rows, loaded)
             return
         saved: list[Any] = [type(self._policy).__name__]
@@ -77,7 +77,7 @@ class PolicyState:
             group[self._key] = saved
 
     def take_back(self, groups: Groups) -> None:
-        """What :meth:`save` has brought is theirs no longer: a history would fill what an optimizer prints."""
+        """Removes from the param groups what :meth:`save` has written, so that a printed optimizer stays short."""
         if self._known is None or groups[0].get(self._key) is not self._known:
             return
         self._known = None
@@ -85,7 +85,7 @@ class PolicyState:
             group[self._key] = None
 
     def check(self, saved: Any) -> None:
-        """Refuses what :meth:`rows` could not take."""
+        """Refuses a saved list that :meth:`rows` could not load."""
         _rows_of(self._key, self._policy, saved)
 
     def _fill(self, rows: Tensor, saved: Any) -> None:
@@ -112,10 +112,10 @@ def _shortened(saved: Any) -> str:
 
 
 def _rows_of(key: str, policy: KernelPolicy, saved: Any) -> list[list[float]]:
-    """The rows of a list; none where it is another policy's, or one's with other numbers.
+    """Returns the rows of a saved list; none if another policy, or the same one with other numbers, has saved it.
 
     Raises:
-        ValueError: it is no such list.
+        ValueError: The value is not such a list.
     """
     if not isinstance(saved, Sequence) or not saved or saved[0] != type(policy).__name__:
         return []
@@ -137,14 +137,14 @@ def _rows_of(key: str, policy: KernelPolicy, saved: Any) -> list[list[float]]:
 
 
 class PolicyStates:
-    """Keeps the states of an optimizer's two policies, each of which may be absent.
+    """Holds the states of an optimizer's clip policy and skip policy, either of which may be absent.
 
     Args:
-        clip: its clip policy, one that learns or not.
-        skip: its skip policy.
-        scope: the clip's scope.
-        per_tensor: whether the norm of every tensor is asked for.
-        fresh: ``fresh`` of those that the same optimizer had before; None for the first ones.
+        clip: The clip policy, with or without state.
+        skip: The skip policy.
+        scope: The scope of the clip.
+        per_tensor: Whether the step also computes the norm of every tensor.
+        fresh: The attribute ``fresh`` of the states that the same optimizer had before; None for its first states.
     """
 
     def __init__(
@@ -168,17 +168,17 @@ class PolicyStates:
 
     @property
     def fresh(self) -> str | None:
-        """The state that a policy in Python had when the optimizer took it over."""
+        """Returns the state that a policy written in Python had when the optimizer took it over."""
         return self._clip.fresh if isinstance(self._clip, AskedPolicy) else None
 
     def __bool__(self) -> bool:
-        """Whether there is a policy that keeps rows."""
+        """Returns whether there is a policy that keeps rows."""
         return self._clip is not None or self._skip is not None
 
     def rows(
         self, groups: Groups, device: torch.device | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """For a step: the rows of both; ``device``: where decisions are taken, None for the CPU."""
+        """Returns the rows of both policies for a step on ``device``; None stands for the CPU."""
         if self._adaptive is not None:
             left_out = [group.get(CLIPPING, 0.0) is None for group in groups]
             if left_out != self._left_out:
@@ -196,7 +196,7 @@ class PolicyStates:
     def reduction(
         self, of_processes: _kernels.Reduction | None, groups: Groups
     ) -> _kernels.Reduction | None:
-        """What happens between the passes: that of several processes, and the question to a policy in Python."""
+        """Returns what the kernels call between the passes: a sum over processes, and a policy written in Python."""
         if not isinstance(self._clip, AskedPolicy):
             return of_processes
         slots = sum(len(group["params"]) for group in groups)
@@ -204,28 +204,28 @@ class PolicyStates:
         return self._clip.reduction(of_processes, sums, slots)
 
     def check_loaded(self, group: dict[str, Any]) -> None:
-        """Refuses a param group of a state dict with a state that the policies could not take.
+        """Refuses a param group of a state dict whose policy states could not be loaded.
 
         Raises:
-            ValueError: it is malformed.
+            ValueError: A state is malformed.
         """
         for key, state in ((CLIP_STATE, self._clip), (SKIP_STATE, self._skip)):
             if state is not None:
                 state.check(group.get(key))
 
     def check_saved(self) -> None:
-        """Raises what a policy in Python has raised as its state was to be saved."""
+        """Raises the error that a policy written in Python raised when its state was to be saved, if any."""
         if isinstance(self._clip, AskedPolicy):
             self._clip.check_saved()
 
     def save(self, groups: Groups) -> None:
-        """Brings what was learnt to the param groups; waits for the device if there was a step."""
+        """Writes the states to the param groups, which waits for the device if there was a step."""
         for state in (self._clip, self._skip):
             if state is not None:
                 state.save(groups)
 
     def take_back(self, groups: Groups) -> None:
-        """After a state dict was made of the param groups."""
+        """Removes the states from the param groups, once a state dict was made of them."""
         for state in (self._clip, self._skip):
             if state is not None and groups:
                 state.take_back(groups)

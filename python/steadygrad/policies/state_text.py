@@ -1,4 +1,4 @@
-"""A policy's state as text: one value, which equals itself and which everything that saves param groups can save."""
+"""Converts a policy's state to text, which compares equal to itself and fits into any format of checkpoints."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The key that marks a tensor among the dicts.
+# A dict with this key stands for a tensor.
 _TENSOR = "__tensor__"
 
 
 def text_of(where: str, state: object) -> str:
-    """The state as JSON, with infinities and NaN; tensors with dtype, shape and values, which are waited for.
+    """Returns the state as JSON with infinities and NaN; a tensor becomes its dtype, shape and values, after a wait.
 
     Raises:
-        TypeError: a value that is neither a number, string, boolean, None or real dense tensor, nor a list or dict of
-            them.
+        TypeError: A value is neither a number, string, boolean, None or real dense tensor, nor a list or dict of them.
     """
     if not isinstance(state, dict):
         raise TypeError(f"{where}: expected a dict, got {state!r}")
@@ -25,10 +24,10 @@ def text_of(where: str, state: object) -> str:
 
 
 def state_of(text: str, device: torch.device) -> dict[str, Any]:
-    """The state again, with its tensors on ``device``.
+    """Returns the state that the text was made from, with its tensors on ``device``.
 
     Raises:
-        ValueError, TypeError, AttributeError or RuntimeError: the text is no state.
+        ValueError, TypeError, AttributeError or RuntimeError: The text is not such a state.
     """
     state: object = json.loads(text, object_hook=lambda entry: _with_tensor(entry, device))
     if not isinstance(state, dict):

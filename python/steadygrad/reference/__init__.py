@@ -1,7 +1,7 @@
 """NumPy float64 definitions of every operation in the package.
 
-What the kernels compute is defined here, in the shortest readable form, and they are tested against
-it. Nothing in this package imports torch.
+They define what the kernels compute, in the shortest readable form, and the kernels are tested against them. Nothing in
+this package imports torch.
 """
 
 from __future__ import annotations

@@ -13,20 +13,20 @@ from .norm import Array
 def accumulated_mean(
     grads: Sequence[ArrayLike], weights: Sequence[float] | None = None, decay: float = 1.0
 ) -> Array:
-    """Return ``sum_k(decay**(n-k) * g_k) / sum_k(decay**(n-k) * w_k)`` for k = 1 ... n.
+    """Returns ``sum_k(decay**(n-k) * g_k) / sum_k(decay**(n-k) * w_k)`` for k = 1 ... n.
 
-    Weights are what a micro-batch adds to the divisor; the gradients are not multiplied by them.
-    Source: Ott et al. 2018, "Scaling neural machine translation", for weights that count tokens;
-    the decay is that of an exponential moving average.
+    A weight is what its micro-batch adds to the divisor; the gradient is not multiplied by it. Source: Ott et al. 2018,
+    "Scaling neural machine translation", for weights that count tokens; the decay is that of an exponential moving
+    average.
 
     Args:
-        grads: one array for each micro-batch, the oldest first, all of one shape.
-        weights: one for each micro-batch, at least 0, not all 0. Default: all 1.
-        decay: more than 0, at most 1.
+        grads: An array for each micro-batch, the oldest first, all of the same shape.
+        weights: A weight for each micro-batch, at least 0 and not all 0. Default: all 1.
+        decay: More than 0, at most 1. Default: 1.
 
     Raises:
-        ValueError: a weight is negative or not finite, all are 0, their number is another than that
-            of the gradients, or the decay is out of range.
+        ValueError: A weight is negative or not finite, all weights are 0, there are not as many weights as gradients,
+            or the decay is out of range.
     """
     weights = [1.0] * len(grads) if weights is None else list(weights)
     if len(weights) != len(grads):

@@ -1,4 +1,4 @@
-"""Batch normalization of arrays of shape (N, C, ...): forward, backward and the statistics."""
+"""Batch normalization of arrays of shape (N, C, ...): statistics, forward and backward."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Activation = Literal["relu"]
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and biased variance of each channel, shape (C), and the elements of one channel."""
+    """The mean and biased variance of each channel, shape (C), and the number of elements of a channel."""
 
     mean: Array
     var: Array
@@ -24,7 +24,7 @@ class Statistics:
 
 
 class Gradients(NamedTuple):
-    """What the backward pass returns: for input and residual (N, C, ...), for the others (C)."""
+    """The gradients that the backward pass returns, shape (N, C, ...) for input and residual, else (C)."""
 
     input: Array
     residual: Array
@@ -33,16 +33,16 @@ class Gradients(NamedTuple):
 
 
 def channel_statistics(input: ArrayLike) -> Statistics:
-    """Return the statistics of a batch of shape (N, C, ...).
+    """Returns the statistics of a batch of shape (N, C, ...).
 
     Formula, over the ``n`` elements of a channel (Ioffe and Szegedy 2015, algorithm 1)::
 
         mean = sum(x) / n
         var  = sum((x - mean)^2) / n
 
-    Two passes, so that nothing cancels; the second corrects the rounding of the first's mean (Chan,
-    Golub and LeVeque 1983, equation 1.7). Zeros where the batch is empty. A channel with an element
-    that is not finite has a variance that is NaN.
+    The batch is read twice, so that nothing cancels; the second pass corrects the rounding of the first one's mean
+    (Chan, Golub and LeVeque 1983, equation 1.7). An empty batch gives zeros. A channel with a non-finite element has
+    the variance NaN.
     """
     x = np.asarray(input, dtype=np.float64)
     channels, axes = x.shape[1], _all_but_channels(x)
@@ -59,7 +59,7 @@ def channel_statistics(input: ArrayLike) -> Statistics:
 
 
 def combine_statistics(parts: Iterable[Statistics]) -> Statistics:
-    """Return the statistics of all parts of a batch taken together.
+    """Returns the statistics of all parts of a batch taken together.
 
     Formula for two parts, ``n = n_a + n_b`` and ``d = mean_b - mean_a`` (Chan, Golub and LeVeque 1979,
     "Updating formulae and a pairwise algorithm for computing sample variances")::
@@ -67,10 +67,10 @@ def combine_statistics(parts: Iterable[Statistics]) -> Statistics:
         mean    = mean_a + d * n_b / n
         n * var = n_a * var_a + n_b * var_b + d^2 * n_a * n_b / n
 
-    Parts without elements change nothing; their means and variances are not looked at.
+    Parts without elements change nothing; their means and variances are not read.
 
     Raises:
-        ValueError: there is no part.
+        ValueError: There is no part.
     """
     parts = list(parts)
     if not parts:
@@ -97,25 +97,25 @@ def update_running_statistics(
     momentum: float | None = 0.1,
     num_batches_tracked: int = 1,
 ) -> tuple[Array, Array]:
-    """Return running mean and running variance after a batch with these statistics.
+    """Returns running mean and running variance after a batch with these statistics.
 
-    Formula (``torch.nn.BatchNorm2d``); the variance that is kept is the unbiased one::
+    Formula (``torch.nn.BatchNorm2d``); the running variance is the unbiased one::
 
         running_mean = (1 - momentum) * running_mean + momentum * mean
         running_var  = (1 - momentum) * running_var  + momentum * var * n / (n - 1)
 
-    A channel whose new mean or variance would not be finite keeps its running statistics, unlike torch's,
-    which never come back from infinity or NaN. Its batch counts all the same.
+    A channel whose new mean or variance would not be finite keeps its old ones. In torch they would stay infinite or
+    NaN for ever. The batch is counted all the same.
+
+    One value per channel has no unbiased variance: torch refuses it, and here its variance counts as 0.
 
     Args:
         running_mean: Shape (C).
         running_var: Shape (C).
-        statistics: Those of the batch.
+        statistics: The statistics of the batch.
         momentum: The weight of the new value. None gives the cumulative average, whose factor is
             ``1 / num_batches_tracked``.
-        num_batches_tracked: The number of batches, this one included.
-
-    One value per channel has no unbiased variance: torch refuses it, here it counts with variance 0.
+        num_batches_tracked: The number of batches, including this one.
     """
     factor = 1 / num_batches_tracked if momentum is None else momentum
     unbiased = statistics.var * (statistics.count / max(statistics.count - 1, 1))
@@ -137,10 +137,10 @@ def batch_norm(
     residual: ArrayLike | None = None,
     activation: Activation | None = None,
 ) -> Array:
-    """Return the normalised batch.
+    """Returns the normalised batch.
 
-    Formula (Ioffe and Szegedy 2015; ``torch.nn.functional.batch_norm``), and with a residual or an
-    activation what follows it in a residual network (He et al. 2015)::
+    Formula (Ioffe and Szegedy 2015; ``torch.nn.functional.batch_norm``), followed by a residual and an activation as in
+    a residual network (He et al. 2015)::
 
         y = (x - mean) / sqrt(var + eps) * weight + bias
         y = y + residual
@@ -148,8 +148,8 @@ def batch_norm(
 
     Args:
         input: Shape (N, C, ...).
-        statistics: In training :func:`channel_statistics` of the input, or those of all processes
-            together; in inference the running mean and variance.
+        statistics: In training :func:`channel_statistics` of the input, or the statistics of all
+            processes together; in inference the running mean and variance.
         weight: Shape (C); None counts as ones.
         bias: Shape (C); None counts as zeros.
         eps: Added to the variance.
@@ -157,7 +157,7 @@ def batch_norm(
         activation: None or "relu".
 
     Raises:
-        ValueError: an unknown activation.
+        ValueError: The activation is unknown.
     """
     with np.errstate(invalid="ignore", over="ignore"):
         y = _normalized(input, statistics, eps)
@@ -181,7 +181,7 @@ def batch_norm_backward(
     activation: Activation | None = None,
     constant_statistics: bool = False,
 ) -> Gradients:
-    """Return the gradients of :func:`batch_norm`, whose arguments these are.
+    """Returns the gradients of :func:`batch_norm`, given its arguments.
 
     Formula, with ``x_hat = (x - mean) / sqrt(var + eps)`` and means over the ``n`` elements of a
     channel (Ioffe and Szegedy 2015, section 3)::
@@ -192,11 +192,11 @@ def batch_norm_backward(
         grad_weight   = sum(g * x_hat)
         grad_input    = weight / sqrt(var + eps) * (g - mean(g) - x_hat * mean(g * x_hat))
 
-    The last two terms stand for the input's share in the statistics. With ``constant_statistics``,
-    which is inference, they are absent. A NaN in ``y`` lets its gradient through, as in torch.
+    The last two terms are the input's effect on the statistics. With ``constant_statistics``, as in inference, they are
+    absent. A NaN in ``y`` lets its gradient through, as in torch.
 
     Raises:
-        ValueError: an unknown activation.
+        ValueError: The activation is unknown.
     """
     gradient = np.asarray(grad_output, dtype=np.float64)
     axes = _all_but_channels(gradient)
@@ -238,7 +238,7 @@ def _all_but_channels(array: Array) -> tuple[int, ...]:
 
 
 def _along_channels(vector: ArrayLike, array: Array) -> Array:
-    """Return a vector of shape (C) with axes of size 1 where ``array`` has its others."""
+    """Reshapes a vector of shape (C) so that it broadcasts along the channels of ``array``."""
     shape = [1] * array.ndim
     shape[1] = array.shape[1]
     return np.asarray(vector, dtype=np.float64).reshape(shape)

@@ -12,23 +12,22 @@ from .norm import Array, total_norm
 
 
 def clip_coefficient(limit: float, norm: float) -> float:
-    """Return ``min(1, limit / (norm + 1e-6))``, the factor that brings ``norm`` under ``limit``.
+    """Returns ``min(1, limit / (norm + 1e-6))``, the factor that brings ``norm`` under ``limit``.
 
-    A NaN norm gives NaN and an infinite norm gives 0, as in torch. An infinite limit never clips,
-    where torch's ``inf / inf`` makes every gradient NaN. Source:
-    ``torch.nn.utils.clip_grads_with_norm_``.
+    A NaN norm gives NaN and an infinite norm gives 0, as in torch. An infinite limit never clips, while torch's
+    ``inf / inf`` makes every gradient NaN. Source: ``torch.nn.utils.clip_grads_with_norm_``.
     """
     if limit == math.inf:
         return 1.0
     coefficient = limit / (norm + 1e-6)
-    # Written so that NaN is kept: min(1.0, nan) would return 1.0.
+    # The comparison keeps NaN: min(1.0, nan) would return 1.0.
     return 1.0 if coefficient > 1.0 else coefficient
 
 
 def clip_grad_norm(
     grads: Sequence[ArrayLike], max_norm: float, norm_type: float = 2.0
 ) -> tuple[list[Array], float]:
-    """Return the gradients scaled to a total norm of at most ``max_norm``, and the norm before.
+    """Returns the gradients scaled to a total norm of at most ``max_norm``, and the norm before.
 
     Formula: ``g * min(1, max_norm / (N + 1e-6))`` with ``N = total_norm(grads, norm_type)``.
     Source: ``torch.nn.utils.clip_grad_norm_``; Pascanu et al. 2013, "On the difficulty of training
@@ -44,7 +43,7 @@ def clip_grad_norm(
 
 
 def clip_grad_value(grads: Sequence[ArrayLike], clip_value: float) -> list[Array]:
-    """Return the gradients with each element clamped to ``[-clip_value, clip_value]``.
+    """Returns the gradients with each element clamped to ``[-clip_value, clip_value]``.
 
     NaN elements stay NaN. Source: ``torch.nn.utils.clip_grad_value_``.
     """

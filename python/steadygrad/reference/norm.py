@@ -12,7 +12,7 @@ Array = NDArray[np.float64]
 
 
 def tensor_norm(array: ArrayLike, norm_type: float = 2.0) -> float:
-    """Return the vector p-norm of an array of any shape.
+    """Returns the vector p-norm of an array of any shape.
 
     Formula (``torch.linalg.vector_norm``), with ``p = norm_type``::
 
@@ -21,9 +21,9 @@ def tensor_norm(array: ArrayLike, norm_type: float = 2.0) -> float:
         p = 0        number of non-zero elements
         otherwise    (sum |g|^p)^(1/p)
 
-    The elements are divided by the largest magnitude (smallest, for ``p < 0``) before the power, so
-    the sum neither overflows nor underflows. Where its root does, for p near 0, the magnitude is
-    multiplied by the square root of the root twice. An array without elements has norm 0.
+    The elements are divided by the largest magnitude (the smallest, for ``p < 0``) before the power, so that the sum
+    neither overflows nor underflows. If the root of the sum does, for p near 0, the magnitude is multiplied twice by
+    the square root of that root. An array without elements has norm 0.
 
     Non-finite elements decide the result for every ``p``: NaN if any element is NaN, else inf if
     any is infinite. torch agrees for ``p > 0``; for ``p <= 0`` it can return a finite norm.
@@ -44,7 +44,7 @@ def tensor_norm(array: ArrayLike, norm_type: float = 2.0) -> float:
     if p == 0:
         return float(np.count_nonzero(magnitude))
     scale = float(magnitude.max() if p > 0 else magnitude.min())
-    # A zero scale: all elements are 0 (p > 0), or one of them has an infinite power (p < 0).
+    # If the scale is 0, all elements are 0 (p > 0), or the power of one of them is infinite (p < 0).
     if math.isinf(p) or scale == 0:
         return scale
     with np.errstate(over="ignore", under="ignore"):
@@ -57,11 +57,11 @@ def tensor_norm(array: ArrayLike, norm_type: float = 2.0) -> float:
 
 
 def total_norm(arrays: Iterable[ArrayLike], norm_type: float = 2.0) -> float:
-    """Return the norm of all arrays as if they were concatenated into a single vector.
+    """Returns the norm of all arrays as if they were concatenated into a single vector.
 
     Formula: ``tensor_norm(concatenate(arrays), norm_type)``; an empty list has norm 0. Source:
-    ``torch.nn.utils.get_total_norm``, which differs for ``norm_type=0`` alone: it counts the
-    tensors that have a non-zero element.
+    ``torch.nn.utils.get_total_norm``, which differs only for ``norm_type=0``: it counts the tensors that have a
+    non-zero element.
 
     Raises:
         ValueError: ``norm_type`` is NaN.

@@ -1,8 +1,8 @@
 """Clip policies: a limit, or a coefficient, from the norms that a scope has had so far.
 
-Each but ``ClipAdaptive`` is a small object that sees the norms one after the other: ``coefficient(norm)`` returns the
-factor of the step's gradients and learns from it. A norm of 0 or one that is not finite teaches nothing; a step that is
-skipped is one whose norm an object does not see.
+Each class except ``ClipAdaptive`` is a small object that is given the norms one after the other: ``coefficient(norm)``
+returns the factor of the step's gradients and learns from the norm. A norm of 0 or a non-finite norm teaches nothing.
+For a skipped step the object is not called.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ def _teaches(norm: float) -> bool:
 
 
 class ClipPercentile:
-    """The limit is the p-th percentile of the last ``window`` norms, this one included.
+    """Clips to the p-th percentile of the last ``window`` norms, including this step's norm.
 
     Source: Seetharaman et al. 2020, "AutoClip: Adaptive gradient clipping for source separation networks", section 2,
     with all norms as the window.
 
     Raises:
-        ValueError: ``percentile`` is not in [0, 100], or ``window`` less than 1.
+        ValueError: ``percentile`` is not in [0, 100], or ``window`` is less than 1.
     """
 
     def __init__(self, percentile: float = 10.0, window: int = 10000) -> None:
@@ -38,7 +38,7 @@ class ClipPercentile:
         self.norms: list[float] = []
 
     def coefficient(self, norm: float) -> float:
-        """Return the factor for a step of this norm."""
+        """Returns the factor for a step with this norm."""
         if norm == 0:
             return 1.0
         if _teaches(norm):
@@ -48,18 +48,18 @@ class ClipPercentile:
 
 
 class ClipZScore:
-    """Clips norms whose z-score, by moving averages, is above a threshold, the harder the higher it is.
+    """Clips norms whose z-score, by moving averages, is above a threshold; the higher the score, the harder the clip.
 
-    ``z = (N - mean) / (std + 1e-6)``; above ``z_threshold`` the limit is
-    ``(mean + z_threshold * std / (z / z_threshold)) * clip_factor``, and always at most ``max_norm``. The averages see
-    the limit of such a norm, or the norm. They start as the mean and the variance of the first ``warmup`` norms, for
-    which only ``max_norm`` holds.
+    With ``z = (N - mean) / (std + 1e-6)`` above ``z_threshold``, the limit is
+    ``(mean + z_threshold * std / (z / z_threshold)) * clip_factor``. It is never more than ``max_norm``. The averages
+    are updated with the limit of such a norm, and with any other norm itself. They start as the mean and the variance
+    of the first ``warmup`` norms, which only ``max_norm`` limits.
 
     Source: Kumar et al. 2025, "ZClip: Adaptive spike mitigation for LLM pre-training", and its code,
     github.com/bluorion-com/ZClip, where ``max_norm`` is 1.0.
 
     Raises:
-        ValueError: ``z_threshold`` is not positive, ``alpha`` not in [0, 1), or ``warmup`` less than 1.
+        ValueError: ``z_threshold`` is not positive, ``alpha`` is not in [0, 1), or ``warmup`` is less than 1.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class ClipZScore:
         self.mean = self.variance = 0.0
 
     def coefficient(self, norm: float) -> float:
-        """Return the factor for a step of this norm."""
+        """Returns the factor for a step with this norm."""
         if norm == 0:
             return 1.0
         if len(self.norms) < self.warmup:
@@ -107,12 +107,12 @@ class ClipRelative:
     """Limits a norm to ``relative`` times the moving average of the clipped norms.
 
     In the first ``warmup`` steps the total norm of all scopes is clipped to ``max_norm``, and the average is the
-    smallest clipped norm.
+    smallest clipped norm so far.
 
     Source: Wang et al. 2025, "AdaGC: Improving training stability for large language model pretraining", algorithm 1.
 
     Raises:
-        ValueError: ``relative`` is not positive, ``beta`` not in [0, 1), or ``warmup`` less than 1.
+        ValueError: ``relative`` is not positive, ``beta`` is not in [0, 1), or ``warmup`` is less than 1.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class ClipRelative:
         self.average = math.inf
 
     def coefficient(self, norm: float, total: float | None = None) -> float:
-        """Return the factor for a step of this norm; ``total``: the norm of all scopes. Default: ``norm``."""
+        """Returns the factor for a step with this norm; ``total`` is the norm of all scopes, by default ``norm``."""
         if norm == 0:
             return 1.0
         warms_up = self.steps < self.warmup
@@ -152,15 +152,16 @@ class ClipRelative:
 
 
 class ClipAdaptive:
-    """Limits each output unit's gradient to ``clipping`` times the norm of the unit's parameters, ``eps`` at least.
+    """Limits each output unit's gradient to ``clipping`` times the norm of the unit's parameters, at least ``eps``.
 
-    A unit is an index of the first dimension of an array of two or more, else the whole array; norms are 2-norms.
-    Unlike the others it sees parameters and gradients: ``coefficients(param, grad)`` are the factors, which broadcast.
+    A unit is an index of the first dimension of an array of two or more dimensions, or else the whole array. Norms are
+    2-norms. Unlike the other policies it takes parameters and gradients: ``coefficients(param, grad)`` returns the
+    factors, which broadcast.
 
     Source: Brock et al. 2021, "High-performance large-scale image recognition without normalization", equation 3.
 
     Raises:
-        ValueError: ``clipping`` is not positive, or ``eps`` negative.
+        ValueError: ``clipping`` is not positive, or ``eps`` is negative.
     """
 
     def __init__(self, clipping: float = 0.01, eps: float = 1e-3) -> None:
@@ -171,7 +172,7 @@ class ClipAdaptive:
         self.clipping, self.eps = clipping, eps
 
     def coefficients(self, param: Array, grad: Array) -> Array:
-        """Return the factor of each unit, in the shape (units, 1, 1, ...)."""
+        """Returns the factor of each unit, in the shape (units, 1, 1, ...)."""
         limits = self.clipping * np.maximum(_unit_norms(param), self.eps)
         norms = _unit_norms(grad)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -199,20 +200,20 @@ class Damp:
         self.max_norm, self.power = max_norm, power
 
     def coefficient(self, norm: float) -> float:
-        """Return the factor for a step of this norm."""
+        """Returns the factor for a step with this norm."""
         return (self.max_norm / norm) ** self.power if norm > self.max_norm else 1.0
 
 
 class SkipSpikes:
-    """Skips steps whose norm is above ``mean + sigma * std`` of the last ``window`` norms, this one not included.
+    """Skips steps whose norm is above ``mean + sigma * std`` of the last ``window`` norms, without this step's norm.
 
-    ``std`` is that of a sample (n - 1). Nothing is skipped before there are ``window // 2`` norms, at least 2. The norm
-    of a skipped step is remembered, too.
+    ``std`` is that of a sample (n - 1). No step is skipped before there are ``window // 2`` norms, and at least 2. The
+    norm of a skipped step enters the window, too.
 
     Source: OLMo-core, ``SkipStepOptimizer``.
 
     Raises:
-        ValueError: ``sigma`` is not positive, or ``window`` less than 2.
+        ValueError: ``sigma`` is not positive, or ``window`` is less than 2.
     """
 
     def __init__(self, sigma: float = 6.0, window: int = 128) -> None:
@@ -224,7 +225,7 @@ class SkipSpikes:
         self.norms: list[float] = []
 
     def skips(self, norm: float) -> bool:
-        """Whether a step of this norm is skipped."""
+        """Returns whether a step with this norm is skipped."""
         if not _teaches(norm):
             return False
         before = self.norms

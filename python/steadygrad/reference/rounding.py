@@ -1,7 +1,7 @@
-"""How half-precision parameters are stored: three ways to round an update, and their random bits.
+"""Three ways to store an update in half precision, and the random bits of one of them.
 
-An update is computed on a float32 value. Here, unlike in the rest of this package, results are
-exact: float64 arrays hold numbers of float32, bfloat16 or float16, bit for bit those of the kernels.
+An update is computed on a float32 value. Unlike in the rest of this package, the results are exact: float64 arrays hold
+float32, bfloat16 or float16 numbers, with the same bits as the kernels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .norm import Array
 
 Words = NDArray[np.uint32]
 
-# Random bits are drawn for pieces of so many elements.
+# Random bits are drawn for chunks of so many elements.
 CHUNK = 8192
 
 
@@ -25,9 +25,9 @@ class Format:
     """A binary floating-point format.
 
     Attributes:
-        digits: bits of the significand, the leading one included.
-        min_exponent: of the smallest normal number; subnormal ones lie as far apart as those above.
-        largest: the largest finite number.
+        digits: Number of bits of the significand, including the leading one.
+        min_exponent: Exponent of the smallest normal number; subnormal numbers have the same spacing.
+        largest: The largest finite number.
     """
 
     digits: int
@@ -35,7 +35,7 @@ class Format:
     largest: float
 
     def spacing(self, value: ArrayLike) -> Array:
-        """Return the distance from a finite number to the next one away from zero."""
+        """Returns the distance from a finite number to the next one away from zero."""
         _, exponent = np.frexp(np.abs(np.asarray(value, dtype=np.float64)))
         place = np.maximum(exponent - 1, self.min_exponent) - (self.digits - 1)
         spacing: Array = np.ldexp(1.0, place)
@@ -49,7 +49,7 @@ FORMATS = {
 
 
 def mixed_bits(bits: int) -> int:
-    """Return 64 well-mixed bits. Source: the finalizer of SplitMix64, Steele, Lea and Flood 2014."""
+    """Returns 64 well-mixed bits. Source: the finalizer of SplitMix64, Steele, Lea and Flood 2014."""
     mask = 2**64 - 1
     bits = (bits + 0x9E3779B97F4A7C15) & mask
     bits = ((bits ^ bits >> 30) * 0xBF58476D1CE4E5B9) & mask
@@ -58,7 +58,7 @@ def mixed_bits(bits: int) -> int:
 
 
 def mixed_words(words: Words) -> Words:
-    """Return as many well-mixed words. Source: lowbias32, Wellons 2018, "Prospecting for hash functions"."""
+    """Returns as many well-mixed words. Source: lowbias32, Wellons 2018, "Prospecting for hash functions"."""
     words = (words ^ words >> np.uint32(16)) * np.uint32(0x7FEB352D)
     words = (words ^ words >> np.uint32(15)) * np.uint32(0x846CA68B)
     mixed: Words = words ^ words >> np.uint32(16)
@@ -66,14 +66,14 @@ def mixed_words(words: Words) -> Words:
 
 
 def random_words(seed: int, step: int, place: int, numel: int) -> Words:
-    """Return 32 random bits for each element of a parameter.
+    """Returns 32 random bits for each element of a parameter.
 
     Args:
-        seed: ``rounding_seed``, in [0, 2^64).
-        step: how many steps were taken before this one, in the optimizer's life.
-        place: the parameter's place in the order of the param groups, from 0.
-        numel: elements, in the order of memory or, where other tensors of the step lie otherwise,
-            of their indices.
+        seed: The option ``rounding_seed``, in [0, 2^64).
+        step: Number of steps taken before this one, in the optimizer's life.
+        place: The parameter's place in the order of the param groups, from 0.
+        numel: Number of elements. Their order is that of memory, or that of their indices if other tensors of the step
+            have another layout.
     """
     chunks = []
     for begin in range(0, numel, CHUNK):
@@ -86,7 +86,7 @@ def random_words(seed: int, step: int, place: int, numel: int) -> Words:
 
 @np.errstate(all="ignore")
 def round_nearest(value: ArrayLike, dtype: str) -> Array:
-    """Round to the nearest number of a format, ties to even; half a spacing past the largest is infinite."""
+    """Rounds to the nearest number of a format, ties to even; from half a spacing above the largest on, to infinity."""
     form = FORMATS[dtype]
     value = np.asarray(value, dtype=np.float64)
     spacing = form.spacing(np.where(np.isfinite(value), value, 1.0))
@@ -96,18 +96,18 @@ def round_nearest(value: ArrayLike, dtype: str) -> Array:
 
 @np.errstate(all="ignore")
 def round_stochastic(value: ArrayLike, dtype: str, words: Words) -> Array:
-    """Round away from zero with the probability of the remainder, else towards zero.
+    """Rounds away from zero with a probability equal to the remainder, else towards zero.
 
-    With the remainder r in units of the spacing, and k bits of the random word, it is rounded away
-    when ``floor(r * 2^k) + word >= 2^k``. A float32 value has a remainder of at most 16 bits (bf16),
-    13 bits (fp16), or, where fp16 is subnormal, of more than the 20 that are looked at. So the mean
-    is the value, to 2^-20 of a spacing. From the largest finite number on, there is no number above
-    to choose, and it is rounded to nearest.
+    With the remainder r in units of the spacing, and k bits of the random word, a value is rounded away from zero if
+    ``floor(r * 2^k) + word >= 2^k``. The remainder of a float32 value has at most 16 bits for bf16 and 13 bits for
+    fp16. Where fp16 is subnormal it may have more than the 20 bits that are used, so the mean of the result is the
+    value up to 2^-20 of a spacing. Values from the largest finite number on have no number above to choose, and are
+    rounded to nearest.
 
     Args:
-        value: numbers of float32.
+        value: Numbers of float32.
         dtype: ``"bfloat16"`` or ``"float16"``.
-        words: 32 random bits for each.
+        words: 32 random bits for each number.
     """
     form = FORMATS[dtype]
     value = np.asarray(value, dtype=np.float64)
@@ -129,10 +129,10 @@ def _float32(value: Any) -> Array:
 
 @np.errstate(all="ignore")
 def kahan_value(param: ArrayLike, compensation: ArrayLike, dtype: str) -> Array:
-    """Return the value that a parameter and its compensation stand for: their sum in float32.
+    """Returns the value that a parameter and its compensation stand for: their sum in float32.
 
-    The parameter is that sum rounded. Where it is not, it was written by somebody else and is the
-    value. 255/256 of the compensation is tested: rounded itself, it may lie half-way, but not beyond.
+    The parameter is that sum, rounded. If it is not, something else has written it, and the value is the parameter
+    alone. The test uses 255/256 of the compensation: a rounded compensation may lie half-way, but not beyond.
     """
     param = np.asarray(param, dtype=np.float64)
     compensation = np.asarray(compensation, dtype=np.float64)
@@ -142,9 +142,9 @@ def kahan_value(param: ArrayLike, compensation: ArrayLike, dtype: str) -> Array:
 
 @np.errstate(all="ignore")
 def kahan_split(value: ArrayLike, dtype: str) -> tuple[Array, Array]:
-    """Return the parameter and the compensation that stand for a value.
+    """Returns the parameter and the compensation that stand for a value.
 
-    ``param = round(value)``, ``compensation = round(value - param)``, 0 where that is not finite.
+    ``param = round(value)`` and ``compensation = round(value - param)``, or 0 where that is not finite.
     Source: Kahan 1965, "Further remarks on reducing truncation errors"; for parameters Zamirai et
     al. 2020, "Revisiting BFloat16 training".
     """
@@ -155,7 +155,7 @@ def kahan_split(value: ArrayLike, dtype: str) -> tuple[Array, Array]:
 
 
 def master_value(param: ArrayLike, master: ArrayLike, dtype: str) -> Array:
-    """Return the master copy where it rounds to the parameter, else the parameter.
+    """Returns the master copy where it rounds to the parameter, else the parameter.
 
     Source: Micikevicius et al. 2018, "Mixed precision training", section 3.1.
     """

@@ -1,9 +1,9 @@
 """Update rules of ``torch.optim``, and Lion: one step of one parameter.
 
-Each rule takes a parameter, its gradient and its state, and returns the new parameter and the new
-state; what is passed in is never written. The state is a dict of float64 arrays under torch's names
-(``step`` is 0-d); it is ``{}`` before the first step. ``lr`` is required, every other default is
-torch's. Non-finite values go through as IEEE arithmetic has it, without a warning, as in torch.
+Each rule takes a parameter, its gradient and its state, and returns the new parameter and the new state. Its arguments
+are never written to. The state is a dict of float64 arrays with torch's names (``step`` is 0-d), and ``{}`` before the
+first step. ``lr`` is required; all other defaults are torch's. Non-finite values follow IEEE arithmetic, without a
+warning, as in torch.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ Result: TypeAlias = tuple[Array, State]
 def _float64(
     param: ArrayLike, grad: ArrayLike, state: Mapping[str, ArrayLike], maximize: bool
 ) -> tuple[Array, Array, State]:
-    """Return parameter, gradient of the function to minimize, and a new dict with the state."""
+    """Returns the parameter, the gradient of the function to minimize, and a new dict with the state."""
     grad = np.asarray(grad, dtype=np.float64)
     new_state = {name: np.asarray(value, dtype=np.float64) for name, value in state.items()}
     return np.asarray(param, dtype=np.float64), -grad if maximize else grad, new_state
 
 
 def _next_step(state: State) -> float:
-    """Count a step in ``state`` and return its number, 1 for the first."""
+    """Counts a step in ``state`` and returns its number, 1 for the first."""
     state["step"] = np.asarray(state.get("step", 0.0) + 1.0)
     return float(state["step"])
 
 
 def _lerp(start: Array, end: Array, weight: float) -> Array:
-    """Return ``start + weight * (end - start)`` as ``torch.lerp`` does: exact at both ends."""
+    """Returns ``start + weight * (end - start)`` as ``torch.lerp`` does, exactly at both ends."""
     if weight < 0.5:
         return start + weight * (end - start)
     return end - (end - start) * (1 - weight)
 
 
 def _sign(value: Array) -> Array:
-    """Return the sign as torch has it: 0 for NaN."""
+    """Returns the sign as torch does: 0 for NaN."""
     return np.where(value > 0, 1.0, np.where(value < 0, -1.0, 0.0))
 
 
@@ -61,7 +61,7 @@ def sgd(
     nesterov: bool = False,
     maximize: bool = False,
 ) -> Result:
-    """Take one step of ``torch.optim.SGD``.
+    """Takes one step of ``torch.optim.SGD``.
 
     Formula, with ``g = -grad`` for ``maximize``::
 
@@ -100,7 +100,7 @@ def adam(
     maximize: bool = False,
     decoupled_weight_decay: bool = False,
 ) -> Result:
-    """Take one step of ``torch.optim.Adam``, or of ``AdamW`` with ``decoupled_weight_decay``.
+    """Takes one step of ``torch.optim.Adam``, or of ``AdamW`` with ``decoupled_weight_decay``.
 
     Formula, with ``g = -grad`` for ``maximize`` and ``t`` the number of this step::
 
@@ -147,7 +147,7 @@ def adagrad(
     eps: float = 1e-10,
     maximize: bool = False,
 ) -> Result:
-    """Take one step of ``torch.optim.Adagrad``.
+    """Takes one step of ``torch.optim.Adagrad``.
 
     Formula, with ``g = -grad`` for ``maximize`` and ``t`` the number of this step::
 
@@ -182,7 +182,7 @@ def rmsprop(
     centered: bool = False,
     maximize: bool = False,
 ) -> Result:
-    """Take one step of ``torch.optim.RMSprop``.
+    """Takes one step of ``torch.optim.RMSprop``.
 
     Formula, with ``g = -grad`` for ``maximize``::
 
@@ -226,7 +226,7 @@ def adamax(
     weight_decay: float = 0.0,
     maximize: bool = False,
 ) -> Result:
-    """Take one step of ``torch.optim.Adamax``.
+    """Takes one step of ``torch.optim.Adamax``.
 
     Formula, with ``g = -grad`` for ``maximize`` and ``t`` the number of this step::
 
@@ -263,7 +263,7 @@ def nadam(
     decoupled_weight_decay: bool = False,
     maximize: bool = False,
 ) -> Result:
-    """Take one step of ``torch.optim.NAdam``.
+    """Takes one step of ``torch.optim.NAdam``.
 
     Formula, with ``g = -grad`` for ``maximize`` and ``t`` the number of this step::
 
@@ -313,7 +313,7 @@ def radam(
     decoupled_weight_decay: bool = False,
     maximize: bool = False,
 ) -> Result:
-    """Take one step of ``torch.optim.RAdam``.
+    """Takes one step of ``torch.optim.RAdam``.
 
     Formula, with ``g = -grad`` for ``maximize`` and ``t`` the number of this step::
 
@@ -366,7 +366,7 @@ def adadelta(
     weight_decay: float = 0.0,
     maximize: bool = False,
 ) -> Result:
-    """Take one step of ``torch.optim.Adadelta``.
+    """Takes one step of ``torch.optim.Adadelta``.
 
     Formula, with ``g = -grad`` for ``maximize``::
 
@@ -404,7 +404,7 @@ def asgd(
     weight_decay: float = 0.0,
     maximize: bool = False,
 ) -> Result:
-    """Take one step of ``torch.optim.ASGD``.
+    """Takes one step of ``torch.optim.ASGD``.
 
     Formula, with ``g = -grad`` for ``maximize``, ``t`` the number of this step, and at the first one
     ``eta = lr`` and ``mu = 1``::
@@ -443,7 +443,7 @@ def rprop(
     step_sizes: tuple[float, float] = (1e-6, 50.0),
     maximize: bool = False,
 ) -> Result:
-    """Take one step of ``torch.optim.Rprop``.
+    """Takes one step of ``torch.optim.Rprop``.
 
     Formula, with ``g = -grad`` for ``maximize``, ``q`` the gradient of the step before (0 at the first
     one) and ``s = lr`` at the first one::
@@ -477,7 +477,7 @@ def lion(
     weight_decay: float = 0.0,
     maximize: bool = False,
 ) -> Result:
-    """Take one step of Lion, which ``torch.optim`` does not have.
+    """Takes one step of Lion, which ``torch.optim`` does not have.
 
     Formula, with ``g = -grad`` for ``maximize``::
 

@@ -1,4 +1,4 @@
-"""One whole step: unscale, penalty, norm, non-finite policy, clip, update rule."""
+"""The definition of a whole step: unscale, penalty, norm, non-finite policy, clip, update rule."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class StepOptions:
-    """What is the same for all parameters: the rule's name in ``RULES`` and the modes of a step.
+    """The rule's name in ``RULES`` and the modes of a step, which are the same for all parameters.
 
     Raises:
-        ValueError: an unknown rule or mode, or a ``norm_type`` that is NaN.
+        ValueError: The rule or a mode is unknown, or ``norm_type`` is NaN.
     """
 
     rule: str
@@ -49,7 +49,7 @@ class StepOptions:
 
 @dataclass(frozen=True)
 class Group:
-    """A param group: the indices of its parameters and what is set per group.
+    """A param group: the indices of its parameters and its options.
 
     ``hyper`` holds the keyword arguments of the rule, ``lr`` among them. ``None`` for ``max_norm``
     or ``clip_value`` means no such clipping.
@@ -74,11 +74,11 @@ class Group:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step returns; lists run parallel to those passed in.
+    """The result of a step; its lists are parallel to the arguments.
 
-    ``grads`` are the gradients that the update rule saw, ``None`` where there was none. ``norm`` is
-    the global norm before clipping, whatever the clip scope. ``clipped`` says that a coefficient
-    was below 1. A skipped step returns parameters, states and gradients as they came in.
+    ``grads`` are the gradients that the update rule saw, ``None`` for a parameter without one. ``norm`` is
+    the global norm before clipping, whatever the clip scope. ``clipped`` says whether a coefficient
+    was below 1. A skipped step returns parameters, states and gradients unchanged.
     """
 
     params: list[Array]
@@ -106,33 +106,32 @@ def step(
     grad_scale: float = 1.0,
     found_inf: float = 0.0,
 ) -> StepResult:
-    """Take one step of all parameters. This is the definition of a step.
+    """Takes one step of all parameters. This function defines what a step is.
 
-    In this order, for each parameter p with a gradient:
+    For each parameter p with a gradient, in this order:
 
     1. unscale: ``g = grad / grad_scale``
     2. penalty, for ``penalty_order="before_clip"``: ``g += l1 * sign(p) + l2 * p``
     3. norm: ``N = ||g||`` over the clip scope: all parameters, those of the group, or p alone
-    4. non-finite policy, when any element of any g is not finite: ``"skip"`` the step, count such
-       elements as ``"zero"``, ``"raise"``, or ``"propagate"``. With ``found_inf > 0`` the step is
-       skipped under every policy.
+    4. non-finite policy, if any element of any g is not finite: ``"skip"`` the step, set such elements to
+       ``"zero"``, ``"raise"``, or ``"propagate"``. With ``found_inf > 0`` the step is skipped under every policy.
     5. clip: ``g *= min(1, max_norm / (N + 1e-6))``, then clamp to ``[-clip_value, clip_value]``
     6. penalty, for ``penalty_order="after_clip"``
-    7. the update rule, its own ``weight_decay`` included
-    8. for ``l1_mode="proximal"``, in place of the sign term:
+    7. the update rule, including its own ``weight_decay``
+    8. for ``l1_mode="proximal"``, instead of the sign term:
        ``p = sign(p) * max(|p| - lr * l1, 0)``
 
     Args:
-        params: arrays of any shape; computed with in float64, never written.
-        grads: one array of the parameter's shape, or ``None``, for each parameter.
-        states: one dict for each parameter, ``{}`` before its first step; never written.
-        groups: param groups; a parameter that is in no group takes no part.
-        options: rule and modes.
-        grad_scale: loss scale that the gradients carry.
-        found_inf: number of devices on which a gradient scaler found a non-finite gradient.
+        params: Arrays of any shape; the arithmetic is in float64, and they are never written to.
+        grads: For each parameter an array of its shape, or ``None``.
+        states: For each parameter a dict, ``{}`` before its first step; never written to.
+        groups: Param groups; a parameter that is in no group is left out.
+        options: Rule and modes.
+        grad_scale: The loss scale by which the gradients are multiplied.
+        found_inf: Number of devices on which a gradient scaler found a non-finite gradient.
 
     Raises:
-        RuntimeError: a gradient is not finite under ``nonfinite="raise"``.
+        RuntimeError: A gradient is not finite under ``nonfinite="raise"``.
     """
     work: dict[int, Array] = {}
     for group in groups:
@@ -144,7 +143,7 @@ def step(
                     work[i] = _with_penalty(work[i], params[i], group, options)
 
     norm = total_norm(work.values(), options.norm_type)
-    # Decided from the elements: the norm of finite gradients can exceed float64.
+    # The elements decide, not the norm: the norm of finite gradients can exceed float64.
     finite = all(np.isfinite(g).all() for g in work.values())
     if found_inf > 0 or (not finite and options.nonfinite == "skip"):
         return StepResult(

@@ -1,4 +1,4 @@
-"""What stabilized steps leave behind to be looked at: arrays, a report, a plot, and writers."""
+"""Records of stabilized steps: arrays, a report, a plot, and writers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The steps that were recorded, as arrays and one by one."""
+"""Recorded steps, as arrays and one by one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from steadygrad import _kernels
 
-# Columns of a row: the first ones are about the step as a whole.
+# Columns of a row. The first ones describe the step as a whole.
 _COLUMNS = _kernels.TELEMETRY_COLUMNS
 NORM, CLIPPED_NORM, LIMIT = (_COLUMNS[name] for name in ("norm", "clipped_norm", "limit"))
 FLAGS, NONFINITE = _COLUMNS["flags"], _COLUMNS["nonfinite"]
@@ -38,24 +38,25 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step, as writers get it.
+    """One recorded step, as writers get it.
 
     Attributes:
-        step: how many calls of ``step`` came before it, skipped ones included.
-        norm: of all gradients, before the clip.
-        clipped_norm: after the clip by the norm; NaN where the step was not taken, or ``ClipAdaptive`` has clipped.
-        limit: of the total norm; infinite where there is none, NaN where it is not one number (``clip_scope`` other
-            than ``"global"``, ``ClipAdaptive``, param groups with different limits, no gradient at all, a policy in a
-            step that was not taken).
-        clipped: whether the clip was active.
-        skipped: whether the step was left out, for non-finite elements or its norm.
-        spiked: whether that was for its norm (``skip=SkipSpikes()``).
-        refused: whether it was refused under ``nonfinite="raise"``.
-        nonfinite: non-finite gradient elements.
-        names: of all parameters.
-        tensor_norms: norm of each parameter's gradient, before the clip, (parameters,); NaN for one without a gradient,
-            and infinite or NaN for one with such elements. None at level ``"global"``.
-        tensor_nonfinite: each one's non-finite elements, (parameters,), int64. None at level ``"global"``.
+        step: Number of calls of ``step`` before this one, including skipped steps.
+        norm: Norm of all gradients before the clip.
+        clipped_norm: Norm of all gradients after the clip; NaN if the step was not taken, or ``ClipAdaptive`` clipped.
+        limit: Limit of the total norm. It is infinite if there is no limit, and NaN if there is not exactly one:
+            ``clip_scope`` other than ``"global"``, ``ClipAdaptive``, param groups with different limits, no gradient at
+            all, or a policy in a step that was not taken.
+        clipped: Whether the clip was active.
+        skipped: Whether the step was skipped, because of non-finite elements or its norm.
+        spiked: Whether the step was skipped because of its norm (``skip=SkipSpikes()``).
+        refused: Whether the step was refused under ``nonfinite="raise"``.
+        nonfinite: Number of non-finite gradient elements.
+        names: Names of all parameters.
+        tensor_norms: Norm of each parameter's gradient before the clip, shape (parameters,). It is NaN for a parameter
+            without a gradient, and infinite or NaN for a gradient with such elements. None at level ``"global"``.
+        tensor_nonfinite: Number of non-finite elements of each gradient, int64, shape (parameters,). None at level
+            ``"global"``.
     """
 
     step: int
@@ -72,16 +73,16 @@ class StepRecord:
     tensor_nonfinite: Ints | None
 
     def totals(self) -> dict[str, Any]:
-        """All but what belongs to single parameters, by name."""
+        """Returns everything that concerns the step as a whole, by name."""
         return {key: getattr(self, key) for key in TOTAL_NAMES}
 
 
 class History:
-    """The last recorded steps as arrays, oldest first; iterating gives :class:`StepRecord` objects, which say more.
+    """The last recorded steps as arrays, oldest first; iterating over it gives :class:`StepRecord` objects.
 
     Attributes:
-        step: number of each step, (steps,), int64.
-        names: of the parameters.
+        step: Number of each step, int64, shape (steps,).
+        names: Names of the parameters.
     """
 
     def __init__(self, first: int, rows: Floats, names: tuple[str, ...]) -> None:
@@ -90,11 +91,11 @@ class History:
         self.names = names
 
     def __len__(self) -> int:
-        """How many steps there are."""
+        """Returns the number of steps."""
         return len(self._rows)
 
     def __iter__(self) -> Iterator[StepRecord]:
-        """One record per step."""
+        """Yields a record per step."""
         columns = [getattr(self, name).tolist() for name in TOTAL_NAMES]
         norms, counts = self.tensor_norms, self.tensor_nonfinite
         for i, totals in enumerate(zip(*columns, strict=True)):
@@ -107,59 +108,59 @@ class History:
             )
 
     def since(self, step: int) -> History:
-        """The steps from this number on."""
+        """Returns the steps from number ``step`` on."""
         skipped = min(max(step - int(self.step[0]), 0), len(self)) if len(self) else 0
         first = int(self.step[0]) + skipped if len(self) else step
         return History(first, self._rows[skipped:], self.names)
 
     @property
     def norm(self) -> Floats:
-        """Total norm before the clip, (steps,)."""
+        """Returns the total norms before the clip, shape (steps,)."""
         return self._rows[:, NORM]
 
     @property
     def clipped_norm(self) -> Floats:
-        """Total norm after the clip, (steps,); NaN where the step was not taken."""
+        """Returns the total norms after the clip, shape (steps,); NaN for steps that were not taken."""
         return self._rows[:, CLIPPED_NORM]
 
     @property
     def limit(self) -> Floats:
-        """Limit of the total norm, (steps,); infinite: none, NaN: not one number."""
+        """Returns the limits of the total norm, shape (steps,): infinity for no limit, NaN for several limits."""
         return self._rows[:, LIMIT]
 
     @property
     def nonfinite(self) -> Ints:
-        """Non-finite elements, (steps,)."""
+        """Returns the numbers of non-finite elements, shape (steps,)."""
         return self._rows[:, NONFINITE].astype(np.int64)
 
     @property
     def clipped(self) -> Bools:
-        """Whether the clip was active, (steps,)."""
+        """Returns whether the clip was active, shape (steps,)."""
         return self._flag(_CLIPPED)
 
     @property
     def skipped(self) -> Bools:
-        """Whether the step was skipped, (steps,)."""
+        """Returns whether the step was skipped, shape (steps,)."""
         return self._flag(_SKIPPED)
 
     @property
     def spiked(self) -> Bools:
-        """Whether it was skipped for its norm, (steps,)."""
+        """Returns whether the step was skipped because of its norm, shape (steps,)."""
         return self._flag(_SPIKED)
 
     @property
     def refused(self) -> Bools:
-        """Whether it was refused, (steps,)."""
+        """Returns whether the step was refused, shape (steps,)."""
         return self._flag(_REFUSED)
 
     @property
     def tensor_norms(self) -> Floats | None:
-        """Norm of each parameter's gradient, (steps, parameters); None at level ``"global"``."""
+        """Returns the norm of each parameter's gradient, shape (steps, parameters); None at level ``"global"``."""
         return self._rows[:, TOTALS : TOTALS + self._parameters] if self._parameters else None
 
     @property
     def tensor_nonfinite(self) -> Ints | None:
-        """Non-finite elements of each, (steps, parameters); None at level ``"global"``."""
+        """Returns each gradient's non-finite elements, shape (steps, parameters); None at level ``"global"``."""
         if not self._parameters:
             return None
         return self._rows[:, TOTALS + self._parameters :].astype(np.int64)
@@ -174,5 +175,5 @@ class History:
         return is_set
 
     def __repr__(self) -> str:
-        """How much there is."""
+        """Returns the numbers of steps and parameters."""
         return f"History({len(self)} steps, {len(self.names)} parameters)"

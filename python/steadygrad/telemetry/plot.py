@@ -1,4 +1,4 @@
-"""A history as a picture."""
+"""Draws a history."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _INK, _FAINT = "#333333", "#8a8a8a"
 _NORM, _CLIPPED, _SKIPPED = "#9a9a9a", "#0072b2", "#d55e00"  # Okabe and Ito
-# Rows of the lower panel: those that went furthest from their usual norm.
+# The lower panel has at most so many rows, for the parameters that went furthest from their usual norm.
 _SHOWN = 24
 
 
@@ -24,12 +24,12 @@ def plot_history(history: History, path: str | os.PathLike[str]) -> None:
     """Draws norms and limit over the steps, and at level ``"tensor"`` each parameter's norm relative to its usual one.
 
     Args:
-        history: at least one step.
-        path: of the file; its suffix says the format, as in ``matplotlib``.
+        history: A history of at least one step.
+        path: The path of the image; its suffix chooses the format, as in ``matplotlib``.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: nothing was recorded yet.
+        ValueError: The history has no steps.
     """
     if not len(history):
         raise ValueError("plot: expected at least one recorded step, got none; step first")
@@ -71,7 +71,7 @@ def _totals(axis: Axes, report: Report) -> None:
         (history.nonfinite > 0, "^", "not finite"),
     ):
         if mask.any():
-            # At the upper edge: most of these have no finite norm.
+            # The markers are at the upper edge, since most of these steps have no finite norm.
             axis.plot(
                 step[mask],
                 np.full(int(mask.sum()), 0.97 if marker == "x" else 0.91),
@@ -109,7 +109,7 @@ def _totals(axis: Axes, report: Report) -> None:
 
 def _line(axis: Axes, step: Ints, values: Floats, **style: Any) -> None:
     axis.plot(step, values, **style)
-    # A line has nothing to show of a step between two without a number.
+    # A line does not show a single number between two steps without one, so those get a dot.
     known = np.isfinite(values)
     alone = known & ~np.append(known[1:], False) & ~np.append(False, known[:-1])
     axis.plot(step[alone], values[alone], ".", color=style["color"], markersize=4)

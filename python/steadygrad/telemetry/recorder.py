@@ -1,4 +1,4 @@
-"""The ring that steps are recorded in, and what is read from it."""
+"""Records steps in a ring buffer and hands them to writers."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from steadygrad.telemetry.report import Report
 from steadygrad.telemetry.settings import Telemetry, Writer
 from steadygrad.telemetry.skips import skips_message
 
-# Key of every param group of an optimizer with telemetry: steps recorded so far.
+# A key of every param group of an optimizer with telemetry: the number of steps recorded so far.
 RECORDED_STEPS = "recorded_steps"
-_MOST_STEPS = 2**53  # beyond it numbers of steps are no floats
+_MOST_STEPS = 2**53  # larger step numbers are not exact as float64
 
 Groups = list[dict[str, Any]]
 
 
 class TooManySkippedSteps(RuntimeError):
-    """Raised after ``Telemetry(stop_after_skips=...)`` skipped steps in a row, none of which changed anything.
+    """Raised once ``Telemetry(stop_after_skips=...)`` steps in a row were skipped; none of them changed anything.
 
     Attributes:
-        report: on the steps recorded until then; the message has it too.
+        report: The report on the recorded steps, which the message shows, too.
     """
 
     def __init__(self, report: Report) -> None:
@@ -41,12 +41,12 @@ class TooManySkippedSteps(RuntimeError):
         self.report = report
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """The message is made of the report."""
+        """Returns how to make the error again: from the report, which the message is made of."""
         return type(self), (self.report,)
 
 
 class _Snapshot:
-    """A copy of the ring's newest rows on its way to the host."""
+    """A copy of the ring's newest rows, which a CUDA device may still be sending to the host."""
 
     def __init__(self, first: int, recorded: Tensor, rows: Tensor, newest: int) -> None:
         self._first = first
@@ -71,7 +71,7 @@ class _Snapshot:
         return self._event is None or self._event.query()
 
     def history(self, names: tuple[str, ...]) -> History:
-        """Waits for it."""
+        """Waits for the copy and returns its steps as a history."""
         if self._event is not None:
             self._event.synchronize()
         if not self._is_ordered:
@@ -87,13 +87,14 @@ def _history(first: int, recorded: Tensor, rows: Tensor, names: tuple[str, ...])
     return History(begin, rows.numpy()[np.arange(begin, end) % size], names)
 
 
-# Kept on the optimizer itself, whose pickles and copies leave it out: a writer may refer to its optimizer.
+# The recorder is an attribute of the optimizer, since a writer may refer to its optimizer. Pickles and copies of the
+# optimizer leave it out.
 _ATTRIBUTE = "_steadygrad_recorder"
 _with_writers: WeakSet[Recorder] = WeakSet()
 
 
 def recorder_of(optimizer: torch.optim.Optimizer, settings: Telemetry) -> Recorder:
-    """The one that the optimizer has with these settings, or a new one, which then is its."""
+    """Returns the recorder of the optimizer with these settings; makes a new one where there is none."""
     recorder = optimizer.__dict__.get(_ATTRIBUTE)
     if recorder is None or recorder.settings is not settings:
         if recorder is not None:
@@ -109,10 +110,10 @@ def _close_all() -> None:
 
 
 class Recorder:
-    """The telemetry of one optimizer; what was recorded is forgotten where a state with another step number is loaded.
+    """Records the steps of one optimizer; starts afresh when a state with another step number is loaded.
 
     Args:
-        settings: what is kept and who is told.
+        settings: What is recorded and which writers get it.
     """
 
     def __init__(self, settings: Telemetry) -> None:
@@ -120,22 +121,23 @@ class Recorder:
         self._per_tensor = settings.level == "tensor"
         self._rows: Tensor | None = None
         self._recorded: Tensor | None = None
-        # What memory() gave last, and for how many parameters and which device that was.
+        # What memory() returned last, and the number of parameters and the device that it was made for.
         self._memory: _kernels.Telemetry | None = None
         self._parameters = 0
         self._device: torch.device | None = None
-        self._replaced: list[Tensor] = []  # captured graphs may go on with them
-        self._first = 0  # number of the oldest step that may be in the ring
-        self._saved: Any = 0  # what the param groups say of the number of steps
+        self._replaced: list[Tensor] = []  # a captured graph may still write to these
+        self._first = 0  # the number of the oldest step that may be in the ring
+        self._saved: Any = 0  # the number of steps that the param groups hold
         self._names: tuple[str, ...] = ()
         self._writers: list[Writer] = list(settings.writers)
         self._next = 0  # the first step that no writer has seen
         self._unseen = 0  # steps since the last look
-        self._interval = 1  # steps from one look to the next, of the ring that is there
+        self._interval = 1  # steps from one look at the ring to the next
         self._skipped_in_a_row = 0
-        self._has_warned = False  # of the steps that are being skipped
-        self._taken = 0  # steps since the first
-        # On their way from a device, and the last ones that have arrived: of what writers have not seen, and of all.
+        self._has_warned = False  # whether these skipped steps were warned about
+        self._taken = 0  # steps since the first in the ring
+        # Copies that are on their way from a device, and the last ones that have arrived. The key says whether a copy
+        # is for the writers (steps they have not seen) or for a reader (all steps).
         self._snapshots: dict[bool, _Snapshot] = {}
         self._arrived: dict[bool, History] = {}
         if self._writers:
@@ -146,7 +148,7 @@ class Recorder:
 
     @property
     def tells(self) -> bool:
-        """Whether writers are told of each step."""
+        """Returns whether there are writers, which get every step."""
         return bool(self._writers)
 
     # -- for a step -----------------------------------------------------------------------------
@@ -154,7 +156,7 @@ class Recorder:
     def memory(
         self, groups: Groups, parameters: int, device: torch.device | None
     ) -> _kernels.Telemetry:
-        """Where to record a step of so many parameters; ``device``: where decisions are taken, None for the CPU."""
+        """Returns where to record a step of ``parameters`` parameters on ``device``; None stands for the CPU."""
         saved = groups[0].get(RECORDED_STEPS, 0) if groups else 0
         memory = self._memory
         parameters = parameters if self._per_tensor else 0
@@ -182,8 +184,8 @@ class Recorder:
         self._names = parameter_names(groups)
         kept = self.settings.steps_kept(8 * columns)
         self._interval = self.settings.interval(kept)
-        # Not filled: a row is read after it was written, and pages that no step has reached take no memory.
-        # Not where torch.set_default_device says.
+        # The memory is not initialized: a row is read only after it was written, and pages that no step has reached
+        # take no memory. The device is explicit, as torch.set_default_device would choose another one.
         where = torch.device("cpu") if device is None else device
         self._rows = torch.empty(kept, columns, dtype=torch.float64, device=where)
         self._recorded = torch.zeros(1, dtype=torch.int64, device=where)
@@ -205,10 +207,10 @@ class Recorder:
         self._has_warned = False
 
     def after_step(self, groups: Groups, skipped: bool | None) -> None:
-        """Tells the writers where it is time to; ``skipped``: None where only the device knows.
+        """Hands steps to the writers when it is time to; ``skipped`` is None if only the device knows.
 
         Raises:
-            TooManySkippedSteps: as the settings say.
+            TooManySkippedSteps: Too many steps in a row were skipped, by the settings.
         """
         self._unseen += 1
         self._taken += 1
@@ -241,22 +243,22 @@ class Recorder:
         if warn is not None and self._skipped_in_a_row >= warn and not self._has_warned:
             self._has_warned = True
             message = skips_message(self.read(groups, wait=True), self._skipped_in_a_row)
-            # To whoever has called the optimizer's step.
+            # The stack level is that of the call of the optimizer's step.
             warnings.warn(message, RuntimeWarning, stacklevel=6)
 
     # -- reading --------------------------------------------------------------------------------
 
     def read(self, groups: Groups, wait: bool, unseen: bool = False) -> History:
-        """What is in the ring; without waiting, on a CUDA device, what was there at the last look that has arrived.
+        """Returns the steps in the ring; without waiting, a CUDA device's newest copy that has arrived.
 
         Args:
-            groups: for names, if there are any.
-            wait: whether to wait for a device.
-            unseen: whether only what no writer has seen is asked for.
+            groups: The param groups, for names; empty if they are not at hand.
+            wait: Whether to wait for a device.
+            unseen: Whether to return only steps that the writers have not seen.
         """
         rows, recorded = self._rows, self._recorded
         names = parameter_names(groups)
-        # Parameters that were added since have no columns yet.
+        # Parameters that were added since the last step have no columns yet, so the names stay those of the columns.
         if rows is None or rows.shape[1] in (TOTALS, TOTALS + 2 * len(names)):
             self._names = names or self._names
         first = self._next if unseen else self._first
@@ -264,11 +266,11 @@ class Recorder:
             return History(first, np.zeros((0, TOTALS)), self._names)
         if not is_asynchronous(rows.device):
             return _history(first, recorded, rows, self._names)
-        # The copy that is on its way may turn out to have come too early for some of these.
+        # A copy that is on its way may miss some of the newest steps, so the next copy takes in more than one interval.
         handed = self._next - self._first
         newest = max(self._taken - handed, 0) + self._interval if unseen else len(rows)
         if unseen and not self._writers:
-            rows = rows[:, :TOTALS]  # nobody asks for more than the outcomes
+            rows = rows[:, :TOTALS]  # skipped steps are counted by their outcomes
         look = self._snapshots.pop(unseen, None)
         if wait:
             return (
@@ -287,7 +289,7 @@ class Recorder:
         return self._arrived.get(unseen, nothing).since(first)
 
     def hand_over(self, groups: Groups, wait: bool) -> None:
-        """Gives the writers what they have not seen; what one raises is a warning."""
+        """Hands the writers all steps they have not seen; an exception of a writer becomes a warning."""
         self._unseen = 0
         new = self.read(groups, wait, unseen=True)
         if not len(new):
@@ -305,11 +307,11 @@ class Recorder:
                 failures.append(f"{writer!r} failed: {type(error).__name__}: {error}")
                 if writer in self._writers:
                     self._writers.remove(writer)
-            except BaseException as error:  # Ctrl-C: the others get theirs
+            except BaseException as error:  # Ctrl-C: first serve the other writers
                 interruption = error
         if interruption is not None:
             raise interruption
-        # Last, since a warning may be made an error.
+        # The warnings come last, since a filter may turn them into errors.
         for failure in failures:
             warnings.warn(
                 f"Telemetry: writers: at one of steps {new.step[0]} to {new.step[-1]} {failure}. It is not called "
@@ -319,11 +321,11 @@ class Recorder:
             )
 
     def rename(self, groups: Groups) -> None:
-        """After parameters were named."""
+        """Takes up the new names after parameters were named."""
         self.read(groups, wait=False)
 
     def save(self, groups: Groups) -> None:
-        """Brings the number of steps to the param groups; waits for the device if there was a step."""
+        """Writes the number of steps to the param groups, which waits for the device if there was a step."""
         if self._recorded is None or not groups:
             return
         if groups[0].get(RECORDED_STEPS, 0) != self._saved:  # loaded since the last step
@@ -334,7 +336,7 @@ class Recorder:
             group[RECORDED_STEPS] = self._saved
 
     def close(self) -> None:
-        """At the end of the optimizer or the process, and before a new beginning: hands over what is left."""
+        """Hands the writers what is left, when the optimizer or the process ends and before recording starts afresh."""
         if self._writers:
             self.hand_over([], wait=True)
         self._unseen = 0

@@ -1,4 +1,4 @@
-"""What a training's history says, in a few lines."""
+"""Summarizes a history in a few lines, and finds explosions in it."""
 
 from __future__ import annotations
 
@@ -6,31 +6,34 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from steadygrad.telemetry.history import Floats, History
 
-# An explosion is a norm of so many times what is usual for it.
+# A gradient has exploded if its norm is more than so many times its usual one.
 EXPLODED_TIMES = 10.0
-# Steps after which something is known to be usual.
-_KNOWN_AFTER = 5
+# The first norms of a run say little about what is usual, so a gradient has to exceed them by more.
+_EARLY_STEPS, _EARLY_TIMES = 5, 100.0
+# An explosion leads to a gradient that is not finite within so many steps.
+_LEADS_WITHIN = 10
 _DECAY = 0.9
 _ALL = "all gradients"
 _SHOWN = 5
 _QUANTILES = (0.5, 0.9, 0.99, 1.0)
-# A clip is no longer for outliers where it cuts this share of the steps, half of them to a tenth.
+# A clip that is active in this share of the steps, and divides the median norm by so much, does not just cut outliers.
 _CUT_STEPS, _CUT_TIMES = 0.9, 10.0
 
 
 @dataclass(frozen=True)
 class Explosion:
-    """A gradient that was not finite, or whose norm was far from what it had been.
+    """A gradient that was not finite, or whose norm was far above its usual one.
 
     Attributes:
-        step: its number.
-        name: of the parameter; ``"all gradients"`` at level ``"global"``.
-        norm: of its gradient, before the clip.
-        typical: what its norm had been, as a geometric moving average; NaN in the first steps.
-        nonfinite: its non-finite elements.
+        step: Number of the step.
+        name: Name of the parameter; ``"all gradients"`` at level ``"global"``.
+        norm: Norm of the gradient before the clip.
+        typical: Geometric moving average of the parameter's norms before; NaN if there are none.
+        nonfinite: Number of non-finite elements of the gradient.
     """
 
     step: int
@@ -41,27 +44,30 @@ class Explosion:
 
     @property
     def times(self) -> float:
-        """How many times as large as usual; infinite where it was not finite."""
+        """Returns the ratio of the norm to the usual one; infinite if the gradient was not finite."""
         return math.inf if self.nonfinite or math.isnan(self.norm) else self.norm / self.typical
 
     def __str__(self) -> str:
-        """Its name, and how far it went."""
+        """Returns the name and how far the gradient went."""
         if self.nonfinite:
             return f"{self.name} ({self.nonfinite} non-finite elements)"
         return f"{self.name} (norm {self.norm:.3g}, {self.times:.3g} times its usual {self.typical:.3g})"
 
 
 class Report:
-    """What happened in the recorded steps; ``print(opt.report())``.
+    """Summarizes the recorded steps: ``print(opt.report())``.
 
-    A gradient has *exploded* where it has non-finite elements, or where its norm is more than ten times the geometric
-    moving average (decay 0.9) of its own norms before, and more than that of the total norm: a step that it alone would
-    change. Nothing is known before five norms. What enters an average is within ten times of it, so that a lasting rise
-    becomes the usual and a single step changes it little.
+    A gradient has *exploded* if it has non-finite elements, or if its norm is more than ten times the geometric moving
+    average (decay 0.9) of its own earlier norms and also more than that of the total norm, so that it alone would
+    change the step. As long as there are fewer than five earlier norms, it has to be more than a hundred times their
+    average. After that, a norm enters the average as at most ten times the average and at least a tenth of it. So a
+    lasting rise becomes the usual norm, and a single step changes the average little.
 
     Attributes:
-        history: the steps.
-        explosions: in the order of steps, the furthest from the usual first.
+        history: The recorded steps.
+        explosions: The explosions in the order of steps. In each step gradients that are not finite come first, then
+            those furthest from their usual norm; gradients that are not finite are in the order in which their last
+            finite norms exceeded the usual ones.
     """
 
     def __init__(self, history: History) -> None:
@@ -70,34 +76,35 @@ class Report:
 
     @property
     def steps(self) -> int:
-        """How many there are."""
+        """Returns the number of recorded steps."""
         return len(self.history)
 
     @property
     def skipped_steps(self) -> list[int]:
-        """Numbers of the steps that were skipped."""
+        """Returns the numbers of the skipped steps."""
         steps: list[int] = self.history.step[self.history.skipped].tolist()
         return steps
 
     @property
     def clip_rate(self) -> float:
-        """Share of the steps taken in which the clip was active; NaN if none was taken."""
+        """Returns the share of the steps taken in which the clip was active; NaN if no step was taken."""
         taken = ~(self.history.skipped | self.history.refused)
         return float(self.history.clipped[taken].mean()) if taken.any() else math.nan
 
     @property
     def norm_quantiles(self) -> dict[float, float]:
-        """Median, 0.9, 0.99 and largest of the finite total norms before the clip; NaN if there is none."""
+        """Returns the 0.5, 0.9, 0.99 and 1 quantiles of the finite norms before the clip; NaN if there are none."""
         norms = self.history.norm[np.isfinite(self.history.norm)]
         values = np.quantile(norms, _QUANTILES) if len(norms) else [math.nan] * len(_QUANTILES)
         return dict(zip(_QUANTILES, (float(value) for value in values), strict=True))
 
     @property
     def conclusions(self) -> list[str]:
-        """What follows from the numbers, a sentence each, with the line to call; empty where nothing stands out.
+        """Returns what follows from the numbers, a sentence each, with the call that helps; empty if nothing does.
 
-        Where at least 90 % of the steps taken were clipped, and the norm was ten times its limit in the median, the
-        clip holds a symptom. Where a gradient was not finite, the step and the parameter are named.
+        If at least 90 % of the steps taken were clipped, and the median norm was at least ten times its limit, the clip
+        treats a symptom. If a gradient was not finite, its step and parameter are named, and where it began if a
+        gradient had exploded within the ten steps before.
         """
         history, found = self.history, []
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -111,14 +118,18 @@ class Report:
             )
         broken = next((explosion for explosion in self.explosions if explosion.nonfinite), None)
         if broken is not None:
+            began = next(e for e in self.explosions if e.step >= broken.step - _LEADS_WITHIN)
+            start = "the gradient of"
+            if began.step < broken.step:
+                start += f" {began.name} exploded at step {began.step}, and that of"
             found.append(
-                f"the gradient of {broken.name} was not finite at step {broken.step}. "
+                f"{start} {broken.name} was not finite at step {broken.step}. "
                 'sg.examine(model, loss_function, batches, at="first_nonfinite") says where that comes from'
             )
         return found
 
     def __str__(self) -> str:
-        """Norms, clip rate, skipped steps and explosions, a line each, and what follows from them."""
+        """Returns norms, clip rate, skipped steps and explosions, a line each, and the conclusions."""
         if not self.steps:
             return "no steps recorded yet"
         history = self.history
@@ -157,7 +168,7 @@ class Report:
         for explosion in self.explosions:
             by_step.setdefault(explosion.step, []).append(explosion)
         lines = []
-        # The first is where it began; of the others the furthest.
+        # The first step is shown, since it all began there, and of the others those that went furthest.
         first, *others = by_step or [0]
         others.sort(key=lambda step: -by_step[step][0].times)
         for step in sorted([first, *others[: _SHOWN - 1]] if by_step else []):
@@ -181,44 +192,60 @@ def _listed(steps: list[int]) -> str:
 
 
 def usual_norms(norms: Floats) -> Floats:
-    """What each norm is compared with, (steps, parameters): NaN where too little is known."""
+    """Returns what each norm is compared with, shape (steps, parameters): NaN where no norm came before."""
     usual = np.full(norms.shape, np.nan)
     logarithm = np.zeros(norms.shape[1])
-    known = np.zeros(norms.shape[1], dtype=np.int64)
-    for i, row in enumerate(norms):
-        before = known >= _KNOWN_AFTER
-        usual[i, before] = np.exp(logarithm[before])
-        enters = np.isfinite(row) & (row > 0)
+    far = math.log(EXPLODED_TIMES)
+    for i, (row, known) in enumerate(zip(norms, _known_before(norms), strict=True)):
+        usual[i, known > 0] = np.exp(logarithm[known > 0])
+        enters = _is_known(row)
         fed = np.log(row, where=enters, out=logarithm.copy())
-        far = math.log(EXPLODED_TIMES)
-        fed = np.where(before, np.clip(fed, logarithm - far, logarithm + far), fed)
-        # A mean of what there is, until there is enough for a moving one.
+        fed = np.where(known < _EARLY_STEPS, fed, np.clip(fed, logarithm - far, logarithm + far))
+        # The average is a plain mean until there are enough norms for a moving one.
         weight = np.maximum(1 - _DECAY, 1 / (known + 1))
         logarithm = np.where(enters, logarithm + weight * (fed - logarithm), logarithm)
-        known += enters
     return usual
 
 
+def _is_known(norms: Floats) -> npt.NDArray[np.bool_]:
+    return np.isfinite(norms) & (norms > 0)
+
+
+def _known_before(norms: Floats) -> npt.NDArray[np.int64]:
+    known = _is_known(norms)
+    return np.cumsum(known, axis=0) - known
+
+
 def explosions(history: History) -> list[Explosion]:
-    """Finds the explosions in a history, by step, the furthest from its usual norm first."""
+    """Finds the explosions in a history, in the order that :class:`Report` describes."""
     norms, counts = history.tensor_norms, history.tensor_nonfinite
     names: tuple[str, ...] = history.names
     if norms is None or counts is None:
         norms, counts = history.norm[:, None], history.nonfinite[:, None]
         names = (_ALL,)
     usual = usual_norms(norms)
+    times = np.where(_known_before(norms) < _EARLY_STEPS, _EARLY_TIMES, EXPLODED_TIMES)
     with np.errstate(invalid="ignore"):
-        # A layer whose gradient had vanished and comes back changes the step by little.
-        bar = np.maximum(EXPLODED_TIMES * usual, usual_norms(history.norm[:, None]))
+        # A gradient also has to exceed the usual total norm: one that had vanished and comes back changes little.
+        bar = np.maximum(times * usual, usual_norms(history.norm[:, None]))
         places = np.argwhere((counts > 0) | (norms > bar))
+        growth = norms / usual
+    # What is not finite has no growth of its own step: it gets that of its last finite one.
+    last = np.zeros(norms.shape[1])
+    for row in growth:
+        row[:] = last = np.where(np.isfinite(row), row, last)
     found = [
-        Explosion(
-            int(history.step[i]),
-            names[p],
-            float(norms[i, p]),
-            float(usual[i, p]),
-            int(counts[i, p]),
+        (
+            float(growth[i, p]),
+            Explosion(
+                int(history.step[i]),
+                names[p],
+                float(norms[i, p]),
+                float(usual[i, p]),
+                int(counts[i, p]),
+            ),
         )
         for i, p in places.tolist()
     ]
-    return sorted(found, key=lambda explosion: (explosion.step, -explosion.times))
+    found.sort(key=lambda each: (each[1].step, -each[1].times, -each[0]))
+    return [explosion for _, explosion in found]

@@ -1,4 +1,4 @@
-"""What of each step is recorded, for how long, and who is told."""
+"""Settings of telemetry: what is recorded of each step, how many steps are kept, and which writers get them."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ from steadygrad.telemetry.history import StepRecord
 Level = Literal["global", "tensor"]
 Writer = Callable[[StepRecord], Any]
 
-# A ring whose size nobody has asked for: at most so many steps, and so many bytes while that leaves enough steps to
-# know what is usual.
+# A ring of the default size has at most so many steps. It also has at most so many bytes, but never fewer steps than
+# it takes to know a usual norm.
 _MOST_STEPS, _MOST_BYTES, _LEAST_STEPS = 1000, 4_000_000, 20
 _INTERVAL = 50
 
 
 @dataclass(frozen=True)
 class Telemetry:
-    """What a stabilized optimizer remembers of its steps: ``telemetry=Telemetry(...)``, or just its level.
+    """Sets what a stabilized optimizer records of its steps: ``telemetry=Telemetry(...)``, or just a level.
 
-    Without being asked every optimizer remembers what ``Telemetry()`` says. The numbers are by-products of the pass
-    that takes the norm. They go to a ring buffer on the parameters' device, which nothing waits for. See
+    By default every optimizer records what ``Telemetry()`` says. The numbers are by-products of the pass that computes
+    the norm. They go to a ring buffer on the parameters' device, and nothing waits for them. Read them with
     ``opt.telemetry``, ``opt.report()`` and ``opt.plot()``.
 
     Args:
-        level: ``"global"`` keeps the total norm before and after the clip, the limit and the outcome of each step,
-            40 bytes; ``"tensor"`` also every parameter's norm and count of non-finite elements, 16 bytes each.
-            Default: ``"tensor"``.
-        history: how many steps are kept, at least 1. None: 1,000, or as many as 4 MB hold (at level ``"tensor"`` 1,000
-            steps of up to 247 parameters, 124 of 2,000), but not fewer than 20 or ``every``. Default: None.
-        writers: callables that are given each step's :class:`StepRecord`, such as :class:`CSVWriter`,
-            :class:`JSONLWriter`, :class:`TensorBoardWriter` or a function. One that raises is warned about and not
-            called again: telemetry does not end a training. Default: none.
-        every: steps from one call of the writers to the next, which gets all since, at least 1 and at most ``history``;
-            also from one look at the ring to the next where it is on a CUDA device. Default: 50, or as many steps as
-            are kept if that is less.
-        stop_after_skips: raise :class:`TooManySkippedSteps`, with the report, when so many steps in a row were skipped,
-            at least 1. On a CUDA device it is noticed at the next look. None: never. Default: None.
-        warn_after_skips: warn (``RuntimeWarning``) when so many steps in a row were skipped, at least 1: once for each
-            time that it happens, and at level ``"tensor"`` with the name of the first parameter whose gradient was not
-            finite. On a CUDA device it is noticed at the next look, for which nothing is waited; the warning itself
-            waits. None: never. Default: 20.
+        level: ``"global"`` records the total norm before and after the clip, the limit and the outcome of each step, in
+            40 bytes; ``"tensor"`` also the norm and the number of non-finite elements of every parameter, in 16 bytes
+            each. Default: ``"tensor"``.
+        history: Number of steps kept, at least 1. None keeps 1,000, or as many as fit into 4 MB (at level ``"tensor"``
+            1,000 steps of up to 247 parameters, 124 steps of 2,000), but not fewer than 20 or ``every``. Default: None.
+        writers: Callables that get each step's :class:`StepRecord`, such as :class:`CSVWriter`, :class:`JSONLWriter`,
+            :class:`TensorBoardWriter` or a function. If one raises, there is a warning and it is not called again:
+            telemetry does not end a training. Default: none.
+        every: Number of steps from one call of the writers to the next, which gets all steps since, at least 1 and at
+            most ``history``. Where the ring is on a CUDA device, it is also copied only that often. Default: 50, or the
+            number of steps kept if that is less.
+        stop_after_skips: Number of skipped steps in a row after which :class:`TooManySkippedSteps` is raised, with the
+            report, at least 1. On a CUDA device they are noticed at the next copy. None: never. Default: None.
+        warn_after_skips: Number of skipped steps in a row after which there is a ``RuntimeWarning``, at least 1. There
+            is one for each such series; at level ``"tensor"`` it names the first parameter whose gradient was not
+            finite. On a CUDA device they are noticed at the next copy, without waiting, but the warning itself waits.
+            None: never. Default: 20.
 
-    Copies and pickles of an optimizer have no writers: two would write to one file.
+    Copies and pickles of an optimizer have no writers, since two of them would write to one file.
 
     Raises:
-        TypeError: a number is no int, or a writer cannot be called.
-        ValueError: a number is out of range, or the level unknown.
+        TypeError: A number is not an int, or a writer is not callable.
+        ValueError: A number is out of range, or the level is unknown.
     """
 
     level: Level = "tensor"
@@ -80,28 +80,28 @@ class Telemetry:
         object.__setattr__(self, "writers", tuple(writers))
 
     def steps_kept(self, bytes_per_step: int) -> int:
-        """How many steps the ring holds."""
+        """Returns the number of steps that the ring holds."""
         if self.history is not None:
             return self.history
         fit = min(_MOST_STEPS, _MOST_BYTES // bytes_per_step)
         return max(fit, _LEAST_STEPS, self.every or 0)
 
     def interval(self, steps_kept: int) -> int:
-        """``every``, or its default."""
+        """Returns ``every``, or its default."""
         return min(_INTERVAL, steps_kept) if self.every is None else self.every
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For pickle and deepcopy, without the writers."""
+        """Returns how pickle and deepcopy make the settings again, without the writers."""
         numbers = (self.every, self.stop_after_skips, self.warn_after_skips)
         return Telemetry, (self.level, self.history, (), *numbers)
 
 
 def telemetry_settings(value: object) -> Telemetry | None:
-    """The option of an optimizer: None, a level, or a :class:`Telemetry`.
+    """Returns the settings for the ``telemetry`` option of an optimizer: None, a level, or a :class:`Telemetry`.
 
     Raises:
-        TypeError: it is something else.
-        ValueError: the level is unknown.
+        TypeError: The option is something else.
+        ValueError: The level is unknown.
     """
     if value is None or isinstance(value, Telemetry):
         return value

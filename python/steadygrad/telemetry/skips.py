@@ -1,4 +1,4 @@
-"""What is said of a training that stands still, since step after step is skipped."""
+"""The warning about a training that stands still because step after step is skipped."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from steadygrad.telemetry.history import History
 
 
 def skips_message(history: History, in_a_row: int) -> str:
-    """Says why the last steps of a history were skipped, by the first of them that is there.
+    """Says why the last steps of a history were skipped, from the first of them that the history still holds.
 
     Args:
-        history: with one skipped step at least.
-        in_a_row: how many were skipped, also where the history is shorter.
+        history: A history with at least one skipped step.
+        in_a_row: Number of steps skipped in a row, which may be more than the history holds.
     """
     last = np.flatnonzero(history.skipped)[-1]
     others = np.flatnonzero(~history.skipped[:last])
@@ -20,7 +20,7 @@ def skips_message(history: History, in_a_row: int) -> str:
     return (
         f"step: {in_a_row} steps in a row were skipped: {_reason(history, first)}. Parameters stay as they are until "
         "a step is taken. print(optimizer.report()) says more. Telemetry(warn_after_skips=...) sets after how many "
-        "skipped steps this is said, None for never; Telemetry(stop_after_skips=...) raises"
+        "skipped steps this warning comes, None for never; Telemetry(stop_after_skips=...) raises"
     )
 
 

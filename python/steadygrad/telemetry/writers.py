@@ -14,22 +14,22 @@ from steadygrad.telemetry.history import TOTAL_NAMES, StepRecord
 
 
 class _LineWriter:
-    """Gathers lines and appends them to a file, which is open for the time of that only."""
+    """Gathers lines and appends them to a file, which is open only while it is written to."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        # As it is now: programs change their folder.
+        # The path is made absolute, since a program may change its working directory.
         self.path = Path(path).absolute()
         self._lines: list[str] = []
 
     def flush(self) -> None:
-        """Appends what was gathered; what could not be written is dropped."""
+        """Appends the gathered lines to the file; lines that could not be written are dropped."""
         lines, self._lines = self._lines, []
         if lines:
             with self.path.open("a", encoding="utf-8", newline="") as file:
                 file.write((self._header() if file.tell() == 0 else "") + "".join(lines))
 
     def _header(self) -> str:
-        """What a file begins with."""
+        """Returns the beginning of a new file."""
         return ""
 
     def __repr__(self) -> str:
@@ -39,16 +39,16 @@ class _LineWriter:
 class JSONLWriter(_LineWriter):
     """Appends a JSON object per step to a file.
 
-    Its keys are those of :meth:`StepRecord.totals`, and at level ``"tensor"`` ``tensor_norms``, an object of all norms
-    by name, and ``tensor_nonfinite``, one of the counts that are not 0. JSON has no non-finite numbers: they are the
-    strings ``"nan"``, ``"inf"`` and ``"-inf"``, which ``float`` takes.
+    The keys are those of :meth:`StepRecord.totals`. At level ``"tensor"`` there are also ``tensor_norms``, an object
+    with every norm by name, and ``tensor_nonfinite``, an object with the counts that are not 0. JSON has no non-finite
+    numbers, so they are the strings ``"nan"``, ``"inf"`` and ``"-inf"``, which ``float`` converts.
 
     Args:
-        path: of the file; one that is there is appended to.
+        path: Path of the file; an existing file is appended to.
     """
 
     def __call__(self, record: StepRecord) -> None:
-        """Takes one step."""
+        """Takes the record of one step."""
         values: dict[str, Any] = {key: _finite(v) for key, v in record.totals().items()}
         if record.tensor_norms is not None and record.tensor_nonfinite is not None:
             norms, counts = record.tensor_norms.tolist(), record.tensor_nonfinite.tolist()
@@ -64,14 +64,14 @@ class JSONLWriter(_LineWriter):
 class CSVWriter(_LineWriter):
     """Appends a row per step to a file of comma-separated values.
 
-    The columns are those of :meth:`StepRecord.totals`, flags as 0 or 1, and at level ``"tensor"`` for each parameter
-    ``norm:<name>``, then for each ``nonfinite:<name>``. A new file begins with their names.
+    The columns are those of :meth:`StepRecord.totals`, with flags as 0 or 1. At level ``"tensor"`` they are followed by
+    ``norm:<name>`` for each parameter and then ``nonfinite:<name>`` for each. A new file begins with a line of names.
 
     Args:
-        path: of the file; one that is there is appended to, if it has the same columns.
+        path: Path of the file; an existing file is appended to if it has the same columns.
 
     Raises:
-        ValueError: when called, if the file has other columns.
+        ValueError: The file has other columns; raised when the writer is called.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -79,7 +79,7 @@ class CSVWriter(_LineWriter):
         self._columns: list[str] | None = None
 
     def __call__(self, record: StepRecord) -> None:
-        """Takes one step."""
+        """Takes the record of one step."""
         norms = [] if record.tensor_norms is None else record.tensor_norms.tolist()
         counts = [] if record.tensor_nonfinite is None else record.tensor_nonfinite.tolist()
         names = [" ".join(name.splitlines()) for name in record.names] if norms else []
@@ -112,12 +112,12 @@ class CSVWriter(_LineWriter):
 class TensorBoardWriter:
     """Writes scalars for TensorBoard.
 
-    ``<prefix>/norm``, ``clipped_norm``, ``limit``, ``clipped``, ``skipped`` and ``nonfinite``, and at level
-    ``"tensor"`` ``<prefix>_tensors/<name>`` for each norm. Numbers that are not finite are left out.
+    The tags are ``<prefix>/norm``, ``clipped_norm``, ``limit``, ``clipped``, ``skipped`` and ``nonfinite``, and at
+    level ``"tensor"`` also ``<prefix>_tensors/<name>`` for each norm. Non-finite numbers are left out.
 
     Args:
-        target: folder of the event files, or a ``torch.utils.tensorboard.SummaryWriter`` that is yours to close.
-        prefix: of the tags. Default: ``"steadygrad"``.
+        target: Folder of the event files, or a ``torch.utils.tensorboard.SummaryWriter``, which the caller closes.
+        prefix: Prefix of the tags. Default: ``"steadygrad"``.
 
     Raises:
         ImportError: ``target`` is a folder and TensorBoard is not installed.
@@ -138,7 +138,7 @@ class TensorBoardWriter:
             self._writer = make(os.fspath(target))
 
     def __call__(self, record: StepRecord) -> None:
-        """Takes one step."""
+        """Takes the record of one step."""
         keys = ("norm", "clipped_norm", "limit", "clipped", "skipped", "nonfinite")
         for key in keys:
             self._add(f"{self._prefix}/{key}", float(getattr(record, key)), record.step)
@@ -152,11 +152,11 @@ class TensorBoardWriter:
             self._writer.add_scalar(tag, value, step)
 
     def flush(self) -> None:
-        """Has the events written."""
+        """Writes the pending events to disk."""
         self._writer.flush()
 
     def __repr__(self) -> str:
-        """What it writes to."""
+        """Returns the class name and the target."""
         return f"TensorBoardWriter({self._target!r})"
 
 

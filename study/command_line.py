@@ -1,0 +1,51 @@
+"""What the command lines of the study and of the benchmarks have in common."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+def guarded(program: str, run: Callable[[], int]) -> int:
+    """Run a command and return its exit code: 130 after Ctrl-C, 1 and a line on stderr where nothing can be written."""
+    try:
+        return run()
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)  # noqa: T201
+        return 130
+    except OSError as error:
+        # What still waits for standard output goes nowhere: Python would fail for it once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        where = error.filename or "standard output or a file"
+        print(f"{program}: {where} takes nothing: {error.strerror}", file=sys.stderr)  # noqa: T201
+        return 1
+
+
+def folder_problem(given: str, folder: Path) -> str:
+    """Make the folder that results go to, before minutes of work; return what is wrong with what was given, else ""."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"{given}: {error.strerror}; name another place"
+    return "" if os.access(folder, os.W_OK) else f"{given}: cannot be written; name another place"
+
+
+def count(text: str) -> int:
+    """Parse a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """Parse a number of seconds above 0."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not found > 0.0:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
+    return found
