@@ -54,9 +54,22 @@ class Workload:
         params: bool = True,
         grads: bool = True,
         clip_active: bool = True,
+        rows_reached: float = 1.0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> None:
+        """Draw the numbers.
+
+        Args:
+            model: the shapes.
+            params: draw the parameters; otherwise their memory is reserved and never touched.
+            grads: draw the gradients; otherwise the parameters have none.
+            clip_active: start with a limit of half the gradients' norm, which `tighten` lowers; otherwise the limit is
+                twice the norm and stays.
+            rows_reached: share of the rows that have a gradient; that of the others is zero.
+            dtype: of parameters and gradients.
+            device: where the tensors live; the CPU by default.
+        """
         self.device = device or torch.device("cpu")
         generator = torch.Generator(self.device).manual_seed(0)
 
@@ -66,11 +79,13 @@ class Workload:
 
         self._clip_active = clip_active
         # The norm of n standard normal numbers is sqrt(n) within a fraction of a per cent.
-        self._norm = math.sqrt(model.elements)
-        self.fraction = 0.5 if clip_active else 2.0  # what values are clipped at; limit over norm
+        self._norm = math.sqrt(rows_reached * model.elements)
+        self.fraction = 0.5 if clip_active else 2.0
         self.params: list[torch.nn.Parameter] = []
         for shape in model.shapes:
             grad = drawn(shape, True) if grads else None
+            if grad is not None and rows_reached < 1:
+                grad[round(rows_reached * shape[0]) :] = 0
             self.params.append(torch.nn.Parameter(drawn(shape, params)))
             self.params[-1].grad = grad
         self.grads = [param.grad for param in self.params if param.grad is not None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -17,6 +17,7 @@ from benchmarks.case import DTYPES, Case
 from benchmarks.shapes import (
     ModelShapes,
     digits_mlp,
+    embedding,
     gpt2_small,
     lora,
     many_small,
@@ -36,23 +37,38 @@ Peer = Callable[[MakeOptimizer], Build]  # makes a peer's builder from what make
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation on parameters, ours and its peers."""
+    """One operation on parameters, ours and its peers.
 
-    key: str  # short name, first half of the case keys
-    title: str  # name for people
-    values: int  # the floor: values of the parameters' dtype that our path has to move per element
-    buffers: int  # values per element that one call touches, of parameter, gradient and states
-    builds: tuple[Build, ...]  # ours first, then the peers
-    params: bool = True  # whether the parameters are read
-    grads: bool = True  # whether the gradients are read
-    clip_active: bool = True  # whether gradients exceed the limit
+    Attributes:
+        values: The floor: how many values of the parameters' dtype our path has to move per element.
+        buffers: How many values per element one call touches, of parameter, gradient and states.
+        builds: Ours first, then the peers.
+        rows_reached: Share of the rows that have a gradient; the state of the others stays zero.
+    """
+
+    key: str
+    title: str
+    values: int
+    buffers: int
+    builds: tuple[Build, ...]
+    params: bool = True
+    grads: bool = True
+    clip_active: bool = True
+    rows_reached: float = 1.0
 
     def workload(
         self, model: ModelShapes, dtype: torch.dtype, device: torch.device | None = None
     ) -> Workload:
         """Draw fresh buffers of the given shapes for one candidate."""
-        used = {"params": self.params, "grads": self.grads, "clip_active": self.clip_active}
-        return Workload(model, **used, dtype=dtype, device=device)
+        return Workload(
+            model,
+            params=self.params,
+            grads=self.grads,
+            clip_active=self.clip_active,
+            rows_reached=self.rows_reached,
+            dtype=dtype,
+            device=device,
+        )
 
 
 def model_case(
@@ -132,6 +148,10 @@ def _operations() -> Iterator[Operation]:
 
     adamw = partial(torch.optim.AdamW, lr=1e-4)
     yield stepping("adamw", "AdamW", 2, adamw, fused, folded, default)
+    yield replace(
+        stepping("adamw_zeros", "AdamW, 1 row in 64", 2, adamw, fused),
+        rows_reached=1 / 64,
+    )
     own = sides.own_class_step(partial(sg.optim.AdamW, lr=1e-4))
     yield Operation("optim_adamw", "clip + optim.AdamW", 8, 4, (own, fused(adamw)))
     adam = partial(torch.optim.Adam, lr=1e-4)
@@ -159,6 +179,7 @@ _RESNET, _GPT2, _SMALL = resnet50(), gpt2_small(), many_small()
 _FEW = (policy_network(), digits_mlp(), lora(96))
 _LORA = lora(448, 4096)
 _ONE, _HUGE = one_tensor(26), one_tensor(28)
+_EMBEDDING = embedding()
 # Batch norms that a GPU measures before the operations that matter less.
 _FIRST = 36
 
@@ -176,6 +197,7 @@ def _cpu_cases() -> Iterator[Case]:
         "clip_inactive": (_RESNET, _GPT2, _ONE, _HUGE, _SMALL),
         "total_norm": (_RESNET, _ONE, _SMALL),
         "adamw": (_RESNET, _GPT2, _ONE, _SMALL, *_FEW, _LORA),
+        "adamw_zeros": (_EMBEDDING,),
         "sgd_momentum": (_RESNET, _GPT2, _SMALL),
         **dict.fromkeys(("clip_value", "adam", "sgd", "adagrad", "rmsprop"), (_RESNET,)),
         **dict.fromkeys(_WITHOUT_FUSED_PEER, (_RESNET,)),
@@ -196,6 +218,7 @@ def _cuda_cases() -> Iterator[Case]:
     yield from batch_norms[:_FIRST]
     some = (_RESNET, _SMALL)
     rest: dict[str, tuple[ModelShapes, ...]] = {
+        "adamw_zeros": (_EMBEDDING,),
         "sgd_momentum": (_RESNET, _GPT2, _SMALL),
         "total_norm": (_RESNET, _HUGE, _SMALL),
         **dict.fromkeys(("optim_adamw", "add_penalty", "soft_threshold"), some),

@@ -87,6 +87,11 @@ def lora(count: int = 96, width: int = 768) -> ModelShapes:
     return ModelShapes(f"lora{count}", f"LoRA {count} x 8 x {width}", ((8, width),) * count)
 
 
+def embedding() -> ModelShapes:
+    """The token embedding of GPT-2: one matrix of 50,257 rows of 768, most of which no batch uses."""
+    return ModelShapes("embedding", "embedding", ((50257, 768),))
+
+
 def many_small(count: int = 2000, size: int = 32) -> ModelShapes:
     """`count` vectors of `size` elements: they fit in cache, so they show the cost per tensor."""
     return ModelShapes("small", f"{count:,} x {size}", ((size,),) * count)

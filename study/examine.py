@@ -25,6 +25,8 @@ TRIALS = {
     "batch norm": "batch norm",
     "L2": "L2",
     "warmup": "warm-up",
+    "accumulate 4": "accumulation",
+    "tanh": "activation",
 }
 # The trial's thresholds were fixed on these problems.
 FIXED_ON = ("digits", "10 layers", "30 layers", "CNN", "temporal order 20", "addition 20")
@@ -97,7 +99,7 @@ def foretell(record: dict[str, Any], seeds: int, only: str | None = None) -> Ite
             for key in keys:
                 trial = trials.get(TRIALS[key.arm])
                 if trial is not None:
-                    yield Foretold(key, _is_lost(runs[key]), not trial.holds, trial.ratio)
+                    yield Foretold(key, _is_lost(runs[key]), not trial.holds, trial.ratios[0])
 
 
 def _trials(experiment: Experiment, problem: Problem, key: RunKey) -> dict[str, Any]:
@@ -110,10 +112,11 @@ def _trials(experiment: Experiment, problem: Problem, key: RunKey) -> dict[str, 
     )
     given = task.batches(problem.batch_size, generator)
     found = sg.examine(model, task.loss, given, optimizer=stepper.optimizer)
-    if not found.trials:  # nothing stands out: the run is expected to survive, whatever is done
-        rest = sg.examination.Trial("", True, found.lr / found.largest_stable_lr, 0.0, ())
-        return dict.fromkeys(TRIALS.values(), rest)
-    return {trial.remedy: trial for trial in found.trials}
+    # Where nothing stands out no remedy is tried: the run is expected to survive, whatever is done.
+    ratio = found.lr / found.largest_stable_lr
+    untried = sg.examination.Trial("", True, (ratio,), 0.0, (0.0,))
+    rest = dict.fromkeys(TRIALS.values(), untried) if len(found.trials) < 2 else {}
+    return rest | {trial.remedy: trial for trial in found.trials}
 
 
 def _is_lost(run: dict[str, Any]) -> bool:

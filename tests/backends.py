@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from steadygrad import _kernels
+from steadygrad import _kernels, without_kernels
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,12 @@ class Backend:
     @property
     def asynchronous(self) -> bool:
         """Tell whether the device decides about steps, so that the host learns of it only by waiting."""
-        return self.name != "cpu"
+        return self.name in ("emulated", "cuda")
+
+    @property
+    def fused_path(self) -> str:
+        """Return the ``path`` of an optimizer whose rule has a kernel."""
+        return "in-place: there is no compiled extension" if self.name == "composite" else "fused"
 
     def why_not(self) -> str | None:
         """Return why the backend cannot be used here, or None if it can."""
@@ -43,16 +48,19 @@ class Backend:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Replace the real kernels by the emulated ones while the context is active."""
-        if self.name != "emulated":
+        """Replace the real kernels by the emulated ones, or by none, while the context is active."""
+        if self.name not in ("emulated", "composite"):
             yield
             return
-        import steadygrad_emulated
-
+        others: Any = without_kernels
+        if self.name == "emulated":
+            others = importlib.import_module("steadygrad_emulated")
         with pytest.MonkeyPatch.context() as patch:
-            for name in vars(_kernels):
-                if not name.startswith("__"):
-                    patch.setattr(_kernels, name, getattr(steadygrad_emulated, name))
+            for name in [name for name in vars(_kernels) if not name.startswith("__")]:
+                if hasattr(others, name):
+                    patch.setattr(_kernels, name, getattr(others, name))
+                else:
+                    patch.delattr(_kernels, name)
             yield
 
 
@@ -61,9 +69,16 @@ BACKENDS = [
     Backend("emulated", torch.device("cpu")),
     Backend("cuda", torch.device("cuda")),
 ]
+# No kernels: torch's operations, which the tests of conftest.COMPOSITE_FILES run over as well.
+COMPOSITE = Backend("composite", torch.device("cpu"))
 
 
-MARKS = {"cpu": (), "emulated": (pytest.mark.emulated,), "cuda": (pytest.mark.gpu,)}
+MARKS = {
+    "cpu": (),
+    "composite": (pytest.mark.composite,),
+    "emulated": (pytest.mark.emulated,),
+    "cuda": (pytest.mark.gpu,),
+}
 
 
 def backend_parameters(backends: list[Backend]) -> list[Any]:
@@ -79,7 +94,7 @@ def backend_parameters(backends: list[Backend]) -> list[Any]:
 
 
 # The fixture is made once per session, because hypothesis refuses fixtures that are made for every test function.
-@pytest.fixture(scope="session", params=backend_parameters(BACKENDS))
+@pytest.fixture(scope="session", params=backend_parameters([*BACKENDS, COMPOSITE]))
 def backend(request: pytest.FixtureRequest) -> Backend:
     """Return one backend after the other."""
     chosen: Backend = request.param

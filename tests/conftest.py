@@ -44,11 +44,29 @@ MARKED_FILES = {
     "compile": ("nn/test_batch_norm_compile.py", "emulation/test_emulator.py"),
     "integration": (
         *("integrations/test_*.py", "study/test_runner.py", "packaging/test_doctor.py"),
+        "packaging/test_without_extension.py",
         *("benchmarks/test_gpu_script.py", "*/test_command_line.py"),
     ),
     "slow": ("nn/test_batch_norm_kernels_accuracy.py", "nn/test_convert_batchnorm_networks.py"),
     "gpu": ("optim/test_device_streams.py", "policies/test_policy_graphs.py"),
 }
+
+# The files whose tests also run over the composite backend, but for those that are marked to need kernels.
+COMPOSITE_FILES = (
+    "clip/test_clip.py",
+    "clip/test_returned_norms.py",
+    "distributed/test_reduction.py",
+    "optim/test_accumulation.py",
+    "optim/test_composite_steps.py",
+    "optim/test_grad_scaler.py",
+    "optim/test_in_place_*.py",
+    "optim/test_limits.py",
+    "optim/test_lr_backoff.py",
+    "optim/test_step_reference.py",
+    "penalty/test_penalty.py",
+    "policies/test_*.py",
+    "telemetry/test_*.py",
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -58,7 +76,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             name = item.path.relative_to(ROOT / "tests").as_posix()
             if any(fnmatch(name, pattern) for pattern in patterns):
                 item.add_marker(marker)
-    left_out = redundant_cases(items)
+    left_out = redundant_cases(items) | {item for item in items if needs_kernels(item)}
     if BACKENDS[-1].why_not() is not None:
         left_out |= {item for item in items if item.get_closest_marker("gpu")}
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
@@ -73,6 +91,15 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def needs_kernels(item: pytest.Item) -> bool:
+    """Tell whether a case of the composite backend is one of a test about kernels."""
+    if not item.get_closest_marker("composite"):
+        return False
+    name = item.path.relative_to(ROOT / "tests").as_posix()
+    is_taken = any(fnmatch(name, pattern) for pattern in COMPOSITE_FILES)
+    return not is_taken or item.get_closest_marker("kernels") is not None
+
+
 def redundant_cases(items: list[pytest.Item]) -> set[pytest.Item]:
     """Return the cases that would find nothing that other cases do not find.
 
@@ -84,7 +111,9 @@ def redundant_cases(items: list[pytest.Item]) -> set[pytest.Item]:
     together: defaultdict[Any, set[Any]] = defaultdict(set)
     redundant = set()
     for item in items:
-        on_another_backend = any(item.get_closest_marker(name) for name in ("emulated", "gpu"))
+        on_another_backend = any(
+            item.get_closest_marker(name) for name in ("composite", "emulated", "gpu")
+        )
         if on_another_backend and (item.get_closest_marker("once") or _has_four_ranks(item)):
             redundant.add(item)
         elif on_another_backend or item.get_closest_marker("pairs"):

@@ -85,8 +85,7 @@ py::tuple norm_result(const Outcome& outcome, const GradList& list) {
   return py::make_tuple(outcome.norm, outcome.nonfinite, list.any_float64);
 }
 
-// `output`: the tensors that an asynchronous backend fills. On the host `outcome` gets what is to be
-// returned.
+// `output` holds the tensors that an asynchronous backend writes to; the CPU backend writes to `outcome`.
 NormOutput norm_output(const char* function, const py::object& output, Device& device, Outcome& outcome) {
   if (!device.backend->is_asynchronous) return {&outcome};
   const py::tuple tensors = output;

@@ -136,7 +136,7 @@ GroupOptions GroupReader::read(PyObject* group, Py_ssize_t index, Device& device
     PyObject* const value = required_entry(group, key);
     const Range range{field.low, field.below};
     if (field.to == &RuleHyper::lr && device.backend->is_asynchronous && is_number_on(device, value)) {
-      options.lr = number_on(value, {"step", "lr", index}, device);  // the kernels read it
+      options.lr = number_on(value, {"step", "lr", index}, device);  // read by the kernels
       continue;
     }
     options.hyper.*field.to = field.index < 0

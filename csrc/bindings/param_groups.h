@@ -30,8 +30,7 @@ class GroupReader {
   // units.
   GroupReader(const RuleEntry& rule, py::dict defaults, bool clips_units);
 
-  // Reads group `index`. A learning rate in a tensor on `device` is not waited for; the options receive its
-  // address.
+  // Reads group `index`. A learning rate in a tensor on `device` is not waited for: `lr` gets its address.
   GroupOptions read(PyObject* group, Py_ssize_t index, Device& device) const;
 
   // Returns the options that decide which state exists and whether kernels can step the group, as bits: the

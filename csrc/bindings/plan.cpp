@@ -316,7 +316,7 @@ bool Plan::step(const py::list& param_groups, const py::dict& state, const Scali
     backend.step(tensors_, counters_, group_options_, options_, all, combined, announce, table_, scratch,
                  stream);
   });
-  // If other processes have gradients, it is not known whether these are zero.
+  // A step that creates state has zero gradients, but this rank cannot know that of other ranks' gradients.
   if (on_host) count_on_host(param_groups, creates_state && (reduction == nullptr || outcome_.norm == 0));
   return true;
 }

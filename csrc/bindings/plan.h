@@ -128,7 +128,7 @@ class Plan {
   std::vector<int32_t> taken_;
   std::vector<int64_t> nonfinite_;
 
-  // What an asynchronous backend keeps, and the memory it was given for it.
+  // What an asynchronous backend keeps from step to step, and the memory that it was given for it.
   StepTable table_;
   std::vector<py::object> device_memory_;
   void* memory_stream_ = nullptr;  // the stream that it was made on, or that was recorded last

@@ -139,6 +139,9 @@ void define_plan_options(py::module_& module) {
            }),
            py::kw_only(), py::arg("unscale") = 1.0, py::arg("found_inf") = false,
            py::arg("grad_scale_tensor") = none, py::arg("found_inf_tensor") = none)
+      .def_readonly("unscale", &Scaling::unscale)
+      .def_readonly("found_inf", &Scaling::found_inf)
+      .def_readonly("grad_scale_tensor", &Scaling::grad_scale_tensor)
       .def_readonly("found_inf_tensor", &Scaling::found_inf_tensor);
   py::class_<DeviceMemory>(module, "DeviceMemory", local)
       .def(py::init([](py::object outcome, py::object taken, py::object counts, py::object nonfinite,
@@ -153,7 +156,10 @@ void define_plan_options(py::module_& module) {
              return TelemetryMemory{std::move(rows), std::move(recorded), history, per_tensor};
            }),
            py::kw_only(), py::arg("rows"), py::arg("recorded"), py::arg("history"), py::arg("per_tensor"))
-      .def_readonly("rows", &TelemetryMemory::rows);
+      .def_readonly("rows", &TelemetryMemory::rows)
+      .def_readonly("recorded", &TelemetryMemory::recorded)
+      .def_readonly("history", &TelemetryMemory::history)
+      .def_readonly("per_tensor", &TelemetryMemory::per_tensor);
   py::class_<ReductionMemory>(module, "Reduction", local)
       .def(py::init([](py::object rows, py::object counted, py::object reduce, py::object ask_policy) {
              return ReductionMemory{std::move(rows), std::move(counted), std::move(reduce),
@@ -163,7 +169,8 @@ void define_plan_options(py::module_& module) {
            py::arg("ask_policy") = none)
       .def_readonly("rows", &ReductionMemory::rows)
       .def_readonly("counted", &ReductionMemory::counted)
-      .def_readonly("reduce", &ReductionMemory::reduce);
+      .def_readonly("reduce", &ReductionMemory::reduce)
+      .def_readonly("ask_policy", &ReductionMemory::ask_policy);
   py::class_<ClipPolicy>(module, "ClipPolicy", local)
       .def(py::init(&clip_policy), py::arg("kind"), py::kw_only(), py::arg("max_norm") = INFINITY,
            py::arg("level") = 0.0, py::arg("decay") = 0.0, py::arg("factor") = 1.0, py::arg("warmup") = 0,

@@ -24,10 +24,10 @@ struct Argument {
   std::string text() const;
 };
 
-// Has tensors on devices of this DLPack type go to a backend; the CPU's are the CPU backend's but for that.
+// Makes tensors on devices of this DLPack type go to a backend. Without it the CPU's go to the CPU backend.
 void add_backend(int device_type, const Backend& backend);
 
-// The backend for devices of this DLPack type; null where none takes their tensors.
+// Returns the backend for devices of this DLPack type; null if no backend takes their tensors.
 const Backend* backend_for(int device_type);
 
 // A tensor as a call has found it.
@@ -44,8 +44,8 @@ struct Device {
   int index = 0;
   const Backend* backend = &cpu_backend();
   bool calls_python = false;  // whether Python runs between the look at the tensors and their use
-  // The tensors looked at, if Python runs in between; with an asynchronous backend it always may.
-  std::vector<Looked> looked;
+  std::vector<Looked>
+      looked;  // the tensors looked at, if Python runs in between; with the CUDA backend it always may
 
   void set(int device_type, int device_index);
 };
@@ -135,7 +135,7 @@ class Allocator {
 // when it is asked for the number.
 void adopt_torch_threads();
 
-// Calls function(backend, stream). What works on the host does so without the interpreter's lock, and on
+// Calls function(backend, stream). A backend that works on the host runs without the interpreter's lock, on
 // torch's number of threads.
 template <class Function>
 void on_backend(const Device& device, Function function) {

@@ -22,7 +22,7 @@ struct GroupOptions {
   double l1 = 0;
   double l2 = 0;
   double clipping = INFINITY;  // limit of the group's output units, relative to their norms
-  Number lr;                   // of an asynchronous backend: with data it holds, and hyper.lr does not
+  Number lr;                   // replaces hyper.lr if it has data; for asynchronous backends
 };
 
 struct StepOptions {

@@ -36,8 +36,8 @@ struct TensorOperands {
   }
 };
 
-// A number that lies in memory of the tensors' device, such as a step counter, in fp32 or fp64; without data
-// there is none.
+// A number in memory of the tensors' device, such as a step counter, in fp32 or fp64; data is null if there
+// is none.
 struct Number {
   void* data = nullptr;
   DType dtype = DType::float32;

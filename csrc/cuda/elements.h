@@ -1,5 +1,5 @@
 // Reading and writing elements in the type they are computed in: four at a time where they lie in memory
-// order and are aligned, one at a time everywhere else.
+// order and are aligned, one at a time everywhere else. csrc/cuda/step/octets.h has eight at a time.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +11,16 @@
 namespace steadygrad::cuda {
 
 constexpr int kQuad = 4;
+
+// The operand's elements. An address that comes from memory might be one of any kind: told that it is one of
+// global memory, the compiler needs not ask with each access.
+template <class Element>
+__device__ __forceinline__ Element* elements_of(const Operand& operand) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(operand.data));
+#endif
+  return static_cast<Element*>(operand.data);
+}
 
 __device__ __forceinline__ float to_compute(float value) { return value; }
 __device__ __forceinline__ double to_compute(double value) { return value; }
@@ -71,10 +81,16 @@ struct alignas(sizeof(Element) * kQuad > 16 ? 16 : sizeof(Element) * kQuad) Quad
   Element values[kQuad];
 };
 
+// Whether the operand holds this type, in memory order. Where it begins is another question.
 template <class Element>
-STEADYGRAD_INLINE bool is_direct(const Operand& operand) {
-  return operand.strides == nullptr && operand.dtype == DTypeOf<Element>::value &&
-         reinterpret_cast<uintptr_t>(operand.data) % alignof(Quad<Element>) == 0;
+STEADYGRAD_INLINE bool is_contiguous(const Operand& operand) {
+  return operand.strides == nullptr && operand.dtype == DTypeOf<Element>::value;
+}
+
+// Whether four elements can be accessed at once.
+template <class Element>
+STEADYGRAD_INLINE bool is_aligned(const Operand& operand) {
+  return reinterpret_cast<uintptr_t>(operand.data) % alignof(Quad<Element>) == 0;
 }
 
 template <class T, class Element>
@@ -100,47 +116,41 @@ struct RawQuad {
 
 STEADYGRAD_INLINE bool is_quad(const Operand& operand) {
   if (operand.strides != nullptr || operand.dtype == DType::float64) return false;
-  const uintptr_t alignment = is_half(operand.dtype) ? alignof(Quad<BFloat16>) : alignof(Quad<float>);
-  return reinterpret_cast<uintptr_t>(operand.data) % alignment == 0;
+  return is_half(operand.dtype) ? is_aligned<BFloat16>(operand) : is_aligned<float>(operand);
 }
 
 __device__ __forceinline__ RawQuad load_raw(const Operand& operand, int64_t index) {
   RawQuad raw;
   if (is_half(operand.dtype)) {
-    const uint2 words = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(operand.data) + index);
+    const uint2 words = *reinterpret_cast<const uint2*>(elements_of<const uint16_t>(operand) + index);
     raw = {{words.x, words.y, 0, 0}};
   } else {
-    const uint4 words = *reinterpret_cast<const uint4*>(static_cast<const uint32_t*>(operand.data) + index);
+    const uint4 words = *reinterpret_cast<const uint4*>(elements_of<const uint32_t>(operand) + index);
     raw = {{words.x, words.y, words.z, words.w}};
   }
   return raw;
 }
 
+// The type is looked at once for all four.
 __device__ __forceinline__ void convert(const RawQuad& raw, DType dtype, float (&to)[kQuad]) {
+  const auto half = [&](int k) { return static_cast<uint16_t>(raw.words[k / 2] >> (k % 2 * 16)); };
+  if (dtype == DType::bfloat16) {
 #pragma unroll
-  for (int k = 0; k < kQuad; ++k) {
-    const uint16_t half = static_cast<uint16_t>(raw.words[k / 2] >> (k % 2 * 16));
-    to[k] = dtype == DType::bfloat16  ? to_float(BFloat16{half})
-            : dtype == DType::float16 ? to_float(Float16{half})
-                                      : bit_cast<float>(raw.words[k]);
+    for (int k = 0; k < kQuad; ++k) to[k] = to_float(BFloat16{half(k)});
+  } else if (dtype == DType::float16) {
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) to[k] = to_float(Float16{half(k)});
+  } else {
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) to[k] = bit_cast<float>(raw.words[k]);
   }
 }
 
-__device__ __forceinline__ void store_quad(const Operand& operand, int64_t index,
-                                           const float (&from)[kQuad]) {
-  switch (operand.dtype) {
-    case DType::bfloat16:
-      return store_quad<float>(static_cast<BFloat16*>(operand.data) + index, from);
-    case DType::float16:
-      return store_quad<float>(static_cast<Float16*>(operand.data) + index, from);
-    default:
-      return store_quad<float>(static_cast<float*>(operand.data) + index, from);
-  }
-}
-
-// What the tensors of a call hold. The usual case has a kernel of its own: code for the others takes
-// registers from it.
-enum class Contents : uint8_t { float32_direct, no_float64, any };
+// What the tensors of a call hold: fp32 in memory order alone, anything but fp64, or anything. The first, and
+// most usual, has kernels of its own, since code for the others takes registers from it. Where a tensor
+// begins plays no part in this: each chunk chooses for itself, so that a tensor that is not aligned costs
+// the others nothing.
+enum class Contents : uint8_t { float32_contiguous, no_float64, any };
 
 template <Contents kContents>
 struct Elements {
@@ -148,7 +158,7 @@ struct Elements {
   static constexpr int kBlocks = kContents == Contents::any ? 1 : kContents == Contents::no_float64 ? 2 : 3;
 
   // Whether anything but fp32 occurs.
-  static constexpr bool kMixed = kContents != Contents::float32_direct;
+  static constexpr bool kMixed = kContents != Contents::float32_contiguous;
 
   // Calls function(T{}) with the type that a tensor is computed in.
   template <class Function>
@@ -159,33 +169,37 @@ struct Elements {
     function(float{});
   }
 
-  // Calls attempt(Element{}) with each stored type that four elements at once may have; it says whether it
-  // took it.
+  // Calls attempt(Element{}) with each stored type that has loops of its own; it says whether it took it.
   template <class T, class Attempt>
-  __device__ __forceinline__ static bool with_direct(Attempt attempt) {
+  __device__ __forceinline__ static bool with_stored_type(Attempt attempt) {
     if (attempt(T{})) return true;
-    if constexpr (kContents != Contents::float32_direct && sizeof(T) == sizeof(float)) {
+    if constexpr (kContents != Contents::float32_contiguous && sizeof(T) == sizeof(float)) {
       return attempt(BFloat16{}) || attempt(Float16{});
     }
     return false;
   }
 
   template <class Element>
+  __device__ __forceinline__ static bool contiguous(const Operand& operand) {
+    return kContents == Contents::float32_contiguous || is_contiguous<Element>(operand);
+  }
+
+  template <class Element>
   __device__ __forceinline__ static bool direct(const Operand& operand) {
-    return kContents == Contents::float32_direct || is_direct<Element>(operand);
+    return contiguous<Element>(operand) && is_aligned<Element>(operand);
   }
 
   // Whether four elements can be loaded at once, of whatever type.
   template <class T>
   __device__ __forceinline__ static bool quads(const Operand& operand) {
     if constexpr (sizeof(T) == sizeof(double)) return direct<double>(operand);
-    return kContents == Contents::float32_direct || is_quad(operand);
+    return kContents == Contents::float32_contiguous ? is_aligned<float>(operand) : is_quad(operand);
   }
 
   template <class T>
   __device__ __forceinline__ static void load_quad(const Operand& operand, int64_t index, T (&to)[kQuad]) {
-    if constexpr (kContents == Contents::float32_direct || sizeof(T) == sizeof(double)) {
-      cuda::load_quad<T>(static_cast<const T*>(operand.data) + index, to);
+    if constexpr (kContents == Contents::float32_contiguous || sizeof(T) == sizeof(double)) {
+      cuda::load_quad<T>(elements_of<const T>(operand) + index, to);
     } else {
       convert(load_raw(operand, index), operand.dtype, to);
     }
@@ -194,13 +208,13 @@ struct Elements {
   template <class T>
   __device__ __forceinline__ static T load(const TensorOperands& tensor, const Operand& operand,
                                            int64_t index) {
-    if constexpr (kContents == Contents::float32_direct) {
-      return static_cast<const float*>(operand.data)[index];
+    if constexpr (kContents == Contents::float32_contiguous) {
+      return elements_of<const float>(operand)[index];
     } else {
       const int64_t offset = element_offset(tensor, operand.strides, index);
       T value = 0;
       with_element(operand.dtype, [&](auto element) {
-        value = static_cast<T>(to_compute(static_cast<const decltype(element)*>(operand.data)[offset]));
+        value = static_cast<T>(to_compute(elements_of<const decltype(element)>(operand)[offset]));
       });
       return value;
     }
@@ -209,13 +223,13 @@ struct Elements {
   template <class T>
   __device__ __forceinline__ static void store(const TensorOperands& tensor, const Operand& operand,
                                                int64_t index, T value) {
-    if constexpr (kContents == Contents::float32_direct) {
-      static_cast<float*>(operand.data)[index] = value;
+    if constexpr (kContents == Contents::float32_contiguous) {
+      elements_of<float>(operand)[index] = value;
     } else {
       const int64_t offset = element_offset(tensor, operand.strides, index);
       with_element(operand.dtype, [&](auto element) {
         using Element = decltype(element);
-        static_cast<Element*>(operand.data)[offset] = to_stored<Element>(value);
+        elements_of<Element>(operand)[offset] = to_stored<Element>(value);
       });
     }
   }
@@ -225,8 +239,8 @@ struct Elements {
 template <class Function>
 void with_contents(Contents contents, Function function) {
   switch (contents) {
-    case Contents::float32_direct:
-      return function(Elements<Contents::float32_direct>{});
+    case Contents::float32_contiguous:
+      return function(Elements<Contents::float32_contiguous>{});
     case Contents::no_float64:
       return function(Elements<Contents::no_float64>{});
     case Contents::any:

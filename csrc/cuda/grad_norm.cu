@@ -10,10 +10,9 @@ namespace {
 
 constexpr int kNormThreads = 128;
 constexpr int kWarps = kNormThreads / kWarp;
-constexpr int kGroupsPerLaunch = 22;
-constexpr int kGradsPerLaunch = 3500;
 
-struct NormArguments {
+// What every launch of a call is told.
+struct NormCall {
   TensorTable table;
   NormMemory memory;
   StepOptions options;
@@ -25,41 +24,71 @@ struct NormArguments {
   int32_t grads_count;
   int32_t first_group;
   int32_t groups_count;
-  GroupOptions groups[kGroupsPerLaunch];
-  void* grads[kGradsPerLaunch];
 };
-static_assert(sizeof(NormArguments) <= 32764, "more than a launch can carry");
 
-// Rows in flight: enough loads to cover the latency of memory.
+// The arguments of a launch are copied as a whole, however many of the places are taken.
+template <int kGroups, int kGrads>
+struct NormArguments : NormCall {
+  static constexpr int kGroupsPerLaunch = kGroups;
+  static constexpr int kGradsPerLaunch = kGrads;
+
+  GroupOptions groups[kGroups];
+  void* grads[kGrads];
+};
+using FewArguments = NormArguments<2, 400>;
+using ManyArguments = NormArguments<22, 3500>;
+static_assert(sizeof(FewArguments) <= 4096, "more than a page");
+static_assert(sizeof(ManyArguments) <= 32764, "more than a launch can carry");
+
+// Rows in flight: enough loads to cover the latency of memory. Those of halves are half as long.
 template <class Element>
-constexpr int kRowsAtOnce = sizeof(Element) == sizeof(double) ? 2 : 8;
+constexpr int kRowsAtOnce = sizeof(Element) == sizeof(double)  ? 2
+                            : sizeof(Element) == sizeof(float) ? 8
+                                                               : 16;
+
+// Four elements from anywhere.
+template <class Element>
+__device__ __forceinline__ Quad<Element> load_apart(const Element* from) {
+  Quad<Element> quad;
+#pragma unroll
+  for (int k = 0; k < kQuad; ++k) quad.values[k] = from[k];
+  return quad;
+}
 
 template <class Elements, class T, class Element>
 __device__ __forceinline__ void sum_squares(const TensorOperands& tensor, const Chunk& chunk,
                                             const GradientTransform<T>& transform, LaneSums<T>& sums) {
   const int lane = threadIdx.x % kWarp;
   const int64_t begin = chunk.begin + lane * kQuad;
-  const Element* const grads = static_cast<const Element*>(tensor.grad.data) + begin;
+  const Element* const grads = elements_of<const Element>(tensor.grad) + begin;
+  const bool aligned = is_aligned<Element>(tensor.grad);
   const bool keeps = transform.keeps_gradient_before_clip();
   const bool penalised = transform.penalty_before_clip.active();
   const auto add_rows = [&](int32_t row, auto at_once) {
     constexpr int kRows = decltype(at_once)::value;
-    T values[kRows][kQuad];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) load_quad<T>(grads + (row + r) * kLanes, values[r]);
-    if (!keeps) {
+    Quad<Element> raw[kRows];
+    if (aligned) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        T param[kQuad] = {};
-        if (penalised) Elements::template load_quad<T>(tensor.param, begin + (row + r) * kLanes, param);
-#pragma unroll
-        for (int k = 0; k < kQuad; ++k) values[r][k] = transform.before_clip(values[r][k], param[k]);
+        raw[r] = *reinterpret_cast<const Quad<Element>*>(grads + (row + r) * kLanes);
       }
+    } else {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) raw[r] = load_apart(grads + (row + r) * kLanes);
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
+      T values[kQuad];
 #pragma unroll
-      for (int k = 0; k < kQuad; ++k) sums.add_square(k, values[r][k]);
+      for (int k = 0; k < kQuad; ++k) values[k] = to_compute(raw[r].values[k]);
+      if (!keeps) {
+        T param[kQuad] = {};
+        if (penalised) Elements::template load_quad<T>(tensor.param, begin + (row + r) * kLanes, param);
+#pragma unroll
+        for (int k = 0; k < kQuad; ++k) values[k] = transform.before_clip(values[k], param[k]);
+      }
+#pragma unroll
+      for (int k = 0; k < kQuad; ++k) sums.add_square(k, values[k]);
     }
   };
   const int32_t rows = chunk.count / kLanes;
@@ -72,7 +101,7 @@ __device__ __forceinline__ void sum_squares(const TensorOperands& tensor, const 
   for (int k = 0; k < kQuad; ++k) {
     const int32_t i = rows * kLanes + lane * kQuad + k;
     if (i >= chunk.count) continue;
-    const T grad = to_compute(static_cast<const Element*>(tensor.grad.data)[chunk.begin + i]);
+    const T grad = to_compute(elements_of<const Element>(tensor.grad)[chunk.begin + i]);
     const T param = penalised ? Elements::template load<T>(tensor, tensor.param, chunk.begin + i) : T(0);
     sums.add_square(k, transform.before_clip(grad, param));
   }
@@ -122,9 +151,9 @@ __device__ __forceinline__ NormPartial chunk_norm(const TensorOperands& tensor, 
   if constexpr (kSquares) {
     type = NormType{NormKind::two, 2};  // known to the compiler, which then drops all other kinds
     LaneSums<T> sums(type);
-    const bool summed = Elements::template with_direct<T>([&](auto element) {
+    const bool summed = Elements::template with_stored_type<T>([&](auto element) {
       using Element = decltype(element);
-      if (!Elements::template direct<Element>(tensor.grad)) return false;
+      if (!Elements::template contiguous<Element>(tensor.grad)) return false;
       if (penalised && !Elements::template quads<T>(tensor.param)) return false;
       sum_squares<Elements, T, Element>(tensor, chunk, transform, sums);
       return true;
@@ -141,7 +170,8 @@ __device__ __forceinline__ NormPartial chunk_norm(const TensorOperands& tensor, 
 }
 
 // Leaves the groups where later kernels find them.
-__device__ void publish_groups(const NormArguments& arguments) {
+template <class Arguments>
+__device__ void publish_groups(const Arguments& arguments) {
   for (int32_t g = threadIdx.x; g < arguments.groups_count; g += kNormThreads) {
     GroupOptions options = arguments.groups[g];
     if (options.lr.data != nullptr) options.hyper.lr = options.lr.value();
@@ -149,9 +179,9 @@ __device__ void publish_groups(const NormArguments& arguments) {
   }
 }
 
-template <class Elements, bool kSquares>
+template <class Elements, bool kSquares, class Arguments>
 __global__ void __launch_bounds__(kNormThreads, 2 * Elements::kBlocks - 1)
-    grad_norm_kernel(const NormArguments __grid_constant__ arguments) {
+    grad_norm_kernel(const Arguments __grid_constant__ arguments) {
   if (blockIdx.x == 0) publish_groups(arguments);
   const int64_t index = arguments.first_chunk + int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;
   if (index >= arguments.last_chunk) return;
@@ -191,8 +221,13 @@ __global__ void __launch_bounds__(kLanes)
   if (threadIdx.x == 0) memory.scales[blockIdx.x] = scale_for(partial.sums.medium);
 }
 
-void launch_partials(const char* function, const Tensors& tensors, NormArguments& arguments,
+template <class Arguments>
+void launch_partials(const char* function, const Tensors& tensors, const NormCall& call,
                      const std::vector<GroupOptions>& groups, bool brings_grads, Stream stream) {
+  constexpr int32_t kGroupsPerLaunch = Arguments::kGroupsPerLaunch;
+  constexpr int32_t kGradsPerLaunch = Arguments::kGradsPerLaunch;
+  Arguments arguments{};
+  static_cast<NormCall&>(arguments) = call;
   const int32_t count = arguments.table.tensors;
   const int32_t group_count = static_cast<int32_t>(groups.size());
   int32_t chunks = 0;
@@ -211,7 +246,7 @@ void launch_partials(const char* function, const Tensors& tensors, NormArguments
       chunks += static_cast<int32_t>((tensors[next].numel + kChunk - 1) / kChunk);
     }
     arguments.last_chunk = chunks;
-    // That of the next tensor may have had some in this launch.
+    // The group of the next tensor may have had some of its tensors in this launch.
     const int32_t wanted = next < count && !groups.empty() ? tensors[next].group + 1 : group_count;
     const int32_t last_group = std::min(wanted, next_group + kGroupsPerLaunch);
     arguments.groups_count = last_group - next_group;
@@ -221,8 +256,8 @@ void launch_partials(const char* function, const Tensors& tensors, NormArguments
     const int64_t blocks = std::max<int64_t>(1, blocks_for(chunks - arguments.first_chunk, kWarps));
     with_contents(arguments.table.contents, [&](auto elements) {
       const auto kernel = arguments.options.norm_type.kind == NormKind::two
-                              ? grad_norm_kernel<decltype(elements), true>
-                              : grad_norm_kernel<decltype(elements), false>;
+                              ? grad_norm_kernel<decltype(elements), true, Arguments>
+                              : grad_norm_kernel<decltype(elements), false, Arguments>;
       launch(function, stream, kernel, blocks, kNormThreads, arguments);
     });
   } while (next < count || next_group < group_count);
@@ -247,23 +282,28 @@ void launch_grad_norm(const char* function, const Tensors& tensors, const Tensor
                       const NormMemory& memory, const StepOptions& options, const float* grad_scale,
                       const std::vector<GroupOptions>& groups, const StepBroadcast& broadcast,
                       Stream stream) {
-  NormArguments arguments{};
-  arguments.table = table;
-  arguments.memory = memory;
-  arguments.options = options;
-  arguments.grad_scale = grad_scale;
-  arguments.broadcast = broadcast;
+  NormCall call{};
+  call.table = table;
+  call.memory = memory;
+  call.options = options;
+  call.grad_scale = grad_scale;
+  call.broadcast = broadcast;
   const bool brings_grads = broadcast.grads != nullptr;
+  const auto launch_call = [&] {
+    const bool few = static_cast<int>(groups.size()) <= FewArguments::kGroupsPerLaunch &&
+                     (!brings_grads || table.tensors <= FewArguments::kGradsPerLaunch);
+    const auto launch_with = few ? launch_partials<FewArguments> : launch_partials<ManyArguments>;
+    launch_with(function, tensors, call, groups, brings_grads, stream);
+  };
   if (options.norm_type.kind == NormKind::general) {
-    arguments.options.norm_type = norm_type(options.norm_type.p > 0 ? INFINITY : -INFINITY);
-    arguments.memory.scales = nullptr;
-    launch_partials(function, tensors, arguments, groups, brings_grads, stream);
-    launch(function, stream, norm_scale_kernel, table.tensors, kLanes, table, memory,
-           arguments.options.norm_type);
-    arguments.options.norm_type = options.norm_type;
-    arguments.memory.scales = memory.scales;
+    call.options.norm_type = norm_type(options.norm_type.p > 0 ? INFINITY : -INFINITY);
+    call.memory.scales = nullptr;
+    launch_call();
+    launch(function, stream, norm_scale_kernel, table.tensors, kLanes, table, memory, call.options.norm_type);
+    call.options.norm_type = options.norm_type;
+    call.memory.scales = memory.scales;
   }
-  launch_partials(function, tensors, arguments, groups, brings_grads, stream);
+  launch_call();
 }
 
 }  // namespace steadygrad::cuda

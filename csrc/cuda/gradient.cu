@@ -20,7 +20,7 @@ constexpr int kQuadsAtOnce = 4;
 template <class Elements, class T, class Element>
 __device__ __forceinline__ int32_t transform_quads(const TensorOperands& tensor, const Chunk& chunk,
                                                    const GradientTransform<T>& transform, bool reads_param) {
-  Element* const grads = static_cast<Element*>(tensor.grad.data) + chunk.begin;
+  Element* const grads = elements_of<Element>(tensor.grad) + chunk.begin;
   const int32_t quads = chunk.count / kQuad;
   int32_t q = threadIdx.x;
   if (!reads_param) {
@@ -49,21 +49,48 @@ __device__ __forceinline__ int32_t transform_quads(const TensorOperands& tensor,
   return quads * kQuad;
 }
 
+// The elements from `done` on, wherever they lie: those of a thread are kChunkThreads apart, so that a warp
+// accesses neighbours.
+template <class Elements, class T, class Element>
+__device__ __forceinline__ void transform_apart(const TensorOperands& tensor, const Chunk& chunk,
+                                                const GradientTransform<T>& transform, bool reads_param,
+                                                int32_t done) {
+  Element* const grads = elements_of<Element>(tensor.grad) + chunk.begin;
+  for (int32_t first = done + threadIdx.x; first < chunk.count; first += kQuad * kChunkThreads) {
+    T grad[kQuad];
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) {
+      const int32_t i = first + k * kChunkThreads;
+      grad[k] = i < chunk.count ? to_compute(grads[i]) : T(0);
+    }
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) {
+      const int32_t i = first + k * kChunkThreads;
+      if (i >= chunk.count) continue;
+      const T param = reads_param ? Elements::template load<T>(tensor, tensor.param, chunk.begin + i) : T(0);
+      grads[i] = to_stored<Element>(transform(grad[k], param));
+    }
+  }
+}
+
 template <class Elements, class T>
 __device__ __forceinline__ void transform_chunk(const TensorOperands& tensor, const Chunk& chunk,
                                                 const TransformOptions& options) {
   const GradientTransform<T> transform = gradient_transform<T>(options);
   if (transform.is_identity()) return;
   const bool reads_param = options.reads_param();
-  int32_t done = 0;
-  Elements::template with_direct<T>([&](auto element) {
+  const bool is_done = Elements::template with_stored_type<T>([&](auto element) {
     using Element = decltype(element);
-    if (!Elements::template direct<Element>(tensor.grad)) return false;
-    if (reads_param && !Elements::template quads<T>(tensor.param)) return false;
-    done = transform_quads<Elements, T, Element>(tensor, chunk, transform, reads_param);
+    if (!Elements::template contiguous<Element>(tensor.grad)) return false;
+    const bool by_quads =
+        is_aligned<Element>(tensor.grad) && (!reads_param || Elements::template quads<T>(tensor.param));
+    const int32_t done =
+        by_quads ? transform_quads<Elements, T, Element>(tensor, chunk, transform, reads_param) : 0;
+    transform_apart<Elements, T, Element>(tensor, chunk, transform, reads_param, done);
     return true;
   });
-  for (int32_t i = done + threadIdx.x; i < chunk.count; i += kChunkThreads) {
+  if (is_done) return;
+  for (int32_t i = threadIdx.x; i < chunk.count; i += kChunkThreads) {
     const int64_t index = chunk.begin + i;
     const T grad = Elements::template load<T>(tensor, tensor.grad, index);
     const T param = reads_param ? Elements::template load<T>(tensor, tensor.param, index) : T(0);

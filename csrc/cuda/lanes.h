@@ -114,22 +114,29 @@ struct SharedArray {
   __device__ __forceinline__ T* data() { return reinterpret_cast<T*>(bytes); }
 };
 
-// combine_in_order() on a block of kLanes threads, all of which get the result. `lanes` is shared memory.
-// Loads at once hide the latency of memory behind each other where there is much to add up.
+// combine_in_order() on a block of kLanes threads, all of which get the result. `lanes` is shared memory. A
+// thread has kAtOnce of its loads under way before it adds the first, so that they hide each other's latency.
 template <int kAtOnce = 1, class Partial, class Get, class Combine>
 __device__ __forceinline__ Partial block_combine_in_order(int64_t count, Partial identity, Partial* lanes,
                                                           Get get, Combine combine) {
   const int lane = threadIdx.x;
-  Partial sum = lane < count ? get(lane) : identity;
-  int64_t i = lane + kLanes;
-  for (; i + (kAtOnce - 1) * kLanes < count; i += kAtOnce * kLanes) {
+  Partial sum = identity;
+  for (int64_t i = lane; i < count; i += kAtOnce * kLanes) {
     Partial loaded[kAtOnce];
 #pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) loaded[k] = get(i + k * kLanes);
+    for (int k = 0; k < kAtOnce; ++k) {
+      if (i + k * kLanes < count) loaded[k] = get(i + k * kLanes);
+    }
 #pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) combine(sum, loaded[k]);
+    for (int k = 0; k < kAtOnce; ++k) {
+      if (i + k * kLanes >= count) continue;
+      if (k == 0 && i == lane) {
+        sum = loaded[k];
+      } else {
+        combine(sum, loaded[k]);
+      }
+    }
   }
-  for (; i < count; i += kLanes) combine(sum, get(i));
   lanes[lane] = sum;
   for (int half = kLanes / 2; half >= 1; half /= 2) {
     __syncthreads();

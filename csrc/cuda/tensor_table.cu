@@ -8,21 +8,39 @@ namespace steadygrad::cuda {
 namespace {
 
 constexpr int kUploadThreads = 256;
-// Kernel arguments take 32764 bytes.
-constexpr int kUploadWords = 4092;
 
+// The arguments of a launch are copied as a whole, however many words count.
+template <int kSize>
 struct UploadArguments {
+  static constexpr int kWords = kSize;
+
   uint64_t* to;
   int64_t count;
-  uint64_t words[kUploadWords];
+  uint64_t words[kSize];
 };
-static_assert(sizeof(UploadArguments) <= 32764, "more than a launch can carry");
+using FewWords = UploadArguments<510>;
+using ManyWords = UploadArguments<4092>;
+static_assert(sizeof(FewWords) <= 4096, "more than a page");
+static_assert(sizeof(ManyWords) <= 32764, "more than a launch can carry");
 
-__global__ void __launch_bounds__(kUploadThreads)
-    upload_kernel(const UploadArguments __grid_constant__ arguments) {
+template <class Arguments>
+__global__ void __launch_bounds__(kUploadThreads) upload_kernel(const Arguments __grid_constant__ arguments) {
   for (int64_t i = blockIdx.x * kUploadThreads + threadIdx.x; i < arguments.count;
        i += gridDim.x * kUploadThreads) {
     arguments.to[i] = arguments.words[i];
+  }
+}
+
+template <class Arguments>
+void upload_with(const char* function, const std::vector<uint64_t>& image, void* to, Stream stream) {
+  Arguments arguments;
+  const int64_t words = static_cast<int64_t>(image.size());
+  for (int64_t done = 0; done < words; done += Arguments::kWords) {
+    arguments.to = static_cast<uint64_t*>(to) + done;
+    arguments.count = std::min<int64_t>(Arguments::kWords, words - done);
+    std::copy_n(image.data() + done, arguments.count, arguments.words);
+    launch(function, stream, upload_kernel<Arguments>, blocks_for(arguments.count, kUploadThreads),
+           kUploadThreads, arguments);
   }
 }
 
@@ -41,13 +59,13 @@ int64_t geometry_size(const TensorOperands& tensor) {
 bool is_used(const Operand& operand) { return operand.data != nullptr; }
 
 Contents contents_of_one(const TensorOperands& tensor) {
-  if (tensor.numel == 0) return Contents::float32_direct;
+  if (tensor.numel == 0) return Contents::float32_contiguous;
   if (tensor.compute_dtype() == DType::float64) return Contents::any;
   for (int role = 0; role < kRoles; ++role) {
     const Operand& operand = operand_of(tensor, role);
-    if (is_used(operand) && !is_direct<float>(operand)) return Contents::no_float64;
+    if (is_used(operand) && !is_contiguous<float>(operand)) return Contents::no_float64;
   }
-  return Contents::float32_direct;
+  return Contents::float32_contiguous;
 }
 
 int32_t checked_chunks(int64_t chunks) {
@@ -152,7 +170,7 @@ TensorTable build_table(const Tensors& tensors, int32_t groups, const StepEntrie
 }
 
 Contents contents_of(const Tensors& tensors) {
-  Contents contents = Contents::float32_direct;
+  Contents contents = Contents::float32_contiguous;
   for (const TensorOperands& tensor : tensors) contents = std::max(contents, contents_of_one(tensor));
   return contents;
 }
@@ -169,15 +187,9 @@ TensorTable upload_table(const char* function, const Tensors& tensors, const All
 }
 
 void upload(const char* function, const std::vector<uint64_t>& image, void* to, Stream stream) {
-  UploadArguments arguments;
-  const int64_t words = static_cast<int64_t>(image.size());
-  for (int64_t done = 0; done < words; done += kUploadWords) {
-    arguments.to = static_cast<uint64_t*>(to) + done;
-    arguments.count = std::min<int64_t>(kUploadWords, words - done);
-    std::copy_n(image.data() + done, arguments.count, arguments.words);
-    launch(function, stream, upload_kernel, blocks_for(arguments.count, kUploadThreads), kUploadThreads,
-           arguments);
-  }
+  const bool few = image.size() <= FewWords::kWords;
+  const auto upload_all = few ? upload_with<FewWords> : upload_with<ManyWords>;
+  upload_all(function, image, to, stream);
 }
 
 }  // namespace steadygrad::cuda

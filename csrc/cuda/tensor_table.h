@@ -28,7 +28,7 @@ struct TensorTable {
   int32_t chunks = 0;
   int32_t nonempty_tensors = 0;
   int32_t groups = 0;
-  Contents contents = Contents::float32_direct;
+  Contents contents = Contents::float32_contiguous;
   const TensorHead* heads = nullptr;
   const Operand* operands[kRoles] = {};  // null where no tensor has that operand
   const int32_t* nonempty = nullptr;     // the tensors that have elements

@@ -28,7 +28,7 @@ void launch_unit_clip(const char* function, const TensorTable& table, const Unit
 // Kernels that clip by unit are compiled for fewer kinds of tensors.
 template <class Function>
 void with_unit_contents(Contents contents, Function function) {
-  if (contents == Contents::float32_direct) return function(Elements<Contents::float32_direct>{});
+  if (contents == Contents::float32_contiguous) return function(Elements<Contents::float32_contiguous>{});
   function(Elements<Contents::any>{});
 }
 

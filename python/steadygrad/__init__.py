@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+from steadygrad.prerequisites import do_without_extension as _do_without_extension
+from steadygrad.prerequisites import extension_problem as _extension_problem
 from steadygrad.prerequisites import find_problem as _find_problem
 from steadygrad.prerequisites import runs_as_program as _runs_as_program
 
@@ -19,6 +21,8 @@ if _problem := _find_problem():
     from steadygrad.doctor import main as _main
 
     raise SystemExit(_main())
+if _problem := _extension_problem():
+    _do_without_extension(_problem, warn=not _runs_as_program())
 
 from steadygrad import _kernels, distributed, nn, optim, telemetry
 from steadygrad.accumulation import accumulate

@@ -61,6 +61,7 @@ class Reduction:
     rows: Tensor
     counted: Tensor
     reduce: Callable[[], None] | None
+    ask_policy: Callable[[], None] | None
     def __init__(
         self,
         *,
@@ -92,13 +93,18 @@ class SpikePolicy:
 
 class Telemetry:
     rows: Tensor
+    recorded: Tensor
+    history: int
+    per_tensor: bool
     def __init__(
         self, *, rows: Tensor, recorded: Tensor, history: int, per_tensor: bool
     ) -> None: ...
 
 class Scaling:
-    @property
-    def found_inf_tensor(self) -> Tensor | None: ...
+    unscale: float
+    found_inf: bool
+    grad_scale_tensor: Tensor | None
+    found_inf_tensor: Tensor | None
     def __init__(
         self,
         *,

@@ -18,9 +18,11 @@ from steadygrad.distributed.dtensors import (
     local_tensors,
     without_partial,
 )
+from steadygrad.distributed.norms import NormReduction
 from steadygrad.distributed.parts import part_of_fsdp1
 from steadygrad.distributed.sharding import list_reduction
 from steadygrad.memory import NormOutput, allocator, is_asynchronous, is_number_on
+from steadygrad.without_kernels import check_not_negative
 
 
 def as_list(function: str, argument: str, tensors: Iterable[Tensor] | Tensor) -> list[Tensor]:
@@ -106,6 +108,28 @@ def _refuse_nonfinite(function: str, norm: Tensor, nonfinite: int) -> None:
         )
 
 
+def _norm_of_all(
+    function: str,
+    tensors: list[Tensor],
+    first: Tensor,
+    norm_type: float,
+    reduction: NormReduction,
+    error_if_nonfinite: bool,
+) -> tuple[float, Tensor]:
+    """The norm over all ranks where no kernel takes the tensors, as a number and as it is returned."""
+    norm = composite.reduced_norm(tensors, norm_type, reduction.for_kernels)
+    number = torch.tensor(norm.norm, dtype=torch.float64, device="cpu")
+    result = composite.as_returned(number, tensors).to(first.device)
+    if error_if_nonfinite:
+        _refuse_nonfinite(function, result, norm.nonfinite)
+    return norm.norm, result
+
+
+def _check_writable(function: str, grads: list[Tensor]) -> None:
+    for i, grad in enumerate(grads):
+        composite.check_writable(f"{function}: parameters.grad[{i}]", grad)
+
+
 def get_total_norm(
     tensors: Iterable[Tensor] | Tensor,
     norm_type: float = 2.0,
@@ -161,6 +185,10 @@ def get_total_norm(
             None if reduction is None else reduction.for_kernels,
         )
     except TypeError:
+        if reduction is not None and p > 0 and composite.why_no_kernel(listed) is not None:
+            return _norm_of_all(
+                "get_total_norm", listed, listed[0], p, reduction, error_if_nonfinite
+            )[1]
         if reduction is not None or not composite.takes(listed):
             raise
         result = composite.get_total_norm(listed, p)
@@ -248,12 +276,22 @@ def clip_grad_norm_(
             None if reduction is None else reduction.for_kernels,
         )
     except TypeError:
+        params = local_tensors(listed)
+        if reduction is not None and p > 0 and composite.why_no_kernel(params) is not None:
+            _check_writable("clip_grad_norm_", grads)
+            number, result = _norm_of_all(
+                "clip_grad_norm_", grads, params[0], p, reduction, error_if_nonfinite
+            )
+            composite.clip_grads_with_norm_(grads, limit, number)
+            return result
         if reduction is not None or not composite.takes(grads):
             raise
-        result = composite.get_total_norm(grads, p)
+        _check_writable("clip_grad_norm_", grads)
+        total = composite.wide_norm(grads, p)
+        result = composite.as_returned(total, grads)
         if error_if_nonfinite:
             _refuse_nonfinite("clip_grad_norm_", result, composite.nonfinite_count(grads))
-        composite.clip_grads_with_norm_(grads, limit, result)
+        composite.clip_grads_with_norm_(grads, limit, total)
         return result
     result = output.result(norm, wide=is_float64)
     if error_if_nonfinite:
@@ -294,6 +332,8 @@ def clip_grads_with_norm_(
         and not composite.has_kernels(norm.device)
         and composite.takes(grads)
     ):
+        check_not_negative("clip_grads_with_norm_", "max_norm", limit)
+        _check_writable("clip_grads_with_norm_", grads)
         return composite.clip_grads_with_norm_(grads, limit, norm)
     if not is_number_on(norm, device):
         norm = as_number("clip_grads_with_norm_", "total_norm", norm)
@@ -302,6 +342,7 @@ def clip_grads_with_norm_(
     except TypeError:
         if not composite.takes(grads):
             raise
+        _check_writable("clip_grads_with_norm_", grads)
         composite.clip_grads_with_norm_(grads, limit, norm)
 
 
@@ -330,4 +371,5 @@ def clip_grad_value_(
     except TypeError:
         if not composite.takes(grads) or any(grad.is_complex() for grad in grads):
             raise
+        _check_writable("clip_grad_value_", grads)
         composite.clip_grad_value_(grads, number)

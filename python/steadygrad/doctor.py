@@ -1,6 +1,6 @@
 """``python -m steadygrad``: what is installed, whether it works, and what to do about anything that does not.
 
-The doctor also runs without torch or without the extension; it then prints the message of ``import steadygrad``.
+Without torch the doctor prints the message of ``import steadygrad``; without the extension it says what runs instead.
 """
 
 from __future__ import annotations
@@ -98,6 +98,11 @@ def run() -> int:
         return _conclude([problem])
 
     package, kernels, torch = map(import_module, ("steadygrad", "steadygrad._kernels", "torch"))
+    if kernels.__name__ == "steadygrad.without_kernels":
+        facts = composite_facts(kernels.reason)
+        _print_facts("Extension", facts)
+        _print("There are no kernels to check.")
+        return _conclude([f"{fact.name}: {fact.remedy}" for fact in facts if fact.remedy])
     facts = extension_facts(package, kernels)
     facts += cuda_facts(torch, kernels) + dlpack_facts(torch, kernels)
     _print_facts("Extension", facts)
@@ -165,6 +170,24 @@ def extension_facts(package: ModuleType, kernels: ModuleType) -> list[Fact]:
         Fact("instruction set", str(info["instruction_set"])),
         Fact("OpenMP", f"{mine or 'none'}  ({relation[shared]})", remedy),
         Fact("threads", str(info["max_threads"])),
+    ]
+
+
+GET_KERNELS = "with a C++17 compiler, in a clone: pip install --force-reinstall --no-deps ."
+
+
+def composite_facts(reason: str) -> list[Fact]:
+    """Returns what runs without the extension, and how to get it.
+
+    Args:
+        reason: Why there is none. An extension that exists but cannot be loaded is a fault.
+    """
+    return [
+        Fact("file", f"none: {reason}", REINSTALL if reason.startswith("it cannot") else ""),
+        Fact("functions", "torch's operations, on every device that torch has"),
+        Fact("Stabilizer, optim", "in place: torch's operations, then the optimizer's own step"),
+        Fact("batch norm", "torch's"),
+        Fact("to get kernels", GET_KERNELS),
     ]
 
 

@@ -13,7 +13,10 @@ from steadygrad import _kernels
 
 def is_asynchronous(device: torch.device) -> bool:
     """Returns whether kernels on this device run asynchronously, so that reading a result would wait for them."""
-    return _kernels.is_asynchronous(device.type)
+    if not _kernels.is_asynchronous(device.type):
+        return False
+    # torch for ROCm calls its devices "cuda", too, but kernels for CUDA do not run there.
+    return device.type != "cuda" or torch.version.hip is None
 
 
 def keep_for_graphs(kept: list[Tensor], *replaced: Tensor) -> None:

@@ -29,8 +29,8 @@ def add_penalty_(params: Iterable[Tensor] | Tensor, l1: float = 0.0, l2: float =
         l2: Weight of half the sum of squares, at least 0. Default: 0.
 
     Returns:
-        The penalty's value, a 0-d float64 tensor on the parameters' device, without waiting for the device (float32
-        where no kernel takes the parameters). For DTensors it is the value over all ranks together.
+        The penalty's value, a 0-d float64 tensor on the parameters' device, without waiting for the device (float32 on
+        devices without kernels). For DTensors it is the value over all ranks together.
 
     Raises:
         TypeError: A parameter or gradient is sparse or of another dtype.
@@ -42,15 +42,28 @@ def add_penalty_(params: Iterable[Tensor] | Tensor, l1: float = 0.0, l2: float =
         return _add_to_shards(list(dict.fromkeys(given)), *weights)
     listed = [p for p in given if _grad(p) is not None]
     grads = [p.grad for p in listed if p.grad is not None]
-    try:
-        return _add(listed, grads, *weights, device_of(listed))
-    except TypeError:
-        if not composite.takes([*listed, *grads]):
-            raise
-        return composite.add_penalty_(listed, grads, *weights)
+    return _add(listed, grads, *weights, device_of(listed))
 
 
 def _add(
+    params: list[Tensor], grads: list[Tensor], l1: float, l2: float, device: torch.device | None
+) -> Tensor:
+    try:
+        return _add_by_kernels(params, grads, l1, l2, device)
+    except TypeError:
+        if not composite.takes([*params, *grads]):
+            raise
+        for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+            where = f"add_penalty_: params[{i}].grad"
+            composite.check_writable(where, grad)
+            if param.shape != grad.shape:
+                raise ValueError(
+                    f"{where}: expected the parameter's shape, {tuple(param.shape)}, got {tuple(grad.shape)}"
+                ) from None
+        return composite.add_penalty_(params, grads, l1, l2)
+
+
+def _add_by_kernels(
     params: list[Tensor], grads: list[Tensor], l1: float, l2: float, device: torch.device | None
 ) -> Tensor:
     if device is None or not params:
@@ -77,7 +90,9 @@ def _add_to_shards(params: list[Tensor], l1: float, l2: float) -> Tensor:
             if grad is not None and counted is counts
         ]
         values.append(_add([p for p, _ in chosen], [g for _, g in chosen], l1, l2, device))
-    return reduced_sum("add_penalty_", layout, values[0])
+    # A rank whose parts count nothing may have its value elsewhere, where no kernel takes the others.
+    where = local_tensors(params[:1])[0].device
+    return reduced_sum("add_penalty_", layout, values[0].to(where, torch.float64))
 
 
 def _grad(param: Tensor) -> Tensor | None:
@@ -113,4 +128,6 @@ def soft_threshold_(params: Iterable[Tensor] | Tensor, amount: float) -> None:
     except TypeError:
         if not composite.takes(listed):
             raise
+        for i, param in enumerate(listed):
+            composite.check_writable(f"soft_threshold_: params[{i}]", param)
         composite.soft_threshold_(listed, number)

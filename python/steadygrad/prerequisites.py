@@ -1,10 +1,11 @@
-"""Checks what the package cannot be imported without: torch, NumPy and the compiled extension."""
+"""Checks what the package cannot be imported without, torch and NumPy, and whether the compiled extension is there."""
 
 from __future__ import annotations
 
 import os
 import re
 import sys
+import warnings
 from importlib import import_module
 
 REINSTALL = "reinstall it; in a clone: pip install --force-reinstall --no-deps ."
@@ -16,7 +17,7 @@ def find_problem() -> str:
         _import_problem("torch", "torch>=2.10")  # Loads the OpenMP copy that the kernels use.
         or _torch_version_problem()
         or _import_problem("numpy", "numpy")
-        or _extension_problem()
+        or _extension_refusal()
     )
 
 
@@ -49,15 +50,49 @@ def _torch_version_problem() -> str:
     return f"steadygrad needs torch 2.10 or later, this is {version}: pip install 'torch>=2.10'"
 
 
-def _extension_problem() -> str:
-    """Says why the compiled extension cannot be imported; returns "" if it can."""
+def _extension_error() -> ImportError | None:
     try:
         import_module("steadygrad._kernels")
     except ImportError as error:
-        if isinstance(error, ModuleNotFoundError):
-            python = f"{sys.version_info.major}.{sys.version_info.minor}"
-            reason = f"{os.path.dirname(__file__)} has none for Python {python}"
-        else:
-            reason = f"it cannot be loaded: {error}"
-        return f"steadygrad needs its compiled extension, but {reason}: {REINSTALL}"
-    return ""
+        return error
+    return None
+
+
+def _extension_refusal() -> str:
+    """Say what an extension that was loaded refuses, such as a setting; return "" if it does not."""
+    error = _extension_error()
+    # Of one that is missing or cannot be loaded Python knows the module or the path.
+    if error is None or isinstance(error, ModuleNotFoundError) or error.path is not None:
+        return ""
+    return f"steadygrad's compiled extension does not run here: {error}"
+
+
+def extension_problem() -> str:
+    """Say why there is no compiled extension; return "" if there is one."""
+    error = _extension_error()
+    if error is None:
+        return ""
+    if isinstance(error, ModuleNotFoundError):
+        python = f"{sys.version_info.major}.{sys.version_info.minor}"
+        return f"{os.path.dirname(__file__)} has none for Python {python}"
+    return f"it cannot be loaded: {error}"
+
+
+def do_without_extension(problem: str, warn: bool) -> None:
+    """Put what the package does without kernels in the extension's place.
+
+    Args:
+        problem: why there is no extension.
+        warn: whether to say so.
+    """
+    stand_in = import_module("steadygrad.without_kernels")
+    stand_in.reason = problem  # type: ignore[attr-defined]
+    sys.modules["steadygrad._kernels"] = stand_in
+    vars(sys.modules["steadygrad"])["_kernels"] = stand_in
+    if warn:
+        warnings.warn(
+            f"steadygrad has no compiled extension ({problem}): torch's own operations do its work, in more passes "
+            "over memory and without fused steps. python -m steadygrad says how to get kernels",
+            RuntimeWarning,
+            stacklevel=3,
+        )

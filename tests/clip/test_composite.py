@@ -15,8 +15,9 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 import steadygrad as sg
-from steadygrad import composite
+from steadygrad import _kernels, composite
 from steadygrad.reference.norm import total_norm
+from tests.foreign_tensors import ForeignDevices, numbers, parameter
 from tests.tolerances import float64
 
 PS = [2.0, 1.0, math.inf, -math.inf, 0.0, 3.5]
@@ -183,3 +184,83 @@ def test_nonfinite_elements_are_refused_and_nothing_is_changed() -> None:
 def test_what_torch_cannot_take_either_is_still_refused(wrong: Any) -> None:
     with pytest.raises(TypeError, match=r"get_total_norm: tensors\[1\]: expected"):
         sg.get_total_norm([torch.ones(2), wrong])
+
+
+@pytest.mark.parametrize("order", [("cpu", "mps", "xpu"), ("mps", "cpu", "xpu")], ids=str)
+def test_lists_over_several_devices_are_clipped_by_one_norm(order: tuple[str, ...]) -> None:
+    """The stand-ins refuse operations across devices, and numbers that the host may read too early."""
+    params = [parameter(torch.ones(n), device) for n, device in zip((3, 5, 8), order, strict=True)]
+    with ForeignDevices():
+        for give, clip in (
+            (2.0, lambda: sg.clip_grad_norm_(params, 4.0)),
+            (2.0, lambda: sg.clip_grads_with_norm_(params, 4.0, 8.0)),
+            (2.0, lambda: sg.clip_grads_with_norm_(params, 4.0, torch.tensor(8.0))),
+            (2.0, lambda: sg.clip_grad_value_(params, 1.0)),
+        ):
+            for param in params:
+                param.grad = torch.full_like(param, give)
+            norm = clip()
+            if norm is not None:
+                assert norm.device == params[0].device and norm.item() == pytest.approx(8.0)
+            for param in params:
+                assert param.grad is not None
+                assert numbers(param.grad).tolist() == pytest.approx([1.0] * param.numel())
+        value = sg.add_penalty_(params, l1=0.5, l2=0.25)
+        assert value.device == params[0].device and value.item() == pytest.approx(10.0)
+
+
+def test_what_is_refused_in_a_list_leaves_the_others_alone() -> None:
+    params = complex_parameters()
+    params[1].grad = torch.full((1,), 30.0).expand(3, 2)
+    assert params[0].grad is not None
+    before = params[0].grad.clone()
+    for name, call in (
+        ("clip_grad_norm_", lambda: sg.clip_grad_norm_(params, 1.0, 1.0)),
+        ("clip_grads_with_norm_", lambda: sg.clip_grads_with_norm_(params, 1.0, 9.0)),
+        ("add_penalty_", lambda: sg.add_penalty_(params, 1.0)),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}: param\S+: expected .*expanded"):
+            call()
+        assert torch.equal(params[0].grad, before)
+
+
+def test_a_limit_is_checked_where_the_norm_is_on_a_device_without_kernels() -> None:
+    param = parameter(torch.ones(3), "mps")
+    param.grad = torch.full_like(param, 2.0)
+    with ForeignDevices():
+        norm = sg.get_total_norm([param.grad])
+    for limit in (-1.0, math.nan):
+        with pytest.raises(ValueError, match=r"clip_grads_with_norm_: max_norm: expected a number"):
+            sg.clip_grads_with_norm_([param], limit, norm)
+    assert numbers(param.grad).tolist() == [2.0] * 3
+
+
+@pytest.mark.parametrize("p", [2.0, 1.0, math.inf, 3.0])
+def test_norms_over_processes_use_the_rows_of_the_kernels(p: float) -> None:
+    grads = [torch.full((4,), 1e200, dtype=torch.float64), torch.ones(2), torch.ones(3)]
+    counted = torch.tensor([1, 0, 1], dtype=torch.int32)
+    rows = torch.empty(2, len(_kernels.SCOPE_COLUMNS), dtype=torch.float64)
+    seen = []
+    reduction = _kernels.Reduction(
+        rows=rows, counted=counted, reduce=lambda: seen.append(rows.clone())
+    )
+    found = composite.reduced_norm(grads, p, reduction)
+    exact = total_norm([grads[0].numpy(), grads[2].numpy()], p)
+    assert found.norm == pytest.approx(exact, rel=1e-12)
+    composite_rows, seen = seen[0], []
+    expected, nonfinite, _ = _kernels.grad_norm(grads, p, None, lambda size: None, reduction)  # type: ignore[arg-type, return-value]
+    assert found.norm == pytest.approx(expected, rel=1e-12) and nonfinite == 0
+    if p != 2:  # whose small terms have a column of their own
+        torch.testing.assert_close(composite_rows, seen[0], rtol=1e-12, atol=0)
+
+
+def test_an_element_that_is_broken_on_any_process_breaks_the_norm() -> None:
+    rows = torch.empty(2, len(_kernels.SCOPE_COLUMNS), dtype=torch.float64)
+
+    def reduce() -> None:
+        rows[1, _kernels.SCOPE_COLUMNS.index("nonfinite")] += 1
+
+    counted = torch.ones(0, dtype=torch.int32)
+    reduction = _kernels.Reduction(rows=rows, counted=counted, reduce=reduce)
+    found = composite.reduced_norm([], 2.0, reduction)
+    assert (found.norm, found.nonfinite) == (math.inf, 1)

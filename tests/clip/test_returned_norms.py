@@ -83,6 +83,7 @@ def test_reading_a_norm_gives_one_of_its_own(backend: Backend) -> None:
     assert optimizer.grad_norm.item() == pytest.approx(12**0.5)
 
 
+@pytest.mark.kernels
 def test_counters_may_be_read_while_another_thread_steps(backend: Backend) -> None:
     optimizer = sg.optim.SGD(parameters(backend), 0.0, max_norm=0.1)
     done = threading.Event()

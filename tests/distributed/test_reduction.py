@@ -91,6 +91,7 @@ def snapshot(params: list[Parameter], optimizer: sg.optim.SGD) -> list[Tensor]:
     return [t.detach().clone() for t in [*params, *states]]
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("scope", ["global", "group", "tensor"])
 @pytest.mark.parametrize("p", [2.0, 1.0, math.inf, 3.0])
 def test_rows_hold_what_this_process_counts(
@@ -132,6 +133,7 @@ def test_a_hook_that_changes_nothing_gives_the_bits_of_a_step_without(
     assert optimizer.clipped_steps == alone.clipped_steps == 2
 
 
+@pytest.mark.kernels
 def test_what_comes_back_decides(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     def four_processes(rows: Tensor) -> None:
         rows.mul_(4)
@@ -217,6 +219,7 @@ def test_a_step_without_gradients_calls_it(
     assert optimizer.grad_norm == 0
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("p", [2.0, 1.0, math.inf, 3.0, 0.0, -math.inf, -2.0])
 def test_functions_on_lists(backend: Backend, p: float) -> None:
     generator = torch.Generator().manual_seed(2)
@@ -233,6 +236,7 @@ def test_functions_on_lists(backend: Backend, p: float) -> None:
         assert len(hook.seen) == 1
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("size", [1e-300, 1.0, 1e300])
 def test_squares_beyond_float64_are_added_up(backend: Backend, size: float) -> None:
     grads = [torch.full((4,), size, dtype=torch.float64, device=backend.device)]
@@ -257,6 +261,7 @@ def test_one_more_launch(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> N
     assert _kernels.launch_count() - before == 4
 
 
+@pytest.mark.kernels
 def test_rows_of_another_size_are_refused(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:

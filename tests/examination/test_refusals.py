@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import steadygrad as sg
 from tests.examination.networks import batches, cross_entropy, mlp
@@ -62,6 +63,25 @@ def test_refused(case: str) -> None:
     with pytest.raises(error, match=f"^examine: {message}"):
         sg.examine(**given)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_loss_that_uses_the_original() -> None:
+    model = mlp()
+
+    def penalised(outputs: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(outputs, targets) + sum(p.square().sum() for p in model.parameters())
+
+    with pytest.raises(
+        ValueError, match=r"loss_fn: .* which is a copy, got one that uses the orig"
+    ):
+        sg.examine(model, penalised, batches(2))
+
+
+def test_a_model_that_cannot_be_copied() -> None:
+    model = mlp()
+    model.lock = threading.Lock()  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"model: .*deepcopy can copy, got .* cannot pickle"):
+        sg.examine(model, cross_entropy, batches(2))
 
 
 def test_a_loader_that_is_no_iterable() -> None:

@@ -153,6 +153,16 @@ def test_a_graph_of_the_caller_is_still_good() -> None:
     loss.backward()
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_what_a_forward_left_on_a_module_is_no_hindrance() -> None:
+    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(20, 8)), nn.Linear(8, 5))
+    loss = cross_entropy(model(batches(1)[0][0]), batches(1)[0][1])
+    left = model[0].weight
+    sg.examine(model, cross_entropy, batches())
+    assert model[0].weight is left and left.grad_fn is not None
+    loss.backward()
+
+
 def graphs() -> list[Tensor]:
     gc.collect()
     return [t for t in gc.get_objects() if type(t) is Tensor and t.grad_fn is not None]

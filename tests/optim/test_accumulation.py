@@ -76,7 +76,7 @@ def test_steps_equal_those_of_one_large_batch(
         norm = clip_grad_norm_(theirs, 1.0)
         torchs.step()
         assert_close(ours.grad_norm, norm, dtype)
-    assert (ours.path == "fused") == (kind != "in-place")
+    assert (ours.path == backend.fused_path) == (kind != "in-place")
     assert_same_params(mine, theirs, dtype)
     assert_same_state(ours, torchs, dtype)
 
@@ -138,10 +138,11 @@ def test_a_model_of_several_dtypes(backend: Backend) -> None:
         optimizer.step()
         want = total_norm(mean_of(grads, decay=0.9))
         assert optimizer.grad_norm.item() == pytest.approx(want, rel=1e-6)
-    assert optimizer.path == "fused" and optimizer.clipped_steps == 3
+    assert optimizer.path == backend.fused_path and optimizer.clipped_steps == 3
     assert torch.equal(params[3], torch.ones_like(params[3]))
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("grad_dtype", [torch.bfloat16, None], ids=str)
 @all_kinds
 def test_parameters_whose_gradients_have_another_dtype(
@@ -258,6 +259,7 @@ def test_scalers_that_look_at_grad_only_are_refused(backend: Backend) -> None:
 # -- what is kept, and for how long -------------------------------------------------------------
 
 
+@pytest.mark.kernels
 @half_dtypes
 @all_kinds
 def test_memory_is_freed_by_the_step(backend: Backend, kind: str, dtype: torch.dtype) -> None:

@@ -314,25 +314,6 @@ def test_sparse_gradients_that_the_rule_does_not_take(backend: Backend, rule: st
     snapshot.assert_unchanged()
 
 
-@pytest.mark.parametrize("penalty", ["l1", "l2"])
-def test_penalties_of_complex_parameters(backend: Backend, penalty: str) -> None:
-    params = [
-        Parameter(torch.ones(3, device=backend.device)),
-        Parameter(torch.ones(4, dtype=torch.complex64, device=backend.device)),
-    ]
-    for param in params:
-        param.grad = torch.full_like(param, 30.0)
-    optimizer = sg.Stabilizer(torch.optim.SGD(params, lr=0.1), max_norm=1.0, **{penalty: 0.5})
-    refuse_step(
-        params,
-        optimizer,
-        params,
-        argument="param|l1|l2",
-        expected="real|float",
-        got="complex",
-    )
-
-
 @pytest.mark.parametrize("rule", ["SGD", "AdamW", "Adadelta"])
 def test_a_parameter_on_another_device(backend: Backend, rule: str) -> None:
     params = dense_parameters(device=backend.device)

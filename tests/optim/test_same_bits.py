@@ -342,6 +342,95 @@ def test_steps_of_parameters_of_all_dtypes_at_once(other: Backend, rule: str, sc
     on_both(other, run)
 
 
+# Where gradients, parameters and state begin, in elements from a multiple of 16 bytes: as buckets leave them.
+OFFSETS = [(1, 0, 0), (3, 0, 0), (4, 0, 0), (1, 1, 0), (0, 5, 0), (0, 0, 7)]
+
+
+@on_host
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rule", ["AdamW-amsgrad", "SGD-nesterov", "RMSprop-both"])
+def test_steps_of_tensors_that_begin_anywhere(
+    other: Backend, rule: str, dtype: torch.dtype
+) -> None:
+    def run(device: torch.device) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+
+        def drawn(size: int, offset: int) -> Tensor:
+            flat = torch.randn(size + offset, generator=generator, dtype=torch.float64)
+            return flat.to(dtype).to(device)[offset:]
+
+        # Beside them an aligned one, which must not notice.
+        sizes = [8192 + 13, 517, 8, 3, 1030, 2051, 1600]
+        params = [
+            Parameter(drawn(size, param))
+            for size, (_, param, _) in zip(sizes, [*OFFSETS, (0, 0, 0)], strict=True)
+        ]
+        torchs = getattr(torch.optim, rule.split("-")[0])(params, **STEPS[rule])
+        optimizer = sg.Stabilizer(torchs, max_norm=1.0)
+        found: list[Tensor] = []
+        for step in range(3):
+            for param, (grad, _, state) in zip(params, [*OFFSETS, (0, 0, 0)], strict=True):
+                param.grad = drawn(param.numel(), grad)
+                for name, value in optimizer.state[param].items():
+                    if step == 1 and state and value is not None and value.dim() == 1:
+                        moved = torch.cat([value[:state], value])[state:]
+                        optimizer.state[param][name] = moved
+            optimizer.step()
+            assert optimizer.path == "fused"
+            found.append(optimizer.grad_norm)
+            found.extend(sg.clip_grad_norm_([param], 0.5) for param in params)
+            found.extend(param.grad.clone() for param in params if param.grad is not None)
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        return [*found, *(p.detach() for p in params), *(v for v in states if v is not None)]
+
+    on_both(other, run)
+
+
+# Rules that divide by a root of their state; the first step of each is from zero state.
+DIVIDING = [
+    "Adam",
+    "AdamW-amsgrad",
+    "Adagrad",
+    "RMSprop",
+    "RMSprop-both",
+    "NAdam",
+    "RAdam",
+    "Adamax",
+]
+
+
+@on_host
+@pytest.mark.parametrize("eps", [1e-8, 0.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rule", DIVIDING)
+def test_steps_of_rows_that_no_gradient_reaches(
+    other: Backend, rule: str, dtype: torch.dtype, eps: float
+) -> None:
+    def run(device: torch.device) -> list[Tensor]:
+        values = torch.linspace(-2, 2, 600, dtype=torch.float64).view(20, 30)
+        param = Parameter(values.to(dtype).to(device))
+        name = rule.split("-")[0]
+        options = {**STEPS.get(rule, {}), "eps": eps, "weight_decay": 0.0}
+        optimizer = sg.Stabilizer(getattr(torch.optim, name)([param], **options), max_norm=1.0)
+        for step in range(3):
+            param.grad = torch.zeros_like(param)
+            param.grad[5:8] = param[5:8].detach() + step
+            param.grad[9] = -0.0
+            param.grad[11, :4] = torch.finfo(dtype).tiny
+            optimizer.step()
+            assert optimizer.path == "fused"
+        states = [value for value in optimizer.state[param].values() if value is not None]
+        return [param.detach(), *states]
+
+    want = [value.cpu() for value in on(CPU, lambda: run(CPU.device))]
+    got = [value.cpu() for value in on(other, lambda: run(other.device))]
+    assert_same_tree(as_bits(got), as_bits(want))
+    # Where nothing but eps is left of the denominator, nothing moves.
+    start = torch.linspace(-2, 2, 600, dtype=torch.float64).view(20, 30).to(dtype)
+    idle = [row for row in range(20) if row not in (5, 6, 7, 11)]
+    assert eps == 0 or torch.equal(want[0][idle], start[idle])
+
+
 def results() -> str:
     """Return what the emulated kernels compute in this process, as text."""
     words: list[Any] = []

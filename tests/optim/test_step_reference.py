@@ -161,7 +161,7 @@ def test_all_modes_with_three_groups(
         run.step()
     run.assert_states()
     assert run.clipped > 0
-    assert run.optimizer.path == "fused"
+    assert run.optimizer.path == backend.fused_path
     if l1_mode == "proximal":
         zeros = [i for i, p in enumerate(run.params) if bool((p == 0).any())]
         assert zeros and all(run.groups[i % 3].l1 for i in zeros)
@@ -222,7 +222,7 @@ def test_scaling_and_non_finite_policies(
         result = run.step(grad_scale=[1.0, 1024.0][index % 2], found_inf=2.0 * (index == 5))
         assert result.skipped == (index == 5 or (nonfinite == "skip" and index in (0, 4, 7)))
     run.assert_states()
-    assert run.optimizer.path.startswith("in-place: " if inplace else "fused")
+    assert run.optimizer.path.startswith("in-place: " if inplace else backend.fused_path)
 
 
 @pytest.mark.parametrize("l1_mode", L1_MODES)
@@ -305,4 +305,4 @@ def test_any_options(
         assert_close(optimizer.grad_norm, result.norm, dtype)
     for param, want in zip(params, exact, strict=True):
         assert_close(param, want, dtype)
-    assert optimizer.path == "fused"
+    assert optimizer.path == backend.fused_path

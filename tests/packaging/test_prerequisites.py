@@ -1,4 +1,4 @@
-"""What the package and its command line say if torch, NumPy or the extension is missing or does not fit."""
+"""What the package and its command line say if torch or NumPy is missing or does not fit."""
 
 from __future__ import annotations
 
@@ -14,60 +14,39 @@ from steadygrad import prerequisites
 
 PACKAGE = Path(steadygrad.__file__).parent
 MISSING = "raise ModuleNotFoundError(\"No module named '{0}'\", name='{0}')\n"
-PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
-REINSTALL = "reinstall it; in a clone: pip install --force-reinstall --no-deps ."
 
-# For each state: modules that replace the real ones, the extension's bytes (None: no file), and the message, in which
-# {} is the package's folder.
-STATES: dict[str, tuple[dict[str, str], bytes | None, str]] = {
+# For each state: modules that replace the real ones, and the message.
+STATES: dict[str, tuple[dict[str, str], str]] = {
     "no torch": (
         {"torch": MISSING.format("torch")},
-        None,
         "steadygrad needs torch, which is not installed: pip install 'torch>=2.10'",
     ),
     "broken torch": (
         {"torch": "raise OSError('libcudart.so.13: cannot open shared object file')\n"},
-        None,
         "steadygrad needs torch, which cannot be imported (libcudart.so.13: cannot open shared object file). "
         "Reinstall it: pip install --force-reinstall 'torch>=2.10'",
     ),
     "torch 2.9": (
         {"torch": "__version__ = '2.9.1+cu128'\n"},
-        None,
         "steadygrad needs torch 2.10 or later, this is 2.9.1+cu128: pip install 'torch>=2.10'",
     ),
     "no NumPy": (
         {"torch": "__version__ = '2.13.0'\n", "numpy": MISSING.format("numpy")},
-        None,
         "steadygrad needs numpy, which is not installed: pip install 'numpy'",
-    ),
-    "no extension": (
-        {"torch": "__version__ = '2.13.0'\n", "numpy": "__version__ = '2.4.6'\n"},
-        None,
-        f"steadygrad needs its compiled extension, but {{}} has none for Python {PYTHON}: {REINSTALL}",
-    ),
-    "broken extension": (
-        {"torch": "__version__ = '2.13.0'\n", "numpy": "__version__ = '2.4.6'\n"},
-        b"not a library",
-        "steadygrad needs its compiled extension, but it cannot be loaded: {}/_kernels.abi3.so: file too short: "
-        + REINSTALL,
     ),
 }
 
 
 class Installation:
-    """A folder with our Python files, with or without an extension, and replacements for what we import."""
+    """A folder with our Python files, and replacements for what we import."""
 
     def __init__(self, folder: Path, state: str) -> None:
-        modules, extension, message = STATES[state]
+        modules, self.message = STATES[state]
         self.folder = folder
         self.package = folder / "steadygrad"
-        self.message = message.format(self.package)
         self.package.mkdir()
         for file in PACKAGE.glob("*.py"):
             (self.package / file.name).write_bytes(file.read_bytes())
-        if extension is not None:
-            (self.package / "_kernels.abi3.so").write_bytes(extension)
         for name, text in modules.items():
             (folder / f"{name}.py").write_text(text)
 

@@ -91,7 +91,7 @@ def test_it_follows_its_reference(
         optimizer.step()
         expected = as_defined(before, grads, clip)
         assert_moved(params, before, expected, 1e-6 if dtype == torch.float32 else 1e-13)
-    assert optimizer.path == "fused"
+    assert optimizer.path == backend.fused_path
     assert 0 < optimizer.clipped_steps <= 8
 
 
@@ -140,6 +140,7 @@ def test_the_same_bits_everywhere() -> None:
             assert torch.equal(bits(a), bits(b))
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan", "master"])
 def test_half_precision(backend: Backend, dtype: torch.dtype, rounding: Any) -> None:
@@ -165,6 +166,7 @@ def clipped(grads: Sequence[Tensor | None], params: Sequence[Tensor], **how: Any
     return [p.grad.detach().clone() for p in params if p.grad is not None]
 
 
+@pytest.mark.kernels
 def test_every_path_takes_the_same_gradient(backend: Backend) -> None:
     params = [*mixed_parameters(device=backend.device), *units_of(backend.device)]
     (grads,) = gradient_sequence(params, 1, seed=5, decades=0)
@@ -237,6 +239,7 @@ def test_limits_of_param_groups(backend: Backend) -> None:
     assert np.allclose(norms_taken(params, optimizer), [0.5, 0.4, 0.2, 1e-4])
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("scope", ["global", "group", "tensor"])
 def test_a_param_groups_max_norm_is_a_cap(backend: Backend, scope: Any) -> None:
     params = two_units(backend, 4.0, 3.0, 12.0, 0.0)

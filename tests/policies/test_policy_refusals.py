@@ -176,6 +176,7 @@ def test_the_references_refuse_too(make: Callable[[], Any]) -> None:
         make()
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("replace", ["param.data", "storage", "state.data", "grad.data"])
 def test_a_policy_that_replaces_memory_is_refused(backend: Backend, replace: str) -> None:
     param = Parameter(torch.ones(5, device=backend.device))

@@ -5,6 +5,7 @@
 #include <string_view>
 
 #include "core/host_device.h"
+#include "core/rules/division.h"
 #include "core/rules/hyper.h"
 
 namespace steadygrad {
@@ -33,7 +34,7 @@ struct Adagrad {
     grad = direction * grad;
     if (kDecay) grad = grad + weight_decay * param;
     sum = sum + grad * grad;
-    param = param - step_size * (grad / (std::sqrt(sum) + eps));
+    param = param - step_size * quotient(grad, square_root(sum) + eps);
   }
 };
 

@@ -5,6 +5,7 @@
 #include <string_view>
 
 #include "core/host_device.h"
+#include "core/rules/division.h"
 #include "core/rules/hyper.h"
 
 namespace steadygrad {
@@ -50,8 +51,8 @@ struct Adam {
       second_moment = max_exp_avg_sq > second_moment ? max_exp_avg_sq : second_moment;
       max_exp_avg_sq = second_moment;
     }
-    const T denominator = std::sqrt(second_moment) * inverse_sqrt_bias_correction2 + eps;
-    param = param * decay - step_size * (exp_avg / denominator);
+    const T denominator = square_root(second_moment) * inverse_sqrt_bias_correction2 + eps;
+    param = param * decay - step_size * quotient(exp_avg, denominator);
   }
 };
 

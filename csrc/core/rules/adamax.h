@@ -5,6 +5,7 @@
 #include <string_view>
 
 #include "core/host_device.h"
+#include "core/rules/division.h"
 #include "core/rules/hyper.h"
 
 namespace steadygrad {
@@ -41,7 +42,7 @@ struct Adamax {
     const T magnitude = std::abs(grad) + eps;
     // NaN on either side is kept, as in torch.
     exp_inf = decayed > magnitude || decayed != decayed ? decayed : magnitude;
-    param = param - step_size * (exp_avg / exp_inf);
+    param = param - step_size * quotient(exp_avg, exp_inf);
   }
 };
 

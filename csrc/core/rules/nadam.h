@@ -5,6 +5,7 @@
 #include <string_view>
 
 #include "core/host_device.h"
+#include "core/rules/division.h"
 #include "core/rules/hyper.h"
 
 namespace steadygrad {
@@ -46,8 +47,9 @@ struct NAdam {
     if (kDecay) grad = grad + weight_decay * param;
     exp_avg = exp_avg * beta1 + one_minus_beta1 * grad;
     exp_avg_sq = exp_avg_sq * beta2 + one_minus_beta2 * grad * grad;
-    const T denominator = std::sqrt(exp_avg_sq) * inverse_sqrt_bias_correction2 + eps;
-    param = param * decay - step_size * (grad / denominator) - momentum_step_size * (exp_avg / denominator);
+    const T denominator = square_root(exp_avg_sq) * inverse_sqrt_bias_correction2 + eps;
+    param = param * decay - step_size * quotient(grad, denominator) -
+            momentum_step_size * quotient(exp_avg, denominator);
   }
 };
 

@@ -5,6 +5,7 @@
 #include <string_view>
 
 #include "core/host_device.h"
+#include "core/rules/division.h"
 #include "core/rules/hyper.h"
 
 namespace steadygrad {
@@ -43,8 +44,8 @@ struct RAdam {
     if (kDecay) grad = grad + weight_decay * param;
     exp_avg = exp_avg * beta1 + one_minus_beta1 * grad;
     exp_avg_sq = exp_avg_sq * beta2 + one_minus_beta2 * grad * grad;
-    // In the first steps the variance cannot be rectified, so the update is the average alone.
-    const T factor = rectification != T(0) ? rectification / (std::sqrt(exp_avg_sq) + eps) : T(1);
+    // In the first steps the variance cannot be rectified, and the average alone is taken.
+    const T factor = rectification != T(0) ? rectification / (square_root(exp_avg_sq) + eps) : T(1);
     param = param * decay - step_size * (exp_avg * factor);
   }
 };

@@ -5,6 +5,7 @@
 #include <string_view>
 
 #include "core/host_device.h"
+#include "core/rules/division.h"
 #include "core/rules/hyper.h"
 
 namespace steadygrad {
@@ -46,7 +47,7 @@ struct RmsProp {
       grad_avg = grad_avg * alpha + one_minus_alpha * grad;
       variance = variance - grad_avg * grad_avg;
     }
-    const T update = grad / (std::sqrt(variance) + eps);
+    const T update = quotient(grad, square_root(variance) + eps);
     if (kMomentum) {
       T& momentum_buffer = kCentered ? third : second;
       momentum_buffer = momentum_buffer * momentum + update;

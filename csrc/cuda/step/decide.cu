@@ -58,7 +58,7 @@ __device__ NormPartial tensor_partial(const DecideArguments& arguments, int32_t 
       [&](int64_t i) { return chunks.load<false>(static_cast<int32_t>(head.first_chunk + i)); }, sum);
 }
 
-// Over those of nonempty tensors [first, last) that this process counts.
+// Sums over those of the nonempty tensors [first, last) that this process counts.
 __device__ ScopeSums sums_over(const DecideArguments& arguments, int32_t first, int32_t last,
                                Shared& shared) {
   const NormType type = arguments.options.norm_type;
@@ -95,14 +95,14 @@ struct ScopeNorms {
 
   __device__ bool reduced() const { return arguments.stage == Stage::reduced; }
   __device__ const Norm& group(int32_t g) const { return arguments.memory.groups[g]; }
-  // Also where only other processes have elements: all count the clip alike.
+  // A group counts also where only other processes have elements of it, so that all count the clip alike.
   __device__ bool has_group(int32_t g) const {
     return has_elements(arguments.table, g) || (reduced() && group(g).norm > 0);
   }
   __device__ Norm tensor(int32_t t) const {
     return one_of_all(reduced() ? arguments.table.heads[t].slot : t);
   }
-  // Also tensors that only other processes have a gradient of: all processes keep the same state.
+  // Tensors that only other processes have a gradient of are among them: all processes keep the same state.
   __device__ int32_t count() const { return reduced() ? arguments.slots : arguments.table.tensors; }
   __device__ int32_t slot(int32_t i) const { return reduced() ? i : arguments.table.heads[i].slot; }
   __device__ Norm one_of_all(int32_t i) const {
@@ -111,7 +111,7 @@ struct ScopeNorms {
   }
 };
 
-// By every thread of the block. Leaves the groups' sums to the other processes, or their norms in
+// Called by every thread of the block. Leaves the groups' sums to the other processes, or their norms in
 // memory.groups, and returns the norm over all tensors.
 __device__ Norm take_scopes(const DecideArguments& arguments, Shared& shared) {
   const NormType type = arguments.options.norm_type;
@@ -149,7 +149,7 @@ __device__ Norm take_scopes(const DecideArguments& arguments, Shared& shared) {
   return total;
 }
 
-// By every thread of the block, for a step that proceeds. Leaves each scope's coefficient in its row.
+// Called by every thread of the block, for a step that proceeds. Leaves each scope's coefficient in its row.
 __device__ void apply_policies(const DecideArguments& arguments, const StepOptions& options,
                                const ScopeNorms& norms, const Norm& total) {
   const ClipPolicy& policy = arguments.step.policies.clip;
@@ -175,7 +175,8 @@ __device__ void apply_policies(const DecideArguments& arguments, const StepOptio
   __syncthreads();
 }
 
-// By every thread of the block; returns whether any coefficient is not 1. Groups without elements have none.
+// Called by every thread of the block; returns whether any coefficient is not 1. Groups without elements have
+// none.
 __device__ bool set_coefficients(const DecideArguments& arguments, const StepOptions& options,
                                  const ScopeNorms& norms, const Norm& total) {
   const TensorTable& table = arguments.table;
@@ -202,7 +203,7 @@ __device__ bool set_coefficients(const DecideArguments& arguments, const StepOpt
   return __syncthreads_or(clips ? 1 : 0) != 0;
 }
 
-// Whether a unit is clipped; by every thread, and the next step begins anew.
+// Returns whether a unit is clipped, and resets that for the next step. Called by every thread.
 __device__ bool take_units_clip(const DecideArguments& arguments) {
   if (!clips_units(arguments.step.policies)) return false;
   const bool clips = arguments.table.arrived[1] != 0;
@@ -211,7 +212,7 @@ __device__ bool take_units_clip(const DecideArguments& arguments) {
   return clips;
 }
 
-// Bias corrections for the step that may be taken: a power or two per tensor, computed by its own block.
+// Returns the bias corrections for the step that may be taken: a power or two, which its own block computes.
 __device__ StepScalars next_scalars(const DecideArguments& arguments, int32_t tensor) {
   const TensorHead head = arguments.table.heads[tensor];
   double step = 0;
@@ -250,7 +251,7 @@ __device__ bool must_skip(const DecideArguments& arguments) {
   return has_bad_numbers(arguments) || found;
 }
 
-// What the processes combine.
+// Leaves what the processes combine.
 __device__ void leave_rows(const DecideArguments& arguments, Shared& shared) {
   const TensorTable& table = arguments.table;
   ScopeSums flags;
@@ -341,43 +342,54 @@ __device__ void advance_empty(const DecideArguments& arguments) {
   }
 }
 
+// Leaves the tensor's partial to the last block. Returns whether this is the last one.
+__device__ bool arrive(const DecideArguments& arguments, int32_t tensor, Shared& shared) {
+  __shared__ bool last;
+  const NormType type = arguments.options.norm_type;
+  if (tensor < arguments.table.tensors) {
+    NormPartial partial = tensor_partial(arguments, tensor, shared);
+    if (threadIdx.x == 0) {
+      // Powers of different tensors carry different scales: from here on it is the tensor's norm.
+      if (type.kind == NormKind::general) {
+        partial.sums.medium = finish_norm(type, partial.sums, arguments.norms.scales[tensor]);
+      }
+      arguments.norms.tensors[tensor] = partial;
+    }
+  }
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicInc(arguments.table.arrived, gridDim.x - 1) == gridDim.x - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
 __global__ void __launch_bounds__(kLanes, 1)
     decide_kernel(const DecideArguments __grid_constant__ arguments) {
   __shared__ Shared shared;
-  __shared__ bool last;
   const int32_t tensor = static_cast<int32_t>(blockIdx.x);
-  const NormType type = arguments.options.norm_type;
-  if (arguments.stage != Stage::reduced) {
-    if (tensor < arguments.table.tensors) {
-      NormPartial partial = tensor_partial(arguments, tensor, shared);
-      if (threadIdx.x == 0) {
-        // Powers of different tensors carry different scales: from here on it is the tensor's norm.
-        if (type.kind == NormKind::general) {
-          partial.sums.medium = finish_norm(type, partial.sums, arguments.norms.scales[tensor]);
-        }
-        arguments.norms.tensors[tensor] = partial;
-      }
-      // By another warp than the one that the others wait for.
-      const bool updates =
-          arguments.options.rule != RuleKind::none && arguments.table.heads[tensor].numel > 0;
-      if (threadIdx.x == kWarp && updates) {
-        arguments.memory.scalars[tensor] = next_scalars(arguments, tensor);
-      }
+  const Stage stage = arguments.stage;
+  const bool sums_chunks = stage != Stage::reduced;
+  const bool steps = arguments.options.rule != RuleKind::none;
+  const bool finishes = !sums_chunks || arrive(arguments, tensor, shared);
+  if (finishes) {
+    const Norm total = take_scopes(arguments, shared);
+    if (stage == Stage::leave) {
+      leave_rows(arguments, shared);
+    } else {
+      decide(arguments, total, sums_chunks ? must_skip(arguments) : arguments.rows[0].medium > 0, shared);
     }
-    if (threadIdx.x == 0) {
-      __threadfence();
-      last = atomicInc(arguments.table.arrived, gridDim.x - 1) == gridDim.x - 1;
-      __threadfence();
-    }
-    __syncthreads();
-    if (!last) return;
   }
-  const Norm total = take_scopes(arguments, shared);
-  if (arguments.stage == Stage::leave) return leave_rows(arguments, shared);
-  const bool skips = arguments.stage == Stage::reduced ? arguments.rows[0].medium > 0 : must_skip(arguments);
-  decide(arguments, total, skips, shared);
+  // Powers take long. Nobody waits for them here: pass 2 reads them, and in the last block they are computed
+  // while the first thread writes the decision.
+  if (sums_chunks && steps && threadIdx.x == kWarp && tensor < arguments.table.tensors &&
+      arguments.table.heads[tensor].numel > 0) {
+    arguments.memory.scalars[tensor] = next_scalars(arguments, tensor);
+  }
+  if (!finishes || !steps || stage == Stage::leave) return;
   __syncthreads();
-  if (arguments.options.rule != RuleKind::none) advance_empty(arguments);
+  advance_empty(arguments);
 }
 
 }  // namespace

@@ -14,7 +14,7 @@ __device__ __forceinline__ void shift_by_one(double* values, int64_t begin, int6
   constexpr int kHeld = 8;
   constexpr int64_t kRound = kHeld * kLanes;
   for (int64_t done = 0; done < end - begin; done += kRound) {
-    // From the side into which they move.
+    // Rounds begin at the side into which the numbers move.
     const int64_t left = end - begin - done;
     const int64_t count = left < kRound ? left : kRound;
     const int64_t first = direction > 0 ? end - done - count : begin + done;
@@ -66,7 +66,7 @@ __device__ __forceinline__ bool is_spiked(const Policies& policies, double norm,
   return is_spike(policies.skip, norm, mean, squares, count);
 }
 
-// The same, and the norm is entered either way: a lasting rise must not be skipped for ever.
+// Returns is_spiked(), and enters the norm either way: a lasting rise must not be skipped for ever.
 __device__ __forceinline__ bool enter_and_judge(const Policies& policies, double norm, double* lanes) {
   const bool spike = is_spiked(policies, norm, lanes);
   if (policies.skip_row == nullptr || !is_entered(norm)) return false;

@@ -38,7 +38,7 @@ __device__ inline double coefficient_of_slot(const TensorTable& table, const dou
   return low < table.tensors && table.heads[low].slot == slot ? coefficients[low] : 1;
 }
 
-// Of all gradients, each scaled by its scope's coefficient.
+// Returns the norm of all gradients, each scaled by its scope's coefficient.
 template <class Norms, class Shared>
 __device__ double clipped_norm(const TensorTable& table, const double* coefficients,
                                const StepOptions& options, const Norms& norms, const Norm& total,

@@ -2,91 +2,136 @@
 #pragma once
 
 #include "cuda/launch.h"
+#include "cuda/step/octets.h"
 #include "cuda/step/update.h"
 
 namespace steadygrad::cuda {
-
-template <class T>
-__device__ __forceinline__ T transformed(const GradientTransform<T>& transform, T grad, T param, int64_t) {
-  return transform(grad, param);
-}
-template <class T>
-__device__ __forceinline__ T transformed(const UnitTransform<T>& transform, T grad, T param, int64_t index) {
-  return transform(grad, param, index);
-}
-
-// Updates tensors that are fp32, contiguous and aligned, four elements at a time.
-template <class Rule, class Transform>
-struct DirectUpdate {
-  Rule rule;
-  Transform transform;
-  float threshold;
-
-  __device__ __forceinline__ void operator()(float& param, float grad, float (&states)[kMaxStates],
-                                             int64_t index) const {
-    grad = transformed(transform, grad, param, index);
-    rule(param, grad, states[0], states[1], states[2]);
-    if (threshold != 0) param = steadygrad::soft_threshold(param, threshold);
-  }
-
-  __device__ __forceinline__ int32_t update_quads(const TensorOperands& tensor, const Chunk& chunk) const {
-    float* const params = static_cast<float*>(tensor.param.data) + chunk.begin;
-    const float* const grads = static_cast<const float*>(tensor.grad.data) + chunk.begin;
-    const int32_t quads = chunk.count / kQuad;
-    for (int32_t q = threadIdx.x; q < quads; q += kChunkThreads) {
-      float param[kQuad];
-      float grad[kQuad];
-      float states[kMaxStates][kQuad] = {};
-      load_quad<float>(params + q * kQuad, param);
-      load_quad<float>(grads + q * kQuad, grad);
-#pragma unroll
-      for (int s = 0; s < Rule::kStateCount; ++s) {
-        load_quad<float>(static_cast<const float*>(tensor.states[s].data) + chunk.begin + q * kQuad,
-                         states[s]);
-      }
-#pragma unroll
-      for (int k = 0; k < kQuad; ++k) {
-        float element_states[kMaxStates] = {states[0][k], states[1][k], states[2][k]};
-        (*this)(param[k], grad[k], element_states, chunk.begin + q * kQuad + k);
-#pragma unroll
-        for (int s = 0; s < Rule::kStateCount; ++s) states[s][k] = element_states[s];
-      }
-      store_quad<float>(params + q * kQuad, param);
-#pragma unroll
-      for (int s = 0; s < Rule::kStateCount; ++s) {
-        store_quad<float>(static_cast<float*>(tensor.states[s].data) + chunk.begin + q * kQuad, states[s]);
-      }
-    }
-    return quads * kQuad;
-  }
-
-  __device__ __forceinline__ void update(const TensorOperands& tensor, const Chunk& chunk) const {
-    const int32_t done = update_quads(tensor, chunk);
-    for (int32_t i = done + threadIdx.x; i < chunk.count; i += kChunkThreads) {
-      const int64_t index = chunk.begin + i;
-      float param = static_cast<const float*>(tensor.param.data)[index];
-      const float grad = static_cast<const float*>(tensor.grad.data)[index];
-      float states[kMaxStates] = {};
-#pragma unroll
-      for (int s = 0; s < Rule::kStateCount; ++s) {
-        states[s] = static_cast<const float*>(tensor.states[s].data)[index];
-      }
-      (*this)(param, grad, states, index);
-      static_cast<float*>(tensor.param.data)[index] = param;
-#pragma unroll
-      for (int s = 0; s < Rule::kStateCount; ++s)
-        static_cast<float*>(tensor.states[s].data)[index] = states[s];
-    }
-  }
-};
 
 // Elements of one parameter that are updated together, in the type they are computed in.
 template <class T, int kCount>
 struct Updated {
   T param[kCount];
   T grad[kCount];
-  T states[kMaxStates][kCount] = {};
-  T extra[kCount] = {};
+  // As many as the rule keeps.
+  T states[kMaxStates][kCount];
+  // Where the parameter's storage keeps something beside it.
+  T extra[kCount];
+};
+
+// Transforms the gradients of elements index, index + kApart, index + 2 * kApart, ...
+template <int kApart, class T, int kCount>
+__device__ __forceinline__ void transform_elements(const GradientTransform<T>& transform,
+                                                   Updated<T, kCount>& elements, int64_t) {
+  if (transform.only_scales()) {
+    // gradient_transform() has made one factor of all.
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) elements.grad[k] = transform.clip(elements.grad[k]);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) elements.grad[k] = transform(elements.grad[k], elements.param[k]);
+  }
+}
+template <int kApart, class T, int kCount>
+__device__ __forceinline__ void transform_elements(const UnitTransform<T>& transform,
+                                                   Updated<T, kCount>& elements, int64_t index) {
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    elements.grad[k] = transform(elements.grad[k], elements.param[k], index + k * kApart);
+  }
+}
+
+// Updates tensors that are fp32 and contiguous, four elements at a time.
+template <class Rule, class Transform>
+struct DirectUpdate {
+  static constexpr int kStates = Rule::kStateCount;
+
+  Rule rule;
+  Transform transform;
+  float threshold;
+
+  template <int kApart>
+  __device__ __forceinline__ void operator()(Updated<float, kQuad>& elements, int64_t index) const {
+    transform_elements<kApart>(transform, elements, index);
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) {
+      rule(elements.param[k], elements.grad[k], elements.states[0][k], elements.states[1][k],
+           elements.states[2][k]);
+    }
+    if (threshold != 0) {
+#pragma unroll
+      for (int k = 0; k < kQuad; ++k) {
+        elements.param[k] = steadygrad::soft_threshold(elements.param[k], threshold);
+      }
+    }
+  }
+
+  __device__ __forceinline__ static bool all_aligned(const TensorOperands& tensor) {
+    bool all = is_aligned<float>(tensor.param) && is_aligned<float>(tensor.grad);
+#pragma unroll
+    for (int s = 0; s < kStates; ++s) all = all && is_aligned<float>(tensor.states[s]);
+    return all;
+  }
+
+  __device__ __forceinline__ int32_t update_quads(const TensorOperands& tensor, const Chunk& chunk) const {
+    float* const params = elements_of<float>(tensor.param) + chunk.begin;
+    const float* const grads = elements_of<const float>(tensor.grad) + chunk.begin;
+    const int32_t quads = chunk.count / kQuad;
+    for (int32_t q = threadIdx.x; q < quads; q += kChunkThreads) {
+      Updated<float, kQuad> elements;
+      load_quad<float>(params + q * kQuad, elements.param);
+      load_quad<float>(grads + q * kQuad, elements.grad);
+#pragma unroll
+      for (int s = 0; s < kStates; ++s) {
+        load_quad<float>(elements_of<const float>(tensor.states[s]) + chunk.begin + q * kQuad,
+                         elements.states[s]);
+      }
+      operator()<1>(elements, chunk.begin + q * kQuad);
+      store_quad<float>(params + q * kQuad, elements.param);
+#pragma unroll
+      for (int s = 0; s < kStates; ++s) {
+        store_quad<float>(elements_of<float>(tensor.states[s]) + chunk.begin + q * kQuad, elements.states[s]);
+      }
+    }
+    return quads * kQuad;
+  }
+
+  // The elements from `done` on, wherever they lie: those of a thread are kChunkThreads apart, so that a warp
+  // accesses neighbours.
+  __device__ __forceinline__ void update_apart(const TensorOperands& tensor, const Chunk& chunk,
+                                               int32_t done) const {
+    float* const params = elements_of<float>(tensor.param) + chunk.begin;
+    const float* const grads = elements_of<const float>(tensor.grad) + chunk.begin;
+    for (int32_t first = done + threadIdx.x; first < chunk.count; first += kQuad * kChunkThreads) {
+      Updated<float, kQuad> elements;
+#pragma unroll
+      for (int k = 0; k < kQuad; ++k) {
+        const int32_t i = first + k * kChunkThreads;
+        const bool is_there = i < chunk.count;
+        elements.param[k] = is_there ? params[i] : 0.0f;
+        elements.grad[k] = is_there ? grads[i] : 0.0f;
+#pragma unroll
+        for (int s = 0; s < kStates; ++s) {
+          const float* const states = elements_of<const float>(tensor.states[s]) + chunk.begin;
+          elements.states[s][k] = is_there ? states[i] : 0.0f;
+        }
+      }
+      operator()<kChunkThreads>(elements, chunk.begin + first);
+#pragma unroll
+      for (int k = 0; k < kQuad; ++k) {
+        const int32_t i = first + k * kChunkThreads;
+        if (i >= chunk.count) continue;
+        params[i] = elements.param[k];
+#pragma unroll
+        for (int s = 0; s < kStates; ++s) {
+          (elements_of<float>(tensor.states[s]) + chunk.begin)[i] = elements.states[s][k];
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void update(const TensorOperands& tensor, const Chunk& chunk) const {
+    update_apart(tensor, chunk, all_aligned(tensor) ? update_quads(tensor, chunk) : 0);
+  }
 };
 
 // Updates tensors of any types and layouts. Loads, conversions and stores are compiled once for all terms of
@@ -95,6 +140,7 @@ struct Updated {
 template <class Elements, class T, class Named, class Transform>
 struct MixedUpdate {
   using Rule = typename Named::template Full<T>;
+  static constexpr int kStates = Rule::kStateCount;
   // Whether half-precision parameters occur: no others have anything beside them.
   static constexpr bool kHalf = std::is_same_v<T, float>;
 
@@ -110,10 +156,7 @@ struct MixedUpdate {
   template <int kCount>
   __device__ __forceinline__ void operator()(Updated<T, kCount>& elements, int64_t index,
                                              uint32_t place) const {
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      elements.grad[k] = transformed(transform, elements.grad[k], elements.param[k], index + k);
-    }
+    transform_elements<1>(transform, elements, index);
     join(elements);
     with_rule_type<T, Named>(terms, [&](auto type) __attribute__((always_inline)) {
       const auto chosen = bit_cast<typename decltype(type)::type>(rule);
@@ -160,54 +203,89 @@ struct MixedUpdate {
     }
   }
 
-  // Whether `is_vector` holds for every operand.
-  template <class IsVector>
-  __device__ __forceinline__ bool all_operands(const TensorOperands& tensor, IsVector is_vector) const {
-    bool all = is_vector(tensor.param) && is_vector(tensor.grad);
+  // Whether `holds` is true of every operand.
+  template <class Holds>
+  __device__ __forceinline__ bool all_operands(const TensorOperands& tensor, Holds holds) const {
+    bool all = holds(tensor.param) && holds(tensor.grad);
 #pragma unroll
-    for (int s = 0; s < Rule::kStateCount; ++s) all = all && (s >= states || is_vector(tensor.states[s]));
-    return all && (!keeps_extra(storage.rounding) || is_vector(tensor.extra));
+    for (int s = 0; s < kStates; ++s) all = all && (s >= states || holds(tensor.states[s]));
+    return all && (!keeps_extra(storage.rounding) || holds(tensor.extra));
   }
 
-  __device__ __forceinline__ int32_t update_quads(const TensorOperands& tensor, const Chunk& chunk) const {
-    const bool has_extra = keeps_extra(storage.rounding);
-    const int32_t quads = chunk.count / kQuad;
-    for (int32_t q = threadIdx.x; q < quads; q += kChunkThreads) {
-      const int64_t index = chunk.begin + q * kQuad;
-      const RawQuad raw_param = load_raw(tensor.param, index);
-      const RawQuad raw_grad = load_raw(tensor.grad, index);
-      RawQuad raw_states[kMaxStates] = {};
-#pragma unroll
-      for (int s = 0; s < Rule::kStateCount; ++s) {
-        if (s < states) raw_states[s] = load_raw(tensor.states[s], index);
-      }
-      RawQuad raw_extra{};
-      if (has_extra) raw_extra = load_raw(tensor.extra, index);
+  struct RawOctets {
+    RawOctet param, grad, states[kMaxStates], extra;
+  };
 
-      Updated<float, kQuad> elements;
-      convert(raw_param, tensor.param.dtype, elements.param);
-      convert(raw_grad, tensor.grad.dtype, elements.grad);
-      convert(raw_extra, tensor.extra.dtype, elements.extra);
+  // Calls function(operand, its octet) for all that an update reads, or that it writes.
+  template <class Octets, class Function>
+  __device__ __forceinline__ void for_each(const TensorOperands& tensor, Octets& raw, bool reads,
+                                           Function function) const {
+    function(tensor.param, raw.param);
+    if (reads) function(tensor.grad, raw.grad);
 #pragma unroll
-      for (int s = 0; s < Rule::kStateCount; ++s) {
-        convert(raw_states[s], tensor.states[s].dtype, elements.states[s]);
-      }
-      (*this)(elements, index, static_cast<uint32_t>(q * kQuad));
-      store_quad(tensor.param, index, elements.param);
-#pragma unroll
-      for (int s = 0; s < Rule::kStateCount; ++s) {
-        if (s < states) store_quad(tensor.states[s], index, elements.states[s]);
-      }
-      if (has_extra) store_quad(tensor.extra, index, elements.extra);
+    for (int s = 0; s < kStates; ++s) {
+      if (s < states) function(tensor.states[s], raw.states[s]);
     }
-    return quads * kQuad;
+    if (keeps_extra(storage.rounding)) function(tensor.extra, raw.extra);
+  }
+
+  // Four at a time, which takes fewer registers than all eight.
+  __device__ __forceinline__ void update_raw(const TensorOperands& tensor, int64_t index, uint32_t place,
+                                             RawOctets& raw) const {
+#pragma unroll
+    for (int half = 0; half < kOctet / kQuad; ++half) {
+      Updated<float, kQuad> elements;
+      unpack_quad(raw.param, tensor.param.dtype, half, elements.param);
+      unpack_quad(raw.grad, tensor.grad.dtype, half, elements.grad);
+#pragma unroll
+      for (int s = 0; s < kStates; ++s) {
+        if (s < states) unpack_quad(raw.states[s], tensor.states[s].dtype, half, elements.states[s]);
+      }
+      if (keeps_extra(storage.rounding)) unpack_quad(raw.extra, tensor.extra.dtype, half, elements.extra);
+      (*this)(elements, index + half * kQuad, place + half * kQuad);
+      pack_quad(elements.param, tensor.param.dtype, half, raw.param);
+#pragma unroll
+      for (int s = 0; s < kStates; ++s) {
+        if (s < states) pack_quad(elements.states[s], tensor.states[s].dtype, half, raw.states[s]);
+      }
+      if (keeps_extra(storage.rounding)) pack_quad(elements.extra, tensor.extra.dtype, half, raw.extra);
+    }
+  }
+
+  __device__ __forceinline__ int32_t update_octets(const TensorOperands& tensor, const Chunk& chunk) const {
+    const bool aligned =
+        all_operands(tensor, [](const Operand& operand) { return takes_vectors(operand.data); });
+    const int32_t octets = chunk.count / kOctet;
+#pragma unroll 1
+    for (int32_t o = threadIdx.x; o < octets; o += kChunkThreads) {
+      const int64_t index = chunk.begin + o * kOctet;
+      RawOctets raw;
+      // All loads are under way before the first of them is waited for.
+      if (aligned) {
+        for_each(tensor, raw, true,
+                 [&](const Operand& operand, RawOctet& octet) { load_octet(operand, index, octet); });
+      } else {
+        for_each(tensor, raw, true,
+                 [&](const Operand& operand, RawOctet& octet) { load_octet_apart(operand, index, octet); });
+      }
+      update_raw(tensor, index, static_cast<uint32_t>(o * kOctet), raw);
+      if (aligned) {
+        for_each(tensor, raw, false,
+                 [&](const Operand& operand, const RawOctet& octet) { store_octet(operand, index, octet); });
+      } else {
+        for_each(tensor, raw, false, [&](const Operand& operand, const RawOctet& octet) {
+          store_octet_apart(operand, index, octet);
+        });
+      }
+    }
+    return octets * kOctet;
   }
 
   __device__ __forceinline__ void update(const TensorOperands& tensor, const Chunk& chunk) const {
     const bool has_extra = kHalf && keeps_extra(storage.rounding);
     int32_t done = 0;
     if constexpr (std::is_same_v<T, float>) {
-      if (all_operands(tensor, is_quad)) done = update_quads(tensor, chunk);
+      if (all_operands(tensor, has_octets)) done = update_octets(tensor, chunk);
     }
 #pragma unroll 1
     for (int32_t i = done + threadIdx.x; i < chunk.count; i += kChunkThreads) {
@@ -216,14 +294,14 @@ struct MixedUpdate {
       elements.param[0] = Elements::template load<T>(tensor, tensor.param, index);
       elements.grad[0] = Elements::template load<T>(tensor, tensor.grad, index);
 #pragma unroll
-      for (int s = 0; s < Rule::kStateCount; ++s) {
+      for (int s = 0; s < kStates; ++s) {
         if (s < states) elements.states[s][0] = Elements::template load<T>(tensor, tensor.states[s], index);
       }
       if (has_extra) elements.extra[0] = Elements::template load<T>(tensor, tensor.extra, index);
       (*this)(elements, index, static_cast<uint32_t>(i));
       Elements::template store<T>(tensor, tensor.param, index, elements.param[0]);
 #pragma unroll
-      for (int s = 0; s < Rule::kStateCount; ++s) {
+      for (int s = 0; s < kStates; ++s) {
         if (s < states) Elements::template store<T>(tensor, tensor.states[s], index, elements.states[s][0]);
       }
       if (has_extra) Elements::template store<T>(tensor, tensor.extra, index, elements.extra[0]);
@@ -268,8 +346,8 @@ __device__ __forceinline__ void update_tensor(const UpdateArguments& arguments, 
 
 // Blocks that a multiprocessor is to hold at least. With 7 (72 registers) fp32 has enough loads in flight.
 template <class Elements, bool kUnits>
-constexpr int kBlocksOfUpdate = kUnits             ? Elements::kBlocks
-                                : Elements::kMixed ? 2 * Elements::kBlocks
+constexpr int kBlocksOfUpdate = kUnits             ? 3
+                                : Elements::kMixed ? 4
                                                    : 7;
 
 // kUnits: clipped by unit, in a kernel of its own, since that takes registers.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,9 @@ def largest_eigenvalue(
     slopes = {place: s for place, s in enumerate(found) if s is not None and s.requires_grad}
     if not slopes:
         return 0.0
-    _check_differentiable([slope.grad_fn for slope in slopes.values()])
+    # What is marked ``once_differentiable`` would be left out without a word.
+    if any(node.name().endswith("::Error") for node in graph_nodes(slopes.values())):
+        raise RuntimeError("a function of the network is marked as once_differentiable")
     sizes = [p.numel() for p in parameters]
 
     def multiply(vector: Tensor) -> Tensor:
@@ -67,16 +69,16 @@ def largest_eigenvalue(
     return value
 
 
-def _check_differentiable(nodes: list[Any]) -> None:
-    """Raises for functions marked ``once_differentiable``, whose second derivative autograd would silently omit."""
-    seen: set[Any] = set()
+def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
+    """Yield the functions that tensors were computed by, down to their leaves."""
+    nodes: list[Any] = [tensor.grad_fn for tensor in tensors]
+    seen = set()
     while nodes:
         node = nodes.pop()
         if node is not None and node not in seen:
             seen.add(node)
             nodes += [following for following, _ in node.next_functions]
-            if node.name().endswith("::Error"):
-                raise RuntimeError("a function of the network is marked as once_differentiable")
+            yield node
 
 
 def step_size(optimizer: torch.optim.Optimizer | None) -> tuple[float, float]:

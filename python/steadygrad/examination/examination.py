@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 from dataclasses import dataclass, field
 
 from steadygrad.examination.recording import Layer, Units
-from steadygrad.examination.trials import STEPS, Trial
+from steadygrad.examination.trials import Trial
 
 _SHOWN = 8
 
@@ -97,43 +98,49 @@ class Examination:
     verdicts: list[Verdict] = field(default_factory=list)
 
     def __str__(self) -> str:
-        """Returns a page: what was measured, what stands out, and which remedies hold."""
+        """What stands out, which remedies hold, and the numbers."""
         norms = sorted(self.norms)
-        lines = [
-            f"batches    {len(norms)}, loss {min(self.losses):.3g} to {max(self.losses):.3g}",
-            f"gradients  norm {norms[0]:.3g} to {norms[-1]:.3g}, median {norms[len(norms) // 2]:.3g}; "
-            f"begin with max_norm={self.max_norm:.2g}",
-            f"depth      {self.depth} layers multiply activations by {self.factor:,.4g}, and gradients "
-            f"by {self.gradient_factor:,.4g} on their way back",
-        ]
+        lines = [f"{len(norms)} batches: " + _range("loss", self.losses)]
+        lines.append("\nwhat stands out, the surest first" if self.verdicts else "")
+        lines += [] if self.verdicts else ["nothing stands out"]
+        for number, verdict in enumerate(self.verdicts, 1):
+            lines.append(f"{number}. {verdict.text}")
+            lines += [f"   write: {verdict.line}"] if verdict.line else []
+            lines += [f"   the study: {verdict.study}"] if verdict.study else []
+        if self.trials:
+            title = "tried on copies; holds: not expected to be lost"
+            lines += [f"\n{title:<70} first step         lr"]
+            lines += [f"{'':<67} by parameters  by stable"]
+            lines += [f"  {trial}" for trial in self.trials]
+        if self.why_no_trials:
+            lines.append(f"\nremedies could not be tried: {self.why_no_trials}")
+        lines += ["\nnumbers", f"gradients  {_range('norm', norms)}"]
+        if math.isfinite(self.max_norm):
+            lines[-1] += f"; a limit to begin with: max_norm={self.max_norm:.2g}"
+        if math.isfinite(self.factor):
+            lines.append(
+                f"depth      {self.depth} layers multiply activations by {self.factor:,.4g}, and "
+                f"gradients by {self.gradient_factor:,.4g} on their way back (near 1 is healthy)"
+            )
         if self.why_no_sharpness:
             lines.append(f"sharpness  left out: {self.why_no_sharpness}")
         else:
             yours = "" if math.isnan(self.lr) else f", yours is {self.lr:.2g}"
-            rate = self.largest_stable_lr
-            stable = f"lr is stable up to {rate:.2g}{yours}"
-            if math.isnan(rate):
-                stable = "which lr is stable is not known of this optimizer"
+            stable = f"a learning rate is stable up to {self.largest_stable_lr:.2g}{yours}"
+            if math.isnan(self.largest_stable_lr):
+                stable = "which learning rate is stable is not known of this optimizer"
             lines.append(f"sharpness  {self.sharpness:.3g}: {stable}")
         for state in ("frozen", "unused"):
             names = [p.name for p in self.parameters if p.state == state]
             if names:
                 more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
                 lines.append(f"{state:<10} {', '.join(names[:_SHOWN])}{more}")
-        lines.append("" if self.verdicts else "\nnothing stands out")
-        for number, verdict in enumerate(self.verdicts, 1):
-            lines.append(f"{number}. {verdict.text}")
-            lines += [f"   write: {verdict.line}"] if verdict.line else []
-            lines += [f"   the study: {verdict.study}"] if verdict.study else []
-        if self.trials:
-            lines.append(f"\nremedies, each tried on a copy for up to {STEPS} steps")
-            lines += [f"  {trial}" for trial in self.trials]
-        if self.why_no_trials:
-            lines.append(f"\nremedies could not be tried: {self.why_no_trials}")
-        largest = sorted((p for p in self.parameters if not p.state), key=lambda p: -p.norm)
-        lines.append("\nlargest gradients: share of the norm, ratio to the parameter, spread")
-        for p in largest[:_SHOWN]:
-            lines.append(f"  {p.name:<32} {p.share:8.2g} {p.ratio:8.2g} {p.spread:8.2g}")
+        largest = sorted((p for p in self.parameters if p.norm > 0), key=lambda p: -p.norm)[:_SHOWN]
+        if largest:
+            lines.append(f"{'largest gradients':<34}    share by parameter   spread")
+        for p in largest:
+            ratio = "-" if math.isnan(p.ratio) else f"{p.ratio:.2g}"
+            lines.append(f"  {p.name:<32} {p.share:8.2g} {ratio:>12} {p.spread:8.2g}")
         return "\n".join(lines)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
@@ -173,3 +180,14 @@ class Examination:
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8.5)
         figure.savefig(os.fspath(path), dpi=150)
+
+
+def _range(what: str, values: list[float]) -> str:
+    finite = sorted(filter(math.isfinite, values))
+    text = "not finite in any batch"
+    if finite:
+        middle = statistics.median(finite)
+        text = f"{finite[0]:.3g} to {finite[-1]:.3g}, median {middle:.3g}"
+    if 0 < len(finite) < len(values):
+        text += f", not finite in {len(values) - len(finite)}"
+    return f"{what} {text}"

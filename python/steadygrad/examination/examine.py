@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 import math
+import random
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -16,11 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from steadygrad.examination.curvature import step_size
+from steadygrad.examination.curvature import step_scale, step_size
 from steadygrad.examination.examination import Examination, ParameterGradient
-from steadygrad.examination.measuring import LossOf, Measurement, loss_form, sharpness_of, trainable
-from steadygrad.examination.restoring import all_restored
-from steadygrad.examination.trials import try_remedies
+from steadygrad.examination.measuring import (
+    LossOf,
+    Measurement,
+    copied,
+    loss_form,
+    lost_to_fp16,
+    sharpness_of,
+    trainable,
+)
+from steadygrad.examination.trials import EDGE, try_remedies
 from steadygrad.examination.verdicts import judge
 from steadygrad.optim.stabilizer import Stabilizer
 
@@ -44,24 +51,24 @@ def examine(
 ) -> Examination:
     """Says why a network's training explodes, or will, and which remedy will hold it.
 
-    Passes forward and backward over up to 16 batches and changes nothing: parameters, buffers, ``.grad``, modes, hooks
-    and the states of random generators are the same afterwards, also after an exception or Ctrl-C. ``docs/examine.md``
-    says what is measured and how sure the verdicts are.
+    Passes forward and backward over up to 16 batches, through a copy of the model: the model itself is not touched,
+    nor its ``.grad``, and the states of random generators are put back, also after an exception or Ctrl-C.
+    ``docs/examine.md`` says what is measured and how sure the verdicts are.
 
     Args:
         model: Network in the mode in which it is trained. ``DistributedDataParallel`` and ``torch.compile`` are looked
             through: the module inside runs eagerly, on this rank alone. ``torch.autocast`` around the call applies.
         loss_fn: Function of outputs and targets that returns a loss of one element; or of model and batch, if its first
             parameter is called ``model``, ``module``, ``net`` or ``network``.
-        batches: Iterable of ``(inputs, targets)``, which are moved to the model's device; or of batches for
-            ``loss_fn(model, batch)``. The batches that an iterator yields here are not yielded again.
-        optimizer: Optimizer, stabilized or not, whose learning rate and state are taken into account; None stands for
-            plain gradient descent.
-        loss_scale: Factor of the loss before backward, such as ``scaler.get_scale()``. Default: 1.
-        sharpness: Whether to compute the largest eigenvalue of the Hessian, with at most 20 Hessian-vector products.
-        remedies: Whether to try remedies, each on a copy of model and optimizer. This needs an optimizer, and happens
-            only if something stands out or the largest stable learning rate is unknown.
-        at: ``"first_nonfinite"`` examines only the first of all batches whose loss or gradient is not finite.
+        batches: iterable of ``(inputs, targets)``, which are moved to the model's device; or of what ``loss_fn(model,
+            batch)`` takes. An iterator has given away what was looked at.
+        optimizer: whose learning rate and state count, stabilized or not; None: plain gradient descent.
+        loss_scale: what the loss is multiplied by before backward, ``scaler.get_scale()``. Default: 1.
+        sharpness: whether the largest eigenvalue of the Hessian is taken, with at most 20 Hessian-vector products.
+        remedies: whether model and optimizer are tried, on copies: as they are for up to 128 steps, where something
+            stands out or the learning rate is above 0.3 of the largest stable one; then with remedies, for 16 each,
+            where the run is lost or something stands out. It takes an optimizer.
+        at: ``"first_nonfinite"`` examines the first batch alone, of all, whose loss or gradient is not finite.
 
     Returns:
         Numbers and verdicts. The largest stable learning rate is ``2 / sharpness`` for gradient descent, ``2 (1 + beta)
@@ -75,39 +82,38 @@ def examine(
             or the optimizer is for other parameters.
     """
     model, optimizer = _checked(model, batches, optimizer, at, loss_scale)
-    loss_of = loss_form(loss_fn)
-    with _apart(model, batches):
+    loss_of = loss_form(loss_fn, [*model.parameters()])
+    with _apart(batches):
+        network = copied(model)
         if at is None:
             kept = list(_counted(itertools.islice(batches, _BATCHES)))
-            measured = Measurement(model, loss_of, kept, loss_scale)
+            measured = Measurement(network, loss_of, kept, loss_scale)
         else:
-            kept, measured = _first_nonfinite(model, loss_of, batches, loss_scale)
-    if not kept:
-        raise ValueError("examine: batches: expected at least one, got none")
-    found, recorder = _summarised(model, measured), measured.recorder
-    numbers = zip(kept, found.losses, found.norms, strict=True)
-    finite = [batch for batch, *pair in numbers if all(map(math.isfinite, pair))]
-    found.lr, product = step_size(optimizer)
-    found.max_norm = _max_norm(model, optimizer, [n for n in found.norms if math.isfinite(n)])
-    if not sharpness or not finite:
-        why = "no batch has a finite loss and gradient" if sharpness else "sharpness=False"
-        found.why_no_sharpness = why
-    else:
-        given = (model, loss_of, finite[0], optimizer, measured.squares, _PRODUCTS)
-        try:
-            with _apart(model):
-                found.sharpness = sharpness_of(*given)
-        except RuntimeError as error:  # An operation has no second derivative.
-            found.why_no_sharpness = str(error).partition("\n")[0]
-        if math.isnan(found.sharpness) and not found.why_no_sharpness:
-            found.why_no_sharpness = "the gradient's own gradient is not finite"
-        flat = found.sharpness <= 0
-        found.largest_stable_lr = math.inf if flat else product / found.sharpness
-    with _apart(model):
-        lost = _lost_to_fp16(model, loss_of, finite[0], measured, loss_scale) if finite else {}
+            kept, measured = _first_nonfinite(network, loss_of, batches, loss_scale)
+        if not kept:
+            raise ValueError("examine: batches: expected at least one, got none")
+        found, recorder = _summarised(model, measured), measured.recorder
+        numbers = zip(kept, found.losses, found.norms, strict=True)
+        finite = [batch for batch, *pair in numbers if all(map(math.isfinite, pair))]
+        found.lr, product = step_size(optimizer)
+        found.max_norm = _max_norm(model, optimizer, [n for n in found.norms if math.isfinite(n)])
+        if sharpness and finite:
+            try:
+                scale = step_scale(optimizer, [*trainable(model).values()], measured.squares)
+                found.sharpness = sharpness_of(network, loss_of, finite[0], scale, _PRODUCTS)
+                if math.isnan(found.sharpness):
+                    found.why_no_sharpness = "the gradient's own gradient is not finite"
+            except RuntimeError as error:  # an operation has no second derivative
+                found.why_no_sharpness = str(error).partition("\n")[0]
+            flat = found.sharpness <= 0
+            found.largest_stable_lr = math.inf if flat else product / found.sharpness
+        else:
+            why = "no batch has a finite loss and gradient" if sharpness else "sharpness=False"
+            found.why_no_sharpness = why
+        lost = lost_to_fp16(network, loss_of, finite[0], measured, loss_scale) if finite else {}
         found.verdicts = judge(found, recorder, model, lost)
-        unsure = bool(found.verdicts) or math.isnan(found.largest_stable_lr)
-        if unsure and remedies and optimizer is not None and finite:
+        near = not found.lr / found.largest_stable_lr <= EDGE  # or not known
+        if (near or found.verdicts) and remedies and optimizer is not None and finite:
             try:
                 found.trials = try_remedies(model, loss_of, finite, optimizer, found)
             except (RuntimeError, TypeError) as error:
@@ -117,20 +123,31 @@ def examine(
 
 
 @contextlib.contextmanager
-def _apart(model: nn.Module, batches: object = None) -> Iterator[None]:
-    """Restores everything at the end; meanwhile enables gradients, and runs compiled modules eagerly."""
-    # If dynamo was never imported, nothing is compiled, and importing it would take seconds.
+def _apart(batches: object) -> Iterator[None]:
+    """Put the generators of random numbers back at the end; meanwhile take gradients, and run eagerly."""
+    loader: Any = getattr(batches, "generator", None)
+    drawn = loader.get_state() if isinstance(loader, torch.Generator) else None
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    # Where dynamo was never imported nothing is compiled, and importing it takes seconds.
     compiled = "torch._dynamo" in sys.modules
     eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
-    with all_restored(model, batches), torch.inference_mode(False), torch.enable_grad(), eager:
-        yield
+    forked = torch.random.fork_rng(devices)
+    try:
+        with forked, torch.inference_mode(False), torch.enable_grad(), eager:
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        if drawn is not None:
+            loader.set_state(drawn)
 
 
 def _first_nonfinite(
-    model: nn.Module, loss_of: LossOf, batches: Iterable[Any], loss_scale: float
+    network: nn.Module, loss_of: LossOf, batches: Iterable[Any], loss_scale: float
 ) -> tuple[list[Any], Measurement]:
     for batch in _counted(batches):
-        measured = Measurement(model, loss_of, [batch], loss_scale)
+        measured = Measurement(network, loss_of, [batch], loss_scale)
         if not math.isfinite(measured.losses[0]) or not math.isfinite(measured.norms[0]):
             return [batch], measured
     raise ValueError("examine: at: expected a batch that is not finite, got none in batches")
@@ -141,15 +158,12 @@ def _summarised(model: nn.Module, measured: Measurement) -> Examination:
     for before, after in itertools.pairwise(layers):
         after.gain = _ratio(after.rms, before.rms)
         before.gradient_gain = _ratio(before.gradient_norm, after.gradient_norm)
+    units = list(measured.recorder.units.values())
+    for unit in units:
+        unit.share, unit._alive = float(unit.share), None
     found = Examination(
-        layers,
-        _parameters(model, measured),
-        list(measured.recorder.units.values()),
-        measured.losses,
-        measured.norms,
+        layers, _parameters(model, measured), units, measured.losses, measured.norms
     )
-    for units in found.units:
-        units.share, units._alive = float(units.share), None
     weighted = [layer for layer in layers if layer.has_weight]
     if weighted:
         first = layers[0] if layers[0].name == "input" else weighted[0]
@@ -167,9 +181,8 @@ def _parameters(model: nn.Module, measured: Measurement) -> list[ParameterGradie
         state = "frozen" if not p.requires_grad else "" if len(norms) else "unused"
         norm = float(norms.mean()) if len(norms) else math.nan
         spread = _ratio(float(norms.std()), norm) if len(norms) else math.nan
-        size = float(p.detach().float().norm())
-        row = ParameterGradient(name, norm, _ratio(norm, total), _ratio(norm, size), spread, state)
-        rows.append(row)
+        ratio = _ratio(norm, float(p.detach().float().norm()))
+        rows.append(ParameterGradient(name, norm, _ratio(norm, total), ratio, spread, state))
     return rows
 
 
@@ -188,25 +201,6 @@ def _max_norm(
         step = float(group["lr"]) / (1 - float(group["momentum"]))
         limit = min(limit, _STEP_SHARE * size / step) if step and size else limit
     return limit
-
-
-def _lost_to_fp16(
-    model: nn.Module, loss_of: LossOf, batch: Any, measured: Measurement, loss_scale: float
-) -> dict[str, float]:
-    """Returns the share of the gradient that fp16 loses, by layer; a copy in fp32 computes the gradient."""
-    layers = measured.recorder.layers
-    half = [key for key, layer in layers.items() if layer.dtype == torch.float16]
-    if not half:
-        return {}
-    device = next(model.parameters()).device.type
-    if isinstance(batch, (tuple, list)):
-        batch = [x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in batch]
-    with torch.autocast(device, enabled=False):
-        whole = Measurement(copy.deepcopy(model).float(), loss_of, [batch], loss_scale, True)
-    seen = {
-        key: whole.recorder.layers[key].gradients for key in half if key in whole.recorder.layers
-    }
-    return {key[0]: rows[0].lost for key, rows in seen.items() if rows}
 
 
 def _inside(model: nn.Module) -> nn.Module:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from steadygrad.examination.curvature import largest_eigenvalue, step_scale
+from steadygrad.examination.curvature import graph_nodes, largest_eigenvalue
 from steadygrad.examination.recording import Recorder
 
 LossOf = Callable[[nn.Module, Any], Tensor]
@@ -32,7 +33,7 @@ class Measurement:
         model: nn.Module,
         loss_of: LossOf,
         batches: Iterable[Any],
-        loss_scale: float = 1.0,
+        loss_scale: float,
         in_fp16: bool = False,
     ) -> None:
         parameters = trainable(model)
@@ -41,16 +42,14 @@ class Measurement:
         self.norms: list[float] = []
         self.gradients: dict[str, list[float]] = {name: [] for name in parameters}
         self.squares = [torch.zeros_like(p, dtype=torch.float32) for p in parameters.values()]
-        with self.recorder.hooked():
-            for batch in batches:
-                with self.recorder.forward_pass():
-                    loss = loss_of(model, batch)
-                found = torch.autograd.grad(
-                    loss * loss_scale, list(parameters.values()), allow_unused=True
-                )
-                self.recorder.end_batch()
-                self.losses.append(loss.item())
-                self._add([None if g is None else g.to_dense().float() / loss_scale for g in found])
+        for batch in batches:
+            with self.recorder.forward_pass():
+                loss = loss_of(model, batch)
+            found = torch.autograd.grad(
+                loss * loss_scale, list(parameters.values()), allow_unused=True
+            )
+            self.losses.append(loss.item())
+            self._add([None if g is None else g.to_dense().float() / loss_scale for g in found])
         for square in self.squares:
             square /= max(len(self.losses), 1)
 
@@ -71,8 +70,30 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def loss_form(loss_fn: Any) -> LossOf:
-    """Returns the loss as a checked function of model and batch; :func:`steadygrad.examine` documents its forms."""
+def copied(model: nn.Module) -> nn.Module:
+    """Return a copy of a model; what a forward left on its modules loses its graph, which cannot be copied."""
+    kept = [tensor for module in model.modules() for tensor in _tensors(vars(module))]
+    try:
+        return copy.deepcopy(model, {id(t): t.detach().clone() for t in kept if not t.is_leaf})
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"examine: model: expected one that copy.deepcopy can copy, got the error {error}"
+        ) from error
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)
+
+
+def loss_form(loss_fn: Any, originals: Collection[nn.Parameter]) -> LossOf:
+    """Return the loss as a checked function of model and batch; :func:`steadygrad.examine` documents its forms.
+
+    A loss that depends on one of the ``originals`` is refused: it is taken of copies of the model.
+    """
     if not callable(loss_fn):
         raise TypeError(f"examine: loss_fn: expected a function, got {_shown(loss_fn)}")
     takes_model = False
@@ -80,8 +101,11 @@ def loss_form(loss_fn: Any) -> LossOf:
         with contextlib.suppress(TypeError, ValueError):  # Functions in C have no signature.
             first = next(iter(inspect.signature(loss_fn).parameters.values()), None)
             takes_model = first is not None and first.name in _MODEL_NAMES
+    outside = set(map(id, originals))
+    checked = False
 
     def loss_of(model: nn.Module, batch: Any) -> Tensor:
+        nonlocal checked
         if takes_model:
             loss = loss_fn(model, batch)
         elif isinstance(batch, (tuple, list)) and len(batch) == 2:
@@ -101,27 +125,47 @@ def loss_form(loss_fn: Any) -> LossOf:
                 "examine: loss_fn: expected a loss that depends on the parameters, got one without "
                 "a graph; look for detach(), no_grad() or item() in the network"
             )
+        nodes = () if checked else graph_nodes([loss])
+        checked = True
+        if any(id(getattr(node, "variable", None)) in outside for node in nodes):
+            raise ValueError(
+                "examine: loss_fn: expected a loss of the model that it is given, which is a copy, "
+                "got one that uses the original: write loss_fn=lambda model, batch: ... and take "
+                "parameters from that model"
+            )
         return loss.reshape(())
 
     return loss_of
 
 
 def sharpness_of(
-    model: nn.Module,
-    loss_of: LossOf,
-    batch: Any,
-    optimizer: torch.optim.Optimizer | None,
-    squares: Sequence[Tensor],
-    products: int,
+    model: nn.Module, loss_of: LossOf, batch: Any, scale: Tensor | None, products: int
 ) -> float:
-    """Returns the largest eigenvalue of the Hessian on a batch, preconditioned as the optimizer does."""
-    parameters = list(trainable(model).values())
-    scale = step_scale(optimizer, parameters, squares)
-    # Fused attention and cuDNN's recurrent layers have no second derivatives; the operations that they replace have.
+    """Return the largest eigenvalue of the Hessian on a batch; ``scale`` is what the optimizer preconditions by."""
+    # Fused attention and cuDNN's recurrent layers have no second derivatives, what they replace has.
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     without = torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
     with sdpa_kernel(SDPBackend.MATH), without:
+        parameters = list(trainable(model).values())
         return largest_eigenvalue(loss_of(model, batch), parameters, scale, products)
+
+
+def lost_to_fp16(
+    model: nn.Module, loss_of: LossOf, batch: Any, measured: Measurement, loss_scale: float
+) -> dict[str, float]:
+    """Return the share of the gradient that fp16 loses, by layer, from a copy in fp32."""
+    layers = measured.recorder.layers
+    half = [key for key, layer in layers.items() if layer.dtype == torch.float16]
+    if not half:
+        return {}
+    device = next(model.parameters()).device.type
+    if isinstance(batch, (tuple, list)):
+        batch = [x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in batch]
+    with torch.autocast(device, enabled=False):
+        whole = Measurement(copied(model).float(), loss_of, [batch], loss_scale, True)
+    found = {key[0]: whole.recorder.layers.get(key) for key in half}
+    rows = {name: layer.gradients for name, layer in found.items() if layer and layer.gradients}
+    return {name: gradients[0].lost for name, gradients in rows.items()}
 
 
 def _shown(value: Any) -> str:

@@ -26,7 +26,7 @@ class Numbers(NamedTuple):
     norm: float
     std: float
     largest: float
-    lost: float = 0.0
+    lost: float = math.nan
 
 
 @dataclass
@@ -108,9 +108,8 @@ class Units:
 class Recorder(TorchDispatchMode):
     """Listens to a model's forward passes, and to the backward pass after each.
 
-    ``layers`` are in the order of execution, the model's input first; ``broken`` lists the layers whose output or
-    gradient is not finite, as (batch, "output" or "gradient", layer). ``in_fp16`` turns on counting the share of
-    gradients that fp16 loses.
+    ``layers`` are in the order of execution, the model's input first; ``broken`` are those whose output or gradient is
+    not finite, as (batch, "output" or "gradient", layer). ``in_fp16`` counts what fp16 would lose.
     """
 
     def __init__(self, model: nn.Module, in_fp16: bool = False) -> None:
@@ -119,61 +118,37 @@ class Recorder(TorchDispatchMode):
         self.layers: dict[tuple[str, int], Layer] = {}
         self.units: dict[tuple[str, str, int], Units] = {}
         self.broken: list[tuple[int, str, Layer]] = []
-        self._listens = False
         self._stack: list[tuple[str, nn.Module, int]] = []
         self._calls: Counter[Any] = Counter()
-        self._seen: list[tuple[Layer, str, int, Tensor]] = []
+        self._seen: list[Layer] = []
 
     @contextlib.contextmanager
-    def hooked(self) -> Iterator[None]:
-        """Hooks all modules for as long as a ``with`` block runs."""
+    def forward_pass(self) -> Iterator[None]:
+        """Listen to the next batch's forward pass; what is computed again during backward is not listened to."""
+        self.batch += 1
+        for kept in (self._stack, self._calls, self._seen):
+            kept.clear()
         with contextlib.ExitStack() as stack:
             for name, module in self.model.named_modules():
                 if "parametrizations" in name.split("."):
                     continue  # It computes a weight, and is not a part of the network.
                 stack.callback(module.register_forward_pre_hook(self._entering(name)).remove)
                 stack.callback(module.register_forward_hook(self._leaving).remove)
-            yield
-
-    @contextlib.contextmanager
-    def forward_pass(self) -> Iterator[None]:
-        """Listens to the next batch's forward pass."""
-        self.batch += 1
-        for kept in (self._stack, self._calls, self._seen):
-            kept.clear()
-        self._listens = True
-        try:
             with self:
                 yield
-        finally:
-            self._listens = False  # A checkpoint may compute layers again during backward.
-
-    def end_batch(self) -> None:
-        """Copies the numbers of a batch from the device, after its backward pass."""
-        for layer, what, size, sums in self._seen:
-            norm, mean, largest, *lost = sums.tolist()
-            rms = norm / math.sqrt(size)
-            std = math.sqrt(max(rms * rms - mean * mean, 0.0)) if math.isfinite(norm) else math.nan
-            numbers = Numbers(rms, norm, std, largest, *lost)
-            (layer.outputs if what == "output" else layer.gradients)[self.batch] = numbers
-            if not math.isfinite(norm) and layer.name != "input":
-                self.broken.append((self.batch, what, layer))
-        self._seen.clear()
 
     def _entering(self, name: str) -> Any:
         def hook(module: nn.Module, inputs: Any) -> None:
-            if self._listens:
-                if not self._stack:
-                    self._see("input", self.model, first_tensor(inputs))
-                self._stack.append((name, module, len(self._seen)))
+            if not self._stack:
+                self._see("input", self.model, first_tensor(inputs))
+            self._stack.append((name, module, len(self._seen)))
 
         return hook
 
     def _leaving(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if self._listens and self._stack:
-            name, _, seen = self._stack.pop()
-            if len(self._seen) == seen:
-                self._see(name, module, first_tensor(output))
+        name, _, seen = self._stack.pop()
+        if len(self._seen) == seen:
+            self._see(name, module, first_tensor(output))
 
     def _see(self, name: str, module: nn.Module, tensor: Tensor | None) -> None:
         if tensor is None:
@@ -184,23 +159,26 @@ class Recorder(TorchDispatchMode):
             weight = name != "input" and any(p.dim() > 1 for p in module.parameters())
             new = Layer(name, call, type(module).__name__, weight, tensor.dtype)
             self.layers[name, call] = new
-        layer = self.layers[name, call]
-        size, lost = tensor.numel(), self.in_fp16
-        self._seen.append((layer, "output", size, _sums(tensor, False)))
+        layer, batch = self.layers[name, call], self.batch
+        self._seen.append(layer)
+
+        def add(what: str, tensor: Tensor) -> None:
+            numbers = _numbers(tensor, self.in_fp16)
+            (layer.outputs if what == "output" else layer.gradients)[batch] = numbers
+            if not math.isfinite(numbers.norm) and name != "input":
+                self.broken.append((batch, what, layer))
+
+        add("output", tensor)
         if getattr(module, "activation", None) == "relu":  # a fused batch norm
             self._count("ReLU", name, module, tensor)
         if tensor.requires_grad and name != "input":
-
-            def hook(gradient: Tensor) -> None:
-                self._seen.append((layer, "gradient", size, _sums(gradient, lost)))
-
-            tensor.register_hook(hook)
+            tensor.register_hook(lambda gradient: add("gradient", gradient))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Looks at the outputs of activation functions, whoever calls them."""
         output = func(*args, **(kwargs or {}))
         kind = _KINDS.get(func._schema.name.removeprefix("aten::").removesuffix("_"))
-        if kind and self._stack and self._listens and output.numel():
+        if kind and self._stack and output.numel():
             name, module, _ = self._stack[-1]
             self._count(kind, name, module, output, args[1] if kind == "softmax" else -1)
         return output
@@ -212,7 +190,7 @@ class Recorder(TorchDispatchMode):
         if not isinstance(module, nn.RNNBase):  # An RNN has the same units at every step.
             call = self._calls[name, kind]
             self._calls[name, kind] += 1
-        last = self._seen[-1][0].kind if self._seen else ""
+        last = self._seen[-1].kind if self._seen else ""
         channels = 1 if output.dim() > 3 or (output.dim() == 3 and last.endswith("1d")) else -1
         self.units.setdefault((name, kind, call), Units(name, kind)).add(output, channels, dim)
 
@@ -228,15 +206,17 @@ def first_tensor(value: Any) -> Tensor | None:
     return next((tensor for tensor in map(first_tensor, parts) if tensor is not None), None)
 
 
-def _sums(tensor: Tensor, in_fp16: bool) -> Tensor:
-    """Returns what :class:`Numbers` are computed from, on the device, without waiting for it."""
+def _numbers(tensor: Tensor, in_fp16: bool) -> Numbers:
     values = tensor.detach()
     values = values.float() if values.element_size() < 4 else values
     low, high = values.aminmax()
-    norm = torch.linalg.vector_norm(values, dtype=torch.float64)  # Squares may overflow fp32.
-    sums = [norm, values.mean().double(), torch.maximum(-low, high).double()]
+    wide = torch.linalg.vector_norm(values, dtype=torch.float64)  # squares may be beyond fp32
+    sums = [wide, values.mean().double(), torch.maximum(-low, high).double()]
     if in_fp16:
         present = values != 0
-        lost = (present & (values.abs() < _FP16_LOST)).sum() / present.sum().clamp_min(1)
-        sums.append(lost.double())
-    return torch.stack(sums)
+        lost = present & (values.abs() < _FP16_LOST)
+        sums.append(lost.sum().double() / present.sum().clamp_min(1))
+    norm, mean, largest, *share = torch.stack(sums).tolist()
+    rms = norm / math.sqrt(values.numel())
+    std = math.sqrt(max(rms * rms - mean * mean, 0.0)) if math.isfinite(norm) else math.nan
+    return Numbers(rms, norm, std, largest, *share)

@@ -13,14 +13,19 @@ from steadygrad.examination.evidence import REMEDIES, THRESHOLDS
 from steadygrad.examination.examination import Examination, Verdict
 from steadygrad.examination.recording import Recorder
 
+# What makes norms, steps and the sharpness large; to cut these would leave it as it is.
+_CAUSES = ("growth", "saturated")
+
 
 def judge(
     found: Examination, recorder: Recorder, model: nn.Module, lost: dict[str, float]
 ) -> list[Verdict]:
     """Returns what stands out, the surest first; ``lost`` is the share that fp16 loses, by layer."""
     judge = _Judge(found, recorder)
-    found_by = (judge.not_finite(model), judge.depth(), judge.units(lost), judge.steps())
-    return sorted((v for each in found_by for v in each), key=lambda verdict: -verdict.sure)
+    verdicts = [*judge.not_finite(model), *judge.depth(), *judge.units(lost)]
+    causes = [verdict for verdict in verdicts if verdict.kind in _CAUSES]
+    verdicts += judge.steps(bool(causes))
+    return sorted(verdicts, key=lambda verdict: -verdict.sure)
 
 
 class _Judge:
@@ -48,8 +53,11 @@ class _Judge:
         kind = "not finite"
         for name, p in model.named_parameters():
             if count := int((~p.detach().isfinite()).sum()):
-                text = f"parameter {name} has {count} elements that are not finite"
-                yield self.verdict(kind, 1.0, count, text)
+                text = (
+                    f"parameter {name} is not finite, in {count:,} of {p.numel():,} elements, and so is "
+                    "nothing that is computed from it: load a state from before that"
+                )
+                yield self.verdict(kind, 1.0, count, text, "checkpoint")
         for batch, numbers in self.input.outputs.items() if self.input else ():
             if not math.isfinite(numbers.norm):
                 text = f"the input of batch {batch} has elements that are not finite"
@@ -67,10 +75,12 @@ class _Judge:
                     f"the first {place} that is not finite is that of {layer.name or 'the model'}, "
                     f"in batch {batch}{': fp16 ends at 65,504' if half else ''}"
                 )
-                yield self.verdict(kind, sure, batch, text, "loss scale" if half else "skip")
+                yield self.verdict(kind, sure, batch, text, "loss scale" if half else "")
 
     def depth(self) -> Iterator[Verdict]:
         found = self.found
+        if any("Norm" in layer.kind for layer in found.layers):
+            return  # whatever the weights are, the norms set the size of what is behind them
         remedy = "" if any(units.kind == "ReLU" for units in found.units) else "Glorot"
         for what, factor, steps in (
             ("activations", found.factor, found.depth),
@@ -84,45 +94,68 @@ class _Judge:
                 yield self.verdict("vanishing", 0.7, factor, text, remedy)
 
     def units(self, lost: dict[str, float]) -> Iterator[Verdict]:
+        dead = [
+            u for u in self.found.units if u.kind == "ReLU" and u.share > THRESHOLDS["dead"].value
+        ]
+        if dead:
+            behind = ", ".join(unit.name for unit in dead[1:5]) + ", ..." * (len(dead) > 5)
+            text = (
+                f"{dead[0].share:.0%} of the ReLU units of {dead[0].name or 'the model'} are dead"
+                f"{f' (further on also of {behind})' if behind else ''}: 0 for every example, so that "
+                "no gradient passes and what is before them does not learn; the bias or the weights "
+                "before them put them far below 0"
+            )
+            yield self.verdict("dead", 0.6 + 0.35 * dead[0].share, dead[0].share, text)
         for unit in self.found.units:
             where, share = unit.name or "the model", float(unit.share)
-            if unit.kind != "softmax":
-                kind = "dead" if unit.kind == "ReLU" else "saturated"
-                text = f"{share:.0%} of the {unit.kind} units of {where} are {kind}"
-                yield from self.above(kind, 0.5 + 0.35 * share, share, text)
-            elif share < THRESHOLDS["entropy"].value:
-                text = f"the attention of {where} has {share:.2g} of a uniform one's entropy"
+            if unit.kind in ("tanh", "sigmoid"):
+                text = (
+                    f"{share:.0%} of the {unit.kind} units of {where} are saturated: they hardly "
+                    "pass on a gradient, since the weights or inputs before them are too large"
+                )
+                yield from self.above("saturated", 0.6 + 0.35 * share, share, text)
+            elif unit.kind == "softmax" and share < THRESHOLDS["entropy"].value:
+                text = (
+                    f"the attention of {where} has {share:.2g} of a uniform one's entropy: it looks "
+                    "at one place alone"
+                )
                 yield self.verdict("entropy", 0.4, share, text)
         for name, share in lost.items():
             text = f"fp16 loses {share:.0%} of the gradient of {name}: it is below 6e-8"
             yield from self.above("underflow", 0.8, share, text)
 
-    def steps(self) -> Iterator[Verdict]:
+    def steps(self, caused: bool) -> Iterator[Verdict]:
         found = self.found
         tried = found.trials[0] if found.trials else None
         ratio = found.lr / found.largest_stable_lr if found.largest_stable_lr > 0 else math.nan
-        sure, flatter = (0.6 if ratio < 5 else 0.8), ""
+        sure, then = (0.6 if ratio < 5 else 0.8), ""
+        # What comes of a cause that is named already needs no line of its own.
+        comes, none = (", which comes of the above", "none") if caused else ("", "")
         if tried is not None and not tried.holds:
-            # A clip would hide what a better start removes.
-            grows = found.factor > THRESHOLDS["growth"].value
-            order = [*REMEDIES] if grows else ["clip", *REMEDIES]
+            # A clip hides what a better start removes.
+            order = [*REMEDIES] if caused else ["clip", *REMEDIES]
             holding = [trial.remedy for trial in found.trials if trial.holds]
-            start, end = tried.losses[0], tried.losses[-1]
-            text = f"it will be lost: on a copy the loss went from {start:.3g} to {end:.3g} in "
-            text += f"{len(tried.losses)} steps"
+            start, steps = tried.losses[0], len(tried.losses)
+            text = f"the run will be lost: tried on a copy, the loss went from {start:.3g} to "
+            text += f"{tried.end:.3g} in {steps} steps"
+            if ratio > 1 and not caused:
+                text += f", at {ratio:,.3g} x the largest stable learning rate"
+            elif tried.end <= 5 * abs(start) and not caused:
+                text += ", at a rate that its curvature does not allow"
             best = next((name for name in order if name in holding), "")
-            yield self.verdict("lost", 0.95, end, text, best)
+            yield self.verdict("lost", 0.95, tried.end, text, best)
         elif tried is not None:
-            sure, flatter = 0.45, "; a copy found a flatter place"
+            sure, then = 0.45, "; tried on a copy, it holds all the same"
         if tried is not None:
-            text = f"the first step is {tried.first_step:,.3g} x as long as the parameters"
-            yield from self.above("first step", 0.85, tried.first_step, text)
-        stable = f"the largest stable one, {found.largest_stable_lr:.2g}{flatter}"
-        yield from self.above("rate", sure, ratio, f"the learning rate is {ratio:,.3g} x {stable}")
+            text = f"the first step is {tried.first_step:,.3g} x as long as the parameters{comes}"
+            yield from self.above("first step", 0.65, tried.first_step, text, none)
+        stable = f"the largest stable one, {found.largest_stable_lr:.2g}{comes}{then}"
+        text = f"the learning rate, {found.lr:.2g}, is {ratio:,.3g} x {stable}"
+        yield from self.above("rate", sure, ratio, text, none)
         norms = [norm for norm in found.norms if math.isfinite(norm)] or [0.0]
         spike = max(norms) / (statistics.median(norms) or math.inf)
-        text = f"the largest gradient norm is {spike:,.3g} x the median: a batch is a spike"
-        yield from self.above("spike", 0.5, spike, text)
+        text = f"the largest gradient norm is {spike:,.3g} x the median: a batch is a spike{comes}"
+        yield from self.above("spike", 0.5, spike, text, none)
         if self.input is not None:
             rms = self.input.rms
             text = f"the inputs have a root mean square of {rms:.3g}: they are not normalised"

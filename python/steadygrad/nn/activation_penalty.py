@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from steadygrad import _kernels
 from steadygrad.clip import as_number, device_of
-from steadygrad.memory import allocator, is_asynchronous
+from steadygrad.composite import has_kernels
+from steadygrad.memory import allocator
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -181,7 +182,7 @@ def _fits(input: Tensor, grad_output: Tensor) -> bool:
         and input.dtype == grad_output.dtype
         and input.dtype in _DTYPES
         and input.layout == grad_output.layout == torch.strided
-        and (input.device.type == "cpu" or is_asynchronous(input.device))
+        and has_kernels(input.device)
         and not _is_transformed()
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0

@@ -12,7 +12,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from steadygrad import _kernels
+from steadygrad.composite import has_kernels
 from steadygrad.nn import gradient, operators
 from steadygrad.nn.gradient import Options
 from steadygrad.nn.synchronized import synchronized_batch_norm
@@ -26,7 +26,7 @@ _TRACED = (Tensor, Parameter, FakeTensor, FunctionalTensor)
 _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, torch.float64, *_HALF)
 # CUDA tensors go to torch if the wheel has no CUDA kernels, or if this torch was built for ROCm.
-_ON_CUDA = _kernels.is_asynchronous("cuda") and torch.version.hip is None
+_ON_CPU, _ON_CUDA = (has_kernels(torch.device(device)) for device in ("cpu", "cuda"))
 
 
 def batch_norm(
@@ -171,7 +171,7 @@ def _kernels_take(
     """
     # A tracer can follow only these two conditions, so the ones for eager calls come after them.
     transformed = torch._C._are_functorch_transforms_active()
-    if torch.compiler.is_exporting() or transformed:
+    if torch.compiler.is_exporting() or transformed or not _ON_CPU:
         return False  # exported code runs without this package
     if traced:
         fits = _fits(_TRACED, input, weight, bias, options)

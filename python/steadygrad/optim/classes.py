@@ -71,6 +71,7 @@ class StabilizedClass(StabilizedOptimizer):
         self._options = StabilizerOptions(**{name: kwargs.pop(name) for name in given})
         self._stepper = None
         super().__init__(*args, **kwargs)
+        self._check_kernels()
         self._join_zero_redundancy(given)
 
     def _check_keywords(self, given: Iterable[str], own: set[str]) -> None:

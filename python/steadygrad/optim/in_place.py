@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from steadygrad import composite
 from steadygrad.distributed.dtensors import local_tensor
 from steadygrad.memory import is_asynchronous, is_number_on
 from steadygrad.optim.options import StabilizerOptions, checked_number
@@ -49,7 +50,10 @@ def why_not_fused(
             return "differentiable=True"
         if group.get("capturable") and not all(is_asynchronous(p.device) for p in group["params"]):
             return "capturable=True"
-    names = {id(group): rule.state_names(group) for group in optimizer.param_groups}
+    no_kernel = composite.why_no_kernel(param for param, _ in params)
+    names = {}
+    if no_kernel is None:
+        names = {id(group): rule.state_names(group) for group in optimizer.param_groups}
     seen: set[int] = set()
     for param, group in params:
         if is_lazy(param):
@@ -58,12 +62,12 @@ def why_not_fused(
         why = _why_not_param(local, rule)
         if why is None and local.numel() > 0 and local.data_ptr() in seen:
             why = "a parameter appears twice, or two share memory"
-        if why is None:
+        if why is None and no_kernel is None:
             why = _why_not_state(optimizer, param, rule, names[id(group)])
         if why is not None:
             return why
         seen.add(local.data_ptr())
-    return None
+    return no_kernel
 
 
 def _why_not_param(param: Tensor, rule: UpdateRule) -> str | None:

@@ -86,7 +86,9 @@ class ParamStorage:
         """Returns the dtype of a parameter's state."""
         return self.state_dtype or param.dtype if param.dtype in HALF_DTYPES else param.dtype
 
-    def check_fits(self, params: list[Tensor], why_in_place: str | None) -> None:
+    def check_fits(
+        self, params: list[Tensor], why_in_place: str | None, function: str = "step"
+    ) -> None:
         """Refuses storage that a step with these parameters cannot do; ``why_in_place`` is None on the fused path.
 
         Raises:
@@ -97,7 +99,7 @@ class ParamStorage:
         for name, (value, default) in asked.items():
             if why_in_place is not None and value != default:
                 raise ValueError(
-                    f"step: {name}: expected {default!r} if the wrapped optimizer does the update itself "
+                    f"{function}: {name}: expected {default!r} if the wrapped optimizer does the update itself "
                     f"({why_in_place}), got {value!r}"
                 )
         for i, param in enumerate(params if self.rounding == "master" else []):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steadygrad.composite import why_no_kernel
 from steadygrad.distributed.parts import zero_redundancy_optimizer
 from steadygrad.memory import Outcome
 from steadygrad.optim.accumulation import Accumulated
@@ -105,6 +106,13 @@ class StabilizedOptimizer(SettableLimits):
             for holder in holders:
                 holder.pop(name, None)
 
+    def _check_kernels(self) -> None:
+        """Refuses options that only kernels have, where none takes the parameters."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        why = why_no_kernel(params)
+        if why is not None:
+            self._options.storage.check_fits([], why, type(self).__name__)
+
     def _add_group_keys(self, kept: list[dict[str, Any]] | None = None) -> None:
         for i, group in enumerate(self.param_groups):
             defaults = kept[i] if kept is not None else self._options.group_defaults()
@@ -155,8 +163,9 @@ class StabilizedOptimizer(SettableLimits):
         """The global norm of the last step's gradients before clipping, 0-d; NaN before the first step.
 
         It is the norm after unscaling and after a penalty that comes before the clip. The tensor is on the parameters'
-        device, which is not waited for, in fp64 if any parameter is fp64, else in fp32. It is infinite if the norm of
-        finite gradients is beyond that dtype's range; they are clipped correctly all the same.
+        device, which is not waited for (on the CPU if no kernel takes the parameters, since the step has waited), in
+        fp64 if any parameter is fp64, else in fp32. It is infinite if the norm of finite gradients is beyond that
+        dtype's range; they are clipped correctly all the same.
         """
         outcome = self._current_stepper().last_outcome
         params = [p for group in self.param_groups for p in group["params"]]

@@ -202,6 +202,7 @@ class Stabilizer(StabilizedOptimizer, torch.optim.Optimizer):
                 ),
             }
         )
+        self._check_kernels()
         self._join_zero_redundancy(own=())
         self._current_stepper()  # takes over from the optimizer's last wrapper
         # A second wrapper, or one around a loaded checkpoint, uses its own limits; the counters go on.

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import RLock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary, ref
 
 import torch
 from torch import Tensor
 
-from steadygrad import _kernels
+from steadygrad import _kernels, composite
+from steadygrad.distributed.dtensors import local_tensor
 from steadygrad.distributed.sharding import Sharding, sharding_of
 from steadygrad.memory import Outcome
 from steadygrad.optim.accumulation import Accumulated
+from steadygrad.optim.composite_plan import CompositePlan
 from steadygrad.optim.errors import NonfiniteGradientError, nonfinite_message
 from steadygrad.optim.hooks import is_watched, run_hooked
 from steadygrad.optim.in_place import (
@@ -38,6 +40,11 @@ from steadygrad.optim.state import (
 )
 from steadygrad.telemetry.recorder import Recorder, recorder_of
 from steadygrad.telemetry.settings import Telemetry
+
+if TYPE_CHECKING:
+    from steadygrad.optim.composite_plan import CompositeOutcome
+
+    AnyOutcome = _kernels.Outcome | Outcome | CompositeOutcome
 
 # The stepper that stepped each optimizer last, by the optimizer's id; the optimizer lives at least as long.
 _steppers: WeakValueDictionary[int, Stepper] = WeakValueDictionary()
@@ -117,14 +124,17 @@ class Stepper:
         self._rule = rule
         self._base_step = base_step
         self._runs_hooks = runs_hooks
-        self._plan: _kernels.Plan | None = None
+        self._plan: _kernels.Plan | CompositePlan | None = None
+        self._refused_by_kernels = (
+            False  # what torch's operations take, such as penalties of complex parameters
+        )
         self._parameters = 0
         self._sharding: Sharding | None = None
         self._captured_shardings: list[Sharding | None] = []
         self._why_in_place: str | None = None
         self._new_state: dict[Tensor, dict[str, Tensor]] = {}
-        self.outcome: _kernels.Outcome | Outcome | None = None
-        self.last_outcome: _kernels.Outcome | Outcome | None = None
+        self.outcome: AnyOutcome | None = None
+        self.last_outcome: AnyOutcome | None = None
         # None as long as the host takes the decisions.
         self._device_steps: DeviceSteps | None = None
         self.policies = options.policy_states()
@@ -281,7 +291,8 @@ class Stepper:
             self._prepare(optimizer, request)
 
     def _check_own_numbers(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._rule is None:
+        # Without the extension nobody else knows the numbers of a rule.
+        if self._rule is None or not composite.has_kernels(torch.device("cpu")):
             device = decision_device(optimizer.param_groups)
             for number in range(len(optimizer.param_groups)):
                 check_own_numbers(optimizer, number, self._options, device)
@@ -294,11 +305,12 @@ class Stepper:
     ) -> None:
         """Makes the plan for what is there now; ``why_in_place`` is set if a step that cannot be fused has begun."""
         groups = optimizer.param_groups
-        device = decision_device(groups)
+        params = [param for group in groups for param in group["params"]]
+        goes_through_torch = self._goes_through_torch(params)
+        device = None if goes_through_torch else decision_device(groups)
         rule = "none" if self._rule is None else self._rule.name
         clips_units = self._options.unit_clipping is not None
         _kernels.check_param_groups(rule, groups, self._limits, clips_units, device)
-        params = [param for group in groups for param in group["params"]]
         why_in_place = why_in_place or self._why()
         self._options.storage.check_fits(params, why_in_place)
         if self._device_steps is not None:
@@ -322,14 +334,35 @@ class Stepper:
         slots = self._slots(optimizer, request) if fused else [None] * len(params)
         if self._device_steps is not None:
             first = [slot is None or slot.first for slot in slots]
-            self._device_steps.prepare(first, self._plan)
+            replaced = None if isinstance(self._plan, CompositePlan) else self._plan
+            self._device_steps.prepare(first, replaced)
         if self._plan is not None and self._plan.captured:
             self._captured_shardings.append(self._sharding)
         self._sharding = sharding_of(groups, self._options, self._sharding)
+        if goes_through_torch:
+            self._plan = CompositePlan(rule, groups, self._options, self._limits)
+            return
         self._plan = _kernels.Plan(
             rule, fused, groups, slots, self._options.kernel_options(), self._limits, device
         )
         self._plan.seal(optimizer.state)
+
+    def _goes_through_torch(self, params: list[Tensor]) -> bool:
+        """Whether gradients are stabilized by torch's operations, as no kernel takes these parameters."""
+        if composite.why_no_kernel(params) is not None:
+            return True
+        return self._refused_by_kernels and composite.takes([local_tensor(p) for p in params])
+
+    def _may_go_through_torch(
+        self, optimizer: torch.optim.Optimizer, grads: list[Tensor | None]
+    ) -> bool:
+        """Whether torch's operations may take what kernels have just refused."""
+        if isinstance(self._plan, CompositePlan) or self._refused_by_kernels:
+            return False
+        params = [local_tensor(p) for group in optimizer.param_groups for p in group["params"]]
+        tensors = [*params, *(grad for grad in grads if grad is not None)]
+        # Without numbers there is nothing to decide by: the kernels' refusal says so.
+        return composite.takes(tensors) and not any(tensor.is_meta for tensor in tensors)
 
     def _slots(
         self, optimizer: torch.optim.Optimizer, request: Request
@@ -360,7 +393,7 @@ class Stepper:
         optimizer: torch.optim.Optimizer,
         request: Request,
         in_place: tuple[list[Tensor | None], bool] | None = None,
-    ) -> _kernels.Outcome | Outcome | None:
+    ) -> AnyOutcome | None:
         """Takes the step by one call into the kernels; returns None if nothing was done, since a new plan is needed.
 
         ``in_place`` is given if the optimizer does the update itself: the gradients, and whether to wait for a device.
@@ -412,7 +445,10 @@ class Stepper:
             )
         except TypeError:
             if in_place is not None:
-                raise
+                if not self._may_go_through_torch(optimizer, in_place[0]):
+                    raise
+                self._refused_by_kernels = True
+                return None
             # A gradient may have become sparse since the plan was made.
             self._prepare(optimizer, request)
             if self._why_in_place is None:
@@ -420,16 +456,20 @@ class Stepper:
             return None
         if not taken:
             return None
-        outcome = known = plan.outcome if on_device is None else on_device
-        self.outcome = outcome
+        outcome: AnyOutcome
+        known: AnyOutcome
         if on_device is None:
+            outcome = known = plan.outcome
             # A step that creates state has zero gradients, but this rank cannot know that of other ranks' gradients.
             creates_state = creates_state and (sharding is None or known.norm == 0)
-        elif read_back:
-            known = on_device.read()
+        else:
+            outcome = known = on_device
+            if read_back:
+                known = on_device.read()
+        self.outcome = outcome
         if not creates_state:
             self.last_outcome = outcome
-        if isinstance(known, _kernels.Outcome) and known.refused:
+        if not isinstance(known, Outcome) and known.refused:
             counted = plan.nonfinite() if nonfinite is None else nonfinite.tolist()
             indices, total = plan.active_indices(), known.nonfinite
             raise NonfiniteGradientError(nonfinite_message(groups, indices, counted, total))
@@ -445,16 +485,12 @@ class Stepper:
 
     # -- fused ----------------------------------------------------------------------------------
 
-    def _fused(
-        self, optimizer: torch.optim.Optimizer, request: Request
-    ) -> _kernels.Outcome | Outcome | None:
+    def _fused(self, optimizer: torch.optim.Optimizer, request: Request) -> AnyOutcome | None:
         """Takes the step together with the update; returns None if only the optimizer's own step can."""
         outcome = None if self._plan is None else self._run(optimizer, request)
         return self._fused_anew(optimizer, request) if outcome is None else outcome
 
-    def _fused_anew(
-        self, optimizer: torch.optim.Optimizer, request: Request
-    ) -> _kernels.Outcome | Outcome | None:
+    def _fused_anew(self, optimizer: torch.optim.Optimizer, request: Request) -> AnyOutcome | None:
         """Takes the step with a new plan, since there is none or it no longer fits; None as in :meth:`_fused`."""
         if self._why_in_place is None:
             self._prepare(optimizer, request)
@@ -540,9 +576,7 @@ class Stepper:
             raise
 
     @torch.no_grad()
-    def _stabilize_grads(
-        self, optimizer: torch.optim.Optimizer, request: Request
-    ) -> _kernels.Outcome | Outcome:
+    def _stabilize_grads(self, optimizer: torch.optim.Optimizer, request: Request) -> AnyOutcome:
         # Hooks and the closure may have exchanged any param group.
         self._check_own_numbers(optimizer)
         options, sums = self._options, request.sums

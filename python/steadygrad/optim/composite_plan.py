@@ -1,0 +1,526 @@
+"""The in-place path where no kernel takes the gradients: norm, policies and clip in torch's own operations.
+
+The definition is that of :mod:`steadygrad.reference.step`. What it does not do, the update itself and all that belongs
+to it, is the wrapped optimizer's own step, as on the in-place path with kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from steadygrad import _kernels, composite
+from steadygrad.composite import Norm
+from steadygrad.distributed.dtensors import local_tensor
+from steadygrad.policies.adaptive import CLIPPING, ClipAdaptive
+from steadygrad.policies.on_host import (
+    COEFFICIENT,
+    LIMIT,
+    NORM,
+    apply_policy,
+    enter_spike,
+    is_spike,
+)
+from steadygrad.reference.clip import clip_coefficient
+from steadygrad.without_kernels import check_tensor
+
+if TYPE_CHECKING:
+    from steadygrad.optim.options import StabilizerOptions
+
+Groups = list[dict[str, Any]]
+Rows = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class CompositeOutcome:
+    """What a step has decided; the attributes are those of ``_kernels.Outcome``."""
+
+    norm: float
+    nonfinite: int
+    refused: bool
+    skipped: bool
+    spiked: bool
+    clipped: bool
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """A param group's own numbers; infinity where nothing is limited."""
+
+    max_norm: float
+    clip_value: float
+    l1: float
+    l2: float
+    clipping: float
+
+
+@dataclass(frozen=True)
+class _Gradient:
+    """A gradient that takes part: its parameter's place among all, the number of the param group, and its limits."""
+
+    place: int
+    group: int
+    param: Tensor
+    grad: Tensor
+    limits: _Limits
+
+
+class CompositePlan:
+    """Stabilizes the gradients of one optimizer; has the methods of ``_kernels.Plan`` that the in-place path calls.
+
+    Every step waits once for each device, since the host decides: a wrapped step cannot be taken back.
+
+    Args:
+        rule: name of the optimizer's rule, whose numbers are checked where there is an extension that knows them.
+        param_groups: of the optimizer.
+        options: of the step.
+        defaults: of limits that a param group lacks.
+    """
+
+    captured = False
+
+    def __init__(
+        self,
+        rule: str,
+        param_groups: Groups,
+        options: StabilizerOptions,
+        defaults: dict[str, float | None],
+    ) -> None:
+        self._rule = rule
+        self._options = options
+        self._defaults = defaults
+        self._params = [list(group["params"]) for group in param_groups]
+        self._gradients: list[_Gradient] = []
+        self._norms: list[Norm] = []
+        self._outcome: CompositeOutcome | None = None
+
+    @property
+    def outcome(self) -> CompositeOutcome:
+        """What the last step has decided."""
+        assert self._outcome is not None
+        return self._outcome
+
+    def seal(self, state: Mapping[Tensor, Any]) -> None:
+        """Remember nothing: the wrapped optimizer may do with its state what it likes."""
+
+    def matches(self, param_groups: Groups, state: Mapping[Tensor, Any]) -> bool:
+        """Tell whether the parameters are still those that the plan was made for; refuse wrong numbers."""
+        self._check(param_groups)
+        if len(param_groups) != len(self._params):
+            return False
+        return all(
+            len(group["params"]) == len(known)
+            and all(param is before for param, before in zip(group["params"], known, strict=True))
+            for group, known in zip(param_groups, self._params, strict=True)
+        )
+
+    def active(self) -> list[Tensor]:
+        """Return the parameters that took part in the last step."""
+        return [gradient.param for gradient in self._gradients]
+
+    def active_indices(self) -> list[int]:
+        """Return their places."""
+        return [gradient.place for gradient in self._gradients]
+
+    def nonfinite(self) -> list[int]:
+        """Return how many elements of each were not finite."""
+        return [norm.nonfinite for norm in self._norms]
+
+    @torch.no_grad()
+    def step(
+        self,
+        param_groups: Groups,
+        state: Mapping[Tensor, Any],
+        scaling: _kernels.Scaling | None,
+        grads: Sequence[Tensor | None] | None,
+        reduction: _kernels.Reduction | None,
+        clip_rows: Tensor | None,
+        skip_row: Tensor | None,
+        telemetry: _kernels.Telemetry | None,
+        skips_nonfinite: bool,
+        creates_state: bool,
+        memory: object,
+    ) -> bool:
+        """Decide, and change the gradients in place unless the step is skipped or refused.
+
+        Returns False, with nothing done, where the parameters were exchanged. The arguments are those of
+        ``_kernels.Plan.step``.
+
+        Raises:
+            TypeError: a gradient is none that torch can compute with.
+            ValueError: a number is out of range, a gradient is expanded, or has another shape than its parameter.
+        """
+        if not self.matches(param_groups, state):
+            return False
+        assert grads is not None  # as on the in-place path
+        options = self._options
+        limits = [self._limits(group, creates_state) for group in param_groups]
+        unscale, found_inf = _scaled_by(scaling)
+        self._gradients = self._gathered(grads, limits)
+        self._norms = composite.norms_of(
+            [partial(self._unscaled, each, unscale) for each in self._gradients],
+            options.norm_type,
+        )
+        scopes = _Scopes(self._gradients, self._norms, options, limits)
+        if reduction is not None and reduction.reduce is not None:
+            found_inf = scopes.reduce(reduction, found_inf)
+        total = scopes.total
+        nonfinite = "skip" if skips_nonfinite else options.nonfinite
+        skipped = found_inf or (total.nonfinite > 0 and nonfinite == "skip")
+        refused = not skipped and total.nonfinite > 0 and nonfinite == "raise"
+        scopes.zeroes = zeroes = total.nonfinite > 0 and nonfinite == "zero"
+        scopes.clip = clip = None if clip_rows is None else clip_rows.numpy()
+        spiked = clipped = False
+        if not (skipped or refused):
+            norm = scopes.seen(total)
+            skip = None if skip_row is None else skip_row.numpy()[0]
+            if skip is not None and options.skip is not None:
+                spiked = skipped = is_spike(options.skip, skip, norm)
+            if not spiked and clip is not None and reduction is not None and reduction.ask_policy:
+                clip[:, NORM] = 0.0
+                for scope, of_scope in scopes.norms.items():
+                    clip[scope, NORM] = scopes.seen(of_scope)
+                places = self._memory()
+                reduction.ask_policy()
+                if self._memory() != places:
+                    raise RuntimeError(
+                        "step: parameters: expected tensors that stay as they are while a clip policy's limits() "
+                        "runs, got one whose memory, shape or dtype was replaced"
+                    )
+            if skip is not None and options.skip is not None:
+                enter_spike(options.skip, skip, norm)
+        taken = not (skipped or refused)
+        units: list[Tensor | None] = []
+        if taken:
+            scopes.apply_policy()
+            units = [self._unit_coefficients(each, unscale, zeroes) for each in self._gradients]
+            clipped = scopes.is_clipped() or any(
+                bool((of_units != 1).any()) for of_units in units if of_units is not None
+            )
+        norm = scopes.seen(total) if taken else total.norm
+        self._outcome = CompositeOutcome(norm, total.nonfinite, refused, skipped, spiked, clipped)
+        if telemetry is not None:
+            self._record(telemetry, scopes)
+        for each, of_units in zip(self._gradients, units, strict=False):
+            self._write(each, unscale, zeroes, scopes.coefficient(each.group, each.place), of_units)
+        return True
+
+    # -- what there is --------------------------------------------------------------------------
+
+    def _check(self, param_groups: Groups) -> None:
+        clips_units = self._options.unit_clipping is not None
+        _kernels.check_param_groups(self._rule, param_groups, self._defaults, clips_units, None)
+
+    def _limits(self, group: dict[str, Any], creates_state: bool) -> _Limits:
+        def number(key: str) -> float:
+            value = group.get(key, self._defaults.get(key))
+            return math.inf if value is None else float(value)
+
+        nothing = creates_state
+        return _Limits(
+            max_norm=math.inf if nothing else number("max_norm"),
+            clip_value=number("clip_value"),
+            l1=0.0 if nothing or self._options.l1_mode == "proximal" else number("l1"),
+            l2=0.0 if nothing else number("l2"),
+            clipping=number(CLIPPING),
+        )
+
+    def _gathered(
+        self, grads: Sequence[Tensor | None], limits: Sequence[_Limits]
+    ) -> list[_Gradient]:
+        gathered: list[_Gradient] = []
+        place = -1
+        for number, params in enumerate(self._params):
+            for whole in params:
+                place += 1
+                grad = grads[place]
+                if grad is None:
+                    continue
+                each = _Gradient(place, number, local_tensor(whole), grad, limits[number])
+                self._check_gradient(each)
+                gathered.append(each)
+        return gathered
+
+    def _check_gradient(self, each: _Gradient) -> None:
+        where = f"step: parameters[{each.place}].grad"
+        grad, limits = each.grad, each.limits
+        check_tensor(where, grad)
+        composite.check_writable(where, grad)
+        if grad.device.type == "meta":
+            raise TypeError(f"{where}: expected a tensor with memory, got one on meta")
+        for name, tensor in ((f"step: parameters[{each.place}]", each.param), (where, grad)):
+            # The wrapped optimizer's own step would crash.
+            if tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0:
+                raise RuntimeError(
+                    f"{name}: expected a tensor with memory, got one whose storage was freed"
+                )
+        by_unit = self._clips_units(limits)
+        if by_unit and grad.is_complex():
+            raise TypeError(
+                f"step: parameters[{each.place}]: expected a real tensor, as complex ones cannot be clipped by unit, "
+                f"got {grad.dtype}"
+            )
+        if (limits.l1 or limits.l2 or by_unit) and grad.shape != each.param.shape:
+            raise ValueError(
+                f"{where}: expected the shape of the parameter, {tuple(each.param.shape)}, got {tuple(grad.shape)}"
+            )
+
+    def _memory(self) -> list[Any]:
+        """Return where the numbers of parameters and gradients lie, and how."""
+        return [
+            (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            for each in self._gradients
+            for tensor in (each.param, each.grad)
+        ]
+
+    def _clips_units(self, limits: _Limits) -> bool:
+        return self._options.unit_clipping is not None and limits.clipping != math.inf
+
+    # -- the decision ---------------------------------------------------------------------------
+
+    def _unit_coefficients(self, each: _Gradient, unscale: float, zeroes: bool) -> Tensor | None:
+        """Return the factors of a gradient's units, which broadcast; None where it is not clipped by unit."""
+        if not self._clips_units(each.limits) or each.grad.numel() == 0:
+            return None
+        assert isinstance(self._options.clip, ClipAdaptive)
+        grad = self._unscaled(each, unscale)
+        if zeroes:
+            grad = _with_zeros(grad)
+        param_norms, grad_norms = _unit_norms(each.param), _unit_norms(grad)
+        limits = each.limits.clipping * param_norms.clamp(min=self._options.clip.eps)
+        factors = torch.where(
+            grad_norms <= limits, torch.ones_like(grad_norms), limits / grad_norms
+        )
+        return factors.to(grad.dtype)
+
+    # -- gradients ------------------------------------------------------------------------------
+
+    def _unscaled(self, each: _Gradient, unscale: float) -> Tensor:
+        return self._before_clip(_read(each.grad), each, unscale)
+
+    def _before_clip(self, value: Tensor, each: _Gradient, unscale: float) -> Tensor:
+        if unscale != 1:
+            value = _scaled(value, unscale)
+        if self._options.penalty_order == "before_clip":
+            value = _with_penalty(value, each)
+        return value
+
+    def _write(
+        self,
+        each: _Gradient,
+        unscale: float,
+        zeroes: bool,
+        coefficient: float,
+        of_units: Tensor | None,
+    ) -> None:
+        given = _read(each.grad)
+        value = self._before_clip(given, each, unscale)
+        if zeroes:
+            value = _with_zeros(value)
+        if of_units is not None:
+            value = value * torch.minimum(of_units, torch.full_like(of_units, coefficient))
+        elif coefficient != 1:
+            value = _scaled(value, coefficient)
+        limit = each.limits.clip_value
+        if limit != math.inf:
+            clamped = composite.as_real(value).clamp(-limit, limit)
+            value = torch.view_as_complex(clamped) if value.is_complex() else clamped
+        if self._options.penalty_order == "after_clip":
+            value = _with_penalty(value, each)
+        if value is not given:
+            each.grad.copy_(value)
+
+    # -- telemetry ------------------------------------------------------------------------------
+
+    def _record(self, telemetry: _kernels.Telemetry, scopes: _Scopes) -> None:
+        outcome = self.outcome
+        taken = not (outcome.skipped or outcome.refused)
+        by_unit = scopes.clip is not None and self._options.unit_clipping is not None
+        columns, flags = _kernels.TELEMETRY_COLUMNS, _kernels.TELEMETRY_FLAGS
+        row = telemetry.rows.numpy()[int(telemetry.recorded) % telemetry.history]
+        row[columns["norm"]] = outcome.norm
+        known = taken and not (by_unit and outcome.clipped)
+        row[columns["clipped_norm"]] = scopes.clipped_norm() if known else math.nan
+        row[columns["limit"]] = scopes.total_limit(taken and not by_unit)
+        row[columns["flags"]] = sum(flag for name, flag in flags.items() if getattr(outcome, name))
+        row[columns["nonfinite"]] = outcome.nonfinite
+        if telemetry.per_tensor:
+            norms, counts = np.split(row[len(columns) :], 2)
+            norms.fill(math.nan)
+            counts.fill(0)
+            for place, norm in scopes.tensors.items():
+                norms[place], counts[place] = norm.norm, norm.nonfinite
+        telemetry.recorded.add_(1)
+
+
+class _Scopes:
+    """The norms of a step's gradients by clip scope, and the coefficients that follow from them.
+
+    Attributes:
+        total: of all gradients.
+        groups: of each param group.
+        tensors: of each gradient, by its place; where processes have combined them, of every parameter.
+        norms: of each clip scope that has gradients.
+        zeroes: whether non-finite elements count as 0.
+        clip: the rows of the clip policy, or None.
+    """
+
+    def __init__(
+        self,
+        gradients: Sequence[_Gradient],
+        norms: Sequence[Norm],
+        options: StabilizerOptions,
+        limits: Sequence[_Limits],
+    ) -> None:
+        self._gradients = gradients
+        self._options = options
+        self._limits = limits
+        self._has_elements = {each.group for each in gradients if each.grad.numel() > 0}
+        self.zeroes = False
+        self.clip: Rows | None = None
+        self.tensors = {each.place: norm for each, norm in zip(gradients, norms, strict=True)}
+        self.total = composite.combined(norms, options.norm_type)
+        self._set_groups([self._of_group(g, gradients) for g in range(len(limits))])
+
+    def _of_group(self, group: int, gradients: Sequence[_Gradient]) -> Norm:
+        members = [self.tensors[each.place] for each in gradients if each.group == group]
+        return composite.combined(members, self._options.norm_type)
+
+    def _set_groups(self, groups: list[Norm]) -> None:
+        self.groups = groups
+        by_scope = {"global": {0: self.total}, "group": dict(enumerate(groups))}
+        self.norms: dict[int, Norm] = by_scope.get(self._options.scope, self.tensors)
+
+    def reduce(self, reduction: _kernels.Reduction, found_inf: bool) -> bool:
+        """Combine the norms of all processes, as ``csrc/core/scope_sums.h`` has it; return whether one found_inf."""
+        p, groups = self._options.norm_type, len(self._limits)
+        counted = reduction.counted.tolist()
+        here = [each for each in self._gradients if counted[each.place]]
+        rows = np.zeros(tuple(reduction.rows.shape))
+        rows[0] = composite.row_of(Norm(float(found_inf), self.total.nonfinite), 1.0)
+        for group in range(groups):
+            rows[1 + group] = composite.row_of(self._of_group(group, here), p)
+        per_tensor = len(rows) > 1 + groups
+        for each in here if per_tensor else ():
+            rows[1 + groups + each.place] = composite.row_of(self.tensors[each.place], p)
+        flags, *norms = composite.reduced(rows, reduction, p)
+        self.total = composite.with_flags(composite.combined(norms[:groups], p), flags)
+        if per_tensor:
+            self.tensors = dict(enumerate(norms[groups:]))
+        self._set_groups(norms[:groups])
+        self._has_elements |= {g for g, norm in enumerate(self.groups) if norm.norm > 0}
+        return flags.finite_norm > 0
+
+    def seen(self, norm: Norm) -> float:
+        """Return what clips look at of a norm."""
+        return norm.finite_norm if self.zeroes else norm.norm
+
+    def apply_policy(self) -> None:
+        """Let the clip policy find every scope's coefficient, and learn."""
+        if self.clip is None:
+            return
+        assert self._options.clip is not None
+        for scope, norm in self.norms.items():
+            total = self.seen(self.total)
+            apply_policy(self._options.clip, self.clip[scope], self.seen(norm), total)
+
+    def coefficient(self, group: int, place: int) -> float:
+        """Return the factor of a parameter's gradient: the smaller one of its group's limit and the policy's."""
+        scope = {"global": 0, "group": group}.get(self._options.scope, place)
+        own = clip_coefficient(self._limits[group].max_norm, self.seen(self.norms[scope]))
+        if self.clip is None or math.isnan(own):
+            return own
+        return min(own, float(self.clip[scope, COEFFICIENT]))
+
+    def is_clipped(self) -> bool:
+        """Tell whether a coefficient is not 1, in any process where the limit is not of single tensors."""
+        if self._options.scope == "tensor":
+            return any(
+                self.coefficient(each.group, each.place) != 1
+                for each in self._gradients
+                if each.grad.numel() > 0 or self.norms[each.place].norm > 0
+            )
+        return any(self.coefficient(group, 0) != 1 for group in self._has_elements)
+
+    def clipped_norm(self) -> float:
+        """Return the norm of all gradients after the clip."""
+        p = self._options.norm_type
+        if self._options.scope == "tensor":
+            own = {each.place: each.group for each in self._gradients}
+            scaled = [
+                self.seen(norm) * (self.coefficient(own[place], place) if place in own else 1.0)
+                for place, norm in self.norms.items()
+            ]
+        else:
+            coefficients = {g: self.coefficient(g, 0) for g in sorted(self._has_elements)}
+            if self._options.scope == "global" and len(set(coefficients.values())) == 1:
+                return next(iter(coefficients.values())) * self.seen(self.total)
+            scaled = [c * self.seen(self.groups[g]) for g, c in coefficients.items()]
+        return composite.combined([Norm(norm) for norm in scaled], p).finite_norm
+
+    def total_limit(self, has_policy_limit: bool) -> float:
+        """Return the one number that limits the total norm; NaN where there is none."""
+        of_groups = {self._limits[group].max_norm for group in self._has_elements}
+        if self._options.scope != "global" or len(of_groups) != 1:
+            return math.nan
+        (limit,) = of_groups
+        if self.clip is None:
+            return limit
+        return min(limit, float(self.clip[0, LIMIT])) if has_policy_limit else math.nan
+
+
+def _scaled_by(scaling: _kernels.Scaling | None) -> tuple[float, bool]:
+    """Return what gradients are multiplied by, and whether a scaler has found infinities; waits for both.
+
+    A scale on a device is checked here alone: one that no gradient can be divided by skips the step, as it does there.
+    """
+    if scaling is None:
+        return 1.0, False
+    unscale, found_inf = scaling.unscale, scaling.found_inf
+    if scaling.grad_scale_tensor is not None:
+        scale = float(scaling.grad_scale_tensor)
+        if not 0 < scale < math.inf:
+            return 1.0, True
+        unscale = 1.0 / scale
+    if scaling.found_inf_tensor is not None:
+        found_inf = float(scaling.found_inf_tensor) > 0
+    return unscale, found_inf
+
+
+def _read(grad: Tensor) -> Tensor:
+    return composite.widened(grad.resolve_conj().resolve_neg())
+
+
+def _scaled(value: Tensor, factor: float) -> Tensor:
+    for part in composite.factors(value, factor):
+        value = value * part
+    return value
+
+
+def _with_penalty(value: Tensor, each: _Gradient) -> Tensor:
+    l1, l2 = each.limits.l1, each.limits.l2
+    return value + composite.penalty_gradient(each.param, l1, l2) if l1 or l2 else value
+
+
+def _with_zeros(value: Tensor) -> Tensor:
+    parts = composite.as_real(value)
+    parts = torch.where(torch.isfinite(parts), parts, torch.zeros_like(parts))
+    return torch.view_as_complex(parts) if value.is_complex() else parts
+
+
+def _unit_norms(tensor: Tensor) -> Tensor:
+    wide = composite.widened(tensor) if tensor.device.type == "mps" else tensor.double()
+    units = wide.flatten(1) if wide.ndim >= 2 else wide.reshape(1, -1)
+    # Relative to the largest element, so that no square leaves the range.
+    largest = units.abs().amax(1, keepdim=True)
+    scale = torch.where((largest > 0) & largest.isfinite(), largest, torch.ones_like(largest))
+    norms: Tensor = scale * torch.linalg.vector_norm(units / scale, dim=1, keepdim=True)
+    return norms.reshape(-1, *[1] * (wide.ndim - 1)) if wide.ndim >= 2 else norms.reshape(())
