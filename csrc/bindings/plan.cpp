@@ -310,8 +310,9 @@ bool Plan::step(const py::list& param_groups, const py::dict& state, const Scali
     const py::gil_scoped_acquire acquire;
     announce_step(writes_grads);
   };
-  const auto scratch = [&](int64_t bytes) { return scratch_of(memory->allocate, bytes); };
   on_backend(device_, [&](const Backend& backend, Stream stream) {
+    if (!on_host) record_stream(stream);
+    const auto scratch = [&](int64_t bytes) { return scratch_of(memory->allocate, bytes, stream); };
     backend.step(tensors_, counters_, group_options_, options_, all, combined, announce, table_, scratch,
                  stream);
   });
@@ -357,12 +358,22 @@ StepMemory Plan::device_memory(const DeviceMemory& given, const Scaling* scaling
   return memory;
 }
 
-void* Plan::scratch_of(const py::object& allocate, int64_t bytes) {
+// torch gives freed memory to the stream that it was made on, whatever still runs on other streams but those
+// that were recorded.
+void Plan::record_stream(Stream stream) {
+  if (device_memory_.empty() || stream.handle == memory_stream_) return;
+  const py::object recorded = py::module_::import("torch.cuda").attr("current_stream")(stream.device);
+  for (const py::object& tensor : device_memory_) tensor.attr("record_stream")(recorded);
+  memory_stream_ = stream.handle;
+}
+
+void* Plan::scratch_of(const py::object& allocate, int64_t bytes, Stream stream) {
   std::vector<py::object> kept;
   void* const scratch = allocated(allocate, bytes, device_, kept);
   // A captured graph needs its memory to stay in place.
   if (!captured()) device_memory_.clear();
   device_memory_.push_back(std::move(kept.back()));
+  memory_stream_ = stream.handle;
   return scratch;
 }
 

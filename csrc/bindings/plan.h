@@ -86,7 +86,9 @@ class Plan {
   // Return the memory of a step, still without policies and telemetry.
   StepMemory host_memory();
   StepMemory device_memory(const DeviceMemory& given, const Scaling* scaling);
-  void* scratch_of(const py::object& allocate, int64_t bytes);
+  void* scratch_of(const py::object& allocate, int64_t bytes, Stream stream);
+  // Before the plan's memory is used on a stream.
+  void record_stream(Stream stream);
   void count_on_host(const py::list& param_groups, bool only_creates_state);
   // Bumps the versions of what the step writes.
   void announce_step(bool writes_grads) const;
@@ -129,6 +131,7 @@ class Plan {
   // What an asynchronous backend keeps from step to step, and the memory that it was given for it.
   StepTable table_;
   std::vector<py::object> device_memory_;
+  void* memory_stream_ = nullptr;  // the stream that it was made on, or that was recorded last
 };
 
 void define_plan(py::module_& module);

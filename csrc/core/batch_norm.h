@@ -115,22 +115,8 @@ struct Moments {
   double count = 0;
 };
 
-// Merges two sets of moments without cancellation (Chan, Golub and LeVeque 1979).
-STEADYGRAD_INLINE void merge(Moments& a, const Moments& b) {
-  if (b.count == 0) return;
-  if (a.count == 0) {
-    a = b;
-    return;
-  }
-  const double count = a.count + b.count;
-  const double delta = b.mean - a.mean;
-  a.mean += delta * (b.count / count);
-  a.squares += b.squares + delta * delta * (a.count * (b.count / count));
-  a.count = count;
-}
-
 // Merges many sets of moments in order; of(i) returns the i-th. The two passes save a division for each of
-// them.
+// them (Chan, Golub and LeVeque 1979).
 template <class Of>
 STEADYGRAD_INLINE Moments combined_moments(int64_t parts, Of of) {
   Moments all;
@@ -149,6 +135,28 @@ STEADYGRAD_INLINE Moments combined_moments(int64_t parts, Of of) {
   return all;
 }
 
+// Mean and biased variance of one channel.
+struct ChannelStatistics {
+  double mean;
+  double var;
+  double count;
+};
+
+STEADYGRAD_INLINE ChannelStatistics channel_statistics(const Moments& moments) {
+  return {moments.mean, moments.count > 0 ? moments.squares / moments.count : 0, moments.count};
+}
+
+// Combines all parts, from one vector of statistics of each part. A single part is kept to the bit.
+STEADYGRAD_INLINE ChannelStatistics combined_statistics(const double* parts, int64_t count, int64_t channels,
+                                                        int64_t channel) {
+  const int64_t size = statistics_size(channels);
+  if (count == 1) return {parts[channel], parts[channels + channel], parts[2 * channels]};
+  return channel_statistics(combined_moments(count, [&](int64_t i) {
+    const double* const part = parts + i * size;
+    return Moments{part[channel], part[channels + channel] * part[2 * channels], part[2 * channels]};
+  }));
+}
+
 // Computes moments from sum(x - shift) and sum((x - shift)^2). If the shift is one of the elements,
 // cancellation loses at most a factor of `count`.
 STEADYGRAD_INLINE Moments moments_from_sums(double shift, double sum, double squares, double count) {
@@ -156,6 +164,22 @@ STEADYGRAD_INLINE Moments moments_from_sums(double shift, double sum, double squ
   const double mean = sum / count;
   const double left = squares - sum * mean;
   return {shift + mean, left < 0 ? 0 : left, count};
+}
+
+// Sums of a channel's elements around a shift, to which parts are added without a division. The shift is
+// the mean of one of the parts; moments_from_sums() ends it.
+struct ShiftedSums {
+  double sum = 0;
+  double squares = 0;
+  double count = 0;
+};
+
+STEADYGRAD_INLINE void add(ShiftedSums& sums, const Moments& part, double shift) {
+  const double delta = part.mean - shift;
+  const double weighted = delta * part.count;
+  sums.sum += weighted;
+  sums.squares += part.squares + delta * weighted;
+  sums.count += part.count;
 }
 
 STEADYGRAD_INLINE double inverse_deviation(double var, double eps) { return 1 / std::sqrt(var + eps); }

@@ -109,9 +109,8 @@ void batch_norm_normalize(const BatchNorm& norm, const BatchNormOutput& out, con
 
 void batch_norm_combine(const double* parts, int64_t count, int64_t channels, double* statistics,
                         const RunningStatistics& running, const Allocate&, Stream) {
-  const int64_t size = statistics_size(channels);
   double elements = 0;
-  for (int64_t i = 0; i < count; ++i) elements += parts[i * size + 2 * channels];
+  for (int64_t i = 0; i < count; ++i) elements += parts[i * statistics_size(channels) + 2 * channels];
   statistics[2 * channels] = elements;
   const double factor = running_factor(running, count_batch(running));
   if (elements == 0) {
@@ -119,17 +118,9 @@ void batch_norm_combine(const double* parts, int64_t count, int64_t channels, do
     return;
   }
   for (int64_t c = 0; c < channels; ++c) {
-    if (count == 1) {  // the statistics of a single part are kept to the bit
-      statistics[c] = parts[c];
-      statistics[channels + c] = parts[channels + c];
-    } else {
-      const Moments moments = combined_moments(count, [&](int64_t i) {
-        const double* const part = parts + i * size;
-        return Moments{part[c], part[channels + c] * part[2 * channels], part[2 * channels]};
-      });
-      statistics[c] = moments.mean;
-      statistics[channels + c] = moments.squares / elements;
-    }
+    const ChannelStatistics found = combined_statistics(parts, count, channels, c);
+    statistics[c] = found.mean;
+    statistics[channels + c] = found.var;
     update_running(running, c, factor, statistics[c], statistics[channels + c], elements);
   }
 }

@@ -8,14 +8,14 @@
 
 namespace steadygrad::cpu {
 
-// Norms of every tensor's transformed gradient (before the clip), from one read of the gradients; two for a
-// general p. `transforms` has one entry per tensor's group.
+// Computes the norms of every tensor's transformed gradient before the clip. It reads the gradients once, or
+// twice for a general p. `transforms` has an entry per param group.
 class GradNorms {
  public:
   GradNorms(const Tensors& tensors, const ChunkTable& table, const std::vector<TransformOptions>& transforms,
             NormType type);
 
-  // Of the tensors for which selected(tensor index) holds, in the order of the list.
+  // Returns the norm over the tensors for which selected(tensor index) is true, in the order of the list.
   template <class Selected>
   Norm over(Selected selected) const {
     return norm_of(type_, sums_over(selected));
@@ -44,10 +44,10 @@ class GradNorms {
   std::vector<bool> empty_;
 };
 
-// The rows of several scopes as one.
+// Combines the rows of several scopes to one.
 ScopeSums combined_sums(NormType type, const ScopeSums* rows, size_t count);
 
-// The norm of all gradients; with a reduction, of all processes' tensors.
+// Returns the norm of the tensors; with a reduction, of the tensors of all processes.
 Norm total_norm(const Tensors& tensors, const ChunkTable& table, NormType type, const Reduction& reduction);
 
 }  // namespace steadygrad::cpu

@@ -9,8 +9,8 @@
 
 namespace steadygrad::cpu {
 
-// grad = transform(grad), with the options that transform_of gives for a tensor's index; where they change
-// nothing, nothing is written.
+// Computes grad = transform(grad), with the options that transform_of returns for a tensor's index. Nothing
+// is written if the options change nothing.
 using TransformOf = std::function<TransformOptions(int32_t tensor)>;
 using UnitsOf = std::function<TensorUnits(int32_t tensor)>;
 void transform_grads(const Tensors& tensors, const ChunkTable& table, const TransformOf& transform_of,

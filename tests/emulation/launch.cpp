@@ -8,6 +8,7 @@
 #include "emulation/device.h"
 #include "emulation/errors.h"
 #include "emulation/launches.h"
+#include "emulation/settings.h"
 #include "emulation/workers.h"
 
 namespace steadygrad::emulation {
@@ -40,11 +41,9 @@ cudaError_t check(const Grid& grid, const void* kernel) {
   cudaFuncGetAttributes(&attributes, kernel);
   if (grid.shared_bytes > static_cast<size_t>(attributes.maxDynamicSharedSizeBytes))
     return cudaErrorInvalidValue;
-  const auto resident = static_cast<uint64_t>(kMultiprocessors * resident_blocks(grid.shared_bytes));
-  if (grid.cooperative && grid.block_count > resident) {
-    return cudaErrorCooperativeLaunchTooLarge;
-  }
-  return cudaSuccess;
+  if (!grid.cooperative) return cudaSuccess;
+  const uint64_t resident = cooperative_multiprocessors() * resident_blocks(grid.shared_bytes);
+  return grid.block_count > resident ? cudaErrorCooperativeLaunchTooLarge : cudaSuccess;
 }
 
 }  // namespace

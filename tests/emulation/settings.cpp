@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <thread>
 
+#include "emulation/device.h"
 #include "emulation/sanitizers.h"
 
 namespace steadygrad::emulation {
@@ -66,6 +67,11 @@ Settings read() {
 const Settings& settings() {
   static const Settings result = read();
   return result;
+}
+
+uint64_t cooperative_multiprocessors() {
+  std::string problem;
+  return Reader(problem).number("COOPERATIVE", kMultiprocessors, 0, kMultiprocessors);
 }
 
 }  // namespace steadygrad::emulation

@@ -21,4 +21,7 @@ struct Settings {
 
 const Settings& settings();
 
+// How many of the device's multiprocessors a cooperative launch gets; read at every one.
+uint64_t cooperative_multiprocessors();
+
 }  // namespace steadygrad::emulation

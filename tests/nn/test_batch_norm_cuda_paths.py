@@ -160,6 +160,23 @@ def test_same_bits_every_time(
 
 @each_path
 @each_layout
+def test_one_block_far_from_the_others(
+    device: torch.device, take: Callable[[str], None], path: str, layout: str
+) -> None:
+    """Its mean is the shift around which the blocks' sums are put together."""
+    take(path)
+    case = Case((64, 24, 16, 16), device, torch.float32, layout, "bn")
+    values = case.array("input")
+    values[:2] += 1e5
+    case.put("input", values)
+    exact = case.batch_statistics()
+    statistics = case.forward()[2].cpu().numpy()
+    np.testing.assert_allclose(statistics[:24], exact.mean, rtol=1e-6)
+    np.testing.assert_allclose(statistics[24:48], exact.var, rtol=1e-6)
+
+
+@each_path
+@each_layout
 @pytest.mark.parametrize("offset", [1, 3, 8])
 def test_storage_offsets(
     device: torch.device, take: Callable[[str], None], path: str, layout: str, offset: int
@@ -219,6 +236,63 @@ def test_batches_are_counted_once(
     unbiased = exact.var * exact.count / (exact.count - 1)
     np.testing.assert_allclose(mean.cpu(), factor * exact.mean, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(var.cpu(), factor * unbiased, rtol=1e-5)
+
+
+@pytest.fixture
+def emulated(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The environment of the emulator, which has 8 multiprocessors."""
+    if device.type != "cpu":
+        pytest.skip("only the emulator can be given fewer multiprocessors than it says that it has")
+    return monkeypatch
+
+
+@each_layout
+def test_a_part_of_the_device(
+    emulated: pytest.MonkeyPatch, take: Callable[[str], None], layout: str
+) -> None:
+    """Under MPS and in green contexts a launch is refused that would fit the device: two reads need no such one."""
+    case = Case((64, 24, 16, 16), torch.device("cpu"), torch.float32, layout, "add+relu")
+    take("two_reads")
+    want = results(case)
+    take("one_read")
+    assert launches(case.forward) == LAUNCHES["one_read"]
+    emulated.setenv("STEADYGRAD_EMULATION_COOPERATIVE", "4")
+    _, mask, statistics = case.forward()
+    assert launches(case.forward) == LAUNCHES["two_reads"]
+    assert launches(lambda: case.backward(mask, statistics)) == LAUNCHES["two_reads"]
+    assert same_bits(results(case), want)
+
+
+@each_layout
+def test_launch_margin(
+    emulated: pytest.MonkeyPatch, take: Callable[[str], None], layout: str
+) -> None:
+    """One read leaves multiprocessors to the kernels of NCCL, where it is told to or there are several processes."""
+    case = Case((64, 24, 16, 16), torch.device("cpu"), torch.float32, layout, "add+relu", mean=3.0)
+    take("one_read")
+    emulated.setenv("STEADYGRAD_EMULATION_COOPERATIVE", "4")
+    emulated.setenv("STEADYGRAD_BATCH_NORM_MARGIN", "4")
+    assert launches(case.forward) == LAUNCHES["one_read"]
+    exact = case.batch_statistics()
+    case.keep_off_the_kink(exact)
+    output, mask, statistics = case.forward()
+    case.assert_output(output, exact)
+    case.assert_gradients(case.backward(mask, statistics), exact)
+    emulated.delenv("STEADYGRAD_BATCH_NORM_MARGIN")
+    emulated.delenv("STEADYGRAD_EMULATION_COOPERATIVE")
+    emulated.setenv("WORLD_SIZE", "1")
+    assert launches(case.forward) == LAUNCHES["one_read"]
+    emulated.setenv("WORLD_SIZE", "8")  # leaves 16 multiprocessors, more than there are
+    assert launches(case.forward) == LAUNCHES["two_reads"]
+
+
+@pytest.mark.parametrize("margin", ["few", "-1", "3.5"])
+def test_margin_without_sense(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, margin: str
+) -> None:
+    monkeypatch.setenv("STEADYGRAD_BATCH_NORM_MARGIN", margin)
+    with pytest.raises(ValueError, match=f"multiprocessors, 0 or more, got '{margin}'"):
+        Case((32, 32, 8, 8), device).forward()
 
 
 def test_path_without_sense(device: torch.device, take: Callable[[str], None]) -> None:

@@ -205,6 +205,29 @@ def combine(
     return statistics, mean, var, tracked
 
 
+@pytest.mark.parametrize("counts", [(30.0,), (30.0, 1.0, 7.0), (0.0, 3.0, 0.0, 9.0)], ids=str)
+def test_combined_statistics_to_the_bit(backend: Backend, counts: tuple[float, ...]) -> None:
+    """Parts are added in their order, without a division for each; one part alone stays what it is."""
+    case = Case((4, 3, 5), backend.device)
+    rows = np.random.default_rng(0).normal(3.0, 1.0, (len(counts), 7)) ** 2
+    rows[:, -1] = counts
+    part = case.vector(rows.size).view(rows.shape)
+    part.copy_(torch.from_numpy(rows))
+    got = combine(case, part, 0.1)[0].cpu().numpy()
+    total = sum(counts)
+    for c in range(3):
+        mean = squares = 0.0
+        for row, count in zip(rows, counts, strict=True):
+            mean += row[c] * count
+        mean /= total
+        for row, count in zip(rows, counts, strict=True):
+            delta = row[c] - mean
+            squares += row[3 + c] * count + delta * delta * count if count else 0.0
+        want = (mean, squares / total) if len(counts) > 1 else (rows[0, c], rows[0, 3 + c])
+        assert (got[c], got[3 + c]) == want
+    assert got[6] == total
+
+
 @each_dtype
 @pytest.mark.parametrize("momentum", [0.1, 0.0, 1.0, None])
 @pytest.mark.parametrize("kind", DTYPES, ids=str)

@@ -283,6 +283,32 @@ def test_steps_follow_the_current_stream(backend: Backend, rule: str) -> None:
     assert_same(ours, mine, same, expected)
 
 
+def test_a_plans_memory_is_recorded_on_other_streams(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else torch would give it away, as soon as it grows or the plan ends, while that stream still reads it."""
+    record = Tensor.record_stream
+    recorded: list[torch.Stream] = []
+
+    def observe(tensor: Tensor, stream: torch.Stream) -> None:
+        recorded.append(stream)
+        record(tensor, stream)
+
+    monkeypatch.setattr(Tensor, "record_stream", observe)
+    params = dense_parameters(device=backend.device)
+    optimizer = made("AdamW", params)
+    put(static_gradients(params), sequence_for(params, 1)[0])
+    optimizer.step()
+    assert recorded == []
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        optimizer.step()
+        optimizer.step()
+    assert recorded == [side]
+    torch.cuda.current_stream().wait_stream(side)
+
+
 def test_a_step_without_gradients_follows_the_current_stream(backend: Backend) -> None:
     # Without gradients to take the device from, the stream has to be the parameters' all the same.
     params = dense_parameters(device=backend.device)

@@ -1,6 +1,7 @@
-// Two reads, backward: the sums of the gradient and of its products with the input, then the gradients of
-// input and residual, from the last element to the first. The residual's is written with the input's: written
-// with the sums it would drive what the second read needs out of L2.
+// The backward pass in two reads. The first read takes the sums of the gradient and of its products with the
+// input; the second one writes the gradients of input and residual, from the last element to the first. The
+// residual's gradient is known in the first read already, but written there it would drive what the second
+// read needs out of L2.
 #include "core/backend.h"
 #include "cuda/batch_norm/one_read.h"
 #include "cuda/batch_norm/passes.h"
@@ -53,8 +54,8 @@ struct InputArguments {
   Tiles tiles;
   BatchNorm norm;
   BatchNormGradient grad;
-  const double* sums;         // null: the statistics are constants
-  const double* count_there;  // null: `count` holds
+  const double* sums;         // null where the statistics are constants
+  const double* count_there;  // the elements of a channel, or null where `count` says them
   double count;
 };
 
@@ -88,7 +89,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksAtOnce<Access>)
   InputGradient<T> gradients[kKept];
   take_channels<kKept>(shared_gradients, cursor.x(), cursor.channel(), tiles.shape.channels, gradients);
 #pragma unroll
-  for (int k = 0; k < kKept; ++k) gradients[k].center = centers[k];  // one register for both
+  for (int k = 0; k < kKept; ++k) gradients[k].center = centers[k];  // so both take one register
   cursor.seek(cursor.count() - 1);
   for (int left = cursor.count(); left > 0; left -= kAtOnce) {
     Place places[kAtOnce];
@@ -125,7 +126,8 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksAtOnce<Access>)
   }
 }
 
-// `sums`: where they go, may be null; weight's and bias's gradients go where `grad` says.
+// Finds the sums and leaves them in `sums`, unless it is null; weight's and bias's gradients go where `grad`
+// says.
 void launch_sums(const BatchNorm& norm, const BatchNormGradient& grad, GradientSums* partials,
                  const Tiles& tiles, double* sums, Stream stream) {
   with_access(tiles, [&](auto access, auto columns) {

@@ -1,4 +1,5 @@
-// What a block has to know of its channels, worked out once in fp64 and kept in shared memory.
+// A block works out in fp64 what its threads have to know of their channels, once, and keeps it in shared
+// memory.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +17,8 @@ __device__ __forceinline__ Normalization<T> channel_normalization(const BatchNor
                           channel_value(norm.weight, channel, 1), channel_value(norm.bias, channel, 0));
 }
 
-// Fills shared[i] with find(channel) for the channels of a group. The block meets at the end.
+// Fills shared[i] with find(channel) for the channels of a group. All threads of the block have to call this,
+// since it ends with a barrier.
 template <class Value, class Find>
 __device__ __forceinline__ void share_channels(const Tiles& tiles, int64_t group, Value* shared, Find find) {
   const int64_t first = group * tiles.group_channels();
@@ -26,7 +28,7 @@ __device__ __forceinline__ void share_channels(const Tiles& tiles, int64_t group
   __syncthreads();
 }
 
-// A thread's own channels: x names its unit of columns, or its channel.
+// Copies the entries of a thread's own channels; x is the thread's unit of columns, or its channel.
 template <int kKept, class Value>
 __device__ __forceinline__ void take_channels(const Value* shared, int x, int64_t first, int64_t channels,
                                               Value (&own)[kKept]) {
@@ -40,9 +42,9 @@ __device__ __forceinline__ void take_channels(const Value* shared, int x, int64_
   }
 }
 
-// What it takes to find ReLU's mask again, besides the center. It stays in shared memory: few calls need it,
-// and registers are what backward kernels lack.
-// kUnits: as many as a group is wide.
+// Scale and offset of each channel, with which ReLU's mask is found again where none was kept. They stay in
+// shared memory, because few calls need them and backward kernels lack registers. kUnits is the width of a
+// group in units.
 template <class T, int kKept, int kUnits>
 struct ReluTerms {
   T scale[kKept][kUnits];
@@ -55,15 +57,15 @@ struct ReluTerms {
       offset[k][x] = own[k].offset;
     }
   }
-  // Volatile: else the compiler would keep all of them in registers.
+  // The read is volatile because the compiler would else keep all of them in registers.
   __device__ __forceinline__ Normalization<T> get(int k, int x, T center) const {
     return {center, *const_cast<const volatile T*>(&scale[k][x]),
             *const_cast<const volatile T*>(&offset[k][x])};
   }
 };
 
-// Leaves the terms in shared memory and returns the centers of the thread's own channels. `channels`: shared
-// memory too.
+// Leaves the terms in shared memory and the centers of the thread's own channels in `centers`. `channels` is
+// shared memory too.
 template <class T, int kKept, int kUnits>
 __device__ __forceinline__ void share_relu_terms(const Tiles& tiles, const BatchNorm& norm, int64_t group,
                                                  int x, int y, int64_t first, Normalization<T>* channels,

@@ -1,5 +1,6 @@
-// Two reads, forward: every block sums up its part of a group of channels; then, once the sums are put
-// together, the elements are normalised from the last to the first, so that those read last are still in L2.
+// The forward pass in two reads. In the first one every block sums up its part of a group of channels; once
+// the sums are put together, the second one normalises from the last element to the first, so that those read
+// last are still in L2.
 #include "core/backend.h"
 #include "cuda/batch_norm/one_read.h"
 #include "cuda/batch_norm/passes.h"
@@ -42,7 +43,7 @@ struct NormalizeArguments {
   Tiles tiles;
   BatchNorm norm;
   BatchNormOutput out;
-  int64_t* num_batches_tracked;  // null, or goes up by one here: earlier kernels of the call have read it
+  int64_t* num_batches_tracked;  // goes up by one here, after earlier kernels have read it; may be null
 };
 
 template <class Access, bool kColumns>
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksAtOnce<Access>)
   }
 }
 
-// The statistics of `norm.input`, by two kernels.
+// Finds the statistics of `norm.input` with two kernels.
 void launch_statistics(const BatchNorm& norm, double* statistics, const RunningStatistics& running,
                        const Allocate& allocate, Stream stream) {
   const Tiles tiles = tiles_for(kFunction, norm.shape, norm.dtype, are_aligned(norm.input), false, stream);

@@ -68,11 +68,8 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksAtOnce<Access>)
         }
       }
     }
-    total_of_team(teams, team, rank, round, shared.totals, reinterpret_cast<GradientSums*>(shared.merged),
-                  [](GradientSums& a, const GradientSums& b) {
-                    a.grads += b.grads;
-                    a.products += b.products;
-                  });
+    total_of_team<GradientTotal>(teams, team, rank, round, shared.totals,
+                                 reinterpret_cast<GradientSums*>(shared.merged));
     const int64_t channel = group * tiles.group_channels() + threadIdx.x;
     if (static_cast<int>(threadIdx.x) < tiles.group_channels() && channel < tiles.shape.channels) {
       const GradientSums total = shared.totals[threadIdx.x];

@@ -19,7 +19,7 @@ template <class T, int kKept>
 struct ForwardShared {
   union {
     alignas(16) unsigned char sums[sizeof(SharedSums<T, kKept>)];
-    alignas(16) unsigned char merged[sizeof(Moments) * kTileThreads / 2];
+    alignas(16) unsigned char merged[sizeof(ShiftedSums) * kTileThreads / 2];
   };
   alignas(16) unsigned char totals[sizeof(Moments) * kMostTeamChannels];
   Normalization<T> channels[kMostTeamChannels];
@@ -43,8 +43,8 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksAtOnce<Access>)
   const int64_t numel = tiles.numel();
   const int64_t team = blockIdx.x / tiles.splits;
   const int64_t rank = blockIdx.x % tiles.splits;
-  // In shared memory, which costs no register until the statistics are written: every round has a barrier
-  // before.
+  // Kept in shared memory, where it costs no register until the statistics are written; each round has a
+  // barrier before that.
   if (threadIdx.x == 0) shared.batches = running.cumulative ? batches_with_this_one(running) : 0;
   KeptUnits<Access> kept(teams, 0);
   begin_team(teams, team, rank);
@@ -61,18 +61,17 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksAtOnce<Access>)
         for (int k = 0; k < kKept; ++k) totals[cursor.x() * kKept + k] = channel_moments(moments, k);
       }
     }
-    total_of_team(teams, team, rank, round, totals, reinterpret_cast<Moments*>(shared.merged),
-                  [](Moments& a, const Moments& b) { merge(a, b); });
+    total_of_team<MomentsTotal>(teams, team, rank, round, totals,
+                                reinterpret_cast<ShiftedSums*>(shared.merged));
     const int64_t channel = group * tiles.group_channels() + threadIdx.x;
     if (static_cast<int>(threadIdx.x) < tiles.group_channels() && channel < tiles.shape.channels) {
-      const Moments moments = totals[threadIdx.x];
+      const ChannelStatistics found = channel_statistics(totals[threadIdx.x]);
       if (rank == 0) {
-        write_statistics(moments, channel, tiles.shape.channels, arguments.statistics, running,
-                         shared.batches);
+        write_statistics(found, channel, tiles.shape.channels, arguments.statistics, running, shared.batches);
       }
       shared.channels[threadIdx.x] =
-          normalization<T>(moments.mean, moments.squares / moments.count, norm.eps,
-                           channel_value(norm.weight, channel, 1), channel_value(norm.bias, channel, 0));
+          normalization<T>(found.mean, found.var, norm.eps, channel_value(norm.weight, channel, 1),
+                           channel_value(norm.bias, channel, 0));
     }
     __syncthreads();
     Normalization<T> own[kKept];
@@ -96,7 +95,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksAtOnce<Access>)
       }
     }
   }
-  // Whoever has to read it did so before the first round's end.
+  // Every block that reads the number has done so before the barrier of the first round.
   if (blockIdx.x == 0 && threadIdx.x == 0 && running.num_batches_tracked != nullptr) {
     *running.num_batches_tracked += 1;
   }

@@ -1,5 +1,5 @@
-// What one thread does with its units: sums them up, normalises them, takes their gradients. Both paths, of
-// two reads and of one, are made of this.
+// What one thread does with its units: it sums them up, normalises them, and takes their gradients. The paths
+// of two reads and of one read are both made of this.
 #pragma once
 
 #include <cstdint>
@@ -11,22 +11,23 @@
 
 namespace steadygrad::cuda {
 
-// Blocks of a multiprocessor that registers are to suffice for; fp64 takes those of two.
+// How many blocks of a multiprocessor the registers have to suffice for. A block that computes in fp64 takes
+// the registers of two.
 template <class Access>
 constexpr int kBlocksAtOnce = sizeof(typename Access::Compute) == 8 ? 1 : 2;
 
-// Numbers that a thread keeps of each kind: one for each lane, or one for all of them.
+// A thread keeps sums for each of its lanes where these belong to different channels, else one for all lanes.
 template <bool kColumns>
 constexpr int kKeptBy = kColumns ? kUnit : 1;
 
-// Units in flight, of the input, and of input and gradient. Columns of half precision lack the registers for
-// more.
+// How many units a thread loads before it uses them: of the input alone, and of input and gradient each. For
+// more columns of half precision there are not enough registers.
 template <class Access, bool kColumns>
 constexpr int kInputsAtOnce = kColumns && Access::kAtOnce == 8 ? 6 : Access::kAtOnce;
 template <class Access, bool kColumns>
 constexpr int kGradientsAtOnce = kColumns && Access::kAtOnce == 8 ? 3 : kPairsAtOnce<Access>;
 
-// keep(k, unit) gets the thread's k-th unit.
+// Returns the moments of what the thread reads; keep(k, unit) is given its k-th unit.
 template <class Access, bool kColumns, class Keep>
 __device__ __forceinline__ ThreadMoments<typename Access::Compute, kKeptBy<kColumns>> read_moments(
     const Tiles& tiles, const void* input, Cursor<kColumns, Access::kAligned>& cursor, Keep keep) {
@@ -76,7 +77,7 @@ __device__ __forceinline__ Moments channel_moments(const ThreadMoments<T, kKept>
           static_cast<double>(moments.count)};
 }
 
-// Writes output and mask of one unit; `residual` is one too, if there is any.
+// Writes output and mask of one unit. `residual` is the residual's unit, and not read where there is none.
 template <class Access, int kKept>
 __device__ __forceinline__ void normalize_unit(const BatchNorm& norm, const BatchNormOutput& out,
                                                const Place& place, const typename Access::Unit& unit,
@@ -106,7 +107,7 @@ __device__ __forceinline__ void normalize_unit(const BatchNorm& norm, const Batc
   Access::store(out.output, norm.dtype, place, values);
 }
 
-// Which lanes ReLU let through, where it followed.
+// How it is known which lanes ReLU let through: all of them where no ReLU followed.
 enum class Passage : uint8_t { all, mask, recomputed };
 
 __device__ __forceinline__ Passage passage_of(const BatchNorm& norm, const BatchNormGradient& grad) {
@@ -114,7 +115,7 @@ __device__ __forceinline__ Passage passage_of(const BatchNorm& norm, const Batch
   return grad.mask != nullptr ? Passage::mask : Passage::recomputed;
 }
 
-// The mask's bits of a unit; all where there is no mask.
+// Loads a unit's bits of the mask; where there is no mask all are set.
 __device__ __forceinline__ unsigned load_mask(Passage passage, const BatchNormGradient& grad,
                                               const Place& place) {
   return passage == Passage::mask && place.lanes != 0 ? grad.mask[place.mask_byte] : kAllLanes;
@@ -134,7 +135,8 @@ __device__ __forceinline__ unsigned lanes_let_through(Passage passage, unsigned 
   return lanes & bits;
 }
 
-// keep(k, place, unit, passed) gets the thread's k-th unit and the gradient that ReLU let through.
+// Returns the sums over what the thread reads; keep(k, place, unit, passed) is given its k-th unit and the
+// gradient that ReLU let through.
 template <class Access, bool kColumns, int kUnits, class Keep>
 __device__ __forceinline__ ThreadGradientSums<typename Access::Compute, kKeptBy<kColumns>> read_gradient_sums(
     const Tiles& tiles, const BatchNorm& norm, const BatchNormGradient& grad,
@@ -184,7 +186,7 @@ __device__ __forceinline__ ThreadGradientSums<typename Access::Compute, kKeptBy<
   return sums;
 }
 
-// What `center` lacks of the mean is made up for.
+// The sums of one channel. The thread multiplied with x - center, and `center` is the mean rounded to T.
 template <class T, int kKept>
 __device__ __forceinline__ GradientSums channel_sums(const ThreadGradientSums<T, kKept>& sums, int k,
                                                      T center, double mean) {

@@ -9,19 +9,20 @@
 
 namespace steadygrad::cuda {
 
-// Elements of a channel that are summed up before the sums are folded into mean and variance. With the mean
-// of the first of them as the shift little cancels, also where one of them lies far from the others.
+// So many elements of a channel are summed up before the sums are folded into mean and variance. They are
+// summed around the mean of the first of them, so that little cancels even where one of them lies far from
+// the others.
 constexpr int kMostAtOnce = 64;
 
-// Adds what differs by `delta` in the mean and makes up `ratio` of both together; sums of squares would
-// overflow long before their mean does.
+// Merges a variance with that of other elements, whose mean differs by `delta` and which are `ratio` of both
+// together. Variances are merged and not sums of squares, which overflow much earlier.
 template <class T>
 __device__ __forceinline__ void merge_variance(T& variance, T added, T delta, T ratio) {
   variance += (added - variance) * ratio + delta * delta * (ratio * (1 - ratio));
 }
 
-// Mean and variance of what a thread has read. The mean is `base + mean`: `base` follows the data,
-// and `mean` keeps what rounding took from it. kKept: 8 where each lane has its own channel, else 1.
+// Mean and variance of what a thread has read. The mean is `base + mean`: `base` follows the data, and `mean`
+// keeps what rounding took from it. kKept is 8 where each lane has a channel of its own, else 1.
 template <class T, int kKept>
 struct ThreadMoments {
   T base[kKept];
@@ -37,8 +38,8 @@ struct ThreadMoments {
     for (int k = 0; k < kKept; ++k) base[k] = mean[k] = variance[k] = sum[k] = squares[k] = 0;
   }
 
-  // The shift, from some of the elements before any are added: sums of them, and how many, for the time
-  // being.
+  // The shift is the mean of some elements, which have to be given before any are added. Until
+  // finish_shift() `base` holds their sums and `pending` how many they are.
   __device__ __forceinline__ void add_to_shift(const T (&values)[kUnit], unsigned lanes) {
 #pragma unroll
     for (int k = 0; k < kUnit; ++k) base[kKept == 1 ? 0 : k] += has_lane(lanes, k) ? values[k] : T(0);
@@ -86,7 +87,7 @@ struct ThreadMoments {
     }
   }
 
-  // Where the next `more` elements would be too many.
+  // Folds if the sums would hold too many elements with `more` of them.
   __device__ __forceinline__ void fold_before(int more) {
     if (pending + more > kMostAtOnce) fold();
   }
@@ -114,7 +115,7 @@ struct ThreadMoments {
   }
 };
 
-// sum(grad) and sum(grad * (x - center)).
+// What a thread has of sum(grad) and sum(grad * (x - center)).
 template <class T, int kKept>
 struct ThreadGradientSums {
   T grads[kKept] = {};
@@ -123,7 +124,7 @@ struct ThreadGradientSums {
   T products_pending[kKept] = {};
   int pending = 0;
 
-  // Lanes that do not count have zeros.
+  // Lanes that do not count must hold zeros.
   __device__ __forceinline__ void add(const T (&grad)[kUnit], const T (&delta)[kUnit]) {
     if constexpr (kKept == 1) {
       grads_pending[0] +=
@@ -162,7 +163,7 @@ struct ThreadGradientSums {
   }
 };
 
-// Shared memory for what threads hand to each other, one entry for each that takes something.
+// Shared memory in which threads hand their sums to each other; each thread that takes some has an entry.
 template <class T, int kKept>
 struct SharedSums {
   static constexpr int kTakers = kKept == 1 ? kTileThreads : kTileThreads / 2;

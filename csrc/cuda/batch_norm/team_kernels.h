@@ -1,11 +1,12 @@
-// What the kernels of teams are made of, and how they are launched. The header of cooperative groups takes
-// three seconds to compile, so that the plan of teams does without.
+// What the kernels of teams are made of, and how they are launched. This is a header of its own because that
+// of cooperative groups takes three seconds to compile, which team.cu does without.
 #pragma once
 
 #include <cooperative_groups.h>
 #include <cstdint>
 #include <cstring>
 
+#include "cuda/batch_norm/finish.h"
 #include "cuda/batch_norm/team.h"
 #include "cuda/lanes.h"
 #include "cuda/launch.h"
@@ -21,7 +22,7 @@ __device__ __forceinline__ uint4* kept_memory() {
 #endif
 }
 
-// A thread's own units of one tensor.
+// The units of one tensor that a thread keeps for itself.
 template <class Access>
 class KeptUnits {
  public:
@@ -43,13 +44,14 @@ class KeptUnits {
   uint4* memory_;
 };
 
-// Before the first round. The grid's own barrier, which needs no memory of ours, then shows everybody the
-// zero.
+// Has to be called before the first round, whose meeting is the grid's own barrier: that one needs no memory
+// of ours, and publishes the zero.
 __device__ __forceinline__ void begin_team(const Teams& teams, int64_t team, int64_t rank) {
   if (rank == 0 && threadIdx.x == 0) teams.arrived[team * kArrivedStride] = 0;
 }
 
-// All blocks of the team, in every round; what they wrote before can be read after it, past L1.
+// Waits for all blocks of the team, which meet once in every round. What they wrote before can be read after
+// it, by loads that pass L1 by.
 __device__ __forceinline__ void meet_team(const Teams& teams, int64_t team, int round) {
   if (round == 0) {
     if (teams.meets) cooperative_groups::this_grid().sync();
@@ -68,11 +70,13 @@ __device__ __forceinline__ void meet_team(const Teams& teams, int64_t team, int 
   __syncthreads();
 }
 
-// From the totals of this block, in shared memory, to those of the team, in every block. Two rounds' partials
-// are kept apart: a block that is ahead can be one round ahead.
-template <class Partial, class Combine>
+// Puts the totals of the team's blocks together, in every one of them; `totals`, in shared memory, holds this
+// block's before and the team's after. The partials of two rounds are kept apart, because a block can be one
+// round ahead of another.
+template <class Total>
 __device__ __forceinline__ void total_of_team(const Teams& teams, int64_t team, int64_t rank, int round,
-                                              Partial* totals, Partial* shared, Combine combine) {
+                                              typename Total::Partial* totals, typename Total::Sums* shared) {
+  using Partial = typename Total::Partial;
   constexpr int kNumbers = sizeof(Partial) / sizeof(double);
   const int channels = teams.tiles.group_channels();
   const int splits = teams.tiles.splits;
@@ -90,33 +94,31 @@ __device__ __forceinline__ void total_of_team(const Teams& teams, int64_t team, 
   const int depth = kTileThreads / channels;
   const int x = threadIdx.x % channels;
   const int y = threadIdx.x / channels;
-  Partial sum{};
-  if (y < depth) {
-#pragma unroll 4
-    for (int block = y; block < splits; block += depth) {
-      double numbers[kNumbers];
+  const auto at = [&](int block) {
+    double numbers[kNumbers];
 #pragma unroll
-      for (int n = 0; n < kNumbers; ++n) {
-        numbers[n] = __ldcg(partials + (block * channels + x) * kNumbers + n);
-      }
-      Partial partial;
-      memcpy(&partial, numbers, sizeof partial);
-      combine(sum, partial);
+    for (int n = 0; n < kNumbers; ++n) {
+      numbers[n] = __ldcg(partials + (block * channels + x) * kNumbers + n);
     }
-  }
+    Partial partial;
+    memcpy(&partial, numbers, sizeof partial);
+    return partial;
+  };
+  const Total total(at);
+  typename Total::Sums sums = sum_partials(total, y < depth ? y : splits, splits, depth, at);
   for (int rows = depth; rows > 1; rows = (rows + 1) / 2) {
     const int half = (rows + 1) / 2;
-    if (y >= half && y < rows) shared[(y - half) * channels + x] = sum;
+    if (y >= half && y < rows) shared[(y - half) * channels + x] = sums;
     __syncthreads();
-    if (y + half < rows) combine(sum, shared[y * channels + x]);
+    if (y + half < rows) Total::add(sums, shared[y * channels + x]);
     __syncthreads();
   }
-  if (y == 0) totals[x] = sum;
+  if (y == 0) totals[x] = total.of(sums);
   __syncthreads();
 }
 
-// Launches a kernel of teams; false, and nothing is launched, where its blocks do not fit on the device at a
-// time.
+// Launches a kernel of teams; false, and nothing is launched, where its blocks do not run all at a time: the
+// device has too little room, or this process is given a part of it only (MPS, green contexts).
 template <class Arguments>
 bool launch_teams(const char* function, Stream stream, void (*kernel)(Arguments), const Teams& teams,
                   int copies, int64_t unit_bytes, const std::decay_t<Arguments>& arguments) {
@@ -137,7 +139,12 @@ bool launch_teams(const char* function, Stream stream, void (*kernel)(Arguments)
   config.stream = static_cast<cudaStream_t>(stream.handle);
   config.attrs = &cooperative;
   config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, kernel, arguments), function);
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments);
+  if (error == cudaErrorCooperativeLaunchTooLarge) {
+    cudaGetLastError();  // not to be found by the next call
+    return false;
+  }
+  check(error, function);
   count_launch();
   return true;
 }

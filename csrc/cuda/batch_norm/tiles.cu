@@ -1,4 +1,4 @@
-// How large the tiles are, and how many blocks share a group of channels.
+// Decides how large the tiles are, and how many blocks share a group of channels.
 #include <algorithm>
 
 #include "cuda/batch_norm/tiles.h"
@@ -7,27 +7,28 @@
 namespace steadygrad::cuda {
 namespace {
 
-constexpr int64_t kFewItems = 16;      // for a thread: less is not worth a block
-constexpr int64_t kShortPlane = 1024;  // bytes: a warp has a channel of these, a block one of longer ones
+constexpr int64_t kFewItems = 16;      // a thread with fewer is not worth a block
+constexpr int64_t kShortPlane = 1024;  // bytes; a warp takes a channel of shorter ones, a block else
 constexpr int kMostWaves = 4;
 
 int32_t divided_up(int64_t a, int64_t b) { return static_cast<int32_t>((a + b - 1) / b); }
 
-// The smallest number of splits that keeps nearly all multiprocessors busy to the end.
+// As many splits as fill the blocks that run at a time, once or a few times over: the fewest that keep nearly
+// all multiprocessors busy to the end.
 int32_t choose_splits(int64_t groups, int64_t at_once, int64_t most) {
-  int32_t best = 1;
+  int64_t best = 1;
   double best_use = 0;
-  for (int32_t splits = 1; splits <= most && (splits == 1 || groups * splits <= kMostWaves * at_once);
-       ++splits) {
+  for (int64_t waves = 1; waves <= kMostWaves; ++waves) {
+    const int64_t splits = std::clamp<int64_t>(waves * at_once / groups, 1, most);
     const int64_t blocks = groups * splits;
-    const int64_t waves = (blocks + at_once - 1) / at_once;
-    const double use = static_cast<double>(blocks) / static_cast<double>(waves * at_once);
+    const int64_t places = divided_up(blocks, at_once) * at_once;
+    const double use = static_cast<double>(blocks) / static_cast<double>(places);
     if (use > best_use * 1.02) {
       best = splits;
       best_use = use;
     }
   }
-  return best;
+  return static_cast<int32_t>(best);
 }
 
 }  // namespace

@@ -12,9 +12,9 @@
 namespace steadygrad::cuda {
 
 constexpr int kTileThreads = 256;
-constexpr int kWidestGroup = 32;  // units of columns: 512 bytes of fp16 are enough for every level of memory
+constexpr int kWidestGroup = 32;  // units of columns; 512 bytes of fp16 are enough for memory and caches
 
-// Units in flight where two tensors are read.
+// How many units of each tensor a thread loads at once where it reads two tensors.
 template <class Access>
 constexpr int kPairsAtOnce = Access::kAtOnce > 1 ? Access::kAtOnce / 2 : 1;
 
@@ -25,7 +25,7 @@ struct Tiles {
   BatchNormShape shape;
   DType dtype = DType::float32;
   bool columns = false;
-  bool wide = false;   // units of 16 bytes and their multiples can be loaded at once
+  bool wide = false;   // whether units can be loaded 16 bytes at a time
   int32_t width = 1;   // of a group: units of columns, or channels with planes
   int32_t depth = 1;   // threads that share a unit of columns, or a channel
   int32_t splits = 1;  // blocks that share a group
@@ -107,7 +107,8 @@ class Cursor {
     }
   }
 
-  // Wide units have a mask only where its rows are whole bytes of them.
+  // Where the item lies, and its byte of the mask. Wide units have a mask only where a row of it is whole
+  // bytes.
   __device__ __forceinline__ Place place(bool exists) const {
     const BatchNormShape& shape = tiles_.shape;
     const int64_t row = kColumns ? plane_ : plane_ * shape.channels + channel_;
@@ -140,13 +141,13 @@ class Cursor {
   int64_t slot_ = 0;
 };
 
-// Whether all of these begin at a multiple of 16 bytes; null ones do.
+// Whether all of these begin at a multiple of 16 bytes, or are null.
 template <class... Pointers>
 bool are_aligned(const Pointers*... pointers) {
   return ((reinterpret_cast<uintptr_t>(pointers) % sizeof(uint4) == 0) && ...);
 }
 
-// `has_mask`: a byte of it has to hold the bits of one unit.
+// With `has_mask` a byte of the mask has to hold the bits of one unit, which limits how units may lie.
 Tiles tiles_for(const char* function, const BatchNormShape& shape, DType dtype, bool aligned, bool has_mask,
                 Stream stream);
 

@@ -1,4 +1,4 @@
-// Eight neighbouring elements at a time: how they are loaded, taken apart and stored.
+// Units of eight neighbouring elements: how they are loaded, taken apart and stored.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ namespace steadygrad::cuda {
 constexpr int kUnit = 8;
 constexpr unsigned kAllLanes = (1u << kUnit) - 1;
 
-// Where a unit lies, and which of its elements count; none: there is no unit.
+// Where a unit lies, and which of its elements count; where none do there is no unit.
 struct Place {
   int64_t offset;
   int64_t mask_byte;
@@ -28,7 +28,8 @@ __device__ __forceinline__ unsigned lanes_between(int64_t first, int64_t last) {
 
 __device__ __forceinline__ bool has_lane(unsigned lanes, int k) { return (lanes >> k & 1u) != 0; }
 
-// Two elements of a word, the lower one first. The device's own conversions are one instruction each.
+// Takes a word's two elements apart, the lower one first. The device's own conversions are one instruction
+// each.
 template <class Element>
 __device__ __forceinline__ void unpack(uint32_t word, float& low, float& high) {
   if constexpr (std::is_same_v<Element, BFloat16>) {
@@ -74,7 +75,7 @@ struct Wide {
     uint4 words[kWords];
   };
 
-  // Neighbours of a unit's lanes are read with them: only the last unit of a tensor can lie across its end.
+  // Reads whole units, also where not all lanes count; only the last unit of a tensor can lie across its end.
   __device__ __forceinline__ static Unit load(const void* data, DType, const Place& place, int64_t numel) {
     Unit unit;
 #pragma unroll
