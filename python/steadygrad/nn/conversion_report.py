@@ -39,7 +39,7 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
 class Said(NamedTuple):
-    """What a module that calls a batch norm says of it: the three last fields of `Finding`."""
+    """Holds what a module that calls a batch norm says of it: the three last fields of `Finding`."""
 
     operation: str = ""
     reason: str = ""
@@ -278,8 +278,10 @@ def _suggested(
         elif read is None or adds or relu:
             residual = "residual" if adds else ""
             given = ", ".join(filter(None, (f"self.{path}, y", residual, relu)))
-            call = f"sg.nn.batch_norm_add_relu({given if read else f'self.{path}, ...'})"
-            line = f"sg.nn.register_block({kind.__name__}, forward)  # forward(self, x) has {call}"
+            call = f"forward(self, x) has sg.nn.batch_norm_add_relu({given})"
+            if read is None:
+                call = f"if ReLU or + follows: sg.nn.batch_norm_add_relu(self.{path}, ...)"
+            line = f"sg.nn.register_block({kind.__name__}, forward)  # {call}"
             yield norm, Said(reason=why, line=line)
         elif after:
             yield norm, Said(reason=f"it is followed by {after}")
