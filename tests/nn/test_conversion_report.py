@@ -187,7 +187,7 @@ def test_a_block_with_a_function_counts_as_fused() -> None:
     assert not report.fused
     assert report.findings[0].reason == "fuse was False, or the block was registered later"
     report = sg.nn.conversion_report(sg.nn.convert_batchnorm(model))
-    assert report.operations == {"registered forward": 2}
+    assert report.operations == {"batch_norm_add_relu": 2}
     assert {f.reason for f in report.fused} == {"by the forward registered for Written"}
     assert [(f.name, f.reason) for f in report.not_fused] == [
         ("chain.1", "it is part of the chain chain")

@@ -34,7 +34,7 @@ from steadygrad.nn.known_blocks import known_forward, stands
 from steadygrad.nn.read_forward import read_forward
 
 FUSED, CONVERTED, LEFT = "fused", "converted", "left"
-REGISTERED = "registered forward"
+REGISTERED = "batch_norm_add_relu"
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
@@ -57,8 +57,8 @@ class Finding:
         name: Name of the module in the model; the first one, if it has several.
         kind: Name of the module's class.
         status: "fused", "converted" (to ours, but not fused) or "left" (as it was).
-        operation: The operations computed at once, such as "batch norm + ReLU"; empty if not fused. "registered
-            forward" if it is a function given to `register_block` that decides which these are.
+        operation: The operations computed at once, such as "batch norm + ReLU"; empty if not fused.
+            "batch_norm_add_relu" if a function given to `register_block` decides which these are.
         reason: Why the batch norm was not fused or not converted; if fused, by what, where that is not
             `convert_batchnorm`: its own activation, or the function that was registered.
         line: The line to write by hand to have it fused; empty if there is none.

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from steadygrad.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from steadygrad.nn.batch_norm import _BatchNorm as BatchNorm
 from steadygrad.nn.fusion import Steps, found, is_chain, norm_act, run_chain
-from steadygrad.nn.known_blocks import known_forward, stands
+from steadygrad.nn.known_blocks import known_forward, registered_steps, stands
 
 Model = TypeVar("Model", bound=nn.Module)
 Kind = type[nn.Module]
@@ -137,8 +137,8 @@ def _check_module(function: str, model: object) -> None:
 def _check_steps(model: nn.Module) -> None:
     for name, module in model.named_modules():
         kind = original_class(module)
-        _, forward = known_forward(kind)
-        absent = forward.absent(module) if isinstance(forward, Steps) else []
+        steps = registered_steps(kind)
+        absent = [] if steps is None else steps.absent(module)
         if absent:
             raise ValueError(
                 f"convert_batchnorm: {name or 'model'}: expected the members that the Steps of {kind.__name__} name, "

@@ -126,6 +126,14 @@ def register_block(block: type[nn.Module], forward: Forward) -> None:
     _REGISTERED[block.forward] = forward
 
 
+def registered_steps(kind: type[nn.Module]) -> Steps | None:
+    """Returns the steps that were registered for a class; None if there are none, or if the class is a library's."""
+    method, forward = known_forward(kind)
+    if isinstance(forward, Steps) and getattr(kind, method) in _REGISTERED:
+        return forward
+    return None
+
+
 def known_forward(kind: type[nn.Module]) -> tuple[str, Forward | None]:
     """Returns the name of a class's method whose source is known, and what that source does.
 
