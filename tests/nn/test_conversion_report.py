@@ -30,6 +30,7 @@ class Layers(nn.Module):
         self.relu, self.gelu = nn.ReLU(), nn.GELU()
         self.chain = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
         self.downsample: nn.Module | None = None
+        self.adds = True
 
 
 def written(forward: Callable[..., Any]) -> Any:
@@ -63,7 +64,27 @@ def two_branches(self: Any, x: Tensor) -> Tensor:
     return self.bn2(self.conv2(x)) + self.chain(x)
 
 
+def added_if(self: Any, x: Tensor) -> Tensor:
+    return x + self.chain(x) if self.adds else self.chain(x)
+
+
+def returned_if(self: Any, x: Tensor) -> Tensor:
+    if self.adds:
+        return x + self.chain(x)
+    return self.chain(x)
+
+
+def added_in_place_if(self: Any, x: Tensor) -> Tensor:
+    y = self.chain(x)
+    if self.adds:
+        y += x
+    return self.relu(y)
+
+
 STEPS = {
+    added_if: ('"chain", add="adds"', 1),
+    returned_if: ('"chain", add="adds"', 1),
+    added_in_place_if: ('"chain", add="adds", last="relu", in_place=True', 1),
     straight: ('"conv1 bn1 relu"', 1),
     residual: ('"conv1 bn1 relu conv2 bn2", add=True, last="relu"', 2),
     residual_in_place: (
@@ -95,7 +116,9 @@ def test_the_steps_to_register(forward: Any, downsample: bool) -> None:
     assert len(report.fused) == count
     assert not any(finding.line for finding in report.findings)
     x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
-    torch.testing.assert_close(twin(x), model(x))
+    for adds in (True, False):
+        model.adds = twin.adds = adds
+        torch.testing.assert_close(twin(x), model(x))
 
 
 def functional(self: Any, x: Tensor) -> Tensor:
@@ -116,6 +139,19 @@ def used_twice(self: Any, x: Tensor) -> Tensor:
     return self.bn1(y) + y
 
 
+def two_ways(self: Any, x: Tensor) -> Tensor:
+    if self.adds:
+        return self.bn1(x)
+    return self.bn2(x)
+
+
+def added_elsewhere_if(self: Any, x: Tensor) -> Tensor:
+    y = self.bn1(x)
+    if self.adds:
+        y = self.bn2(x) + x
+    return y
+
+
 def of_another_method(self: Any, x: Tensor) -> Tensor:
     return self.zero_grad(x)
 
@@ -124,7 +160,7 @@ CALLS = {
     functional: ["bn1, y, relu=F.relu", "bn2, y, residual, relu=F.relu"],
     another_activation: ["bn2, y, relu=F.relu"],
 }
-NOT_READ = [computed, used_twice, of_another_method]
+NOT_READ = [computed, used_twice, two_ways, added_elsewhere_if, of_another_method]
 
 
 @pytest.mark.parametrize("forward", CALLS, ids=lambda forward: forward.__name__)

@@ -30,12 +30,14 @@ class Read:
         shortcut: The calls that the input goes through before it is added; None if nothing is added.
         after: The calls after the addition.
         in_place: Whether the addition is written ``y += x``.
+        only_if: Name of the block's attribute that says whether there is an addition; empty if there always is.
     """
 
     body: tuple[str, ...] = ()
     shortcut: tuple[str, ...] | None = None
     after: tuple[str, ...] = ()
     in_place: bool = False
+    only_if: str = ""
 
     def called(self, name: str) -> Read:
         """Returns this, with one more call."""
@@ -57,7 +59,7 @@ class Read:
             " ".join(name.removeprefix(_MEMBER) for name in names)
             for names in (self.body, self.shortcut or (), self.after)
         )
-        adds = self.shortcut is not None
+        adds = self.only_if or self.shortcut is not None
         return Steps(body, adds, shortcut=shortcut, last=after, in_place=self.in_place)
 
     def following(self, name: str) -> tuple[bool, str]:
@@ -95,14 +97,18 @@ class _Reader:
         self.calls = 0
 
     def read(self, statements: list[ast.stmt]) -> Read:
-        for statement in statements:
+        for at, statement in enumerate(statements):
             if isinstance(statement, ast.Return):
-                assert statement is statements[-1] and statement.value is not None
-                result = self.value(statement.value)
-                # A call whose result is used twice, or not at all, has no place in a chain.
-                assert len(result.names) == self.calls
-                return result
-            self.execute(statement)
+                result = self.value(_returned(statements[at:]))
+            elif isinstance(statement, ast.If) and isinstance(statement.body[0], ast.Return):
+                yes, no = statement.body, statement.orelse + statements[at + 1 :]
+                result = self.value(ast.IfExp(statement.test, _returned(yes), _returned(no)))
+            else:
+                self.execute(statement)
+                continue
+            # A call whose result is used twice, or not at all, has no place in a chain.
+            assert len(result.names) == self.calls
+            return result
         raise ValueError("no return")
 
     def execute(self, statement: ast.stmt) -> None:
@@ -115,6 +121,8 @@ class _Reader:
             total = replace(_sum(target, other), in_place=True)
             # Other variables may hold the tensor that the addition changes.
             self.values = {k: total if v is target else v for k, v in self.values.items()}
+        elif isinstance(statement, ast.If) and isinstance(statement.test, ast.Attribute):
+            self.execute_if_attribute(statement)
         elif isinstance(statement, ast.If):
             self.execute_optional(statement)
         else:
@@ -139,9 +147,23 @@ class _Reader:
         self.calls += 1
         self.values[target.id] = before.called(f"{member}?")
 
+    def execute_if_attribute(self, statement: ast.If) -> None:
+        """Reads ``if self.attribute: y = y + x``."""
+        (inner,) = statement.body
+        before, calls = self.values.copy(), self.calls
+        self.execute(inner)
+        assert not statement.orelse and self.calls == calls
+        for name, value in self.values.items():
+            if value is not before[name]:
+                self.values[name] = _sum_if(statement.test, value, before[name])
+
     def value(self, expression: ast.expr) -> Read:
         if isinstance(expression, ast.Name):
             return self.values[expression.id]
+        if isinstance(expression, ast.IfExp):
+            yes, calls = self.value(expression.body), self.calls
+            no, self.calls = self.value(expression.orelse), calls
+            return _sum_if(expression.test, yes, no)
         if isinstance(expression, ast.BinOp):
             assert isinstance(expression.op, ast.Add)
             return _sum(self.value(expression.left), self.value(expression.right))
@@ -161,3 +183,17 @@ def _sum(left: Read, right: Read) -> Read:
     assert left.shortcut is None and right.shortcut is None
     body, shortcut = (left, right) if len(left.body) >= len(right.body) else (right, left)
     return Read(body.body, shortcut.body)
+
+
+def _sum_if(test: ast.expr, yes: Read, no: Read) -> Read:
+    name = ast.unparse(test)
+    assert name.startswith(_MEMBER) and isinstance(test, ast.Attribute)
+    # The shortcut must have no calls, since they would not be made without the addition.
+    assert yes.shortcut == () and no == Read(yes.body) and not yes.after and not yes.only_if
+    return replace(yes, only_if=name.removeprefix(_MEMBER))
+
+
+def _returned(statements: list[ast.stmt]) -> ast.expr:
+    (statement,) = statements
+    assert isinstance(statement, ast.Return) and statement.value is not None
+    return statement.value
