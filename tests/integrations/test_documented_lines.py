@@ -160,7 +160,7 @@ def test_a_snippet_of_the_integrations(
             accelerate.state.GradientState._reset_state()
             names["Accelerator"] = accelerate.Accelerator
             steps = 2
-        elif title == "timm":
+        elif title.startswith("timm"):
             parts = ("timm", "timm.optim", "timm.scheduler", "timm.utils")
             names["timm"] = stack.enter_context(vision(*parts))[0]
         exec(compile(INTEGRATIONS[title], title, "exec"), names)

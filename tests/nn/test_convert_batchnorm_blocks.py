@@ -146,10 +146,13 @@ def test_a_function(calls: Calls) -> None:
     model, twin = pair(Block())
     assert calls.of(copy.deepcopy(twin)) == sorted(FUSED)
     assert_same(model, twin)
-    findings = sg.nn.conversion_report(twin).findings
-    assert {f.reason for f in findings} == {"the forward registered for Block calls it"}
+    assert operations(twin) == ["batch_norm_add_relu"] * 2
     twin.relu.register_forward_hook(lambda *_: None)
-    assert calls.of(twin) == []
+    assert calls.of(twin) == operations(twin) == []
+    reasons = {f.reason for f in sg.nn.conversion_report(twin).findings}
+    assert reasons == {
+        "Block uses its own forward: its member 'relu' has hooks or a forward of its own"
+    }
 
 
 def replace(m: Any) -> None:
@@ -266,7 +269,7 @@ def test_hooks_that_were_there_at_the_conversion_may_go(calls: Calls) -> None:
     handle = block.conv1.register_forward_pre_hook(lambda *_: None)
     twin = sg.nn.convert_batchnorm(block.double())
     assert calls.of(twin) == operations(twin) == []
-    assert "a member of Block has hooks" in str(sg.nn.conversion_report(twin))
+    assert "its member 'conv1' has hooks" in str(sg.nn.conversion_report(twin))
     handle.remove()
     assert calls.of(twin) == operations(twin) == sorted(FUSED)
 
@@ -310,6 +313,31 @@ def test_what_is_registered_is_checked() -> None:
         sg.nn.register_block(Block(), STEPS)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"register_block: forward: .*Steps or a function, got"):
         sg.nn.register_block(Block, "conv bn")  # type: ignore[arg-type]
+
+
+def test_a_member_that_goes_after_the_conversion_is_told_in_the_report(calls: Calls) -> None:
+    model, twin = pair(Block())
+    for change, why in (
+        (use_a_function, "its attribute 'relu' is no registered module"),
+        (lambda m: delattr(m, "relu"), "it has no member 'relu'"),
+        (lambda m: setattr(m, "relu", None), "its member 'relu' is None"),
+    ):
+        change(twin)
+        reasons = {f.reason for f in sg.nn.conversion_report(twin).findings}
+        assert reasons == {f"Block uses its own forward: {why}"}
+    # A misspelt name with a question mark would drop the shortcut without a word.
+    model, twin = pair(Block())
+    model.downsample = twin.downsample = nn.Conv2d(4, 4, 1).double()
+    vars(twin)["_modules"]["shortcut"] = twin._modules.pop("downsample")
+    assert "it has no member 'downsample'" in str(sg.nn.conversion_report(twin))
+
+
+def test_a_last_activation_with_a_question_mark_is_called(calls: Calls) -> None:
+    steps = sg.nn.Steps("conv1 bn1 relu conv2 bn2", True, "drop", "downsample?", last="relu?")
+    sg.nn.register_block(Block, steps)
+    model, twin = pair(Block())
+    assert calls.of(copy.deepcopy(twin)) == operations(twin) == sorted(FUSED)
+    assert_same(model, twin)
 
 
 def test_the_function_adds_what_does_not_fit_as_it_is_written() -> None:

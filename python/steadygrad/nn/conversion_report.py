@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from types import CodeType
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -15,8 +18,10 @@ from steadygrad.nn.fusion import (
     ADD,
     ADD_RELU,
     RELU,
+    Forward,
     Steps,
     acts,
+    any_global_hook,
     found,
     is_chain,
     is_passed,
@@ -26,9 +31,22 @@ from steadygrad.nn.fusion import (
     norm_act,
 )
 from steadygrad.nn.known_blocks import known_forward, stands
+from steadygrad.nn.read_forward import read_forward
 
 FUSED, CONVERTED, LEFT = "fused", "converted", "left"
+REGISTERED = "batch_norm_add_relu"
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+
+
+class Said(NamedTuple):
+    """Holds what a module that calls a batch norm says of it: the three last fields of `Finding`."""
+
+    operation: str = ""
+    reason: str = ""
+    line: str = ""
+
+
+_NOTHING = Said()
 
 
 @dataclass(frozen=True)
@@ -40,7 +58,9 @@ class Finding:
         kind: Name of the module's class.
         status: "fused", "converted" (to ours, but not fused) or "left" (as it was).
         operation: The operations computed at once, such as "batch norm + ReLU"; empty if not fused.
-        reason: Why the batch norm was not fused or not converted; empty if fused.
+            "batch_norm_add_relu" if a function given to `register_block` decides which these are.
+        reason: Why the batch norm was not fused or not converted; if fused, by what, where that is not
+            `convert_batchnorm`: its own activation, or the function that was registered.
         line: The line to write by hand to have it fused; empty if there is none.
     """
 
@@ -81,7 +101,7 @@ class ConversionReport:
     def operations(self) -> dict[str, int]:
         """Returns the number of fused batch norms by operation, such as "batch norm + ReLU"."""
         counts = Counter(finding.operation for finding in self.fused)
-        return {name: counts[name] for name in (RELU, ADD_RELU, ADD) if counts[name]}
+        return {name: counts[name] for name in (RELU, ADD_RELU, ADD, REGISTERED) if counts[name]}
 
     def __str__(self) -> str:
         done = ", ".join(f"{count} x {name}" for name, count in self.operations.items())
@@ -91,12 +111,23 @@ class ConversionReport:
             f"{len(self.not_fused)} converted only, {len(self.left)} left"
         ]
         rows = [
-            (f.name or "(model)", f.kind, f.status, f.operation or f.reason + _by_hand(f.line))
+            (
+                f.name or "(model)",
+                f.kind,
+                f.status,
+                ", ".join(filter(None, (f.operation, f.reason))),
+            )
             for f in self.findings
         ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)] if rows else []
         for row in rows:
             lines.append("  ".join(map(str.ljust, row, widths)).rstrip())
+        to_write = dict.fromkeys(finding.line for finding in self.findings if finding.line)
+        if to_write:
+            lines += [
+                "write this, and call convert_batchnorm again:",
+                *(f"    {line}" for line in to_write),
+            ]
         return "\n".join(lines)
 
     def _of(self, status: str) -> tuple[Finding, ...]:
@@ -119,81 +150,176 @@ def conversion_report(model: nn.Module) -> ConversionReport:
         raise TypeError(
             f"conversion_report: model: expected a torch.nn.Module, got {type(model).__name__}"
         )
-    operations: dict[nn.Module, str] = {}
-    reasons: dict[nn.Module, tuple[str, str]] = {}
+    seen: dict[nn.Module, Said] = {}
     for module in model.modules():
-        for norm, operation, reason, line in _seen(module):
-            if operation:
-                operations.setdefault(norm, operation)
-            elif reason:
-                reasons[norm] = (reason, line)
+        for norm, said in _seen(module):
+            if not seen.get(norm, _NOTHING).operation and (said.operation or said.reason):
+                seen[norm] = said
     return ConversionReport(
         tuple(
-            _finding(name, module, operations.get(module, ""), reasons.get(module))
+            _finding(name, module, seen.get(module, _NOTHING))
             for name, module in model.named_modules()
             if isinstance(module, _BatchNorm)
         )
     )
 
 
-def _finding(name: str, norm: nn.Module, operation: str, reason: tuple[str, str] | None) -> Finding:
+def _finding(name: str, norm: nn.Module, said: Said) -> Finding:
     kind = type(norm).__name__
     if not isinstance(norm, BatchNorm):
         return Finding(name, kind, LEFT, reason=why_left(norm) or "not converted")
-    if operation:
-        return Finding(name, kind, FUSED, operation)
+    if said.operation:
+        return Finding(name, kind, FUSED, said.operation, said.reason)
+    if norm.activation is not None:
+        return Finding(name, kind, FUSED, RELU, f"by its own activation={norm.activation!r}")
     if not is_plain(norm):
-        reason = ("it has hooks or a forward of its own", "")
-    elif norm.activation is not None:
-        reason = (f"it has its own activation, {norm.activation}", "")
-    why, line = reason or ("nothing that could be fused follows it", "")
-    return Finding(name, kind, CONVERTED, reason=why, line=line)
+        said = Said(reason="it has hooks or a forward of its own")
+    return Finding(
+        name,
+        kind,
+        CONVERTED,
+        reason=said.reason or "nothing that could be fused follows it",
+        line=said.line,
+    )
 
 
-def _seen(module: nn.Module) -> Iterator[tuple[nn.Module, str, str, str]]:
-    """Yields each batch norm that a module itself calls, with its operation, or the reason and the line to write."""
+def _seen(module: nn.Module) -> Iterator[tuple[nn.Module, Said]]:
+    """Yields each batch norm that a module itself calls, with what is to be said of it."""
     kind = original_class(module)
     if isinstance(module, BatchNorm):
         if type(module).forward is norm_act and not acts(module, is_passed):
             drop, act = module._modules["drop"], module._modules["act"]
             after = type(act if is_passed(drop) else drop).__name__
-            yield module, RELU if acts(module, is_relu) else "", f"it is followed by {after}", ""
+            operation = RELU if acts(module, is_relu) else ""
+            yield module, Said(operation, "" if operation else f"it is followed by {after}")
         return
-    changed, forward = known_forward(kind)
     if kind in _CONTAINERS:
         return
-    if not is_chain(module) and not isinstance(forward, Steps):
-        why = f"the forward of {kind.__name__} is not known: steadygrad.nn.register_block tells it"
-        if forward is not None:
-            why = f"the forward registered for {kind.__name__} calls it"
-        elif changed:
+    changed, forward = known_forward(kind)
+    if is_chain(module) or isinstance(forward, Steps):
+        why = _why_not_fused(module, kind, forward)
+        fits = forward is None or stands(module, forward)
+        for norm, operation, reason in found(module, forward):
+            if operation and not why:
+                yield norm, Said(operation)
+            else:  # steps that do not fit the block say nothing of what follows
+                yield norm, Said(reason=why if operation or not fits else reason)
+    elif forward is not None:
+        yield from _seen_by_function(module, kind, forward)
+    else:
+        why = f"the forward of {kind.__name__} is not known"
+        if changed:
             why = f"{changed} has another source than the version that is known"
-        for norm, path in _called(module):
-            line = f"steadygrad.nn.batch_norm_add_relu(self.{path}, x, residual, self.relu)"
-            yield norm, "", why, "" if forward is not None else line
-        return
+        yield from _suggested(module, kind, why)
+
+
+def _why_not_fused(module: nn.Module, kind: type[nn.Module], forward: Forward | None) -> str:
+    """Returns why a chain or a block whose forward is known does not use it; empty if it does."""
+    if any_global_hook():
+        return "there are hooks on all modules"
     why = ""
-    if forward is not None and not stands(module, forward):
-        why = f"a member of {kind.__name__} has hooks or a forward of its own, or is None"
-    elif kind is type(module):
-        why = "fuse was False"
-    for norm, operation, reason in found(module, forward):
-        yield norm, "" if why else operation, why if why and operation else reason, ""
+    if isinstance(forward, Steps):
+        why = forward.why_not(module)
+    elif forward is not None and not stands(module, forward):
+        name, member = next(
+            (name, member)
+            for name, member in module._modules.items()
+            if member is None or not is_plain(member)
+        )
+        how = "is None" if member is None else "has hooks or a forward of its own"
+        why = f"its member {name!r} {how}"
+    if why:
+        return f"{kind.__name__} uses its own forward: {why}"
+    if kind is not type(module):
+        return ""
+    return "fuse was False" + ("" if forward is None else ", or the block was registered later")
 
 
-def _by_hand(line: str) -> str:
-    return f"; or write in it {line}" if line else ""
+def _seen_by_function(
+    module: nn.Module, kind: type[nn.Module], forward: Forward
+) -> Iterator[tuple[nn.Module, Said]]:
+    """Yields the batch norms of a block with a registered function, of which only its names are looked at."""
+    by = f"the forward registered for {kind.__name__}"
+    why = _why_not_fused(module, kind, forward)
+    if not why and not _mentions(getattr(forward, "__code__", None), "batch_norm_add_relu"):
+        why = f"{by} does not call batch_norm_add_relu"
+    for norm, path, is_last_of_chain in _called(module):
+        if why or is_last_of_chain:
+            yield norm, Said(reason=why or f"it is part of the chain {path}")
+        else:
+            yield norm, Said(REGISTERED, f"by {by}")
 
 
-def _called(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Yields the batch norms that a module can call itself, and their paths, on which there are only containers."""
+def _mentions(code: CodeType | None, name: str) -> bool:
+    """Returns whether a function, or one inside it, uses a name; True if there is no code to look at."""
+    if code is None or name in code.co_names + code.co_freevars:
+        return True
+    return any(_mentions(inner, name) for inner in code.co_consts if isinstance(inner, CodeType))
+
+
+def _suggested(
+    module: nn.Module, kind: type[nn.Module], why: str
+) -> Iterator[tuple[nn.Module, Said]]:
+    """Yields the batch norms of a block that is not known, with what its source shows to write for them."""
+    read = read_forward(kind.forward)
+    if read is not None and not all(_is_layer(module, name) for name in read.names):
+        read = None
+    steps = None if read is None else read.steps
+    if steps is not None and not steps.why_not(module):
+        line = f"sg.nn.register_block({kind.__name__}, {_written(steps)})"
+        for norm, operation, reason in found(module, steps):
+            yield norm, Said(reason=why, line=line) if operation else Said(reason=reason)
+        return
+    for norm, path, is_last_of_chain in _called(module):
+        adds, after = (False, "") if read is None else read.following(f"self.{path}")
+        relu = f"relu={after}" if after and is_relu(_member(module, after)) else ""
+        if is_last_of_chain:
+            yield norm, Said(reason=why)
+        elif read is None or adds or relu:
+            residual = "residual" if adds else ""
+            given = ", ".join(filter(None, (f"self.{path}, y", residual, relu)))
+            call = f"forward(self, x) has sg.nn.batch_norm_add_relu({given})"
+            if read is None:
+                call = f"if ReLU or + follows: sg.nn.batch_norm_add_relu(self.{path}, ...)"
+            line = f"sg.nn.register_block({kind.__name__}, forward)  # {call}"
+            yield norm, Said(reason=why, line=line)
+        elif after:
+            yield norm, Said(reason=f"it is followed by {after}")
+
+
+def _member(module: nn.Module, name: str) -> Any:
+    """Returns what a name in a forward's source stands for; a function other than a member is known to be ReLU."""
+    if name.startswith("self."):
+        return getattr(module, name.removeprefix("self.").rstrip("?"), None)
+    return torch.relu
+
+
+def _is_layer(module: nn.Module, name: str) -> bool:
+    member = _member(module, name)
+    return isinstance(member, nn.Module) or is_relu(member) or (member is None and name[-1] == "?")
+
+
+def _written(steps: Steps) -> str:
+    """Returns the expression that makes these steps, without arguments that have their defaults."""
+    given = [
+        f"{field.name}={getattr(steps, field.name)!r}"
+        for field in fields(steps)[1:]
+        if getattr(steps, field.name) != field.default
+    ]
+    arguments = ", ".join([repr(steps.body), *given]).replace("'", '"')
+    return f"sg.nn.Steps({arguments})"
+
+
+def _called(module: nn.Module) -> Iterator[tuple[nn.Module, str, bool]]:
+    """Yields the batch norms that a module can call itself, their paths, and whether that is the path of a chain."""
     for name, child in module.named_children():
         if isinstance(child, BatchNorm):
-            yield child, name
+            yield child, name, False
         elif type(child) in _CONTAINERS:
-            for inner, path in _called(child):
-                yield inner, f"{name}[{path if type(child) is nn.ModuleList else repr(path)}]"
+            for inner, path, is_last in _called(child):
+                key = path if type(child) is nn.ModuleList else repr(path)
+                yield inner, f"{name}[{key}]", is_last
         elif is_chain(child):
             *_, last = [None, *leaves([child])]
             if isinstance(last, BatchNorm):
-                yield last, name
+                yield last, name, True

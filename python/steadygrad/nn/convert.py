@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from steadygrad.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from steadygrad.nn.batch_norm import _BatchNorm as BatchNorm
 from steadygrad.nn.fusion import Steps, found, is_chain, norm_act, run_chain
-from steadygrad.nn.known_blocks import known_forward, stands
+from steadygrad.nn.known_blocks import known_forward, registered_steps, stands
 
 Model = TypeVar("Model", bound=nn.Module)
 Kind = type[nn.Module]
@@ -75,10 +75,14 @@ def convert_batchnorm(
 
     Raises:
         TypeError: ``model`` is not a module.
+        ValueError: A block lacks a member that the `Steps` given to :func:`register_block` name. Then nothing has
+            changed.
 
     Source: Ioffe and Szegedy 2015; He et al. 2016 for the residual block.
     """
     _check_module("convert_batchnorm", model)
+    if fuse:
+        _check_steps(model)
     for module in model.modules():
         if isinstance(module, _BatchNorm) and not why_left(module, process_group):
             _convert(module, process_group)
@@ -128,6 +132,20 @@ def _check_module(function: str, model: object) -> None:
         raise TypeError(
             f"{function}: model: expected a torch.nn.Module, got {type(model).__name__}"
         )
+
+
+def _check_steps(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        kind = original_class(module)
+        steps = registered_steps(kind)
+        absent = [] if steps is None else steps.absent(module)
+        if absent:
+            raise ValueError(
+                f"convert_batchnorm: {name or 'model'}: expected the members that the Steps of {kind.__name__} name, "
+                f"got a {kind.__name__} without {', '.join(map(repr, absent))}: correct the names (an "
+                "addition is add=True) and call steadygrad.nn.register_block again; a member that only some blocks "
+                "have is None in the others, and has a question mark in Steps"
+            )
 
 
 def why_left(module: nn.Module, process_group: dist.ProcessGroup | None = None) -> str:

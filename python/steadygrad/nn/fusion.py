@@ -6,6 +6,7 @@ time. The modules themselves do no more than before: the chain or the block that
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -206,7 +207,8 @@ class Steps:
     """Describes a block's forward by the names of its members: layers, then an addition, then an activation.
 
     A residual block is ``Steps("conv1 bn1 relu conv2 bn2", add=True, shortcut="downsample?", last="relu")``. Names are
-    separated by spaces. A member whose name has a question mark may be None, and is then left out.
+    separated by spaces. Every name is that of a module which is an attribute of the block, so functions such as
+    ``torch.relu`` cannot be steps. A member whose name has a question mark may be None, and is then left out.
 
     A call with keyword arguments or with more than one input uses the block's own forward.
 
@@ -219,6 +221,10 @@ class Steps:
         in_place: Whether the addition is written ``y += x``.
         unless: Name of an attribute; if it is true, the block uses its own forward.
         end: A function that takes the block and the result, and returns the block's output.
+
+    Raises:
+        TypeError: An argument is of another type.
+        ValueError: A name cannot be that of a member, as with "+" or "self.conv", or ``last`` has several names.
     """
 
     body: str
@@ -230,21 +236,60 @@ class Steps:
     unless: str = ""
     end: Callable[[Any, Any], Any] | None = None
 
-    def fits(self, block: nn.Module) -> bool:
-        """Returns whether the block has all members, and their calls do nothing but call their class's forward."""
+    def __post_init__(self) -> None:
+        """Refuses names that no member can have."""
+        for field in ("body", "before_add", "shortcut", "last", "unless"):
+            names = getattr(self, field)
+            if not isinstance(names, str):
+                raise TypeError(
+                    f"Steps: {field}: expected a str of names, got {type(names).__name__}"
+                )
+            for name in names.split():
+                _check_name(field, name, optional=field != "unless")
+        if isinstance(self.add, str):
+            _check_name("add", self.add, optional=False)
+        elif not isinstance(self.add, bool):
+            raise TypeError(
+                f"Steps: add: expected a bool or the name of an attribute, got {self.add!r}"
+            )
+        if len(self.last.split()) > 1:
+            raise ValueError(
+                f"Steps: last: expected one name, that of the activation, got {self.last!r}"
+            )
+        if self.end is not None and not callable(self.end):
+            raise TypeError(f"Steps: end: expected a function or None, got {self.end!r}")
+
+    def absent(self, block: nn.Module) -> list[str]:
+        """Returns the names that are no attributes of the block at all, not even as None."""
+        names = f"{self.body} {self.before_add} {self.shortcut} {self.last} {self.unless}".split()
+        if isinstance(self.add, str):
+            names.append(self.add)
+        plain = dict.fromkeys(name.rstrip("?") for name in names)
+        return [name for name in plain if not hasattr(block, name)]
+
+    def why_not(self, block: nn.Module) -> str:
+        """Returns why the block has to run its own forward; empty if calling its members does the same."""
         if self.unless and getattr(block, self.unless, True):
-            return False
+            return f"{self.unless} is true"
         if isinstance(self.add, str) and not hasattr(block, self.add):
-            return False
+            return f"it has no attribute {self.add!r}"
         names = f"{self.body} {self.before_add} {self.shortcut} {self.last}"
         for name in names.split():
-            module = block._modules.get(name.rstrip("?"))
-            if module is None:
-                if not name.endswith("?") or block.__dict__.get(name[:-1]) is not None:
-                    return False
-            elif not is_plain(module):
-                return False
-        return True
+            plain = name.rstrip("?")
+            module = block._modules.get(plain)
+            if module is not None:
+                if not is_plain(module):
+                    return f"its member {plain!r} has hooks or a forward of its own"
+                continue
+            # A misspelt name with a question mark must not be taken for a member that is None.
+            member = getattr(block, plain, self)
+            if member is self:
+                return f"it has no member {plain!r}"
+            if member is not None:
+                return f"its attribute {plain!r} is no registered module"
+            if name == plain:
+                return f"its member {plain!r} is None"
+        return ""
 
     def plan(self, block: nn.Module) -> tuple[list[Call], Any, list[Any] | None, Any]:
         """Returns the layers' calls, the batch norm that adds, the shortcut (None: no addition) and the activation."""
@@ -261,7 +306,8 @@ class Steps:
             still = all(_is_still(module) and module is not last[0] for module in inner)
             if is_norm(last[0]) and not last[1] and still:
                 norm, _ = calls.pop()
-        return calls, norm, shortcut, block._modules.get(self.last) if adds else None
+        (last_module,) = _members(block, self.last) or [None]
+        return calls, norm, shortcut, last_module if adds else None
 
     def __call__(self, block: nn.Module, input: Any) -> Any:
         """Calls the members, each batch norm together with what it is fused with."""
@@ -305,6 +351,18 @@ def _described(module: Any) -> str:
         return ""
     hooks = "" if is_plain(module) else " with hooks or a forward of its own"
     return f"{type(module).__name__}{hooks}"
+
+
+def _check_name(field: str, name: str, optional: bool) -> None:
+    plain = name.removesuffix("?") if optional else name
+    if re.fullmatch(r"\w+", plain):
+        return
+    message = f"Steps: {field}: expected names of members such as 'conv bn relu', got {name!r}"
+    if "+" in name:
+        message += "; an addition is add=True, and the activation after it last='relu'"
+    elif name.startswith("self."):
+        message += f"; write {name.removeprefix('self.')!r}"
+    raise ValueError(message)
 
 
 def _unchanged(input: Any) -> Any:

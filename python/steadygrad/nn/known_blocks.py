@@ -108,7 +108,9 @@ def register_block(block: type[nn.Module], forward: Forward) -> None:
 
     Args:
         block: The class.
-        forward: :class:`~steadygrad.nn.Steps`, or a function with the arguments of the class's forward.
+        forward: :class:`~steadygrad.nn.Steps`, or a function with the arguments of the class's forward, ``self`` first.
+
+    `convert_batchnorm` raises a ValueError if a block of the model lacks a member that its `Steps` name.
 
     Raises:
         TypeError: ``block`` is not a class of modules, or ``forward`` is not callable.
@@ -122,6 +124,14 @@ def register_block(block: type[nn.Module], forward: Forward) -> None:
             f"register_block: forward: expected steadygrad.nn.Steps or a function, got {forward!r}"
         )
     _REGISTERED[block.forward] = forward
+
+
+def registered_steps(kind: type[nn.Module]) -> Steps | None:
+    """Returns the steps that were registered for a class; None if there are none, or if the class is a library's."""
+    method, forward = known_forward(kind)
+    if isinstance(forward, Steps) and getattr(kind, method) in _REGISTERED:
+        return forward
+    return None
 
 
 def known_forward(kind: type[nn.Module]) -> tuple[str, Forward | None]:
@@ -173,5 +183,5 @@ def stands(
     if any_global_hook():
         return False
     if isinstance(forward, Steps):
-        return len(args) == 1 and not kwargs and forward.fits(block)
+        return len(args) == 1 and not kwargs and not forward.why_not(block)
     return all(child is not None and is_plain(child) for child in block._modules.values())
