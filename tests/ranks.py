@@ -79,8 +79,8 @@ def outcome(script: Path, world: int, time_limit: float, *arguments: str) -> Fou
             process.start()
         try:
             deadline = time.monotonic() + time_limit
-            while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
-                if any(rank.returncode for rank in ranks):
+            while any(rank.exitcode is None for rank in ranks) and time.monotonic() < deadline:
+                if any(rank.exitcode for rank in ranks):
                     time.sleep(1)  # the other ranks may still write what they lost
                     break
                 time.sleep(0.05)
