@@ -127,7 +127,10 @@ def test_staleness_is_told_and_left_out_of_the_comparison() -> None:
     results = {"Test CPU, 2 cores": HOST}
     fresh = performance.page(results, TREE)
     stale = performance.page(results, LATER)
-    line = "**These figures are older than the kernels**: they were measured with `csrc` at aaaaaaaaaaaa, which is now at bbbb"
+    line = (
+        "**These figures are older than the kernels**: they were measured with `csrc` at "
+        "aaaaaaaaaaaa, which is now at bbbb"
+    )
     assert line in stale and line not in fresh
     assert performance.settled(stale) == performance.settled(fresh) == fresh
     assert fresh == performance.page(results, None)
