@@ -3,8 +3,8 @@
 The kernels take real, dense tensors that are all on the CPU, or all on one CUDA device that they were built for. All
 other tensors come here: tensors on another device (MPS, XPU, ROCm, CUDA in a build without it), lists over several
 devices, complex tensors, and all tensors if there is no compiled extension. The definitions are those of the kernels;
-the precision is torch's, and memory is read more often. A tensor that appears twice counts once, as with the kernels. The
-functions wait for a device only to raise an error that the caller has asked for. Steps do wait
+the precision is torch's, and memory is read more often. A tensor that appears twice counts once, as in the kernels.
+The functions wait for a device only to raise an error that the caller has asked for. Steps do wait
 (:mod:`steadygrad.optim.composite_plan`).
 """
 

@@ -1,4 +1,4 @@
-"""docs/performance.md: written from the result files, and nothing else."""
+"""Tests that docs/performance.md is what the result files say, and nothing else."""
 
 from __future__ import annotations
 

@@ -71,7 +71,8 @@ def examine(
             out, or the learning rate is above 0.3 of the largest stable one, the copies are first trained as they are
             for up to 128 steps. If that run is lost or something stands out, they are then trained with each remedy
             for 16 steps. Default: True.
-        at: ``"first_nonfinite"`` examines only the first of all batches whose loss or gradient is not finite. Default: None.
+        at: ``"first_nonfinite"`` examines only the first batch, of all, whose loss or gradient is not finite.
+            Default: None.
 
     Returns:
         Numbers and verdicts. The largest stable learning rate is ``2 / sharpness`` for gradient descent, ``2 (1 + beta)
