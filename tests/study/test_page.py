@@ -200,9 +200,8 @@ def test_bars_have_every_remedy_and_setting(study: dict[str, Any]) -> None:
     assert "clip 1 (torch)" not in found
     alone = experiment | {"runs": [run for run in experiment["runs"] if run["seed"] == 1]}
     runs = study_tables.runs_of(alone)
-    charts.results(
-        alone, runs, study_tables.summarise(alone, runs)
-    )  # without intervals there must be no warnings
+    # Charts without intervals must not warn.
+    charts.results(alone, runs, study_tables.summarise(alone, runs))
 
 
 def test_curves_have_every_remedy_a_limit_and_crosses(study: dict[str, Any]) -> None:

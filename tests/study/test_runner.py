@@ -194,9 +194,8 @@ def test_numbers_that_json_has_not_are_strings() -> None:
     for run in (a_run(), EXPLODED, a_run(curve=None)):
         stored = json.loads(json.dumps(encode(run), allow_nan=False))
         assert stored["seed"] == run.seed
-        assert repr(float(stored["final_loss"])) == repr(
-            run.final_loss
-        )  # repr, since NaN differs from itself
+        # NaN differs from itself, so texts are compared.
+        assert repr(float(stored["final_loss"])) == repr(run.final_loss)
 
 
 def test_restart_drops_an_unfinished_study(
