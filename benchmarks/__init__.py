@@ -1,1 +1,1 @@
-"""`python -m benchmarks`: our operations side by side with torch's, in one process."""
+"""Benchmarks that time our operations beside torch's in one process: `python -m benchmarks`."""

@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: our operations side by side with torch's."""
+"""Run ``python -m benchmarks``, which times our operations beside torch's."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark and return its exit code.
 
     Returns:
-        0 when all is well, 1 when something failed, 130 after Ctrl-C. A floor that is missed is no failure.
+        0 on success, 1 when something failed, 130 after Ctrl-C. A missed floor is no failure.
 
     Raises:
-        SystemExit: with code 2 for arguments that are not understood, with 0 after ``--help``.
+        SystemExit: With code 2 for arguments that are not understood, with 0 after ``--help``.
     """
     parser = _parser()
     args = parser.parse_args(argv)
@@ -50,7 +50,7 @@ def _run(args: argparse.Namespace) -> int:
         if args.result is not None:
             result = read_result(args.result)
         else:
-            # The device describes the run, its threads among the rest.
+            # The result describes the run, including its threads, so they are set first.
             torch.set_num_threads(args.threads or min(2, os.cpu_count() or 1))
             device = DEVICES[args.device or "cpu"]()
             result = measure(device, quick=args.quick, limit=args.limit, out=args.out)
@@ -71,9 +71,10 @@ def _run(args: argparse.Namespace) -> int:
 def measure(
     device: HostDevice, *, quick: bool, limit: float | None = None, out: Path | None = None
 ) -> Result:
-    """Measure the cases of a device behind a progress bar, and write the numbers to `out` after each of them.
+    """Measure the cases of a device with a progress bar, and write the numbers to `out` after each.
 
-    The bar is redrawn between cases alone: a thread of its own would wake up inside timed regions.
+    The bar is redrawn between cases only, since a thread that redraws it would wake up inside timed
+    regions.
     """
     total = sum(case.quick or not quick for case in device.plan)
     result: Result = {}
@@ -93,7 +94,7 @@ def measure(
 
         for result in measure_all(device, quick=quick, limit=limit, on_case=begin):
             if out is not None:
-                # A kill while this is written leaves the numbers of the cases before.
+                # A kill during this write leaves the numbers of the earlier cases intact.
                 beside = out.with_name(f".{out.name}")
                 beside.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
                 beside.replace(out)
@@ -101,7 +102,7 @@ def measure(
 
 
 def _contradiction(args: argparse.Namespace) -> str:
-    """Return what cannot be asked for at once."""
+    """Return a message about options that exclude each other; "" if there are none."""
     if args.device == "emulated" and args.out and args.out.resolve().parent == RESULTS:
         return "--out: a rehearsal has no place among the results"
     if args.result is None:

@@ -1,6 +1,7 @@
-"""Batch norm alone, with ReLU, and with a residual and ReLU: both sides of the races, and what is measured.
+"""Declare the races of batch norm: alone, with ReLU, and with a residual and ReLU.
 
-steadygrad's module adds and rectifies by itself; beside it stands what people write with torch's.
+steadygrad's module adds the residual and applies ReLU itself; it races what people write with
+torch's modules.
 """
 
 from __future__ import annotations
@@ -28,35 +29,33 @@ CUDNN_IN_PLACE = "torch cuDNN, in-place"
 NATIVE = "torch native"
 NATIVE_IN_PLACE = "torch native, in-place"
 
-# (group, title) of a layer, by whether it adds and whether it rectifies.
+# Maps (adds a residual, applies ReLU) to (group, title) of a layer.
 _NAMES = {
     (False, False): ("batch_norm", "batch norm"),
     (False, True): ("batch_norm_relu", "batch norm + ReLU"),
     (True, True): ("batch_norm_add_relu", "batch norm + add + ReLU"),
 }
-# ReLU's mask behind a sum cannot be found again from the input: one bit an element is kept.
+# ReLU's mask after a sum cannot be recomputed from the input, so one bit per element is kept.
 _MASK = 1 / 8
-# For rehearsals; no vector divides the channels or the pixels.
+# The shape for rehearsals; no vector length divides its channels or pixels.
 _SMALL = (4, 19, 5, 5)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One call that is measured."""
+    """Describes one call that is measured."""
 
-    shape: tuple[int, ...]  # of the input; the second dimension is the channels
-    dtype: (
-        torch.dtype
-    )  # of the input; parameters and running statistics are fp32, as under autocast
-    channels_last: bool = False  # the layout of 4-D input
+    shape: tuple[int, ...]  # shape of the input; the second dimension is the channels
+    dtype: torch.dtype  # dtype of the input; parameters are fp32, as under autocast
+    channels_last: bool = False  # layout of a 4-D input
     add: bool = False  # whether a residual is added
     relu: bool = False  # whether ReLU follows
-    training: bool = True  # forward and backward; else forward alone, with the running statistics
+    training: bool = True  # whether forward and backward run, or forward alone in eval mode
 
 
 @contextmanager
 def path(name: str | None) -> Iterator[None]:
-    """Have the launchers take "two_reads" or "one_read"; with None they choose by themselves, as users have it."""
+    """Make the launchers take "two_reads" or "one_read"; with None they choose, as for users."""
     before = os.environ.pop("STEADYGRAD_BATCH_NORM_PATH", None)
     if name is not None:
         os.environ["STEADYGRAD_BATCH_NORM_PATH"] = name
@@ -70,17 +69,18 @@ def path(name: str | None) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Side:
-    """One implementation of a layer."""
+    """Describes one implementation of a layer."""
 
-    name: str  # what the tables call it
-    in_place: bool = False  # whether torch adds and takes ReLU in place, as in torchvision's ResNet
-    # What holds during its calls: whether torch may use cuDNN, or which path ours takes.
+    name: str  # name in the tables
+    in_place: bool = False  # torch adds and applies ReLU in place, as in torchvision's ResNet
+    # A context for its calls, which decides whether torch may use cuDNN, or which path ours takes.
     setting: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def build(self, layer: Layer, device: torch.device) -> Candidate:
-        """Make the candidate over tensors of its own: the same numbers for each.
+        """Return the candidate over tensors of its own, with the same numbers for each side.
 
-        Gradients are returned, not accumulated: a `.grad` could be a copy on one side and none on the other.
+        Gradients are returned and not accumulated, since filling `.grad` could cost a copy on one
+        side only.
         """
         generator = torch.Generator(device).manual_seed(0)
         layout = torch.channels_last if layer.channels_last else torch.contiguous_format
@@ -142,7 +142,10 @@ CUDA_PEERS = (
 
 
 def peers(layer: Layer, cuda: bool) -> tuple[Side, ...]:
-    """Return what a layer is compared with: without ReLU nothing is done in place, in eval mode there is one path."""
+    """Return the implementations that a layer is compared with.
+
+    Without ReLU nothing is done in place, and in eval mode there is only one path.
+    """
     return tuple(
         side
         for side in (CUDA_PEERS if cuda else PEERS)
@@ -151,10 +154,11 @@ def peers(layer: Layer, cuda: bool) -> tuple[Side, ...]:
 
 
 def batch_norm_case(layer: Layer, *, cuda: bool = False, quick: bool = False) -> Case:
-    """Make the case of one layer on a CPU or a GPU.
+    """Return the case of one layer on a CPU or a GPU.
 
-    The floor: input and residual read once and output written forward; backward gradient and input read and the
-    gradients written. Forward writes the mask, backward reads it.
+    The floor counts what forward and backward have to move. Forward reads the input and the
+    residual once and writes the output. Backward reads the gradient and the input and writes the
+    gradients. With a residual, forward also writes ReLU's mask and backward reads it.
     """
     name, title = _NAMES[layer.add, layer.relu]
     subject = f"{'x'.join(map(str, layer.shape))} {DTYPES[layer.dtype]}"
@@ -188,7 +192,7 @@ def batch_norm_case(layer: Layer, *, cuda: bool = False, quick: bool = False) ->
     )
 
 
-# shape, dtype, channels_last. Few and many channels, few and many pixels, and two of 1-D layers.
+# Each entry is (shape, dtype, channels_last): few and many channels and pixels, and two 1-D layers.
 _CPU_LAYERS = (
     ((32, 64, 56, 56), torch.float32, False),
     ((32, 64, 56, 56), torch.float32, True),
@@ -203,8 +207,8 @@ _CPU_LAYERS = (
     ((100000, 32), torch.float32, False),
 )
 
-# (channels, height) of ResNet-50's batch norms, by what follows them there. The last of a block is
-# followed by the sum and ReLU; the one in a shortcut, of the same shapes, by nothing.
+# (channels, height) of ResNet-50's batch norms, by what follows them. The last one of a block is
+# followed by a sum and ReLU; the one in a shortcut has the same shapes and is followed by nothing.
 _WIDTHS = ((64, 112), (64, 56), (128, 28), (256, 14), (512, 7))
 _SUMS = ((256, 56), (512, 28), (1024, 14), (2048, 7))
 _RESNET50 = {(False, False): _SUMS, (False, True): _WIDTHS, (True, True): _SUMS}
@@ -212,7 +216,7 @@ _BATCH = 256
 
 
 def cpu_cases() -> Iterator[Case]:
-    """Make the plan on a CPU: every layer in all fusions, then a few in eval mode."""
+    """Yield the cases for a CPU: every layer in all fusions, then a few in eval mode."""
     for add, relu_ in _NAMES:
         for number, (shape, dtype, channels_last) in enumerate(_CPU_LAYERS):
             yield batch_norm_case(Layer(shape, dtype, channels_last, add, relu_), quick=number == 1)
@@ -222,9 +226,10 @@ def cpu_cases() -> Iterator[Case]:
 
 
 def cuda_cases() -> Iterator[Case]:
-    """Make the plan on a GPU, ResNet-50's layers: what matters least comes last, for a limit may end it.
+    """Yield the cases for a GPU, the layers of ResNet-50.
 
-    The two largest shapes of each fusion, dtype and layout come first.
+    A time limit may end the run, so the two largest shapes of each fusion, dtype and layout come
+    first, and the least important cases last.
     """
     halves = (torch.float16, torch.bfloat16)
     few, rest = (

@@ -1,7 +1,7 @@
-"""Both sides of the races over parameters: steadygrad's calls, and what people use today.
+"""Build both sides of the races over parameters: steadygrad's calls, and what people use today.
 
-A builder takes a `Workload` of its own and returns a candidate; peers are torch's functions and optimizers, or the
-usual loops where torch has none.
+A builder takes its own `Workload` and returns a candidate. Peers are torch's functions and
+optimizers, or the usual loops where torch has none.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ CLIP_DEFAULT = "torch clip + default"
 CLIP_FOREACH = "torch clip + foreach"
 FUSED_FOLDED = "torch fused, grad_scale"
 
-# Every call lowers the limit by this factor, so a clip stays active without restoring gradients;
-# 10,000 calls leave a 20,000th of their size, far from denormal numbers.
+# Every call lowers the limit by this factor, so that a clip stays active although gradients are not
+# restored. After 10,000 calls they have a 20,000th of their size, far from denormal numbers.
 _LIMIT_DECAY = 0.999
 
 
 class Workload:
-    """Parameters with standard normal gradients, each tensor its own allocation as in a model.
+    """Holds parameters with standard normal gradients; each tensor is allocated alone, as in a model.
 
-    Every candidate gets a workload of its own with the same numbers: it starts with cold buffers, and what one
-    candidate writes never changes the work of another.
+    Every candidate gets its own workload with the same numbers, so that it starts with cold buffers
+    and never works on what another candidate has written.
 
     Args:
-        model: the shapes.
-        params: draw the parameters; otherwise their memory is reserved and never touched.
-        grads: draw the gradients; otherwise the parameters have none.
-        clip_active: start with a limit of half the gradients' norm, which `tighten` lowers; otherwise the limit is
-            twice the norm and stays.
-        dtype: of parameters and gradients.
-        device: where the tensors live; the CPU by default.
+        model: Shapes of the parameters.
+        params: Whether to draw the parameters; if False their memory is reserved and never touched.
+        grads: Whether to draw gradients; if False the parameters have none.
+        clip_active: Whether the limit starts at half the gradients' norm and `tighten` lowers it; if
+            False the limit is twice the norm and stays.
+        dtype: Dtype of parameters and gradients.
+        device: Device of the tensors. Default: the CPU.
     """
 
     def __init__(
@@ -61,14 +61,14 @@ class Workload:
         """Draw the numbers.
 
         Args:
-            model: the shapes.
-            params: draw the parameters; otherwise their memory is reserved and never touched.
-            grads: draw the gradients; otherwise the parameters have none.
-            clip_active: start with a limit of half the gradients' norm, which `tighten` lowers; otherwise the limit is
-                twice the norm and stays.
-            rows_reached: share of the rows that have a gradient; that of the others is zero.
-            dtype: of parameters and gradients.
-            device: where the tensors live; the CPU by default.
+            model: Shapes of the parameters.
+            params: Whether to draw the parameters; if False their memory is reserved and never touched.
+            grads: Whether to draw gradients; if False the parameters have none.
+            clip_active: Whether the limit starts at half the gradients' norm and `tighten` lowers it; if
+                False the limit is twice the norm and stays.
+            rows_reached: Share of the rows whose gradient is not zero.
+            dtype: Dtype of parameters and gradients.
+            device: Device of the tensors. Default: the CPU.
         """
         self.device = device or torch.device("cpu")
         generator = torch.Generator(self.device).manual_seed(0)
@@ -78,7 +78,7 @@ class Workload:
             return values.normal_(generator=generator) if wanted else values
 
         self._clip_active = clip_active
-        # The norm of n standard normal numbers is sqrt(n) within a fraction of a per cent.
+        # The norm of n standard normal numbers is sqrt(n) to within a fraction of a percent.
         self._norm = math.sqrt(rows_reached * model.elements)
         self.fraction = 0.5 if clip_active else 2.0
         self.params: list[torch.nn.Parameter] = []
@@ -92,17 +92,17 @@ class Workload:
 
     @property
     def limit(self) -> float:
-        """`max_norm` for the coming call."""
+        """Return `max_norm` for the next call."""
         return self.fraction * self._norm
 
     def tighten(self) -> None:
-        """Lower the limit below the norm that the last clip left, if the clip is to stay on."""
+        """Lower the limit below the norm that the last clip left, if clips are to stay active."""
         if self._clip_active:
             self.fraction *= _LIMIT_DECAY
 
 
 Build = Callable[[Workload], Candidate]
-# Called with a list of parameters and, for some peers, one of torch's `fused` / `foreach` switches.
+# A function of a list of parameters and, for some peers, of torch's `fused` or `foreach` switch.
 MakeOptimizer = Callable[..., Any]
 
 
@@ -111,7 +111,10 @@ def both(
     torchs: Callable[..., object],
     arguments: Callable[[Workload], tuple[Any, ...]],
 ) -> tuple[Build, Build]:
-    """A function of steadygrad and torch's, which takes its foreach path on plain tensors, called alike."""
+    """Return builders that call a function of steadygrad and torch's with the same arguments.
+
+    On plain tensors torch takes its foreach path.
+    """
 
     def build(name: str, function: Callable[..., object]) -> Build:
         return lambda load: Candidate(name, lambda: function(*arguments(load)), load.tighten)
@@ -120,12 +123,12 @@ def both(
 
 
 def stabilizer_step(make: MakeOptimizer) -> Build:
-    """steadygrad.Stabilizer around the torch optimizer that `make` builds."""
+    """Return a builder of steps of steadygrad.Stabilizer around the optimizer that `make` builds."""
     return own_class_step(lambda params, max_norm: sg.Stabilizer(make(params), max_norm=max_norm))
 
 
 def own_class_step(make: MakeOptimizer) -> Build:
-    """A class of steadygrad.optim, which `make` builds from parameters and `max_norm`."""
+    """Return a builder of steps of the steadygrad.optim class that `make` builds with `max_norm`."""
 
     def build(load: Workload) -> Candidate:
         optimizer = make(load.params, max_norm=load.limit)
@@ -140,9 +143,10 @@ def own_class_step(make: MakeOptimizer) -> Build:
 
 
 def clip_then_step(make: MakeOptimizer, name: str, **switches: bool) -> Build:
-    """The usual pair: torch's clip_grad_norm_, then the step of the optimizer that `make` builds.
+    """Return a builder of torch's clip_grad_norm_ and the step of the optimizer that `make` builds.
 
-    `switches` are `fused=True` or `foreach=True`; without them torch takes its for-loop on CPUs and foreach on GPUs.
+    `switches` are `fused=True` or `foreach=True`; without them torch takes its for-loop on CPUs and
+    foreach on GPUs.
     """
 
     def build(load: Workload) -> Candidate:
@@ -158,11 +162,12 @@ def clip_then_step(make: MakeOptimizer, name: str, **switches: bool) -> Build:
 
 
 def folded_step(make: MakeOptimizer) -> Build:
-    """The strong peer: torch's fused step with the clip folded into `grad_scale`.
+    """Return a builder of the strongest peer: torch's fused step, which clips by `grad_scale`.
 
-    The step divides by the `grad_scale` that a GradScaler sets, so max(1, norm / max_norm) clips without a pass of its
-    own. torch's kernels write the divided gradients back. No `found_inf` is set: torch does without, and saves the
-    launches that take the counted step back.
+    torch's fused step divides gradients by the `grad_scale` that a GradScaler sets. With max(1,
+    norm / max_norm) in its place it clips without a pass over memory for the clip alone. torch's
+    kernels write the divided gradients back. `found_inf` is not set, which torch allows, and which
+    saves the launches that would undo the counted step.
     """
 
     def build(load: Workload) -> Candidate:
@@ -179,7 +184,7 @@ def folded_step(make: MakeOptimizer) -> Build:
 
 
 def penalties(l1: float, l2: float) -> tuple[Build, ...]:
-    """steadygrad.add_penalty_, then its peers: autograd on a term of the loss, the usual loop, foreach calls."""
+    """Return builders of add_penalty_ and its peers: a term of the loss, a loop, foreach calls."""
 
     def autograd(load: Workload) -> None:
         penalty = torch.zeros((), device=load.device)
@@ -213,7 +218,7 @@ def penalties(l1: float, l2: float) -> tuple[Build, ...]:
 
 
 def thresholds(amount: float) -> tuple[Build, ...]:
-    """steadygrad.soft_threshold_, then its peers: the textbook formula, and torch's softshrink copied back."""
+    """Return builders of soft_threshold_ and its peers: the formula, and softshrink copied back."""
 
     @torch.no_grad()
     def formula(load: Workload) -> None:

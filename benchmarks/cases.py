@@ -1,4 +1,4 @@
-"""Which operations are measured on which shapes, and how many bytes each has to move."""
+"""Declare which operations are measured on which shapes, and how many bytes they have to move."""
 
 from __future__ import annotations
 
@@ -28,22 +28,23 @@ from benchmarks.shapes import (
 from benchmarks.timer import Candidate
 from steadygrad.optim import lion
 
-# Elements from which a step takes a GPU longer than the host takes to launch it.
+# From this number of elements on, a step takes the GPU longer than the host takes to launch it.
 _DEVICE_BOUND = 2**26
 
 
-Peer = Callable[[MakeOptimizer], Build]  # makes a peer's builder from what makes its optimizer
+Peer = Callable[[MakeOptimizer], Build]  # makes a peer's builder from a MakeOptimizer
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation on parameters, ours and its peers.
+    """Describes one operation on parameters, ours and its peers.
 
     Attributes:
-        values: The floor: how many values of the parameters' dtype our path has to move per element.
-        buffers: How many values per element one call touches, of parameter, gradient and states.
-        builds: Ours first, then the peers.
-        rows_reached: Share of the rows that have a gradient; the state of the others stays zero.
+        values: Number of values of the parameters' dtype that our path has to move per element; the
+            floor follows from it.
+        buffers: Number of values per element that one call touches: parameter, gradient and states.
+        builds: Builders of the candidates, ours first.
+        rows_reached: Share of the rows whose gradient is not zero; the state of the others stays 0.
     """
 
     key: str
@@ -79,10 +80,11 @@ def model_case(
     quick: bool = False,
     host_cost: bool = False,
 ) -> Case:
-    """Make the case of one operation on one model's parameters.
+    """Return the case of one operation on one model's parameters.
 
-    Two values an element are kept free for temporaries. Parameters and gradients that no candidate reads are reserved
-    but never touched, hence free. On a GPU the host's clock counts for small models, where its work decides.
+    Two values per element are kept free for temporaries. Parameters and gradients that no candidate
+    reads are reserved but never touched, so they take no memory. On a GPU the host's clock counts
+    for small models, whose time depends on the host's work.
     """
 
     def on(build: Build, device: torch.device) -> Candidate:
@@ -111,7 +113,8 @@ def model_case(
     )
 
 
-# Optimizers of which torch has no fused version, or none at all, with the number of their state tensors.
+# Optimizers without a fused version in torch, or not in torch at all, and their number of state
+# tensors.
 _WITHOUT_FUSED_PEER: dict[str, tuple[int, MakeOptimizer]] = {
     "adamax": (2, torch.optim.Adamax),
     "nadam": (2, torch.optim.NAdam),
@@ -180,7 +183,7 @@ _FEW = (policy_network(), digits_mlp(), lora(96))
 _LORA = lora(448, 4096)
 _ONE, _HUGE = one_tensor(26), one_tensor(28)
 _EMBEDDING = embedding()
-# Batch norms that a GPU measures before the operations that matter less.
+# Number of batch norm cases that a GPU measures before the less important operations.
 _FIRST = 36
 
 
@@ -208,7 +211,7 @@ def _cpu_cases() -> Iterator[Case]:
 
 
 def _cuda_cases() -> Iterator[Case]:
-    """What matters most comes first, for a limit may end the run."""
+    """Yield the cases for a GPU, the most important first, since a time limit may end the run."""
     for dtype in DTYPES:
         yield from _on("adamw", _GPT2, _RESNET, _HUGE, dtype=dtype)
     for key in ("clip_inactive", "clip_active"):

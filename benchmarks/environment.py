@@ -1,6 +1,6 @@
-"""What a measurement depends on: machine, versions, caches, free memory, and which source was measured.
+"""Describe what a measurement depends on: machine, versions, caches, free memory and source.
 
-`python -m benchmarks.environment FILE` writes it as JSON.
+`python -m benchmarks.environment FILE` writes the description as JSON.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ import steadygrad as sg
 
 ROOT = Path(__file__).resolve().parent.parent
 UNKNOWN = "unknown"
-# Names the commit where the files came without their history.
+# This variable names the commit if the files came without their history.
 REVISION_VARIABLE = "STEADYGRAD_REVISION"
-# Assumed where the system does not say: larger than most, so buffers rather rotate once too often.
+# If the system does not tell its cache size, this one is assumed. It is larger than most, because
+# rotating buffers too often does no harm.
 _DEFAULT_CACHE_BYTES = 64 * 2**20
 
 
@@ -37,7 +38,7 @@ def _read(path: str) -> str:
 
 
 def _printed(*command: str, folder: Path | None = None) -> str:
-    """Return what a command prints; "" where it fails or is missing."""
+    """Return what a command prints; "" if it fails or is missing."""
     options: dict[str, Any] = {"check": True, "capture_output": True, "text": True, "timeout": 20}
     try:
         return str(subprocess.run(command, cwd=folder, **options).stdout).strip()
@@ -46,13 +47,13 @@ def _printed(*command: str, folder: Path | None = None) -> str:
 
 
 def git(folder: Path, *arguments: str) -> str:
-    """Return what git prints in `folder`; "" where it fails or is missing."""
+    """Return what git prints in `folder`; "" if it fails or is missing."""
     # A copied checkout may belong to another user, which git refuses unless told otherwise.
     return _printed("git", "-c", "safe.directory=*", *arguments, folder=folder)
 
 
 def cache_bytes() -> int:
-    """Return the size of the first core's largest cache in bytes; 64 MiB where the system does not say."""
+    """Return the size of the first core's largest cache in bytes; 64 MiB if it is unknown."""
     texts = (_read(f"/sys/devices/system/cpu/cpu0/cache/index{n}/size") for n in range(8))
     found = (re.fullmatch(r"(\d+)([KM])\s*", text) for text in texts)
     sizes = (int(m[1]) * {"K": 2**10, "M": 2**20}[m[2]] for m in found if m)
@@ -64,7 +65,7 @@ def _memory_bytes() -> int:
 
 
 def available_memory_bytes() -> int:
-    """Return the memory free to take, within the container's limit; all memory where nothing is known."""
+    """Return the free memory within the container's limit; all memory if nothing is known."""
     match = re.search(r"^MemAvailable:\s*(\d+) kB$", _read("/proc/meminfo"), re.MULTILINE)
     available = int(match.group(1)) * 1024 if match else _memory_bytes()
     limit = _read("/sys/fs/cgroup/memory.max").strip()
@@ -75,7 +76,7 @@ def available_memory_bytes() -> int:
 
 
 def cuda_info() -> dict[str, Any]:
-    """Return what the extension says about CUDA; empty where it was built without."""
+    """Return what the extension says about CUDA; empty if it was built without CUDA."""
     found: Any = sg._kernels.build_info().get("cuda", {})
     return dict(found) if found.get("compiled") else {}
 
@@ -105,7 +106,8 @@ def nvcc_version() -> str:
 def this_gpu() -> dict[str, Any]:
     """Describe the current CUDA device.
 
-    `kernels_runtime` is the CUDA version that steadygrad's kernels were compiled with, `torch_cuda` the one of torch's.
+    `kernels_runtime` is the CUDA version that steadygrad's kernels were compiled with, `torch_cuda`
+    the version that torch was compiled with.
     """
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     query = ("--query-gpu=driver_version", "--format=csv,noheader")
@@ -126,8 +128,8 @@ def this_gpu() -> dict[str, Any]:
 def this_machine(gpu: dict[str, Any] | None = None) -> dict[str, Any]:
     """Describe this machine and process, and the GPU if the run is on one.
 
-    `cache_bytes` is the size of the last-level cache in front of the memory that is measured; `load` is the one-minute
-    load average.
+    `cache_bytes` is the size of the last-level cache in front of the measured memory; `load` is the
+    one-minute load average.
     """
     cpu = re.search(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
     return {
@@ -148,7 +150,7 @@ def this_machine(gpu: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 def tree_name(folder: Path) -> bytes:
-    """Return the name, 20 bytes, that git would give the files in `folder`; b"" without any.
+    """Return the 20-byte hash that git would give the tree of `folder`; b"" if it has no files.
 
     Files that builds leave behind, and empty folders, do not count.
     """
@@ -174,12 +176,14 @@ def this_source(root: Path = ROOT) -> dict[str, str]:
     """Describe a checkout.
 
     Returns:
-        `revision`: the commit, with "-dirty" when files differ; without git's history what STEADYGRAD_REVISION says,
-        or "unknown". `csrc_tree`: git's name for the files in csrc as they are, what `git rev-parse HEAD:csrc` gives
-        once they are committed. `csrc_state`: "committed", "uncommitted changes", or "unknown" without history.
+        A dictionary of three entries. `revision` is the commit, with "-dirty" if files differ;
+        without git's history it is what STEADYGRAD_REVISION says, or "unknown". `csrc_tree` is the
+        hash that git gives the files in csrc as they are, which `git rev-parse HEAD:csrc` prints
+        once they are committed. `csrc_state` is "committed", "uncommitted changes", or "unknown"
+        without history.
     """
     files = tree_name(root / "csrc").hex()
-    # A checkout inside somebody else's repository has no history of its own.
+    # A checkout inside another repository has no history of its own.
     top = git(root, "rev-parse", "--show-toplevel")
     revision = git(root, "rev-parse", "HEAD") if top and Path(top).resolve() == root else ""
     if not revision:
@@ -192,7 +196,7 @@ def this_source(root: Path = ROOT) -> dict[str, str]:
 
 
 def write_report(out: Path | None, **numbers: Any) -> None:
-    """Write numbers, and when and on what they were measured, as JSON to a file, or to standard output."""
+    """Write numbers, with time, machine and source, as JSON to a file or to standard output."""
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
     report = {"created": created, "environment": this_machine(), **numbers}
     text = json.dumps(report, indent=2) + "\n"

@@ -1,16 +1,17 @@
-"""Builds, tests and measures on a machine with a GPU, in two calls that lose nothing when they are cut short.
+"""Build, test and measure on a machine with a GPU, in two calls that can be cut short without loss.
 
     make gpu-carry                  # before, on a machine without a GPU: a wheel that travels, in build/carry
     make gpu ARGS=correctness       # at most 330 s: doctor, memcheck, tests, racecheck, initcheck
     make gpu ARGS=figures           # at most 240 s: the benchmark, what matters most first, then ncu
     make gpu                        # both, one after the other
     make gpu ARGS=--rehearse        # the same without a GPU, on the emulated kernels of `make test`
-    make gpu ARGS=--dry             # only says what would run
+    make gpu ARGS=--dry             # only prints what would run
 
-Nothing is fetched: the Python that runs this needs torch, numpy, pytest, pytest-xdist, hypothesis, rich, jinja2 and
-matplotlib, and, where no carried wheel loads, pybind11, scikit-build-core, ninja and cmake. Every stage runs, also
-after one that failed, and ends on a schedule, by SIGINT and then by SIGKILL; time that one leaves over goes to those
-behind it. Where the source came without its history, STEADYGRAD_REVISION names the commit for the result files.
+Nothing is downloaded: the Python that runs this needs torch, numpy, pytest, pytest-xdist, hypothesis,
+rich, jinja2 and matplotlib, and, if no carried wheel loads, pybind11, scikit-build-core, ninja and
+cmake. Every stage runs, even after a stage that failed. A stage is ended on a schedule, by SIGINT and
+then by SIGKILL, and time that it leaves over goes to later stages. If the source came without its git
+history, STEADYGRAD_REVISION names the commit for the result files.
 """
 
 from __future__ import annotations
@@ -35,17 +36,18 @@ from typing import IO
 ROOT = Path(__file__).resolve().parent.parent
 CARRIED = ROOT / "build" / "carry"
 RESULTS = ROOT / "benchmarks" / "results"
-# Seconds of each call, and the files that it writes.
+# LIMITS holds the time limit of each call in seconds, LOGS the files that it writes.
 LIMITS = {"correctness": 330, "figures": 240}
 LOGS = {
     "correctness": ("build.log", "machine.json", "sanitizers.log", "tests.log", "correctness.txt"),
     "figures": ("build.log", "benchmark.log", "benchmark.json", "ncu.csv", "figures.txt"),
 }
-# The tests of a GPU that fit in 120 s on 8 workers: every kernel, dtype and policy, streams, graphs, sync-debug mode.
+# GPU tests that fit in 120 s on 8 workers: every kernel, dtype and policy, streams, graphs, and
+# sync-debug mode.
 TESTS = "gpu and not (ranks or compile or integration or slow)"
-# Found in the output while a stage runs, and said at once.
+# Lines of output that match are reported at once, while a stage runs.
 FAILURE = re.compile(rb"\bFAILED\b|^WRONG |^ERROR tests|^========= +(Invalid|Uninit|Error:|Race)")
-# Seconds between SIGINT, at which pytest and the benchmark say what they have, and SIGKILL.
+# Seconds between SIGINT, at which pytest and the benchmark report what they have, and SIGKILL.
 GRACE = 8.0
 METRICS = (
     "gpu__time_duration.sum",
@@ -55,7 +57,7 @@ METRICS = (
     "sm__warps_active.avg.pct_of_peak_sustained_active",
     "launch__registers_per_thread",
 )
-# What ncu looks at; a test compares it with the kernels in csrc/cuda.
+# The kernels that ncu profiles; a test compares them with those in csrc/cuda.
 KERNELS = (
     "(grad_norm|norm_scale|decide|update|transform|upload|unit_clip|policy_norms|add_penalty|penalty_value"
     "|soft_threshold|statistics|normalize|gradient_sums|input_gradient|one_read_forward|one_read_backward"
@@ -66,20 +68,20 @@ Say = Callable[[str], object]
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of a call."""
+    """Describes one command of a call."""
 
-    name: str  # what the summary calls it
+    name: str  # name in the summary
     command: tuple[str, ...]
     limit: float  # seconds on the schedule
-    log: str  # file in the output folder that its output is added to
-    optional: bool = False  # whether the call goes well without it
-    unless: str = ""  # name of the stage whose success makes this one needless
-    environment: dict[str, str] = field(default_factory=dict)  # on top of this process's
+    log: str  # file in the output folder to which its output is appended
+    optional: bool = False  # whether the call can succeed without it
+    unless: str = ""  # name of the stage whose success makes this one unnecessary
+    environment: dict[str, str] = field(default_factory=dict)  # variables added to this process's
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a stage ended: "ok", or why not."""
+    """Says how a stage ended: "ok", or why not."""
 
     stage: Stage
     verdict: str
@@ -87,17 +89,17 @@ class Outcome:
 
     @property
     def failed(self) -> bool:
-        """Whether the call failed with it."""
+        """Return whether this outcome makes the call fail."""
         return self.verdict != "ok" and not self.stage.optional and not self.needless
 
     @property
     def needless(self) -> bool:
-        """Whether another stage has made it so."""
+        """Return whether another stage has made this one unnecessary."""
         return self.verdict.startswith("not needed")
 
 
 def _architectures() -> str:
-    """Return what to compile for: CUDAARCHS, else the GPUs that are there, else Hopper."""
+    """Return the architectures to compile for: CUDAARCHS, else those of the GPUs, else Hopper."""
     if chosen := os.environ.get("CUDAARCHS"):
         return chosen
     query = ("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
@@ -109,7 +111,7 @@ def _architectures() -> str:
 
 
 def _installs(python: str, limit: float) -> list[Stage]:
-    """Install the carried wheel, if it loads here, else build one for the GPU that is here."""
+    """Return the stages that install the carried wheel or, if it does not load, build one."""
     install = (python, "-m", "pip", "install", "--no-deps", "--no-index", "--force-reinstall")
     loads = "import steadygrad as s; assert s._kernels.build_info()['cuda']['compiled']"
     stages = []
@@ -128,8 +130,8 @@ def _installs(python: str, limit: float) -> list[Stage]:
 
 
 def _tests(python: str, which: str, limit: float, workers: int, *folders: str) -> Stage:
-    # One line a test as it ends; what failed is shown in full at the end, or at SIGINT. What is ignored imports
-    # packages that are not here.
+    # pytest prints a line per finished test, and failures in full at the end or at SIGINT. The
+    # ignored tests import packages that are missing here.
     options = shlex.split(
         f"-v -rN --maxfail=50 --durations=10 -p no:cacheprovider -n {workers} --dist worksteal "
         "--hypothesis-profile gpu --ignore=tests/benchmarks --ignore=tests/integrations --ignore=tests/study"
@@ -139,7 +141,7 @@ def _tests(python: str, which: str, limit: float, workers: int, *folders: str) -
 
 
 def _sanitizer(python: str, tool: str, limit: float, *dtypes: str) -> Stage:
-    # torch asks the driver for functions that it may not have; an API error is not ours.
+    # torch asks the driver for functions that it may lack, so API errors are not reported.
     options = f"--tool {tool} --error-exitcode 9 --print-limit 20 --report-api-errors no".split()
     kernels = (python, "-m", "tests.sanitize.every_kernel_once", "--dtypes", *dtypes)
     command = ("compute-sanitizer", *options, *kernels)
@@ -148,7 +150,7 @@ def _sanitizer(python: str, tool: str, limit: float, *dtypes: str) -> Stage:
 
 
 def plan(python: str, out: Path) -> dict[str, list[Stage]]:
-    """Return what runs on a machine with a GPU; what matters least comes last."""
+    """Return the stages of each call on a machine with a GPU, the least important last."""
     module = (python, "-m")
     machine = (*module, "benchmarks.environment", str(out / "machine.json"))
     numbers = ("--out", str(out / "benchmark.json"))
@@ -176,7 +178,7 @@ def plan(python: str, out: Path) -> dict[str, list[Stage]]:
 
 
 def rehearsal(python: str, out: Path) -> dict[str, list[Stage]]:
-    """Return the same without a GPU: the emulated kernels are slower, so of the tests only those run that fit."""
+    """Return the stages without a GPU; emulated kernels are slow, so only fast tests run."""
     module = (python, "-m")
     machine = (*module, "benchmarks.environment", str(out / "machine.json"))
     once = (*module, "tests.sanitize.every_kernel_once", "--emulate")
@@ -197,11 +199,11 @@ def rehearsal(python: str, out: Path) -> dict[str, list[Stage]]:
 def run_stage(stage: Stage, out: Path, seconds: float, say: Say) -> Outcome:
     """Run one stage for at most `seconds`; its whole process group ends with it.
 
-    Its output goes to its log line by line, and what looks like a failure is said at once.
+    Its output goes to its log line by line, and lines that look like failures are reported at once.
     """
     start = time.monotonic()
     environment = {**os.environ, "COLUMNS": "140", "PIP_NO_INDEX": "1", "PYTHONUNBUFFERED": "1"}
-    # pip refuses constraints for a build that has no environment of its own.
+    # pip refuses build constraints for a build without isolation.
     environment.pop("PIP_BUILD_CONSTRAINT", None)
     try:
         process = subprocess.Popen(
@@ -224,7 +226,7 @@ def run_stage(stage: Stage, out: Path, seconds: float, say: Say) -> Outcome:
         except subprocess.TimeoutExpired:
             verdict += ", killed"
     finally:
-        with suppress(ProcessLookupError):  # nothing of it is left
+        with suppress(ProcessLookupError):  # the group has already ended
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         reader.join(GRACE)
@@ -248,7 +250,7 @@ def run_all(
     runner: Callable[[Stage, Path, float, Say], Outcome] = run_stage,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[Outcome]:
-    """Run the stages in turn, each until its end on the schedule."""
+    """Run the stages in turn; each is ended at its time on the schedule."""
     start, end = clock(), 0.0
     outcomes: list[Outcome] = []
     for stage in stages:
@@ -267,8 +269,8 @@ def run_all(
 
 
 def keep_result(out: Path, results: Path = RESULTS) -> Path | None:
-    """Copy the benchmark's numbers to the results; None if there are none, or not of a GPU."""
-    # torch is needed for it, which the driver of the stages does without.
+    """Copy the benchmark's numbers to the results; return the path, or None without GPU numbers."""
+    # This import needs torch, which the rest of the module does without.
     from benchmarks.results import file_name
 
     try:
@@ -291,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     option("--dry", action="store_true", help="only say what would run")
     option("--out", type=Path, default=Path("out/gpu"), metavar="DIR", help="default: out/gpu")
     options = parser.parse_args(argv)
-    # Stages find programs that lie beside this Python, and nvcc where it usually is.
+    # Stages find programs in the folder of this Python, and nvcc in its usual place.
     cuda = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     beside = str(Path(sys.executable).parent)
     os.environ["PATH"] = os.pathsep.join([beside, os.environ["PATH"], f"{cuda}/bin"])
@@ -317,7 +319,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_call(call: str, stages: Sequence[Stage], out: Path) -> int:
-    """Run a call; return how many of its stages failed. What was said is in a file, too, as it comes."""
+    """Run a call; return how many of its stages failed.
+
+    Messages also go to a file as they come.
+    """
     out.mkdir(parents=True, exist_ok=True)
     for name in LOGS[call]:
         (out / name).unlink(missing_ok=True)
@@ -339,7 +344,8 @@ def run_call(call: str, stages: Sequence[Stage], out: Path) -> int:
 
 
 if __name__ == "__main__":
-    # A program in the background ignores SIGINT, and so would all that it starts; SIGTERM would leave them behind.
+    # A program started in the background ignores SIGINT, as would all that it starts, and SIGTERM
+    # would leave its stages running.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     sys.exit(main())

@@ -1,7 +1,8 @@
-"""Why the temporal-order problem stops being solvable: what a gradient says, by length.
+"""Show why the temporal-order problem stops being solvable as sequences get longer.
 
-For several lengths, at the start and after 300 steps with clipping at 1: how the gradient changes on its way back to
-the marks, and how much the gradients of two batches have in common. Prints Markdown.
+The program measures, for several lengths, at the start and after 300 steps with clipping at 1, how
+the gradient changes on its way back to the marks, and how much the gradients of two batches have in
+common. It prints Markdown.
 
 Run it with: python -m benchmarks.gradient_through_time
 """
@@ -60,7 +61,7 @@ def agreement(model: nn.Module, task: study.TemporalOrder) -> tuple[float, float
 
 
 def train(model: nn.Module, task: study.TemporalOrder, seed: int) -> None:
-    """Take steps of SGD at 0.1 with clipping at 1, as in the experiment."""
+    """Take steps of SGD at a learning rate of 0.1 with clipping at 1, as in the experiment."""
     optimizer = sg.optim.SGD(model.parameters(), lr=0.1, max_norm=1.0)
     batches = task.batches(20, torch.Generator().manual_seed(seed))
     for _ in range(STEPS):
@@ -71,7 +72,7 @@ def train(model: nn.Module, task: study.TemporalOrder, seed: int) -> None:
 
 
 def main() -> None:
-    """Print a row per gain, length and state of training: means over seeds."""
+    """Print means over seeds, a row per gain, length and state of training."""
     torch.set_num_threads(1)
     sys.stdout.write(f"{HEADER}\n{'| ---: ' * 7}|\n")
     for gain, length in product(GAINS, LENGTHS):

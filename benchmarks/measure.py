@@ -1,4 +1,4 @@
-"""Runs cases: races the candidates beside a copy of memory and derives the numbers of a result file."""
+"""Run cases: race the candidates beside a copy of memory, and derive the numbers of a result file."""
 
 from __future__ import annotations
 
@@ -23,33 +23,35 @@ from benchmarks.cases import CASES, CUDA_CASES
 from benchmarks.results import SCHEMA, Result, judge, summaries
 from benchmarks.timer import Candidate, CudaEvents, DeviceRace, Race, Timing, once_over, rotating
 
-# Bytes of the yardstick's buffers where the caches are small.
+# The smallest size of the yardstick's buffers in bytes, for machines with small caches.
 _SMALLEST_BUFFER = 256 * 2**20
-# A buffer comes back after this many times the cache was written elsewhere: nothing of it is left.
+# Between two uses of a buffer this many times the cache size is written elsewhere, so that nothing of
+# the buffer is left in the cache.
 _CACHES_BETWEEN = 4
-# Seconds of a race, and the least and most rounds.
+# Seconds of a race, and its smallest and largest number of rounds.
 Effort = tuple[float, int, int]
-# How the reason begins why a case was skipped that raised.
+# The reason why a case was skipped begins with this word if the case raised an error.
 FAILED = "failed"
 
 
 class DeviceUnusable(RuntimeError):
-    """A device was asked for that torch or steadygrad cannot use; the message says why."""
+    """Raised for a device that torch or steadygrad cannot use; the message says why."""
 
 
 class CopyYardstick:
-    """Two plain copies of memory that take part in every race of a memory-bound case.
+    """Measures copy bandwidth by two plain copies that join every race of a memory-bound case.
 
-    They measure the bandwidth in the same rounds as the candidates, so that a machine that slows down for a minute
-    slows the yardstick too. And they flush the caches once a round: each candidate finds its buffers cold when its turn
-    comes. The larger bandwidth counts: a CPU's copy reads the destination's cache lines before it overwrites them
-    unless it uses streaming stores, so it may move 12 bytes where 8 are counted; an in-place scaling really moves 8.
+    The copies run in the same rounds as the candidates, so that a machine that slows down for a
+    minute slows the yardstick too. They also flush the caches once per round, so that each candidate
+    finds its buffers cold. The larger bandwidth of the two counts: a CPU's copy reads the
+    destination's cache lines before it overwrites them unless it uses streaming stores, so it may
+    move 12 bytes where 8 are counted, but scaling in place really moves 8.
     """
 
     candidates: tuple[Candidate, ...]
 
     def __init__(self, cache_bytes: int) -> None:
-        """Reserve two buffers of at least four times `cache_bytes`, the last-level cache, and of at least 256 MiB."""
+        """Reserve two buffers of at least 256 MiB, and at least four times the last-level cache."""
         elements = max(_SMALLEST_BUFFER // 4, cache_bytes)
         source, target = torch.ones(elements), torch.ones(elements)
         self._evicting = source[:cache_bytes]
@@ -60,15 +62,15 @@ class CopyYardstick:
         )
 
     def joins(self, case: Case) -> bool:
-        """Return whether it takes part in the race of `case`: not where the host's work is the bound."""
+        """Return whether it joins the race of `case`, which it does unless the host's work is the bound."""
         return not case.host_cost
 
     def flush(self) -> None:
-        """Read four times the cache, so that no candidate finds in it what another has freed."""
+        """Read four times the cache size, so that no candidate finds in cache what another has freed."""
         self._evicting.sum()
 
     def bandwidth(self, timings: Sequence[Timing]) -> Result:
-        """Return the bandwidths from the laps of `candidates`, in their order; a GPU has no `mul_`."""
+        """Return the bandwidths from laps in the order of `candidates`; a GPU has no `mul_`."""
         speeds = [2 * self.buffer_bytes / 1e9 / timing.median("device") for timing in timings]
         return {
             "copy_gigabytes_per_second": speeds[0],
@@ -78,7 +80,7 @@ class CopyYardstick:
 
 
 class GpuYardstick(CopyYardstick):
-    """torch's copy of 2^28 fp32 elements on the GPU, in every race: no case is without a share."""
+    """Measures torch's copy of 2^28 fp32 elements on the GPU in every race, so every case has a share."""
 
     def __init__(self, device: torch.device, elements: int = 2**28) -> None:
         source, target = torch.randn(elements, device=device), torch.ones(elements, device=device)
@@ -89,16 +91,16 @@ class GpuYardstick(CopyYardstick):
         return True
 
     def flush(self) -> None:
-        """Do nothing: a lap is many calls of one candidate, which take turns over sets of buffers."""
+        """Do nothing, since a lap on a GPU is many calls that take turns over sets of buffers."""
 
 
 class HostDevice:
-    """The CPU: what is measured there, against which memory, how timed."""
+    """Represents the CPU: its cases, its copy bandwidth and its clock."""
 
     rehearsal = False
     place = torch.device("cpu")
-    plan: Sequence[Case] = CASES  # on a GPU what matters most comes first
-    efforts: tuple[Effort, Effort] = (6.0, 9, 1000), (1.5, 5, 200)  # in full, and quickly
+    plan: Sequence[Case] = CASES  # on a GPU the most important cases come first
+    efforts: tuple[Effort, Effort] = (6.0, 9, 1000), (1.5, 5, 200)  # of full and of quick runs
     over: Callable[[Sequence[Candidate]], Candidate] = staticmethod(once_over)
     race: Callable[[Sequence[Candidate]], Race] = staticmethod(Race)
 
@@ -106,33 +108,36 @@ class HostDevice:
         self.environment = environment.this_machine()
 
     def sets(self, case: Case) -> int:
-        """Return how many sets of buffers keep the caches cold; the yardstick flushes them between calls in place."""
+        """Return how many sets of buffers keep the caches cold.
+
+        Between calls that work in place the yardstick flushes the caches instead.
+        """
         return self.beyond_cache(case) if case.allocates else 1
 
     def beyond_cache(self, case: Case) -> int:
-        """Return how many sets of a case's buffers no cache can hold."""
+        """Return how many sets of a case's buffers are too large for any cache together."""
         cache = self.environment["cache_bytes"]
         return max(1, math.ceil(_CACHES_BETWEEN * int(cache) / case.working_set_bytes))
 
     def free_bytes(self) -> int:
-        """Return the memory free for buffers."""
+        """Return the bytes of memory that are free for buffers."""
         return environment.available_memory_bytes()
 
     def yardstick(self) -> CopyYardstick:
-        """Reserve the buffers to measure the copy bandwidth with."""
+        """Return the yardstick that measures the copy bandwidth, with its buffers reserved."""
         return CopyYardstick(self.environment["cache_bytes"])
 
 
 class CudaDevice(HostDevice):
-    """The current CUDA device, timed by its events.
+    """Represents the current CUDA device, which is timed by its events.
 
     Raises:
-        DeviceUnusable: torch or steadygrad cannot use one; says which, and why.
+        DeviceUnusable: Torch or steadygrad cannot use a CUDA device; the message says which, and why.
     """
 
     place = torch.device("cuda")
     plan = CUDA_CASES
-    # A GPU is steadier than a shared host, and a lap there is many calls.
+    # A GPU is steadier than a shared host and a lap is many calls, so races are shorter.
     efforts = (0.6, 7, 75), (0.5, 5, 50)
     over = staticmethod(rotating)
 
@@ -143,7 +148,7 @@ class CudaDevice(HostDevice):
         self.race = partial(DeviceRace, events=CudaEvents())
 
     def sets(self, case: Case) -> int:
-        # The small ones stay in cache anyway.
+        # Cases of host cost are meant to fit in cache.
         return 1 if case.host_cost else self.beyond_cache(case)
 
     def free_bytes(self) -> int:
@@ -154,10 +159,11 @@ class CudaDevice(HostDevice):
 
 
 def contest(case: Case, yardstick: CopyYardstick, device: HostDevice) -> tuple[Race, list[str]]:
-    """Build the candidates of a case, each over buffers of its own, and call each once.
+    """Build the candidates of a case, each with its own buffers, and call each once.
 
     Returns:
-        The race of ours, the peers that this torch has, and the yardstick; and why the other peers are missing.
+        The race of ours, of the peers that this version of torch has, and of the yardstick; and the
+        reasons why other peers are missing.
     """
     candidates: list[Candidate] = []
     missing: list[str] = []
@@ -182,10 +188,10 @@ def contest(case: Case, yardstick: CopyYardstick, device: HostDevice) -> tuple[R
 
 
 def case_result(case: Case, timings: Sequence[Timing], yardstick: CopyYardstick) -> Result:
-    """Derive the numbers of a case from the laps of its race, the yardstick's last.
+    """Derive the numbers of a case from the laps of its race; those of the yardstick come last.
 
-    GB/s are the floor's bytes over our median, on a GPU the median GPU time: passes that find data in cache can lift
-    them above the copy bandwidth.
+    GB/s are the floor's bytes divided by our median time, which on a GPU is GPU time. Passes that
+    find data in cache can lift them above the copy bandwidth.
     """
     count = len(timings) - (len(yardstick.candidates) if yardstick.joins(case) else 0)
     ours, *peers = timings[:count]
@@ -229,7 +235,7 @@ def _side(timing: Timing, clock: str) -> Result:
 
 
 def _peer(peer: Timing, ours: Timing, clock: str) -> Result:
-    # Both laps of a round are neighbours in time.
+    # Ratios are taken within rounds, whose laps are neighbours in time.
     rounds = np.array(peer.laps(clock)) / np.array(ours.laps(clock))
     both = ("wall", "device") if ours.device else ()
     return {
@@ -242,13 +248,14 @@ def _peer(peer: Timing, ours: Timing, clock: str) -> Result:
 
 
 def settle_allocator() -> None:
-    """Let glibc keep what is freed, as far as a training process would.
+    """Make glibc keep freed memory, as it would in a training process.
 
-    It raises its threshold for blocks of their own, by itself, when one of up to 32 MiB is first freed. It still
-    returns the end of the heap to the system whenever 64 MiB of it are free, and which candidate that happens to is
-    luck: some fault the same pages in again at every call, which makes them up to four times slower, others never.
+    glibc raises its threshold for separate mappings by itself when a block of up to 32 MiB is first
+    freed. But it returns the end of the heap to the system whenever 64 MiB of it are free. By luck
+    some candidates then fault in the same pages at every call, which makes them up to four times
+    slower, and others never do.
     """
-    with suppress(AttributeError):  # another C library
+    with suppress(AttributeError):  # the C library is not glibc
         mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
         mallopt(mmap_threshold, 32 * 2**20)
         mallopt(trim_threshold, 2**31 - 1)
@@ -262,10 +269,10 @@ def measure_all(
     clock: Callable[[], float] = time.monotonic,
     on_case: Callable[[str], object] = lambda key: None,
 ) -> Iterator[Result]:
-    """Measure the cases of one device; yield the result file after each case, so that a kill loses one case at most.
+    """Measure the cases of one device; yield the whole result after each case.
 
-    After `limit` seconds no further case is begun. `on_case` is called with the key of each that begins; tests replace
-    the clock.
+    A kill thus loses at most one case. After `limit` seconds no further case begins. `on_case` is
+    called with the key of each case that begins. Tests replace the clock.
     """
     began = clock()
     settle_allocator()
@@ -300,9 +307,9 @@ def measure_all(
             reason = ""
             try:
                 found["cases"].append(_measured(case, yardstick, device, quick))
-            except RuntimeError as error:  # the other cases' numbers are worth having
+            except RuntimeError as error:  # the other cases are still worth measuring
                 reason = f"{FAILED}: {error}"
-            if device.place.type == "cuda":  # give back what the case has left
+            if device.place.type == "cuda":  # free what the case has left
                 gc.collect()
                 torch.cuda.empty_cache()
         if reason:

@@ -1,4 +1,4 @@
-"""A result as one self-contained HTML file: a chart of its ratios, and the tables of the terminal."""
+"""Write a result as one self-contained HTML file: a chart of ratios, and the terminal's tables."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write_page(result: Result, path: Path, targets: bool = False) -> None:
 
 
 def ratio_chart(result: Result) -> str:
-    """Draw a bar for each case and peer, as SVG; an operation is a panel, and all share their scale."""
+    """Draw a bar for each case and peer as SVG, with a panel per operation and one scale for all."""
     panels = [
         (name, [(case, peer) for case in cases for peer in case["peers"]])
         for name, cases in operations(result["cases"]).items()
@@ -43,7 +43,8 @@ def ratio_chart(result: Result) -> str:
         for axis, (name, bars) in zip(axes, panels, strict=True):
             ratios = [peer["ratio"] for _, peer in bars]
             edges = [peer["round_ratio_quartiles"] for _, peer in bars]
-            # The median over rounds may lie outside the ratio of medians; a whisker has no negative length.
+            # The ratio of medians may lie outside the quartiles over rounds, and a whisker cannot have
+            # a negative length.
             below = [max(ratio - low, 0.0) for ratio, (low, _) in zip(ratios, edges, strict=True)]
             above = [max(high - ratio, 0.0) for ratio, (_, high) in zip(ratios, edges, strict=True)]
             labels = [f"{subject(case)}: {peer['name']}" for case, peer in bars]

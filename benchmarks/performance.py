@@ -1,4 +1,4 @@
-"""Writes docs/performance.md from the newest result file of each machine: `make performance`."""
+"""Write docs/performance.md from the newest result file of each machine: `make performance`."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from benchmarks.tables import TEMPLATES, amount, floor, milliseconds, moved, sub
 
 PAGE = ROOT / "docs" / "performance.md"
 
-# Lines that depend on the state of the kernels, and not only on the result files, begin with this.
+# Lines that depend on the present kernels, and not on the result files alone, begin with this.
 STALENESS = "**These figures are older than the kernels"
 
 
 def page(results: dict[str, Result], csrc_tree: str | None) -> str:
-    """Write the page.
+    """Return the page as Markdown.
 
     Args:
-        results: the newest result of each machine.
-        csrc_tree: git's name for the kernels as they are now; None where git does not say.
+        results: Newest result of each machine.
+        csrc_tree: Hash that git gives the kernels as they are now; None if git does not say.
     """
     gpus = {name: result for name, result in results.items() if result["environment"].get("gpu")}
     words = (operations, floor, subject, milliseconds, moved, amount, verdict)

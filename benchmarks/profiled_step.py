@@ -1,8 +1,8 @@
-"""One clipped AdamW step on a large tensor of each dtype, then batch norms, marked for a profiler.
+"""Run a clipped AdamW step on a large tensor of each dtype, then batch norms, under a profiler.
 
     ncu --profile-from-start off --kernel-name regex:EXPRESSION python -m benchmarks.profiled_step
 
-`benchmarks.gpu.KERNELS` is the expression that finds our kernels among torch's.
+`benchmarks.gpu.KERNELS` is the expression that selects our kernels among torch's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from benchmarks.case import DTYPES
 from benchmarks.cases import OPERATIONS
 from benchmarks.shapes import one_tensor
 
-# Of ResNet-50 at batch 256: behind the first 3 x 3 convolutions, and at the end of their blocks.
+# Shapes in ResNet-50 at batch 256: after the first 3 x 3 convolutions, and at the end of their
+# blocks.
 _WIDTH, _SUM = (256, 64, 56, 56), (256, 256, 56, 56)
 
 

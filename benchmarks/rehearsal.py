@@ -1,6 +1,7 @@
-"""The benchmark for a GPU on a machine without one: tiny tensors, emulated kernels, host clocks.
+"""Rehearse the GPU benchmark without a GPU: tiny tensors, emulated kernels, the host's clock.
 
-It shows that every kind of case runs and that the result file can be written, and nothing about speed.
+A rehearsal shows that every kind of case runs and that the result file can be written. It says
+nothing about speed.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from benchmarks.measure import CopyYardstick, GpuYardstick, HostDevice
 from benchmarks.timer import CudaEvents, DeviceRace, rotating
 from steadygrad import _kernels
 
-# What the emulated kernels have taken the place of. pybind11 forgets conversions that both modules share where a class
-# of one of them is freed.
+# Keeps the modules that the emulated kernels have replaced. pybind11 forgets the conversions that both
+# modules share when a class of one of them is freed.
 _REPLACED: list[object] = []
 
 
 class HostEvents(CudaEvents):
-    """Time stamps of the host in the place of a device's."""
+    """Replaces time stamps of a device with those of the host."""
 
     def __init__(self) -> None:
         pass
@@ -42,7 +43,7 @@ class HostEvents(CudaEvents):
 
 
 class EmulatedDevice(HostDevice):
-    """A GPU whose kernels run on the CPU; every case is cut down to a few elements."""
+    """Represents a GPU whose kernels run on the CPU; every case is cut down to a few elements."""
 
     rehearsal = True
     efforts = (0.0, 1, 1), (0.0, 1, 1)
@@ -62,7 +63,7 @@ class EmulatedDevice(HostDevice):
 
 
 def emulate() -> None:
-    """Put the emulated kernels in the place of the compiled ones, for this process."""
+    """Replace the compiled kernels with the emulated ones in this process."""
     emulated = import_module("steadygrad_emulated")
     for name in dir(_kernels):
         if not name.startswith("__"):

@@ -1,7 +1,7 @@
-"""What a result file says: where the files are, what groups of cases say together, and whether floors were met.
+"""Read result files, summarise groups of cases, and judge whether floors were met.
 
-A result is what `python -m benchmarks --out FILE` writes, as JSON has it; tables, page and docs/performance.md are made
-of it alone.
+A result is the JSON that `python -m benchmarks --out FILE` writes. Tables, page and
+docs/performance.md are made from results alone.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from benchmarks import candidates as sides
 from benchmarks.cases import CASES, CUDA_CASES
 
 RESULTS = Path(__file__).resolve().parent / "results"
-# Goes up when a key changes its meaning.
+# The number is raised when a key changes its meaning.
 SCHEMA = 3
 
 # A result file, or a case, peer, summary or target in it.
 Result = dict[str, Any]
 
-# Stands for the fastest of torch's in each case.
+# Stands in place of a peer for the fastest of torch's candidates in each case.
 FASTEST = "fastest of torch's"
-# Names the copy bandwidth in the place of a peer.
+# Stands in place of a peer for the copy bandwidth.
 COPY = "copy bandwidth"
-# What of a group of cases is compared.
+# Name of what is compared over a group of cases.
 MEAN = "geometric mean"
 SLOWEST = "slowest case"
 
@@ -38,7 +38,7 @@ def read_result(path: Path) -> Result:
     """Read a result file.
 
     Raises:
-        ValueError: the file cannot be read, or is no result of the benchmark.
+        ValueError: The file cannot be read, or is no result of the benchmark.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -52,7 +52,7 @@ def read_result(path: Path) -> Result:
 
 
 def machine_of(result: Result) -> str:
-    """Return the GPU's name, or the CPU's with its cores."""
+    """Return the name of the GPU, or the name and cores of the CPU."""
     environment = result["environment"]
     gpu = environment.get("gpu")
     return str(gpu["name"]) if gpu else f"{environment['cpu']}, {environment['cores']} cores"
@@ -65,7 +65,7 @@ def file_name(result: Result) -> str:
 
 
 def newest_results(folder: Path = RESULTS) -> dict[str, Result]:
-    """Return the newest result of each machine, by the machine's name. Rehearsals do not count."""
+    """Return the newest result of each machine, by name of machine; rehearsals do not count."""
     newest: dict[str, Result] = {}
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -77,7 +77,7 @@ def newest_results(folder: Path = RESULTS) -> dict[str, Result]:
 
 
 def operations(cases: Iterable[Result]) -> dict[str, list[Result]]:
-    """Return cases by the name of their operation, in their order."""
+    """Return the cases by name of operation, in their order."""
     found: dict[str, list[Result]] = {}
     for case in cases:
         found.setdefault(case["operation"], []).append(case)
@@ -85,10 +85,11 @@ def operations(cases: Iterable[Result]) -> dict[str, list[Result]]:
 
 
 def summaries(cases: Iterable[Result]) -> list[Result]:
-    """Compare ours with each peer over the cases of an operation, and with the fastest where there are several.
+    """Compare ours with each peer over the cases of an operation, and with the fastest of several.
 
     Returns:
-        A geometric mean of the ratios and the least of them for each; only of operations whose cases are of one kind.
+        The geometric mean and the smallest of the ratios to each peer, for operations whose cases
+        are alike.
     """
     found = []
     averaged = (case for case in cases if case.get("averaged") and case["peers"])
@@ -113,18 +114,16 @@ def summaries(cases: Iterable[Result]) -> list[Result]:
 
 
 class Target(NamedTuple):
-    """What maintainers hold the benchmark to."""
+    """Describes a floor that maintainers hold the benchmark to."""
 
-    name: str  # of a case, or of a group
+    name: str  # name of a case or a group
     peer: str
-    at_least: (
-        float  # how many times as fast ours has to be, or which share of `COPY` it has to reach
-    )
-    over: str = ""  # what of a group counts
+    at_least: float  # smallest ratio to the peer, or smallest share of `COPY`
+    over: str = ""  # what is compared over a group
 
 
 def _fusion(group: str, mean: float, *names: str) -> Iterator[Target]:
-    """Ask for the mean against each peer, and that no case is slower than any of them."""
+    """Yield targets: `mean` against each peer, and no case slower than any peer."""
     for name in names:
         yield Target(group, name, mean, MEAN)
     yield Target(group, FASTEST if len(names) > 1 else names[0], 1.0, SLOWEST)
@@ -165,9 +164,9 @@ CUDA_TARGETS: tuple[Target, ...] = (
 
 
 def judge(cases: Sequence[Result], device: str = "cpu") -> list[Result]:
-    """Return what was measured for each target of the device, "cpu" or "cuda", in their order.
+    """Return what was measured for each target of a device, "cpu" or "cuda", in their order.
 
-    `met` is None where the target was not measured, or not over all cases of its group.
+    `met` is None if the target was not measured over all cases of its group.
     """
     measured: dict[tuple[str, str, str], tuple[float, int]] = {}
     for case in cases:

@@ -1,4 +1,4 @@
-"""Parameter shapes of the models in the benchmarks, written out so that no library is needed."""
+"""Declare the parameter shapes of the benchmarked models, so that no model library is needed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ModelShapes:
-    """The parameter shapes of one model, in the order in which the model lists them."""
+    """Holds the parameter shapes of one model, in the order in which the model lists them."""
 
     key: str  # short name used in case keys
     title: str  # name for people
@@ -19,12 +19,12 @@ class ModelShapes:
 
     @property
     def tensors(self) -> int:
-        """Number of parameter tensors."""
+        """Return the number of parameter tensors."""
         return len(self.shapes)
 
     @property
     def elements(self) -> int:
-        """Number of elements in all parameter tensors together."""
+        """Return the number of elements in all parameter tensors together."""
         return sum(math.prod(shape) for shape in self.shapes)
 
     def cut(self, tensors: int = 8, longest: int = 2**11) -> ModelShapes:
@@ -61,43 +61,43 @@ def _gpt2_small() -> Iterator[Shape]:
 
 
 def resnet50() -> ModelShapes:
-    """ResNet-50 (He et al. 2016, torchvision's layout): 161 tensors, 25,557,032 elements."""
+    """Return ResNet-50 (He et al. 2016, torchvision's layout): 161 tensors, 25,557,032 elements."""
     return ModelShapes("resnet50", "ResNet-50", tuple(_resnet50()))
 
 
 def gpt2_small() -> ModelShapes:
-    """GPT-2 small with tied embeddings (Radford et al. 2019): 148 tensors, 124,439,808 elements."""
+    """Return GPT-2 small with tied embeddings (Radford et al. 2019): 148 tensors, 124,439,808 elements."""
     return ModelShapes("gpt2", "GPT-2 small", tuple(_gpt2_small()))
 
 
 def policy_network() -> ModelShapes:
-    """A policy of reinforcement learning, 17 observations to 6 actions over two layers of 64: 6 tensors."""
+    """Return a policy for reinforcement learning: 17 observations, two layers of 64, 6 actions."""
     shapes = ((64, 17), (64,), (64, 64), (64,), (6, 64), (6,))
     return ModelShapes("policy", "policy network", shapes)
 
 
 def digits_mlp() -> ModelShapes:
-    """A perceptron for 28 x 28 digits over two layers of 128: 6 tensors, 118,282 elements."""
+    """Return a perceptron for 28 x 28 digits with two layers of 128: 6 tensors, 118,282 elements."""
     shapes = ((128, 784), (128,), (128, 128), (128,), (10, 128), (10,))
     return ModelShapes("digits", "digits MLP", shapes)
 
 
 def lora(count: int = 96, width: int = 768) -> ModelShapes:
-    """Low-rank adapters (Hu et al. 2021) of rank 8: `count` matrices of 8 x `width`."""
+    """Return low-rank adapters (Hu et al. 2021) of rank 8: `count` matrices of 8 x `width`."""
     return ModelShapes(f"lora{count}", f"LoRA {count} x 8 x {width}", ((8, width),) * count)
 
 
 def embedding() -> ModelShapes:
-    """The token embedding of GPT-2: one matrix of 50,257 rows of 768, most of which no batch uses."""
+    """Return the token embedding of GPT-2, 50,257 rows of 768; a batch uses few of the rows."""
     return ModelShapes("embedding", "embedding", ((50257, 768),))
 
 
 def many_small(count: int = 2000, size: int = 32) -> ModelShapes:
-    """`count` vectors of `size` elements: they fit in cache, so they show the cost per tensor."""
+    """Return `count` vectors of `size` elements, which fit in cache and show the cost per tensor."""
     return ModelShapes("small", f"{count:,} x {size}", ((size,),) * count)
 
 
 def one_tensor(log2_elements: int) -> ModelShapes:
-    """One vector of 2**`log2_elements` elements."""
+    """Return one vector of 2**`log2_elements` elements."""
     key = f"one_2e{log2_elements}"
     return ModelShapes(key, f"1 x 2^{log2_elements}", ((2**log2_elements,),))

@@ -1,9 +1,10 @@
-"""Times clipping of many small DTensors over gloo ranks beside torch's: `python -m benchmarks.sharded`.
+"""Time clipping of many small DTensors over gloo ranks beside torch: `python -m benchmarks.sharded`.
 
-Every rank is a process on this machine. Calls are interleaved, and a round takes as long as its slowest rank. Each time
-is the median of the rounds beside the least one, which others on the machine disturb less. torch's issue 169445 reports
-that its time grows with the square of the number of tensors: several counts show whether it does here. Prints one JSON
-object, or writes it to `--out`.
+Every rank is a process on this machine. Calls are interleaved, and a round takes as long as its
+slowest rank. The program reports the median over rounds and the least time, which other processes
+disturb less. torch's issue 169445 reports that torch's time grows with the square of the number of
+tensors; several numbers of tensors show whether it does here. The program prints one JSON object, or
+writes it to `--out`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import steadygrad as sg
 from benchmarks.environment import write_report
 from benchmarks.timer import Candidate, Race
 
-# Elements of a tensor on one rank.
+# Number of elements of a tensor on one rank.
 _SHARD = 32
 
 
@@ -34,7 +35,7 @@ def _measure(count: int, world: int, rounds: int) -> dict[str, dict[str, float]]
     mesh = init_device_mesh("cpu", (world,))
     generator = torch.Generator().manual_seed(dist.get_rank())
     params: list[Tensor] = []
-    # The same without anything to reduce: what remains is the price of sharding.
+    # Plain tensors need no reduction; the difference to them is the cost of sharding.
     plain: list[Tensor] = []
     for _ in range(count):
         values, grads = (torch.randn(_SHARD, generator=generator) for _ in range(2))
@@ -51,7 +52,7 @@ def _measure(count: int, world: int, rounds: int) -> dict[str, dict[str, float]]
         "steadygrad AdamW step": optimizer.step,
     }
     race = Race([Candidate(name, call, prepare=dist.barrier) for name, call in calls.items()])
-    race.warm_up(1)  # plans, agreement, torch's caches of sharding decisions
+    race.warm_up(1)  # makes plans and fills torch's caches of sharding decisions
     laps = torch.tensor([timing.wall for timing in race.run(0.0, rounds, rounds)])
     dist.all_reduce(laps, op=dist.ReduceOp.MAX)
     return {
@@ -72,7 +73,8 @@ def _rank(rank: int, given: argparse.Namespace, folder: str) -> None:
         write_report(given.out, ranks=given.ranks, **numbers)
     dist.barrier()
     dist.destroy_process_group()
-    # After gloo groups torch's own destructors abort now and then, "terminate called without an active exception".
+    # After gloo groups were used, torch's destructors sometimes abort ("terminate called without an
+    # active exception"), so the process ends without them.
     sys.stdout.flush()
     os._exit(0)
 

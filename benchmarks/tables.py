@@ -1,4 +1,4 @@
-"""A result as rich tables for the terminal, and as Markdown tables for docs/performance.md."""
+"""Show a result as rich tables for the terminal, and as Markdown for docs/performance.md."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ TEMPLATES = Environment(
 
 
 def milliseconds(timing: Result) -> str:
-    """Return a median to three digits."""
+    """Return a median in milliseconds with three digits."""
     value = timing["median_seconds"] * 1e3
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def subject(case: Result) -> str:
-    """Name what a case is measured on; wall time is marked on a device that has a clock of its own."""
+    """Return the name of a case's shapes; wall time is marked on a device that has its own clock."""
     wall = "wall_median_seconds" in case["ours"] and case["clock"] == "wall"
     return f"{case['shapes']}{', wall' if wall else ''}"
 
 
 def floor(cases: Sequence[Result]) -> str:
-    """Say what the cases of an operation have to move per element."""
+    """Return a sentence that says what the cases of an operation have to move per element."""
     floors = sorted({case["bytes_per_element"] for case in cases})
     return f"Floor: {' or '.join(f'{floor:g}' for floor in floors)} B an element"
 
 
 def moved(case: Result) -> list[str]:
-    """Return megabytes, GB/s and the share of the copy bandwidth, or for cases of host cost dashes."""
+    """Return megabytes, GB/s and the share of the copy bandwidth; dashes for cases of host cost."""
     megabytes, share = case["floor_bytes"] / 1e6, case["share_of_copy"]
     if not case["cold_buffers"] or share is None:
         return ["-", "-", "-"]
@@ -56,9 +56,9 @@ def _table(title: str, names: str, *numbers: str) -> Table:
 
 
 def cases_table(result: Result, where: str) -> Table:
-    """Make the table of measurements: an operation, its cases below, and below each case its peers.
+    """Return the table of measurements: operations, their cases, and the peers of each case.
 
-    Names stand in one column, so that all fits in 80 columns.
+    All names share one column, so that the table fits in 80 columns.
     """
     headings = ("ours, and torch's below", "ms", "ratio", "MB", "GB/s", "of copy")
     table = _table(f"steadygrad beside torch, {where}", *headings)
@@ -82,21 +82,21 @@ def cases_table(result: Result, where: str) -> Table:
 
 
 def amount(target: Result, value: float | None) -> str:
-    """Write what is asked for or was measured: times as fast, or a share of the copy bandwidth."""
+    """Format a value of a target: times as fast, or a share of the copy bandwidth."""
     if value is None:
         return "-"
     return f"{100 * value:.0f} %" if target["peer"] == COPY else f"{value:.3g} x"
 
 
 def verdict(target: Result) -> str:
-    """Say whether a floor was met."""
+    """Return a word that says whether a floor was met."""
     if 0 < target.get("cases", 0) < target.get("of", 1):
         return f"{target['cases']} of {target['of']} run"
     return {True: "met", False: "NOT MET", None: "not run"}[target["met"]]
 
 
 def targets_table(result: Result) -> Table:
-    """Make the table of floors and whether this run met them, for maintainers."""
+    """Return the table of floors, with whether this run met them, for maintainers."""
     table = _table("Floors", "case, and the peers below", "at least", "measured", "verdict")
     for case, targets in groupby(result["targets"], lambda target: target["case"]):
         table.add_row(Text(case, "bold"))
@@ -108,7 +108,7 @@ def targets_table(result: Result) -> Table:
 
 
 def notes(result: Result) -> list[str]:
-    """Say what the figures are of, what they mean, and what is missing."""
+    """Return notes on what was measured, what the figures mean, and what is missing."""
     template = TEMPLATES.get_template("notes.txt.jinja")
     return template.render({**result, "machine": result["environment"]}).splitlines()
 
@@ -128,7 +128,7 @@ def render(result: Result, targets: bool = False) -> list[RenderableType]:
 
 
 def show(console: Console, parts: Iterable[RenderableType]) -> None:
-    """Print tables and notes; a console that is narrower than a table is taken to be as wide."""
+    """Print tables and notes; tables wider than the console are printed in full width."""
     for part in parts:
         width = console.width
         if isinstance(part, Table):

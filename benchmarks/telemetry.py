@@ -1,8 +1,9 @@
-"""Times optimizer steps with telemetry beside steps without, interleaved: `python -m benchmarks.telemetry`.
+"""Time optimizer steps with and without telemetry, interleaved: `python -m benchmarks.telemetry`.
 
-Each arm has parameters, gradients and state of its own. The arm without telemetry is there twice, and what differs
-between its two is noise. Ratios are medians over rounds of a round's own ratio, which a machine that changes its pace
-disturbs less than a ratio of medians. Prints one JSON object, or writes it to `--out`.
+Each arm has its own parameters, gradients and state. The arm without telemetry runs twice; the
+difference of the two is noise. Ratios are taken within each round, and their median is reported: a
+machine that changes its pace disturbs it less than a ratio of medians. The program prints one JSON
+object, or writes it to `--out`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def measure(shapes: ModelShapes, max_norm: float, rounds: int) -> dict[str, Any]
     race = Race(arms)
     race.warm_up(3)
     laps = {timing.name: timing for timing in race.run(0.0, rounds, rounds)}
-    # Where an arm's memory happens to lie makes a difference of percents, too: hence the mean of both.
+    # The place of an arm's memory also makes a difference of some percent, so the two are averaged.
     none = [sum(pair) / 2 for pair in zip(laps["none"].wall, laps["none, again"].wall, strict=True)]
     return {
         name: {

@@ -1,7 +1,7 @@
-"""Every case of the CPU for pytest-benchmark: ``python -m pytest benchmarks -k adamw``.
+"""Run every case of the CPU in pytest-benchmark: ``python -m pytest benchmarks -k adamw``.
 
-pytest-benchmark would time one candidate after the other. Here it times our call, and the peers run in the set-up of
-each of its rounds, so all candidates take turns as in ``python -m benchmarks``.
+pytest-benchmark would time one candidate after the other. Here it times our call only, and the peers
+run in the set-up of each round, so that all candidates take turns as in ``python -m benchmarks``.
 """
 
 from __future__ import annotations

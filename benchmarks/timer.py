@@ -1,8 +1,8 @@
-"""Candidates side by side in one process, interleaved: every ratio is of neighbours in time.
+"""Time candidates in turns in one process, so that every ratio is between neighbours in time.
 
-A shared or throttled machine drifts by tens of per cent within a minute; taking turns puts the drift on every candidate
-alike. `torch.utils.benchmark.Timer` measures one candidate after the other and calls it twice more before each
-measurement, so its clock and its statistics would fit here, and its loop does not.
+A shared or throttled machine drifts by tens of percent within a minute; taking turns puts the drift
+on every candidate alike. `torch.utils.benchmark.Timer` would give clock and statistics, but its loop
+measures one candidate after the other, and calls it twice more before each measurement.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from typing import Any
 import torch
 
 _LAP_SECONDS, _MAX_CALLS = 0.01, 64
-# A launch queue holds about a thousand launches; a longer head start would only be waited for.
+# A launch queue holds about a thousand launches, so a longer head start would only cost time.
 _LONGEST_HEAD_START = 0.05
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One implementation in a race."""
+    """Describes one implementation in a race."""
 
     name: str
     run: Callable[[], object]  # the timed call
-    prepare: Callable[[], object] = lambda: None  # called before it, outside the timed region
-    calls: int = 1  # of what is measured that one `run` makes; laps are seconds per call
+    prepare: Callable[[], object] = lambda: None  # called before `run`, outside the timed region
+    calls: int = 1  # measured calls that one `run` makes; laps are seconds per call
 
     def once(self) -> None:
-        """Prepare and call it, untimed."""
+        """Prepare and call the candidate, untimed."""
         self.prepare()
         self.run()
 
 
 @dataclass(frozen=True)
 class Timing:
-    """The laps of one candidate in seconds a call, by the host's clock and, on a GPU, by the GPU's."""
+    """Holds the laps of one candidate in seconds per call, by the host's and, if any, the GPU's clock."""
 
     name: str
     wall: Sequence[float]
     device: Sequence[float] = ()
 
     def laps(self, clock: str) -> Sequence[float]:
-        """Return the laps by the clock "wall" or "device"; those of the host where there is one clock."""
+        """Return the laps by the clock "wall" or "device"; without a device's clock, both are the host's."""
         return self.device if clock == "device" and self.device else self.wall
 
     def median(self, clock: str = "wall") -> float:
@@ -56,7 +56,7 @@ class Timing:
 
 
 def rotating(candidates: Sequence[Candidate]) -> Candidate:
-    """Make one candidate that takes turns over several sets of buffers, so that caches forget a set."""
+    """Return a candidate that takes turns over sets of buffers, so that caches forget each set."""
     if len(candidates) == 1:
         return candidates[0]
     turns = cycle(candidates)
@@ -64,9 +64,10 @@ def rotating(candidates: Sequence[Candidate]) -> Candidate:
 
 
 def once_over(candidates: Sequence[Candidate]) -> Candidate:
-    """Make one candidate that calls all of them in one go: its data is cold each time, its code is not.
+    """Return a candidate whose `run` calls all of `candidates`, with cold data but warm code.
 
-    As in training, where layer follows layer; behind a flush of the caches the code would be as cold as the data.
+    This is as in training, where layer follows layer. After a flush of the caches the code would be
+    as cold as the data.
     """
 
     def run() -> None:
@@ -84,8 +85,8 @@ class Race:
     """Times candidates round-robin: first, second, ..., first, second, ...
 
     Args:
-        candidates: at least one; ratios are taken against the first.
-        clock: of the host, in seconds.
+        candidates: At least one candidate; ratios are taken against the first.
+        clock: Clock of the host, in seconds.
     """
 
     def __init__(
@@ -97,13 +98,13 @@ class Race:
         self._device: list[list[float]] = [[] for _ in candidates]
 
     def warm_up(self, rounds: int) -> None:
-        """Run every candidate `rounds` times untimed: creates states, touches pages."""
+        """Run every candidate `rounds` times untimed, which creates state and touches pages."""
         for candidate in [*self.candidates] * rounds:
             candidate.once()
         self.calibrate()
 
     def calibrate(self) -> None:
-        """Find out how many calls make a lap; here it is always one."""
+        """Choose the number of calls per lap, which is always one here."""
 
     def lap(self, index: int) -> None:
         """Prepare and time one call of candidate `index`."""
@@ -116,7 +117,7 @@ class Race:
     def run(self, seconds: float, min_rounds: int, max_rounds: int) -> list[Timing]:
         """Race until `seconds` are spent, preparation included, for `min_rounds` to `max_rounds` rounds.
 
-        Python's cyclic garbage collector is off meanwhile.
+        Python's cyclic garbage collector is switched off during the race.
         """
         was_enabled = gc.isenabled()
         gc.collect()
@@ -134,19 +135,19 @@ class Race:
         return self.timings()
 
     def timings(self) -> list[Timing]:
-        """Return what was timed so far, in the order of the candidates."""
+        """Return the timings so far, in the order of the candidates."""
         laps = zip(self.candidates, self._wall, self._device, strict=True)
         return [Timing(each.name, wall, device) for each, wall, device in laps]
 
 
 class CudaEvents:
-    """What a race needs of the queue of the current CUDA device; replaced where there is none."""
+    """Gives a race what it needs of the current CUDA device's queue; rehearsals replace it."""
 
     def __init__(self) -> None:
-        # torch's own tests use this kernel; without it laps only lose their head start.
+        # torch's tests use this kernel, which is private; without it laps only lose their head start.
         self._sleep: Callable[[int], None] = getattr(torch.cuda, "_sleep", lambda cycles: None)
         probe = 20_000_000
-        for _ in range(2):  # the first wakes the clocks
+        for _ in range(2):  # the first run raises the clock rate
             start = self.mark()
             self._sleep(probe)
             end = self.mark()
@@ -160,7 +161,7 @@ class CudaEvents:
         return event
 
     def seconds_between(self, start: Any, end: Any) -> float:
-        """Return the time between two stamps that the device has passed."""
+        """Return the seconds between two time stamps that the device has passed."""
         return float(start.elapsed_time(end)) / 1e3
 
     def synchronize(self) -> None:
@@ -168,16 +169,16 @@ class CudaEvents:
         torch.cuda.synchronize()
 
     def keep_busy(self, seconds: float) -> None:
-        """Queue work of about that length, so that the host can run ahead."""
+        """Queue work that takes about `seconds`, so that the host can run ahead."""
         self._sleep(int(seconds * self._cycles_per_second))
 
 
 class DeviceRace(Race):
-    """Times several back-to-back calls a lap, twice a round: by the host's clock, by the device's.
+    """Times laps of several back-to-back calls, twice per round: by the host's and the device's clock.
 
-    Wall time is that of a loop of steps with one synchronize at its end: what a training loop sees, the host's work
-    included where that takes longer. GPU time is taken between two events behind a head start for the host, so that its
-    work does not show, as long as the queue holds it.
+    Wall time is the time of a loop of steps with one synchronize at its end. It is what a training
+    loop takes, including the host's work if that takes longer. GPU time is taken between two events
+    after a head start for the host, so that the host's work does not count while the queue holds it.
     """
 
     def __init__(
@@ -192,7 +193,7 @@ class DeviceRace(Race):
         self._head_start = [0.0 for _ in candidates]
 
     def calibrate(self) -> None:
-        """Choose calls per lap, so that a lap takes about 10 ms; measure the host's part."""
+        """Choose the number of calls so that a lap takes about 10 ms; measure the host's part."""
         for index, candidate in enumerate(self.candidates):
             self._events.synchronize()
             start = self._clock()
@@ -206,7 +207,10 @@ class DeviceRace(Race):
             self._head_start[index] = min(1.25 * host + 50e-6, _LONGEST_HEAD_START)
 
     def lap(self, index: int) -> None:
-        """Time the calls of candidate `index` by both clocks; preparation is a multiplication in Python."""
+        """Time the calls of candidate `index` by both clocks.
+
+        Preparation is timed too, since it is only a multiplication in Python.
+        """
         calls, events = self.calls[index], self._events
         several = [self.candidates[index].once] * calls
         events.synchronize()

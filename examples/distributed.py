@@ -1,7 +1,7 @@
-"""One training loop, distributed over the ranks of ``torchrun`` in the usual ways; the optimizer's line hardly changes.
+"""Distribute one training loop over the ranks of ``torchrun`` in the usual ways; the optimizer's line hardly changes.
 
-A small network predicts each next byte of CPython's ``pydoc_data.topics``. Half-way one rank's loss becomes NaN, and
-all ranks skip that step::
+A small network predicts the next byte of CPython's ``pydoc_data.topics`` at every position. Half-way one rank's loss
+becomes NaN, and all ranks skip that step::
 
     torchrun --standalone --nproc-per-node=2 examples/distributed.py --parallel ddp --check
     torchrun --standalone --nproc-per-node=4 examples/distributed.py --parallel fsdp2_tp --check
@@ -66,7 +66,7 @@ def network() -> nn.Sequential:
 
 
 def batches(steps: int) -> list[tuple[Tensor, Tensor]]:
-    """Return for each step the bytes and those that follow, from random places of the text; the same on every rank."""
+    """Return inputs and next bytes for each step, from random places of the text; the same on every rank."""
     topics = pydoc_data.topics.topics
     text = torch.tensor(list("\n".join(topics[name] for name in sorted(topics)).encode()))
     pieces = text.unfold(0, CONTEXT + 1, 1)
@@ -77,7 +77,7 @@ def batches(steps: int) -> list[tuple[Tensor, Tensor]]:
 
 @dataclasses.dataclass
 class Shared:
-    """The part of the network and its training that is on this rank.
+    """Holds the part of the network and its training that is on this rank.
 
     Attributes:
         model: The network, or this rank's stage of it.
@@ -98,7 +98,7 @@ class Shared:
 def shared(
     model: nn.Module, optimizer: sg.optim.AdamW, names: list[str], data: DeviceMesh | None
 ) -> Shared:
-    """Return a rank that runs backward through the whole network, on a different part of each batch for each rank."""
+    """Return this rank's part of a training where every rank runs the whole network, on its part of each batch."""
 
     def loss(inputs: Tensor, targets: Tensor, spoil: Callable[[Tensor], Tensor]) -> Tensor:
         value = spoil(functional.cross_entropy(model(inputs), targets))
@@ -112,7 +112,7 @@ def shared(
 
 
 def names_of(model: nn.Module) -> list[str]:
-    """Return the parameters' names, before anything wraps the modules."""
+    """Return the parameters' names; called before anything wraps the modules and changes them."""
     return [name for name, _ in model.named_parameters()]
 
 
@@ -130,7 +130,7 @@ def sharded(model: nn.Sequential, mesh: DeviceMesh) -> None:
 
 
 def ddp(model: nn.Sequential, device: str) -> Shared:
-    """Make replicas, whose gradients backward averages, so that each rank sees the same norm without our help."""
+    """Make replicas, whose gradients backward averages, so that each rank sees the same norm by itself."""
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     optimizer = sg.optim.AdamW(model.parameters(), lr=RATE, max_norm=MAX_NORM)
     names = names_of(model)
@@ -170,7 +170,7 @@ def fsdp2_tp(model: nn.Sequential, device: str) -> Shared:
 
 
 def pp(model: nn.Sequential, device: str) -> Shared:
-    """Give every rank different parameters; no tensor says so, but ``reduce_norm`` does."""
+    """Give every rank different parameters; tensors do not tell this, so ``reduce_norm`` does."""
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     stages, rank = mesh.size(), mesh.get_local_rank()
     first, last = (len(model) * place // stages for place in (rank, rank + 1))
@@ -189,7 +189,7 @@ def pp(model: nn.Sequential, device: str) -> Shared:
         found: list[Tensor] = []
         ends: dict[str, Any] = {"target": targets, "losses": found} if rank == stages - 1 else {}
         schedule.step(*((inputs,) if rank == 0 else ()), **ends)
-        # Only the last stage knows the loss, so it counts for all.
+        # Only the last stage has the loss, so it is multiplied by the number of stages for the mean.
         return stages * torch.stack(found).mean().detach() if found else torch.zeros(())
 
     return Shared(part, optimizer, loss, names)
@@ -201,12 +201,12 @@ WAYS: dict[str, Callable[[nn.Sequential, str], Shared]] = {
 
 
 def spoiled(loss: Tensor) -> Tensor:
-    """Return a loss of NaN, as after an overflow."""
+    """Return a NaN in place of the loss, as after an overflow."""
     return loss * torch.nan
 
 
 def unspoiled(loss: Tensor) -> Tensor:
-    """Return the loss itself."""
+    """Return the loss unchanged."""
     return loss
 
 
@@ -251,7 +251,7 @@ def train(name: str, steps: int, device: str) -> tuple[list[float], dict[str, Te
 
 
 def trained_alone(steps: int, device: str) -> tuple[list[float], dict[str, Tensor]]:
-    """Train in one process with torch's functions, without the batch that the ranks skip; return the same."""
+    """Train in one process with torch's functions, without the skipped batch; return norms and parameters."""
     model = network().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     norms: list[float] = []
@@ -269,7 +269,7 @@ def trained_alone(steps: int, device: str) -> tuple[list[float], dict[str, Tenso
 def check(
     name: str, norms: list[float], params: dict[str, Tensor], steps: int, device: str
 ) -> None:
-    """Compare with one process, on every rank.
+    """Compare norms and parameters with training in one process, on every rank.
 
     Raises:
         AssertionError: A norm or a weight differs by more than TOLERANCE, or is missing.
@@ -292,7 +292,7 @@ def check(
 
 
 def main() -> None:
-    """Train in the ways of the command line; ``torchrun`` starts this on every rank."""
+    """Train in the ways that the command line names; ``torchrun`` starts this on every rank."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--parallel", nargs="+", choices=list(WAYS), required=True)
     parser.add_argument("--steps", type=int, default=40)

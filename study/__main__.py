@@ -1,4 +1,4 @@
-"""``python -m study``: the comparison of remedies on real data."""
+"""Run ``python -m study``, which compares remedies on real data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 when all is well, 1 when something failed, 130 after Ctrl-C.
 
     Raises:
-        SystemExit: with code 2 for arguments that are not understood, with 0 after ``--help``.
+        SystemExit: With code 2 for arguments that are not understood, with 0 after ``--help``.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["examine"]:
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(given)
     if args.mode == "quick" and (args.names or args.data):
-        parser.error("--quick: is an experiment of its own; leave out the others and --data")
+        parser.error("--quick is an experiment of its own; leave out other experiments and --data")
     if not args.list and (problem := folder_problem(f"--out {args.out}", args.out)):
         parser.error(problem)
     return guarded("study", lambda: _run(args))
@@ -56,8 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="study",
         description="Train networks that explode, with and without remedies, on real data, and "
-        "compare the remedies. Writes the numbers (study.json) and pages made of them. A study that "
-        "was killed, interrupted or out of time goes on where it was with the same command.",
+        "compare the remedies. Writes the numbers (study.json) and pages that show them. A study that "
+        "was killed, interrupted or out of time resumes when the same command is run again.",
     )
     add = parser.add_argument
     names = "name of an experiment, or a Python file with one of your own (default: all)"
@@ -68,17 +68,17 @@ def _parser() -> argparse.ArgumentParser:
     mode.add_argument("--quick", **one, const="quick", help="one network, two minutes")
     mode.add_argument("--full", **one, const="full", help="ten seeds, and longer problems")
     add("--seeds", type=count, default=0, metavar="N", help="number of seeds (default: 5)")
-    arms = "these remedies alone, and none"
+    arms = "run only these remedies, and the baseline"
     add("--arms", type=_words, default=(), metavar="ARM,...", help=arms)
     add("--data", metavar="DIR", help="folder with MNIST or CIFAR-10 files")
     out = Path("out")
     add("--out", type=Path, default=out, metavar="DIR", help="folder (default: out)")
-    jobs = "processes side by side (default: one per core)"
+    jobs = "parallel processes (default: one per core)"
     add("--jobs", type=count, metavar="N", help=jobs)
-    limit = "begin no further run after this time"
+    limit = "begin no run after this time"
     add("--limit", type=seconds, metavar="SECONDS", help=limit)
-    add("--restart", action="store_true", help="drop what a study has left in the folder")
-    report = "make the pages from results that are there, and stop"
+    add("--restart", action="store_true", help="drop an unfinished study in the folder")
+    report = "make the pages from existing results, and stop"
     add("--report", type=Path, nargs="+", metavar="FILE", help=report)
     add("--threads", type=count, metavar="N", help="CPU threads of a process (default: 1)")
     return parser

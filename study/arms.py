@@ -1,4 +1,4 @@
-"""What a remedy is, and how it gets into a training run."""
+"""Declare what a remedy is, and put it into a training run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_name(what: str, name: str) -> None:
     """Check a name, which becomes a cell of tables and part of the names of files.
 
     Raises:
-        ValueError: it is empty, or no line of text.
+        ValueError: It is empty or holds characters that cannot be printed on one line.
     """
     if not name or not name.isprintable():
         raise ValueError(f"{what}: name: expected printable characters on one line, got {name!r}")
@@ -32,31 +32,32 @@ def check_name(what: str, name: str) -> None:
 
 @dataclass(frozen=True)
 class Arm:
-    """One remedy. What is left out stays as it is without a remedy.
+    """Declares one remedy; a field at its default leaves training as it is without a remedy.
 
     Raises:
-        ValueError: ``by="torch"`` with a policy of ours, or a name that is no line of text.
+        ValueError: ``by="torch"`` is combined with ``clip`` or ``skip``, or the name cannot be printed
+            on one line.
     """
 
-    name: str  # how tables, plots and files call it
-    remedy: str = "none"  # the family it belongs to
+    name: str  # name in tables, plots and files
+    remedy: str = "none"  # family of remedies that it belongs to
     about: str = ""  # what it does, in a few words
     max_norm: float | None = None  # limit of the global gradient norm
     clip_value: float | None = None  # limit of every element of the gradient
-    clip: Policy | None = None  # finds the limit
-    skip: SkipSpikes | None = None  # leaves out steps whose norm is a spike
-    l1: float = 0.0  # factor of sum |p| in the loss
-    l2: float = 0.0  # factor of sum p^2 / 2 in the loss
-    weight_decay: float = 0.0  # of the optimizer; after the clip, where l2 comes before it
-    model: Mapping[str, Any] = field(default_factory=dict)  # fields of the model, replaced
-    task: Callable[[Task], Task] | None = None  # what becomes of the data
-    schedule: Schedule | None = None  # of the optimizer and the number of steps
+    clip: Policy | None = None  # policy that finds the limit of the norm
+    skip: SkipSpikes | None = None  # policy that leaves out steps whose norm is a spike
+    l1: float = 0.0  # weight of sum |p| in the loss
+    l2: float = 0.0  # weight of sum p^2 / 2 in the loss
+    weight_decay: float = 0.0  # weight decay of the optimizer, added after the clip
+    model: Mapping[str, Any] = field(default_factory=dict)  # fields of the model that are replaced
+    task: Callable[[Task], Task] | None = None  # makes another task of the problem's
+    schedule: Schedule | None = None  # makes a scheduler
     accumulate: int = 1  # micro-batches of the problem's batch size per step
-    # Evaluations without progress on held-out training data after which training stops; the
-    # parameters are then those of the best one.
+    # Training stops after this many evaluations without progress on held-out training data, and
+    # keeps the parameters of the best evaluation; 0 never stops early.
     early_stopping: int = 0
-    by: Literal["steadygrad", "torch"] = "steadygrad"  # whose clipping, penalties, accumulation
-    twin: str | None = None  # the arm of ours that this one repeats with torch's own functions
+    by: Literal["steadygrad", "torch"] = "steadygrad"  # who clips, penalises, accumulates
+    twin: str | None = None  # name of the steadygrad arm that this one repeats in torch
 
     def __post_init__(self) -> None:
         check_name("Arm", self.name)
@@ -74,12 +75,12 @@ class Arm:
     ) -> OurStepper | TorchStepper:
         """Make SGD with this remedy in front of it.
 
-        Non-finite gradients are applied as torch applies them (``nonfinite="propagate"``) in every
-        arm: an explosion is seen and not skipped over, and what an arm gains is due to its remedy.
+        Every arm applies non-finite gradients as torch does (``nonfinite="propagate"``), so that an
+        explosion is recorded and not skipped, and what an arm gains is due to its remedy alone.
         """
         groups: Any = parameters
         if isinstance(self.clip, ClipAdaptive):
-            # The last layer, weight and bias, is not clipped, as in the paper.
+            # As in the paper, weight and bias of the last layer are not clipped.
             groups = [{"params": parameters[:-2]}, {"params": parameters[-2:], "clipping": None}]
         sgd = torch.optim.SGD(
             groups, lr=learning_rate, momentum=momentum, weight_decay=self.weight_decay
@@ -87,7 +88,7 @@ class Arm:
         return TorchStepper(sgd, parameters, self) if self.by == "torch" else OurStepper(sgd, self)
 
     def describe(self) -> dict[str, Any]:
-        """Return name, remedy and all that differs from no remedy, as JSON values."""
+        """Return the name, the remedy and every field that is not at its default, as JSON values."""
         named = ("name", "remedy", "about", "by", "twin")
         settings = {}
         for item in dataclasses.fields(self):
@@ -100,14 +101,14 @@ class Arm:
 
 
 class OurStepper:
-    """Steps of a :class:`steadygrad.Stabilizer`."""
+    """Makes the steps of an arm with a :class:`steadygrad.Stabilizer`."""
 
     def __init__(self, sgd: torch.optim.SGD, arm: Arm) -> None:
         remedies: Any = {name: getattr(arm, name) for name in _OF_THE_STEP}
         self.optimizer = Stabilizer(sgd, **remedies, nonfinite="propagate")
 
     def penalty(self) -> Tensor | None:
-        """Return what is added to the loss: nothing, since penalties are part of the step."""
+        """Return None: nothing is added to the loss, since penalties are part of the step."""
         return None
 
     def step(self) -> None:
@@ -124,12 +125,12 @@ class OurStepper:
 
     @property
     def grad_norm(self) -> float:
-        """Norm before the clip, of the last step."""
+        """Return the gradient norm of the last step, before the clip."""
         return self.optimizer.grad_norm.item()
 
 
 class TorchStepper:
-    """The same with ``torch.nn.utils`` and penalties in the loss, as one would write it by hand."""
+    """Makes the steps of an arm as one would by hand in torch, with penalties in the loss."""
 
     def __init__(self, sgd: torch.optim.SGD, parameters: Sequence[nn.Parameter], arm: Arm) -> None:
         self.optimizer = sgd
@@ -138,7 +139,7 @@ class TorchStepper:
         self._parameters, self._arm = parameters, arm
 
     def penalty(self) -> Tensor | None:
-        """Return what is added to the loss."""
+        """Return the penalty to add to the loss, None if the arm has none."""
         terms = []
         if self._arm.l1:
             terms.append(self._arm.l1 * sum(p.abs().sum() for p in self._parameters))

@@ -1,4 +1,4 @@
-"""Charts of an experiment, as SVG: the metric with its intervals, and loss and norm over the steps."""
+"""Draw the charts of an experiment as SVG: the metric with intervals, loss and norm over steps."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from .table import SETTING, Json, figure, in_settings, metric_of, remedies, setting_name
 
-# From light to dark, and each with dashes of its own: seen without colour vision, and in print.
+# Lines differ in lightness and in dashes, so that they can be told apart in print and without
+# colour vision.
 _LINES = (("#5b9bd5", ":"), ("#3f86c4", "-."), ("#2a6cac", "--"), ("#1b4f86", (0, (5, 1))))
 _DARKEST = ("#0b2d55", "-")
 _RANKS = len(_LINES) + 1
-_ROOM_ABOVE = 1e4  # how far above the highest start an exploding line is followed
+_ROOM_ABOVE = 1e4  # an exploding line is drawn up to this factor above the highest start
 _STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text
+    "svg.fonttype": "none",  # keeps text as text, not as outlines
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.spines.top": False,
@@ -34,19 +35,20 @@ _STYLE: dict[Any, Any] = {
 
 
 def _svg(drawing: Figure, name: str) -> str:
-    """Return a figure as SVG, the same text each time."""
+    """Return a figure as SVG; the same figure gives the same text each time."""
     file = io.StringIO()
     with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
         drawing.savefig(file, format="svg", metadata={"Date": None}, bbox_inches="tight")
-    # A tenth of a point is not seen; numbers that are text stay as they are.
+    # One decimal of a coordinate is enough to draw it; numbers in text and comments are kept.
     places = r"(<text.*?</text>|<!--.*?-->)|(\d\.\d)\d+"
     text = re.sub(places, lambda found: found[1] or found[2], file.getvalue(), flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # several of them stand in a page
+    # A page holds several figures, so ids would not be unique.
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
     return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
 
 
 def results(experiment: Json, runs: pd.DataFrame, rows: pd.DataFrame) -> str:
-    """Draw the metric on held-out data: bars with intervals and single runs, a chart for each setting."""
+    """Draw the metric on held-out data, a chart per setting: bars, intervals and single runs."""
     names = [arm["name"] for arm in remedies(experiment)]
     rows = rows[rows["arm"].isin(names)]
     settings = [setting for setting, _ in rows.groupby(SETTING, observed=True)]
@@ -71,7 +73,8 @@ def _bars(
 ) -> None:
     means = [row.metric.mean for row in rows.itertuples() if row.metric.finite]
     most = max([*means, metric["guessing"], metric["learned"]])
-    # What has no upper end: far beyond guessing, bars end at the edge.
+    # A metric without an upper end would need an endless axis, so bars far beyond guessing end at
+    # the edge.
     edge = max(most, 1.0) if metric["better"] == "higher" else min(most, 1.5 * metric["guessing"])
     for row in rows.itertuples():
         place, mean = names.index(row.arm), row.metric
@@ -83,7 +86,7 @@ def _bars(
         axis.barh(place, min(mean.mean, edge), color=fill, hatch=hatch, edgecolor="#1b4f86", lw=0.3)
         if not math.isnan(mean.low):
             axis.plot([mean.low, mean.high], [place, place], color="#222", lw=1)
-        label = axis.get_yaxis_transform()  # at the right of the chart, beside its bar
+        label = axis.get_yaxis_transform()  # beside its bar, at the right edge of the chart
         axis.text(1.01, place, figure(mean.mean), va="center", transform=label)
     dots = [
         (value, names.index(arm))
@@ -99,9 +102,10 @@ def _bars(
 
 
 def curves(experiment: Json, runs: pd.DataFrame) -> str | None:
-    """Draw loss and gradient norm over the steps: two charts for each arm, with a line for each setting.
+    """Draw loss and gradient norm over the steps: two charts per arm, with a line per setting.
 
-    With more settings than lines can be told apart: two charts for each arm and problem. None without curves.
+    Where there are more settings than lines that can be told apart, there are two charts per arm
+    and problem. Returns None where no run has a curve.
     """
     arms = remedies(experiment)
     runs = runs[runs["curve"].notna() & runs["arm"].isin([arm["name"] for arm in arms])]
@@ -145,7 +149,7 @@ def curves(experiment: Json, runs: pd.DataFrame) -> str | None:
 
 
 def _look(place: int, count: int) -> dict[str, Any]:
-    """Spread few lines over the colours, from light to dark."""
+    """Return colour and dashes of a line; few lines are spread over all shades."""
     rank = _RANKS - 1 if count == 1 else round((_RANKS - 1) * place / (count - 1))
     colour, dashes = (*_LINES, _DARKEST)[rank]
     return {"color": colour, "ls": dashes, "lw": 1.1}
@@ -154,7 +158,7 @@ def _look(place: int, count: int) -> dict[str, Any]:
 def _lines(
     axis: Axes, everyone: pd.DataFrame, own: pd.DataFrame, settings: Sequence[Any], key: str
 ) -> None:
-    """Draw medians over the seeds, bands that hold all runs, and crosses where a run stopped being finite."""
+    """Draw medians over seeds, bands that hold all runs, and crosses where runs stop being finite."""
     found = [float(value) for curve in everyone["curve"] for value in curve[key]]
     positive = [value for value in found if 0 < value < math.inf]
     starts = [float(curve[key][0]) for curve in everyone["curve"]]
@@ -179,7 +183,7 @@ def _lines(
         axis.plot(ends, [high] * len(ends), "x", color=look["color"], ms=5, clip_on=False)
     last = max(curve["step"][-1] for curve in everyone["curve"])
     axis.set(xscale="log", yscale="log", xlim=(0.9, 1.1 * last), ylim=(low / 1.3, 1.3 * high))
-    for scale in (axis.xaxis, axis.yaxis):  # fast to draw: no fine ticks, no mathematics in labels
+    for scale in (axis.xaxis, axis.yaxis):  # drawing fine ticks and mathematical labels is slow
         scale.set_major_locator(LogLocator(numticks=4))
         scale.set_major_formatter(FuncFormatter(lambda value, _: figure(value)))
         scale.set_minor_locator(NullLocator())
@@ -187,7 +191,7 @@ def _lines(
 
 
 def _at(curve: Json, key: str, steps: Sequence[int]) -> list[float]:
-    """The values of a curve at some steps; infinite once the run has ended or is not a number."""
+    """Return the values of a curve at ``steps``: infinite where they are NaN or the run has ended."""
     places = np.searchsorted(curve["step"], steps, side="right") - 1
     values = np.array(curve[key], dtype=float)[places.clip(0)]
     values[np.isnan(values) | (np.asarray(steps) > curve["step"][-1])] = math.inf

@@ -1,4 +1,4 @@
-"""What the command lines of the study and of the benchmarks have in common."""
+"""Share code between the command lines of the study and of the benchmarks."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from pathlib import Path
 
 
 def guarded(program: str, run: Callable[[], int]) -> int:
-    """Run a command and return its exit code: 130 after Ctrl-C, 1 and a line on stderr where nothing can be written."""
+    """Run a command and return its exit code.
+
+    The code is 130 after Ctrl-C, and 1, with a line on stderr, where output cannot be written.
+    """
     try:
         return run()
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)  # noqa: T201
         return 130
     except OSError as error:
-        # What still waits for standard output goes nowhere: Python would fail for it once more at its end.
+        # Python flushes standard output when it ends and would fail there once more; what is still
+        # in the buffer is dropped instead.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         where = error.filename or "standard output or a file"
         print(f"{program}: {where} takes nothing: {error.strerror}", file=sys.stderr)  # noqa: T201
@@ -25,7 +29,7 @@ def guarded(program: str, run: Callable[[], int]) -> int:
 
 
 def folder_problem(given: str, folder: Path) -> str:
-    """Make the folder that results go to, before minutes of work; return what is wrong with what was given, else ""."""
+    """Create the folder for results before any work is done; return what is wrong with it, or ""."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

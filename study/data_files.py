@@ -1,6 +1,6 @@
-"""Full MNIST (IDX files) and CIFAR-10 (its binary version), from a folder that the user names with ``--data DIR``.
+"""Load full MNIST (IDX files) and CIFAR-10 (binary version) from the folder of ``--data DIR``.
 
-Nothing is downloaded and nothing is unpickled: a stranger's pickle can run code.
+Nothing is downloaded, and nothing is unpickled, since a stranger's pickle can run code.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from .data import Dataset, from_pixels
 
 Bytes = npt.NDArray[np.uint8]
 
-# Images and labels to train on, then those to test on.
+# Names of the files: training images and labels, then test images and labels.
 _MNIST = (
     *("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     *("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 )
 _FOLDER, _ARCHIVE = "cifar-10-batches-bin", "cifar-10-binary.tar.gz"
 _BATCHES = (*(f"data_batch_{number}.bin" for number in range(1, 6)), "test_batch.bin")
-_RECORD = 1 + 3 * 32 * 32  # a byte for the label, then the red, the green and the blue plane
-# What the python version is called, to say which file is wanted in its place.
+_RECORD = 1 + 3 * 32 * 32  # bytes: the label, then the red, green and blue plane
+# Names of the pickled version of CIFAR-10; the error message then asks for the binary one.
 _PICKLES = ("cifar-10-batches-py", "cifar-10-python.tar.gz", "data_batch_1")
 
 
 class DataFileError(ValueError):
-    """A data file or folder is missing, damaged or not what it should be; the message names it."""
+    """Raised when a data file or folder is missing, damaged or another one; the message names it."""
 
 
 def datasets_in(folder: Path) -> dict[str, Callable[[], Dataset]]:
-    """Say which data there are in a folder, without reading them.
+    """Find out which data a folder holds, without reading them.
 
     Args:
-        folder: holds the MNIST files, themselves or in ``MNIST/raw``, or CIFAR-10 as
-            ``cifar-10-binary.tar.gz`` or in the folder ``cifar-10-batches-bin``, or both, or is
-            that folder.
+        folder: Folder of the data. MNIST files are looked for in it and in ``MNIST/raw``;
+            CIFAR-10 is looked for as ``cifar-10-binary.tar.gz`` and in the folder
+            ``cifar-10-batches-bin``, which may also be ``folder`` itself.
 
     Returns:
-        ``"mnist"`` and ``"cifar10"``, those that are there -> what loads them.
+        A function that loads the data, for each of ``"mnist"`` and ``"cifar10"`` that is there.
 
     Raises:
-        DataFileError: there is no such folder, or neither is in it, or CIFAR-10 only as pickles.
+        DataFileError: The folder does not exist, holds neither, or holds CIFAR-10 as pickles only.
     """
     if not folder.is_dir():
         raise DataFileError(f"{folder}: no such folder")
@@ -65,11 +65,11 @@ def datasets_in(folder: Path) -> dict[str, Callable[[], Dataset]]:
 def mnist(folder: Path) -> Dataset:
     """Load MNIST from its four IDX files, in ``folder`` or in ``folder/MNIST/raw``.
 
-    The files may be compressed by gzip, and have a dot in the place of the second hyphen
-    (``train-images.idx3-ubyte``).
+    The files may be compressed by gzip, and their names may have a dot in place of the second
+    hyphen (``train-images.idx3-ubyte``).
 
     Raises:
-        DataFileError: a file is missing, damaged or another one, or the files do not fit together.
+        DataFileError: A file is missing, damaged or another one, or the files do not fit together.
     """
     paths = [_mnist_file(folder, name) or folder / name for name in _MNIST]
     parts: list[tuple[Bytes, Bytes]] = []
@@ -91,14 +91,14 @@ def mnist(folder: Path) -> Dataset:
 
 
 def cifar10(folder: Path) -> Dataset:
-    """Load CIFAR-10 from its "binary version": five training batches and one to test on.
+    """Load CIFAR-10 from its "binary version", five training batches and a test batch.
 
     Args:
-        folder: holds ``cifar-10-batches-bin`` or ``cifar-10-binary.tar.gz``, or is the former.
-            Where there are both, the folder is read.
+        folder: Folder that holds ``cifar-10-batches-bin`` or ``cifar-10-binary.tar.gz``, or the
+            folder ``cifar-10-batches-bin`` itself. Where there are both, the archive is not read.
 
     Raises:
-        DataFileError: a file is missing, damaged or another one.
+        DataFileError: A file is missing, damaged or another one.
     """
     source = _cifar_source(folder)
     if source is None:
@@ -110,10 +110,10 @@ def cifar10(folder: Path) -> Dataset:
 
 
 def read_idx(path: Path, dimensions: int) -> Bytes:
-    """Read an IDX file (Y. LeCun) of unsigned bytes, plain or compressed by gzip, whatever its name.
+    """Read an IDX file (Y. LeCun) of unsigned bytes, plain or compressed by gzip, under any name.
 
-    It is a magic number (two zeros, the type 8, the number of dimensions), the dimensions as
-    big-endian 32-bit numbers, and the elements, the last index fastest.
+    An IDX file holds a magic number (two zeros, the type 8, the number of dimensions), then the
+    dimensions as big-endian 32-bit numbers, then the elements in C order (last index fastest).
     """
     try:
         content = path.read_bytes()
@@ -138,7 +138,7 @@ def read_idx(path: Path, dimensions: int) -> Bytes:
 
 
 def read_cifar(content: bytes, path: Path) -> tuple[Bytes, Bytes]:
-    """Return pixels, ``(images, 3072)``, and labels, ``(images,)``, of the records of a batch."""
+    """Return the pixels, ``(images, 3072)``, and the labels, ``(images,)``, of a batch."""
     if not content or len(content) % _RECORD:
         raise DataFileError(
             f"{path}: expected whole records of {_RECORD:,} bytes, got {len(content):,} bytes"
@@ -149,7 +149,7 @@ def read_cifar(content: bytes, path: Path) -> tuple[Bytes, Bytes]:
 
 
 def _mnist_file(folder: Path, name: str) -> Path | None:
-    """Return the first file there is under the names that are in use, None if there is none."""
+    """Return the first existing file among the usual spellings of a name, None if there is none."""
     pattern = name.replace("-idx", "[-.]idx")
     places = (folder, folder / "MNIST" / "raw")
     return next((path for place in places for path in sorted(place.glob(f"{pattern}*"))), None)
@@ -162,7 +162,7 @@ def _cifar_source(folder: Path) -> Path | None:
 
 
 def _batches(source: Path) -> list[tuple[Path, bytes]]:
-    """Read the batches of a folder, or of the archive as it is distributed, without unpacking it to disk."""
+    """Read the batches of a folder, or of the archive, which is not unpacked to disk."""
     try:
         if source.is_dir():
             return [(source / name, (source / name).read_bytes()) for name in _BATCHES]

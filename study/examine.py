@@ -1,4 +1,4 @@
-"""``python -m study examine``: what examine says of the study's networks, beside what happened to them."""
+"""Compare what ``steadygrad.examine`` predicts for the study's networks with what happened to them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import steadygrad as sg
 from .experiment import Experiment, Problem, RunKey
 from .experiments import EXPERIMENTS
 
-# Arms of the study, and the trials of examine that stand for them.
+# Maps each arm of the study to the trial of examine that tries the same remedy.
 TRIALS = {
     "none": "as it is",
     "clip 1": "clip",
@@ -34,13 +34,13 @@ FIXED_ON = ("digits", "10 layers", "30 layers", "CNN", "temporal order 20", "add
 
 @dataclasses.dataclass(frozen=True)
 class Foretold:
-    """A run that is recorded, and what was said of it before its first step.
+    """Pairs a recorded run with what examine predicted for it before its first step.
 
     Attributes:
-        key: problem, arm, learning rate and seed.
-        lost: whether the run was lost, as ``docs/study.md`` defines it.
-        said: whether examine said so.
-        ratio: learning rate by the largest stable one.
+        key: Problem, arm, learning rate and seed.
+        lost: Whether the run was lost, as ``docs/study.md`` defines it.
+        said: Whether examine predicted that it would be lost.
+        ratio: Learning rate divided by the largest stable one.
     """
 
     key: RunKey
@@ -50,14 +50,14 @@ class Foretold:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Examine every problem of a record and print how often it was right."""
+    """Examine every problem of a record and print how often the prediction was right."""
     parser = argparse.ArgumentParser(prog="study examine", description=__doc__)
     parser.add_argument("record", type=Path, help="study.json of a study of these experiments")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="default: 5")
-    parser.add_argument("--problem", help="this one alone")
+    parser.add_argument("--problem", help="examine this problem alone")
     args = parser.parse_args(argv)
     record = json.loads(args.record.read_text(encoding="utf-8"))
-    torch.set_num_threads(1)  # networks this small do not gain from a second one
+    torch.set_num_threads(1)  # networks this small do not gain from a second thread
     found = []
     for one in foretell(record, args.seeds, args.problem):
         found.append(one)
@@ -75,12 +75,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def foretell(record: dict[str, Any], seeds: int, only: str | None = None) -> Iterator[Foretold]:
-    """Examine the networks of a record, and compare with its runs.
+    """Examine the networks of a record; yield each prediction with the run that it is about.
 
     Args:
-        record: of a study, as in its ``study.json``.
-        seeds: how many of each setting.
-        only: name of a problem.
+        record: Record of a study, as in its ``study.json``.
+        seeds: Number of seeds per setting.
+        only: Name of the only problem to examine. Default: None, all problems.
     """
     known = {experiment.name: experiment for experiment in EXPERIMENTS}
     for recorded in record["experiments"]:
@@ -104,7 +104,7 @@ def foretell(record: dict[str, Any], seeds: int, only: str | None = None) -> Ite
 
 def _trials(experiment: Experiment, problem: Problem, key: RunKey) -> dict[str, Any]:
     task = problem.task()
-    # As a run begins: its seed draws the weights, then the batches.
+    # The seed draws first the weights and then the batches, as in a run.
     generator = torch.Generator().manual_seed(key.seed)
     model = problem.model.build(task.inputs, task.outputs, generator)
     stepper = experiment.arm("none").stepper(
@@ -112,7 +112,7 @@ def _trials(experiment: Experiment, problem: Problem, key: RunKey) -> dict[str, 
     )
     given = task.batches(problem.batch_size, generator)
     found = sg.examine(model, task.loss, given, optimizer=stepper.optimizer)
-    # Where nothing stands out no remedy is tried: the run is expected to survive, whatever is done.
+    # Where nothing stands out, examine tries no remedy, because it expects every run to survive.
     ratio = found.lr / found.largest_stable_lr
     untried = sg.examination.Trial("", True, (ratio,), 0.0, (0.0,))
     rest = dict.fromkeys(TRIALS.values(), untried) if len(found.trials) < 2 else {}
@@ -125,7 +125,10 @@ def _is_lost(run: dict[str, Any]) -> bool:
 
 
 def summary(found: Sequence[Foretold]) -> list[str]:
-    """Count what was right, by remedy, on the problems that thresholds were fixed on and on the others."""
+    """Count right predictions by remedy.
+
+    Problems on which the thresholds were fixed are counted apart from the others.
+    """
     lines = []
     for arm in TRIALS:
         for among, label in ((True, "problems it was fixed on"), (False, "other problems")):

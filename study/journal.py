@@ -1,7 +1,8 @@
-"""Finished runs on disk, one line each, so that a killed study goes on where it was.
+"""Keep finished runs on disk, one per line, so that a killed study can resume.
 
-A line is written and synchronised when its run is finished and never changed; it begins with its checksum. A line that
-a kill cut in two is dropped and its run made again. The first line says which study it is.
+Each line begins with its checksum. It is written and synchronised when its run is finished, and
+never changed. A line that a kill has cut short is dropped, and its run is made again. The first
+line says which study it is.
 """
 
 from __future__ import annotations
@@ -22,29 +23,29 @@ NAME = "journal.jsonl"
 
 
 class JournalError(ValueError):
-    """The folder holds the journal of another study; the message says what to do."""
+    """Raised when a journal cannot be resumed; the message says why and what to do."""
 
 
 class Journal:
-    """The finished runs of a study; no other process may open them until this one has closed them.
+    """Holds the finished runs of a study, and locks their file against other processes.
 
     Args:
-        path: of the file, which is made if need be.
-        plan: what decides the numbers: a study goes on only where this is the same.
-        started: when this session began; the first one's is kept.
-        restart: drops what is there.
+        path: Path of the file, which is created if it does not exist.
+        plan: Everything that decides the numbers; a study is resumed only if this is the same.
+        started: Time at which this session began; the time of the first session is kept.
+        restart: Whether to drop the runs that are there. Default: False.
 
     Raises:
-        JournalError: what is there is damaged, or belongs to another study or to one that is running.
-        OSError: the file cannot be written.
+        JournalError: The file is damaged, or belongs to another study or to one that is running.
+        OSError: The file cannot be written.
     """
 
     def __init__(
         self, path: Path, plan: Mapping[str, Any], started: str, restart: bool = False
     ) -> None:
         self.path = path
-        self.started = started  # of the first session
-        self.runs: dict[tuple[str, RunKey], dict[str, Any]] = {}  # as JSON has them
+        self.started = started  # start of the first session
+        self.runs: dict[tuple[str, RunKey], dict[str, Any]] = {}  # as JSON values
         self.sessions: list[float] = []  # seconds from the start of each to its last finished run
         self._began = time.perf_counter()
         self._file = path.open("a+b")
@@ -60,7 +61,8 @@ class Journal:
 
     def _go_on(self, plan: dict[str, Any], restart: bool) -> None:
         self._file.seek(0)
-        lines = [] if restart else self._file.read().split(b"\n")[:-1]  # the rest was cut in two
+        # Text after the last newline is a line that was cut short.
+        lines = [] if restart else self._file.read().split(b"\n")[:-1]
         for number, line in enumerate(lines, 1):
             checksum, _, content = line.partition(b" ")
             if checksum != b"%08x" % zlib.crc32(content):
@@ -76,7 +78,7 @@ class Journal:
         self.sessions.append(0.0)
 
     def add(self, experiment: str, run: Mapping[str, Any]) -> None:
-        """Write a finished run, which :func:`encode` made; it is on disk when this returns."""
+        """Write a finished run, encoded by :func:`encode`; it is on disk when this returns."""
         seconds = time.perf_counter() - self._began
         entry = {"experiment": experiment, "run": dict(run), "session_s": seconds}
         self._append(entry)
@@ -103,5 +105,5 @@ class Journal:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Let others have the file."""
+        """Close the file, which unlocks it."""
         self._file.close()

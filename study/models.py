@@ -1,4 +1,4 @@
-"""The networks the study trains."""
+"""Build the networks that the study trains."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ By = Literal["steadygrad", "torch"]
 
 
 class ModelSpec(Protocol):
-    """A dataclass that builds a network; an arm's ``model`` replaces fields of it."""
+    """Describes a network that it can build; an arm's ``model`` replaces fields of it."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def build(self, inputs: int, outputs: int, generator: torch.Generator) -> nn.Module:
-        """Build the network, with weights drawn from ``generator`` and biases that are zero or drawn along."""
+        """Build the network; weights, and biases that are not zero, are drawn from ``generator``."""
 
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -38,7 +38,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 class ActivationTerm(nn.Module):
-    """Keeps ``l1 sum |a| + l2 sum a^2 / 2`` of what passes through, for the loss, by torch alone."""
+    """Computes the penalty ``l1 sum |a| + l2 sum a^2 / 2`` of its input in torch, for the loss."""
 
     def __init__(self, l1: float, l2: float) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class ActivationTerm(nn.Module):
 
 @dataclass(frozen=True)
 class _Layers:
-    """What follows a layer, and how its weights are drawn."""
+    """Describes what follows a layer, and how its weights are drawn."""
 
     # "he" (He et al. 2015), "xavier" (Glorot and Bengio 2010), "orthogonal" (Saxe et al. 2013) or
     # "torch" (what reset_parameters draws).
@@ -68,11 +68,14 @@ class _Layers:
     dropout: float = 0.0  # probability that a unit is dropped after its activation
     activation_l1: float = 0.0  # weight of the sum of magnitudes of activations, a batch mean
     activation_l2: float = 0.0  # weight of half the sum of squares of activations, a batch mean
-    activation_by: By = "steadygrad"  # who penalises activations
-    batch_size: int = 32  # what the penalty of activations is divided by
+    activation_by: By = "steadygrad"  # whose penalty of activations
+    batch_size: int = 32  # divisor of the penalty of activations
 
     def after(self, channels: int, norms: tuple[Any, Any]) -> list[nn.Module]:
-        """Return what follows a hidden layer of that many outputs; ``norms`` are ours and torch's."""
+        """Return the modules after a hidden layer with ``channels`` outputs.
+
+        ``norms`` are the batch norm classes of steadygrad and of torch.
+        """
         modules: list[nn.Module] = []
         activation = ACTIVATIONS[self.activation]
         if self.norm == "steadygrad" and activation is nn.ReLU:
@@ -90,9 +93,9 @@ class _Layers:
         return modules
 
     def draw(self, layer: nn.Module, fan_in: int, generator: torch.Generator) -> None:
-        """Draw the weights of a layer; biases are zero."""
+        """Draw the weights of a layer and set its biases to zero."""
         weight: Any = layer.weight
-        if self.init == "he":  # every gain makes the same draws
+        if self.init == "he":  # a gain scales the draws and does not change them
             he = self.init_gain * math.sqrt(2.0 / fan_in)
             nn.init.normal_(weight, 0.0, he, generator=generator)
         elif self.init == "xavier":
@@ -109,9 +112,9 @@ class _Layers:
 
 @dataclass(frozen=True)
 class Mlp(_Layers):
-    """A fully connected network without skip connections."""
+    """Describes a fully connected network without skip connections."""
 
-    layers: int = 20  # linear ones, output layer included; an activation follows each but the last
+    layers: int = 20  # linear layers, with the output layer; activations follow all but the last
     width: int = 100  # units of each hidden layer
 
     def build(self, inputs: int, outputs: int, generator: torch.Generator) -> nn.Sequential:
@@ -127,14 +130,14 @@ class Mlp(_Layers):
 
 @dataclass(frozen=True)
 class PlainCnn(_Layers):
-    """A deep convolutional network without skip connections, for square images, which come flat.
+    """Describes a deep convolutional network without skip connections, for flattened square images.
 
-    Two convolutions of stride 2, then those of stride 1, all 3 x 3, and a linear layer over the
-    mean of each channel.
+    It has two convolutions of stride 2, then convolutions of stride 1, all 3 x 3, and a linear
+    layer over the mean of each channel.
     """
 
-    layers: int = 9  # with weights, the linear one included
-    channels: int = 16  # of each convolution
+    layers: int = 9  # layers with weights, with the linear layer
+    channels: int = 16  # output channels of each convolution
 
     def build(self, inputs: int, outputs: int, generator: torch.Generator) -> nn.Sequential:
         shape = image_shape(inputs)
@@ -155,14 +158,14 @@ class PlainCnn(_Layers):
 
 @dataclass(frozen=True)
 class Recurrent:
-    """A recurrent network of one layer of tanh units, with a linear layer over its states."""
+    """Describes a recurrent network: one layer of tanh units, and a linear layer over its states."""
 
     hidden: int = 50  # number of units
-    embedding: int = 0  # inputs are codes, each of which has a vector of this size; 0: vectors
-    every_step: bool = False  # whether there is an output for each state or for the last one
+    embedding: int = 0  # size of the vector of an input code; 0: inputs are vectors
+    every_step: bool = False  # whether every state has an output, or only the last
     # Recurrent weights are drawn from N(0, (recurrent_gain / sqrt(hidden))^2), whose largest
-    # eigenvalue is about recurrent_gain in size; None: as torch draws them, uniformly within
-    # 1 / sqrt(hidden), which makes it about 0.58.
+    # eigenvalue is about recurrent_gain in magnitude. None draws them as torch does, uniformly
+    # within 1 / sqrt(hidden), where the largest eigenvalue is about 0.58.
     recurrent_gain: float | None = None
 
     def build(self, inputs: int, outputs: int, generator: torch.Generator) -> nn.Module:
@@ -192,7 +195,7 @@ class _RecurrentNetwork(nn.Module):
                 nn.init.uniform_(parameter, -bound, bound, generator=generator)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return ``(batch, length, outputs)``, or ``(batch, outputs)`` after the last step."""
+        """Return outputs, ``(batch, length, outputs)`` for all steps or ``(batch, outputs)`` for the last."""
         states = self.recurrent(self.embedding(inputs))[0]
         outputs: Tensor = self.output(states if self.every_step else states[:, -1])
         return outputs

@@ -1,4 +1,4 @@
-"""The report of a study, from its records: one HTML page, and Markdown with its charts as SVG files."""
+"""Render the report of a study from its records, as an HTML page and as Markdown with SVG charts."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .table import COLUMNS, NOTHING, Json, figure
 
 
 class Cell(str):
-    """The text of a cell, and its class in the HTML page."""
+    """Holds the text of a cell; ``style`` is its class in the HTML page."""
 
     style = ""
 
 
 class Table(NamedTuple):
-    """A table whose first columns are words, and the rest numbers."""
+    """Holds a table; its first ``words`` columns are text, the others numbers."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -32,13 +32,13 @@ class Table(NamedTuple):
 
 
 def write_pages(documents: Sequence[Json], out: Path) -> list[Path]:
-    """Write the report as ``study.html``, and as ``study.md`` with its charts in the folder ``study``.
+    """Write the report as ``study.html``, and as ``study.md`` with charts in the folder ``study``.
 
-    Charts that the ``study.md`` that is replaced showed, and the new one does not, are removed.
+    Charts that an earlier ``study.md`` showed and the new one does not show are removed.
 
     Args:
-        documents: records, as JSON has them; at least one.
-        out: the folder; existing files are replaced.
+        documents: Records as JSON values; at least one.
+        out: Folder to write to; existing files are replaced.
     """
     report = _report(documents)
     paths, folder = [out / "study.html", out / "study.md"], out / "study"
@@ -68,7 +68,7 @@ def write_pages(documents: Sequence[Json], out: Path) -> list[Path]:
 def _report(documents: Sequence[Json]) -> dict[str, Any]:
     experiments = [e for document in documents for e in document["experiments"] if e["runs"]]
     names = [experiment["name"] for experiment in experiments]
-    for place, name in enumerate(names):  # those that have the name of another are numbered
+    for place, name in enumerate(names):  # a repeated name gets a number
         if count := names[:place].count(name):
             experiments[place] = {**experiments[place], "name": f"{name} {count + 1}"}
     runs = [tables.runs_of(experiment) for experiment in experiments]
@@ -86,7 +86,7 @@ def _report(documents: Sequence[Json]) -> dict[str, Any]:
 
 
 def overview(experiments: Sequence[Json], runs: Sequence[pd.DataFrame]) -> Table:
-    """Lay out a row for each remedy: what it did in the hard settings, and on held-out data."""
+    """Return a row for each remedy: its results in the hard settings, and on held-out data."""
     hard = [
         tables.in_settings(own, tables.hard_settings(experiment, own))
         for experiment, own in zip(experiments, runs, strict=True)
@@ -163,7 +163,7 @@ def _map(experiment: Json, rows: pd.DataFrame) -> Table:
 
 
 def _numbers(experiment: Json, rows: pd.DataFrame) -> Table:
-    """Every row with all that was measured; columns in which nothing was are left out."""
+    """Return all numbers of all rows, without columns in which nothing was measured."""
     abouts = {arm["name"]: f": {arm['about']}" for arm in experiment["arms"] if arm["about"]}
     metrics = ", ".join(dict.fromkeys(p["metric"]["name"] for p in experiment["problems"]))
     several = len(experiment["problems"]) > 1

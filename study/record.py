@@ -1,4 +1,4 @@
-"""The study as a JSON file: what was declared, every run, and what all words mean."""
+"""Write a study as a JSON file: its declaration, every run, and what the words mean."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .tasks import Task
 
 NAME = "study.json"
 SCHEMA = 3
-_SCHEMAS = (2, SCHEMA)  # 2 also had rows and sentences that follow from the runs
+_SCHEMAS = (2, SCHEMA)  # 2 also held rows and sentences that follow from the runs
 _PACKAGES = ("steadygrad", "torch", "numpy", "mlxtend")
 
 DEFINITIONS = {
@@ -47,7 +47,7 @@ DEFINITIONS = {
 
 
 def encode(value: Any) -> Any:
-    """Return ``value`` with dataclasses as objects, tuples as lists and non-finite numbers as strings."""
+    """Return ``value`` in JSON types: dataclasses as objects, non-finite numbers as strings."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
     if isinstance(value, dict):
@@ -65,10 +65,10 @@ def describe(
     runs: Sequence[Mapping[str, Any]],
     curves: int = 3,
 ) -> dict[str, Any]:
-    """Return an experiment and its runs, which :func:`encode` made, as JSON values.
+    """Return an experiment and its runs, encoded by :func:`encode`, as JSON values.
 
-    ``curves`` seeds keep theirs: those of all would make the file large. For the same reason only
-    arms that are compared with torch's keep their first losses.
+    Only the first ``curves`` seeds keep their curves, since all curves would make the file large.
+    For the same reason only arms that are compared with torch's keep their first losses.
     """
     described = experiment.describe()
     for problem, stored in zip(experiment.problems, described["problems"], strict=True):
@@ -90,14 +90,14 @@ def describe(
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that matter."""
+    """Return the versions of Python and of the packages that decide the numbers."""
     known = {each.name: each.version for each in importlib.metadata.distributions()}
     found = {package: known.get(package, "not installed as a package") for package in _PACKAGES}
     return {"python": platform.python_version(), **found}
 
 
 def machine() -> dict[str, Any]:
-    """Return what the study ran on."""
+    """Return a description of the machine that the study ran on."""
     info = Path("/proc/cpuinfo")
     text = info.read_text(encoding="utf-8", errors="replace") if info.exists() else ""
     name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
@@ -106,23 +106,23 @@ def machine() -> dict[str, Any]:
 
 
 def without_folders(words: Sequence[str]) -> list[str]:
-    """Return the words of a command line; of an absolute path, which says nothing to others, its name."""
+    """Return the words of a command line, with only the last part of each absolute path."""
     return [Path(word).name if Path(word).is_absolute() else word for word in words]
 
 
 def write(document: Mapping[str, Any], path: Path) -> None:
     """Write a record, whole or not at all."""
     text = json.dumps(document, allow_nan=False, separators=(",", ":"))
-    # One run a line: small, and a diff still shows what changed.
+    # One run per line keeps the file small, and a diff still shows what changed.
     write_text(text.replace('},{"problem"', '},\n{"problem"') + "\n", path)
 
 
 def write_text(text: str, path: Path) -> None:
-    """Write a file whole or not at all; its folder is created."""
+    """Write a file whole or not at all; create its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with beside.open("x", encoding="utf-8") as file:  # which follows no link
+        with beside.open("x", encoding="utf-8") as file:  # mode "x" follows no link
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -132,10 +132,10 @@ def write_text(text: str, path: Path) -> None:
 
 
 def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Read records of studies.
+    """Read the records of studies.
 
     Raises:
-        ValueError: a file cannot be read, or is no record of a study; the message names it.
+        ValueError: A file cannot be read, or is no record of a study; the message names it.
     """
     documents = []
     for path in paths:

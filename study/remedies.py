@@ -1,4 +1,4 @@
-"""The remedies of the founding articles, one line each; experiments choose from them."""
+"""Declare the remedies that experiments choose from, one line each."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from .tasks import raw_pixels, shifted_images
 
 
 def warmup(optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
-    """A tenth of the steps from a hundredth of the learning rate up to all of it."""
+    """Raise the learning rate from a hundredth to its full value over a tenth of the steps."""
     return lr_scheduler.LinearLR(optimizer, 0.01, total_iters=max(1, steps // 10))
 
 
 def cosine(optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
-    """From the learning rate down to 0."""
+    """Lower the learning rate along a cosine to 0 over all steps."""
     return lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
 
 
 def step_decay(optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
-    """A tenth of the learning rate after half of the steps, and a hundredth after three quarters."""
+    """Divide the learning rate by 10 after half of the steps, and again after three quarters."""
     return lr_scheduler.MultiStepLR(optimizer, [steps // 2, steps * 3 // 4])
 
 
 def plateau(optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
-    """Half the learning rate whenever the training loss has not fallen between two evaluations."""
+    """Halve the learning rate whenever the training loss has not fallen between two evaluations."""
     return lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
 
 
 def backoff(optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
-    """Half the learning rate after a skipped step, which then recovers."""
+    """Halve the learning rate after a skipped step, and let it recover."""
     return sg.LRBackoff(optimizer)
 
 
@@ -119,7 +119,7 @@ CLIP_NORM = Arm(
 )
 CLIP_HE = Arm("clip 1 + He init", "combination", "both", max_norm=1.0, model={"init_gain": 1.0})
 
-# With torch's own functions: equal results, and how long they take.
+# The twins use torch's own functions, to compare results and times.
 NONE_TORCH = NONE.by_torch()
 CLIP_TORCH = CLIP.by_torch(about="clip_grad_norm_")
 CLIP_VALUE_TORCH = CLIP_VALUE.by_torch(about="clip_grad_value_")
@@ -139,5 +139,5 @@ _BY_NAME = {arm.name: arm for arm in list(globals().values()) if isinstance(arm,
 
 
 def named(names: str) -> tuple[Arm, ...]:
-    """Return the arms of some names, parted by commas."""
+    """Return the arms whose names are given, separated by commas."""
     return tuple(_BY_NAME[name.strip()] for name in names.split(","))

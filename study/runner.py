@@ -1,4 +1,4 @@
-"""Carries experiments out, in processes side by side, and leaves report and record behind."""
+"""Carry out experiments in parallel processes, and write their record and report."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from .training import rehearse
 from .workers import Tasks, WorkerError, make_all
 
 _QUICK_LIMIT_S = 200.0
-# Columns of the printed table, and what heads them.
+# Maps columns of the printed table to their headings.
 _PRINTED = {
     "learning rate": "lr",
     "survived": "sur-\nvived",
@@ -45,19 +45,21 @@ _PRINTED = {
 
 @dataclass(frozen=True)
 class Settings:
-    """How a study is carried out; none of it changes a number but times, and ``threads`` last digits.
+    """Says how a study is carried out.
+
+    Settings change no results except times; ``threads`` may also change last digits.
 
     Raises:
-        ValueError: a count is less than 1.
+        ValueError: A count is less than 1.
     """
 
-    out: Path  # folder of the files, made if need be
-    jobs: int | None = None  # processes side by side; None: one for each core
-    # Of torch in each process; None: 1. Matrices of 100 x 100 gain 5 % from a second one, and lose a factor when it is
-    # busy.
+    out: Path  # folder of the files, created if it does not exist
+    jobs: int | None = None  # number of parallel processes; None: one per core
+    # CPU threads of torch in each process; None: 1. A second thread makes matrices of 100 x 100
+    # 5 % faster, and several times slower when its core is busy.
     threads: int | None = None
-    limit_s: float | None = None  # after which no run is begun; None: never, 200 s if quick
-    restart: bool = False  # drops what an unfinished study has left, which is else gone on with
+    limit_s: float | None = None  # no run begins later; None: no limit, 200 s if quick
+    restart: bool = False  # drops an unfinished study instead of resuming it
 
     def __post_init__(self) -> None:
         for name in ("jobs", "threads"):
@@ -67,13 +69,14 @@ class Settings:
 
 
 def run_study(selection: Selection, settings: Settings, console: Console) -> int:
-    """Carry the selected experiments out; progress and tables go to the console.
+    """Carry out the selected experiments; print progress and tables to the console.
 
-    Writes ``study.json`` and the pages made of it. What is finished is also in ``journal.jsonl``
-    until all is done: the same call goes on after a kill, Ctrl-C or the time limit.
+    Writes ``study.json`` and the pages rendered from it. Finished runs are kept in ``journal.jsonl``
+    until all are done, so that the same call resumes after a kill, Ctrl-C or the time limit.
 
     Returns:
-        Exit status: 0; 1 if there is nothing to run or a run could not be made; 130 after Ctrl-C.
+        Exit status: 0 on success, 1 if there is nothing to run or a run could not be made, 130
+        after Ctrl-C.
     """
     try:
         loaded = {e.name: (e, _load(e)) for e in selection.experiments()}
@@ -94,7 +97,7 @@ def run_study(selection: Selection, settings: Settings, console: Console) -> int
 
 
 def _load(experiment: Experiment) -> dict[str, Task]:
-    """Load the task of every problem and make all once: what is wrong is said before anything is trained."""
+    """Load the task of every problem and rehearse every arm, so that errors show before training."""
     tasks = {problem.name: problem.task() for problem in experiment.problems}
     for name, task in tasks.items():
         for arm in experiment.arms:
@@ -108,7 +111,11 @@ def _load(experiment: Experiment) -> dict[str, Task]:
 
 
 def _spare_results(names: list[str], path: Path) -> None:
-    """Refuse to write over the results of another study."""
+    """Refuse to overwrite the results of another study.
+
+    Raises:
+        SelectionError: The file at ``path`` holds other experiments, or is no record.
+    """
     try:
         there = [experiment["name"] for experiment in record.read([path])[0]["experiments"]]
     except (ValueError, KeyError, TypeError):
@@ -121,7 +128,7 @@ def _spare_results(names: list[str], path: Path) -> None:
 
 
 class _Study:
-    """What is carried out, and how; ``loaded`` are the experiments and the tasks of their problems, by name."""
+    """Carries out a study; ``loaded`` maps names of experiments to them and their problems' tasks."""
 
     def __init__(
         self,
@@ -133,7 +140,7 @@ class _Study:
         self.threads = settings.threads or 1
         self.jobs = settings.jobs or len(os.sched_getaffinity(0))
         self.files = [Path(name) for name in selection.names if name.endswith(".py")]
-        # One seed of every experiment after the other: what is cut short has compared all arms.
+        # All experiments run one seed before the next, so a study cut short has compared all arms.
         self.plan = [(name, key) for name, (e, _) in loaded.items() for key in e.plan()]
         self.plan.sort(key=lambda item: loaded[item[0]][0].seeds.index(item[1].seed))
 
@@ -160,18 +167,18 @@ class _Study:
                 status = "time limit"
         except KeyboardInterrupt:
             status = "interrupted"
-            # Writing takes a second or two, and a second Ctrl-C is to stop what has stopped.
+            # Writing takes a second or two, and a second Ctrl-C must not interrupt it.
             before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         document = self._document(made, status)
         files = [self.settings.out / record.NAME]
         record.write(document, files[0])
-        from . import page  # with its libraries, which the processes that train do without
+        from . import page  # training processes do without its libraries
 
         files += page.write_pages([document], self.settings.out)
         if status == "interrupted":
             signal.signal(signal.SIGINT, before)
         if status == "complete":
-            made.path.unlink(missing_ok=True)  # all of it is in the record
+            made.path.unlink(missing_ok=True)  # the record holds all of it
         console.print()
         print_tables(document, console)
         if status != "complete":
@@ -187,7 +194,7 @@ class _Study:
         return 130 if status == "interrupted" else 0
 
     def _make_runs(self, made: Journal, console: Console) -> None:
-        """Make the runs that the journal does not have, with a progress bar."""
+        """Make the runs that are not in the journal, and show a progress bar."""
         quick = self.selection.mode == "quick"
         limit = self.settings.limit_s or (_QUICK_LIMIT_S if quick else math.inf)
         deadline = time.perf_counter() + limit
@@ -227,13 +234,13 @@ class _Study:
 
 
 def _first_batch(task: Task, problem: Problem) -> str:
-    """What tells a problem's data from other data of the same name and shape."""
+    """Return a hash of the first batch, which differs for other data of the same name and shape."""
     batch = next(task.batches(problem.batch_size, torch.Generator().manual_seed(0)))
     return hashlib.sha256(repr([tensor.tolist() for tensor in batch]).encode()).hexdigest()
 
 
 def print_tables(document: Mapping[str, Any], console: Console) -> None:
-    """Print a table for each problem, arm by arm, and what its words mean."""
+    """Print a table for each problem, arm by arm, and the meaning of its words."""
     from . import table as tables
 
     for experiment in document["experiments"]:
@@ -242,7 +249,7 @@ def print_tables(document: Mapping[str, Any], console: Console) -> None:
         rows = tables.summarise(experiment, tables.runs_of(experiment))
         for problem in experiment["problems"]:
             grid = Table(title=Text(problem["title"]), title_justify="left", box=box.SIMPLE_HEAD)
-            grid.pad_edge, grid.collapse_padding = False, True  # it then fits 80 columns
+            grid.pad_edge, grid.collapse_padding = False, True  # fits the table into 80 columns
             grid.add_column("arm", max_width=18)
             metric = "\n".join(problem["metric"]["name"].rsplit(" ", 1))
             for heading in (*_PRINTED.values(), f"{metric}\n(95 %)", "ms a\nstep"):
@@ -260,7 +267,7 @@ def print_tables(document: Mapping[str, Any], console: Console) -> None:
 
 
 def report_again(files: Sequence[Path], out: Path, console: Console) -> int:
-    """Make the pages from results that are there; return the exit status."""
+    """Render the pages from existing records; return the exit status."""
     from . import page
 
     names = ", ".join(map(str, files))

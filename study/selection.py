@@ -1,4 +1,4 @@
-"""Which experiments a study has, in words that another process understands as well."""
+"""Select the experiments of a study by plain values, which can be sent to another process."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ _FULL_SEEDS = tuple(range(10))
 
 
 class SelectionError(ValueError):
-    """There is no such experiment or arm, or a file is none; the message says what there is."""
+    """Raised for an unknown experiment or arm, or a file without an experiment."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What to run."""
+    """Says which experiments to run, and with what changes."""
 
-    names: tuple[str, ...] = ()  # of experiments, or Python files that hold one; empty: all
-    mode: Mode = "default"  # "quick": the quick one; "full": ten seeds, and further problems
-    seeds: int = 0  # how many, in the place of the experiment's own; 0: its own
+    names: tuple[str, ...] = ()  # experiments, or Python files that hold one; empty: all
+    mode: Mode = "default"  # "full" has ten seeds, and further problems
+    seeds: int = 0  # number of seeds; 0: the seeds of the experiment
     arms: tuple[str, ...] = ()  # names, besides the baseline; empty: all
-    data: str | None = None  # folder with MNIST or CIFAR-10, in the place of the 5,000 digits
+    data: str | None = None  # folder with MNIST or CIFAR-10, to replace the 5,000 digits
 
     def experiments(self) -> list[Experiment]:
-        """Return the experiments, as changed by mode, seeds, arms and data.
+        """Return the experiments, changed according to mode, seeds, arms and data.
 
         Raises:
-            SelectionError: there is no such experiment or arm, or a file is none.
-            DataFileError: the folder holds no data.
+            SelectionError: An experiment or arm is unknown, or a file holds no experiment.
+            DataFileError: The folder holds no data.
         """
         default = [QUICK] if self.mode == "quick" else [MNIST] if self.data else EXPERIMENTS
         chosen = [_named(name) for name in self.names] or list(default)
@@ -52,7 +52,7 @@ class Selection:
             chosen = [dataclasses.replace(experiment, seeds=seeds) for experiment in chosen]
         if not self.arms:
             return chosen
-        # An experiment that has none of the arms is left out.
+        # An experiment with none of the named arms is left out.
         own = {e.name: [arm.name for arm in e.arms if arm.name in self.arms] for e in chosen}
         there = list(dict.fromkeys(arm.name for e in chosen for arm in e.arms))
         for name in self.arms:
@@ -75,7 +75,7 @@ def _named(name: str) -> Experiment:
     spec = importlib.util.spec_from_file_location(f"study_of_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look for theirs there
+    sys.modules[spec.name] = module  # dataclasses look up their module there
     try:
         spec.loader.exec_module(module)
     except Exception as error:

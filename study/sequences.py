@@ -1,4 +1,4 @@
-"""Tasks over sequences: the two of Pascanu et al. 2013, and the next character of a text."""
+"""Define tasks over sequences: two of Pascanu et al. 2013, and the next character of a text."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from .tasks import Batch, Metric, Task
 _TEST_SEQUENCES = 10_000
 _TOGETHER = 1000
 _HELD_OUT_SEED = 2013
-# Solved: fewer than 1 % of the sequences wrong, as in Martens and Sutskever 2011.
+# A task is solved when fewer than 1 % of the sequences are wrong (Martens and Sutskever 2011).
 _SOLVED = 0.01
 _ADDITION_TOLERANCE = 0.04
 _TEST_PIECES = 400
 
 
 class _Generated(Task):
-    """Sequences that are made as they are needed, and a fixed set to test on.
+    """Generates training sequences as they are needed, and a fixed test set.
 
-    The metric is the share of 10,000 test sequences that are wrong. 1,000 further ones are as good as training data,
-    since no sequence is ever seen twice.
+    The metric is the share of 10,000 test sequences that are wrong. The training loss is taken on
+    1,000 further sequences, which serve as training data since no sequence is ever seen twice.
     """
 
     def __init__(self, length: int) -> None:
@@ -44,7 +44,7 @@ class _Generated(Task):
             return self.loss(model(self._fixed[0]), self._fixed[1]).item()
 
     def measure(self, model: nn.Module) -> float | None:
-        with torch.no_grad():  # in parts, whose states stay in a cache
+        with torch.no_grad():  # parts, whose states fit into a cache
             outputs = torch.cat([model(part) for part in self._test[0].split(_TOGETHER)])
         if not bool(outputs.isfinite().all()):
             return None
@@ -52,22 +52,23 @@ class _Generated(Task):
 
     @abstractmethod
     def _draw(self, count: int, generator: torch.Generator) -> Batch:
-        """Draw sequences and their targets."""
+        """Draw ``count`` sequences and their targets."""
 
     @abstractmethod
     def _wrong(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Say which outputs are wrong."""
+        """Return which outputs are wrong, as booleans."""
 
 
 class TemporalOrder(_Generated):
-    """Tell in which order two symbols came, the temporal-order problem of Pascanu et al. 2013.
+    """Asks in which order two symbols came: the temporal-order problem of Pascanu et al. 2013.
 
-    A sequence is one of four distractors at every position but two: there stands A or B, at a random
-    position in the second tenth of the sequence and one in the fifth. The class, told after
-    the last symbol, is one of AA, AB, BA and BB. Solved: fewer than 1 % of the sequences wrong.
+    A sequence has A or B at two positions and one of four distractors at all others. The first of
+    the two positions is random in the second tenth of the sequence, the other in the fifth. The
+    class, asked for after the last symbol, is AA, AB, BA or BB. The task is solved when fewer than
+    1 % of the sequences are wrong.
 
     Args:
-        length: of a sequence, at least 10.
+        length: Length of a sequence, at least 10.
     """
 
     inputs = 6
@@ -97,14 +98,15 @@ class TemporalOrder(_Generated):
 
 
 class Addition(_Generated):
-    """Add the two marked numbers of a sequence, the addition problem of Pascanu et al. 2013.
+    """Asks for the sum of two marked numbers: the addition problem of Pascanu et al. 2013.
 
-    Each position carries a number, uniform in [0, 1], and a mark, which is 1 at two positions, one
-    in the first tenth and one in the first half after it, and 0 elsewhere. The target is half the
-    sum of the two numbers. Solved: fewer than 1 % of the sequences off by more than 0.04.
+    Each position carries a number, uniform in [0, 1], and a mark. The mark is 1 at one position in
+    the first tenth and at one in the rest of the first half, and 0 elsewhere. The target is half
+    the sum of the two marked numbers. The task is solved when fewer than 1 % of the sequences are
+    off by more than 0.04.
 
     Args:
-        length: of a sequence, at least 10.
+        length: Length of a sequence, at least 10.
     """
 
     inputs = 2
@@ -112,7 +114,7 @@ class Addition(_Generated):
 
     def __init__(self, length: int) -> None:
         self.name = f"addition, {length} numbers (generated)"
-        # Always saying the mean, .5, is right where the sum lies within .08 of 1.
+        # A constant answer of .5, the mean target, is right where the sum lies within .08 of 1.
         guessing = (1 - 2 * _ADDITION_TOLERANCE) ** 2
         self.metric = Metric("test error", "lower", guessing, learned=_SOLVED, target=_SOLVED)
         super().__init__(length)
@@ -135,24 +137,24 @@ class Addition(_Generated):
 
 @lru_cache(maxsize=1)
 def python_help() -> str:
-    """Return the help texts that CPython carries with it (``pydoc_data.topics``), in order."""
+    """Return the help texts of CPython (``pydoc_data.topics``), in alphabetical order of topics."""
     from pydoc_data.topics import topics
 
     return "\n".join(topics[name] for name in sorted(topics))
 
 
 class NextCharacter(Task):
-    """Tell the next character of a text from those before it.
+    """Asks for the next character of a text, given those before it.
 
     The last tenth of the text is held out. Batches are pieces of ``length`` characters from random
-    places. The metric is the cross-entropy on the first 400 pieces of that in bits per character, each piece
-    read from an empty state. A guess is worth what the frequencies of the characters are; learned
-    is what does three quarters of that or better.
+    places. The metric is the cross-entropy on the first 400 held-out pieces, in bits per
+    character; each piece is read from an empty state. Guessing by the frequencies of the characters
+    gets their entropy. A model has learned if its metric is at most three quarters of that.
 
     Args:
-        text: what to learn. Default: the help texts of CPython, 465,000 characters in 3.11.
-        length: characters of a piece. Default: 64.
-        target: bits per character that ``steps_to_target`` waits for. Default: 3.
+        text: Text to learn. Default: the help texts of CPython, 465,000 characters in 3.11.
+        length: Number of characters of a piece. Default: 64.
+        target: Bits per character that ``steps_to_target`` waits for. Default: 3.
     """
 
     def __init__(self, text: str | None = None, length: int = 64, target: float = 3.0) -> None:
@@ -184,7 +186,7 @@ class NextCharacter(Task):
             yield pieces[:, :-1], pieces[:, 1:]
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        # In nats, a mean over all characters.
+        # The loss is in nats, a mean over all characters.
         return cross_entropy(outputs.flatten(0, 1), targets.flatten())
 
     def training_loss(self, model: nn.Module) -> float:

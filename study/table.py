@@ -1,8 +1,9 @@
-"""The runs of a study as tables: a row for each problem, arm and learning rate, and what is counted over rows.
+"""Tabulate the runs of a study, a row for each problem, arm and learning rate, and count over rows.
 
-A *setting* is a problem and a learning rate of an experiment. A run is *lost* when it did not survive, or exploded and
-did not learn; otherwise it is *kept*. A setting is *hard* when at least half of the baseline's runs are lost in it:
-only those settings say whether a remedy keeps training from exploding.
+A *setting* is a problem and a learning rate of an experiment. A run is *lost* when it did not
+survive, or exploded and did not learn; otherwise it is *kept*. A setting is *hard* when at least
+half of the baseline's runs are lost in it: only hard settings show whether a remedy keeps training
+from exploding.
 """
 
 from __future__ import annotations
@@ -18,17 +19,20 @@ from scipy import stats
 Json = Mapping[str, Any]
 SETTING = ["problem", "learning_rate"]
 NOTHING = "-"
-# Fewer steps than this say nothing about the time of a step: the first ones warm caches up.
+# The first steps warm caches up, so runs with fewer steps than this say nothing about time.
 _STEPS_FOR_A_TIME = 100
 _FLOATS = ["final_loss", "peak_loss", "metric", "max_grad_norm", "median_grad_norm"]
 _FLOATS += ["exploded_step", "steps_to_target"]
 _COMPARED = [*SETTING, "seed", "steps", "peak_loss", "final_loss", "metric"]
-# Names of metrics that are shares of all examples end so; an interval of theirs ends at 1.
+# A metric whose name ends like this is a share of all examples; its interval ends at 1.
 _SHARES = ("accuracy", "error")
 
 
 class Mean(NamedTuple):
-    r"""A mean with Student's interval, :math:`\bar x \pm t_{.975, n-1} s / \sqrt n`, NaN for a single value."""
+    r"""Holds a mean and Student's interval, :math:`\bar x \pm t_{.975, n-1} s / \sqrt n`.
+
+    The interval is NaN for a single value; ``finite`` counts the values.
+    """
 
     mean: float
     low: float
@@ -36,14 +40,14 @@ class Mean(NamedTuple):
     finite: int
 
     def text(self, factor: float = 1.0) -> str:
-        """The mean, and its interval in brackets."""
+        """Return the mean times ``factor``, with its interval in brackets."""
         if not self.finite:
             return NOTHING
         mean, low, high = (figure(factor * value) for value in self[:3])
         return mean if math.isnan(self.low) else f"{mean} ({low} to {high})"
 
     def short(self) -> str:
-        """The same with two places after the point, for a terminal."""
+        """Return the mean and its interval with two decimals, for a terminal."""
         if not self.finite:
             return NOTHING
         mean, low, high = (f"{value:.2f}" for value in self[:3])
@@ -51,7 +55,7 @@ class Mean(NamedTuple):
 
 
 def mean_of(values: pd.Series, least: float = -math.inf, most: float = math.inf) -> Mean:
-    """Return the mean of the values that are finite numbers; its interval ends at ``least`` and ``most``."""
+    """Return the mean of the finite values; its interval is cut off at ``least`` and ``most``."""
     kept = values[values.abs() < math.inf]
     if len(kept) < 2:
         return Mean(float(kept.mean()) if len(kept) else math.nan, math.nan, math.nan, len(kept))
@@ -60,25 +64,25 @@ def mean_of(values: pd.Series, least: float = -math.inf, most: float = math.inf)
 
 
 def wilson(count: int, of: int) -> tuple[float, float]:
-    """Return Wilson's 95 % interval of a share, which is right for few runs and for 0 and 1."""
+    """Return Wilson's 95 % interval of a share, which holds for few runs and for shares of 0 and 1."""
     low, high = stats.binomtest(count, of).proportion_ci(method="wilson")
     return float(low), float(high)
 
 
 def figure(value: float) -> str:
-    """Write a metric, a loss or a norm: three digits, a power of ten where it is far from 1."""
+    """Format a number in three digits, with a power of ten if it is far from 1."""
     if math.isfinite(value) and (value == 0 or 1e-3 <= abs(value) < 1e5):
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
     return f"{value:.1e}".replace("e+", "e").replace("e0", "e").replace("e-0", "e-")
 
 
 def baseline(experiment: Json) -> str:
-    """Return the name of the arm that the others are compared with."""
+    """Return the name of the arm that all others are compared with."""
     return str(experiment["arms"][0]["name"])
 
 
 def remedies(experiment: Json) -> list[Json]:
-    """Return the arms of an experiment without those that repeat another with torch's functions."""
+    """Return the arms of an experiment, without those that repeat another in torch."""
     return [arm for arm in experiment["arms"] if arm["twin"] is None]
 
 
@@ -88,21 +92,21 @@ def metric_of(experiment: Json, problem: str) -> Json:
 
 
 def setting_name(experiment: Json, problem: str, rate: float) -> str:
-    """Name a setting by what tells it from the others of its experiment."""
+    """Return a name for a setting that tells it from the others of its experiment."""
     if len(experiment["problems"]) == 1:
         return f"learning rate {rate:g}"
     return problem if len(experiment["learning_rates"]) == 1 else f"{problem}, {rate:g}"
 
 
 def runs_of(experiment: Json) -> pd.DataFrame:
-    """Return the runs of an experiment's record, by seed, with the columns ``exploded`` and ``kept``.
+    """Return the runs of a record sorted by seed, with the columns ``exploded`` and ``kept``.
 
     Raises:
-        ValueError: a run is of a problem or an arm that the experiment does not have.
+        ValueError: A run names a problem or an arm that the experiment does not have.
     """
     runs = pd.DataFrame(experiment["runs"]).sort_values("seed", kind="stable")
-    runs[_FLOATS] = runs[_FLOATS].astype(float)  # in JSON, what is not finite is a string
-    for key in ("problem", "arm"):  # groups then come in the order of the declaration
+    runs[_FLOATS] = runs[_FLOATS].astype(float)  # non-finite numbers are strings in JSON
+    for key in ("problem", "arm"):  # categories keep groups in the order of the declaration
         names = [each["name"] for each in experiment[f"{key}s"]]
         if unknown := sorted(set(runs[key]) - set(names)):
             raise ValueError(f"{experiment['name']}: expected a {key} of {names}, got {unknown}")
@@ -115,10 +119,12 @@ def runs_of(experiment: Json) -> pd.DataFrame:
 def summarise(experiment: Json, runs: pd.DataFrame) -> pd.DataFrame:
     """Condense runs to a row for each problem, arm and learning rate, in this order.
 
-    Columns: ``runs``; how many ``survived``, ``learned``, ``exploded`` and were ``kept``; ``metric`` on held-out data
-    and ``seconds`` of a step (:class:`Mean`); shares of the steps that were clipped (``clip_rate``) and left out
-    (``skip_rate``); ``largest_norm``, ``median_norm``; ``steps_to_target`` of the runs that ``reached`` it (median);
-    ``memory`` in bytes; the first ``exploded_step``, and the parameters that exploded first (``exploded_in``).
+    The columns are ``runs``, the number of runs; how many ``survived``, ``learned``, ``exploded``
+    and were ``kept``; ``metric`` on held-out data and ``seconds`` of a step (:class:`Mean`); the
+    shares of steps that were clipped (``clip_rate``) and skipped (``skip_rate``); ``largest_norm``
+    and ``median_norm``; the number of runs that ``reached`` the target, and the median of their
+    ``steps_to_target``; ``memory`` in bytes; the first ``exploded_step``, and how often each
+    parameter exploded first (``exploded_in``).
     """
     keys = ["problem", "arm", "learning_rate"]
     rows = pd.DataFrame(
@@ -149,7 +155,7 @@ def _row(own: pd.DataFrame, metric: Json) -> dict[str, Any]:
     }
 
 
-# What a row says, column by column; pages have all of them and the command line the first few.
+# Maps each column to the text of a row; pages show all columns, the command line a few.
 COLUMNS: dict[str, Callable[[Any], str]] = {
     "learning rate": lambda row: f"{row.learning_rate:g}",
     "survived": lambda row: f"{row.survived}/{row.runs}",
@@ -187,18 +193,20 @@ def hard_settings(experiment: Json, runs: pd.DataFrame) -> list[tuple[str, float
 
 
 def in_settings(runs: pd.DataFrame, settings: Sequence[tuple[str, float]]) -> pd.DataFrame:
-    """Return the runs that were made in some settings."""
+    """Return the runs that were made in the given settings."""
     return runs[pd.MultiIndex.from_frame(runs[SETTING].astype(object)).isin(settings)]
 
 
 def held_out(experiment: Json, runs: pd.DataFrame, arm: str) -> tuple[int, int, int]:
-    """Compare an arm with the baseline on held-out data, where all runs of the latter learned.
+    """Compare an arm with the baseline on held-out data, where all runs of the baseline learned.
 
-    A seed gives both the same weights and batches, so runs are compared seed by seed. Clearly better or worse is what
-    has the 95 % interval of the mean difference above or below 0; a run without a finite answer is worse.
+    A seed gives both the same weights and batches, so runs are compared seed by seed. The arm is
+    clearly better or worse where the 95 % interval of the mean difference is above or below 0. It
+    is also worse where one of its runs has no finite metric.
 
     Returns:
-        In how many settings it is clearly better, clearly worse, and how many there are.
+        The number of settings in which the arm is clearly better, the number in which it is clearly
+        worse, and the number of settings that were compared.
     """
     better = worse = total = 0
     theirs = dict(iter(runs[runs["arm"] == baseline(experiment)].groupby(SETTING, observed=True)))
@@ -217,7 +225,7 @@ def held_out(experiment: Json, runs: pd.DataFrame, arm: str) -> tuple[int, int, 
 
 
 def same_runs(experiment: Json, runs: pd.DataFrame) -> list[list[str]]:
-    """Group the remedies whose runs are the same number by number: what tells them apart never acted."""
+    """Return groups of remedies whose runs have equal numbers, since their difference never acted."""
     groups: dict[str, list[str]] = {}
     for arm in remedies(experiment):
         own = runs.loc[runs["arm"] == arm["name"], _COMPARED].sort_values(_COMPARED[:3])
@@ -227,9 +235,10 @@ def same_runs(experiment: Json, runs: pd.DataFrame) -> list[list[str]]:
 
 
 def twins(experiment: Json, runs: pd.DataFrame) -> Iterator[dict[str, str]]:
-    """Yield a row for each arm of ours and torch's equivalent in each setting that has both, seed by seed.
+    """Yield a row for each arm and its equivalent in torch, in each setting that has runs of both.
 
-    The first difference is the largest relative one of the batch losses of the first steps: later ones are chaotic.
+    Runs are compared seed by seed. The first difference is the largest relative difference of the
+    batch losses of the first steps; later losses are chaotic.
     """
     for arm in experiment["arms"]:
         if arm["twin"] is None:

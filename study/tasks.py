@@ -1,4 +1,4 @@
-"""What a network is asked to do: batches to train on, a loss, and how well it does."""
+"""Define tasks: batches to train on, a loss, and a metric on held-out data."""
 
 from __future__ import annotations
 
@@ -17,40 +17,41 @@ from .data import Dataset
 
 Batch = tuple[Tensor, Tensor]
 
-# Three times the accuracy of guessing: with 10 classes and 1,000 test images .30, where guessing
-# gives .10 with a standard deviation of .0095. Of fewer than 5 classes, half of what is above it.
+# A network has learned if its accuracy is three times that of guessing: .30 with 10 classes and
+# 1,000 test images, where guessing gets .10 with a standard deviation of .0095. With fewer than 5
+# classes the bound is halfway between guessing and 1.
 LEARNED_TIMES_CHANCE = 3.0
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What a task measures on held-out data."""
+    """Describes what a task measures on held-out data."""
 
     name: str  # in words, "test accuracy" for instance
-    better: Literal["higher", "lower"]  # which number is
-    guessing: float  # what a guess gets
-    learned: float  # from which number on a run that survived has learned
-    target: float  # the number that steps_to_target waits for
+    better: Literal["higher", "lower"]  # which numbers are better
+    guessing: float  # value that guessing gets
+    learned: float  # bound at which a run that survived has learned
+    target: float  # value that steps_to_target waits for
 
     def reached(self, value: float | None, bound: float) -> bool:
-        """Whether ``value`` is as good as ``bound``, or better."""
+        """Return whether ``value`` is at least as good as ``bound``."""
         if value is None or not math.isfinite(value):
             return False
-        slack = 1e-9 * max(abs(bound), 1.0)  # .3 counts, though 3 * .1 is a little more
+        slack = 1e-9 * max(abs(bound), 1.0)  # .3 reaches the bound 3 * .1, which is a little more
         return value >= bound - slack if self.better == "higher" else value <= bound + slack
 
 
 class Task(ABC):
-    """Data and loss of a problem."""
+    """Provides the data and the loss of a problem."""
 
-    name: str  # what the data is, in words
-    inputs: int  # size of one: features, channels of a sequence or characters of an alphabet
-    outputs: int  # of the network
-    metric: Metric  # measured on held-out data
+    name: str  # description of the data, in words
+    inputs: int  # number of features, channels of a sequence or characters of an alphabet
+    outputs: int  # number of outputs of the network
+    metric: Metric  # metric on held-out data
 
     @abstractmethod
     def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
-        """Yield batches to train on for ever, in an order that ``generator`` fixes."""
+        """Yield training batches without end, in an order that ``generator`` decides."""
 
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -62,24 +63,24 @@ class Task(ABC):
 
     @abstractmethod
     def measure(self, model: nn.Module) -> float | None:
-        """Return the metric on held-out data, None where outputs are not finite."""
+        """Return the metric on held-out data, None if an output is not finite."""
 
     def hold_out(self, seed: int) -> tuple[Task, Task]:
-        """Split off training data to stop early by: what is left to train on, and the rest.
+        """Split the training data for early stopping; return the task to train on and the held-out one.
 
         Raises:
-            ValueError: this task has no such split.
+            ValueError: The task has no training data to split.
         """
         raise ValueError(f"{type(self).__name__}: early stopping: it has no validation data")
 
 
 class Classification(Task):
-    """Tell the class of an example.
+    """Asks for the class of an example.
 
     Args:
-        data: training and test examples.
-        target: test accuracy that ``steps_to_target`` waits for. Default: 0.8.
-        largest_shift: training images are moved by up to that many pixels. Default: 0.
+        data: Training and test examples.
+        target: Test accuracy that ``steps_to_target`` waits for. Default: 0.8.
+        largest_shift: Largest number of pixels that a training image is moved by. Default: 0.
     """
 
     def __init__(self, data: Dataset, target: float = 0.8, largest_shift: int = 0) -> None:
@@ -92,7 +93,7 @@ class Classification(Task):
         self.metric = Metric("test accuracy", "higher", data.chance, learned, target)
 
     def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
-        # Every example comes at most once between two shuffles.
+        # The data is shuffled anew after each pass; an incomplete last batch is left out of a pass.
         inputs, labels = self.data.train_inputs, self.data.train_labels
         while True:
             order = torch.randperm(len(labels), generator=generator)
@@ -107,7 +108,7 @@ class Classification(Task):
         return cross_entropy(outputs, targets)
 
     def training_loss(self, model: nn.Module) -> float:
-        # On 1,000 examples, evenly over the training part.
+        # About 1,000 examples, spread evenly over the training part, are enough.
         every = max(1, len(self.data.train_labels) // 1000)
         inputs, labels = self.data.train_inputs[::every], self.data.train_labels[::every]
         with torch.no_grad():
@@ -122,7 +123,7 @@ class Classification(Task):
         return int((outputs.argmax(1) == labels).sum()) / len(labels)
 
     def hold_out(self, seed: int) -> tuple[Task, Task]:
-        """Split off a tenth of the training part."""
+        """Split off a tenth of the training part for early stopping."""
         inputs, labels = self.data.train_inputs, self.data.train_labels
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
         held, kept = (
@@ -132,17 +133,17 @@ class Classification(Task):
         return kept, held
 
     def having(self, **tensors: Any) -> Classification:
-        """Return the same task with other tensors in its data."""
+        """Return the same task with some tensors of its data replaced."""
         task = copy.copy(self)
         task.data = replace(self.data, **tensors)
         return task
 
 
 def image_shape(features: int) -> tuple[int, int, int]:
-    """Return channels, height and width of a square image of one channel or three.
+    """Return channels, height and width of a square image with one or three channels.
 
     Raises:
-        ValueError: there is no such image.
+        ValueError: No square image has this number of features.
     """
     for channels in (1, 3):
         side = math.isqrt(features // channels)
@@ -154,7 +155,7 @@ def image_shape(features: int) -> tuple[int, int, int]:
 
 
 def raw_pixels(task: Task) -> Task:
-    """Return the task with pixels from 0 to 255, as they come: what a network gets unprepared."""
+    """Return the task with pixels from 0 to 255, without normalization."""
     images = _classification("raw_pixels", task)
     parts = {"train_inputs": images.data.train_inputs, "test_inputs": images.data.test_inputs}
     low = min(part.min().item() for part in parts.values())
@@ -164,7 +165,7 @@ def raw_pixels(task: Task) -> Task:
 
 
 def shifted_images(task: Task) -> Task:
-    """Return the task with training images moved by up to two pixels: data augmentation."""
+    """Return the task with training images moved by up to two pixels, as data augmentation."""
     changed = copy.copy(_classification("shifted_images", task))
     changed.largest_shift = 2
     return changed
@@ -177,10 +178,10 @@ def _classification(what: str, task: Task) -> Classification:
 
 
 def _shifted(inputs: Tensor, largest: int, generator: torch.Generator) -> Tensor:
-    """Move each image by a random number of pixels; what moves in is a copy of the first pixel."""
+    """Move each image by a random number of pixels; the smallest value fills what moves in."""
     channels, height, width = image_shape(inputs.shape[1])
     images = inputs.view(-1, channels, height, width)
-    # The corner of a digit is background.
+    # The smallest value is the background of a digit.
     padded = nn.functional.pad(images, [largest] * 4, value=inputs.min().item())
     offsets = torch.randint(0, 2 * largest + 1, (len(images), 2), generator=generator)
     rows = offsets[:, :1] + torch.arange(height)

@@ -1,4 +1,4 @@
-"""One training run, from a seed to a record of what happened."""
+"""Train one run, from a seed to a record of what happened."""
 
 from __future__ import annotations
 
@@ -25,58 +25,58 @@ from .models import ActivationTerm
 from .tasks import Batch, Task
 
 _CURVE_POINTS = 64
-# Later ones differ by more than rounding: what explodes is chaotic.
+# Later losses differ by more than rounding, since exploding runs are chaotic.
 _FIRST_LOSSES = 5
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Loss and gradient norm over a run, thinned to points about evenly spaced in log(step)."""
+    """Holds loss and gradient norm over a run, at points about evenly spaced in log(step)."""
 
-    step: tuple[int, ...]  # the last one that a point stands for; the first step is 1
+    step: tuple[int, ...]  # last step that a point stands for; the first step is 1
     loss: tuple[float, ...]  # mean batch loss of the steps since the previous point
-    grad_norm: tuple[float, ...]  # largest gradient norm of those steps
+    grad_norm: tuple[float, ...]  # largest gradient norm of the same steps
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one run did."""
+    """Records what one run did."""
 
     problem: str
     arm: str
     learning_rate: float
-    seed: int  # of the weights and batches
-    steps: int  # made; a run ends early once its parameters are not finite
-    start_loss: float  # on the training part, before the first step
-    final_loss: float  # the same after the last step
+    seed: int  # seed of weights and batches
+    steps: int  # steps made; a run ends once its loss and a parameter are not finite
+    start_loss: float  # loss on the training part before the first step
+    final_loss: float  # loss on the training part after the last step
     peak_loss: float  # largest batch loss that was not NaN
-    metric: float | None  # on the held-out part, None if an output was not finite
+    metric: float | None  # metric on held-out data, None if an output is not finite
     survived: bool  # the final loss is finite and below the loss at the start
-    learned: bool  # it survived and the metric reached the task's bound
-    nonfinite_step: int | None  # first one whose batch loss or gradient norm was not finite
+    learned: bool  # the run survived and the metric reached the task's bound
+    nonfinite_step: int | None  # first step with a batch loss or norm that is not finite
     exploded_step: int | None  # first step of the explosion; see .explosion
-    exploded_parameter: str | None  # whose gradient grew most at that step
+    exploded_parameter: str | None  # parameter whose gradient grew most at that step
     max_grad_norm: float  # largest gradient norm before clipping that was not NaN
-    median_grad_norm: float  # of the norms that were finite
-    clipped_steps: int  # steps at which the norm was clipped, or the value of an element
-    skipped_steps: int  # steps that were left out
-    steps_to_target: int | None  # until an evaluation found the metric at its target
-    seconds_per_step: float  # median of forward, backward and optimizer step
-    memory_bytes: int  # parameters, gradients, optimizer state and what autograd kept
+    median_grad_norm: float  # median of the finite gradient norms before clipping
+    clipped_steps: int  # steps in which the norm or an element was clipped
+    skipped_steps: int  # steps that the remedy skipped
+    steps_to_target: int | None  # steps until the metric had reached its target
+    seconds_per_step: float  # median time of forward, backward and optimizer step
+    memory_bytes: int  # parameters, gradients, optimizer state and what autograd saved
     first_losses: tuple[float, ...]  # batch losses of the first 5 steps
     curve: Curve | None
     evaluations: dict[str, list[float]]  # "step" and "metric", NaN where outputs were not finite
 
 
 def train(experiment: Experiment, key: RunKey, task: Task) -> Run:
-    """Train once.
+    """Make one run of an experiment.
 
-    The same arguments give the same run on one machine with one number of threads (times aside);
-    the seed fixes weights and batches. The loss recorded is that of the task alone, without the
-    penalty of the arm.
+    The seed fixes weights and batches, so the same arguments give the same run, except for times,
+    on the same machine with the same number of threads. Recorded losses are those of the task,
+    without the penalty of the arm.
 
     Raises:
-        ValueError: the arm does not fit the task.
+        ValueError: The arm does not fit the task.
     """
     with torch.random.fork_rng(devices=[]):  # dropout draws from the global generator
         torch.manual_seed(key.seed)
@@ -84,12 +84,13 @@ def train(experiment: Experiment, key: RunKey, task: Task) -> Run:
 
 
 def rehearse(experiment: Experiment, key: RunKey, task: Task, measure: bool) -> None:
-    """Build all that a run needs and take one loss: what is wrong shows before anything is trained.
+    """Build all that a run needs and take one loss, so that errors show before training.
 
-    With ``measure`` the task's loss and metric are taken once, as well.
+    With ``measure``, the training loss and the metric of the task are taken once as well.
 
     Raises:
-        Exception: whatever building or the loss raises; TypeError where the metric is no number.
+        TypeError: The training loss or the metric is not a number.
+        Exception: Building the network, or the loss, raised it.
     """
     with torch.random.fork_rng(devices=[]):
         training = _Training(experiment, key, task)
@@ -138,11 +139,11 @@ class _Training:
             if not math.isfinite(self.losses[-1]) and not all(
                 bool(p.isfinite().all()) for p in self.parameters
             ):
-                break  # nothing brings them back
+                break  # parameters that are not finite stay so
         return self._record(start_loss)
 
     def _step(self) -> None:
-        """One optimizer step; the clock stands still while norms are taken for the record."""
+        """Make one optimizer step; the time of taking norms for the record is not counted."""
         count = self.arm.accumulate
         micro_batches = [next(self.batches) for _ in range(count)]
         ours = count > 1 and isinstance(self.stepper, OurStepper)
@@ -151,7 +152,7 @@ class _Training:
         losses: list[Tensor] = []
         saved = _Saved() if not self.losses else None
         for batch in micro_batches:
-            # The first of them is enough: another one takes the memory that it has given back.
+            # Counting the first is enough, since each backward frees its memory for the next.
             counted = saved if saved and not losses else contextlib.nullcontext()
             summed = accumulate(self.stepper.optimizer) if ours else contextlib.nullcontext()
             with counted, summed:
@@ -159,7 +160,7 @@ class _Training:
                 (total if ours or count == 1 else total / count).backward()
             losses.append(loss.detach())
         paused = time.perf_counter()
-        scale = 1.0 / count if ours else 1.0  # there .grad is the sum
+        scale = 1.0 / count if ours else 1.0  # with accumulate(), .grad is the sum
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         self.parameter_norms.append([scale * norm for norm in _norms(gradients)])
         if (limit := self.arm.clip_value) is not None:
@@ -179,7 +180,7 @@ class _Training:
         self.norms.append(math.hypot(*self.parameter_norms[-1]) if norm is None else norm)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the loss of the task, and the one that is differentiated."""
+        """Return the loss of the task, and the loss with penalties, which is differentiated."""
         loss = total = self.task.loss(self.model(batch[0]), batch[1])
         for term in (self.stepper.penalty(), *(module.term for module in self.terms)):
             if term is not None:
@@ -187,7 +188,7 @@ class _Training:
         return loss, total
 
     def _look(self, step: int) -> bool:
-        """Measure on held-out data; say whether it is time to stop."""
+        """Measure the metric on held-out data; return whether to stop training."""
         metric = self.evaluating(self.task.measure)
         self.evaluated.append((step, math.nan if metric is None else metric))
         if isinstance(self.scheduler, ReduceLROnPlateau):
@@ -205,7 +206,7 @@ class _Training:
         return len(places) - 1 - places.index(self.best[1]) >= self.arm.early_stopping
 
     def evaluating(self, measure: Callable[[nn.Module], Any]) -> Any:
-        """Measure the network in evaluation mode."""
+        """Return what ``measure`` returns for the network in evaluation mode."""
         self.model.eval()
         try:
             return measure(self.model)
@@ -241,7 +242,7 @@ class _Training:
             exploded_parameter=parameter,
             max_grad_norm=_largest(self.norms),
             median_grad_norm=statistics.median(finite_norms) if finite_norms else math.nan,
-            # Optimizers count the steps at which the norm was clipped.
+            # Optimizers count only the steps in which the norm was clipped.
             clipped_steps=max(self.stepper.clipped_steps, self.value_clipped_steps),
             skipped_steps=self.stepper.skipped_steps,
             steps_to_target=next(reached, None),
@@ -266,7 +267,7 @@ class _Saved(torch.autograd.graph.saved_tensors_hooks):
 
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        # Parameters are saved as well, and counted elsewhere.
+        # Saved parameters are counted elsewhere.
         if storage.data_ptr() not in self._seen and not isinstance(tensor, nn.Parameter):
             self._seen.add(storage.data_ptr())
             self.count += storage.nbytes()
@@ -275,16 +276,16 @@ class _Saved(torch.autograd.graph.saved_tensors_hooks):
 
 def _norms(gradients: Sequence[Tensor]) -> list[float]:
     found = torch.stack(torch._foreach_norm(list(gradients), 2))
-    if not bool(found.isfinite().all()):  # a norm beyond fp32's range is not an infinite gradient
+    if not bool(found.isfinite().all()):  # finite gradients can have a norm beyond fp32's range
         found = torch.stack(torch._foreach_norm(list(gradients), 2, dtype=torch.float64))
     norms: list[float] = found.tolist()
     return norms
 
 
 def thin(losses: list[float], norms: list[float], points: int = _CURVE_POINTS) -> Curve:
-    """Thin per-step values to at most ``points`` points; the first and last step stand alone."""
+    """Thin values of all steps to at most ``points`` points; first and last step have their own."""
     count = len(losses)
-    # Evenly spaced in log(step): an explosion takes five steps, learning takes a thousand.
+    # Even spacing in log(step) shows both an explosion in five steps and learning in a thousand.
     ends = np.unique(np.geomspace(1, count, points).round().astype(int))
     if len(ends) > 2 and ends[-2] < count - 1:
         ends = np.append(ends[:-2], [count - 1, count])
@@ -297,7 +298,7 @@ def thin(losses: list[float], norms: list[float], points: int = _CURVE_POINTS) -
 
 
 def _short(value: float) -> float:
-    """A number of a curve: it is drawn, not computed with."""
+    """Round a number of a curve, which is only drawn."""
     return float(f"{value:.5g}")
 
 

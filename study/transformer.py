@@ -1,4 +1,4 @@
-"""A small transformer, with its normalization where Vaswani et al. 2017 have it, trained with SGD and with AdamW."""
+"""Declare experiments with a small transformer, post-LN as in Vaswani et al. 2017."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ _LONGEST = 256
 
 @dataclass(frozen=True)
 class Transformer:
-    """A causal transformer over codes, with learned positions and an output for each place.
+    """Describes a causal transformer over codes, with learned positions and an output per place.
 
     Attributes:
-        layers: attention and feed-forward blocks.
-        width: of the residual stream; four times that between the two layers of a block.
-        heads: of each attention.
-        pre_norm: whether layer norms come before the layers, inside of the residual branches (Xiong et al. 2020), and
-            not behind the sums.
-        init_gain: factor of the weights that Glorot's rule draws; embeddings have a deviation of 0.02 times it.
-        dropout: probability that a unit is dropped, as in ``torch.nn.TransformerEncoderLayer``.
-        activation: between the two layers of a block, ``"relu"`` or ``"gelu"``.
+        layers: Number of blocks of attention and feed-forward layers.
+        width: Width of the residual stream; the feed-forward layers are four times as wide inside.
+        heads: Number of heads of each attention.
+        pre_norm: Whether layer norms come before the layers, inside the residual branches (Xiong et
+            al. 2020), instead of after the sums.
+        init_gain: Factor of the weights that Glorot's rule draws; embeddings are drawn with a
+            standard deviation of 0.02 times this factor.
+        dropout: Probability that a unit is dropped, as in ``torch.nn.TransformerEncoderLayer``.
+        activation: Activation function of the feed-forward layers, ``"relu"`` or ``"gelu"``.
     """
 
     layers: int = 4
@@ -75,7 +76,7 @@ class _Network(nn.Module):
                     nn.init.zeros_(p)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Return ``(batch, length, outputs)`` for ``(batch, length)``."""
+        """Return outputs, ``(batch, length, outputs)``, for codes, ``(batch, length)``."""
         length = codes.shape[1]
         mask = nn.Transformer.generate_square_subsequent_mask(length, device=codes.device)
         states = self.embedding(codes) + self.positions[:length]
@@ -104,7 +105,7 @@ _ARMS = (
 
 @dataclass(frozen=True)
 class AdamWArm(Arm):
-    """A remedy in front of AdamW in the place of SGD."""
+    """Declares a remedy in front of AdamW instead of SGD."""
 
     def stepper(
         self, parameters: Sequence[nn.Parameter], learning_rate: float, momentum: float
@@ -145,7 +146,7 @@ def _experiment(
     )
 
 
-# Rates found by runs of one seed.
+# The learning rates were found by runs with one seed.
 TRANSFORMER_SGD = _experiment(
     "SGD",
     _ARMS,

@@ -1,4 +1,4 @@
-"""Runs side by side in processes of their own, which end with the process that started them."""
+"""Make runs in parallel processes, which end with the process that started them."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from .tasks import Task
 from .training import train
 
 Item = tuple[str, RunKey]
-Run = dict[str, Any]  # as JSON values
-Tasks = Mapping[str, Task]  # of the problems, by their names
+Run = dict[str, Any]  # a run as JSON values
+Tasks = Mapping[str, Task]  # tasks by the names of their problems
 
 
 class WorkerError(RuntimeError):
-    """A run could not be made; the message says which and why."""
+    """Raised when a run could not be made; the message says which and why."""
 
 
-@lru_cache  # a process works for one study
+@lru_cache  # a process works for one study only
 def _load(selection: Selection, name: str) -> tuple[Experiment, Tasks]:
     experiment = next(e for e in selection.experiments() if e.name == name)
     return experiment, {problem.name: problem.task() for problem in experiment.problems}
 
 
 def _make(selection: Selection, item: Item, loaded: tuple[Experiment, Tasks] | None = None) -> Run:
-    """Make a run; without ``loaded``, experiment and tasks are loaded once in a process."""
+    """Make a run; without ``loaded``, load experiment and tasks once per process."""
     name, key = item
     try:
         experiment, tasks = loaded or _load(selection, name)
@@ -56,13 +56,14 @@ def make_all(
     items: Sequence[Item],
     is_over: Callable[[], bool],
 ) -> Iterator[tuple[Item, Run]]:
-    """Make runs in ``jobs`` processes, one alone in this process; they come as they are finished.
+    """Make runs in ``jobs`` processes, or in this process if ``jobs`` is 1; yield them as they finish.
 
-    Other processes load the selection by themselves; ``loaded`` is the same for this one, by the name of the
-    experiment. Once ``is_over`` says so, what has begun is finished and nothing begun.
+    Other processes load the selection themselves; this process uses ``loaded``, which maps names of
+    experiments to what a selection loads. Once ``is_over`` returns True, runs that have begun are
+    finished and no others begin.
 
     Raises:
-        WorkerError: a process died, or a run raised.
+        WorkerError: A process died, or a run raised.
     """
     waiting, under_way = list(reversed(items)), dict[Future[Run], Item]()
     if jobs == 1:
@@ -75,7 +76,8 @@ def make_all(
     pool = ProcessPoolExecutor(jobs, context, _begin, (threads,))
     try:
         while True:
-            # No more than there are processes: what waits in the pool would be begun after the end.
+            # A run that waits in the pool would begin even after is_over, so there are never more
+            # runs in the pool than processes.
             while waiting and len(under_way) < jobs and not is_over():
                 item = waiting.pop()
                 under_way[pool.submit(_make, selection, item)] = item
@@ -93,14 +95,14 @@ def make_all(
             f"{'; or '.join(map(_named, [item, *under_way.values()]))}: its process ended with exit "
             f"code {next(iter(codes), 'unknown')}; finished runs are kept"
         ) from error
-    finally:  # Ctrl-C does not wait for what is under way
+    finally:  # after Ctrl-C, runs under way are not waited for
         for child in multiprocessing.active_children():
             child.terminate()
         pool.shutdown(cancel_futures=True)
 
 
 def _begin(threads: int) -> None:
-    """Prepare a process: Ctrl-C is its parent's to answer, and it ends when its parent is gone, killed even."""
+    """Prepare a process: it ignores Ctrl-C, which its parent handles, and ends with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()

@@ -1,4 +1,4 @@
-"""An experiment of one's own; run it with python -m study examples/study/spirals.py."""
+"""Declare an experiment of your own; run it with python -m study examples/study/spirals.py."""
 
 import math
 
@@ -9,7 +9,7 @@ import study
 
 
 def spirals() -> study.Task:
-    """1,200 points on two spirals; every fourth is held out."""
+    """Return the task of telling two spirals apart: 1,200 points, every fourth held out."""
     turn = torch.linspace(0.5, 3 * math.pi, 600)
     arm = torch.stack([turn.cos(), turn.sin()], 1) * turn[:, None] / 5
     points, labels = torch.cat([arm, -arm]), torch.arange(2).repeat_interleave(600)

@@ -1,10 +1,10 @@
-"""Norm, clip and penalty in torch's own operations, for tensors that no kernel takes.
+"""Computes norm, clip and penalty by torch's own operations, for tensors that no kernel takes.
 
 The kernels take real, dense tensors that are all on the CPU, or all on one CUDA device that they were built for. All
-others come here: tensors on another device (MPS, XPU, ROCm, CUDA in a build without it), lists over several devices,
-complex tensors, and all tensors if there is no compiled extension. The definitions are the same as the kernels'; the
-precision is torch's, and memory is read more often. A tensor that appears twice counts once, as with the kernels. The
-functions wait for a device only to raise an error that the caller has asked for; a step has to wait
+other tensors come here: tensors on another device (MPS, XPU, ROCm, CUDA in a build without it), lists over several
+devices, complex tensors, and all tensors if there is no compiled extension. The definitions are those of the kernels;
+the precision is torch's, and memory is read more often. A tensor that appears twice counts once, as in the kernels.
+The functions wait for a device only to raise an error that the caller has asked for. Steps do wait
 (:mod:`steadygrad.optim.composite_plan`).
 """
 
@@ -31,10 +31,10 @@ _COMPLEX = (torch.complex64, torch.complex128)
 
 
 def takes(tensors: Sequence[Any]) -> bool:
-    """Tells whether these tensors are for this module: torch can compute with them, and no kernel can.
+    """Returns whether these tensors are for this module: torch can compute with them, and no kernel can.
 
-    Lists that torch cannot compute with either (NumPy arrays, sparse tensors, integers) are left to the kernels, whose
-    error says what is wrong with them.
+    Lists that torch cannot take either (NumPy arrays, sparse tensors, integers) are left to the kernels, whose error
+    says what is wrong with them.
     """
     if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors):
         return False
@@ -49,19 +49,19 @@ def takes(tensors: Sequence[Any]) -> bool:
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Tells whether this build has kernels for tensors on the device."""
+    """Returns whether this build has kernels for tensors on the device."""
     if device.type == "cpu":
-        return hasattr(_kernels, "Plan")  # which steadygrad.without_kernels lacks
+        return hasattr(_kernels, "Plan")  # Its stand-in, steadygrad.without_kernels, has no Plan.
     return is_asynchronous(device)
 
 
 def why_no_kernel(tensors: Iterable[Tensor]) -> str | None:
-    """Says why no kernel takes real tensors on these devices; returns None if one may."""
+    """Returns the reason why no kernel takes real tensors on these devices; None if one may."""
     devices = list(dict.fromkeys(tensor.device for tensor in tensors))
     if not has_kernels(torch.device("cpu")):
         return "there is no compiled extension"
     if torch.device("meta") in devices:
-        return None  # which has no numbers to decide by, as the kernels' refusal says
+        return None  # Meta tensors have no numbers to decide by; the kernels refuse them with that reason.
     foreign = next((device for device in devices if not has_kernels(device)), None)
     if foreign is not None:
         under = "under ROCm" if foreign.type == "cuda" and torch.version.hip else "in this build"
@@ -85,7 +85,7 @@ def get_total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
 def wide_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     """Returns the norm of :func:`get_total_norm`, in float64 if all tensors are on the CPU and p is more than 0.
 
-    On the CPU a second look costs no wait, so the norm neither overflows nor underflows for finite elements.
+    On the CPU a second look costs no wait, so finite elements never make the norm overflow or underflow.
     """
     distinct = list(dict.fromkeys(tensors))
     if norm_type > 0 and _can_be_read(tensors):
@@ -93,7 +93,7 @@ def wide_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
         total = combined(norms, norm_type).norm
         return torch.tensor(total, dtype=torch.float64, device="cpu")
     device = tensors[0].device
-    if norm_type < 0:  # of no elements there is no smallest one
+    if norm_type < 0:  # An empty list has no smallest magnitude.
         distinct = [tensor for tensor in distinct if tensor.numel() > 0] or distinct
     norms_there = [_moved(_norm(tensor, norm_type), device) for tensor in distinct]
     wide = any(norm.dtype == torch.float64 for norm in norms_there)
@@ -140,7 +140,7 @@ def _scale(grad: Tensor, factor: float) -> None:
 
 
 def factors(tensor: Tensor, factor: float) -> tuple[float, ...]:
-    """Returns the factors that a tensor is multiplied by: two if their product is too small a number for fp32."""
+    """Returns the factors that a tensor is multiplied by: two if their product is too small for fp32."""
     if 0 < factor < 2.0**-100 and tensor.dtype not in (torch.float64, torch.complex128):
         return 2.0**-100, factor * 2.0**100
     return (factor,)
@@ -163,7 +163,7 @@ def check_writable(where: str, tensor: Tensor) -> None:
     """Refuses an expanded tensor: torch would refuse it in the middle of a list, after others were changed.
 
     Raises:
-        ValueError: several elements share their memory.
+        ValueError: Several elements share memory.
     """
     if any(n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True)):
         raise ValueError(
@@ -283,7 +283,7 @@ def _looked_at(tensor: Tensor, norm_type: float) -> Norm:
         nan = int(torch.isnan(as_real(tensor)).sum().cpu())
         tensor = torch.view_as_complex(parts) if tensor.is_complex() else parts
     magnitudes = tensor.abs()
-    if magnitudes.device.type != "mps":  # which has no float64
+    if magnitudes.device.type != "mps":  # MPS has no float64.
         magnitudes = magnitudes.double()
     largest = magnitudes.max()
     scale = float(largest.cpu())
@@ -330,7 +330,7 @@ def reduced(rows: Rows, reduction: _kernels.Reduction, norm_type: float) -> list
 
 
 def with_flags(total: Norm, flags: Norm) -> Norm:
-    """Returns the total norm; it is not finite if a single replica is not, which no scope counts."""
+    """Returns the total norm, made non-finite if a replica had non-finite elements that no scope counts."""
     if total.nonfinite > 0 or flags.nonfinite == 0:
         return total
     return Norm(total.finite_norm, flags.nonfinite)
@@ -340,7 +340,7 @@ def with_flags(total: Norm, flags: Norm) -> Norm:
 def reduced_norm(
     tensors: Sequence[Tensor], norm_type: float, reduction: _kernels.Reduction
 ) -> Norm:
-    """Returns the norm of the tensors of all processes; this one may have none. Waits for the devices."""
+    """Returns the norm of the tensors of all processes, of which this one may have none; waits for devices."""
     norms = norms_of([tensor.detach for tensor in tensors], norm_type)
     counted = reduction.counted.tolist()
     here = [norm for norm, counts in zip(norms, counted, strict=True) if counts]
@@ -381,5 +381,5 @@ def widened(tensor: Tensor) -> Tensor:
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """Return a complex tensor as its real and imaginary parts, in the same memory, and any other as it is."""
+    """Returns a complex tensor as real and imaginary parts in the same memory, and any other unchanged."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -1,4 +1,4 @@
-"""Checks what the package cannot be imported without, torch and NumPy, and whether the compiled extension is there."""
+"""Checks for torch and NumPy, which the package needs to be imported, and for the compiled extension."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ REINSTALL = "reinstall it; in a clone: pip install --force-reinstall --no-deps .
 
 
 def find_problem() -> str:
-    """Says what keeps the package from working and the one thing to do; returns "" if nothing does."""
+    """Returns what keeps the package from working and the one thing to do; "" if nothing does."""
     return (
         _import_problem("torch", "torch>=2.10")  # Loads the OpenMP copy that the kernels use.
         or _torch_version_problem()
@@ -22,7 +22,7 @@ def find_problem() -> str:
 
 
 def runs_as_program() -> bool:
-    """Tells whether Python is starting ``python -m steadygrad`` or the script ``steadygrad``."""
+    """Returns whether Python is starting ``python -m steadygrad`` or the script ``steadygrad``."""
     program = sys.argv[0]
     if program == "-m":  # Python leaves "-m" there until it has found the module.
         program = sys.orig_argv[-len(sys.argv)]
@@ -59,16 +59,16 @@ def _extension_error() -> ImportError | None:
 
 
 def _extension_refusal() -> str:
-    """Say what an extension that was loaded refuses, such as a setting; return "" if it does not."""
+    """Returns why an extension that was found refused to load, such as for a setting; "" if it did not."""
     error = _extension_error()
-    # Of one that is missing or cannot be loaded Python knows the module or the path.
+    # Python's error for a missing or broken extension names the module or path; the extension's own names neither.
     if error is None or isinstance(error, ModuleNotFoundError) or error.path is not None:
         return ""
     return f"steadygrad's compiled extension does not run here: {error}"
 
 
 def extension_problem() -> str:
-    """Say why there is no compiled extension; return "" if there is one."""
+    """Returns why there is no compiled extension; "" if there is one."""
     error = _extension_error()
     if error is None:
         return ""
@@ -79,11 +79,11 @@ def extension_problem() -> str:
 
 
 def do_without_extension(problem: str, warn: bool) -> None:
-    """Put what the package does without kernels in the extension's place.
+    """Replaces the compiled extension with a stand-in that has no kernels.
 
     Args:
-        problem: why there is no extension.
-        warn: whether to say so.
+        problem: Reason why there is no extension.
+        warn: Whether to warn that there is none.
     """
     stand_in = import_module("steadygrad.without_kernels")
     stand_in.reason = problem  # type: ignore[attr-defined]

@@ -1,8 +1,9 @@
-"""Stands in for the compiled extension where there is none: its names, for all that runs without kernels.
+"""Stands in for the compiled extension if there is none, with the names of all that runs without kernels.
 
-The functions refuse every tensor, so that torch's operations are asked (:mod:`steadygrad.composite`), and tell apart
-what those cannot take either. There is no ``Plan``: steps are :class:`steadygrad.optim.composite_plan.CompositePlan`'s.
-``_kernels.pyi`` says what the names mean, and a test that both modules agree on every number.
+The functions refuse every tensor, so that their callers use torch's operations (:mod:`steadygrad.composite`); the error
+says if those cannot take a tensor either. There is no ``Plan``: steps are taken by
+:class:`steadygrad.optim.composite_plan.CompositePlan`. ``_kernels.pyi`` documents the names, and a test checks that
+both modules agree on every number.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from steadygrad.arguments import checked_count, checked_number
 
 try:
     VERSION = metadata.version("steadygrad")
-except metadata.PackageNotFoundError:  # a checkout that was never installed
+except metadata.PackageNotFoundError:  # The checkout was never installed.
     VERSION = "0+unknown"
 
-# Why there is no extension, as the import has found out.
+# The reason why there is no extension, set when the import of the package has found it.
 reason = ""
 
 LIMITS = ("max_norm", "clip_value", "l1", "l2")
@@ -54,17 +55,17 @@ DTYPES = (
 
 
 def build_info() -> dict[str, object]:
-    """Return what there is: no backend."""
+    """Returns the build's description, which names no backend."""
     return {"version": VERSION, "backends": [], "cuda": {"compiled": False, "devices": []}}
 
 
 def launch_count() -> int:
-    """Return 0: no kernel is launched."""
+    """Returns 0, since no kernel is launched."""
     return 0
 
 
 def is_asynchronous(device_type: str) -> bool:
-    """Return False: no kernel runs behind the host's back."""
+    """Returns False, since no kernel runs asynchronously."""
     return False
 
 
@@ -74,7 +75,7 @@ def is_asynchronous(device_type: str) -> bool:
 def grad_norm(
     tensors: list[Tensor], norm_type: float, output: Any, allocate: Any, reduction: Any = None
 ) -> tuple[float, int, bool]:
-    """Refuse the tensors; an empty list has norm 0."""
+    """Refuses the tensors; an empty list has norm 0."""
     _check_norm_type("get_total_norm", norm_type)
     _refuse("get_total_norm", "tensors", "", tensors, reduction)
     return 0.0, 0, False
@@ -89,7 +90,7 @@ def clip_grad_norm_(
     allocate: Any,
     reduction: Any = None,
 ) -> tuple[float, int, bool]:
-    """Refuse the gradients; an empty list has norm 0."""
+    """Refuses the gradients; an empty list has norm 0."""
     check_not_negative("clip_grad_norm_", "max_norm", max_norm)
     _check_norm_type("clip_grad_norm_", norm_type)
     _refuse("clip_grad_norm_", "parameters.grad", "", grads, reduction)
@@ -99,13 +100,13 @@ def clip_grad_norm_(
 def clip_grads_with_norm_(
     grads: list[Tensor], max_norm: float, total_norm: float | Tensor, allocate: Any
 ) -> None:
-    """Refuse the gradients."""
+    """Refuses the gradients."""
     check_not_negative("clip_grads_with_norm_", "max_norm", max_norm)
     _refuse("clip_grads_with_norm_", "parameters.grad", "", grads)
 
 
 def clip_grad_value_(grads: list[Tensor], clip_value: float, allocate: Any) -> None:
-    """Refuse the gradients."""
+    """Refuses the gradients."""
     check_not_negative("clip_grad_value_", "clip_value", clip_value)
     _refuse("clip_grad_value_", "parameters.grad", "", grads)
 
@@ -118,7 +119,7 @@ def add_penalty_(
     value: Tensor | None,
     allocate: Any,
 ) -> float:
-    """Refuse the parameters and gradients; no parameters have the penalty 0."""
+    """Refuses the parameters and gradients; an empty list has penalty 0."""
     check_not_negative("add_penalty_", "l1", l1)
     check_not_negative("add_penalty_", "l2", l2)
     _refuse("add_penalty_", "params", ".grad", grads)
@@ -127,16 +128,16 @@ def add_penalty_(
 
 
 def soft_threshold_(params: list[Tensor], amount: float, allocate: Any) -> None:
-    """Refuse the parameters."""
+    """Refuses the parameters."""
     check_not_negative("soft_threshold_", "amount", amount)
     _refuse("soft_threshold_", "params", "", params)
 
 
 def check_not_negative(function: str, name: str, value: float) -> None:
-    """Refuse a limit or weight below 0, and NaN.
+    """Refuses a limit or weight that is negative or NaN.
 
     Raises:
-        ValueError: it is one.
+        ValueError: ``value`` is negative or NaN.
     """
     if not value >= 0:
         raise ValueError(f"{function}: {name}: expected a number >= 0, got {value}")
@@ -157,10 +158,10 @@ def _refuse(
 
 
 def check_tensor(where: str, tensor: Any) -> None:
-    """Refuse what neither kernels nor torch's operations can take.
+    """Refuses a tensor that neither kernels nor torch's operations can take.
 
     Raises:
-        TypeError: it is no dense tensor of a supported dtype.
+        TypeError: ``tensor`` is not a dense tensor of a supported dtype.
     """
     expected = "a dense tensor of float32, float64, bfloat16, float16 or a complex dtype"
     if not isinstance(tensor, Tensor):
@@ -172,12 +173,12 @@ def check_tensor(where: str, tensor: Any) -> None:
         )
 
 
-# -- what a step is given -------------------------------------------------------------------------
+# -- arguments of a step --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reduction:
-    """Rows of sums, which tensors this process counts, what combines all processes' rows, what asks a policy."""
+    """Holds rows of sums, the tensors that this process counts, and functions that combine rows and ask a policy."""
 
     rows: Tensor
     counted: Tensor
@@ -187,7 +188,7 @@ class Reduction:
 
 @dataclass(frozen=True, kw_only=True)
 class Telemetry:
-    """Where a step is recorded."""
+    """Holds the tensors that a step is recorded in."""
 
     rows: Tensor
     recorded: Tensor
@@ -197,7 +198,7 @@ class Telemetry:
 
 @dataclass(frozen=True, kw_only=True)
 class Scaling:
-    """What a ``GradScaler`` and accumulated gradients divide by."""
+    """Holds the scale that a ``GradScaler`` and accumulated gradients divide by."""
 
     unscale: float = 1.0
     found_inf: bool = False
@@ -216,14 +217,14 @@ _ROW_SIZES: dict[str, Callable[[int], int]] = {
 
 
 class ClipPolicy:
-    """Tells how many numbers a scope's row has; the step asks the optimizer's own policy for the rest."""
+    """Holds the length of a scope's row; the step asks the optimizer's own policy for the rest."""
 
     def __init__(self, kind: str, *, window: int = 0, **numbers: float) -> None:
         self.row_size = _ROW_SIZES[kind](window)
 
 
 class SpikePolicy:
-    """Tells how many numbers the row has."""
+    """Holds the length of the row."""
 
     def __init__(self, *, sigma: float, window: int) -> None:
         self.row_size = POLICY_ROW["norms"] + window
@@ -239,7 +240,7 @@ def check_param_groups(
     clips_units: bool,
     device: torch.device | None,
 ) -> None:
-    """Refuse limits and counters that no step can take; the optimizer's own numbers are its own step's."""
+    """Refuses limits and counters that no step can take; the optimizer's own step checks its other numbers."""
     for i, group in enumerate(param_groups):
         where = f"step: param_groups[{i}]: "
         for counter in COUNTERS:
@@ -252,7 +253,7 @@ def check_param_groups(
 
 
 def count_steps(param_groups: list[dict[str, Any]], counter: str, steps: int) -> None:
-    """Add to the counter of every param group, from the largest one that is there."""
+    """Sets the counter of every param group to the largest one plus ``steps``."""
     most = max((group.get(counter, 0) for group in param_groups), default=0)
     for group in param_groups:
         group[counter] = most + steps

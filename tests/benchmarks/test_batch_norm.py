@@ -1,4 +1,4 @@
-"""The batch-norm cases of the benchmark: equal work, bytes and plans."""
+"""Tests the batch-norm cases of the benchmark: equal work, bytes and plans."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def layer(fusion: str = "bn", dtype: torch.dtype = torch.float32, **options: boo
 def test_every_peer_does_the_same_work(
     fusion: str, dtype: torch.dtype, training: bool, cuda: bool
 ) -> None:
-    """Equal outputs and gradients, of the inputs' dtype and layout."""
+    """Check that outputs and gradients are equal, in the dtype and layout of the inputs."""
     chosen = layer(fusion, dtype, training=training)
     found: dict[str, tuple[torch.Tensor, ...]] = {}
     for build in batch_norm_case(chosen, cuda=cuda).builds:
@@ -59,7 +59,7 @@ def test_every_peer_does_the_same_work(
         if dtype == torch.float32:
             torch.testing.assert_close(first, other, rtol=1e-4, atol=1e-4)
             continue
-        # torch rounds once more before the sum, so ReLU may cut another way where that is near 0.
+        # torch rounds once more before the sum, so ReLU may decide otherwise where the sum is near 0.
         alike = (first[0] > 0) == (other[0] > 0) if chosen.relu else torch.ones_like(first[0]) > 0
         assert alike.sum() > 0.99 * alike.numel()
         for one, another in zip(first[: 1 + inputs], other[: 1 + inputs], strict=True):
@@ -155,7 +155,7 @@ def test_the_plan_on_a_gpu_is_resnet50_by_the_gpus_clock() -> None:
     assert {case.clock for case in plan} == {"device"}
     assert {case.key.partition("/")[2].partition("x")[0] for case in plan} == {"256"}
     fusions = {"batch_norm", "batch_norm_relu", "batch_norm_add_relu"}
-    # Each fusion, dtype and layout comes before the rest, in case that the time is up.
+    # A time limit may end the run, so each fusion, dtype and layout comes before the rest.
     first = plan[: cases._FIRST]
     found = {(case.group, case.dtype, case.subject.split()[-1]) for case in first}
     dtypes = (torch.float16, torch.bfloat16, torch.float32)

@@ -1,4 +1,4 @@
-"""The command line of the benchmarks."""
+"""Tests the command line of the benchmarks."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_run_prints_writes_and_draws(
         asked.update(options)
         assert device.environment["threads"] == torch.get_num_threads() == 2
         yield {**found, "cases": found["cases"][:1]}
-        assert len(json.loads(out.read_text())["cases"]) == 1  # as it comes
+        assert len(json.loads(out.read_text())["cases"]) == 1  # numbers are written as they come
         yield found
 
     monkeypatch.setattr(command_line, "measure_all", measured)

@@ -1,4 +1,4 @@
-"""Which source and machine a result file says were measured."""
+"""Tests what a result file says about the measured source and machine."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def commit(folder: Path) -> None:
 
 
 def names(folder: Path) -> list[str]:
-    """The commit, and its tree of kernels."""
+    """Return the hash of the commit, and of its tree of kernels."""
     command = ["git", "rev-parse", "HEAD", "HEAD:csrc"]
     done = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
     return done.stdout.split()
@@ -52,7 +52,7 @@ def checkout(tmp_path: Path) -> Path:
     folder = tmp_path / "checkout"
     (folder / "csrc" / "core").mkdir(parents=True)
     (folder / "csrc" / "core" / "norm.h").write_text("int norm;\n")
-    # A folder sorts behind a file whose name it starts, as "core." < "core/".
+    # git sorts the folder core as "core/", which comes after "core.h".
     (folder / "csrc" / "core.h").write_text("int core;\n")
     (folder / "csrc" / "run").write_text("#!/bin/sh\n")
     (folder / "csrc" / "run").chmod(0o755)
@@ -82,7 +82,7 @@ def test_a_source_without_history_says_what_it_can(
     assert found["csrc_tree"] == environment.tree_name(checkout / "csrc").hex() != ""
     monkeypatch.setenv(environment.REVISION_VARIABLE, "abc")
     assert environment.this_source(checkout)["revision"] == "abc"
-    # Inside somebody else's repository: its commit is not ours.
+    # The commit of another repository around the checkout is not that of the checkout.
     commit(tmp_path)
     assert environment.this_source(checkout)["revision"] == "abc"
 

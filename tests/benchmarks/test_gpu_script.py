@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py: which stages its two calls have, and that none loses another's result, whatever it does."""
+"""Tests benchmarks/gpu.py: the stages of its calls, and that no stage can lose another's result."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_failures_are_said_while_the_stage_runs(tmp_path: Path) -> None:
 def test_a_hanging_a_failing_and_a_killed_stage_lose_no_others_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The benchmark is killed amid its cases, the others hang, crash or fail: what was found is there."""
+    """Check that results remain when the benchmark is killed and other stages hang, crash or fail."""
     monkeypatch.setattr(gpu, "GRACE", 1.0)
     numbers = tmp_path / "benchmark.json"
     benchmark = f"""
@@ -238,7 +238,7 @@ open({str(mark)!r}, 'w')
 
 
 def test_a_stage_is_asked_to_end_before_it_is_killed(tmp_path: Path) -> None:
-    # Where the tests run in the background, SIGINT is ignored, and children inherit that.
+    # Tests that run in the background ignore SIGINT, and their children inherit that.
     code = """
 import signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)

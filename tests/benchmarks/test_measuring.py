@@ -1,4 +1,4 @@
-"""Cases on parameters: shapes, equal work, plans; and how they are measured and written down."""
+"""Tests the cases on parameters: shapes, equal work and plans, and how they are measured."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_workload_keeps_the_clip_active() -> None:
 
 @pytest.mark.parametrize("key", cases.OPERATIONS)
 def test_every_peer_does_the_same_work(key: str) -> None:
-    """Equal parameters after a step, equal gradients after a clip or a penalty."""
+    """Check that parameters are equal after a step, and gradients after a clip or a penalty."""
     operation = cases.OPERATIONS[key]
     left: dict[str, list[torch.Tensor]] = {}
     for build in operation.builds:
@@ -135,7 +135,7 @@ def test_derived_numbers(yardstick: measure.CopyYardstick) -> None:
 
 
 class Host(measure.HostDevice):
-    """The CPU with a plan of its own and little patience."""
+    """Replaces the CPU's plan with a short one, and its races with short ones."""
 
     def __init__(self, plan: Sequence[Case], rounds: int = 3) -> None:
         super().__init__()
@@ -211,7 +211,7 @@ def test_an_interrupt_loses_the_case_under_way_alone(tmp_path: Path) -> None:
 
 
 class FakeDevice(measure.CudaDevice):
-    """A GPU whose tensors are the host's, and whose clock and queue are a script's."""
+    """Imitates a GPU with tensors on the host and a scripted clock and queue."""
 
     place = torch.device("cpu")
     efforts = (0.0, 2, 2), (0.0, 2, 2)
@@ -231,7 +231,7 @@ class FakeDevice(measure.CudaDevice):
 
 
 def scripted_run(monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[str, Any]:
-    """Two cases, one on each side of the size where the clock changes, and one without memory."""
+    """Measure a case on each side of the size where the clock changes, and one too large for memory."""
     device = FakeDevice()
 
     def ticking(name: str, host: float, gpu: float) -> Any:
@@ -240,7 +240,7 @@ def scripted_run(monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[str, A
     def broken(load: object) -> Candidate:
         raise RuntimeError("`fused=True` is not supported here\nby this torch")
 
-    # Buffers of these sizes are not drawn: no candidate looks at them.
+    # No candidate looks at the buffers, so they are not drawn.
     monkeypatch.setattr(cases.Operation, "workload", lambda *_: None)
     ours, fused = ticking("steadygrad", 1e-5, 2e-5), ticking(candidates.CLIP_FUSED, 2e-4, 3e-5)
     operation = cases.Operation("adamw", "clip + AdamW", 8, 4, (ours, fused, broken))

@@ -1,4 +1,4 @@
-"""docs/performance.md: written from the result files, and nothing else."""
+"""Tests that docs/performance.md is what the result files say, and nothing else."""
 
 from __future__ import annotations
 
@@ -127,7 +127,10 @@ def test_staleness_is_told_and_left_out_of_the_comparison() -> None:
     results = {"Test CPU, 2 cores": HOST}
     fresh = performance.page(results, TREE)
     stale = performance.page(results, LATER)
-    line = "**These figures are older than the kernels**: they are of `csrc` at aaaaaaaaaaaa, which is now at bbbb"
+    line = (
+        "**These figures are older than the kernels**: they were measured with `csrc` at "
+        "aaaaaaaaaaaa, which is now at bbbb"
+    )
     assert line in stale and line not in fresh
     assert performance.settled(stale) == performance.settled(fresh) == fresh
     assert fresh == performance.page(results, None)
@@ -145,7 +148,9 @@ def test_a_file_that_does_not_name_its_kernels_is_told(tree: str | None) -> None
 
 def test_a_page_without_a_gpu_says_so() -> None:
     text = performance.page({"Test CPU, 2 cores": HOST}, TREE)
-    assert "CUDA: not measured: no GPU was at hand; the kernels have been compiled" in text
+    assert (
+        "CUDA was not measured, because no GPU was at hand; the kernels have been compiled" in text
+    )
     for expected in (
         "## Test CPU, 2 cores\n\n2 threads, last-level cache 32 MiB.",
         "`copy_` 76 GB/s, `mul_` 120 GB/s",
@@ -180,7 +185,7 @@ def test_batch_norms_have_bytes_and_means() -> None:
 def test_a_gpu_comes_first_and_marks_wall_time() -> None:
     results = {"Test CPU, 2 cores": HOST, "NVIDIA Test 9": on_gpu()}
     text = performance.page(results, TREE)
-    assert "not measured: no GPU" not in text
+    assert "CUDA was not measured" not in text
     assert text.index("## NVIDIA Test 9") < text.index("## Test CPU")
     assert "sm_90, 132 multiprocessors, driver 580.1, CUDA 13.0 in torch" in text
     assert "| 2,000 x 32, wall | 1 |" in text

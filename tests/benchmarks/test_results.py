@@ -1,4 +1,4 @@
-"""What a result file says: means, floors and whether they were met, tables, page."""
+"""Tests what is made of a result file: means, verdicts on floors, tables and page."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_the_table_has_times_bytes_and_means(result: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("width", [40, 80, 120])
 def test_no_name_or_number_is_cut_off(width: int) -> None:
-    """Neither in a narrow window nor in a pipe; at 80 columns the lines of a table fit."""
+    """Check a narrow window and a pipe; at 80 columns the lines of a table fit."""
     found = []
     for plan in (cases.CASES, cases.CUDA_CASES):
         found += [measured(case, **{norms.NATIVE_IN_PLACE: 4.56}) for case in plan]

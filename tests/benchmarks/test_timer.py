@@ -1,4 +1,4 @@
-"""The interleaved timer, on the host's clock and on a device that has a queue and a clock of its own."""
+"""Tests the interleaved timer, by the host's clock and on a device with its own queue and clock."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.timer import Candidate, DeviceRace, Race, Timing, once_over, rot
 
 
 class FakeClock:
-    """A clock that stands still unless it is told to move."""
+    """Stands still unless it is told to move."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -20,7 +20,7 @@ class FakeClock:
 
 
 def scripted(name: str, clock: FakeClock, durations: list[float], log: list[str]) -> Candidate:
-    """A candidate whose calls take the given times, in turn, and whose preparation takes 100 s."""
+    """Return a candidate whose calls take the given times in turn, and whose preparation takes 100 s."""
     remaining = list(durations)
 
     def prepare() -> None:
@@ -81,7 +81,7 @@ def test_medians() -> None:
 
 
 class Queue:
-    """A device that works through its queue while the host goes on."""
+    """Imitates a device that works through its queue while the host goes on."""
 
     def __init__(self) -> None:
         self.host = 0.0

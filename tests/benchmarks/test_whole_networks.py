@@ -1,4 +1,4 @@
-"""The benchmark of whole networks compares what is fused with what is not."""
+"""Tests that the benchmark of whole networks compares fused with unfused modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small networks and batches to examine."""
+"""Builds small networks and batches to examine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 def batches(count: int = 4, size: int = 20, classes: int = 5, examples: int = 16) -> list[Batch]:
-    """Return normal inputs ``(examples, size)`` with random labels, the same ones each time."""
+    """Return normal inputs ``(examples, size)`` with random labels, the same on every call."""
     generator = torch.Generator().manual_seed(1)
     return [
         (
@@ -22,7 +22,7 @@ def batches(count: int = 4, size: int = 20, classes: int = 5, examples: int = 16
 
 
 def mlp(layers: int = 6, gain: float = 1.0, width: int = 20, classes: int = 5) -> nn.Sequential:
-    """Return linear layers with ReLUs between, with weights drawn from ``N(0, (gain sqrt(2 / fan_in))^2)``."""
+    """Return linear layers with ReLU between them, whose weights are ``N(0, (gain sqrt(2 / fan_in))^2)``."""
     generator = torch.Generator().manual_seed(2)
     modules: list[nn.Module] = []
     for layer in range(layers):
@@ -34,7 +34,7 @@ def mlp(layers: int = 6, gain: float = 1.0, width: int = 20, classes: int = 5) -
 
 
 class Everything(nn.Module):
-    """Convolution, batch norm, dropout, a shared layer, functional ReLU, a recurrent layer and attention."""
+    """Has convolution, batch norm, dropout, a shared layer, functional ReLU, an RNN and attention."""
 
     def __init__(self) -> None:
         super().__init__()

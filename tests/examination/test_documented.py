@@ -1,4 +1,4 @@
-"""The Python of docs/examine.md, executed."""
+"""Runs the Python code of docs/examine.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an examination measures by layer and by parameter, in every kind of network."""
+"""Tests what an examination measures by layer and by parameter, in every kind of network."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_a_wrapped_model_is_looked_through(one_rank: None) -> None:
     found = sg.examine(wrapped, cross_entropy, given)
     assert found.norms == plain.norms
     assert [row.name for row in found.parameters] == [row.name for row in plain.parameters]
-    cross_entropy(wrapped(given[0][0]), given[0][1]).backward()  # DDP's reducer still works
+    cross_entropy(wrapped(given[0][0]), given[0][1]).backward()  # DDP's reducer must still work
 
 
 @pytest.mark.compile

@@ -1,4 +1,4 @@
-"""An examination refuses bad input by name, and changes nothing."""
+"""Tests that an examination refuses bad input by name, and changes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An examination changes nothing, however it ends."""
+"""Tests that an examination changes nothing, however it ends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return everything that an examination could change, in a form that can be compared."""
+    """Return all that an examination could change, in a form that can be compared."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     state = {
         (place, key): value
@@ -170,7 +170,7 @@ def graphs() -> list[Tensor]:
 
 def test_nothing_keeps_the_graph_or_the_batches() -> None:
     model = mlp()
-    others = graphs()  # those of earlier tests in the same process
+    others = graphs()  # graphs of earlier tests in the same process
     given = batches()
     seen = [weakref.ref(batch[0]) for batch in given]
     found = sg.examine(

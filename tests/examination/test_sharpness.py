@@ -1,4 +1,4 @@
-"""The largest eigenvalue against the exact one, and the learning rates against where training diverges."""
+"""Compares the largest eigenvalue with the exact one, and stable rates with where training diverges."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def exact(model: nn.Module, batch: Any, scale: Tensor | None = None) -> float:
-    """Return the largest eigenvalue of the Hessian, in float64."""
+    """Return the largest eigenvalue of the Hessian, computed exactly in float64."""
     model = model.double()
     shapes = {name: p.shape for name, p in model.named_parameters()}
     flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
@@ -53,7 +53,7 @@ def test_within_five_percent_of_the_exact_one(network: str, seed: int) -> None:
 
 
 class Quadratic(nn.Module):
-    """``sum(curvature * p^2) / 2``."""
+    """Computes ``sum(curvature * p^2) / 2``."""
 
     def __init__(self, curvature: list[float]) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ def test_plain_descent_diverges_above_the_largest_stable_rate(name: str) -> None
     optimizer = OPTIMIZERS[name](model.parameters(), 1e-3)
     stable = sg.examine(model, quadratic_loss, [0], optimizer=optimizer).largest_stable_lr
     if name == "two rates":
-        stable /= 2  # of that group
+        stable /= 2  # the limit of that group
     assert not diverges(Quadratic(curvature), OPTIMIZERS[name], 0.97 * stable)
     assert diverges(Quadratic(curvature), OPTIMIZERS[name], 1.03 * stable)
 

@@ -1,4 +1,4 @@
-"""Planted faults are named, and healthy networks get no verdict."""
+"""Tests that planted faults are named, and healthy networks get no verdict."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_loss_that_is_not_finite() -> None:
 def test_a_gradient_that_is_not_finite() -> None:
     class Root(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return (x * 0).abs().sqrt()  # infinity times 0
+            return (x * 0).abs().sqrt()  # the gradient is infinity times 0
 
     model = nn.Sequential(nn.Linear(20, 8), Root(), nn.Linear(8, 5))
     found = sg.examine(model, cross_entropy, batches(1))
@@ -143,7 +143,7 @@ def test_a_saturated_recurrent_network() -> None:
 
 
 class HalfPrecision(nn.Module):
-    """Activations in fp16 between a first and a last layer in fp32; all in fp32 once it has been converted."""
+    """Computes in fp16 between a first and a last layer in fp32; all in fp32 once converted."""
 
     def __init__(self, factor: float) -> None:
         super().__init__()
@@ -255,7 +255,7 @@ def test_remedies_that_cannot_be_tried() -> None:
 
 
 class Softened(nn.Module):
-    """``log cosh p``, whose gradient is bounded: above its stable rate a run swings for ever."""
+    """Computes ``log cosh p``, whose gradient is bounded: above the stable rate a run swings for ever."""
 
     def __init__(self, start: float) -> None:
         super().__init__()
@@ -265,7 +265,7 @@ class Softened(nn.Module):
         return self.p.cosh().log().sum()
 
 
-# At lr = 3 it swings between -a and a where 2 a = 3 tanh a, at 0.39 of the rate that is stable there.
+# At lr = 3 the run swings between -a and a with 2 a = 3 tanh a, where 3 is 0.39 of the stable rate.
 @pytest.mark.parametrize(("lr", "holds"), [(3.0, False), (2.5, True)])
 def test_a_run_at_the_edge_whose_loss_does_not_fall_is_lost(lr: float, holds: bool) -> None:
     model = Softened(1.2878)

@@ -1,4 +1,4 @@
-"""Records of studies as JSON has them, with outcomes that a test chooses."""
+"""Builds records of studies as JSON values, with outcomes that a test chooses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-# What a run did: "learned", "idle" (survived), "lost" (not finite), "flat" (finite, no lower loss),
+# An outcome is "learned", "idle" (survived), "lost" (not finite), "flat" (finite, no lower loss),
 # or "spiked" (exploded on the way and learned).
 Outcome = str
 ACCURACY = {
@@ -97,16 +97,16 @@ def an_experiment(
     rates: Sequence[float] = (0.01, 0.1),
     seeds: Sequence[int] = (0, 1, 2, 3, 4),
 ) -> dict[str, Any]:
-    """Make the record of an experiment.
+    """Return the record of an experiment.
 
     Args:
-        name: of the experiment.
-        arms: as :func:`an_arm` makes them, the baseline first.
-        outcomes: of problem, arm, learning rate and seed: what the run did and its metric, None
-            where there was none.
-        problems: as :func:`a_problem` makes them; one called ``"p"`` by default.
-        rates: learning rates.
-        seeds: of the runs.
+        name: Name of the experiment.
+        arms: Arms made by :func:`an_arm`, the baseline first.
+        outcomes: Function of problem, arm, learning rate and seed that returns what the run did and its
+            metric, or None if there was no run.
+        problems: Problems made by :func:`a_problem`. Default: one called ``"p"``.
+        rates: Learning rates of the runs.
+        seeds: Seeds of the runs.
     """
     problems = problems or [a_problem("p")]
     runs = []

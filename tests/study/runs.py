@@ -1,4 +1,4 @@
-"""A tiny experiment, and runs that were never made, for the tests of the study."""
+"""Builds a tiny experiment, and runs that were never made, for the tests of the study."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SEEDS = (0, 1)
 
 @lru_cache(maxsize=1)
 def blobs() -> Dataset:
-    """Four clouds of points, 16 of their coordinates as a square image."""
+    """Return four clouds of points, whose 16 coordinates count as a square image."""
     generator = torch.Generator().manual_seed(0)
     centres = 2.0 * torch.randn(4, 16, generator=generator)
     labels = torch.arange(240).remainder(4)
@@ -27,7 +27,7 @@ def blobs() -> Dataset:
 
 
 def tiny(**changes: object) -> Experiment:
-    """Remedies on a small network, for a few steps; without a remedy it explodes at 0.5."""
+    """Return an experiment with a small network, which explodes at 0.5 without a remedy."""
     experiment = Experiment(
         name="tiny",
         title="a tiny network",
@@ -55,7 +55,7 @@ EXPERIMENT = tiny()
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Networks this small lose by a second thread; imported where it is to be used."""
+    """Set one thread in every test of a module that imports this: small networks get no faster by two."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -63,7 +63,7 @@ def one_thread() -> Iterator[None]:
 
 
 def a_run(**changes: object) -> Run:
-    """Make the record of a run in which nothing special happened, with ``changes``."""
+    """Return the record of a run in which nothing special happened, with ``changes``."""
     run = Run(
         problem="blobs",
         arm="none",

@@ -1,4 +1,4 @@
-"""The command line of the study."""
+"""Tests the command line of the study."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.command_lines import run_to_exit
 
 @pytest.fixture(autouse=True)
 def plain_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wide and without colours, so that lines can be compared."""
+    """Make the terminal wide and without colours, so that lines can be compared."""
     monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.delenv("FORCE_COLOR", raising=False)

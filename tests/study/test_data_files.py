@@ -1,4 +1,4 @@
-"""MNIST and CIFAR-10 from the user's files: what is read, and what is said of bad ones."""
+"""Tests reading MNIST and CIFAR-10 from the user's files, and the messages about bad files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def idx(array: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
 
 @pytest.fixture
 def digits() -> dict[str, np.ndarray[Any, np.dtype[np.uint8]]]:
-    """What the four MNIST files hold: images of 4 x 3 pixels."""
+    """Return the contents of the four MNIST files: images of 4 x 3 pixels, and labels."""
     generator = np.random.default_rng(7)
     return {
         NAMES[0]: generator.integers(0, 256, (TRAIN, 4, 3), dtype=np.uint8),
@@ -62,7 +62,7 @@ BATCHES["test_batch.bin"] = a_batch(10, 0)
 
 
 def records(batch: dict[str, Any]) -> bytes:
-    """As the binary version has them: a label and 3,072 pixels each."""
+    """Return a batch in the binary version: a label and 3,072 pixels for each image."""
     labels = np.array(batch["labels"], dtype=np.uint8)[:, None]
     return np.concatenate([labels, batch["data"]], axis=1).tobytes()
 
@@ -190,7 +190,7 @@ def test_damaged_gzip_file(mnist_folder: Path, damage: str) -> None:
     if damage == "cut":
         del content[-20:]
     else:
-        content[-5] ^= 0xFF  # of the checksum
+        content[-5] ^= 0xFF  # a byte of the checksum
     path.write_bytes(bytes(content))
     refused(mnist, mnist_folder, str(path), "whole file")
 
@@ -279,7 +279,7 @@ def test_pickles_are_not_opened_and_the_file_that_is_wanted_is_named(
 ) -> None:
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(b"cbuiltins\neval\n(V1/0\ntR.")  # raises where it is unpickled
+    path.write_bytes(b"cbuiltins\neval\n(V1/0\ntR.")  # this pickle raises when it is loaded
     found = tmp_path / Path(name).parts[0]
     for load in (datasets_in, cifar10):
         refused(load, tmp_path, f"{found}: expected the binary version", "cifar-10-binary.tar.gz")

@@ -1,4 +1,4 @@
-"""Every number that a sentence of the documentation takes from the study is that of the committed record."""
+"""Tests that every number that the documentation takes from the study is in the committed record."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Kept(NamedTuple):
-    """Runs of an arm in the hard settings of all experiments."""
+    """Counts the runs of an arm in the hard settings of all experiments."""
 
     kept: int
     runs: int
@@ -25,7 +25,7 @@ class Kept(NamedTuple):
 
 
 class Facts:
-    """What the committed record says."""
+    """Computes facts from the committed record."""
 
     def __init__(self) -> None:
         (path,) = (ROOT / "benchmarks" / "results" / "study").glob("*.json")
@@ -60,7 +60,7 @@ def facts() -> Facts:
 
 
 def says(page: str, sentences: list[str], heading: str = "", until: str = "") -> None:
-    """Check that each sentence is in a page; under a heading, that no other number is."""
+    """Check that a page has each sentence and, under a heading, no other numbers."""
     text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
     if heading:
         start = text.index(heading) + len(heading)

@@ -1,4 +1,4 @@
-"""What examine foretells of recorded runs, and the transformer of the study."""
+"""Tests what examine predicts for recorded runs, and the transformer of the study."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of a study: everything in the record is in it, and nothing depends on one outcome."""
+"""Tests that the report of a study holds all of its record, whatever the outcome of runs is."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def study() -> dict[str, Any]:
 
 @pytest.fixture
 def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take most of the time, and tables do not depend on them."""
+    """Leave out charts, which take most of the time and on which tables do not depend."""
     monkeypatch.setattr(charts, "results", lambda *_: "<svg/>\n")
     monkeypatch.setattr(charts, "curves", lambda *_: None)
 
 
 def page_of(folder: Path, *documents: dict[str, Any]) -> ElementTree.Element:
-    """The HTML page as a tree, which has to be well-formed, and complete in itself."""
+    """Return the HTML page as a tree; check that it is well-formed and needs no other file."""
     html = page.write_pages(documents, folder)[0].read_text(encoding="utf-8")
     doctype, _, rest = html.partition("\n")
     assert doctype == "<!doctype html>"
@@ -60,12 +60,12 @@ def page_of(folder: Path, *documents: dict[str, Any]) -> ElementTree.Element:
 
 
 def text_of(element: ElementTree.Element) -> str:
-    """All text within an element, with single spaces."""
+    """Return all text within an element, with single spaces."""
     return " ".join(" ".join(element.itertext()).split())
 
 
 def table_under(tree: ElementTree.Element, heading: str) -> list[list[str]]:
-    """The first table after the heading."""
+    """Return the rows of the first table after a heading."""
     found = False
     for element in tree.iter():
         found = found or (element.tag in ("h2", "h3") and text_of(element) == heading)
@@ -110,7 +110,7 @@ def test_all_numbers_are_in_the_table(study: dict[str, Any], tmp_path: Path) -> 
     assert table[0] == [
         *("arm", "learning rate", "survived", "learned", "test accuracy", "largest norm"),
         *("exploded", "first at step", "first in", "steps to target", "median norm", "MiB"),
-    ]  # what was never measured has no column
+    ]  # columns without any measurement are left out
     assert len(table) == 1 + 7
     assert table[2][1:] == [
         "0.1",
@@ -200,7 +200,8 @@ def test_bars_have_every_remedy_and_setting(study: dict[str, Any]) -> None:
     assert "clip 1 (torch)" not in found
     alone = experiment | {"runs": [run for run in experiment["runs"] if run["seed"] == 1]}
     runs = study_tables.runs_of(alone)
-    charts.results(alone, runs, study_tables.summarise(alone, runs))  # no intervals: no warnings
+    # Charts without intervals must not warn.
+    charts.results(alone, runs, study_tables.summarise(alone, runs))
 
 
 def test_curves_have_every_remedy_a_limit_and_crosses(study: dict[str, Any]) -> None:
@@ -209,7 +210,7 @@ def test_curves_have_every_remedy_a_limit_and_crosses(study: dict[str, Any]) -> 
     drawing = charts.curves(experiment, runs)
     assert drawing is not None
     assert {"none", "clip 1", "L1 <b>", "training loss", "gradient norm"} <= set(texts(drawing))
-    assert "#a02020" in drawing  # the limit
+    assert "#a02020" in drawing  # the line of the limit
     unlimited = {**experiment, "arms": [{**arm, "limit": None} for arm in experiment["arms"]]}
     assert "#a02020" not in str(charts.curves(unlimited, runs))
     assert charts.curves(experiment, runs.assign(curve=None)) is None
@@ -302,7 +303,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     others = tmp_path / "others"
     others.write_text("theirs")
     path.unlink()
-    path.symlink_to(others)  # no link is followed
+    path.symlink_to(others)  # writing must not follow the link
     record.write_text("ours", path)
     assert (others.read_text(), path.read_text()) == ("theirs", "ours")
 
@@ -342,7 +343,7 @@ def test_text_stands_out_from_what_is_behind_it_in_light_and_dark() -> None:
 def test_curves_differ_in_lightness_and_dashes() -> None:
     looks = [charts._look(place, 5) for place in range(5)]
     order = [luminance(look["color"][1:]) for look in looks]
-    assert order == sorted(order, reverse=True)  # seen without colour vision
+    assert order == sorted(order, reverse=True)  # lightness tells them apart without colour vision
     assert contrast(looks[0]["color"][1:], "ffffff") > 2.9
     assert len({str(look["ls"]) for look in looks}) == 5
 
@@ -361,7 +362,7 @@ def committed() -> dict[str, Any]:
 def test_the_documentation_has_the_tables_of_the_committed_record(
     committed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a new record: python -m study --report RECORD --out docs."""
+    """Check docs/study.md; after a new record, run python -m study --report RECORD --out docs."""
     monkeypatch.setattr(charts, "curves", lambda *_: "<svg/>\n")
     assert (committed["mode"], committed["status"]) == ("full", "complete")
     page.write_pages([committed], tmp_path)
@@ -380,5 +381,5 @@ def test_the_documentation_has_the_charts_of_the_committed_record(
     drawing = charts.results(experiment, runs, study_tables.summarise(experiment, runs))
     stored = (ROOT / "docs" / "study" / "rnn-results.svg").read_text()
     assert texts(drawing) == texts(stored)
-    if f"Matplotlib v{matplotlib.__version__}," in stored:  # another version may draw otherwise
+    if f"Matplotlib v{matplotlib.__version__}," in stored:  # other versions may draw differently
         assert drawing == stored

@@ -1,4 +1,4 @@
-"""The record of a study, and the tables that are printed of it."""
+"""Tests the record of a study, and the tables that are printed from it."""
 
 from __future__ import annotations
 

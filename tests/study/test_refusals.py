@@ -1,4 +1,4 @@
-"""What a study refuses before anything is trained, and what it does not write over."""
+"""Tests what a study refuses before it trains, and which results it does not overwrite."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def printed(console: Console) -> str:
 
 
 def own(folder: Path, lines: str = "", name: str = "own") -> Selection:
-    """A study of a file: the tiny experiment, as changed by ``lines``."""
+    """Return a selection of a file that holds the tiny experiment, changed by ``lines``."""
     path = folder / f"{name}.py"
     path.write_text(
         "import dataclasses\nimport math\nimport study\n"
@@ -83,10 +83,10 @@ def test_arms_have_names_on_a_line() -> None:
 
 
 class Refuses(Classification):
-    """A task of one's own whose metric is no number."""
+    """Has a metric that is not a number."""
 
     def measure(self, model: Any) -> Any:
-        """A tensor."""
+        """Return a tensor in place of a number."""
         return next(model.parameters())
 
 
@@ -119,7 +119,7 @@ def test_results_of_another_study_are_spared(tmp_path: Path, console: Console) -
     assert study.run_study(other, Settings(out, jobs=1), console) == 1
     assert "has the results of tiny; name another --out, or add --restart" in printed(console)
     assert (out / RECORD).read_bytes() == before
-    # The same study again is a new one; another one in its place has to be asked for.
+    # The same study may replace its results; another study needs --restart.
     assert study.run_study(first, Settings(out, jobs=1), console) == 0
     (out / "study" / "mine.svg").write_text("no picture of a study")
     assert study.run_study(other, Settings(out, jobs=1, restart=True), console) == 0

@@ -1,4 +1,4 @@
-"""A study as a whole: processes, what a kill leaves, and what is refused before training."""
+"""Tests whole studies: processes, resuming after a kill, and refusals before training."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def stored(out: Path) -> dict[str, Any]:
 
 
 def numbers(document: dict[str, Any]) -> Any:
-    """All of the experiments but times."""
+    """Return the experiments of a record without times."""
 
     def timeless(value: Any) -> Any:
         if isinstance(value, dict):
@@ -75,7 +75,7 @@ def numbers(document: dict[str, Any]) -> Any:
 
 
 def lives(process: str) -> bool:
-    """Whether a process runs; one that has ended and was not asked for has no command line."""
+    """Return whether a process runs; a zombie, which has no command line, does not."""
     try:
         return bool(Path(f"/proc/{process}/cmdline").read_bytes())
     except OSError:
@@ -99,13 +99,13 @@ def test_a_killed_study_goes_on_to_the_same_table(
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.send_signal(signal.SIGKILL)
     process.wait()
-    while any(map(lives, children)):  # they end with it
+    while any(map(lives, children)):  # children have to end with their parent
         assert time.monotonic() < deadline
         time.sleep(0.01)
     left = journal.read_bytes()
     assert not (killed / "study.json").exists()
     with journal.open("ab") as file:
-        file.write(b'{"experiment":"tiny","run":{"prob')  # cut in two
+        file.write(b'{"experiment":"tiny","run":{"prob')  # a line that was cut short
     assert study.run_study(selection, Settings(killed, jobs=1), console) == 0
     document = stored(killed)
     finished = left.count(b'"run":')
@@ -178,11 +178,11 @@ def test_a_journal_of_another_study_is_refused(tmp_path: Path, console: Console)
     whole = path.read_bytes()
     for place in (
         i for i in range(0, len(whole), 41) if whole[i] != ord("\n")
-    ):  # with another seed, arm or result as well
+    ):  # each changes a seed, arm or result
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         with pytest.raises(JournalError, match=r"line \d is not what was written"):
             Journal(path, plan, "later")
-    path.write_bytes(whole[:-9])  # the last line was cut in two: its run is made again
+    path.write_bytes(whole[:-9])  # the run of the line that was cut short is made again
     with contextlib.closing(Journal(path, plan, "later")) as again:
         assert len(again.runs) == 2
     path.write_text("not a journal\n")
@@ -194,7 +194,8 @@ def test_numbers_that_json_has_not_are_strings() -> None:
     for run in (a_run(), EXPLODED, a_run(curve=None)):
         stored = json.loads(json.dumps(encode(run), allow_nan=False))
         assert stored["seed"] == run.seed
-        assert repr(float(stored["final_loss"])) == repr(run.final_loss)  # NaN differs from itself
+        # NaN differs from itself, so texts are compared.
+        assert repr(float(stored["final_loss"])) == repr(run.final_loss)
 
 
 def test_restart_drops_an_unfinished_study(
@@ -321,7 +322,7 @@ def test_counts_must_be_positive(name: str, tmp_path: Path) -> None:
 
 
 def mnist_files(folder: Path) -> Path:
-    """MNIST's four files, of 8 x 8 pixels."""
+    """Write the four files of MNIST with images of 8 x 8 pixels; return their folder."""
     for part, count in (("train", 40), ("t10k", 20)):
         pixels = bytes(range(256)) * (count // 4)
         images = struct.pack(">HBB3I", 0, 8, 3, count, 8, 8) + pixels

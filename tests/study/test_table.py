@@ -1,4 +1,4 @@
-"""The tables of a study: rows, intervals, hard settings, comparisons on held-out data, twins."""
+"""Tests the tables of a study: rows, intervals, hard settings, comparisons on held-out data, twins."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NONE, CLIP, L1 = an_arm("none"), an_arm("clip 1", "clipping"), an_arm("L1", "pen
 def experiment(
     what: dict[Any, Any], arms: list[dict[str, Any]] | None = None, **options: Any
 ) -> dict[str, Any]:
-    """One whose arms do the same at each learning rate: name -> outcome, or (outcome, metric)."""
+    """Return an experiment whose arms have an outcome, or (outcome, metric), per learning rate."""
 
     def outcomes(_: str, arm: str, rate: float, seed: int) -> tuple[str, float] | None:
         found = what.get((arm, rate), what.get(arm))
@@ -36,7 +36,7 @@ def held_out(made: dict[str, Any], arm: str = "clip 1") -> tuple[int, int, int]:
 
 
 def overview(*made: dict[str, Any]) -> dict[str, list[str]]:
-    """The name of each remedy -> the other cells of its row."""
+    """Return the other cells of each row of the overview, by name of the remedy."""
     rows = page.overview(made, [table.runs_of(each) for each in made]).rows
     return {row[0]: list(row[1:]) for row in rows}
 
@@ -117,7 +117,7 @@ def test_rows_count_every_seed() -> None:
     assert first.largest_norm == math.inf
     assert (first.reached, first.steps_to_target) == (2, 40)
     assert first.seconds.mean == pytest.approx(0.003)
-    assert not second.seconds.finite  # forty steps tell nothing
+    assert not second.seconds.finite  # forty steps are too few for a time
     texts = {name: column(first) for name, column in table.COLUMNS.items()}
     assert texts["steps to target"] == "40 (2 of 3)" and texts["first in"] == "2.weight (1)"
     assert (texts["clipped"], texts["skipped"], texts["MiB"]) == ("33.3 %", "-", "2")
@@ -168,7 +168,7 @@ def test_settings_are_hard_where_at_least_half_of_the_baseline_is_lost() -> None
 
 def test_overview_counts_runs_in_hard_settings_alone() -> None:
     def outcomes(_: str, arm: str, rate: float, seed: int) -> tuple[str, float]:
-        if rate == 0.01:  # not hard: says nothing
+        if rate == 0.01:  # the setting is not hard, so it does not count
             return "learned", 0.9
         return ("learned" if arm == "clip 1" and seed < 3 else "lost"), 0.9
 
@@ -186,7 +186,7 @@ def test_overview_adds_up_over_experiments() -> None:
         *("10/20 (0.30 to 0.70), learned 10", "better in 0, worse in 2 of 2"),
     ]
     assert overview(easy)["L1 (penalty)"] == ["-", "-", "better in 2, worse in 0 of 2"]
-    assert overview(easy)["none"] == ["-", "-", "-"]  # it is not compared with itself
+    assert overview(easy)["none"] == ["-", "-", "-"]  # the baseline is not compared with itself
 
 
 # --- what helps on held-out data ---
@@ -197,7 +197,7 @@ def test_overview_adds_up_over_experiments() -> None:
     [
         (("learned", 0.95), (2, 0, 2)),
         (("learned", 0.85), (0, 2, 2)),
-        ("lost", (0, 2, 2)),  # a run without a finite answer is worse than any that learned
+        ("lost", (0, 2, 2)),  # a run without a finite metric is worse than any that learned
         (None, (0, 0, 0)),
     ],
 )
@@ -209,7 +209,7 @@ def test_held_out_data(ours: Any, expected: tuple[int, int, int]) -> None:
     ("above", "expected"), [([0.01, 0.012, 0.011], (2, 0, 2)), ([0.01, -0.012, 0.011], (0, 0, 2))]
 )
 def test_runs_are_compared_seed_by_seed(above: list[float], expected: tuple[int, ...]) -> None:
-    """The baseline's seeds differ by more than the remedy adds to each of them."""
+    """Check a remedy that adds less to each seed than the seeds of the baseline differ by."""
 
     def outcomes(_: str, arm: str, rate: float, seed: int) -> tuple[str, float]:
         return "learned", 0.5 + 0.1 * seed + (above[seed] if arm == "clip 1" else 0.0)
@@ -238,7 +238,7 @@ def test_one_seed_makes_no_difference_clear() -> None:
 
 
 def outcomes_of(text: str) -> Callable[[str, str, float, int], tuple[str, float]]:
-    """``"none: lost, clip 1: learned"`` as outcomes."""
+    """Return a function that gives the outcomes of a text such as ``"none: lost, clip 1: learned"``."""
     kinds = dict(pair.split(": ") for pair in text.split(", "))
     return lambda problem, arm, rate, seed: (kinds[arm], 0.9 + 0.001 * seed)
 

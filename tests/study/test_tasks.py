@@ -1,4 +1,4 @@
-"""Tasks and networks of the study."""
+"""Tests the tasks and networks of the study."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_addition_is_half_the_sum_of_the_marked_numbers() -> None:
 
 
 class _Oracle(torch.nn.Module):
-    """Solves a task, or guesses."""
+    """Solves a task exactly, or guesses."""
 
     def __init__(self, task: TemporalOrder | Addition, guess: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A run of the study: what it does, what it measures, what counts as an explosion."""
+"""Tests a run of the study: what it does, what it measures, what counts as an explosion."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_torch_s_equivalent_does_the_same(ours: Arm, theirs: Arm) -> None:
     one, other = made(ours, 1e-2, model=model), made(theirs, 1e-2, model=model)
     assert theirs.twin == ours.name
     np.testing.assert_allclose(one.first_losses, other.first_losses, rtol=2e-4)
-    # Norms of arms with penalties differ: in the step for us, in the loss for torch.
+    # Norms of arms with penalties differ, since penalties are in the step for us and in torch's loss.
     assert (one.clipped_steps, one.metric) == (other.clipped_steps, other.metric)
     assert one.median_grad_norm == pytest.approx(other.median_grad_norm, rel=1e-3)
 
@@ -160,7 +160,7 @@ def test_early_stopping_returns_to_the_best() -> None:
 
 
 def test_a_saturating_network_explodes_without_nan() -> None:
-    """Pascanu's case: its loss jumps and stays finite."""
+    """Check the case of Pascanu et al., whose loss jumps and stays finite."""
     text = "".join("abcdefghij"[(i * i) % 10] for i in range(4000))
     task = NextCharacter(text, length=16)
     problem = Problem(
@@ -183,15 +183,20 @@ def test_a_saturating_network_explodes_without_nan() -> None:
         ([1.0] * 20, [1.0] * 9 + [101.0] + [1.0] * 10, 1.0, 10),
         ([1.0] * 20, [1.0] * 9 + [99.0] + [1.0] * 10, 1.0, None),
         ([1.0] * 12 + [9.0] * 8, [1.0] * 20, 9.0, 13),
-        ([1.0] * 20, [1.0] * 9 + [40.0] + [1.0] * 10, 3.0, 10),  # saturated
-        ([2.0] * 20, [1.0] * 20, 2.1, None),  # never learnt anything
+        ([1.0] * 20, [1.0] * 9 + [40.0] + [1.0] * 10, 3.0, 10),  # the network saturates
+        ([2.0] * 20, [1.0] * 20, 2.1, None),  # the network learnt nothing
         ([1.0] * 20, [200.0, *[1.0] * 19], 1.0, None),  # the first step has no typical norm
-        ([1.0] * 20, [1.0] * 2 + [1e8] * 18, 1.0, 3),  # early
-        ([1.0] * 20, [1.0] * 3 + [50.0] * 4 + [2.5e3] * 8 + [1.2e4] * 5, 1.0, 16),  # slowly
+        ([1.0] * 20, [1.0] * 2 + [1e8] * 18, 1.0, 3),  # an early explosion
+        (
+            [1.0] * 20,
+            [1.0] * 3 + [50.0] * 4 + [2.5e3] * 8 + [1.2e4] * 5,
+            1.0,
+            16,
+        ),  # a slow explosion
         ([1.0] * 20, [1.0] + [1e-9] * 9 + [1e-6] + [1e-9] * 9, 1.0, None),  # near a minimum
         ([1.0] * 20, [1.0] + [0.0] * 9 + [1e-30] + [0.0] * 9, 1.0, None),
-        ([1.0] * 20, [0.0] * 9 + [5.0] * 11, 1.0, None),  # nothing to compare with
-        ([1.0] * 20, [1.0] * 12 + [3.0] + [1.0] * 7, math.nan, 13),  # evaluated as NaN
+        ([1.0] * 20, [0.0] * 9 + [5.0] * 11, 1.0, None),  # there is no norm to compare with
+        ([1.0] * 20, [1.0] * 12 + [3.0] + [1.0] * 7, math.nan, 13),  # the final loss is NaN
     ],
 )
 def test_definition_of_an_explosion(
@@ -223,7 +228,7 @@ def test_where_all_is_nan_the_step_before_tells_the_parameter() -> None:
     found = first_explosion(
         [1.0] * 9 + [math.nan], [1.0] * 10, parameters, list("abc"), 2.0, math.nan
     )
-    assert found is not None and found.parameter == "c"  # backward comes to the last one first
+    assert found is not None and found.parameter == "c"  # backward reaches the last layer first
 
 
 def test_a_gradient_that_was_zero_has_grown_most() -> None:

@@ -1,4 +1,4 @@
-"""Finds out why a network explodes, and which remedy will hold it: :func:`steadygrad.examine`."""
+"""Finds out why a network explodes, and which remedy will keep it stable: :func:`steadygrad.examine`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The largest eigenvalue of the loss's Hessian, and the learning rate that it allows."""
+"""Computes the largest eigenvalue of the loss's Hessian, and the learning rate that it allows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# The eigenvalue is taken once the error bound is below this share of it.
+# The iteration ends once the error bound is below this share of the eigenvalue.
 _TOLERANCE = 0.01
 
 
@@ -31,7 +31,7 @@ def largest_eigenvalue(
     slopes = {place: s for place, s in enumerate(found) if s is not None and s.requires_grad}
     if not slopes:
         return 0.0
-    # What is marked ``once_differentiable`` would be left out without a word.
+    # Autograd would leave out functions marked ``once_differentiable`` without an error.
     if any(node.name().endswith("::Error") for node in graph_nodes(slopes.values())):
         raise RuntimeError("a function of the network is marked as once_differentiable")
     sizes = [p.numel() for p in parameters]
@@ -70,7 +70,7 @@ def largest_eigenvalue(
 
 
 def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
-    """Yield the functions that tensors were computed by, down to their leaves."""
+    """Yields the autograd functions that computed the tensors, down to the leaves."""
     nodes: list[Any] = [tensor.grad_fn for tensor in tensors]
     seen = set()
     while nodes:

@@ -1,4 +1,4 @@
-"""The thresholds above which a number stands out, with their sources; and what the study measured for each remedy."""
+"""Lists the thresholds above which a number stands out, with sources, and what the study measured by remedy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Threshold(NamedTuple):
-    """A number above which something stands out, its source, and the remedy: a key of :data:`REMEDIES`."""
+    """Holds a number above which something stands out, its source, and a remedy, which is a key of :data:`REMEDIES`."""
 
     value: float
     source: str
@@ -14,7 +14,7 @@ class Threshold(NamedTuple):
 
 
 class Remedy(NamedTuple):
-    """The line of code for a remedy, as in ``docs/remedies.md``, and what ``docs/study.md`` says of the remedy."""
+    """Holds the line of code for a remedy, as in ``docs/remedies.md``, and what ``docs/study.md`` says about it."""
 
     line: str
     study: str = ""
@@ -28,7 +28,7 @@ THRESHOLDS = {
     "growth": Threshold(30.0, "over all layers; the study, docs/examine.md", "initialisation"),
     "vanishing": Threshold(1e-4, "over all layers; Glorot and Bengio 2010", "initialisation"),
     "first step": Threshold(1.0, "by the parameters' norm; You et al. 2017", "clip"),
-    # At most 0.5 at the start of any network of the study, 50 layers deep; 0.01 saturated.
+    # At the start of every network of the study, up to 50 layers deep, at most 0.5 are dead and 0.01 saturated.
     "dead": Threshold(0.9, "share of ReLUs; the study, docs/examine.md", "dead"),
     "saturated": Threshold(0.5, "share beyond 0.99; Glorot and Bengio 2010", "Glorot"),
     "entropy": Threshold(0.05, "share of a uniform one's; Zhai et al. 2023", "attention"),

@@ -1,4 +1,4 @@
-"""What an examination found: numbers, a page of text, a picture."""
+"""Holds what an examination found, and shows it as a page of text or a picture."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SHOWN = 8
 
 @dataclass(frozen=True)
 class ParameterGradient:
-    """The gradient of a parameter.
+    """Describes the gradient of a parameter.
 
     Attributes:
         name: Name of the parameter, as in ``model.named_parameters()``.
@@ -36,15 +36,15 @@ class ParameterGradient:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A finding that stands out.
+    """Describes a finding that stands out.
 
     Attributes:
         kind: A key of the table of thresholds, ``"not finite"``, ``"lost"`` or ``"unused"``.
         sure: How sure the finding is, from 0 to 1; verdicts are sorted by it.
         number: The number that stands out.
         text: The number and the reason, in a sentence.
-        line: The line of code that helps against it; ``""`` if there is none.
-        study: What the study measured for that remedy.
+        line: The line of code that helps against the finding; ``""`` if there is none.
+        study: What the study measured for the remedy in ``line``.
     """
 
     kind: str
@@ -57,12 +57,12 @@ class Verdict:
 
 @dataclass
 class Examination:
-    """What :func:`steadygrad.examine` found; ``print(found)`` prints a page of it.
+    """Holds what :func:`steadygrad.examine` found; ``print(found)`` prints it as a page.
 
     Attributes:
         layers: Calls of layers in the order of execution, the model's input first.
         parameters: Gradients of the parameters, in the model's order.
-        units: Activation functions.
+        units: What each activation function did.
         losses: Loss of each batch.
         norms: Norm of all gradients together, for each batch.
         depth: Number of calls of layers with weights.
@@ -71,12 +71,12 @@ class Examination:
         gradient_factor: Norm of the loss's gradient at the first such layer's output, divided by that at the last
             one's.
         sharpness: Largest eigenvalue of the Hessian, preconditioned for adaptive optimizers; NaN if it was left out.
-        why_no_sharpness: Reason why it was left out.
+        why_no_sharpness: Reason why the sharpness was left out.
         lr: Learning rate of the optimizer's first param group; NaN without an optimizer.
         largest_stable_lr: Largest stable learning rate; infinite unless the sharpness is above 0, NaN if it is unknown.
         max_norm: Recommended limit to begin with.
         trials: Remedies that were tried on a copy.
-        why_no_trials: Error that kept them from being tried.
+        why_no_trials: Error that kept remedies from being tried.
         verdicts: Findings that stand out, the surest first.
     """
 
@@ -98,7 +98,7 @@ class Examination:
     verdicts: list[Verdict] = field(default_factory=list)
 
     def __str__(self) -> str:
-        """What stands out, which remedies hold, and the numbers."""
+        """Returns a page that says what stands out and which remedies hold, with the numbers."""
         norms = sorted(self.norms)
         lines = [f"{len(norms)} batches: " + _range("loss", self.losses)]
         lines.append("\nwhat stands out, the surest first" if self.verdicts else "")

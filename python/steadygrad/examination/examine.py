@@ -1,4 +1,4 @@
-"""The function :func:`steadygrad.examine`."""
+"""Defines the function :func:`steadygrad.examine`."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def examine(
     remedies: bool = True,
     at: Literal["first_nonfinite"] | None = None,
 ) -> Examination:
-    """Says why a network's training explodes, or will, and which remedy will hold it.
+    """Finds out why a network's training explodes, or will explode, and which remedy will keep it stable.
 
-    Passes forward and backward over up to 16 batches, through a copy of the model: the model itself is not touched,
-    nor its ``.grad``, and the states of random generators are put back, also after an exception or Ctrl-C.
+    The function passes up to 16 batches forward and backward through a copy of the model. The model itself and its
+    ``.grad`` are not touched, and the states of random generators are restored, even after an exception or Ctrl-C.
     ``docs/examine.md`` says what is measured and how sure the verdicts are.
 
     Args:
@@ -60,15 +60,19 @@ def examine(
             through: the module inside runs eagerly, on this rank alone. ``torch.autocast`` around the call applies.
         loss_fn: Function of outputs and targets that returns a loss of one element; or of model and batch, if its first
             parameter is called ``model``, ``module``, ``net`` or ``network``.
-        batches: iterable of ``(inputs, targets)``, which are moved to the model's device; or of what ``loss_fn(model,
-            batch)`` takes. An iterator has given away what was looked at.
-        optimizer: whose learning rate and state count, stabilized or not; None: plain gradient descent.
-        loss_scale: what the loss is multiplied by before backward, ``scaler.get_scale()``. Default: 1.
-        sharpness: whether the largest eigenvalue of the Hessian is taken, with at most 20 Hessian-vector products.
-        remedies: whether model and optimizer are tried, on copies: as they are for up to 128 steps, where something
-            stands out or the learning rate is above 0.3 of the largest stable one; then with remedies, for 16 each,
-            where the run is lost or something stands out. It takes an optimizer.
-        at: ``"first_nonfinite"`` examines the first batch alone, of all, whose loss or gradient is not finite.
+        batches: Iterable of ``(inputs, targets)``, which are moved to the model's device, or of the batches that
+            ``loss_fn(model, batch)`` takes. If it is an iterator, the batches that were examined are consumed.
+        optimizer: Optimizer, stabilized or not, whose learning rate and state are judged. Default: None, plain gradient
+            descent.
+        loss_scale: Factor of the loss before backward, such as ``scaler.get_scale()``. Default: 1.
+        sharpness: Whether to compute the largest eigenvalue of the Hessian, by at most 20 Hessian-vector products.
+            Default: True.
+        remedies: Whether to try remedies on copies of model and optimizer; this needs an optimizer. If something stands
+            out, or the learning rate is above 0.3 of the largest stable one, the copies are first trained as they are
+            for up to 128 steps. If that run is lost or something stands out, they are then trained with each remedy
+            for 16 steps. Default: True.
+        at: ``"first_nonfinite"`` examines only the first batch, of all, whose loss or gradient is not finite.
+            Default: None.
 
     Returns:
         Numbers and verdicts. The largest stable learning rate is ``2 / sharpness`` for gradient descent, ``2 (1 + beta)
@@ -103,7 +107,7 @@ def examine(
                 found.sharpness = sharpness_of(network, loss_of, finite[0], scale, _PRODUCTS)
                 if math.isnan(found.sharpness):
                     found.why_no_sharpness = "the gradient's own gradient is not finite"
-            except RuntimeError as error:  # an operation has no second derivative
+            except RuntimeError as error:  # An operation has no second derivative.
                 found.why_no_sharpness = str(error).partition("\n")[0]
             flat = found.sharpness <= 0
             found.largest_stable_lr = math.inf if flat else product / found.sharpness
@@ -124,12 +128,12 @@ def examine(
 
 @contextlib.contextmanager
 def _apart(batches: object) -> Iterator[None]:
-    """Put the generators of random numbers back at the end; meanwhile take gradients, and run eagerly."""
+    """Enables gradients and runs eagerly in the context; restores the random generators at its end."""
     loader: Any = getattr(batches, "generator", None)
     drawn = loader.get_state() if isinstance(loader, torch.Generator) else None
     python, numpy = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    # Where dynamo was never imported nothing is compiled, and importing it takes seconds.
+    # If dynamo was never imported, nothing is compiled, and importing it would take seconds.
     compiled = "torch._dynamo" in sys.modules
     eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
     forked = torch.random.fork_rng(devices)

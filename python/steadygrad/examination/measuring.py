@@ -1,4 +1,4 @@
-"""Forward and backward passes over batches, and the numbers that they yield."""
+"""Passes batches forward and backward, and measures losses, norms and gradients."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MODEL_NAMES = ("model", "module", "net", "network")
 
 
 class Measurement:
-    """Losses, norms and gradients of passes over batches; the lists have one entry per batch.
+    """Holds losses, norms and gradients of passes over batches; the lists have one entry per batch.
 
     ``gradients`` maps the name of a parameter to its norms, and has no entry for an unused one; ``squares`` holds the
     mean square of each element. Both are unscaled and never touch ``.grad``; those in ``recorder`` are of the scaled
@@ -71,7 +71,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """Return a copy of a model; what a forward left on its modules loses its graph, which cannot be copied."""
+    """Returns a copy of a model; detaches what a forward left on its modules, since graphs cannot be copied."""
     kept = [tensor for module in model.modules() for tensor in _tensors(vars(module))]
     try:
         return copy.deepcopy(model, {id(t): t.detach().clone() for t in kept if not t.is_leaf})
@@ -90,9 +90,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def loss_form(loss_fn: Any, originals: Collection[nn.Parameter]) -> LossOf:
-    """Return the loss as a checked function of model and batch; :func:`steadygrad.examine` documents its forms.
+    """Returns the loss as a checked function of model and batch; :func:`steadygrad.examine` documents its forms.
 
-    A loss that depends on one of the ``originals`` is refused: it is taken of copies of the model.
+    A loss that depends on one of the ``originals`` is refused, since losses are taken of copies of the model.
     """
     if not callable(loss_fn):
         raise TypeError(f"examine: loss_fn: expected a function, got {_shown(loss_fn)}")
@@ -141,8 +141,8 @@ def loss_form(loss_fn: Any, originals: Collection[nn.Parameter]) -> LossOf:
 def sharpness_of(
     model: nn.Module, loss_of: LossOf, batch: Any, scale: Tensor | None, products: int
 ) -> float:
-    """Return the largest eigenvalue of the Hessian on a batch; ``scale`` is what the optimizer preconditions by."""
-    # Fused attention and cuDNN's recurrent layers have no second derivatives, what they replace has.
+    """Returns the largest eigenvalue of the Hessian on a batch, preconditioned by the diagonal ``scale``."""
+    # Fused attention and cuDNN's recurrent layers have no second derivatives; the plain versions have.
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     without = torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
     with sdpa_kernel(SDPBackend.MATH), without:
@@ -153,7 +153,7 @@ def sharpness_of(
 def lost_to_fp16(
     model: nn.Module, loss_of: LossOf, batch: Any, measured: Measurement, loss_scale: float
 ) -> dict[str, float]:
-    """Return the share of the gradient that fp16 loses, by layer, from a copy in fp32."""
+    """Returns the share of the gradient that fp16 loses, by layer, measured on a copy in fp32."""
     layers = measured.recorder.layers
     half = [key for key, layer in layers.items() if layer.dtype == torch.float16]
     if not half:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _SATURATED = 0.99  # There tanh passes on 2 % of the gradient, and a sigmoid 1 %.
-_FP16_LOST = 2.0**-25  # half of the smallest fp16 number above 0
+_FP16_LOST = 2.0**-25  # Smaller magnitudes round to 0 in fp16, whose smallest number is 2^-24.
 _KINDS = {"relu": "ReLU", "tanh": "tanh", "sigmoid": "sigmoid", "_softmax": "softmax"}
 
 
 class Numbers(NamedTuple):
-    """Root mean square, norm, standard deviation and largest magnitude of a tensor, and the share that fp16 loses."""
+    """Holds a tensor's root mean square, norm, deviation, largest magnitude, and the share that fp16 loses."""
 
     rms: float
     norm: float
@@ -31,7 +31,7 @@ class Numbers(NamedTuple):
 
 @dataclass
 class Layer:
-    """One call of a layer: a call of a module in which no other module is called.
+    """Describes one call of a layer, which is a module that calls no other module.
 
     Attributes:
         name: Name of the module, as in ``model.named_modules()``; ``"input"`` for the model's input.
@@ -69,7 +69,7 @@ class Layer:
 
 @dataclass
 class Units:
-    """What an activation function did, over all batches.
+    """Describes what an activation function did, over all batches.
 
     Attributes:
         name: Name of the module that calls it.
@@ -106,7 +106,7 @@ class Units:
 
 
 class Recorder(TorchDispatchMode):
-    """Listens to a model's forward passes, and to the backward pass after each.
+    """Records a model's forward passes, and the backward pass after each.
 
     ``layers`` are in the order of execution, the model's input first; ``broken`` are those whose output or gradient is
     not finite, as (batch, "output" or "gradient", layer). ``in_fp16`` counts what fp16 would lose.
@@ -124,14 +124,14 @@ class Recorder(TorchDispatchMode):
 
     @contextlib.contextmanager
     def forward_pass(self) -> Iterator[None]:
-        """Listen to the next batch's forward pass; what is computed again during backward is not listened to."""
+        """Records the forward pass of the next batch; what backward computes again is not recorded."""
         self.batch += 1
         for kept in (self._stack, self._calls, self._seen):
             kept.clear()
         with contextlib.ExitStack() as stack:
             for name, module in self.model.named_modules():
                 if "parametrizations" in name.split("."):
-                    continue  # It computes a weight, and is not a part of the network.
+                    continue  # The module computes a weight and is no layer of the network.
                 stack.callback(module.register_forward_pre_hook(self._entering(name)).remove)
                 stack.callback(module.register_forward_hook(self._leaving).remove)
             with self:
@@ -169,7 +169,9 @@ class Recorder(TorchDispatchMode):
                 self.broken.append((batch, what, layer))
 
         add("output", tensor)
-        if getattr(module, "activation", None) == "relu":  # a fused batch norm
+        if (
+            getattr(module, "activation", None) == "relu"
+        ):  # A batch norm with fused ReLU has this attribute.
             self._count("ReLU", name, module, tensor)
         if tensor.requires_grad and name != "input":
             tensor.register_hook(lambda gradient: add("gradient", gradient))
@@ -210,7 +212,8 @@ def _numbers(tensor: Tensor, in_fp16: bool) -> Numbers:
     values = tensor.detach()
     values = values.float() if values.element_size() < 4 else values
     low, high = values.aminmax()
-    wide = torch.linalg.vector_norm(values, dtype=torch.float64)  # squares may be beyond fp32
+    # The squares may exceed the range of fp32.
+    wide = torch.linalg.vector_norm(values, dtype=torch.float64)
     sums = [wide, values.mean().double(), torch.maximum(-low, high).double()]
     if in_fp16:
         present = values != 0

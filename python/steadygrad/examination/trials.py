@@ -1,4 +1,4 @@
-"""Remedies, tried on copies of the network: a number of steps, and whether they lead anywhere."""
+"""Tries remedies on copies of the network for a number of steps, and judges whether the runs hold."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from steadygrad.clip import clip_grad_norm_
 from steadygrad.examination.curvature import step_scale, step_size
 from steadygrad.examination.measuring import LossOf, copied, sharpness_of, trainable
 
-# A run is lost where its loss rises to 5 times that of the start; or where the loss has not fallen to 0.7 of the start
-# and the rate is too large for the curvature: for the network as it is, which is given 128 steps, where it stays above
-# 0.3 of the largest stable one; for a remedy, which is given 16, where it is 5 times the stable one at the start, and
-# at the end of a warm-up still above 0.3.
-# docs/examine.md says how these numbers were chosen, and how well they foretell runs that they were not chosen on.
+# A run is lost if its loss rises to 5 times the loss at the start. It is also lost if the loss has not fallen to 0.7 of
+# that at the start and the learning rate is too large for the curvature. For the network as it is, which gets 128
+# steps, the rate is too large if it stays above 0.3 of the largest stable one. For a remedy, which gets 16 steps, it is
+# too large if it is 5 times the largest stable rate at the start, and still above 0.3 of it at the end of a warm-up.
+# docs/examine.md says how these numbers were chosen, and how well they predict other runs.
 STEPS, REMEDY_STEPS = 128, 16
 _LOOKS = (16, 32, 64)
 _RISEN, _FALLEN, EDGE, _UNSTABLE = 5.0, 0.7, 0.3, 5.0
@@ -32,15 +32,15 @@ _UNBOUNDED = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU
 
 @dataclass(frozen=True)
 class Trial:
-    """A remedy, tried on a copy.
+    """Records how a remedy did on a copy of the network.
 
     Attributes:
-        remedy: its name; ``"as it is"`` for none.
-        holds: whether the run is expected to survive.
-        ratios: learning rate by the largest stable one, after the clip: at the start, of the network as it is after
-            16, 32 and 64 steps, too, and at the end of a warm-up; NaN where unknown.
-        first_step: length of the first step by the norm of the parameters.
-        losses: of each step, at most 128 of the network as it is and 16 of a remedy.
+        remedy: Name of the remedy; ``"as it is"`` for none.
+        holds: Whether the run is expected to survive.
+        ratios: Learning rate after the clip, divided by the largest stable one. The first is taken at the start; others
+            after 16, 32 and 64 steps of the network as it is, and at the end of a warm-up. NaN if unknown.
+        first_step: Length of the first step, divided by the norm of the parameters.
+        losses: Loss of each step; at most 128 steps of the network as it is, and 16 of a remedy.
     """
 
     remedy: str
@@ -51,12 +51,12 @@ class Trial:
 
     @property
     def end(self) -> float:
-        """The last loss if it rose out of bounds, else the mean of the last quarter."""
+        """Returns the last loss if it rose out of bounds, else the mean of the last quarter of the losses."""
         risen = not self.losses[-1] <= _RISEN * abs(self.losses[0])
         return self.losses[-1] if risen else statistics.fmean(self.losses[-len(self.losses) // 4 :])
 
     def __str__(self) -> str:
-        """A row of the table of remedies."""
+        """Returns a row of the table of remedies."""
         way = f"{self.losses[0]:.3g} -> {self.end:.3g} in {len(self.losses)} steps"
         verdict = "holds" if self.holds else "lost"
         return f"{self.remedy:<24} {verdict:<6} {way:<34} {self.first_step:>10.2g} {self.ratios[0]:>10.2g}"
@@ -71,7 +71,7 @@ def try_remedies(
 ) -> list[Trial]:
     """Tries the network as it is, and every remedy that applies to it, on copies of model and optimizer.
 
-    Raises what the optimizer raises where its step takes more than gradients.
+    Raises the optimizer's own error if its step needs more than gradients.
     """
     own = float(optimizer.param_groups[0].get("max_norm") or math.inf)
     last = [layer.name for layer in found.layers if layer.has_weight][-1:]
@@ -97,7 +97,7 @@ def try_remedies(
                 trials.append(_try(remedy, network, stepper, loss_of, data, min(limit, own), **how))
         except Exception:
             if not trials:
-                raise  # it is not the remedy that this network does not put up with
+                raise  # The network fails without any remedy, so the error is not due to one.
 
     def initialise(network: nn.Module) -> bool:
         return _initialise(network, relu)
@@ -125,7 +125,7 @@ def try_remedies(
 def _twin(
     optimizer: torch.optim.Optimizer, model: nn.Module, network: nn.Module
 ) -> torch.optim.Optimizer:
-    """Returns a plain torch optimizer of the same kind for a copy of the model; ours would write its telemetry."""
+    """Returns a plain torch optimizer of the same kind for a copy; a stabilized one would write telemetry."""
     twins = dict(zip(model.parameters(), network.parameters(), strict=True))
     groups = [
         {**group, "params": [twins[p] for p in group["params"] if p in twins]}
@@ -140,12 +140,12 @@ def _twin(
     return copied
 
 
-# Each of these changes a network, and returns whether there was anything to change.
+# Each of the next functions changes a network, and returns whether there was anything to change.
 
 
 @torch.no_grad()
 def _initialise(network: nn.Module, relu: bool) -> bool:
-    """He's initialisation (2015) or Glorot's (2010); orthogonal recurrent weights; biases at zero."""
+    """Draws weights by He's rule (2015) or Glorot's (2010), recurrent ones orthogonal; sets biases to zero."""
     kinds = (nn.Linear, nn.RNNBase, *_CONVOLUTIONS)
     chosen = [module for module in network.modules() if isinstance(module, kinds)]
     for module in chosen:
@@ -163,7 +163,7 @@ def _initialise(network: nn.Module, relu: bool) -> bool:
 
 
 def _normalise(network: nn.Module, last: Sequence[str]) -> bool:
-    """Normalise the outputs of linear and convolutional layers but the last over the batch."""
+    """Normalises over the batch the outputs of linear and convolutional layers, except for the last layers."""
 
     def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         channels = 1 if isinstance(module, _CONVOLUTIONS) else output.dim() - 1
@@ -181,7 +181,7 @@ def _normalise(network: nn.Module, last: Sequence[str]) -> bool:
 
 
 def _leave_out(network: nn.Module) -> bool:
-    """Pass by every second one of three or more children that are alike."""
+    """Bypasses every second of three or more child modules of the same kind and shapes."""
     left_out = 0
     for parent in network.modules():
         alike: dict[Any, list[nn.Module]] = {}
@@ -196,7 +196,7 @@ def _leave_out(network: nn.Module) -> bool:
 
 
 def _bound(network: nn.Module) -> bool:
-    """Put tanh in the place of activation modules that are not bounded."""
+    """Replaces activation modules that are not bounded with tanh."""
     found = [
         (parent, name)
         for parent in network.modules()
@@ -209,7 +209,7 @@ def _bound(network: nn.Module) -> bool:
 
 
 def _normal(batch: Any) -> Any:
-    """Returns a batch with normalised inputs; the batch itself if they are normalised already, or are not known."""
+    """Returns a batch with normalised inputs; the batch itself if its inputs are small already, or unknown."""
     inputs = batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else None
     if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or inputs.abs().max() <= 10:
         return batch
@@ -236,7 +236,7 @@ def _try(
     first_step = math.nan
     steps, looks = (REMEDY_STEPS, {0}) if remedy else (STEPS, {0, *_LOOKS})
     if warm_up:
-        looks.add(REMEDY_STEPS - 1)  # what it has led to, at nearly the full rate
+        looks.add(REMEDY_STEPS - 1)  # At the end of the warm-up the rate is nearly full.
     for step in range(steps):
         for p in parameters:
             p.grad = p.detach() * l2
@@ -249,7 +249,7 @@ def _try(
             for p, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None and p.grad is not None:
                     p.grad += gradient
-        if not losses[-1] <= _RISEN * abs(losses[0]):  # NaN, too
+        if not losses[-1] <= _RISEN * abs(losses[0]):  # "not <=" is true of NaN, too.
             break
         norm = float(clip_grad_norm_(parameters, limit))
         if step in looks:
@@ -258,7 +258,7 @@ def _try(
                 scale = step_scale(optimizer, parameters, squares)
                 curved = sharpness_of(network, loss_of, batch, scale, _PRODUCTS) + l2
             except RuntimeError:
-                curved = math.nan  # no second derivative
+                curved = math.nan  # An operation has no second derivative.
             ratios.append(rate * curved / product * min(1.0, limit / max(norm, 1e-30)))
         before = [p.detach().clone() for p in parameters] if not step else []
         optimizer.step()

@@ -1,4 +1,4 @@
-"""Judges the numbers of an examination: says what stands out."""
+"""Judges the numbers of an examination, and finds what stands out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from steadygrad.examination.evidence import REMEDIES, THRESHOLDS
 from steadygrad.examination.examination import Examination, Verdict
 from steadygrad.examination.recording import Recorder
 
-# What makes norms, steps and the sharpness large; to cut these would leave it as it is.
+# Findings of these kinds make norms, steps and the sharpness large; a clip would leave the cause in place.
 _CAUSES = ("growth", "saturated")
 
 
@@ -80,7 +80,7 @@ class _Judge:
     def depth(self) -> Iterator[Verdict]:
         found = self.found
         if any("Norm" in layer.kind for layer in found.layers):
-            return  # whatever the weights are, the norms set the size of what is behind them
+            return  # Normalization sets the scale of what follows, whatever the weights are.
         remedy = "" if any(units.kind == "ReLU" for units in found.units) else "Glorot"
         for what, factor, steps in (
             ("activations", found.factor, found.depth),
@@ -129,10 +129,10 @@ class _Judge:
         tried = found.trials[0] if found.trials else None
         ratio = found.lr / found.largest_stable_lr if found.largest_stable_lr > 0 else math.nan
         sure, then = (0.6 if ratio < 5 else 0.8), ""
-        # What comes of a cause that is named already needs no line of its own.
+        # If the cause has been named already, its consequences get no remedy of their own.
         comes, none = (", which comes of the above", "none") if caused else ("", "")
         if tried is not None and not tried.holds:
-            # A clip hides what a better start removes.
+            # A clip only hides a cause that a better initialisation removes, so it does not come first.
             order = [*REMEDIES] if caused else ["clip", *REMEDIES]
             holding = [trial.remedy for trial in found.trials if trial.holds]
             start, steps = tried.losses[0], len(tried.losses)

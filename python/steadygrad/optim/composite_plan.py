@@ -1,7 +1,7 @@
-"""The in-place path where no kernel takes the gradients: norm, policies and clip in torch's own operations.
+"""Stabilizes gradients that no kernel takes: norm, policies and clip by torch's own operations.
 
-The definition is that of :mod:`steadygrad.reference.step`. What it does not do, the update itself and all that belongs
-to it, is the wrapped optimizer's own step, as on the in-place path with kernels.
+The definition is that of :mod:`steadygrad.reference.step`. As on the in-place path with kernels, the wrapped
+optimizer's own step then makes the update.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Rows = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class CompositeOutcome:
-    """What a step has decided; the attributes are those of ``_kernels.Outcome``."""
+    """Holds what a step has decided; the attributes are those of ``_kernels.Outcome``."""
 
     norm: float
     nonfinite: int
@@ -53,7 +53,7 @@ class CompositeOutcome:
 
 @dataclass(frozen=True)
 class _Limits:
-    """A param group's own numbers; infinity where nothing is limited."""
+    """Holds the limits and penalties of a param group; a limit of infinity limits nothing."""
 
     max_norm: float
     clip_value: float
@@ -64,7 +64,7 @@ class _Limits:
 
 @dataclass(frozen=True)
 class _Gradient:
-    """A gradient that takes part: its parameter's place among all, the number of the param group, and its limits."""
+    """Holds a gradient of the step, with the index of its parameter, the index of its param group, and its limits."""
 
     place: int
     group: int
@@ -76,13 +76,13 @@ class _Gradient:
 class CompositePlan:
     """Stabilizes the gradients of one optimizer; has the methods of ``_kernels.Plan`` that the in-place path calls.
 
-    Every step waits once for each device, since the host decides: a wrapped step cannot be taken back.
+    Every step waits once for each device, because a wrapped step cannot be undone and so the host has to decide.
 
     Args:
-        rule: name of the optimizer's rule, whose numbers are checked where there is an extension that knows them.
-        param_groups: of the optimizer.
-        options: of the step.
-        defaults: of limits that a param group lacks.
+        rule: Name of the optimizer's rule; its numbers are checked if there is an extension that knows them.
+        param_groups: Param groups of the optimizer.
+        options: Options of the step.
+        defaults: Values for limits that a param group lacks.
     """
 
     captured = False
@@ -104,15 +104,15 @@ class CompositePlan:
 
     @property
     def outcome(self) -> CompositeOutcome:
-        """What the last step has decided."""
+        """Returns what the last step has decided."""
         assert self._outcome is not None
         return self._outcome
 
     def seal(self, state: Mapping[Tensor, Any]) -> None:
-        """Remember nothing: the wrapped optimizer may do with its state what it likes."""
+        """Does nothing, since only the wrapped optimizer uses its state."""
 
     def matches(self, param_groups: Groups, state: Mapping[Tensor, Any]) -> bool:
-        """Tell whether the parameters are still those that the plan was made for; refuse wrong numbers."""
+        """Returns whether the parameters are still those that the plan was made for; refuses wrong numbers."""
         self._check(param_groups)
         if len(param_groups) != len(self._params):
             return False
@@ -123,15 +123,15 @@ class CompositePlan:
         )
 
     def active(self) -> list[Tensor]:
-        """Return the parameters that took part in the last step."""
+        """Returns the parameters whose gradients took part in the last step."""
         return [gradient.param for gradient in self._gradients]
 
     def active_indices(self) -> list[int]:
-        """Return their places."""
+        """Returns the indices of the parameters that took part in the last step."""
         return [gradient.place for gradient in self._gradients]
 
     def nonfinite(self) -> list[int]:
-        """Return how many elements of each were not finite."""
+        """Returns the number of non-finite elements of each gradient of the last step."""
         return [norm.nonfinite for norm in self._norms]
 
     @torch.no_grad()
@@ -149,18 +149,20 @@ class CompositePlan:
         creates_state: bool,
         memory: object,
     ) -> bool:
-        """Decide, and change the gradients in place unless the step is skipped or refused.
+        """Decides, and changes the gradients in place unless the step is skipped or refused.
 
-        Returns False, with nothing done, where the parameters were exchanged. The arguments are those of
-        ``_kernels.Plan.step``.
+        The arguments are those of ``_kernels.Plan.step``.
+
+        Returns:
+            False, with nothing done, if the parameters were exchanged since the plan was made; else True.
 
         Raises:
-            TypeError: a gradient is none that torch can compute with.
-            ValueError: a number is out of range, a gradient is expanded, or has another shape than its parameter.
+            TypeError: Torch cannot compute with a gradient.
+            ValueError: A number is out of range, or a gradient is expanded or has another shape than its parameter.
         """
         if not self.matches(param_groups, state):
             return False
-        assert grads is not None  # as on the in-place path
+        assert grads is not None  # The in-place path always passes them.
         options = self._options
         limits = [self._limits(group, creates_state) for group in param_groups]
         unscale, found_inf = _scaled_by(scaling)
@@ -257,7 +259,7 @@ class CompositePlan:
         if grad.device.type == "meta":
             raise TypeError(f"{where}: expected a tensor with memory, got one on meta")
         for name, tensor in ((f"step: parameters[{each.place}]", each.param), (where, grad)):
-            # The wrapped optimizer's own step would crash.
+            # The wrapped optimizer's own step would crash on a tensor without storage.
             if tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0:
                 raise RuntimeError(
                     f"{name}: expected a tensor with memory, got one whose storage was freed"
@@ -274,7 +276,7 @@ class CompositePlan:
             )
 
     def _memory(self) -> list[Any]:
-        """Return where the numbers of parameters and gradients lie, and how."""
+        """Returns the addresses and layouts of parameters and gradients, which tell whether the memory has changed."""
         return [
             (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
             for each in self._gradients
@@ -287,7 +289,7 @@ class CompositePlan:
     # -- the decision ---------------------------------------------------------------------------
 
     def _unit_coefficients(self, each: _Gradient, unscale: float, zeroes: bool) -> Tensor | None:
-        """Return the factors of a gradient's units, which broadcast; None where it is not clipped by unit."""
+        """Returns broadcastable factors of a gradient's units; None if the gradient is not clipped by unit."""
         if not self._clips_units(each.limits) or each.grad.numel() == 0:
             return None
         assert isinstance(self._options.clip, ClipAdaptive)
@@ -362,15 +364,15 @@ class CompositePlan:
 
 
 class _Scopes:
-    """The norms of a step's gradients by clip scope, and the coefficients that follow from them.
+    """Holds the norms of a step's gradients by clip scope, and computes the clip coefficients.
 
     Attributes:
-        total: of all gradients.
-        groups: of each param group.
-        tensors: of each gradient, by its place; where processes have combined them, of every parameter.
-        norms: of each clip scope that has gradients.
-        zeroes: whether non-finite elements count as 0.
-        clip: the rows of the clip policy, or None.
+        total: Norm of all gradients.
+        groups: Norm of each param group.
+        tensors: Norm of each gradient by index of its parameter; of every parameter once processes are combined.
+        norms: Norm of each clip scope that has gradients.
+        zeroes: Whether non-finite elements count as 0.
+        clip: Rows of the clip policy, or None.
     """
 
     def __init__(
@@ -400,7 +402,7 @@ class _Scopes:
         self.norms: dict[int, Norm] = by_scope.get(self._options.scope, self.tensors)
 
     def reduce(self, reduction: _kernels.Reduction, found_inf: bool) -> bool:
-        """Combine the norms of all processes, as ``csrc/core/scope_sums.h`` has it; return whether one found_inf."""
+        """Combines the norms of all processes as in ``csrc/core/scope_sums.h``; returns whether any has found_inf."""
         p, groups = self._options.norm_type, len(self._limits)
         counted = reduction.counted.tolist()
         here = [each for each in self._gradients if counted[each.place]]
@@ -420,11 +422,11 @@ class _Scopes:
         return flags.finite_norm > 0
 
     def seen(self, norm: Norm) -> float:
-        """Return what clips look at of a norm."""
+        """Returns the norm that clips compare with their limits: of finite elements if others count as 0."""
         return norm.finite_norm if self.zeroes else norm.norm
 
     def apply_policy(self) -> None:
-        """Let the clip policy find every scope's coefficient, and learn."""
+        """Lets the clip policy compute the coefficient of every scope, and learn from the norms."""
         if self.clip is None:
             return
         assert self._options.clip is not None
@@ -433,7 +435,7 @@ class _Scopes:
             apply_policy(self._options.clip, self.clip[scope], self.seen(norm), total)
 
     def coefficient(self, group: int, place: int) -> float:
-        """Return the factor of a parameter's gradient: the smaller one of its group's limit and the policy's."""
+        """Returns the factor of a parameter's gradient: the smaller of the group limit's and the policy's."""
         scope = {"global": 0, "group": group}.get(self._options.scope, place)
         own = clip_coefficient(self._limits[group].max_norm, self.seen(self.norms[scope]))
         if self.clip is None or math.isnan(own):
@@ -441,7 +443,7 @@ class _Scopes:
         return min(own, float(self.clip[scope, COEFFICIENT]))
 
     def is_clipped(self) -> bool:
-        """Tell whether a coefficient is not 1, in any process where the limit is not of single tensors."""
+        """Returns whether a coefficient is not 1; of all processes, except if the limit is that of single tensors."""
         if self._options.scope == "tensor":
             return any(
                 self.coefficient(each.group, each.place) != 1
@@ -451,7 +453,7 @@ class _Scopes:
         return any(self.coefficient(group, 0) != 1 for group in self._has_elements)
 
     def clipped_norm(self) -> float:
-        """Return the norm of all gradients after the clip."""
+        """Returns the norm of all gradients after the clip."""
         p = self._options.norm_type
         if self._options.scope == "tensor":
             own = {each.place: each.group for each in self._gradients}
@@ -467,7 +469,7 @@ class _Scopes:
         return composite.combined([Norm(norm) for norm in scaled], p).finite_norm
 
     def total_limit(self, has_policy_limit: bool) -> float:
-        """Return the one number that limits the total norm; NaN where there is none."""
+        """Returns the number that limits the total norm; NaN if no single number does."""
         of_groups = {self._limits[group].max_norm for group in self._has_elements}
         if self._options.scope != "global" or len(of_groups) != 1:
             return math.nan
@@ -478,9 +480,9 @@ class _Scopes:
 
 
 def _scaled_by(scaling: _kernels.Scaling | None) -> tuple[float, bool]:
-    """Return what gradients are multiplied by, and whether a scaler has found infinities; waits for both.
+    """Returns the factor of the gradients, and whether a scaler has found infinities; waits for both.
 
-    A scale on a device is checked here alone: one that no gradient can be divided by skips the step, as it does there.
+    A scale that no gradient can be divided by skips the step, as it does in the kernels.
     """
     if scaling is None:
         return 1.0, False
@@ -519,7 +521,7 @@ def _with_zeros(value: Tensor) -> Tensor:
 def _unit_norms(tensor: Tensor) -> Tensor:
     wide = composite.widened(tensor) if tensor.device.type == "mps" else tensor.double()
     units = wide.flatten(1) if wide.ndim >= 2 else wide.reshape(1, -1)
-    # Relative to the largest element, so that no square leaves the range.
+    # Dividing by the largest element keeps the squares within the range.
     largest = units.abs().amax(1, keepdim=True)
     scale = torch.where((largest > 0) & largest.isfinite(), largest, torch.ones_like(largest))
     norms: Tensor = scale * torch.linalg.vector_norm(units / scale, dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The base class of the Stabilizer and of the stabilized optimizer classes."""
+"""Defines the base class of the Stabilizer and of the stabilized optimizer classes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from steadygrad.telemetry.report import Report
 
 
 class StabilizedOptimizer(SettableLimits):
-    """The readings of a stabilized optimizer, and the upkeep of its additional keys in param groups."""
+    """Gives access to what a stabilized optimizer measured, and maintains its additional keys in param groups."""
 
     _options: StabilizerOptions
     _stepper: Stepper | None
@@ -56,7 +56,7 @@ class StabilizedOptimizer(SettableLimits):
 
     @property
     def accumulated(self) -> Accumulated:
-        """The gradients that :func:`steadygrad.accumulate` has gathered for the next step."""
+        """Returns the gradients that :func:`steadygrad.accumulate` has gathered for the next step."""
         own = self._genuine().__dict__
         accumulated: Accumulated = own.setdefault("_accumulated", Accumulated())
         return accumulated
@@ -107,7 +107,7 @@ class StabilizedOptimizer(SettableLimits):
                 holder.pop(name, None)
 
     def _check_kernels(self) -> None:
-        """Refuses options that only kernels have, where none takes the parameters."""
+        """Refuses options that only kernels support if no kernel takes the parameters."""
         params = [param for group in self.param_groups for param in group["params"]]
         why = why_no_kernel(params)
         if why is not None:
@@ -142,7 +142,7 @@ class StabilizedOptimizer(SettableLimits):
 
     def _load_wide_state(self, state_dict: dict[str, Any]) -> None:
         if "state" not in state_dict:
-            return  # a load_state_dict pre-hook has put another state dict in its place
+            return  # A load_state_dict pre-hook has replaced the state dict.
         # torch casts state to the parameter's dtype, and state that was saved in fp32 would lose its low bits.
         saved = state_dict["state"]
         for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
@@ -155,12 +155,12 @@ class StabilizedOptimizer(SettableLimits):
 
     @property
     def has_stepped(self) -> bool:
-        """Whether a step was taken or skipped since the optimizer was made, copied or loaded."""
+        """Returns whether a step was taken or skipped since the optimizer was made, copied or loaded."""
         return self._current_stepper().last_outcome is not None
 
     @property
     def grad_norm(self) -> Tensor:
-        """The global norm of the last step's gradients before clipping, 0-d; NaN before the first step.
+        """Returns the global norm of the last step's gradients before clipping, 0-d; NaN before the first step.
 
         It is the norm after unscaling and after a penalty that comes before the clip. The tensor is on the parameters'
         device, which is not waited for (on the CPU if no kernel takes the parameters, since the step has waited), in
@@ -180,12 +180,12 @@ class StabilizedOptimizer(SettableLimits):
 
     @property
     def path(self) -> str:
-        """``"fused"``, or ``"in-place: <why>"`` if the wrapped optimizer's own step does the update."""
+        """Returns ``"fused"``, or ``"in-place: <why>"`` if the wrapped optimizer's own step does the update."""
         return self._current_stepper().path
 
     @property
     def skipped_steps(self) -> int:
-        """The number of steps skipped because of non-finite gradients or a spike; saved with the state dict.
+        """Returns the number of steps skipped because of non-finite gradients or a spike; saved with the state dict.
 
         Steps on a CUDA device are counted there, so reading this waits for the device, and so does :meth:`state_dict`.
         """
@@ -193,7 +193,7 @@ class StabilizedOptimizer(SettableLimits):
 
     @property
     def clipped_steps(self) -> int:
-        """The number of steps in which the clip by the norm was active; saved with the state dict."""
+        """Returns the number of steps in which the clip by the norm was active; saved with the state dict."""
         return self._counter(COUNTERS[1])
 
     # -- telemetry ------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ class StabilizedOptimizer(SettableLimits):
 
     @property
     def telemetry(self) -> History | None:
-        """The recorded steps as arrays; None under ``telemetry=None``.
+        """Returns the recorded steps as arrays; None under ``telemetry=None``.
 
         On a CUDA device nothing is waited for: each access starts a copy of the ring, and returns the last copy that
         has arrived. :meth:`report` waits.

@@ -126,7 +126,7 @@ class Stepper:
         self._runs_hooks = runs_hooks
         self._plan: _kernels.Plan | CompositePlan | None = None
         self._refused_by_kernels = (
-            False  # what torch's operations take, such as penalties of complex parameters
+            False  # True for what torch's operations take, such as penalties of complex parameters.
         )
         self._parameters = 0
         self._sharding: Sharding | None = None
@@ -145,7 +145,7 @@ class Stepper:
         self._take_over(optimizer)
 
     def __del__(self) -> None:
-        """Saves what it knows in the wrapped optimizer if that outlives its wrapper."""
+        """Saves counters and policies in the wrapped optimizer, if that outlives its wrapper."""
         if (optimizer := self._optimizer_ref()) and _steppers.get(id(optimizer)) is self:
             self.flush()
 
@@ -162,7 +162,7 @@ class Stepper:
         return "fused" if why is None else f"in-place: {why}"
 
     def set_limit(self, key: str, value: float | None, options: StabilizerOptions) -> None:
-        """Sets the limit that holds for param groups that were added past this object and have none of their own."""
+        """Sets the limit for param groups that were added to the wrapped optimizer directly and have no limit."""
         self._options = options
         self._limits[key] = value
 
@@ -190,7 +190,7 @@ class Stepper:
             own.pop("_accumulated", None)
             self._tell()
         except BaseException as error:
-            # A scale that a scaler has left here would be multiplied into the scale of the next step.
+            # If a scaler's scale were left here, it would be multiplied into the scale of the next step.
             for key in AMP_KEYS:
                 own.pop(key, None)
             if isinstance(error, NonfiniteGradientError):
@@ -244,14 +244,14 @@ class Stepper:
             self.recorder.after_step(self._optimizer.param_groups, known)
 
     def _take_over(self, optimizer: torch.optim.Optimizer) -> None:
-        """Makes the stepper that stepped this optimizer before write down all it knows."""
+        """Makes the stepper that stepped this optimizer before save its counters and policies."""
         previous = _steppers.get(id(optimizer))
         if previous is not None and previous is not self:
             previous.flush()
         _steppers[id(optimizer)] = self
 
     def flush_last(self, policies: bool = True) -> Stepper:
-        """Calls :meth:`flush` of the stepper that stepped the optimizer last; earlier ones have nothing left to say."""
+        """Calls :meth:`flush` of the stepper that stepped the optimizer last; earlier ones have saved all they know."""
         last = _steppers.get(id(self._optimizer), self)
         last.flush(policies)
         return last
@@ -291,7 +291,7 @@ class Stepper:
             self._prepare(optimizer, request)
 
     def _check_own_numbers(self, optimizer: torch.optim.Optimizer) -> None:
-        # Without the extension nobody else knows the numbers of a rule.
+        # Only the extension can check the numbers of a rule.
         if self._rule is None or not composite.has_kernels(torch.device("cpu")):
             device = decision_device(optimizer.param_groups)
             for number in range(len(optimizer.param_groups)):
@@ -303,7 +303,10 @@ class Stepper:
         request: Request,
         why_in_place: str | None = None,
     ) -> None:
-        """Makes the plan for what is there now; ``why_in_place`` is set if a step that cannot be fused has begun."""
+        """Makes the plan for the current parameters, state and options.
+
+        ``why_in_place`` is set if a step that cannot be fused has begun.
+        """
         groups = optimizer.param_groups
         params = [param for group in groups for param in group["params"]]
         goes_through_torch = self._goes_through_torch(params)
@@ -348,7 +351,7 @@ class Stepper:
         self._plan.seal(optimizer.state)
 
     def _goes_through_torch(self, params: list[Tensor]) -> bool:
-        """Whether gradients are stabilized by torch's operations, as no kernel takes these parameters."""
+        """Returns whether torch's operations stabilize the gradients, since no kernel takes these parameters."""
         if composite.why_no_kernel(params) is not None:
             return True
         return self._refused_by_kernels and composite.takes([local_tensor(p) for p in params])
@@ -356,12 +359,12 @@ class Stepper:
     def _may_go_through_torch(
         self, optimizer: torch.optim.Optimizer, grads: list[Tensor | None]
     ) -> bool:
-        """Whether torch's operations may take what kernels have just refused."""
+        """Returns whether torch's operations may take gradients that kernels have just refused."""
         if isinstance(self._plan, CompositePlan) or self._refused_by_kernels:
             return False
         params = [local_tensor(p) for group in optimizer.param_groups for p in group["params"]]
         tensors = [*params, *(grad for grad in grads if grad is not None)]
-        # Without numbers there is nothing to decide by: the kernels' refusal says so.
+        # Meta tensors have no numbers to decide by, as the kernels' error says.
         return composite.takes(tensors) and not any(tensor.is_meta for tensor in tensors)
 
     def _slots(

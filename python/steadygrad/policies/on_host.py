@@ -1,4 +1,4 @@
-"""The limits of the policies in NumPy, for steps that no kernel takes: what ``csrc/core/policy.h`` does with a row."""
+"""Computes the policies' limits in NumPy, as ``csrc/core/policy.h`` does, for steps that no kernel takes."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _MEAN, _VARIANCE = _COUNT + 1, _COUNT + 2
 
 
 def apply_policy(policy: ClipPolicy, row: Row, norm: float, total: float) -> None:
-    """Leave a scope's coefficient and limit in its row, and what its norm teaches.
+    """Writes a scope's coefficient and limit into its row, and updates what the policy has learnt from norms.
 
     Args:
-        policy: the optimizer's; of one in Python the limit is in the row already.
-        row: of the scope, changed in place.
-        norm: of the scope.
-        total: the norm of all scopes; where it is not finite, nothing is learnt.
+        policy: Clip policy of the optimizer. A policy written in Python has put its limit into the row already.
+        row: Row of the scope, changed in place.
+        norm: Norm of the scope.
+        total: Norm of all scopes; the policy learns nothing if it is not finite.
     """
     enters = math.isfinite(total) and _is_entered(norm)
     coefficient = 1.0
@@ -58,7 +58,7 @@ def apply_policy(policy: ClipPolicy, row: Row, norm: float, total: float) -> Non
 
 
 def is_spike(policy: SkipSpikes, row: Row, norm: float) -> bool:
-    """Tell whether a step of this norm is skipped, by the norms before it."""
+    """Returns whether a step with this norm is skipped as a spike, judged by the norms before it."""
     count = int(row[_COUNT])
     if not _is_entered(norm) or count < max(2, policy.window // 2):
         return False
@@ -68,7 +68,7 @@ def is_spike(policy: SkipSpikes, row: Row, norm: float) -> bool:
 
 
 def enter_spike(policy: SkipSpikes, row: Row, norm: float) -> None:
-    """Remember a norm for the steps after it, also that of a spike."""
+    """Adds a norm, even that of a spike, to the norms by which later steps are judged."""
     if _is_entered(norm):
         _enter(row, policy.window, norm)
 
@@ -104,7 +104,7 @@ def _zscore_limit(policy: ClipZScore, row: Row, norm: float, enters: bool) -> fl
         if enters:
             row[_COUNT] = count + 1
             row[_MEAN] = moved = mean + (norm - mean) / (count + 1)
-            # The sum of squared deviations until the warm-up ends.
+            # Until the warm-up ends, the row holds the sum of squared deviations in place of the variance.
             squares = variance + (norm - mean) * (norm - moved)
             row[_VARIANCE] = squares if count + 1 < policy.warmup else squares / (count + 1)
         return cap

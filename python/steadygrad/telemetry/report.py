@@ -10,23 +10,24 @@ import numpy.typing as npt
 
 from steadygrad.telemetry.history import Floats, History
 
-# A gradient has exploded if its norm is more than so many times its usual one.
+# A gradient has exploded if its norm is more than this many times its usual norm.
 EXPLODED_TIMES = 10.0
 # The first norms of a run say little about what is usual, so a gradient has to exceed them by more.
 _EARLY_STEPS, _EARLY_TIMES = 5, 100.0
-# An explosion leads to a gradient that is not finite within so many steps.
+# A gradient that is not finite is traced back to an explosion at most this many steps before.
 _LEADS_WITHIN = 10
 _DECAY = 0.9
 _ALL = "all gradients"
 _SHOWN = 5
 _QUANTILES = (0.5, 0.9, 0.99, 1.0)
-# A clip that is active in this share of the steps, and divides the median norm by so much, does not just cut outliers.
+# A clip that is active in this share of the steps, and divides the median norm by this factor, does more than cut
+# outliers.
 _CUT_STEPS, _CUT_TIMES = 0.9, 10.0
 
 
 @dataclass(frozen=True)
 class Explosion:
-    """A gradient that was not finite, or whose norm was far above its usual one.
+    """Describes a gradient that was not finite, or whose norm was far above its usual norm.
 
     Attributes:
         step: Number of the step.
@@ -168,7 +169,7 @@ class Report:
         for explosion in self.explosions:
             by_step.setdefault(explosion.step, []).append(explosion)
         lines = []
-        # The first step is shown, since it all began there, and of the others those that went furthest.
+        # The report shows the first step, since it all began there, and those that went furthest.
         first, *others = by_step or [0]
         others.sort(key=lambda step: -by_step[step][0].times)
         for step in sorted([first, *others[: _SHOWN - 1]] if by_step else []):
@@ -230,7 +231,7 @@ def explosions(history: History) -> list[Explosion]:
         bar = np.maximum(times * usual, usual_norms(history.norm[:, None]))
         places = np.argwhere((counts > 0) | (norms > bar))
         growth = norms / usual
-    # What is not finite has no growth of its own step: it gets that of its last finite one.
+    # A norm that is not finite has no growth, so it gets the growth of the last finite norm.
     last = np.zeros(norms.shape[1])
     for row in growth:
         row[:] = last = np.where(np.isfinite(row), row, last)
