@@ -70,7 +70,7 @@ def test_a_rate_that_is_too_large_and_what_holds() -> None:
     assert trials["clip"].holds and trials["learning rate"].holds
     assert trials["clip"].first_step == pytest.approx(0.01, rel=0.1)
     assert found.verdicts[0].line == f"sg.Stabilizer(optimizer, max_norm={found.max_norm:.2g})"
-    assert str(found).count(" holds ") == sum(trial.holds for trial in found.trials)
+    assert str(found).count(" lost  ") == sum(not trial.holds for trial in found.trials)
 
 
 def test_an_infinite_weight() -> None:
@@ -78,7 +78,7 @@ def test_an_infinite_weight() -> None:
     with torch.no_grad():
         model[2].weight[1, 1] = torch.inf
     found = sg.examine(model, cross_entropy, batches())
-    text = "parameter 2.weight is not finite, in 1 of 400 elements, and so is nothing that"
+    text = "parameter 2.weight is not finite, in 1 of 400 elements, and nothing that is"
     assert found.verdicts[0].text.startswith(text)
     assert "first output that is not finite is that of 2, in batch 0" in str(found)
     assert found.why_no_sharpness == "no batch has a finite loss and gradient"
@@ -340,3 +340,12 @@ def test_blocks_that_take_a_mask_are_left_out_and_those_that_return_tuples_are_p
     found = sg.examine(model, cross_entropy, batches(), optimizer=optimizer)
     tried = {trial.remedy for trial in found.trials}
     assert "clip" in tried and "fewer layers" not in tried
+
+
+def test_one_layer_that_is_too_large_is_named() -> None:
+    torch.manual_seed(0)
+    model = mlp(9)
+    with torch.no_grad():
+        model[4].weight.mul_(300)
+    verdict = the(sg.examine(model, cross_entropy, batches()), "growth")
+    assert ", above all in 4, which alone multiplies by " in verdict.text

@@ -106,11 +106,12 @@ class Examination:
         for number, verdict in enumerate(self.verdicts, 1):
             lines.append(f"{number}. {verdict.text}")
             lines += [f"   write: {verdict.line}"] if verdict.line else []
-            lines += [f"   the study: {verdict.study}"] if verdict.study else []
+            lines += [f"   our study: {verdict.study}"] if verdict.study else []
         if self.trials:
-            title = "tried on copies; holds: not expected to be lost"
-            lines += [f"\n{title:<70} first step         lr"]
-            lines += [f"{'':<67} by parameters  by stable"]
+            lines.append(
+                "\ntried on copies: lost is expected to diverge; flat is not, but its loss does not fall"
+            )
+            lines += [f"{'':<71}first step         lr", f"{'':<68}/ parameters   / stable"]
             lines += [f"  {trial}" for trial in self.trials]
         if self.why_no_trials:
             lines.append(f"\nremedies could not be tried: {self.why_no_trials}")
@@ -137,7 +138,7 @@ class Examination:
                 lines.append(f"{state:<10} {', '.join(names[:_SHOWN])}{more}")
         largest = sorted((p for p in self.parameters if p.norm > 0), key=lambda p: -p.norm)[:_SHOWN]
         if largest:
-            lines.append(f"{'largest gradients':<34}    share by parameter   spread")
+            lines.append(f"{'largest gradients, norm':<34}  / total  / parameter   spread")
         for p in largest:
             ratio = "-" if math.isnan(p.ratio) else f"{p.ratio:.2g}"
             lines.append(f"  {p.name:<32} {p.share:8.2g} {ratio:>12} {p.spread:8.2g}")

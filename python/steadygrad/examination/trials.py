@@ -58,7 +58,8 @@ class Trial:
     def __str__(self) -> str:
         """Returns a row of the table of remedies."""
         way = f"{self.losses[0]:.3g} -> {self.end:.3g} in {len(self.losses)} steps"
-        verdict = "holds" if self.holds else "lost"
+        falls = self.end < 0.99 * self.losses[0]
+        verdict = ("holds" if falls else "flat") if self.holds else "lost"
         return f"{self.remedy:<24} {verdict:<6} {way:<34} {self.first_step:>10.2g} {self.ratios[0]:>10.2g}"
 
 

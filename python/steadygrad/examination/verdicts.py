@@ -54,8 +54,8 @@ class _Judge:
         for name, p in model.named_parameters():
             if count := int((~p.detach().isfinite()).sum()):
                 text = (
-                    f"parameter {name} is not finite, in {count:,} of {p.numel():,} elements, and so is "
-                    "nothing that is computed from it: load a state from before that"
+                    f"parameter {name} is not finite, in {count:,} of {p.numel():,} elements, and "
+                    "nothing that is computed from it is: load a checkpoint from before that"
                 )
                 yield self.verdict(kind, 1.0, count, text, "checkpoint")
         for batch, numbers in self.input.outputs.items() if self.input else ():
@@ -73,7 +73,8 @@ class _Judge:
                 half = layer.dtype == torch.float16
                 text = (
                     f"the first {place} that is not finite is that of {layer.name or 'the model'}, "
-                    f"in batch {batch}{': fp16 ends at 65,504' if half else ''}"
+                    f"in batch {batch}{', on the way back' if place == 'gradient' else ''}"
+                    f"{': fp16 ends at 65,504' if half else ''}"
                 )
                 yield self.verdict(kind, sure, batch, text, "loss scale" if half else "")
 
@@ -86,12 +87,21 @@ class _Judge:
             ("activations", found.factor, found.depth),
             ("gradients", found.gradient_factor, found.depth - 1),
         ):
+            name = self._steepest(factor) if what == "activations" else ""
             each = factor ** (1 / steps) if factor > 0 and steps > 0 else math.nan
             shown = f"{each:.3g} x a layer, {factor:,.4g} x over {steps}: the initialisation is too"
-            yield from self.above("growth", 0.9, factor, f"{what} grow {shown} large", remedy)
+            yield from self.above("growth", 0.9, factor, f"{what} grow {shown} large{name}", remedy)
             if 0 < factor < THRESHOLDS["vanishing"].value:
                 text = f"{what} vanish, {shown} small"
                 yield self.verdict("vanishing", 0.7, factor, text, remedy)
+
+    def _steepest(self, factor: float) -> str:
+        """Names the layer that multiplies by more than all the others together, if there is one."""
+        layers = [layer for layer in self.found.layers if layer.has_weight and layer.gain > 0]
+        steepest = max(layers, key=lambda layer: layer.gain, default=None)
+        if steepest is None or len(layers) < 3 or steepest.gain < max(10.0, factor**0.5):
+            return ""
+        return f", above all in {steepest.name}, which alone multiplies by {steepest.gain:,.3g}"
 
     def units(self, lost: dict[str, float]) -> Iterator[Verdict]:
         dead = [
@@ -130,7 +140,7 @@ class _Judge:
         ratio = found.lr / found.largest_stable_lr if found.largest_stable_lr > 0 else math.nan
         sure, then = (0.6 if ratio < 5 else 0.8), ""
         # If the cause has been named already, its consequences get no remedy of their own.
-        comes, none = (", which comes of the above", "none") if caused else ("", "")
+        comes, none = (", a consequence of the above", "none") if caused else ("", "")
         if tried is not None and not tried.holds:
             # A clip only hides a cause that a better initialisation removes, so it does not come first.
             order = [*REMEDIES] if caused else ["clip", *REMEDIES]
