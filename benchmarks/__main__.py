@@ -104,7 +104,7 @@ def measure(
 def _contradiction(args: argparse.Namespace) -> str:
     """Return a message about options that exclude each other; "" if there are none."""
     if args.device == "emulated" and args.out and args.out.resolve().parent == RESULTS:
-        return "--out: a rehearsal has no place among the results"
+        return "--out: a rehearsal must not be written to the results"
     if args.result is None:
         return ""
     if args.page is None:
@@ -117,18 +117,20 @@ def _contradiction(args: argparse.Namespace) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="benchmarks",
-        description="Time the kernels side by side with torch, in one process, interleaved.",
+        description="Time the kernels beside torch in one process, taking turns.",
     )
     option = parser.add_argument
     option("--quick", action="store_true", help="fewer cases and repetitions")
     option("--device", choices=DEVICES, help="where to run (default: cpu); emulated only rehearses")
-    option("--limit", type=seconds, metavar="SECONDS", help="begin no further case after this time")
+    option("--limit", type=seconds, metavar="SECONDS", help="begin no case after this time")
     option("--out", type=Path, metavar="FILE", help="write the numbers as JSON, after each case")
     option("--page", type=Path, metavar="FILE", help="also draw the ratios and tables (HTML)")
     option(
-        "--targets", action="store_true", help="also show the floors that maintainers hold it to"
+        "--targets",
+        action="store_true",
+        help="also show whether the floors for maintainers are met",
     )
-    again = "measure nothing: make the page of numbers that --out wrote before"
+    again = "measure nothing, and make the page from a file that --out wrote"
     option("--from", dest="result", type=Path, metavar="FILE", help=again)
     option("--threads", type=count, metavar="N", help="CPU threads (default: 2)")
     return parser

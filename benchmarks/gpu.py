@@ -288,9 +288,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     option = parser.add_argument
-    option("call", nargs="?", choices=LIMITS, help="which of the two (default: both in turn)")
+    option("call", nargs="?", choices=LIMITS, help="which call to make (default: both in turn)")
     option("--rehearse", action="store_true", help="emulated kernels, without a GPU")
-    option("--dry", action="store_true", help="only say what would run")
+    option("--dry", action="store_true", help="only print what would run")
     option("--out", type=Path, default=Path("out/gpu"), metavar="DIR", help="default: out/gpu")
     options = parser.parse_args(argv)
     # Stages find programs in the folder of this Python, and nvcc in its usual place.

@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--counts", type=int, nargs="+", default=[250, 500, 1000, 2000])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, help="a file, in the place of the terminal")
+    parser.add_argument("--out", type=Path, help="file to write to instead of the terminal")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         spawn(_rank, (given, folder), nprocs=given.ranks)

@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="a file, in the place of the terminal")
+    parser.add_argument("--out", type=Path, help="file to write to instead of the terminal")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     cases = {

@@ -24,7 +24,7 @@ def guarded(program: str, run: Callable[[], int]) -> int:
         # in the buffer is dropped instead.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         where = error.filename or "standard output or a file"
-        print(f"{program}: {where} takes nothing: {error.strerror}", file=sys.stderr)  # noqa: T201
+        print(f"{program}: {where} cannot be written: {error.strerror}", file=sys.stderr)  # noqa: T201
         return 1
 
 

@@ -38,7 +38,7 @@ def test_help(capsys: Any) -> None:
         ),
         (
             ["--device", "emulated", "--out", str(results.RESULTS / "x.json")],
-            "a rehearsal has no place among the results",
+            "a rehearsal must not be written to the results",
         ),
     ],
 )
@@ -124,6 +124,6 @@ def test_standard_output_that_takes_nothing_is_said(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert (
         done.stderr
-        == "benchmarks: standard output or a file takes nothing: No space left on device\n"
+        == "benchmarks: standard output or a file cannot be written: No space left on device\n"
     )
     assert page.exists()

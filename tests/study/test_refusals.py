@@ -162,6 +162,8 @@ def test_arms_are_looked_for_in_all_experiments() -> None:
     assert {e.name: [arm.name for arm in e.arms] for e in chosen} == {
         "digits": ["none", "clip value"],
         "char": ["none", "clip 5"],
+        "transformer-sgd": ["none", "clip value"],
+        "transformer-adamw": ["none", "clip value"],
     }
 
 

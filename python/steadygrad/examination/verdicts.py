@@ -140,7 +140,7 @@ class _Judge:
         ratio = found.lr / found.largest_stable_lr if found.largest_stable_lr > 0 else math.nan
         sure, then = (0.6 if ratio < 5 else 0.8), ""
         # If the cause has been named already, its consequences get no remedy of their own.
-        comes, none = (", a consequence of the above", "none") if caused else ("", "")
+        follows, none = (", which follows from the above", "none") if caused else ("", "")
         if tried is not None and not tried.holds:
             # A clip only hides a cause that a better initialisation removes, so it does not come first.
             order = [*REMEDIES] if caused else ["clip", *REMEDIES]
@@ -157,14 +157,16 @@ class _Judge:
         elif tried is not None:
             sure, then = 0.45, "; tried on a copy, it holds all the same"
         if tried is not None:
-            text = f"the first step is {tried.first_step:,.3g} x as long as the parameters{comes}"
+            text = f"the first step is {tried.first_step:,.3g} x as long as the parameters{follows}"
             yield from self.above("first step", 0.65, tried.first_step, text, none)
-        stable = f"the largest stable one, {found.largest_stable_lr:.2g}{comes}{then}"
+        stable = f"the largest stable one, {found.largest_stable_lr:.2g}{follows}{then}"
         text = f"the learning rate, {found.lr:.2g}, is {ratio:,.3g} x {stable}"
         yield from self.above("rate", sure, ratio, text, none)
         norms = [norm for norm in found.norms if math.isfinite(norm)] or [0.0]
         spike = max(norms) / (statistics.median(norms) or math.inf)
-        text = f"the largest gradient norm is {spike:,.3g} x the median: a batch is a spike{comes}"
+        text = (
+            f"the largest gradient norm is {spike:,.3g} x the median: a batch is a spike{follows}"
+        )
         yield from self.above("spike", 0.5, spike, text, none)
         if self.input is not None:
             rms = self.input.rms
