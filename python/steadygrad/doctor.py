@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except _CannotPrint as error:
         _drop_output()
-        sys.stderr.write(f"doctor: standard output takes nothing: {error}\n")
+        sys.stderr.write(f"doctor: standard output cannot be written: {error}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("\nInterrupted.\n")
