@@ -176,7 +176,7 @@ def test_every_option_equals_torch(
 ) -> None:
     # Fewer steps where the same options have been together before, or have run on the CPU for longer.
     longer = backend.name == "cpu" and request.node.get_closest_marker("once") is None
-    steps = 50 if longer else 26
+    steps = 40 if longer else 26
     run_beside_torch(rule, options, device=backend.device, steps=steps, swap_at=23, wrap=wrap)
 
 
