@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -191,3 +192,28 @@ def test_readme_and_decisions(facts: Facts) -> None:
         ],
     )
     assert (worse > 0).sum() == 9
+
+
+def test_what_the_cap_of_a_learnt_limit_does() -> None:
+    (path,) = (ROOT / "benchmarks" / "results" / "study" / "caps").glob("*.json")
+    document = json.loads(path.read_text(encoding="utf-8"))
+    runs = pd.DataFrame(run for experiment in document["experiments"] for run in experiment["runs"])
+    setting = ["problem", "learning_rate"]
+    survived = runs[runs["arm"] == "none"].groupby(setting)["survived"].mean()
+    hard = runs.join(survived.rename("without"), on=setting).query("without <= 0.5")
+    found = hard.groupby("arm")[["survived", "learned"]].agg(["size", "sum"])
+    names = {
+        "none": "no remedy",
+        "clip 1": "clip 1",
+        "ClipZScore capped": "ClipZScore, capped at 1 as published",
+        "ClipZScore": "ClipZScore (no cap: our default)",
+        "ClipRelative": "ClipRelative (capped in its warm-up, as published)",
+        "ClipRelative uncapped": "ClipRelative without a cap",
+    }
+    text = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    for arm, name in names.items():
+        (count, kept), (_, learned) = found.loc[arm, "survived"], found.loc[arm, "learned"]
+        assert f"| {name} | {count} | {kept} | {learned} |" in text
+    losses = hard[hard["arm"].isin(["clip 1", "ClipZScore capped"])]
+    equal = losses.groupby([*setting, "seed"])["final_loss"].nunique(dropna=False) == 1
+    assert f"{equal.sum()} of {len(equal)} runs end at the same loss" in text
