@@ -234,7 +234,7 @@ class StabilizerOptions:
         if self.max_norm is not None:
             raise ValueError(
                 f"Stabilizer: clip: expected None where max_norm is given, got {self.clip!r} and "
-                f"max_norm={self.max_norm!r}"
+                f"max_norm={self.max_norm!r}; for a cap above the policy set .max_norm of the optimizer afterwards"
             )
 
     @property
