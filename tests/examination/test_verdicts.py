@@ -348,4 +348,4 @@ def test_one_layer_that_is_too_large_is_named() -> None:
     with torch.no_grad():
         model[4].weight.mul_(300)
     verdict = the(sg.examine(model, cross_entropy, batches()), "growth")
-    assert ", above all in 4, which alone multiplies by " in verdict.text
+    assert ", above all in layer '4' (Linear), which alone multiplies by " in verdict.text

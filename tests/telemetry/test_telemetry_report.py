@@ -165,7 +165,7 @@ def test_a_run_that_explodes_from_the_start_is_told_from_there() -> None:
     ]
     (conclusion,) = report.conclusions
     start = (
-        "the gradient of b exploded at step 101, and that of b was not finite at step 103. sg.ex"
+        "the gradient of b exploded at step 101, and that of b was not finite at step 103. Load "
     )
     assert conclusion.startswith(start)
 

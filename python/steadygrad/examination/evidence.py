@@ -40,7 +40,7 @@ THRESHOLDS = {
 # The remedies are in the order in which they are recommended if several hold.
 REMEDIES = {
     "clip and initialisation": Remedy(
-        'nn.init.kaiming_normal_(layer.weight, nonlinearity="relu") and max_norm={max_norm:.2g}',
+        'nn.init.kaiming_normal_(layer.weight, nonlinearity="relu"), then max_norm of a new examination',
         "clip 1 + He init: 60 of 60 runs kept, 60 learned",
     ),
     "batch norm": Remedy("sg.nn.BatchNorm1d(units)", "70 of 70 runs kept, 60 learned"),

@@ -109,14 +109,15 @@ class Examination:
             lines += [f"   our study: {verdict.study}"] if verdict.study else []
         if self.trials:
             lines.append(
-                "\ntried on copies: lost is expected to diverge; flat is not, but its loss does not fall"
+                "\ntried on copies; lost: expected to diverge, flat: does not, but does not learn, holds: neither"
             )
             lines += [f"{'':<71}first step         lr", f"{'':<68}/ parameters   / stable"]
             lines += [f"  {trial}" for trial in self.trials]
         if self.why_no_trials:
             lines.append(f"\nremedies could not be tried: {self.why_no_trials}")
         lines += ["\nnumbers", f"gradients  {_range('norm', norms)}"]
-        if math.isfinite(self.max_norm):
+        clip_is_lost = any(trial.remedy == "clip" and not trial.holds for trial in self.trials)
+        if math.isfinite(self.max_norm) and not clip_is_lost:
             lines[-1] += f"; a limit to begin with: max_norm={self.max_norm:.2g}"
         if math.isfinite(self.factor):
             lines.append(

@@ -154,7 +154,10 @@ def _first_nonfinite(
         measured = Measurement(network, loss_of, [batch], loss_scale)
         if not math.isfinite(measured.losses[0]) or not math.isfinite(measured.norms[0]):
             return [batch], measured
-    raise ValueError("examine: at: expected a batch that is not finite, got none in batches")
+    raise ValueError(
+        "examine: at: expected a batch whose loss or gradient is not finite, got none in batches; to learn why later "
+        "steps explode, leave out at="
+    )
 
 
 def _summarised(model: nn.Module, measured: Measurement) -> Examination:

@@ -101,7 +101,8 @@ class _Judge:
         steepest = max(layers, key=lambda layer: layer.gain, default=None)
         if steepest is None or len(layers) < 3 or steepest.gain < max(10.0, factor**0.5):
             return ""
-        return f", above all in {steepest.name}, which alone multiplies by {steepest.gain:,.3g}"
+        where = f"layer {steepest.name!r} ({steepest.kind})"
+        return f", above all in {where}, which alone multiplies by {steepest.gain:,.3g}"
 
     def units(self, lost: dict[str, float]) -> Iterator[Verdict]:
         dead = [

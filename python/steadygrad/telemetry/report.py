@@ -120,13 +120,17 @@ class Report:
         broken = next((explosion for explosion in self.explosions if explosion.nonfinite), None)
         if broken is not None:
             began = next(e for e in self.explosions if e.step >= broken.step - _LEADS_WITHIN)
-            start = "the gradient of"
+            what = f"{broken.name} was not finite at step {broken.step}"
             if began.step < broken.step:
-                start += f" {began.name} exploded at step {began.step}, and that of"
-            found.append(
-                f"{start} {broken.name} was not finite at step {broken.step}. "
-                'sg.examine(model, loss_function, batches, at="first_nonfinite") says where that comes from'
-            )
+                found.append(
+                    f"the gradient of {began.name} exploded at step {began.step}, and that of {what}. Load the weights "
+                    "from before that: sg.examine(model, loss_function, batches, optimizer=opt) says why they explode"
+                )
+            else:
+                found.append(
+                    f"the gradient of {what}. "
+                    'sg.examine(model, loss_function, batches, at="first_nonfinite") says where that comes from'
+                )
         return found
 
     def __str__(self) -> str:
