@@ -203,3 +203,25 @@ def test_the_newest_file_of_each_machine_counts(tmp_path: Path) -> None:
     assert found == {"NVIDIA Test 9": gpu, "Test CPU, 2 cores": HOST}
     assert file_name(gpu) == "nvidia-test-9-2026-01-02.json"
     assert file_name(HOST) == "test-cpu-2-cores-2026-01-02.json"
+
+
+def test_the_readme_quotes_the_newest_result() -> None:
+    newest = max(newest_results().values(), key=lambda result: result["created"])
+    ratios = {
+        (case["key"], peer["name"]): peer["ratio"]
+        for case in newest["cases"]
+        for peer in case["peers"]
+    }
+    rows = (
+        ("`clip_grad_norm_`, limit not reached", "clip_inactive", "torch foreach"),
+        ("`clip_grad_norm_`, limit reached", "clip_active", "torch foreach"),
+        ("clip + AdamW", "adamw", "torch clip + fused"),
+        ("clip + momentum SGD", "sgd_momentum", "torch clip + fused"),
+    )
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    for name, group, peer in rows:
+        (line,) = (line for line in lines if line.startswith(f"| {name} |"))
+        numbers = [
+            f"{ratios[f'{group}/{model}', peer]:.1f}" for model in ("resnet50", "gpt2", "small")
+        ]
+        assert [cell.strip() for cell in line.split("|")[3:-1]] == numbers
