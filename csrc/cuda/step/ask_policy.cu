@@ -15,7 +15,7 @@ struct AskArguments {
 };
 
 // Only the device knows whether the step will be taken: where it will not, the norms are NaN.
-__global__ void __launch_bounds__(kLanes)
+__global__ void __launch_bounds__(kLanes, 1)
     policy_norms_kernel(const AskArguments __grid_constant__ arguments) {
   __shared__ SharedArray<ScopeSums, kLanes> lanes;
   __shared__ SharedArray<double, kLanes> numbers;
