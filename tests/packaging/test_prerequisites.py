@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
-import steadygrad
 from steadygrad import prerequisites
+from tests.packaging.installed_package import PACKAGE, run_python
 
-PACKAGE = Path(steadygrad.__file__).parent
 MISSING = "raise ModuleNotFoundError(\"No module named '{0}'\", name='{0}')\n"
 
 # For each state: modules that replace the real ones, and the message.
@@ -50,16 +48,8 @@ class Installation:
         for name, text in modules.items():
             (folder / f"{name}.py").write_text(text)
 
-    def run(self, *argv: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHONPATH": str(self.folder)}
-        return subprocess.run(
-            [sys.executable, *argv],
-            cwd=self.folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    def run(self, *argv: str) -> CompletedProcess[str]:
+        return run_python(self.folder, *argv)
 
 
 @pytest.mark.parametrize("state", STATES)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 
-import steadygrad
+from tests.packaging.installed_package import PACKAGE, run_python
 
-PACKAGE = Path(steadygrad.__file__).parent
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 TRAINING = """
@@ -67,16 +65,8 @@ class Installation:
         if broken:
             (self.package / "_kernels.abi3.so").write_bytes(b"not a library")
 
-    def run(self, *argv: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHONPATH": str(self.folder)}
-        return subprocess.run(
-            [sys.executable, *argv],
-            cwd=self.folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    def run(self, *argv: str) -> CompletedProcess[str]:
+        return run_python(self.folder, *argv)
 
 
 @pytest.fixture(scope="module")
