@@ -109,7 +109,8 @@ class Examination:
             lines += [f"   our study: {verdict.study}"] if verdict.study else []
         if self.trials:
             lines.append(
-                "\ntried on copies; lost: expected to diverge, flat: not, but the loss did not fall in the trial, holds: it fell"
+                "\ntried on copies; lost: expected to diverge, flat: not, but the loss did not fall in the trial, "
+                "holds: it fell"
             )
             lines += [f"{'':<71}first step         lr", f"{'':<68}/ parameters   / stable"]
             lines += [f"  {trial}" for trial in self.trials]
