@@ -95,7 +95,9 @@ def test_every_clip_policy_is_one() -> None:
 
 
 def test_two_constant_limits_at_once() -> None:
-    expected = r"clip: expected a policy that finds a limit, since max_norm=2\.0 is given, got ClipNorm"
+    expected = (
+        r"clip: expected a policy that finds a limit, since max_norm=2\.0 is given, got ClipNorm"
+    )
     with pytest.raises(ValueError, match=rf"Stabilizer: {expected}"):
         made(max_norm=2.0, clip=sg.ClipNorm(1.0))
     with pytest.raises(ValueError, match=expected):
