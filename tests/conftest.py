@@ -7,7 +7,6 @@ import os
 import random
 from collections import defaultdict
 from fnmatch import fnmatch
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from tests.backends import BACKENDS, Backend
 from tests.backends import backend as backend  # the fixtures, for every test file
 from tests.backends import kernels as kernels
+from tests.covering import covering
 from tests.digit_training import one_thread as one_thread
 
 SEED = 20240229
@@ -103,12 +103,11 @@ def needs_kernels(item: pytest.Item) -> bool:
 def redundant_cases(items: list[pytest.Item]) -> set[pytest.Item]:
     """Return the cases that would find nothing that other cases do not find.
 
-    The full product of a test's parameters runs on the CPU. On the other backends a case is left out if every pair of
-    its parameters' values has already occurred in earlier cases of the same test and backend (all-pairs testing). A
-    test that does not depend on the backend (``once``) runs on the CPU alone; a test that takes long (``pairs``) is
-    thinned on the CPU, too. Tests of four ranks run on the CPU alone.
+    The full product of a test's parameters runs on the CPU, and on the other backends so many cases that every pair of
+    parameters' values occurs (see covering.py). A test that does not depend on the backend (``once``) runs on the CPU
+    alone; a test that takes long (``pairs``) is thinned on the CPU, too. Tests of four ranks run on the CPU alone.
     """
-    together: defaultdict[Any, set[Any]] = defaultdict(set)
+    thinned: defaultdict[Any, list[tuple[pytest.Item, list[Any]]]] = defaultdict(list)
     redundant = set()
     for item in items:
         on_another_backend = any(
@@ -118,11 +117,10 @@ def redundant_cases(items: list[pytest.Item]) -> set[pytest.Item]:
             redundant.add(item)
         elif on_another_backend or item.get_closest_marker("pairs"):
             backends, values = _parameters(item)
-            pairs = set(combinations(values, 2))
-            known = together[(item.path, item.originalname, *backends)]
-            if pairs and pairs <= known:
-                redundant.add(item)
-            known |= pairs
+            thinned[(item.path, item.originalname, *backends)].append((item, values))
+    for cases in thinned.values():
+        kept = covering([values for _, values in cases])
+        redundant |= {item for index, (item, _) in enumerate(cases) if index not in kept}
     return redundant
 
 

@@ -46,6 +46,10 @@ def assert_close(actual: Any, expected: Any, dtype: torch.dtype) -> None:
     tolerance = TOLERANCES[dtype]
     actual, expected = float64(actual), float64(expected)
     assert actual.shape == expected.shape
+    with np.errstate(invalid="ignore"):
+        allowed = tolerance.atol + tolerance.rtol * np.abs(expected)
+        if np.isfinite(allowed).all() and (np.abs(actual - expected) <= allowed).all():
+            return  # what follows takes ten times as long
     np.testing.assert_allclose(actual, expected, rtol=tolerance.rtol, atol=tolerance.atol)
 
 

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 
 import steadygrad as sg
-from tests.backends import Backend
+from tests.backends import BACKENDS, Backend, backend_parameters
 from tests.optim import unfused
 from tests.optim.parameter_sets import with_gradients
 from tests.snapshots import Snapshot, assert_refused, bits
@@ -396,12 +396,32 @@ def test_an_expanded_parameter_is_refused(backend: Backend) -> None:
         snapshot.assert_unchanged()
 
 
+def large_zeros(device: torch.device) -> Tensor:
+    """Return more than 2**31 zeros, which take no memory on the host until they are written."""
+    return torch.from_numpy(np.zeros(2**31 + 12_345, np.uint16)).view(torch.bfloat16).to(device)
+
+
+# The emulator would take half a minute: tests/emulation/features.cu looks for elements of large tensors instead.
+@pytest.mark.parametrize(
+    "backend", backend_parameters([b for b in BACKENDS if b.name != "emulated"])
+)
 def test_more_than_two_to_the_31_elements(backend: Backend) -> None:
-    # The tensor is large without using memory, since every row is the same one.
-    row = torch.full((2**15 + 1,), 2.0, dtype=torch.bfloat16, device=backend.device)
-    got = sg.get_total_norm([row.expand(2**16 + 1, 2**15 + 1)])
-    want = 2.0 * math.sqrt((2**16 + 1) * (2**15 + 1))
-    assert got.item() == pytest.approx(want, rel=2.0**-23)
+    values = large_zeros(backend.device)
+    values[7], values[-7] = 3.0, 4.0
+    assert sg.get_total_norm([values]).item() == pytest.approx(5.0)
+    # This tensor is large without using memory, since every row is the same one.
+    rows = values[: 2**15 + 1].expand(2**16 + 1, 2**15 + 1)
+    want = 3.0 * math.sqrt(2**16 + 1)
+    assert sg.get_total_norm([rows]).item() == pytest.approx(want, rel=2.0**-23)
+
+
+def test_elements_that_lie_far_apart(backend: Backend) -> None:
+    values = large_zeros(backend.device).as_strided((2, 3), (2**31 + 5, 2))
+    values.copy_(torch.arange(6).view(2, 3))
+    (param,) = with_gradients([values])
+    assert sg.clip_grad_norm_([param], 1.0).item() == pytest.approx(math.sqrt(55))
+    want = torch.arange(6).view(2, 3).div(math.sqrt(55)).bfloat16()
+    assert_close(values.float(), want, torch.float32)
 
 
 def test_tensors_of_many_dimensions(backend: Backend) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -171,10 +172,14 @@ def test_an_infinite_limit_leaves_nonfinite_gradients_alone(backend: Backend, va
     torch.testing.assert_close(param.grad, gradient, rtol=0, atol=0, equal_nan=True)
 
 
+# Threads share 2^17 elements or more.
 PROGRAM = """
-import hashlib, torch, steadygrad as sg
+import hashlib, sys, torch, steadygrad as sg
+torch.set_num_threads(int(sys.argv[1]))
 torch.manual_seed(0)
 digest = hashlib.sha256()
+def digest_of(tensor):
+    digest.update(tensor.detach().double().numpy().tobytes())
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     for rule in ("SGD", "AdamW", "Adagrad", "RMSprop"):
         params = [torch.nn.Parameter(torch.randn(n).to(dtype)) for n in (1, 31, 1025, 9001)]
@@ -183,22 +188,33 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             for p in params:
                 p.grad = torch.randn(p.shape).to(dtype)
             for norm_type in (1.0, 2.0, float("inf")):
-                digest.update(sg.get_total_norm([p.grad for p in params], norm_type).numpy().tobytes())
+                digest_of(sg.get_total_norm([p.grad for p in params], norm_type))
             optimizer.step()
         for p in params:
-            digest.update(p.detach().double().numpy().tobytes())
+            digest_of(p)
+for dtype in (torch.bfloat16, torch.float16):
+    for how in ("stochastic", "kahan", "master"):
+        params = [torch.nn.Parameter(torch.randn(n).to(dtype)) for n in (1, 31, 1025, 140_001)]
+        optimizer = sg.optim.AdamW(params, lr=1e-2, max_norm=1.0, rounding=how, state_dtype=torch.float32)
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.randn(p.shape).to(dtype)
+            optimizer.step()
+        for p in params:
+            for tensor in (p, *optimizer.state[p].values()):
+                digest_of(tensor)
 print(sg._kernels.build_info()["instruction_set"], digest.hexdigest())
 """
 
 
 @pytest.mark.slow
-def test_every_instruction_set_gives_the_same_bits() -> None:
+def test_every_instruction_set_and_number_of_threads_gives_the_same_bits() -> None:
     known = ["baseline", "avx2", "avx512"]
     widest = str(sg._kernels.build_info()["instruction_set"])
     digests = set()
-    for name in known[: known.index(widest) + 1]:
+    for threads, name in enumerate(known[: known.index(widest) + 1], start=1):
         out = subprocess.run(
-            [sys.executable, "-c", PROGRAM],
+            [sys.executable, "-c", PROGRAM, str(threads)],
             env={**os.environ, "STEADYGRAD_INSTRUCTION_SET": name},
             capture_output=True,
             text=True,
@@ -206,7 +222,7 @@ def test_every_instruction_set_gives_the_same_bits() -> None:
         ).stdout.split()
         assert out[0] == name
         digests.add(out[1])
-    assert len(digests) == 1
+    assert len(digests) == 1 and len(digests.pop()) == hashlib.sha256().digest_size * 2
 
 
 def test_an_unknown_instruction_set_is_told() -> None:

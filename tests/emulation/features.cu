@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "cuda/tensor_table.h"
 #include "emulation/execution.h"
 #include "emulation/launches.h"
 
@@ -347,6 +348,25 @@ double batch_norm_error() {
   return worst;
 }
 
+// Looks for an element of 2^17 x 2^17 whose index and offset do not fit into 32 bits.
+__global__ void large_tensor_kernel(int* failed) {
+  const int64_t sizes[] = {1 << 17, 1 << 17, INT64_C(1) << 47, INT64_C(1) << 47};  // and 2^64 / size
+  const int64_t strides[] = {1, INT64_C(1) << 33};
+  steadygrad::cuda::TensorHead head{};
+  head.numel = INT64_C(1) << 34;
+  head.first_chunk = 2;
+  steadygrad::cuda::TensorTable table;
+  table.tensors = 1;
+  table.heads = &head;
+  const steadygrad::Chunk chunk = table.chunk(2 + (1 << 20));
+  expect(chunk.begin == INT64_C(1) << 33 && chunk.count == steadygrad::kChunk, failed);
+  steadygrad::TensorOperands tensor;
+  tensor.ndim = 2;
+  tensor.sizes = sizes;
+  const int64_t offset = steadygrad::cuda::element_offset(tensor, strides, chunk.begin + 5);
+  expect(offset == (INT64_C(1) << 16) + (INT64_C(5) << 33), failed);
+}
+
 bool report(const char* name, cudaError_t error, int failed) {
   const bool good = error == cudaSuccess && failed == 0;
   std::printf("%s: %s", name, good ? "ok" : "FAILED");
@@ -370,6 +390,7 @@ bool run_features() {
   check("groups", group_kernel, 3, 48);
   check("atomics, loads and stores", atomic_kernel, 1, 48, &memory);
   check("math", math_kernel, 1, 1);
+  check("elements of large tensors", large_tensor_kernel, 1, 1);
 
   int failed = 0;
   Parameters parameters{&failed, {}};

@@ -56,10 +56,15 @@ def assert_near(actual: Tensor, expected: Tensor, scale: Tensor, relative: float
 
 
 @pytest.mark.parametrize(
-    ("training", "memory_format"),
-    [(True, torch.contiguous_format), (True, torch.channels_last), (False, torch.channels_last)],
+    ("name", "training", "memory_format"),
+    [
+        ("ResNet-18", True, torch.contiguous_format),
+        ("ResNet-18", False, torch.channels_last),
+        ("ResNet-50", True, torch.channels_last),
+        ("MobileNetV2", True, torch.channels_last),
+        ("MobileNetV2", False, torch.contiguous_format),
+    ],
 )
-@pytest.mark.parametrize("name", NETWORKS)
 def test_outputs_gradients_and_buffers_stay(
     name: str, training: bool, memory_format: torch.memory_format
 ) -> None:

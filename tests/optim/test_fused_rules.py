@@ -15,6 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 
 import steadygrad as sg
 from tests.backends import Backend
+from tests.covering import covering
 from tests.optim.optimizer_runs import (
     assert_same_params,
     assert_same_state,
@@ -156,15 +157,13 @@ PRODUCTS = ["SGD", "Adam", "AdamW", "Adagrad", "RMSprop"]
 
 
 def cases(rule: str) -> Iterator[Any]:
-    """Yield all options; those without a new pair of values run on the CPU only, or not at all."""
-    together: set[Any] = set()
+    """Yield options in which every pair of values occurs, and all others of PRODUCTS for the CPU alone."""
+    covered = covering([list(options.items()) for options in OPTIONS[rule]])
     for index, options in enumerate(OPTIONS[rule]):
-        pairs = set(itertools.combinations(options.items(), 2))
-        marks = [pytest.mark.once, pytest.mark.slow] if pairs <= together else []
-        if marks and rule not in PRODUCTS:
-            continue
-        together |= pairs
-        yield pytest.param(rule, options, index % 2 == 0, id=f"{rule}-{name(options)}", marks=marks)
+        marks = [] if index in covered else [pytest.mark.once, pytest.mark.slow]
+        if not marks or rule in PRODUCTS:
+            wrap = index % 2 == 0
+            yield pytest.param(rule, options, wrap, id=f"{rule}-{name(options)}", marks=marks)
 
 
 CASES = [case for rule in RULES for case in cases(rule)]
@@ -174,10 +173,9 @@ CASES = [case for rule in RULES for case in cases(rule)]
 def test_every_option_equals_torch(
     backend: Backend, rule: str, options: Options, wrap: bool, request: pytest.FixtureRequest
 ) -> None:
-    # Fewer steps where the same options have been together before, or have run on the CPU for longer.
-    longer = backend.name == "cpu" and request.node.get_closest_marker("once") is None
-    steps = 40 if longer else 26
-    run_beside_torch(rule, options, device=backend.device, steps=steps, swap_at=23, wrap=wrap)
+    # Fewer steps where every pair of the options occurs in other cases.
+    steps, swap_at = (20, 13) if request.node.get_closest_marker("once") is None else (9, 5)
+    run_beside_torch(rule, options, device=backend.device, steps=steps, swap_at=swap_at, wrap=wrap)
 
 
 @pytest.fixture
@@ -198,16 +196,16 @@ def test_float64_equals_torch(
         # Numbers of their states have the default dtype until a checkpoint is loaded, and then that of the parameter.
         default_dtype(torch.float64)
     run_beside_torch(
-        rule, options, device=backend.device, dtype=torch.float64, steps=20, swap_at=9, wrap=wrap
+        rule, options, device=backend.device, dtype=torch.float64, steps=12, swap_at=7, wrap=wrap
     )
 
 
 @pytest.mark.parametrize("wrap", [True, False], ids=["wrapped", "subclass"])
 @pytest.mark.parametrize("rule", RULES)
 def test_swaps_at_the_first_and_the_last_step(backend: Backend, rule: str, wrap: bool) -> None:
-    for swap_at in (0, 18):
+    for swap_at, steps in ((0, 8), (18, 20)):
         run_beside_torch(
-            rule, RICH[rule], device=backend.device, steps=20, swap_at=swap_at, wrap=wrap
+            rule, RICH[rule], device=backend.device, steps=steps, swap_at=swap_at, wrap=wrap
         )
 
 
@@ -243,7 +241,7 @@ def test_flags_and_tensor_rates_equal_torch(
     rate = RICH[rule]["lr"]
     options = {**RICH[rule], "lr": torch.tensor(rate) if as_tensor else rate, **flags}
     ours, torchs = run_beside_torch(
-        rule, options, device=backend.device, steps=20, swap_at=8, dense=True
+        rule, options, device=backend.device, steps=6, swap_at=2, dense=True
     )
     kept = ours.param_groups[0]["lr"]
     assert isinstance(kept, Tensor) == as_tensor == isinstance(torchs.param_groups[0]["lr"], Tensor)
@@ -263,7 +261,7 @@ def test_a_tensor_rate_changed_in_place_counts(backend: Backend, rule: str) -> N
     ours = sg.Stabilizer(plain_class(rule)(mine, lr=rates[0]), max_norm=1.0)
     torchs = make_torch(rule, theirs, {})
     torchs.param_groups[0]["lr"] = rates[1]
-    for step, gradients in enumerate(shared_gradients(torch.float32, device, 20, False, 6.0)):
+    for step, gradients in enumerate(shared_gradients(torch.float32, device, 8, False, 6.0)):
         for rate in rates:
             rate.fill_(0.1 / (step + 1))
         assign(mine, gradients)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -140,9 +139,9 @@ class BesideReference:
 
 
 @pytest.mark.parametrize("write_grads", [False, True], ids=["read", "write_grads"])
-@pytest.mark.parametrize(
-    ("order", "l1_mode", "scope"), list(itertools.product(ORDERS, L1_MODES, SCOPES))
-)
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("l1_mode", L1_MODES)
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("rule", RULES)
 def test_all_modes_with_three_groups(
     backend: Backend, rule: str, order: str, l1_mode: str, scope: str, write_grads: bool

@@ -7,6 +7,7 @@ import doctest
 import json
 import math
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -253,23 +254,34 @@ def test_a_step_that_only_makes_state_asks_nothing(backend: Backend) -> None:
     assert policy.asked == ([[0.0]] if backend.asynchronous else [])
 
 
+def begun(backend: Backend, make: Callable[[], sg.ClipPolicy], kind: str) -> tuple[Any, Any]:
+    """Return a model and its optimizer half-way through the norms."""
+    model = model_on(backend.device)
+    optimizer = MAKERS[kind](list(model.parameters()), clip=make())
+    run(model, optimizer, NORMS[:HALF])
+    return model, optimizer
+
+
+@cache
+def without_a_move(
+    backend: Backend, make: Callable[[], sg.ClipPolicy], kind: str
+) -> tuple[Any, Any]:
+    """Return the model and the optimizer of a run that nothing interrupts."""
+    model, optimizer = begun(backend, make, kind)
+    run(model, optimizer, NORMS[HALF:])
+    return model, optimizer
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ["AdamW", "subclass", "in-place"])
 @pytest.mark.parametrize("make", [ZScore, Median])
 def test_it_goes_on_as_if_nothing_had_happened(
     backend: Backend, make: Callable[[], sg.ClipPolicy], kind: str, way: str
 ) -> None:
-    def begun() -> tuple[Any, Any]:
-        model = model_on(backend.device)
-        optimizer = MAKERS[kind](list(model.parameters()), clip=make())
-        run(model, optimizer, NORMS[:HALF])
-        return model, optimizer
-
-    model, optimizer = begun()
+    model, optimizer = begun(backend, make, kind)
     moved = WAYS[way](kind, model, optimizer, {"clip": make()})
     run(model, moved, NORMS[HALF:])
-    expected_model, expected = begun()
-    run(expected_model, expected, NORMS[HALF:])
+    expected_model, expected = without_a_move(backend, make, kind)
     assert_same_tree(tensor_state(moved), tensor_state(expected))
     saved = moved.state_dict()["param_groups"]
     assert saved == expected.state_dict()["param_groups"]
