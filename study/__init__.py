@@ -18,12 +18,12 @@ from .experiment import Problem as Problem
 from .experiment import RunKey as RunKey
 from .experiments import EXPERIMENTS as EXPERIMENTS
 from .experiments import QUICK as QUICK
+from .experiments import Selection as Selection
 from .models import Mlp as Mlp
 from .models import PlainCnn as PlainCnn
 from .models import Recurrent as Recurrent
 from .runner import Settings as Settings
 from .runner import run_study as run_study
-from .selection import Selection as Selection
 from .sequences import Addition as Addition
 from .sequences import NextCharacter as NextCharacter
 from .sequences import TemporalOrder as TemporalOrder

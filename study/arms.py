@@ -30,6 +30,12 @@ def check_name(what: str, name: str) -> None:
         raise ValueError(f"{what}: name: expected printable characters on one line, got {name!r}")
 
 
+def not_default(declaration: Any) -> dict[str, Any]:
+    """Return the fields of a declaration that are not at their defaults."""
+    values = {item: getattr(declaration, item.name) for item in dataclasses.fields(declaration)}
+    return {item.name: value for item, value in values.items() if value != item.default}
+
+
 @dataclass(frozen=True)
 class Arm:
     """Declares one remedy; a field at its default leaves training as it is without a remedy.
@@ -72,12 +78,8 @@ class Arm:
 
     def stepper(
         self, parameters: Sequence[nn.Parameter], learning_rate: float, momentum: float
-    ) -> OurStepper | TorchStepper:
-        """Make SGD with this remedy in front of it.
-
-        Every arm applies non-finite gradients as torch does (``nonfinite="propagate"``), so that an
-        explosion is recorded and not skipped, and what an arm gains is due to its remedy alone.
-        """
+    ) -> Stabilizer | TorchStepper:
+        """Make SGD with this remedy in front of it."""
         groups: Any = parameters
         if isinstance(self.clip, ClipAdaptive):
             # As in the paper, weight and bias of the last layer are not clipped.
@@ -85,48 +87,27 @@ class Arm:
         sgd = torch.optim.SGD(
             groups, lr=learning_rate, momentum=momentum, weight_decay=self.weight_decay
         )
-        return TorchStepper(sgd, parameters, self) if self.by == "torch" else OurStepper(sgd, self)
+        return TorchStepper(sgd, parameters, self) if self.by == "torch" else self.stabilized(sgd)
+
+    def stabilized(self, optimizer: torch.optim.Optimizer) -> Stabilizer:
+        """Put this remedy in front of an optimizer.
+
+        Every arm applies non-finite gradients as torch does (``nonfinite="propagate"``), so that an
+        explosion is recorded and not skipped, and what an arm gains is due to its remedy alone.
+        """
+        remedies: Any = {name: getattr(self, name) for name in _OF_THE_STEP}
+        return Stabilizer(optimizer, **remedies, nonfinite="propagate")
 
     def describe(self) -> dict[str, Any]:
         """Return the name, the remedy and every field that is not at its default, as JSON values."""
         named = ("name", "remedy", "about", "by", "twin")
         settings = {}
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            if item.name not in named and value and value != item.default:
+        for name, value in not_default(self).items():
+            if name not in named and value:
                 plain = dict(value) if isinstance(value, Mapping) else repr(value)
-                settings[item.name] = getattr(value, "__name__", None) or plain
+                settings[name] = getattr(value, "__name__", None) or plain
         described = {name: getattr(self, name) for name in named}
         return {**described, "limit": self.max_norm, "settings": settings}
-
-
-class OurStepper:
-    """Makes the steps of an arm with a :class:`steadygrad.Stabilizer`."""
-
-    def __init__(self, sgd: torch.optim.SGD, arm: Arm) -> None:
-        remedies: Any = {name: getattr(arm, name) for name in _OF_THE_STEP}
-        self.optimizer = Stabilizer(sgd, **remedies, nonfinite="propagate")
-
-    def penalty(self) -> Tensor | None:
-        """Return None: nothing is added to the loss, since penalties are part of the step."""
-        return None
-
-    def step(self) -> None:
-        """Clip, penalise and update."""
-        self.optimizer.step()
-
-    @property
-    def clipped_steps(self) -> int:
-        return self.optimizer.clipped_steps
-
-    @property
-    def skipped_steps(self) -> int:
-        return self.optimizer.skipped_steps
-
-    @property
-    def grad_norm(self) -> float:
-        """Return the gradient norm of the last step, before the clip."""
-        return self.optimizer.grad_norm.item()
 
 
 class TorchStepper:
@@ -135,7 +116,7 @@ class TorchStepper:
     def __init__(self, sgd: torch.optim.SGD, parameters: Sequence[nn.Parameter], arm: Arm) -> None:
         self.optimizer = sgd
         self.clipped_steps = self.skipped_steps = 0
-        self.grad_norm: float | None = None
+        self.grad_norm: Tensor | None = None  # before the clip
         self._parameters, self._arm = parameters, arm
 
     def penalty(self) -> Tensor | None:
@@ -150,9 +131,8 @@ class TorchStepper:
     def step(self) -> None:
         """Clip and update."""
         if self._arm.max_norm is not None:
-            norm = nn.utils.clip_grad_norm_(self._parameters, self._arm.max_norm)
-            self.grad_norm = norm.item()
-            self.clipped_steps += self.grad_norm > self._arm.max_norm
+            self.grad_norm = nn.utils.clip_grad_norm_(self._parameters, self._arm.max_norm)
+            self.clipped_steps += self.grad_norm.item() > self._arm.max_norm
         if self._arm.clip_value is not None:
             nn.utils.clip_grad_value_(self._parameters, self._arm.clip_value)
         self.optimizer.step()

@@ -39,13 +39,8 @@ class DataFileError(ValueError):
 def datasets_in(folder: Path) -> dict[str, Callable[[], Dataset]]:
     """Find out which data a folder holds, without reading them.
 
-    Args:
-        folder: Folder of the data. MNIST files are looked for in it and in ``MNIST/raw``;
-            CIFAR-10 is looked for as ``cifar-10-binary.tar.gz`` and in the folder
-            ``cifar-10-batches-bin``, which may also be ``folder`` itself.
-
     Returns:
-        A function that loads the data, for each of ``"mnist"`` and ``"cifar10"`` that is there.
+        The function that loads the data, for each of ``"mnist"`` and ``"cifar10"`` that is there.
 
     Raises:
         DataFileError: The folder does not exist, holds neither, or holds CIFAR-10 as pickles only.
@@ -72,22 +67,19 @@ def mnist(folder: Path) -> Dataset:
         DataFileError: A file is missing, damaged or another one, or the files do not fit together.
     """
     paths = [_mnist_file(folder, name) or folder / name for name in _MNIST]
-    parts: list[tuple[Bytes, Bytes]] = []
-    for of_images, of_labels in (paths[:2], paths[2:]):
-        images, labels = read_idx(of_images, 3), read_idx(of_labels, 1)
+    arrays = [read_idx(*each) for each in zip(paths, (3, 1, 3, 1), strict=True)]
+    shape = arrays[0].shape[1:]
+    size = " x ".join(map(str, shape))
+    for place in (0, 2):
+        images, labels = arrays[place : place + 2]
         if len(images) != len(labels):
             expected = f"a label for each of the {len(images)} images"
-            raise DataFileError(f"{of_labels}: expected {expected}, got {len(labels)}")
-        shape = (parts[0][0] if parts else images).shape[1:]
-        size = " x ".join(map(str, shape))
+            raise DataFileError(f"{paths[place + 1]}: expected {expected}, got {len(labels)}")
         if not images.size or images.shape[1:] != shape:
-            raise DataFileError(
-                f"{of_images}: expected images of {size}, got {' x '.join(map(str, images.shape))}"
-            )
-        _check_labels(labels, of_labels)
-        parts.append((images, labels))
-    train, test = parts
-    return _dataset(folder, f"MNIST ({size})", "digits", train, test, channels=1)
+            got = " x ".join(map(str, images.shape))
+            raise DataFileError(f"{paths[place]}: expected images of {size}, got {got}")
+        _check_labels(labels, paths[place + 1])
+    return _dataset(folder, f"MNIST ({size})", "digits", arrays[:2], arrays[2:], channels=1)
 
 
 def cifar10(folder: Path) -> Dataset:

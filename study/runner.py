@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import hashlib
 import math
 import os
@@ -26,8 +25,8 @@ from rich.text import Text
 from . import journal, record
 from .data import MissingDependencyError
 from .experiment import Experiment, Problem, RunKey
+from .experiments import Selection, SelectionError
 from .journal import Journal
-from .selection import Selection, SelectionError
 from .tasks import Task
 from .training import rehearse
 from .workers import Tasks, WorkerError, make_all
@@ -84,10 +83,9 @@ def run_study(selection: Selection, settings: Settings, console: Console) -> int
         if not settings.restart:
             _spare_results(list(loaded), settings.out / record.NAME)
         study = _Study(selection, settings, loaded)
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         path = settings.out / journal.NAME
         plan = study.what_decides_the_numbers()
-        with contextlib.closing(Journal(path, plan, now, settings.restart)) as made:
+        with contextlib.closing(Journal(path, plan, record.now(), settings.restart)) as made:
             return study.carry_out(made, console)
     except (MissingDependencyError, ValueError, WorkerError) as error:
         return _complain(console, str(error))
@@ -258,7 +256,7 @@ def print_tables(document: Mapping[str, Any], console: Console) -> None:
                 names = [str(arm)] + [""] * (len(own) - 1)
                 for text, row in zip(names, own.itertuples(), strict=True):
                     cells = [tables.COLUMNS[name](row) for name in _PRINTED]
-                    cells += [row.metric.short(), row.seconds.text(1e3).partition(" ")[0]]
+                    cells += [row.metric.text(short=True), row.seconds.text(1e3).partition(" ")[0]]
                     grid.add_row(Text(text, style="bold"), *cells)
                 grid.add_section()
             console.print(grid)

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from .experiment import Experiment, RunKey
+from .experiments import Selection
 from .record import encode
-from .selection import Selection
 from .tasks import Task
 from .training import train
 
