@@ -9,13 +9,14 @@ from __future__ import annotations
 import time
 from functools import partial
 from importlib import import_module
+from typing import Any
 
 import torch
 
 from benchmarks import environment
 from benchmarks.cases import CUDA_CASES
 from benchmarks.measure import CopyYardstick, GpuYardstick, HostDevice
-from benchmarks.timer import CudaEvents, DeviceRace, rotating
+from benchmarks.timer import CudaEvents, DeviceRace
 from steadygrad import _kernels
 
 # Keeps the modules that the emulated kernels have replaced. pybind11 forgets the conversions that both
@@ -47,14 +48,14 @@ class EmulatedDevice(HostDevice):
 
     rehearsal = True
     efforts = (0.0, 1, 1), (0.0, 1, 1)
-    over = staticmethod(rotating)
     race = partial(DeviceRace, events=HostEvents())
 
     def __init__(self) -> None:
         emulate()
-        none = dict.fromkeys(("architecture", "driver", "torch_cuda", "kernels_runtime"), "none")
-        gpu = {"name": "emulated", "multiprocessors": 0, "memory_bytes": 0, "l2_bytes": 2**13}
-        gpu |= {**none, "nvcc": environment.nvcc_version()}
+        gpu: dict[str, Any] = dict.fromkeys(
+            ("architecture", "driver", "torch_cuda", "kernels_runtime", "nvcc"), "none"
+        )
+        gpu |= {"name": "emulated", "multiprocessors": 0, "memory_bytes": 0, "l2_bytes": 2**13}
         self.environment = environment.this_machine(gpu)
         self.plan = list({case.key: case for case in (e.cut() for e in CUDA_CASES)}.values())
 

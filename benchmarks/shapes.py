@@ -70,26 +70,9 @@ def gpt2_small() -> ModelShapes:
     return ModelShapes("gpt2", "GPT-2 small", tuple(_gpt2_small()))
 
 
-def policy_network() -> ModelShapes:
-    """Return a policy for reinforcement learning: 17 observations, two layers of 64, 6 actions."""
-    shapes = ((64, 17), (64,), (64, 64), (64,), (6, 64), (6,))
-    return ModelShapes("policy", "policy network", shapes)
-
-
-def digits_mlp() -> ModelShapes:
-    """Return a perceptron for 28 x 28 digits with two layers of 128: 6 tensors, 118,282 elements."""
-    shapes = ((128, 784), (128,), (128, 128), (128,), (10, 128), (10,))
-    return ModelShapes("digits", "digits MLP", shapes)
-
-
 def lora(count: int = 96, width: int = 768) -> ModelShapes:
     """Return low-rank adapters (Hu et al. 2021) of rank 8: `count` matrices of 8 x `width`."""
     return ModelShapes(f"lora{count}", f"LoRA {count} x 8 x {width}", ((8, width),) * count)
-
-
-def embedding() -> ModelShapes:
-    """Return the token embedding of GPT-2, 50,257 rows of 768; a batch uses few of the rows."""
-    return ModelShapes("embedding", "embedding", ((50257, 768),))
 
 
 def many_small(count: int = 2000, size: int = 32) -> ModelShapes:
@@ -101,3 +84,13 @@ def one_tensor(log2_elements: int) -> ModelShapes:
     """Return one vector of 2**`log2_elements` elements."""
     key = f"one_2e{log2_elements}"
     return ModelShapes(key, f"1 x 2^{log2_elements}", ((2**log2_elements,),))
+
+
+# A policy for reinforcement learning: 17 observations, two layers of 64, 6 actions.
+POLICY = ModelShapes("policy", "policy network", ((64, 17), (64,), (64, 64), (64,), (6, 64), (6,)))
+# A perceptron for 28 x 28 digits with two layers of 128: 6 tensors, 118,282 elements.
+DIGITS = ModelShapes(
+    "digits", "digits MLP", ((128, 784), (128,), (128, 128), (128,), (10, 128), (10,))
+)
+# The token embedding of GPT-2; a batch uses few of the rows.
+EMBEDDING = ModelShapes("embedding", "embedding", ((50257, 768),))

@@ -3,13 +3,12 @@
 Every rank is a process on this machine. Calls are interleaved, and a round takes as long as its
 slowest rank. The program reports the median over rounds and the least time, which other processes
 disturb less. torch's issue 169445 reports that torch's time grows with the square of the number of
-tensors; several numbers of tensors show whether it does here. The program prints one JSON object, or
-writes it to `--out`.
+tensors; several numbers of tensors show whether it does here. The program prints one JSON object.
 """
 
 from __future__ import annotations
 
-import argparse
+import json
 import os
 import sys
 import tempfile
@@ -24,15 +23,17 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.multiprocessing.spawn import spawn
 
 import steadygrad as sg
-from benchmarks.environment import write_report
+from benchmarks.environment import this_machine
 from benchmarks.timer import Candidate, Race
+from study.record import now
 
+RANKS, COUNTS, ROUNDS = 2, (250, 500, 1000, 2000), 15
 # Number of elements of a tensor on one rank.
 _SHARD = 32
 
 
-def _measure(count: int, world: int, rounds: int) -> dict[str, dict[str, float]]:
-    mesh = init_device_mesh("cpu", (world,))
+def _measure(count: int) -> dict[str, dict[str, float]]:
+    mesh = init_device_mesh("cpu", (RANKS,))
     generator = torch.Generator().manual_seed(dist.get_rank())
     params: list[Tensor] = []
     # Plain tensors need no reduction; the difference to them is the cost of sharding.
@@ -53,7 +54,7 @@ def _measure(count: int, world: int, rounds: int) -> dict[str, dict[str, float]]
     }
     race = Race([Candidate(name, call, prepare=dist.barrier) for name, call in calls.items()])
     race.warm_up(1)  # makes plans and fills torch's caches of sharding decisions
-    laps = torch.tensor([timing.wall for timing in race.run(0.0, rounds, rounds)])
+    laps = torch.tensor([timing.wall for timing in race.run(0.0, ROUNDS, ROUNDS)])
     dist.all_reduce(laps, op=dist.ReduceOp.MAX)
     return {
         name: {"median": 1e3 * float(own.quantile(0.5)), "least": 1e3 * float(own.min())}
@@ -61,16 +62,17 @@ def _measure(count: int, world: int, rounds: int) -> dict[str, dict[str, float]]
     }
 
 
-def _rank(rank: int, given: argparse.Namespace, folder: str) -> None:
+def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = (Path(folder) / "store").as_uri()
     dist.init_process_group(
-        *("gloo", store), rank=rank, world_size=given.ranks, timeout=timedelta(minutes=5)
+        *("gloo", store), rank=rank, world_size=RANKS, timeout=timedelta(minutes=5)
     )
-    found = {count: _measure(count, given.ranks, given.rounds) for count in given.counts}
+    found = {count: _measure(count) for count in COUNTS}
     if rank == 0:
-        numbers = {"elements": _SHARD, "rounds": given.rounds, "milliseconds": found}
-        write_report(given.out, ranks=given.ranks, **numbers)
+        about = {"created": now(), "environment": this_machine()}
+        numbers = {"ranks": RANKS, "elements": _SHARD, "rounds": ROUNDS, "milliseconds": found}
+        sys.stdout.write(json.dumps({**about, **numbers}, indent=2) + "\n")
     dist.barrier()
     dist.destroy_process_group()
     # After gloo groups were used, torch's destructors sometimes abort ("terminate called without an
@@ -79,16 +81,6 @@ def _rank(rank: int, given: argparse.Namespace, folder: str) -> None:
     os._exit(0)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--counts", type=int, nargs="+", default=[250, 500, 1000, 2000])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, help="file to write to instead of the terminal")
-    given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        spawn(_rank, (given, folder), nprocs=given.ranks)
-
-
 if __name__ == "__main__":
-    main()
+    with tempfile.TemporaryDirectory() as shared:
+        spawn(_rank, (shared,), nprocs=RANKS)

@@ -13,7 +13,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from typing import Any
 
 import torch
@@ -53,14 +52,6 @@ class Timing:
     def median(self, clock: str = "wall") -> float:
         """Return the median lap in seconds."""
         return statistics.median(self.laps(clock))
-
-
-def rotating(candidates: Sequence[Candidate]) -> Candidate:
-    """Return a candidate that takes turns over sets of buffers, so that caches forget each set."""
-    if len(candidates) == 1:
-        return candidates[0]
-    turns = cycle(candidates)
-    return Candidate(candidates[0].name, lambda: next(turns).once())
 
 
 def once_over(candidates: Sequence[Candidate]) -> Candidate:
@@ -211,8 +202,9 @@ class DeviceRace(Race):
 
         Preparation is timed too, since it is only a multiplication in Python.
         """
-        calls, events = self.calls[index], self._events
-        several = [self.candidates[index].once] * calls
+        candidate, events = self.candidates[index], self._events
+        several = [candidate.once] * self.calls[index]
+        calls = candidate.calls * len(several)
         events.synchronize()
         start = self._clock()
         for once in several:

@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from benchmarks.timer import Candidate, DeviceRace, Race, Timing, once_over, rotating
+from benchmarks.timer import Candidate, DeviceRace, Race, Timing, once_over
 
 
 class FakeClock:
@@ -159,19 +159,6 @@ def logging_candidates(log: list[str], count: int) -> list[Candidate]:
         )
         for n in range(count)
     ]
-
-
-def test_rotating_takes_turns_and_prepares_each() -> None:
-    log: list[str] = []
-    several = logging_candidates(log, 2)
-    candidate = rotating(several)
-    for _ in range(3):
-        candidate.prepare()
-        candidate.run()
-    assert candidate.name == "ours"
-    expected = ["prepare 0", "run 0", "prepare 1", "run 1", "prepare 0", "run 0"]
-    assert log == expected
-    assert rotating(several[:1]) is several[0]
 
 
 def test_once_over_calls_each_and_counts_them() -> None:
