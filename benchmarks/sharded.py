@@ -1,4 +1,6 @@
-"""Time clipping of many small DTensors over gloo ranks beside torch: `python -m benchmarks.sharded`.
+"""Time clipping of many small DTensors over gloo ranks beside torch.
+
+    torchrun --nproc-per-node 2 -m benchmarks.sharded
 
 Every rank is a process on this machine. Calls are interleaved, and a round takes as long as its
 slowest rank. The program reports the median over rounds and the least time, which other processes
@@ -11,29 +13,25 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
-from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.multiprocessing.spawn import spawn
 
 import steadygrad as sg
 from benchmarks.environment import this_machine
 from benchmarks.timer import Candidate, Race
 from study.record import now
 
-RANKS, COUNTS, ROUNDS = 2, (250, 500, 1000, 2000), 15
+COUNTS, ROUNDS = (250, 500, 1000, 2000), 15
 # Number of elements of a tensor on one rank.
 _SHARD = 32
 
 
 def _measure(count: int) -> dict[str, dict[str, float]]:
-    mesh = init_device_mesh("cpu", (RANKS,))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     generator = torch.Generator().manual_seed(dist.get_rank())
     params: list[Tensor] = []
     # Plain tensors need no reduction; the difference to them is the cost of sharding.
@@ -62,16 +60,13 @@ def _measure(count: int) -> dict[str, dict[str, float]]:
     }
 
 
-def _rank(rank: int, folder: str) -> None:
+def main() -> None:
     torch.set_num_threads(1)
-    store = (Path(folder) / "store").as_uri()
-    dist.init_process_group(
-        *("gloo", store), rank=rank, world_size=RANKS, timeout=timedelta(minutes=5)
-    )
+    dist.init_process_group("gloo")
     found = {count: _measure(count) for count in COUNTS}
-    if rank == 0:
-        about = {"created": now(), "environment": this_machine()}
-        numbers = {"ranks": RANKS, "elements": _SHARD, "rounds": ROUNDS, "milliseconds": found}
+    if dist.get_rank() == 0:
+        about = {"created": now(), "environment": this_machine(), "ranks": dist.get_world_size()}
+        numbers = {"elements": _SHARD, "rounds": ROUNDS, "milliseconds": found}
         sys.stdout.write(json.dumps({**about, **numbers}, indent=2) + "\n")
     dist.barrier()
     dist.destroy_process_group()
@@ -82,5 +77,4 @@ def _rank(rank: int, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as shared:
-        spawn(_rank, (shared,), nprocs=RANKS)
+    main()
