@@ -135,7 +135,7 @@ def plan(python: str, out: Path, rehearse: bool = False) -> dict[str, list[Stage
     module = (python, "-m")
     machine = (*module, "benchmarks.environment", str(out / "machine.json"))
     looks = [
-        Stage("doctor", (*module, "steadygrad", "doctor"), 15, "build.log"),
+        Stage("doctor", (*module, "steadygrad", "doctor"), 30 if rehearse else 15, "build.log"),
         Stage("machine", machine, 10, "build.log"),
     ]
     benchmark = (*module, "benchmarks", "--device")
