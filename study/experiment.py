@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .arms import Arm, check_name, not_default
 from .models import ModelSpec
+from .remedies import Arm, check_name, not_default
 from .tasks import Task
 
 

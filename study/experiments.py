@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from . import remedies as r
-from .data import Dataset, StudyError, digits
-from .data_files import datasets_in
+from .data import Dataset, StudyError, datasets_in, digits
 from .experiment import Experiment, Problem
 from .models import Mlp, PlainCnn, Recurrent
 from .remedies import named

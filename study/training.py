@@ -18,10 +18,10 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from steadygrad import Stabilizer, accumulate
 
-from .arms import TorchStepper
 from .experiment import Experiment, RunKey
 from .explosion import first_explosion
 from .models import ActivationTerm
+from .remedies import TorchStepper
 from .tasks import Batch, Task
 
 _CURVE_POINTS = 64

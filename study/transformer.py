@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 import steadygrad as sg
 
-from .arms import Arm
 from .experiment import Experiment, Problem
-from .remedies import named
+from .remedies import Arm, named
 from .sequences import NextCharacter
 
 _LONGEST = 256

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from study.data import StudyError
-from study.data_files import cifar10, datasets_in, mnist
+from study.data import StudyError, cifar10, datasets_in, mnist
 
 TRAIN, TEST = 30, 20
 NAMES = (
