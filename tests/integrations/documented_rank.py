@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict as checkpointing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import parallel
@@ -34,18 +32,17 @@ class Layer(nn.Module):
         return y
 
 
-def names(rank: int, folder: Path) -> dict[str, Any]:
+def names(rank: int) -> dict[str, Any]:
     """Return the names that the page's snippets use without defining or importing them."""
     torch.manual_seed(5)
     model = nn.Sequential(Layer(), Layer(), Layer())
     torch.manual_seed(50 + rank)
     return {
-        **{name: getattr(checkpointing, name) for name in checkpointing.__all__ or ()},
         **{name: getattr(parallel, name) for name in parallel.__all__},
-        **{"torch": torch, "nn": nn, "dist": dist, "dcp": dcp, "sg": sg, "contextlib": contextlib},
+        **{"torch": torch, "nn": nn, "dist": dist, "sg": sg, "contextlib": contextlib},
         **{"init_device_mesh": init_device_mesh, "fully_shard": fully_shard},
         **{"ZeroRedundancyOptimizer": ZeroRedundancyOptimizer},
-        **{"model": model, "inputs": torch.randn(8, 8), "device": "cpu", "folder": folder},
+        **{"model": model, "inputs": torch.randn(8, 8), "device": "cpu"},
     }
 
 
@@ -73,9 +70,9 @@ def main(rank: int, world: int, folder: Path) -> None:
         "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=30)
     )
     found = {}
-    for number, (title, code) in enumerate(snippets().items()):
+    for title, code in snippets().items():
         sys.stderr.write(f"{title}\n")
-        scope = names(rank, folder / str(number))
+        scope = names(rank)
         exec(compile(code, title, "exec"), scope)
         found[title] = after(scope)
     dist.barrier()

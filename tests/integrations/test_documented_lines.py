@@ -163,6 +163,8 @@ def test_a_snippet_of_the_integrations(
         elif title.startswith("timm"):
             parts = ("timm", "timm.optim", "timm.scheduler", "timm.utils")
             names["timm"] = stack.enter_context(vision(*parts))[0]
+            # timm's models have this method.
+            names["model"].get_classifier = lambda: names["model"][-1]
         exec(compile(INTEGRATIONS[title], title, "exec"), names)
     optimizer = names.get("optimizer")
     if title == "Lightning":
@@ -170,6 +172,18 @@ def test_a_snippet_of_the_integrations(
         assert "steps 0 to 7" in capsys.readouterr().out
         assert optimizer.telemetry.names[0] == "model.0.weight"
     assert isinstance(optimizer, torch.optim.Optimizer)
+    if title == "timm's AGC":
+        groups = [
+            (len(group["params"]), group["weight_decay"], group["clipping"])
+            for group in optimizer.param_groups
+        ]
+        assert sum(count for count, _, clipping in groups if clipping is None) == 2
+        assert sorted({(decay, clipping) for _, decay, clipping in groups}, key=str) == [
+            (0.0, 0.01),
+            (0.0, None),
+            (0.05, 0.01),
+            (0.05, None),
+        ]
     # timm's lamb counts in the group.
     counts = [holder.get("step") for holder in (*optimizer.state.values(), *optimizer.param_groups)]
     assert {int(count) for count in counts if count is not None} == {steps}

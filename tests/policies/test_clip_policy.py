@@ -373,10 +373,6 @@ def test_no_policy_where_one_is_expected() -> None:
         sg.ClipPolicy()  # type: ignore[abstract]
     with pytest.raises(TypeError, match=r"Stabilizer: clip: expected a clip policy such as"):
         Driven(1, CPU, clip=Median)
-    with pytest.raises(
-        ValueError, match=r"Stabilizer: clip: expected None where max_norm is given"
-    ):
-        Driven(1, CPU, clip=Median(), max_norm=1.0)
 
 
 @pytest.mark.parametrize("scope", ["global", "tensor"])

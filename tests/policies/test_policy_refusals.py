@@ -94,14 +94,36 @@ def test_every_clip_policy_is_one() -> None:
     assert not isinstance(sg.SkipSpikes(), sg.ClipPolicy)
 
 
-@pytest.mark.parametrize("clip", [sg.ClipNorm(1.0), sg.ClipZScore()], ids=str)
-def test_two_limits_at_once(clip: Any) -> None:
-    with pytest.raises(
-        ValueError, match=r"Stabilizer: clip: expected None where max_norm is given"
-    ):
-        made(max_norm=1.0, clip=clip)
-    with pytest.raises(ValueError, match=r"max_norm=1\.0"):
-        sg.Stabilizer(torch.optim.SGD([Parameter(torch.zeros(1))]), max_norm=1.0, clip=clip)
+def test_two_constant_limits_at_once() -> None:
+    expected = (
+        r"clip: expected a policy that finds a limit, since max_norm=2\.0 is given, got ClipNorm"
+    )
+    with pytest.raises(ValueError, match=rf"Stabilizer: {expected}"):
+        made(max_norm=2.0, clip=sg.ClipNorm(1.0))
+    with pytest.raises(ValueError, match=expected):
+        sg.Stabilizer(
+            torch.optim.SGD([Parameter(torch.zeros(1))]), max_norm=2.0, clip=sg.ClipNorm(1.0)
+        )
+
+
+@pytest.mark.parametrize(
+    "clip",
+    [sg.ClipPercentile(50), sg.ClipZScore(), sg.ClipRelative(), sg.ClipAdaptive(), sg.Damp(1.0)],
+    ids=lambda clip: type(clip).__name__,
+)
+def test_a_limit_beside_a_policy_is_its_cap(clip: Any) -> None:
+    given, later = (Parameter(torch.ones(3)) for _ in range(2))
+    optimizers = [sg.optim.SGD([given], lr=0.1, clip=clip, max_norm=0.5)]
+    optimizers.append(sg.optim.SGD([later], lr=0.1, clip=clip))
+    optimizers[1].max_norm = 0.5
+    for scale in (3.0, 1.0, 5.0):
+        for parameter, optimizer in zip((given, later), optimizers, strict=True):
+            before = parameter.detach().clone()
+            parameter.grad = torch.full((3,), scale)
+            optimizer.step()
+            assert float((before - parameter.detach()).norm()) <= 0.1 * 0.5 + 1e-6
+    assert torch.equal(given, later)
+    assert optimizers[0].clipped_steps == 3
 
 
 def test_the_scope_is_the_policys_where_none_is_given() -> None:

@@ -177,7 +177,8 @@ def _kernels_take(
         fits = _fits(_TRACED, input, weight, bias, options)
     else:
         fits = not _has_tangents_or_trace() and (
-            _is_uniform(input, weight, bias, options) or _fits(_PLAIN, input, weight, bias, options)
+            _seems_to_fit(input, weight, bias, options)
+            or _fits(_PLAIN, input, weight, bias, options)
         )
     return fits and (input.numel() > 0 or group is not None)
 
@@ -231,23 +232,24 @@ def _is_recorded() -> bool:
     return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
 
 
-def _is_uniform(
+def _seems_to_fit(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options
 ) -> bool:
-    """Returns whether all tensors have one dtype, a quick check that most calls pass; the kernels check the rest."""
+    """Returns whether types and dtypes fit, a quick check that most calls pass; the kernels check the rest."""
     if type(input) not in _PLAIN or input.layout is not torch.strided or input.dim() < 2:
         return False
     dtype = input.dtype
+    dtypes = (dtype, torch.float32) if dtype in _HALF else (dtype,)
     running_mean, running_var, *_ = options
-    if (weight is not None and weight.dtype is not dtype) or (
-        bias is not None and bias.dtype is not dtype
+    if (weight is not None and weight.dtype not in dtypes) or (
+        bias is not None and bias.dtype not in dtypes
     ):
         return False
     if running_mean is None or running_var is None:
         return running_mean is running_var
     return (
-        running_mean.dtype is dtype
-        and running_var.dtype is dtype
+        running_mean.dtype in dtypes
+        and running_var.dtype in dtypes
         and not running_mean.requires_grad
         and not running_var.requires_grad
     )

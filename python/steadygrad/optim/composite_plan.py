@@ -14,29 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from steadygrad import _kernels, composite
 from steadygrad.composite import Norm
 from steadygrad.distributed.dtensors import local_tensor
+from steadygrad.optim.composite_scopes import Gradient, Limits, Scopes
 from steadygrad.policies.adaptive import CLIPPING, ClipAdaptive
-from steadygrad.policies.on_host import (
-    COEFFICIENT,
-    LIMIT,
-    NORM,
-    apply_policy,
-    enter_spike,
-    is_spike,
-)
-from steadygrad.reference.clip import clip_coefficient
+from steadygrad.policies.on_host import NORM, enter_spike, is_spike
 from steadygrad.without_kernels import check_tensor
 
 if TYPE_CHECKING:
     from steadygrad.optim.options import StabilizerOptions
 
 Groups = list[dict[str, Any]]
-Rows = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -49,28 +40,6 @@ class CompositeOutcome:
     skipped: bool
     spiked: bool
     clipped: bool
-
-
-@dataclass(frozen=True)
-class _Limits:
-    """Holds the limits and penalties of a param group; a limit of infinity limits nothing."""
-
-    max_norm: float
-    clip_value: float
-    l1: float
-    l2: float
-    clipping: float
-
-
-@dataclass(frozen=True)
-class _Gradient:
-    """Holds a gradient of the step, with the index of its parameter, the index of its param group, and its limits."""
-
-    place: int
-    group: int
-    param: Tensor
-    grad: Tensor
-    limits: _Limits
 
 
 class CompositePlan:
@@ -98,7 +67,7 @@ class CompositePlan:
         self._options = options
         self._defaults = defaults
         self._params = [list(group["params"]) for group in param_groups]
-        self._gradients: list[_Gradient] = []
+        self._gradients: list[Gradient] = []
         self._norms: list[Norm] = []
         self._outcome: CompositeOutcome | None = None
 
@@ -171,7 +140,7 @@ class CompositePlan:
             [partial(self._unscaled, each, unscale) for each in self._gradients],
             options.norm_type,
         )
-        scopes = _Scopes(self._gradients, self._norms, options, limits)
+        scopes = Scopes(self._gradients, self._norms, options, limits)
         if reduction is not None and reduction.reduce is not None:
             found_inf = scopes.reduce(reduction, found_inf)
         total = scopes.total
@@ -221,13 +190,13 @@ class CompositePlan:
         clips_units = self._options.unit_clipping is not None
         _kernels.check_param_groups(self._rule, param_groups, self._defaults, clips_units, None)
 
-    def _limits(self, group: dict[str, Any], creates_state: bool) -> _Limits:
+    def _limits(self, group: dict[str, Any], creates_state: bool) -> Limits:
         def number(key: str) -> float:
             value = group.get(key, self._defaults.get(key))
             return math.inf if value is None else float(value)
 
         nothing = creates_state
-        return _Limits(
+        return Limits(
             max_norm=math.inf if nothing else number("max_norm"),
             clip_value=number("clip_value"),
             l1=0.0 if nothing or self._options.l1_mode == "proximal" else number("l1"),
@@ -235,10 +204,8 @@ class CompositePlan:
             clipping=number(CLIPPING),
         )
 
-    def _gathered(
-        self, grads: Sequence[Tensor | None], limits: Sequence[_Limits]
-    ) -> list[_Gradient]:
-        gathered: list[_Gradient] = []
+    def _gathered(self, grads: Sequence[Tensor | None], limits: Sequence[Limits]) -> list[Gradient]:
+        gathered: list[Gradient] = []
         place = -1
         for number, params in enumerate(self._params):
             for whole in params:
@@ -246,12 +213,12 @@ class CompositePlan:
                 grad = grads[place]
                 if grad is None:
                     continue
-                each = _Gradient(place, number, local_tensor(whole), grad, limits[number])
+                each = Gradient(place, number, local_tensor(whole), grad, limits[number])
                 self._check_gradient(each)
                 gathered.append(each)
         return gathered
 
-    def _check_gradient(self, each: _Gradient) -> None:
+    def _check_gradient(self, each: Gradient) -> None:
         where = f"step: parameters[{each.place}].grad"
         grad, limits = each.grad, each.limits
         check_tensor(where, grad)
@@ -283,12 +250,12 @@ class CompositePlan:
             for tensor in (each.param, each.grad)
         ]
 
-    def _clips_units(self, limits: _Limits) -> bool:
+    def _clips_units(self, limits: Limits) -> bool:
         return self._options.unit_clipping is not None and limits.clipping != math.inf
 
     # -- the decision ---------------------------------------------------------------------------
 
-    def _unit_coefficients(self, each: _Gradient, unscale: float, zeroes: bool) -> Tensor | None:
+    def _unit_coefficients(self, each: Gradient, unscale: float, zeroes: bool) -> Tensor | None:
         """Returns broadcastable factors of a gradient's units; None if the gradient is not clipped by unit."""
         if not self._clips_units(each.limits) or each.grad.numel() == 0:
             return None
@@ -305,10 +272,10 @@ class CompositePlan:
 
     # -- gradients ------------------------------------------------------------------------------
 
-    def _unscaled(self, each: _Gradient, unscale: float) -> Tensor:
+    def _unscaled(self, each: Gradient, unscale: float) -> Tensor:
         return self._before_clip(_read(each.grad), each, unscale)
 
-    def _before_clip(self, value: Tensor, each: _Gradient, unscale: float) -> Tensor:
+    def _before_clip(self, value: Tensor, each: Gradient, unscale: float) -> Tensor:
         if unscale != 1:
             value = _scaled(value, unscale)
         if self._options.penalty_order == "before_clip":
@@ -317,7 +284,7 @@ class CompositePlan:
 
     def _write(
         self,
-        each: _Gradient,
+        each: Gradient,
         unscale: float,
         zeroes: bool,
         coefficient: float,
@@ -342,7 +309,7 @@ class CompositePlan:
 
     # -- telemetry ------------------------------------------------------------------------------
 
-    def _record(self, telemetry: _kernels.Telemetry, scopes: _Scopes) -> None:
+    def _record(self, telemetry: _kernels.Telemetry, scopes: Scopes) -> None:
         outcome = self.outcome
         taken = not (outcome.skipped or outcome.refused)
         by_unit = scopes.clip is not None and self._options.unit_clipping is not None
@@ -361,122 +328,6 @@ class CompositePlan:
             for place, norm in scopes.tensors.items():
                 norms[place], counts[place] = norm.norm, norm.nonfinite
         telemetry.recorded.add_(1)
-
-
-class _Scopes:
-    """Holds the norms of a step's gradients by clip scope, and computes the clip coefficients.
-
-    Attributes:
-        total: Norm of all gradients.
-        groups: Norm of each param group.
-        tensors: Norm of each gradient by index of its parameter; of every parameter once processes are combined.
-        norms: Norm of each clip scope that has gradients.
-        zeroes: Whether non-finite elements count as 0.
-        clip: Rows of the clip policy, or None.
-    """
-
-    def __init__(
-        self,
-        gradients: Sequence[_Gradient],
-        norms: Sequence[Norm],
-        options: StabilizerOptions,
-        limits: Sequence[_Limits],
-    ) -> None:
-        self._gradients = gradients
-        self._options = options
-        self._limits = limits
-        self._has_elements = {each.group for each in gradients if each.grad.numel() > 0}
-        self.zeroes = False
-        self.clip: Rows | None = None
-        self.tensors = {each.place: norm for each, norm in zip(gradients, norms, strict=True)}
-        self.total = composite.combined(norms, options.norm_type)
-        self._set_groups([self._of_group(g, gradients) for g in range(len(limits))])
-
-    def _of_group(self, group: int, gradients: Sequence[_Gradient]) -> Norm:
-        members = [self.tensors[each.place] for each in gradients if each.group == group]
-        return composite.combined(members, self._options.norm_type)
-
-    def _set_groups(self, groups: list[Norm]) -> None:
-        self.groups = groups
-        by_scope = {"global": {0: self.total}, "group": dict(enumerate(groups))}
-        self.norms: dict[int, Norm] = by_scope.get(self._options.scope, self.tensors)
-
-    def reduce(self, reduction: _kernels.Reduction, found_inf: bool) -> bool:
-        """Combines the norms of all processes as in ``csrc/core/scope_sums.h``; returns whether any has found_inf."""
-        p, groups = self._options.norm_type, len(self._limits)
-        counted = reduction.counted.tolist()
-        here = [each for each in self._gradients if counted[each.place]]
-        rows = np.zeros(tuple(reduction.rows.shape))
-        rows[0] = composite.row_of(Norm(float(found_inf), self.total.nonfinite), 1.0)
-        for group in range(groups):
-            rows[1 + group] = composite.row_of(self._of_group(group, here), p)
-        per_tensor = len(rows) > 1 + groups
-        for each in here if per_tensor else ():
-            rows[1 + groups + each.place] = composite.row_of(self.tensors[each.place], p)
-        flags, *norms = composite.reduced(rows, reduction, p)
-        self.total = composite.with_flags(composite.combined(norms[:groups], p), flags)
-        if per_tensor:
-            self.tensors = dict(enumerate(norms[groups:]))
-        self._set_groups(norms[:groups])
-        self._has_elements |= {g for g, norm in enumerate(self.groups) if norm.norm > 0}
-        return flags.finite_norm > 0
-
-    def seen(self, norm: Norm) -> float:
-        """Returns the norm that clips compare with their limits: of finite elements if others count as 0."""
-        return norm.finite_norm if self.zeroes else norm.norm
-
-    def apply_policy(self) -> None:
-        """Lets the clip policy compute the coefficient of every scope, and learn from the norms."""
-        if self.clip is None:
-            return
-        assert self._options.clip is not None
-        for scope, norm in self.norms.items():
-            total = self.seen(self.total)
-            apply_policy(self._options.clip, self.clip[scope], self.seen(norm), total)
-
-    def coefficient(self, group: int, place: int) -> float:
-        """Returns the factor of a parameter's gradient: the smaller of the group limit's and the policy's."""
-        scope = {"global": 0, "group": group}.get(self._options.scope, place)
-        own = clip_coefficient(self._limits[group].max_norm, self.seen(self.norms[scope]))
-        if self.clip is None or math.isnan(own):
-            return own
-        return min(own, float(self.clip[scope, COEFFICIENT]))
-
-    def is_clipped(self) -> bool:
-        """Returns whether a coefficient is not 1; of all processes, except if the limit is that of single tensors."""
-        if self._options.scope == "tensor":
-            return any(
-                self.coefficient(each.group, each.place) != 1
-                for each in self._gradients
-                if each.grad.numel() > 0 or self.norms[each.place].norm > 0
-            )
-        return any(self.coefficient(group, 0) != 1 for group in self._has_elements)
-
-    def clipped_norm(self) -> float:
-        """Returns the norm of all gradients after the clip."""
-        p = self._options.norm_type
-        if self._options.scope == "tensor":
-            own = {each.place: each.group for each in self._gradients}
-            scaled = [
-                self.seen(norm) * (self.coefficient(own[place], place) if place in own else 1.0)
-                for place, norm in self.norms.items()
-            ]
-        else:
-            coefficients = {g: self.coefficient(g, 0) for g in sorted(self._has_elements)}
-            if self._options.scope == "global" and len(set(coefficients.values())) == 1:
-                return next(iter(coefficients.values())) * self.seen(self.total)
-            scaled = [c * self.seen(self.groups[g]) for g, c in coefficients.items()]
-        return composite.combined([Norm(norm) for norm in scaled], p).finite_norm
-
-    def total_limit(self, has_policy_limit: bool) -> float:
-        """Returns the number that limits the total norm; NaN if no single number does."""
-        of_groups = {self._limits[group].max_norm for group in self._has_elements}
-        if self._options.scope != "global" or len(of_groups) != 1:
-            return math.nan
-        (limit,) = of_groups
-        if self.clip is None:
-            return limit
-        return min(limit, float(self.clip[0, LIMIT])) if has_policy_limit else math.nan
 
 
 def _scaled_by(scaling: _kernels.Scaling | None) -> tuple[float, bool]:
@@ -507,7 +358,7 @@ def _scaled(value: Tensor, factor: float) -> Tensor:
     return value
 
 
-def _with_penalty(value: Tensor, each: _Gradient) -> Tensor:
+def _with_penalty(value: Tensor, each: Gradient) -> Tensor:
     l1, l2 = each.limits.l1, each.limits.l2
     return value + composite.penalty_gradient(each.param, l1, l2) if l1 or l2 else value
 

@@ -195,7 +195,7 @@ class StabilizerOptions:
         return self.changed(**own) if own else self
 
     def changed(self, **options: Any) -> StabilizerOptions:
-        """Returns a copy with other, checked options; in the copy ``max_norm`` may be a cap beside ``clip``."""
+        """Returns a copy with other, checked options."""
         copied = copy.copy(self)
         vars(copied).update(options)
         return copied
@@ -231,10 +231,10 @@ class StabilizerOptions:
             raise TypeError(
                 f"Stabilizer: clip: expected a clip policy such as ClipPercentile(), got {self.clip!r}"
             )
-        if self.max_norm is not None:
+        if isinstance(self.clip, ClipNorm) and self.max_norm is not None:
             raise ValueError(
-                f"Stabilizer: clip: expected None where max_norm is given, got {self.clip!r} and "
-                f"max_norm={self.max_norm!r}; for a cap above the policy set .max_norm of the optimizer afterwards"
+                f"Stabilizer: clip: expected a policy that finds a limit, since max_norm={self.max_norm!r} is given, "
+                f"got {self.clip!r}, which is a constant limit too"
             )
 
     @property

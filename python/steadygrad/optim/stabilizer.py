@@ -54,7 +54,7 @@ class Stabilizer(StabilizedOptimizer, torch.optim.Optimizer):
     Args:
         optimizer: Any torch optimizer. Pass the Stabilizer instead of it to schedulers, ``GradScaler`` and checkpoints.
         max_norm: Limit of the gradient norm, at least 0. Default: None, which computes the norm without clipping.
-        clip: A policy that finds the limit, such as ``sg.ClipZScore()``, instead of ``max_norm``. Default: None.
+        clip: A policy that finds the limit, such as ``sg.ClipZScore()``; ``max_norm`` is then a cap. Default: None.
         skip: ``sg.SkipSpikes()`` skips steps whose norm is unusually large. Default: None.
         nonfinite: What a NaN or infinity does: ``"skip"`` the step, count as ``"zero"``, ``"raise"``, or
             ``"propagate"`` as in torch. Default: ``"skip"``.
@@ -103,7 +103,7 @@ class Stabilizer(StabilizedOptimizer, torch.optim.Optimizer):
     change them during training. ``opt.max_norm = 0.5`` sets all groups at once, and applies to groups that are added
     later. The policies for ``clip`` are :class:`steadygrad.ClipPercentile`, ``ClipZScore``, ``ClipRelative``,
     ``ClipAdaptive``, ``Damp``, ``ClipNorm``, which is the same as ``max_norm``, and a :class:`steadygrad.ClipPolicy` of
-    your own. With a policy, the key ``max_norm`` of a param group is a cap: the smaller of both coefficients applies.
+    your own. With a policy, ``max_norm`` is a cap: the smaller of both coefficients applies.
 
     **Steps that are not taken.** A skipped step leaves parameters, state and step counters as they are, and counts in
     :attr:`skipped_steps`. Schedulers advance all the same, since they count calls. After 20 skipped steps in a row
@@ -129,8 +129,8 @@ class Stabilizer(StabilizedOptimizer, torch.optim.Optimizer):
 
     Raises:
         TypeError: ``optimizer`` is not an optimizer.
-        ValueError: An option is negative, NaN or unknown; ``max_norm`` and ``clip`` are both given; or ``optimizer`` is
-            stabilized already or has update methods besides ``step``, as SAM has. :meth:`step` raises it for
+        ValueError: An option is negative, NaN or unknown; ``max_norm`` is given beside a ``ClipNorm``; or ``optimizer``
+            is stabilized already or has update methods besides ``step``, as SAM has. :meth:`step` raises it for
             ``rounding`` or ``state_dtype`` with an optimizer on the in-place path, and for ``rounding="master"`` with
             fp64 parameters.
     """
