@@ -193,7 +193,8 @@ class DeviceRace(Race):
             queued = self._clock()
             self._events.synchronize()
             seconds = max((self._clock() - start) / 2, 1e-9)
-            self.calls[index] = min(max(1, math.ceil(_LAP_SECONDS / seconds)), _MAX_CALLS)
+            most = max(1, _MAX_CALLS // candidate.calls)
+            self.calls[index] = min(max(1, math.ceil(_LAP_SECONDS / seconds)), most)
             host = (queued - start) / 2 * self.calls[index]
             self._head_start[index] = min(1.25 * host + 50e-6, _LONGEST_HEAD_START)
 

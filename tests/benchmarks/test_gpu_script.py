@@ -239,7 +239,9 @@ except KeyboardInterrupt:
     assert "began\nwhat I have" in (tmp_path / "log").read_text()
 
 
-def test_time_left_over_goes_to_later_stages(tmp_path: Path) -> None:
+def test_time_left_over_goes_to_later_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now, given = 0.0, []
 
     def runner(entry: gpu.Stage, out: Path, seconds: float, say: Any) -> gpu.Outcome:
@@ -249,7 +251,9 @@ def test_time_left_over_goes_to_later_stages(tmp_path: Path) -> None:
         return gpu.Outcome(entry, "ok", 0.0)
 
     stages = [stage(name, "", limit=30.0) for name in ("quick", "slow", "last")]
-    gpu.run_all(stages, tmp_path, lambda text: None, runner, lambda: now)
+    monkeypatch.setattr(gpu, "run_stage", runner)
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now)
+    gpu.run_all(stages, tmp_path, lambda text: None)
     assert given == [30.0, 55.0, 30.0]
 
 

@@ -152,6 +152,17 @@ def test_a_lap_is_long_enough_to_time_and_no_longer() -> None:
     assert max(queue.head_starts) < 1e-3
 
 
+def test_a_lap_over_several_sets_is_no_longer_and_gives_seconds_per_call() -> None:
+    queue = Queue()
+    over_sets = once_over([launching(queue, "ours", 1e-7, 1e-5) for _ in range(5)])
+    race = DeviceRace([over_sets], queue, queue.clock)
+    race.calibrate()
+    assert race.calls[0] == 64 // 5
+    (timing,) = race.run(0.0, 1, 1)
+    assert timing.wall == pytest.approx([1e-5], rel=0.05)
+    assert timing.device == pytest.approx([1e-5])
+
+
 def logging_candidates(log: list[str], count: int) -> list[Candidate]:
     return [
         Candidate(
