@@ -124,14 +124,11 @@ def targets_table(result: Result) -> Table:
     return table
 
 
-def notes(result: Result) -> list[str]:
-    """Return notes on what was measured, what the figures mean, and what is missing."""
-    template = TEMPLATES.get_template("notes.txt.jinja")
-    return template.render({**result, "machine": result["environment"]}).splitlines()
-
-
 def render(result: Result, targets: bool = False) -> list[RenderableType]:
-    """Return all tables and notes of a result, in order; the floors only with `targets`."""
+    """Return the table of a result, and notes on what its figures mean and what is missing.
+
+    With `targets` the table of floors comes last.
+    """
     environment = result["environment"]
     threads = environment["threads"]
     where = f"{threads} thread{'s' * (threads != 1)}"
@@ -140,7 +137,8 @@ def render(result: Result, targets: bool = False) -> list[RenderableType]:
     if result.get("rehearsal"):
         where = "rehearsal with emulated kernels: no time here means anything"
     parts: list[RenderableType] = [cases_table({"summaries": [], **result}, where)]
-    parts += [Text(note, "dim") for note in notes(result)]
+    notes = TEMPLATES.get_template("notes.txt.jinja").render({**result, "machine": environment})
+    parts += [Text(note, "dim") for note in notes.splitlines()]
     return [*parts, targets_table(result)] if targets else parts
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 Shape = tuple[int, ...]
@@ -33,41 +32,34 @@ class ModelShapes:
         return ModelShapes(self.key, f"{self.title}, cut", shapes)
 
 
-def _resnet50() -> Iterator[Shape]:
-    def convolution(channels_out: int, channels_in: int, size: int) -> Iterator[Shape]:
-        yield from ((channels_out, channels_in, size, size), (channels_out,), (channels_out,))
+def resnet50() -> ModelShapes:
+    """Return ResNet-50 (He et al. 2016, torchvision's layout): 161 tensors, 25,557,032 elements."""
+    shapes: list[Shape] = []
 
-    yield from convolution(64, 3, 7)
+    def convolution(channels_out: int, channels_in: int, size: int) -> None:
+        shapes.extend(((channels_out, channels_in, size, size), (channels_out,), (channels_out,)))
+
+    convolution(64, 3, 7)
     channels = 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
         for block in range(blocks):
-            yield from convolution(width, channels, 1)
-            yield from convolution(width, width, 3)
-            yield from convolution(4 * width, width, 1)
+            convolution(width, channels, 1)
+            convolution(width, width, 3)
+            convolution(4 * width, width, 1)
             if block == 0:
-                yield from convolution(4 * width, channels, 1)
+                convolution(4 * width, channels, 1)
             channels = 4 * width
-    yield from ((1000, channels), (1000,))
-
-
-def _gpt2_small() -> Iterator[Shape]:
-    width = 768
-    yield from ((50257, width), (1024, width))
-    for _ in range(12):
-        yield from ((width,), (width,), (width, 3 * width), (3 * width,), (width, width), (width,))
-        yield from ((width,), (width,), (width, 4 * width), (4 * width,), (4 * width, width))
-        yield (width,)
-    yield from ((width,), (width,))
-
-
-def resnet50() -> ModelShapes:
-    """Return ResNet-50 (He et al. 2016, torchvision's layout): 161 tensors, 25,557,032 elements."""
-    return ModelShapes("resnet50", "ResNet-50", tuple(_resnet50()))
+    return ModelShapes("resnet50", "ResNet-50", (*shapes, (1000, channels), (1000,)))
 
 
 def gpt2_small() -> ModelShapes:
     """Return GPT-2 small with tied embeddings (Radford et al. 2019): 148 tensors, 124,439,808 elements."""
-    return ModelShapes("gpt2", "GPT-2 small", tuple(_gpt2_small()))
+    width = 768
+    norm: tuple[Shape, ...] = ((width,), (width,))
+    attention = ((width, 3 * width), (3 * width,), (width, width), (width,))
+    feed_forward = ((width, 4 * width), (4 * width,), (4 * width, width), (width,))
+    block = (*norm, *attention, *norm, *feed_forward)
+    return ModelShapes("gpt2", "GPT-2 small", ((50257, width), (1024, width), *block * 12, *norm))
 
 
 def lora(count: int = 96, width: int = 768) -> ModelShapes:
