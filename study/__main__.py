@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--restart", action="store_true", help="drop an unfinished study in the folder")
     report = "make the pages from existing results, and stop"
     add("--report", type=Path, nargs="+", metavar="FILE", help=report)
-    add("--threads", type=count, metavar="N", help="CPU threads of a process (default: 1)")
+    add("--threads", type=count, default=1, metavar="N", help="threads of a process (default: 1)")
     return parser
 
 

@@ -54,9 +54,9 @@ class Settings:
 
     out: Path  # folder of the files, created if it does not exist
     jobs: int | None = None  # number of parallel processes; None: one per core
-    # CPU threads of torch in each process; None: 1. A second thread makes matrices of 100 x 100
-    # 5 % faster, and several times slower when its core is busy.
-    threads: int | None = None
+    # CPU threads of torch in each process. A second thread makes matrices of 100 x 100 5 % faster,
+    # and several times slower when its core is busy.
+    threads: int = 1
     limit_s: float | None = None  # no run begins later; None: no limit, 200 s if quick
     restart: bool = False  # drops an unfinished study instead of resuming it
 
@@ -135,7 +135,7 @@ class _Study:
         loaded: Mapping[str, tuple[Experiment, Tasks]],
     ) -> None:
         self.selection, self.settings, self.loaded = selection, settings, loaded
-        self.threads = settings.threads or 1
+        self.threads = settings.threads
         self.jobs = settings.jobs or len(os.sched_getaffinity(0))
         self.files = [Path(name) for name in selection.names if name.endswith(".py")]
         # All experiments run one seed before the next, so a study cut short has compared all arms.
