@@ -152,12 +152,9 @@ class Experiment:
 
     def describe(self) -> dict[str, Any]:
         """Return the declaration as JSON values, which decide what a run's numbers are."""
+        plain = ("name", "title", "about", "learning_rates", "seeds")
         return {
-            "name": self.name,
-            "title": self.title,
-            "about": self.about,
-            "learning_rates": list(self.learning_rates),
-            "seeds": list(self.seeds),
+            **{name: getattr(self, name) for name in plain},
             "arms": [arm.describe() for arm in self.arms],
             "problems": [problem.describe() for problem in self.problems],
         }
