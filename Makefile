@@ -106,7 +106,7 @@ gpu:
 	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m benchmarks.gpu --out "$(OUT)" $(ARGS)
 
 performance: $(INSTALLED) $(BENCH_PACKAGES)
-	$(BIN)/python -m benchmarks.performance
+	$(BIN)/python -m benchmarks.report
 
 clean:
 	rm -rf $(VENV) build dist out .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
 from benchmarks.measure import FAILED, CudaDevice, DeviceUnusable, HostDevice, measure_all
-from benchmarks.page import write_page
 from benchmarks.rehearsal import EmulatedDevice
+from benchmarks.report import render, show, write_page
 from benchmarks.results import RESULTS, Result, read_result
-from benchmarks.tables import render, show
 from study.command_line import count, folder_problem, guarded, seconds
+from study.record import write_text
 
 DEVICES = {"cpu": HostDevice, "cuda": CudaDevice, "emulated": EmulatedDevice}
 
@@ -94,10 +94,7 @@ def measure(
 
         for result in measure_all(device, quick=quick, limit=limit, on_case=begin):
             if out is not None:
-                # A kill during this write leaves the numbers of the earlier cases intact.
-                beside = out.with_name(f".{out.name}")
-                beside.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-                beside.replace(out)
+                write_text(json.dumps(result, indent=2) + "\n", out)
     return result
 
 

@@ -43,6 +43,7 @@ class Workload:
         grads: Whether to draw gradients; if False the parameters have none.
         clip_active: Whether the limit starts at half the gradients' norm and `tighten` lowers it; if
             False the limit is twice the norm and stays.
+        rows_reached: Share of the rows whose gradient is not zero.
         dtype: Dtype of parameters and gradients.
         device: Device of the tensors. Default: the CPU.
     """
@@ -58,18 +59,6 @@ class Workload:
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> None:
-        """Draw the numbers.
-
-        Args:
-            model: Shapes of the parameters.
-            params: Whether to draw the parameters; if False their memory is reserved and never touched.
-            grads: Whether to draw gradients; if False the parameters have none.
-            clip_active: Whether the limit starts at half the gradients' norm and `tighten` lowers it; if
-                False the limit is twice the norm and stays.
-            rows_reached: Share of the rows whose gradient is not zero.
-            dtype: Dtype of parameters and gradients.
-            device: Device of the tensors. Default: the CPU.
-        """
         self.device = device or torch.device("cpu")
         generator = torch.Generator(self.device).manual_seed(0)
 
@@ -115,11 +104,10 @@ def both(
 
     On plain tensors torch takes its foreach path.
     """
-
-    def build(name: str, function: Callable[..., object]) -> Build:
-        return lambda load: Candidate(name, lambda: function(*arguments(load)), load.tighten)
-
-    return build(OURS, ours), build(TORCH_FOREACH, torchs)
+    return (
+        _calling(OURS, lambda load: ours(*arguments(load))),
+        _calling(TORCH_FOREACH, lambda load: torchs(*arguments(load))),
+    )
 
 
 def stabilizer_step(make: MakeOptimizer) -> Build:
@@ -127,7 +115,7 @@ def stabilizer_step(make: MakeOptimizer) -> Build:
     return own_class_step(lambda params, max_norm: sg.Stabilizer(make(params), max_norm=max_norm))
 
 
-def own_class_step(make: MakeOptimizer) -> Build:
+def own_class_step(make: MakeOptimizer, name: str = OURS) -> Build:
     """Return a builder of steps of the steadygrad.optim class that `make` builds with `max_norm`."""
 
     def build(load: Workload) -> Candidate:
@@ -137,7 +125,7 @@ def own_class_step(make: MakeOptimizer) -> Build:
             load.tighten()
             optimizer.param_groups[0]["max_norm"] = load.limit
 
-        return Candidate(OURS, optimizer.step, prepare)
+        return Candidate(name, optimizer.step, prepare)
 
     return build
 
@@ -238,4 +226,4 @@ def thresholds(amount: float) -> tuple[Build, ...]:
 
 
 def _calling(name: str, call: Callable[[Workload], object]) -> Build:
-    return lambda load: Candidate(name, lambda: call(load))
+    return lambda load: Candidate(name, lambda: call(load), load.tighten)

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch.nn import utils
 
 import steadygrad as sg
 from benchmarks import candidates as sides
+from benchmarks import shapes
 from benchmarks.batch_norm import cpu_cases, cuda_cases
 from benchmarks.candidates import Build, MakeOptimizer, Workload
 from benchmarks.case import DTYPES, Case
-from benchmarks.shapes import (
-    ModelShapes,
-    digits_mlp,
-    embedding,
-    gpt2_small,
-    lora,
-    many_small,
-    one_tensor,
-    policy_network,
-    resnet50,
-)
+from benchmarks.shapes import ModelShapes
 from benchmarks.timer import Candidate
 from steadygrad.optim import lion
 
@@ -44,7 +36,7 @@ class Operation:
             floor follows from it.
         buffers: Number of values per element that one call touches: parameter, gradient and states.
         builds: Builders of the candidates, ours first.
-        rows_reached: Share of the rows whose gradient is not zero; the state of the others stays 0.
+        draws: What `Workload` draws, where it is not all that it can draw, as its keyword arguments.
     """
 
     key: str
@@ -52,24 +44,13 @@ class Operation:
     values: int
     buffers: int
     builds: tuple[Build, ...]
-    params: bool = True
-    grads: bool = True
-    clip_active: bool = True
-    rows_reached: float = 1.0
+    draws: Mapping[str, Any] = field(default_factory=dict)
 
     def workload(
         self, model: ModelShapes, dtype: torch.dtype, device: torch.device | None = None
     ) -> Workload:
         """Draw fresh buffers of the given shapes for one candidate."""
-        return Workload(
-            model,
-            params=self.params,
-            grads=self.grads,
-            clip_active=self.clip_active,
-            rows_reached=self.rows_reached,
-            dtype=dtype,
-            device=device,
-        )
+        return Workload(model, dtype=dtype, device=device, **self.draws)
 
 
 def model_case(
@@ -138,12 +119,12 @@ def _operations() -> Iterator[Operation]:
     value = sides.both(
         sg.clip_grad_value_, utils.clip_grad_value_, lambda load: (load.params, load.fraction)
     )
-    yield Operation("clip_active", "clip_grad_norm_, active", 3, 1, clip, params=False)
-    yield Operation(
-        "clip_inactive", "clip_grad_norm_, inactive", 1, 1, clip, params=False, clip_active=False
-    )
-    yield Operation("total_norm", "get_total_norm", 1, 1, norm, params=False)
-    yield Operation("clip_value", "clip_grad_value_", 2, 1, value, params=False)
+    gradients = {"params": False}
+    inactive = {**gradients, "clip_active": False}
+    yield Operation("clip_active", "clip_grad_norm_, active", 3, 1, clip, gradients)
+    yield Operation("clip_inactive", "clip_grad_norm_, inactive", 1, 1, clip, inactive)
+    yield Operation("total_norm", "get_total_norm", 1, 1, norm, gradients)
+    yield Operation("clip_value", "clip_grad_value_", 2, 1, value, gradients)
 
     def stepping(key: str, title: str, states: int, make: MakeOptimizer, *peers: Peer) -> Operation:
         builds = (sides.stabilizer_step(make), *(peer(make) for peer in peers))
@@ -151,12 +132,20 @@ def _operations() -> Iterator[Operation]:
 
     adamw = partial(torch.optim.AdamW, lr=1e-4)
     yield stepping("adamw", "AdamW", 2, adamw, fused, folded, default)
-    yield replace(
-        stepping("adamw_zeros", "AdamW, 1 row in 64", 2, adamw, fused),
-        rows_reached=1 / 64,
-    )
-    own = sides.own_class_step(partial(sg.optim.AdamW, lr=1e-4))
-    yield Operation("optim_adamw", "clip + optim.AdamW", 8, 4, (own, fused(adamw)))
+    few_rows = stepping("adamw_zeros", "AdamW, 1 row in 64", 2, adamw, fused)
+    yield replace(few_rows, draws={"rows_reached": 1 / 64})
+    # The same step without telemetry runs twice; the difference of the two is noise.
+    telemetry: dict[str, Any] = {
+        sides.OURS: "tensor",
+        f"{sides.OURS}, telemetry global": "global",
+        f"{sides.OURS}, no telemetry": None,
+        f"{sides.OURS}, no telemetry, again": None,
+    }
+    own = [
+        sides.own_class_step(partial(sg.optim.AdamW, lr=1e-4, telemetry=level), name)
+        for name, level in telemetry.items()
+    ]
+    yield Operation("optim_adamw", "clip + optim.AdamW", 8, 4, (*own, fused(adamw)))
     adam = partial(torch.optim.Adam, lr=1e-4)
     yield stepping("adam", "Adam", 2, adam, fused, folded)
     momentum = partial(torch.optim.SGD, lr=1e-4, momentum=0.9)
@@ -172,17 +161,24 @@ def _operations() -> Iterator[Operation]:
         yield stepping(key, optimizer.__name__, states, make, default)
     penalties = sides.penalties(1e-6, 1e-4)
     yield Operation("add_penalty", "add_penalty_, L1 + L2", 3, 2, penalties)
-    yield Operation("soft_threshold", "soft_threshold_", 2, 1, sides.thresholds(1e-6), grads=False)
+    thresholds = sides.thresholds(1e-6)
+    yield Operation("soft_threshold", "soft_threshold_", 2, 1, thresholds, {"grads": False})
 
 
 OPERATIONS: dict[str, Operation] = {operation.key: operation for operation in _operations()}
 
 _QUICK = {"clip_active", "clip_inactive", "adamw", "sgd_momentum", "add_penalty"}
-_RESNET, _GPT2, _SMALL = resnet50(), gpt2_small(), many_small()
-_FEW = (policy_network(), digits_mlp(), lora(96))
-_LORA = lora(448, 4096)
-_ONE, _HUGE = one_tensor(26), one_tensor(28)
-_EMBEDDING = embedding()
+_RESNET, _GPT2, _SMALL = shapes.resnet50(), shapes.gpt2_small(), shapes.many_small()
+_FEW = (shapes.POLICY, shapes.DIGITS, shapes.lora(96))
+_LORA = shapes.lora(448, 4096)
+_ONE, _HUGE = shapes.one_tensor(26), shapes.one_tensor(28)
+# The models of operations that are measured on others than ResNet-50 and many small tensors.
+_MODELS: dict[str, tuple[ModelShapes, ...]] = {
+    "adamw_zeros": (shapes.EMBEDDING,),
+    "sgd_momentum": (_RESNET, _GPT2, _SMALL),
+    **dict.fromkeys(("adam", "sgd", "adagrad", "rmsprop", "clip_value"), (_RESNET,)),
+    **dict.fromkeys(_WITHOUT_FUSED_PEER, (_RESNET,)),
+}
 # Number of batch norm cases that a GPU measures before the less important operations.
 _FIRST = 36
 
@@ -195,15 +191,12 @@ def _on(key: str, *models: ModelShapes, dtype: torch.dtype = torch.float32) -> I
 
 
 def _cpu_cases() -> Iterator[Case]:
-    models: dict[str, tuple[ModelShapes, ...]] = {
+    models = {
+        **_MODELS,
         "clip_active": (_RESNET, _GPT2, _ONE, _HUGE, _SMALL, *_FEW, _LORA),
         "clip_inactive": (_RESNET, _GPT2, _ONE, _HUGE, _SMALL),
         "total_norm": (_RESNET, _ONE, _SMALL),
         "adamw": (_RESNET, _GPT2, _ONE, _SMALL, *_FEW, _LORA),
-        "adamw_zeros": (_EMBEDDING,),
-        "sgd_momentum": (_RESNET, _GPT2, _SMALL),
-        **dict.fromkeys(("clip_value", "adam", "sgd", "adagrad", "rmsprop"), (_RESNET,)),
-        **dict.fromkeys(_WITHOUT_FUSED_PEER, (_RESNET,)),
     }
     for key in OPERATIONS:
         yield from _on(key, *models.get(key, (_RESNET, _SMALL)))
@@ -219,17 +212,10 @@ def _cuda_cases() -> Iterator[Case]:
     yield from _on("adamw", _SMALL, *_FEW, _LORA)
     batch_norms = list(cuda_cases())
     yield from batch_norms[:_FIRST]
-    some = (_RESNET, _SMALL)
-    rest: dict[str, tuple[ModelShapes, ...]] = {
-        "adamw_zeros": (_EMBEDDING,),
-        "sgd_momentum": (_RESNET, _GPT2, _SMALL),
-        "total_norm": (_RESNET, _HUGE, _SMALL),
-        **dict.fromkeys(("optim_adamw", "add_penalty", "soft_threshold"), some),
-        **dict.fromkeys(("adam", "sgd", "adagrad", "rmsprop", "clip_value"), (_RESNET,)),
-        **dict.fromkeys(_WITHOUT_FUSED_PEER, (_RESNET,)),
-    }
-    for key, models in rest.items():
-        yield from _on(key, *models)
+    models = {**_MODELS, "total_norm": (_RESNET, _HUGE, _SMALL)}
+    first = ("adamw_zeros", "sgd_momentum", "total_norm", "optim_adamw", "add_penalty")
+    for key in dict.fromkeys((*first, "soft_threshold", *_MODELS)):
+        yield from _on(key, *models.get(key, (_RESNET, _SMALL)))
     yield from _on("clip_active", *_FEW, _LORA)
     yield from batch_norms[_FIRST:]
 

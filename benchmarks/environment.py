@@ -13,13 +13,13 @@ import re
 import shutil
 import subprocess
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import steadygrad as sg
+from steadygrad.doctor import cpu_name, cuda_version
 
 ROOT = Path(__file__).resolve().parent.parent
 UNKNOWN = "unknown"
@@ -111,7 +111,6 @@ def this_gpu() -> dict[str, Any]:
     """
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     query = ("--query-gpu=driver_version", "--format=csv,noheader")
-    runtime = cuda_info().get("runtime_version", 0)  # 13000 is 13.0
     return {
         "name": properties.name,
         "architecture": f"sm_{properties.major}{properties.minor}",
@@ -120,7 +119,7 @@ def this_gpu() -> dict[str, Any]:
         "l2_bytes": properties.L2_cache_size,
         "driver": (_printed("nvidia-smi", *query).split() or [UNKNOWN])[0],
         "torch_cuda": str(torch.version.cuda),
-        "kernels_runtime": f"{runtime // 1000}.{runtime % 1000 // 10}",
+        "kernels_runtime": cuda_version(cuda_info().get("runtime_version", 0)),
         "nvcc": nvcc_version(),
     }
 
@@ -131,11 +130,10 @@ def this_machine(gpu: dict[str, Any] | None = None) -> dict[str, Any]:
     `cache_bytes` is the size of the last-level cache in front of the measured memory; `load` is the
     one-minute load average.
     """
-    cpu = re.search(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
     return {
         "device": "cpu" if gpu is None else "cuda",
         "machine": platform.platform(),
-        "cpu": cpu.group(1) if cpu else platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "cache_bytes": cache_bytes() if gpu is None else gpu["l2_bytes"],
@@ -193,14 +191,6 @@ def this_source(root: Path = ROOT) -> dict[str, str]:
         committed = git(root, "rev-parse", "HEAD:csrc") == files
         state = "committed" if committed else "uncommitted changes"
     return {"revision": revision, "csrc_tree": files, "csrc_state": state}
-
-
-def write_report(out: Path | None, **numbers: Any) -> None:
-    """Write numbers, with time, machine and source, as JSON to a file or to standard output."""
-    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    report = {"created": created, "environment": this_machine(), **numbers}
-    text = json.dumps(report, indent=2) + "\n"
-    out.write_text(text, encoding="utf-8") if out else sys.stdout.write(text)
 
 
 if __name__ == "__main__":

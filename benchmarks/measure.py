@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import datetime
 import gc
 import math
 import sys
@@ -21,7 +20,8 @@ from benchmarks import environment
 from benchmarks.case import Case
 from benchmarks.cases import CASES, CUDA_CASES
 from benchmarks.results import SCHEMA, Result, judge, summaries
-from benchmarks.timer import Candidate, CudaEvents, DeviceRace, Race, Timing, once_over, rotating
+from benchmarks.timer import Candidate, CudaEvents, DeviceRace, Race, Timing, once_over
+from study.record import now
 
 # The smallest size of the yardstick's buffers in bytes, for machines with small caches.
 _SMALLEST_BUFFER = 256 * 2**20
@@ -101,7 +101,6 @@ class HostDevice:
     place = torch.device("cpu")
     plan: Sequence[Case] = CASES  # on a GPU the most important cases come first
     efforts: tuple[Effort, Effort] = (6.0, 9, 1000), (1.5, 5, 200)  # of full and of quick runs
-    over: Callable[[Sequence[Candidate]], Candidate] = staticmethod(once_over)
     race: Callable[[Sequence[Candidate]], Race] = staticmethod(Race)
 
     def __init__(self) -> None:
@@ -139,7 +138,6 @@ class CudaDevice(HostDevice):
     plan = CUDA_CASES
     # A GPU is steadier than a shared host and a lap is many calls, so races are shorter.
     efforts = (0.6, 7, 75), (0.5, 5, 50)
-    over = staticmethod(rotating)
 
     def __init__(self) -> None:
         if problem := environment.cuda_problem():
@@ -178,7 +176,7 @@ def contest(case: Case, yardstick: CopyYardstick, device: HostDevice) -> tuple[R
             reason = str(error).partition("\n")[0]
             missing.append(f"{type(error).__name__}: {reason}")
             continue
-        over_all = device.over(sets)
+        over_all = once_over(sets)
         if case.allocates:
             over_all = replace(over_all, prepare=yardstick.flush)
         candidates.append(over_all)
@@ -282,7 +280,7 @@ def measure_all(
     alone.warm_up(1)
     found: Result = {
         "schema": SCHEMA,
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "created": now(),
         "command_line": list(sys.orig_argv),
         "quick": quick,
         "rehearsal": device.rehearsal,

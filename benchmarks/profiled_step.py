@@ -1,8 +1,6 @@
 """Run a clipped AdamW step on a large tensor of each dtype, then batch norms, under a profiler.
 
-    ncu --profile-from-start off --kernel-name regex:EXPRESSION python -m benchmarks.profiled_step
-
-`benchmarks.gpu.KERNELS` is the expression that selects our kernels among torch's.
+ncu --profile-from-start off python -m benchmarks.profiled_step
 """
 
 from __future__ import annotations

@@ -9,13 +9,15 @@ from __future__ import annotations
 import time
 from functools import partial
 from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
 from benchmarks import environment
 from benchmarks.cases import CUDA_CASES
 from benchmarks.measure import CopyYardstick, GpuYardstick, HostDevice
-from benchmarks.timer import CudaEvents, DeviceRace, rotating
+from benchmarks.timer import DeviceRace
 from steadygrad import _kernels
 
 # Keeps the modules that the emulated kernels have replaced. pybind11 forgets the conversions that both
@@ -23,23 +25,13 @@ from steadygrad import _kernels
 _REPLACED: list[object] = []
 
 
-class HostEvents(CudaEvents):
-    """Replaces time stamps of a device with those of the host."""
-
-    def __init__(self) -> None:
-        pass
-
-    def mark(self) -> float:
-        return time.perf_counter()
-
-    def seconds_between(self, start: float, end: float) -> float:
-        return end - start
-
-    def synchronize(self) -> None:
-        pass
-
-    def keep_busy(self, seconds: float) -> None:
-        pass
+# Time stamps of the host in the place of a device's.
+_HOST_EVENTS: Any = SimpleNamespace(
+    mark=time.perf_counter,
+    seconds_between=lambda start, end: end - start,
+    synchronize=lambda: None,
+    keep_busy=lambda seconds: None,
+)
 
 
 class EmulatedDevice(HostDevice):
@@ -47,14 +39,14 @@ class EmulatedDevice(HostDevice):
 
     rehearsal = True
     efforts = (0.0, 1, 1), (0.0, 1, 1)
-    over = staticmethod(rotating)
-    race = partial(DeviceRace, events=HostEvents())
+    race = partial(DeviceRace, events=_HOST_EVENTS)
 
     def __init__(self) -> None:
         emulate()
-        none = dict.fromkeys(("architecture", "driver", "torch_cuda", "kernels_runtime"), "none")
-        gpu = {"name": "emulated", "multiprocessors": 0, "memory_bytes": 0, "l2_bytes": 2**13}
-        gpu |= {**none, "nvcc": environment.nvcc_version()}
+        gpu: dict[str, Any] = dict.fromkeys(
+            ("architecture", "driver", "torch_cuda", "kernels_runtime", "nvcc"), "none"
+        )
+        gpu |= {"name": "emulated", "multiprocessors": 0, "memory_bytes": 0, "l2_bytes": 2**13}
         self.environment = environment.this_machine(gpu)
         self.plan = list({case.key: case for case in (e.cut() for e in CUDA_CASES)}.values())
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from benchmarks import batch_norm as norms
 from benchmarks import candidates as sides
 from benchmarks.cases import CASES, CUDA_CASES
+from study.record import read_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # The number is raised when a key changes its meaning.
@@ -40,15 +41,8 @@ def read_result(path: Path) -> Result:
     Raises:
         ValueError: The file cannot be read, or is no result of the benchmark.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: expected JSON, got: {error}") from error
-    schema = found.get("schema") if isinstance(found, dict) else None
-    if schema not in range(1, SCHEMA + 1) or "cases" not in found:
-        expected = f"a result of the benchmark with schema 1 to {SCHEMA}"
-        raise ValueError(f"{path}: expected {expected}, got {schema}")
-    return dict(found)
+    expected = f"a result of the benchmark with schema 1 to {SCHEMA}"
+    return read_json(path, expected, range(1, SCHEMA + 1), "cases")
 
 
 def machine_of(result: Result) -> str:
@@ -95,15 +89,14 @@ def summaries(cases: Iterable[Result]) -> list[Result]:
     averaged = (case for case in cases if case.get("averaged") and case["peers"])
     for members in operations(averaged).values():
         ratios: dict[str, dict[str, float]] = {}
-        fastest: dict[str, float] = {}
         for case in members:
             own = {peer["name"]: peer["ratio"] for peer in case["peers"]}
+            torchs = [own[name] for name in own if not name.startswith(sides.OURS)]
+            own[FASTEST] = min(torchs, default=min(own.values()))
             for name, ratio in own.items():
                 ratios.setdefault(name, {})[case["key"]] = ratio
-            torchs = [own[name] for name in own if not name.startswith(sides.OURS)]
-            fastest[case["key"]] = min(torchs, default=min(own.values()))
-        if len(ratios) > 1:
-            ratios[FASTEST] = fastest
+        if len(ratios) == 2:  # the only peer is the fastest
+            del ratios[FASTEST]
         for peer, by_case in ratios.items():
             least = min(by_case, key=by_case.__getitem__)
             mean = statistics.geometric_mean(by_case.values())

@@ -1,38 +1,37 @@
-"""Time clipping of many small DTensors over gloo ranks beside torch: `python -m benchmarks.sharded`.
+"""Time clipping of many small DTensors over gloo ranks beside torch.
+
+    torchrun --nproc-per-node 2 -m benchmarks.sharded
 
 Every rank is a process on this machine. Calls are interleaved, and a round takes as long as its
 slowest rank. The program reports the median over rounds and the least time, which other processes
 disturb less. torch's issue 169445 reports that torch's time grows with the square of the number of
-tensors; several numbers of tensors show whether it does here. The program prints one JSON object, or
-writes it to `--out`.
+tensors; several numbers of tensors show whether it does here. The program prints one JSON object.
 """
 
 from __future__ import annotations
 
-import argparse
+import json
 import os
 import sys
-import tempfile
-from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.multiprocessing.spawn import spawn
 
 import steadygrad as sg
-from benchmarks.environment import write_report
+from benchmarks.environment import this_machine
 from benchmarks.timer import Candidate, Race
+from study.record import now
 
+COUNTS, ROUNDS = (250, 500, 1000, 2000), 15
 # Number of elements of a tensor on one rank.
 _SHARD = 32
 
 
-def _measure(count: int, world: int, rounds: int) -> dict[str, dict[str, float]]:
-    mesh = init_device_mesh("cpu", (world,))
+def _measure(count: int) -> dict[str, dict[str, float]]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     generator = torch.Generator().manual_seed(dist.get_rank())
     params: list[Tensor] = []
     # Plain tensors need no reduction; the difference to them is the cost of sharding.
@@ -53,7 +52,7 @@ def _measure(count: int, world: int, rounds: int) -> dict[str, dict[str, float]]
     }
     race = Race([Candidate(name, call, prepare=dist.barrier) for name, call in calls.items()])
     race.warm_up(1)  # makes plans and fills torch's caches of sharding decisions
-    laps = torch.tensor([timing.wall for timing in race.run(0.0, rounds, rounds)])
+    laps = torch.tensor([timing.wall for timing in race.run(0.0, ROUNDS, ROUNDS)])
     dist.all_reduce(laps, op=dist.ReduceOp.MAX)
     return {
         name: {"median": 1e3 * float(own.quantile(0.5)), "least": 1e3 * float(own.min())}
@@ -61,33 +60,20 @@ def _measure(count: int, world: int, rounds: int) -> dict[str, dict[str, float]]
     }
 
 
-def _rank(rank: int, given: argparse.Namespace, folder: str) -> None:
+def main() -> None:
     torch.set_num_threads(1)
-    store = (Path(folder) / "store").as_uri()
-    dist.init_process_group(
-        *("gloo", store), rank=rank, world_size=given.ranks, timeout=timedelta(minutes=5)
-    )
-    found = {count: _measure(count, given.ranks, given.rounds) for count in given.counts}
-    if rank == 0:
-        numbers = {"elements": _SHARD, "rounds": given.rounds, "milliseconds": found}
-        write_report(given.out, ranks=given.ranks, **numbers)
+    dist.init_process_group("gloo")
+    found = {count: _measure(count) for count in COUNTS}
+    if dist.get_rank() == 0:
+        about = {"created": now(), "environment": this_machine(), "ranks": dist.get_world_size()}
+        numbers = {"elements": _SHARD, "rounds": ROUNDS, "milliseconds": found}
+        sys.stdout.write(json.dumps({**about, **numbers}, indent=2) + "\n")
     dist.barrier()
     dist.destroy_process_group()
     # After gloo groups were used, torch's destructors sometimes abort ("terminate called without an
     # active exception"), so the process ends without them.
     sys.stdout.flush()
     os._exit(0)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--counts", type=int, nargs="+", default=[250, 500, 1000, 2000])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, help="file to write to instead of the terminal")
-    given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        spawn(_rank, (given, folder), nprocs=given.ranks)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from typing import Any
 
 import torch
@@ -53,14 +52,6 @@ class Timing:
     def median(self, clock: str = "wall") -> float:
         """Return the median lap in seconds."""
         return statistics.median(self.laps(clock))
-
-
-def rotating(candidates: Sequence[Candidate]) -> Candidate:
-    """Return a candidate that takes turns over sets of buffers, so that caches forget each set."""
-    if len(candidates) == 1:
-        return candidates[0]
-    turns = cycle(candidates)
-    return Candidate(candidates[0].name, lambda: next(turns).once())
 
 
 def once_over(candidates: Sequence[Candidate]) -> Candidate:
@@ -202,7 +193,8 @@ class DeviceRace(Race):
             queued = self._clock()
             self._events.synchronize()
             seconds = max((self._clock() - start) / 2, 1e-9)
-            self.calls[index] = min(max(1, math.ceil(_LAP_SECONDS / seconds)), _MAX_CALLS)
+            most = max(1, _MAX_CALLS // candidate.calls)
+            self.calls[index] = min(max(1, math.ceil(_LAP_SECONDS / seconds)), most)
             host = (queued - start) / 2 * self.calls[index]
             self._head_start[index] = min(1.25 * host + 50e-6, _LONGEST_HEAD_START)
 
@@ -211,8 +203,9 @@ class DeviceRace(Race):
 
         Preparation is timed too, since it is only a multiplication in Python.
         """
-        calls, events = self.calls[index], self._events
-        several = [self.candidates[index].once] * calls
+        candidate, events = self.candidates[index], self._events
+        several = [candidate.once] * self.calls[index]
+        calls = candidate.calls * len(several)
         events.synchronize()
         start = self._clock()
         for once in several:

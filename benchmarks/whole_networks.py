@@ -1,12 +1,12 @@
 """Measure what `convert_batchnorm` does to a training step's time and a residual block's memory.
 
-python -m benchmarks.whole_networks [--batch 8] [--size 64] [--seconds 20] [--threads 2] [--only ResNet-18]
+python -m benchmarks.whole_networks
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
+import math
 import os
 from collections.abc import Callable
 from itertools import accumulate
@@ -16,17 +16,19 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.tables import show
+from benchmarks.report import show, table_of
 from benchmarks.timer import Candidate, Race
 from steadygrad.nn.conversion_report import conversion_report
 from steadygrad.nn.convert import convert_batchnorm
 from steadygrad.nn.known_blocks import register_block
 from tests.nn.networks import NETWORKS, STEPS, BasicBlock, Bottleneck
 
+BATCH, SIZE, THREADS = 8, 64, 2
+SECONDS = 20.0  # for each network and layout
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels last": torch.channels_last}
 KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "torch": lambda model: model,
@@ -44,12 +46,6 @@ def _own(model: nn.Module, layout: str) -> nn.Module:
     return model
 
 
-def _table(title: str, names: tuple[str, ...], numbers: tuple[str, ...]) -> Table:
-    columns = [Column(name, no_wrap=True) for name in names]
-    columns += [Column(number, justify="right") for number in numbers]
-    return Table(*columns, title=title, title_justify="left")
-
-
 def training_step(model: nn.Module, input: Tensor, target: Tensor) -> Callable[[], object]:
     """Return a function that makes a forward, backward and SGD step on one batch."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
@@ -63,16 +59,13 @@ def training_step(model: nn.Module, input: Tensor, target: Tensor) -> Callable[[
     return step
 
 
-def speed(batch: int, size: int, seconds: float, only: str | None) -> Table:
+def speed() -> Table:
     """Return a table of median times of a training step, before and after the conversion."""
-    threads = torch.get_num_threads()
-    title = f"Training step, batch {batch} at {size}x{size}, fp32, {threads} threads"
+    title = f"Training step, batch {BATCH} at {SIZE}x{SIZE}, fp32, {THREADS} threads"
     counts = ("batch\nnorms", "+ReLU", "+add\n+ReLU", "+add", "not\nfused")
     times = ("torch\nms", "converted\nms", "fused\nms", "torch /\nconverted", "torch /\nfused")
-    table = _table(title, ("network", "layout"), (*counts, *times))
+    table = table_of(title, ("network", "layout"), (*counts, *times))
     for name, make in NETWORKS.items():
-        if only not in (None, name):
-            continue
         torch.manual_seed(20240229)
         model = make()
         report = conversion_report(convert_batchnorm(copy.deepcopy(model)))
@@ -81,15 +74,15 @@ def speed(batch: int, size: int, seconds: float, only: str | None) -> Table:
         )
         numbers = (len(report.findings), *fused, len(report.not_fused) + len(report.left))
         for layout, memory_format in LAYOUTS.items():
-            input = torch.randn(batch, 3, size, size).contiguous(memory_format=memory_format)
-            target = torch.randint(1000, (batch,))
+            input = torch.randn(BATCH, 3, SIZE, SIZE).contiguous(memory_format=memory_format)
+            target = torch.randint(1000, (BATCH,))
             steps = {
                 kind: training_step(convert(_own(model, layout)), input, target)
                 for kind, convert in KINDS.items()
             }
             race = Race([Candidate(kind, step) for kind, step in steps.items()])
             race.warm_up(2)
-            ms = [1e3 * timing.median() for timing in race.run(seconds, 5, 1000)]
+            ms = [1e3 * timing.median() for timing in race.run(SECONDS, 5, 1000)]
             ratios = (f"{ms[0] / ms[1]:.2f}", f"{ms[0] / ms[2]:.2f}")
             table.add_row(name, layout, *map(str, numbers), *(f"{t:.1f}" for t in ms), *ratios)
     return table
@@ -123,20 +116,20 @@ def block_memory(block: nn.Module, shape: tuple[int, ...], layout: str) -> tuple
     return held_bytes(forward)[-1], max(held_bytes(both))
 
 
-def memory(batch: int, size: int) -> Table:
+def memory() -> Table:
     """Return a table of the memory that a residual block holds, in MiB and in units of its input."""
     title = (
-        f"Memory of a residual block, batch {batch} at {size}x{size}, fp32, kept for backward and "
+        f"Memory of a residual block, batch {BATCH} at {SIZE}x{SIZE}, fp32, kept for backward and "
         "at most:\nMiB (sizes of the input)"
     )
     kinds = [f"{kind},\n{what}" for what in ("kept", "peak") for kind in KINDS]
-    table = _table(title, ("block", "layout"), ("input", *kinds, "peak: fused\n/ torch"))
+    table = table_of(title, ("block", "layout"), ("input", *kinds, "peak: fused\n/ torch"))
     blocks = {
-        "basic, 64 channels": (BasicBlock(64, 64), (batch, 64, size, size)),
-        "bottleneck, 256 channels": (Bottleneck(256, 64), (batch, 256, size, size)),
+        "basic, 64 channels": (BasicBlock(64, 64), (BATCH, 64, SIZE, SIZE)),
+        "bottleneck, 256 channels": (Bottleneck(256, 64), (BATCH, 256, SIZE, SIZE)),
     }
     for name, (block, shape) in blocks.items():
-        one = 4 * batch * shape[1] * size * size
+        one = 4 * math.prod(shape)
         for layout in LAYOUTS:
             found = [
                 block_memory(convert(copy.deepcopy(block)), shape, layout)
@@ -149,18 +142,11 @@ def memory(batch: int, size: int) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=20.0, help="for each network and layout")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", choices=NETWORKS)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(THREADS)
     for block, steps in STEPS.items():
         register_block(block, steps)
-    show(Console(), [memory(options.batch, options.size)])
-    show(Console(), [speed(options.batch, options.size, options.seconds, options.only)])
+    show(Console(), [memory()])
+    show(Console(), [speed()])
 
 
 if __name__ == "__main__":

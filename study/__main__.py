@@ -12,9 +12,8 @@ from rich.console import Console
 
 from .command_line import count, folder_problem, guarded, seconds
 from .examine import main as examine
-from .experiments import EXPERIMENTS
+from .experiments import EXPERIMENTS, Selection
 from .runner import Settings, report_again, run_study
-from .selection import Selection
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,16 +70,13 @@ def _parser() -> argparse.ArgumentParser:
     arms = "run only these remedies, and the baseline"
     add("--arms", type=_words, default=(), metavar="ARM,...", help=arms)
     add("--data", metavar="DIR", help="folder with MNIST or CIFAR-10 files")
-    out = Path("out")
-    add("--out", type=Path, default=out, metavar="DIR", help="folder (default: out)")
-    jobs = "parallel processes (default: one per core)"
-    add("--jobs", type=count, metavar="N", help=jobs)
-    limit = "begin no run after this time"
-    add("--limit", type=seconds, metavar="SECONDS", help=limit)
+    add("--out", type=Path, default=Path("out"), metavar="DIR", help="folder (default: out)")
+    add("--jobs", type=count, metavar="N", help="parallel processes (default: one per core)")
+    add("--limit", type=seconds, metavar="SECONDS", help="begin no run after this time")
     add("--restart", action="store_true", help="drop an unfinished study in the folder")
     report = "make the pages from existing results, and stop"
     add("--report", type=Path, nargs="+", metavar="FILE", help=report)
-    add("--threads", type=count, metavar="N", help="CPU threads of a process (default: 1)")
+    add("--threads", type=count, default=1, metavar="N", help="threads of a process (default: 1)")
     return parser
 
 

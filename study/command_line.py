@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from steadygrad.doctor import drop_output
+
 
 def guarded(program: str, run: Callable[[], int]) -> int:
     """Run a command and return its exit code.
@@ -20,9 +22,7 @@ def guarded(program: str, run: Callable[[], int]) -> int:
         print("\nInterrupted.", file=sys.stderr)  # noqa: T201
         return 130
     except OSError as error:
-        # Python flushes standard output when it ends and would fail there once more; what is still
-        # in the buffer is dropped instead.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         where = error.filename or "standard output or a file"
         print(f"{program}: {where} cannot be written: {error.strerror}", file=sys.stderr)  # noqa: T201
         return 1

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .arms import Arm, check_name
 from .models import ModelSpec
+from .remedies import Arm, check_name, not_default
 from .tasks import Task
 
 
@@ -56,11 +56,7 @@ class Problem:
 
     def describe(self) -> dict[str, Any]:
         """Return the declaration as JSON values."""
-        given = [
-            f"{item.name}={getattr(self.model, item.name)!r}"
-            for item in dataclasses.fields(self.model)
-            if getattr(self.model, item.name) != item.default
-        ]
+        given = [f"{name}={value!r}" for name, value in not_default(self.model).items()]
         plain = ("name", "title", "steps", "batch_size", "evaluations", "until_target")
         return {
             **{name: getattr(self, name) for name in plain},
@@ -117,12 +113,8 @@ class Experiment:
         In this order a study that is cut short has still compared all arms, on fewer seeds, and an
         arm and its twin, whose times are compared, run at about the same time.
         """
-        paired = [
-            each
-            for arm in self.arms
-            if arm.twin is None
-            for each in (arm, *(twin for twin in self.arms if twin.twin == arm.name))
-        ]
+        names = [arm.name for arm in self.arms]
+        paired = sorted(self.arms, key=lambda arm: names.index(arm.twin or arm.name))
         return [
             RunKey(problem.name, arm.name, learning_rate, seed)
             for seed in self.seeds
@@ -160,12 +152,9 @@ class Experiment:
 
     def describe(self) -> dict[str, Any]:
         """Return the declaration as JSON values, which decide what a run's numbers are."""
+        plain = ("name", "title", "about", "learning_rates", "seeds")
         return {
-            "name": self.name,
-            "title": self.title,
-            "about": self.about,
-            "learning_rates": list(self.learning_rates),
-            "seeds": list(self.seeds),
+            **{name: getattr(self, name) for name in plain},
             "arms": [arm.describe() for arm in self.arms],
             "problems": [problem.describe() for problem in self.problems],
         }

@@ -1,14 +1,17 @@
-"""Declare the experiments of the study."""
+"""Declare the experiments of the study, and select some of them."""
 
 from __future__ import annotations
 
 import dataclasses
+import runpy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Literal
 
 from . import remedies as r
-from .data import Dataset, digits
+from .data import Dataset, StudyError, datasets_in, digits
 from .experiment import Experiment, Problem
 from .models import Mlp, PlainCnn, Recurrent
 from .remedies import named
@@ -178,29 +181,91 @@ CHAR = Experiment(
 EXPERIMENTS = (DIGITS, MNIST, MLP_DEPTH, RNN, CHAR, TRANSFORMER_SGD, TRANSFORMER_ADAMW)
 
 
-def on_data(experiments: Sequence[Experiment], folder: Path) -> list[Experiment]:
+@dataclass(frozen=True)
+class Selection:
+    """Says which experiments to run, and with what changes, by values that another process can be sent."""
+
+    names: tuple[str, ...] = ()  # experiments, or Python files that hold one; empty: all
+    mode: Literal["quick", "default", "full"] = "default"  # "full": ten seeds, further problems
+    seeds: int = 0  # number of seeds; 0: the seeds of the experiment
+    arms: tuple[str, ...] = ()  # names, besides the baseline; empty: all
+    data: str | None = None  # folder with MNIST or CIFAR-10, to replace the 5,000 digits
+
+    def experiments(self) -> list[Experiment]:
+        """Return the experiments, changed according to mode, seeds, arms and data.
+
+        Raises:
+            StudyError: An experiment or arm is unknown, or a file holds no experiment, or a folder no
+                data.
+        """
+        default = [QUICK] if self.mode == "quick" else [MNIST] if self.data else EXPERIMENTS
+        chosen = [_named(name) for name in self.names] or list(default)
+        names = [experiment.name for experiment in chosen]
+        if len(set(names)) < len(names):
+            raise StudyError(f"study: expected experiments of different names, got {names}")
+        if self.data is not None:
+            chosen = _on_data(chosen, Path(self.data))
+        if self.mode == "full":
+            chosen = [experiment.full(range(10)) for experiment in chosen]
+        if self.seeds:
+            seeds = tuple(range(self.seeds))
+            chosen = [dataclasses.replace(experiment, seeds=seeds) for experiment in chosen]
+        if not self.arms:
+            return chosen
+        # An experiment with none of the named arms is left out.
+        own = {e.name: [arm.name for arm in e.arms if arm.name in self.arms] for e in chosen}
+        there = list(dict.fromkeys(arm.name for e in chosen for arm in e.arms))
+        for name in self.arms:
+            if name not in there:
+                raise StudyError(
+                    f"study: --arms: unknown arm {name!r}: expected some of {', '.join(there)}"
+                )
+        return [e.with_arms(own[e.name]) for e in chosen if own[e.name]]
+
+
+def _named(name: str) -> Experiment:
+    """Return the experiment of that name, or the ``EXPERIMENT`` of a Python file."""
+    if not name.endswith(".py"):
+        known = {experiment.name: experiment for experiment in EXPERIMENTS}
+        if name in known:
+            return known[name]
+        there = f"there are {', '.join(known)}, and files that end in .py"
+        raise StudyError(f"study: unknown experiment {name!r}: {there}")
+    try:
+        experiment = runpy.run_path(name).get("EXPERIMENT")
+    except Exception as error:
+        raise StudyError(f"study: {name}: {type(error).__name__}: {error}") from error
+    if not isinstance(experiment, Experiment):
+        got = type(experiment).__name__
+        raise StudyError(f"study: {name}: expected EXPERIMENT = study.Experiment(...), got {got}")
+    return experiment
+
+
+def _on_data(experiments: Sequence[Experiment], folder: Path) -> list[Experiment]:
     """Return the experiments with the data of a folder in place of the 5,000 digits.
 
     If the folder holds both MNIST and CIFAR-10, there is a problem for each of them.
 
     Raises:
-        DataFileError: The folder holds neither.
-        ValueError: An experiment is not about images.
+        StudyError: The folder holds neither, or an experiment is not about images.
     """
-    from .data_files import datasets_in
-
     images = (DIGITS.name, MNIST.name, MLP_DEPTH.name)
     for experiment in experiments:
         if experiment.name not in images:
-            raise ValueError(
+            raise StudyError(
                 f"study: --data: expected experiments on images ({', '.join(images)}), "
                 f"got {experiment.name}"
             )
     loaders = datasets_in(folder)
 
+    def classification(load: Callable[[], Dataset]) -> Task:
+        return Classification(load())
+
     def on_each(problems: Sequence[Problem]) -> tuple[Problem, ...]:
         return tuple(
-            dataclasses.replace(problem, name=f"{problem.name}, {name}", task=_task(load))
+            dataclasses.replace(
+                problem, name=f"{problem.name}, {name}", task=partial(classification, load)
+            )
             for name, load in loaders.items()
             for problem in problems
         )
@@ -209,7 +274,3 @@ def on_data(experiments: Sequence[Experiment], folder: Path) -> list[Experiment]
         dataclasses.replace(e, problems=on_each(e.problems), full_problems=on_each(e.full_problems))
         for e in experiments
     ]
-
-
-def _task(load: Callable[[], Dataset]) -> Callable[[], Task]:
-    return lambda: Classification(load())

@@ -19,19 +19,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-# A gradient norm counts as an explosion if it exceeds FACTOR times its recent median. Norms below
-# _FLOOR times the first step's norm do not count, since norms near a minimum are small and jump.
+# DEFINITION says what these are; shares of a loss are shares of its magnitude.
 FACTOR = 100.0
 _WINDOW = 100
-_FLOOR = 0.01
-# A norm that grows slowly carries its median along, so a norm also counts if it exceeds this many
-# times the norm of the first step.
-_GROWTH = 1e4
-# A loss counts as an explosion if it exceeds the loss at the start by this share of its magnitude:
-# _LOSS_RISE in a step, _END_RISE at the end. The latter is not 0, because a network that learnt
-# nothing ends a little above the start as often as below it.
+_FLOOR = 0.01  # norms near a minimum are small and jump
+_GROWTH = 1e4  # a norm that grows slowly carries its median along
 _LOSS_RISE = 1.0
-_END_RISE = 0.1
+_END_RISE = 0.1  # a network that learnt nothing ends above the start as often as below it
 
 DEFINITION = (
     "at some step the batch loss or the gradient norm was not finite; or the gradient norm was more "

@@ -16,14 +16,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .data import StudyError
 from .experiment import RunKey
 from .record import encode
 
 NAME = "journal.jsonl"
-
-
-class JournalError(ValueError):
-    """Raised when a journal cannot be resumed; the message says why and what to do."""
 
 
 class Journal:
@@ -36,7 +33,7 @@ class Journal:
         restart: Whether to drop the runs that are there. Default: False.
 
     Raises:
-        JournalError: The file is damaged, or belongs to another study or to one that is running.
+        StudyError: The file is damaged, or belongs to another study or to one that is running.
         OSError: The file cannot be written.
     """
 
@@ -56,7 +53,7 @@ class Journal:
             self.close()
             if isinstance(error, BlockingIOError):
                 running = f"{path}: a study is running in this folder; name another --out"
-                raise JournalError(running) from error
+                raise StudyError(running) from error
             raise
 
     def _go_on(self, plan: dict[str, Any], restart: bool) -> None:
@@ -66,7 +63,7 @@ class Journal:
         for number, line in enumerate(lines, 1):
             checksum, _, content = line.partition(b" ")
             if checksum != b"%08x" % zlib.crc32(content):
-                raise JournalError(
+                raise StudyError(
                     f"{self.path} is not the journal of a study (line {number} is not what was "
                     "written); name another --out, or add --restart to replace it"
                 )
@@ -91,7 +88,7 @@ class Journal:
         elif "session" in entry:
             self.sessions.append(0.0)
         elif names := [key for key in plan if entry["plan"].get(key) != plan[key]]:
-            raise JournalError(
+            raise StudyError(
                 f"{self.path} holds an unfinished study with other {' and '.join(names)}; go on with "
                 "the command it was started with, name another --out, or add --restart to drop it"
             )

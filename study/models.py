@@ -30,10 +30,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "leaky relu": nn.LeakyReLU,
     "elu": nn.ELU,
-    "selu": nn.SELU,
-    "gelu": nn.GELU,
     "tanh": nn.Tanh,
-    "sigmoid": nn.Sigmoid,
 }
 
 

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
+import datetime
 import json
 import math
 import os
 import platform
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from steadygrad.doctor import cpu_name, installed_version
+
 from .experiment import Experiment, RunKey
 from .explosion import DEFINITION
 from .tasks import Task
 
 NAME = "study.json"
-SCHEMA = 3
-_SCHEMAS = (2, SCHEMA)  # 2 also held rows and sentences that follow from the runs
+SCHEMA = 3  # schema 2 also held rows and sentences that follow from the runs
 _PACKAGES = ("steadygrad", "torch", "numpy", "mlxtend")
 
 DEFINITIONS = {
@@ -89,20 +89,21 @@ def describe(
     return value
 
 
+def now() -> str:
+    """Return the time in UTC, to the second."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that decide the numbers."""
-    known = {each.name: each.version for each in importlib.metadata.distributions()}
-    found = {package: known.get(package, "not installed as a package") for package in _PACKAGES}
+    found = {package: installed_version(package) for package in _PACKAGES}
     return {"python": platform.python_version(), **found}
 
 
 def machine() -> dict[str, Any]:
     """Return a description of the machine that the study ran on."""
-    info = Path("/proc/cpuinfo")
-    text = info.read_text(encoding="utf-8", errors="replace") if info.exists() else ""
-    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    processor = name[1] if name else platform.processor() or platform.machine()
-    return {"system": platform.platform(), "processor": processor, "cores": os.cpu_count() or 0}
+    cores = os.cpu_count() or 0
+    return {"system": platform.platform(), "processor": cpu_name(), "cores": cores}
 
 
 def without_folders(words: Sequence[str]) -> list[str]:
@@ -132,19 +133,22 @@ def write_text(text: str, path: Path) -> None:
 
 
 def read(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Read the records of studies.
+    """Read the records of studies; see :func:`read_json` for errors."""
+    expected = f"a study of schema {SCHEMA} or 2"
+    return [read_json(path, expected, (2, SCHEMA), "experiments") for path in paths]
+
+
+def read_json(path: Path, expected: str, schemas: Sequence[int], key: str) -> dict[str, Any]:
+    """Read a file that is ``expected`` to have one of the schemas, and ``key``.
 
     Raises:
-        ValueError: A file cannot be read, or is no record of a study; the message names it.
+        ValueError: The file cannot be read, or is something else; the message names it.
     """
-    documents = []
-    for path in paths:
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: expected JSON, got: {error}") from error
-        schema = record.get("schema") if isinstance(record, dict) else None
-        if schema not in _SCHEMAS or "experiments" not in record:
-            raise ValueError(f"{path}: expected a study of schema {SCHEMA} or 2, got {schema!r}")
-        documents.append(record)
-    return documents
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected JSON, got: {error}") from error
+    schema = found.get("schema") if isinstance(found, dict) else None
+    if schema not in schemas or key not in found:
+        raise ValueError(f"{path}: expected {expected}, got {schema!r}")
+    return dict(found)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import hashlib
 import math
 import os
@@ -24,13 +23,13 @@ from rich.table import Table
 from rich.text import Text
 
 from . import journal, record
-from .data import MissingDependencyError
+from .data import StudyError
 from .experiment import Experiment, Problem, RunKey
+from .experiments import Selection
 from .journal import Journal
-from .selection import Selection, SelectionError
 from .tasks import Task
 from .training import rehearse
-from .workers import Tasks, WorkerError, make_all
+from .workers import Tasks, make_all
 
 _QUICK_LIMIT_S = 200.0
 # Maps columns of the printed table to their headings.
@@ -55,9 +54,9 @@ class Settings:
 
     out: Path  # folder of the files, created if it does not exist
     jobs: int | None = None  # number of parallel processes; None: one per core
-    # CPU threads of torch in each process; None: 1. A second thread makes matrices of 100 x 100
-    # 5 % faster, and several times slower when its core is busy.
-    threads: int | None = None
+    # CPU threads of torch in each process. A second thread makes matrices of 100 x 100 5 % faster,
+    # and several times slower when its core is busy.
+    threads: int = 1
     limit_s: float | None = None  # no run begins later; None: no limit, 200 s if quick
     restart: bool = False  # drops an unfinished study instead of resuming it
 
@@ -84,12 +83,11 @@ def run_study(selection: Selection, settings: Settings, console: Console) -> int
         if not settings.restart:
             _spare_results(list(loaded), settings.out / record.NAME)
         study = _Study(selection, settings, loaded)
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         path = settings.out / journal.NAME
         plan = study.what_decides_the_numbers()
-        with contextlib.closing(Journal(path, plan, now, settings.restart)) as made:
+        with contextlib.closing(Journal(path, plan, record.now(), settings.restart)) as made:
             return study.carry_out(made, console)
-    except (MissingDependencyError, ValueError, WorkerError) as error:
+    except ValueError as error:
         return _complain(console, str(error))
     except OSError as error:
         name = error.filename or f"{settings.out} or standard output"
@@ -106,7 +104,7 @@ def _load(experiment: Experiment) -> dict[str, Task]:
                 rehearse(experiment, key, task, measure=arm is experiment.arms[0])
             except Exception as error:
                 place = f"study: {experiment.name}, {name}, arm {arm.name!r}"
-                raise SelectionError(f"{place}: {type(error).__name__}: {error}") from error
+                raise StudyError(f"{place}: {type(error).__name__}: {error}") from error
     return tasks
 
 
@@ -114,14 +112,14 @@ def _spare_results(names: list[str], path: Path) -> None:
     """Refuse to overwrite the results of another study.
 
     Raises:
-        SelectionError: The file at ``path`` holds other experiments, or is no record.
+        StudyError: The file at ``path`` holds other experiments, or is no record.
     """
     try:
         there = [experiment["name"] for experiment in record.read([path])[0]["experiments"]]
     except (ValueError, KeyError, TypeError):
         there = []
     if path.exists() and there != names:
-        raise SelectionError(
+        raise StudyError(
             f"study: {path} has the results of {', '.join(there) or 'something else'}; name another "
             "--out, or add --restart to replace them"
         )
@@ -137,7 +135,7 @@ class _Study:
         loaded: Mapping[str, tuple[Experiment, Tasks]],
     ) -> None:
         self.selection, self.settings, self.loaded = selection, settings, loaded
-        self.threads = settings.threads or 1
+        self.threads = settings.threads
         self.jobs = settings.jobs or len(os.sched_getaffinity(0))
         self.files = [Path(name) for name in selection.names if name.endswith(".py")]
         # All experiments run one seed before the next, so a study cut short has compared all arms.
@@ -258,7 +256,7 @@ def print_tables(document: Mapping[str, Any], console: Console) -> None:
                 names = [str(arm)] + [""] * (len(own) - 1)
                 for text, row in zip(names, own.itertuples(), strict=True):
                     cells = [tables.COLUMNS[name](row) for name in _PRINTED]
-                    cells += [row.metric.short(), row.seconds.text(1e3).partition(" ")[0]]
+                    cells += [row.metric.text(short=True), row.seconds.text(1e3).partition(" ")[0]]
                     grid.add_row(Text(text, style="bold"), *cells)
                 grid.add_section()
             console.print(grid)

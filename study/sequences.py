@@ -40,12 +40,11 @@ class _Generated(Task):
             yield self._draw(batch_size, generator)
 
     def training_loss(self, model: nn.Module) -> float:
-        with torch.no_grad():
-            return self.loss(model(self._fixed[0]), self._fixed[1]).item()
+        return self.loss(model(self._fixed[0]), self._fixed[1]).item()
 
     def measure(self, model: nn.Module) -> float | None:
-        with torch.no_grad():  # parts, whose states fit into a cache
-            outputs = torch.cat([model(part) for part in self._test[0].split(_TOGETHER)])
+        # The states of a part fit into a cache.
+        outputs = torch.cat([model(part) for part in self._test[0].split(_TOGETHER)])
         if not bool(outputs.isfinite().all()):
             return None
         return self._wrong(outputs, self._test[1]).float().mean().item()
@@ -197,8 +196,7 @@ class NextCharacter(Task):
         return bits if math.isfinite(bits) else None
 
     def _loss_on(self, model: nn.Module, pieces: Tensor) -> float:
-        with torch.no_grad():
-            return self.loss(model(pieces[:, :-1]), pieces[:, 1:]).item()
+        return self.loss(model(pieces[:, :-1]), pieces[:, 1:]).item()
 
 
 def _pieces(codes: Tensor, length: int) -> Tensor:

@@ -39,19 +39,13 @@ class Mean(NamedTuple):
     high: float
     finite: int
 
-    def text(self, factor: float = 1.0) -> str:
-        """Return the mean times ``factor``, with its interval in brackets."""
+    def text(self, factor: float = 1.0, short: bool = False) -> str:
+        """Return the mean times ``factor``, with its interval; ``short`` has two decimals."""
         if not self.finite:
             return NOTHING
-        mean, low, high = (figure(factor * value) for value in self[:3])
-        return mean if math.isnan(self.low) else f"{mean} ({low} to {high})"
-
-    def short(self) -> str:
-        """Return the mean and its interval with two decimals, for a terminal."""
-        if not self.finite:
-            return NOTHING
-        mean, low, high = (f"{value:.2f}" for value in self[:3])
-        return mean if math.isnan(self.low) else f"{mean} ({low}-{high})"
+        scaled = [factor * value for value in self[:3]]
+        mean, low, high = (f"{value:.2f}" if short else figure(value) for value in scaled)
+        return mean if math.isnan(self.low) else f"{mean} ({low}{'-' if short else ' to '}{high})"
 
 
 def mean_of(values: pd.Series, least: float = -math.inf, most: float = math.inf) -> Mean:

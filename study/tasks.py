@@ -59,7 +59,10 @@ class Task(ABC):
 
     @abstractmethod
     def training_loss(self, model: nn.Module) -> float:
-        """Return the loss on a fixed part of the training data, the same on every call."""
+        """Return the loss on a fixed part of the training data, the same on every call.
+
+        It is called without gradients, as :meth:`measure` is.
+        """
 
     @abstractmethod
     def measure(self, model: nn.Module) -> float | None:
@@ -111,12 +114,10 @@ class Classification(Task):
         # About 1,000 examples, spread evenly over the training part, are enough.
         every = max(1, len(self.data.train_labels) // 1000)
         inputs, labels = self.data.train_inputs[::every], self.data.train_labels[::every]
-        with torch.no_grad():
-            return cross_entropy(model(inputs), labels).item()
+        return cross_entropy(model(inputs), labels).item()
 
     def measure(self, model: nn.Module) -> float | None:
-        with torch.no_grad():
-            outputs = model(self.data.test_inputs)
+        outputs = model(self.data.test_inputs)
         if not bool(outputs.isfinite().all()):
             return None  # the argmax of NaN is class 0, which is not a prediction
         labels = self.data.test_labels

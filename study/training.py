@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from steadygrad import accumulate
+from steadygrad import Stabilizer, accumulate
 
-from .arms import OurStepper
 from .experiment import Experiment, RunKey
 from .explosion import first_explosion
 from .models import ActivationTerm
+from .remedies import TorchStepper
 from .tasks import Batch, Task
 
 _CURVE_POINTS = 64
@@ -116,9 +116,10 @@ class _Training:
         self.model: nn.Module = spec.build(self.task.inputs, self.task.outputs, generator)
         self.names, parameters = zip(*self.model.named_parameters(), strict=True)
         self.parameters: list[nn.Parameter] = list(parameters)
-        self.stepper = self.arm.stepper(self.parameters, key.learning_rate, self.problem.momentum)
-        optimizer = self.stepper.optimizer
-        self.scheduler = self.arm.schedule and self.arm.schedule(optimizer, self.problem.steps)
+        stepper = self.arm.stepper(self.parameters, key.learning_rate, self.problem.momentum)
+        self.stepper = stepper
+        self.optimizer = stepper if isinstance(stepper, Stabilizer) else stepper.optimizer
+        self.scheduler = self.arm.schedule and self.arm.schedule(self.optimizer, self.problem.steps)
         self.batches = self.task.batches(self.problem.batch_size, generator)
         self.terms = [each for each in self.model.modules() if isinstance(each, ActivationTerm)]
         self.losses: list[float] = []
@@ -146,15 +147,16 @@ class _Training:
         """Make one optimizer step; the time of taking norms for the record is not counted."""
         count = self.arm.accumulate
         micro_batches = [next(self.batches) for _ in range(count)]
-        ours = count > 1 and isinstance(self.stepper, OurStepper)
+        ours = count > 1 and self.stepper is self.optimizer
         began = time.perf_counter()
-        self.stepper.optimizer.zero_grad()
+        self.optimizer.zero_grad()
         losses: list[Tensor] = []
-        saved = _Saved() if not self.losses else None
+        saved: dict[int, int] = {}
         for batch in micro_batches:
             # Counting the first is enough, since each backward frees its memory for the next.
-            counted = saved if saved and not losses else contextlib.nullcontext()
-            summed = accumulate(self.stepper.optimizer) if ours else contextlib.nullcontext()
+            first = not self.losses and not losses
+            counted = _counting(saved) if first else contextlib.nullcontext()
+            summed = accumulate(self.optimizer) if ours else contextlib.nullcontext()
             with counted, summed:
                 loss, total = self.loss(batch)
                 (total if ours or count == 1 else total / count).backward()
@@ -170,19 +172,21 @@ class _Training:
         if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step()
         self.seconds.append(paused - began + time.perf_counter() - resumed)
-        if saved is not None:
-            states = self.stepper.optimizer.state.values()
+        if not self.losses:
+            states = self.optimizer.state.values()
             state = [v for entry in states for v in entry.values() if isinstance(v, Tensor)]
             kept = (*self.parameters, *gradients, *state)
-            self.memory = saved.count + sum(tensor.nbytes for tensor in kept)
+            self.memory = sum(saved.values()) + sum(tensor.nbytes for tensor in kept)
         self.losses.append(statistics.fmean(loss.item() for loss in losses))
         norm = self.stepper.grad_norm
-        self.norms.append(math.hypot(*self.parameter_norms[-1]) if norm is None else norm)
+        self.norms.append(math.hypot(*self.parameter_norms[-1]) if norm is None else norm.item())
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the loss of the task, and the loss with penalties, which is differentiated."""
         loss = total = self.task.loss(self.model(batch[0]), batch[1])
-        for term in (self.stepper.penalty(), *(module.term for module in self.terms)):
+        # A Stabilizer adds its penalties in the step.
+        penalty = self.stepper.penalty() if isinstance(self.stepper, TorchStepper) else None
+        for term in (penalty, *(module.term for module in self.terms)):
             if term is not None:
                 total = total + term
         return loss, total
@@ -206,10 +210,11 @@ class _Training:
         return len(places) - 1 - places.index(self.best[1]) >= self.arm.early_stopping
 
     def evaluating(self, measure: Callable[[nn.Module], Any]) -> Any:
-        """Return what ``measure`` returns for the network in evaluation mode."""
+        """Return what ``measure`` returns for the network in evaluation mode, without gradients."""
         self.model.eval()
         try:
-            return measure(self.model)
+            with torch.no_grad():
+                return measure(self.model)
         finally:
             self.model.train()
 
@@ -257,21 +262,16 @@ class _Training:
         )
 
 
-class _Saved(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the bytes that autograd keeps for backward, each storage once."""
+def _counting(saved: dict[int, int]) -> torch.autograd.graph.saved_tensors_hooks:
+    """Return a context that notes the bytes of each storage that autograd keeps for backward."""
 
-    def __init__(self) -> None:
-        self._seen: set[int] = set()
-        self.count = 0
-        super().__init__(self._pack, lambda tensor: tensor)
-
-    def _pack(self, tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        # Saved parameters are counted elsewhere.
-        if storage.data_ptr() not in self._seen and not isinstance(tensor, nn.Parameter):
-            self._seen.add(storage.data_ptr())
-            self.count += storage.nbytes()
+        if not isinstance(tensor, nn.Parameter):  # parameters are counted elsewhere
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
 
 
 def _norms(gradients: Sequence[Tensor]) -> list[float]:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arms import Arm, OurStepper
+import steadygrad as sg
+
 from .experiment import Experiment, Problem
-from .remedies import named
+from .remedies import Arm, named
 from .sequences import NextCharacter
 
 _LONGEST = 256
@@ -109,12 +110,12 @@ class AdamWArm(Arm):
 
     def stepper(
         self, parameters: Sequence[nn.Parameter], learning_rate: float, momentum: float
-    ) -> OurStepper:
+    ) -> sg.Stabilizer:
         """Make AdamW with this remedy in front of it; ``momentum`` is its beta1."""
         adamw: Any = torch.optim.AdamW(
             parameters, learning_rate, (momentum, 0.999), weight_decay=self.weight_decay
         )
-        return OurStepper(adamw, self)
+        return self.stabilized(adamw)
 
 
 def _with_adamw(arm: Arm) -> AdamWArm:

@@ -16,19 +16,16 @@ from typing import Any
 
 import torch
 
+from .data import StudyError
 from .experiment import Experiment, RunKey
+from .experiments import Selection
 from .record import encode
-from .selection import Selection
 from .tasks import Task
 from .training import train
 
 Item = tuple[str, RunKey]
 Run = dict[str, Any]  # a run as JSON values
 Tasks = Mapping[str, Task]  # tasks by the names of their problems
-
-
-class WorkerError(RuntimeError):
-    """Raised when a run could not be made; the message says which and why."""
 
 
 @lru_cache  # a process works for one study only
@@ -44,7 +41,7 @@ def _make(selection: Selection, item: Item, loaded: tuple[Experiment, Tasks] | N
         experiment, tasks = loaded or _load(selection, name)
         run: Run = encode(train(experiment, key, tasks[key.problem]))
     except Exception as error:
-        raise WorkerError(f"{_named(item)}: {traceback.format_exc(limit=-3)}") from error
+        raise StudyError(f"{_named(item)}: {traceback.format_exc(limit=-3)}") from error
     return run
 
 
@@ -63,7 +60,7 @@ def make_all(
     finished and no others begin.
 
     Raises:
-        WorkerError: A process died, or a run raised.
+        StudyError: A process died, or a run raised.
     """
     waiting, under_way = list(reversed(items)), dict[Future[Run], Item]()
     if jobs == 1:
@@ -91,7 +88,7 @@ def make_all(
         for child in children:
             child.join(5)
         codes = [c.exitcode for c in children if c.exitcode not in (None, 0, -signal.SIGTERM)]
-        raise WorkerError(
+        raise StudyError(
             f"{'; or '.join(map(_named, [item, *under_way.values()]))}: its process ended with exit "
             f"code {next(iter(codes), 'unknown')}; finished runs are kept"
         ) from error

@@ -62,10 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run()
     except BrokenPipeError:  # A reader such as head has closed the pipe.
-        _drop_output()
+        drop_output()
         return 1
     except _CannotPrint as error:
-        _drop_output()
+        drop_output()
         sys.stderr.write(f"doctor: standard output cannot be written: {error}\n")
         return 1
     except KeyboardInterrupt:
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _drop_output() -> None:
+def drop_output() -> None:
     """Discards what is still buffered for standard output: Python would fail again when it flushes that at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
@@ -141,7 +141,7 @@ def version_facts() -> list[Fact]:
         Fact("torch", _imported_version("torch")),
         Fact("numpy", _imported_version("numpy")),
         Fact("platform", platform.platform()),
-        Fact("CPU", f"{_cpu_name()}, {os.cpu_count()} logical cores"),
+        Fact("CPU", f"{cpu_name()}, {os.cpu_count()} logical cores"),
     ]
 
 
@@ -199,7 +199,7 @@ def cuda_facts(torch: ModuleType, kernels: ModuleType) -> list[Fact]:
         remedy = f"install the CUDA toolkit, so that nvcc is found, and {REINSTALL}" if seen else ""
         unused = ", though torch sees a GPU" if seen else ""
         return [Fact("backend", f"cuda: not compiled{unused}", remedy)]
-    toolkit, driver = (_cuda_version(info[key]) for key in ("runtime_version", "driver_version"))
+    toolkit, driver = (cuda_version(info[key]) for key in ("runtime_version", "driver_version"))
     compiled = (
         f"cuda: compiled with CUDA {toolkit} for {info['architectures'] or 'no architecture'}"
     )
@@ -234,7 +234,8 @@ def usable_devices(torch: ModuleType, kernels: ModuleType) -> list[str]:
     return ["cpu", *(["cuda"] if seen and devices and devices[0]["usable"] else [])]
 
 
-def _cuda_version(number: int) -> str:
+def cuda_version(number: int) -> str:
+    """Returns CUDA's version as people write it: 13000 is 13.0."""
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
@@ -362,7 +363,8 @@ def _imported_version(name: str) -> str:
         return installed_version(name)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Returns the name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

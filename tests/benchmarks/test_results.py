@@ -13,10 +13,10 @@ import pytest
 from rich.console import Console
 
 from benchmarks import batch_norm as norms
-from benchmarks import candidates, cases, results, tables
+from benchmarks import candidates, cases, report, results
 from benchmarks.__main__ import main
 from benchmarks.case import Case
-from benchmarks.page import ratio_chart, write_page
+from benchmarks.report import ratio_chart, write_page
 from benchmarks.results import read_result
 
 COMMITTED = sorted(results.RESULTS.glob("*.json"))
@@ -29,7 +29,7 @@ def result() -> dict[str, Any]:
 
 def text_of(result: dict[str, Any], width: int = 120, targets: bool = False) -> str:
     console = Console(file=io.StringIO(), width=width)
-    tables.show(console, tables.render(result, targets))
+    report.show(console, report.render(result, targets))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 

@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from benchmarks.timer import Candidate, DeviceRace, Race, Timing, once_over, rotating
+from benchmarks.timer import Candidate, DeviceRace, Race, Timing, once_over
 
 
 class FakeClock:
@@ -152,6 +152,17 @@ def test_a_lap_is_long_enough_to_time_and_no_longer() -> None:
     assert max(queue.head_starts) < 1e-3
 
 
+def test_a_lap_over_several_sets_is_no_longer_and_gives_seconds_per_call() -> None:
+    queue = Queue()
+    over_sets = once_over([launching(queue, "ours", 1e-7, 1e-5) for _ in range(5)])
+    race = DeviceRace([over_sets], queue, queue.clock)
+    race.calibrate()
+    assert race.calls[0] == 64 // 5
+    (timing,) = race.run(0.0, 1, 1)
+    assert timing.wall == pytest.approx([1e-5], rel=0.05)
+    assert timing.device == pytest.approx([1e-5])
+
+
 def logging_candidates(log: list[str], count: int) -> list[Candidate]:
     return [
         Candidate(
@@ -159,19 +170,6 @@ def logging_candidates(log: list[str], count: int) -> list[Candidate]:
         )
         for n in range(count)
     ]
-
-
-def test_rotating_takes_turns_and_prepares_each() -> None:
-    log: list[str] = []
-    several = logging_candidates(log, 2)
-    candidate = rotating(several)
-    for _ in range(3):
-        candidate.prepare()
-        candidate.run()
-    assert candidate.name == "ours"
-    expected = ["prepare 0", "run 0", "prepare 1", "run 1", "prepare 0", "run 0"]
-    assert log == expected
-    assert rotating(several[:1]) is several[0]
 
 
 def test_once_over_calls_each_and_counts_them() -> None:

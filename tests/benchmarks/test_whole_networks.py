@@ -23,6 +23,6 @@ def test_the_networks_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(known_blocks, "_REGISTERED", {})
     monkeypatch.setattr(whole_networks, "memory", lambda *_: "")
     monkeypatch.setattr(whole_networks, "speed", speed)
-    monkeypatch.setattr("sys.argv", ["whole_networks", "--threads", "1"])
+    monkeypatch.setattr(whole_networks, "THREADS", 1)
     whole_networks.main()
     assert found == {"batch norm + ReLU": 9, "batch norm + add + ReLU": 8}

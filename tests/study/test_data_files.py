@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from study.data_files import DataFileError, cifar10, datasets_in, mnist
+from study.data import StudyError, cifar10, datasets_in, mnist
 
 TRAIN, TEST = 30, 20
 NAMES = (
@@ -88,7 +88,7 @@ def cifar_archive(folder: Path, names: tuple[str, ...] = tuple(BATCHES)) -> Path
 
 
 def refused(load: Callable[[Path], object], folder: Path, *words: str) -> None:
-    with pytest.raises(DataFileError) as info:
+    with pytest.raises(StudyError) as info:
         load(folder)
     for word in words:
         assert word in str(info.value)

@@ -22,7 +22,8 @@ from rich.console import Console
 import study
 from study import Run, RunKey, Selection, Settings, runner, workers
 from study.__main__ import main
-from study.journal import NAME, Journal, JournalError
+from study.data import StudyError
+from study.journal import NAME, Journal
 from study.record import encode
 from tests.study.runs import EXPLODED, a_run
 from tests.study.runs import one_thread as one_thread
@@ -171,22 +172,22 @@ def test_a_journal_of_another_study_is_refused(tmp_path: Path, console: Console)
     with contextlib.closing(Journal(path, plan, "later")) as again:
         assert (again.started, len(again.runs), len(again.sessions)) == ("now", 2, 2)
         assert again.runs["tiny", RunKey("blobs", "none", 0.01, 1)] == encode(EXPLODED)
-        with pytest.raises(JournalError, match="a study is running in this folder"):
+        with pytest.raises(StudyError, match="a study is running in this folder"):
             Journal(path, plan, "later")
-    with pytest.raises(JournalError, match="an unfinished study with other experiments"):
+    with pytest.raises(StudyError, match="an unfinished study with other experiments"):
         Journal(path, plan | {"experiments": [2]}, "later")
     whole = path.read_bytes()
     for place in (
         i for i in range(0, len(whole), 41) if whole[i] != ord("\n")
     ):  # each changes a seed, arm or result
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        with pytest.raises(JournalError, match=r"line \d is not what was written"):
+        with pytest.raises(StudyError, match=r"line \d is not what was written"):
             Journal(path, plan, "later")
     path.write_bytes(whole[:-9])  # the run of the line that was cut short is made again
     with contextlib.closing(Journal(path, plan, "later")) as again:
         assert len(again.runs) == 2
     path.write_text("not a journal\n")
-    with pytest.raises(JournalError, match="is not the journal of a study"):
+    with pytest.raises(StudyError, match="is not the journal of a study"):
         Journal(path, {}, "later")
 
 

@@ -76,11 +76,6 @@ def test_split_is_disjoint_complete_and_fixed_by_its_seed() -> None:
     assert not torch.equal(test, split_indices(labels, 5, seed=2)[1])
 
 
-def test_split_refuses_to_take_a_whole_class() -> None:
-    with pytest.raises(ValueError, match=r"split_indices: .*test_per_class=3.* got 2 of class 1"):
-        split_indices(torch.tensor([0, 0, 0, 0, 1, 1]).numpy(), 3, seed=0)
-
-
 def test_raw_pixels_are_those_of_the_images(digits: Dataset) -> None:
     raw = raw_pixels(Classification(digits))
     assert isinstance(raw, Classification)
