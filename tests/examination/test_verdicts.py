@@ -213,8 +213,25 @@ def test_attention_that_has_collapsed() -> None:
 def test_every_threshold_has_a_source_and_every_verdict_a_threshold() -> None:
     assert all(re.search(r"\d{4}|study|report", t.source) for t in THRESHOLDS.values())
     text = (Path(sg.__file__).parent / "examination" / "verdicts.py").read_text()
-    named = set(re.findall(r"(?:verdict|above)\(\"([a-z ]+)\"", text)) - {"lost", "unused"}
-    assert named <= set(THRESHOLDS)
+    named = set(re.findall(r"say\(\"([a-z ]+)\"", text)) - {"lost"}
+    assert named == set(THRESHOLDS)
+
+
+def test_a_parameter_that_the_loss_does_not_use_is_no_reason_to_try_remedies() -> None:
+    class Spare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.spare = mlp(3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.used(x)
+            return out
+
+    model = Spare()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    found = sg.examine(model, cross_entropy, batches(), optimizer=optimizer)
+    assert found.verdicts == [] and found.trials == []
+    assert "unused     spare.weight, spare.bias" in str(found)
 
 
 def test_what_the_verdicts_say_of_the_study_is_what_it_says() -> None:
