@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 from steadygrad.examination.recording import Layer, Units
 
-RISEN = 5.0  # A trial ends, and counts as lost, when the loss has risen to this many times the loss at the start.
 _SHOWN = 8
 
 
@@ -64,6 +63,8 @@ class Trial:
             after 16, 32 and 64 steps of the network as it is, and at the end of a warm-up. NaN if unknown.
         first_step: Length of the first step, divided by the norm of the parameters.
         losses: Loss of each step; at most 128 steps of the network as it is, and 16 of a remedy.
+        start: Mean loss over the batches before the first step.
+        end: Last loss if it rose out of bounds, else the mean of the last quarter of the losses.
     """
 
     remedy: str
@@ -71,18 +72,13 @@ class Trial:
     ratios: tuple[float, ...]
     first_step: float
     losses: tuple[float, ...]
-
-    @property
-    def end(self) -> float:
-        """Returns the last loss if it rose out of bounds, else the mean of the last quarter of the losses."""
-        risen = not self.losses[-1] <= RISEN * abs(self.losses[0])
-        return self.losses[-1] if risen else statistics.fmean(self.losses[-len(self.losses) // 4 :])
+    start: float
+    end: float
 
     def __str__(self) -> str:
         """Returns a row of the table of remedies."""
-        way = f"{self.losses[0]:.3g} -> {self.end:.3g} in {len(self.losses)} steps"
-        falls = self.end < 0.99 * self.losses[0]
-        verdict = ("holds" if falls else "flat") if self.holds else "lost"
+        way = f"{self.start:.3g} -> {self.end:.3g} in {len(self.losses)} steps"
+        verdict = ("holds" if self.end < 0.99 * self.start else "flat") if self.holds else "lost"
         return f"{self.remedy:<24} {verdict:<6} {way:<34} {self.first_step:>10.2g} {self.ratios[0]:>10.2g}"
 
 

@@ -27,13 +27,14 @@ def measure(
     loss_of: LossOf,
     batches: Iterable[Any],
     loss_scale: float,
+    underflow: bool = False,
 ) -> tuple[Examination, list[Tensor]]:
     """Returns what passes over the batches show, and the mean square of each element of the gradients.
 
     ``.grad`` is not touched. The gradients of parameters are unscaled, those of layers are of the scaled loss.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    recorder = Recorder(model)
+    recorder = Recorder(model, underflow)
     losses: list[float] = []
     totals: list[float] = []
     norms: dict[str, list[float]] = {name: [] for name in trained}
@@ -52,26 +53,27 @@ def measure(
                 square += gradient.square()
     layers = list(recorder.layers.values())
     for before, after in itertools.pairwise(layers):
-        after.gain = _ratio(after.rms, before.rms)
-        before.gradient_gain = _ratio(before.gradient_norm, after.gradient_norm)
+        after.gain = ratio(after.rms, before.rms)
+        before.gradient_gain = ratio(before.gradient_norm, after.gradient_norm)
     rows = []
     for name, p in model.named_parameters():
         state = "" if norms.get(name) else "unused" if p.requires_grad else "frozen"
         own = torch.tensor(norms.get(name) or [math.nan], dtype=torch.float64)
         deviation, norm = map(float, torch.std_mean(own, correction=0))
-        share, ratio = _ratio(norm, statistics.fmean(totals)), _ratio(norm, norm_of([p]))
-        rows.append(ParameterGradient(name, norm, share, ratio, _ratio(deviation, norm), state))
+        share, relative = ratio(norm, statistics.fmean(totals)), ratio(norm, norm_of([p]))
+        rows.append(ParameterGradient(name, norm, share, relative, ratio(deviation, norm), state))
     found = Examination(layers, rows, list(recorder.units.values()), losses, totals)
     weighted = [layer for layer in layers if layer.has_weight]
     if weighted:
         first = layers[0] if layers[0].name == "input" else weighted[0]
         found.depth = len(weighted)
-        found.factor = _ratio(weighted[-1].rms, first.rms)
-        found.gradient_factor = _ratio(weighted[0].gradient_norm, weighted[-1].gradient_norm)
+        found.factor = ratio(weighted[-1].rms, first.rms)
+        found.gradient_factor = ratio(weighted[0].gradient_norm, weighted[-1].gradient_norm)
     return found, [square / len(losses) for square in squares]
 
 
-def _ratio(value: float, by: float) -> float:
+def ratio(value: float, by: float) -> float:
+    """Returns ``value / by``; NaN if ``by`` is 0."""
     return value / by if by else math.nan
 
 
@@ -153,7 +155,7 @@ def measure_underflow(
     if isinstance(batch, (tuple, list)):
         batch = [x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in batch]
     with torch.autocast(device, enabled=False):
-        whole, _ = measure(copied(model).float(), loss_of, [batch], loss_scale)
+        whole, _ = measure(copied(model).float(), loss_of, [batch], loss_scale, True)
     for layer in whole.layers:
         if (layer.name, layer.call) in half:
             half[layer.name, layer.call].lost = layer.lost

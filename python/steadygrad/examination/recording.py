@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _SATURATED = 0.99  # There tanh passes on 2 % of the gradient, and a sigmoid 1 %.
-_FP16_LOST = 2.0**-25  # Smaller magnitudes round to 0 in fp16, whose smallest number is 2^-24.
 _KINDS = {"relu": "ReLU", "tanh": "tanh", "sigmoid": "sigmoid", "_softmax": "softmax"}
 
 
@@ -42,7 +41,7 @@ class Layer:
         gradients: Numbers of the loss's gradient with respect to the output, by batch.
         gain: Root mean square of the output, divided by that of the layer before.
         gradient_gain: Norm of the gradient, divided by that of the layer after.
-        lost: Share of the gradient's elements that round to 0 in fp16, in the last batch.
+        lost: Share of the gradient's elements that round to 0 in fp16; NaN for a layer that does not compute in fp16.
     """
 
     name: str
@@ -109,12 +108,13 @@ class Units:
 class Recorder(TorchDispatchMode):
     """Records a model's forward passes, and the backward pass after each.
 
-    ``layers`` and ``units`` are in the order of execution; the model's input is the first layer.
+    ``layers`` and ``units`` are in the order of execution; the model's input is the first layer. ``underflow`` says
+    whether to count what fp16 would lose.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, underflow: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.model, self.batch = model, -1
+        self.model, self.underflow, self.batch = model, underflow, -1
         self.layers: dict[tuple[str, int], Layer] = {}
         self.units: dict[tuple[str, str, int], Units] = {}
         self._stack: list[tuple[str, nn.Module, int]] = []
@@ -170,8 +170,9 @@ class Recorder(TorchDispatchMode):
 
         def add(gradient: Tensor) -> None:
             layer.gradients[batch] = _numbers(gradient)
-            small = (gradient != 0) & (gradient.abs() < _FP16_LOST)
-            layer.lost = float(small.sum() / gradient.count_nonzero().clamp_min(1))
+            if self.underflow:
+                present, left = gradient.count_nonzero(), gradient.half().count_nonzero()
+                layer.lost = float((present - left) / present.clamp_min(1))
 
         if tensor.requires_grad and name != "input":
             tensor.register_hook(add)

@@ -16,17 +16,18 @@ from torch.optim.lr_scheduler import LinearLR
 
 from steadygrad.clip import clip_grad_norm_
 from steadygrad.examination.curvature import sharpness
-from steadygrad.examination.examination import RISEN, Examination, Trial
-from steadygrad.examination.measuring import LossOf, copied, norm_of
+from steadygrad.examination.examination import Examination, Trial
+from steadygrad.examination.measuring import LossOf, copied, norm_of, ratio
 
-# A run is lost if its loss rises to 5 times the loss at the start. It is also lost if the loss has not fallen to 0.7 of
-# that at the start and the learning rate is too large for the curvature. For the network as it is, which gets 128
-# steps, the rate is too large if it stays above 0.3 of the largest stable one. For a remedy, which gets 16 steps, it is
-# too large if it is 5 times the largest stable rate at the start, and still above 0.3 of it at the end of a warm-up.
-# docs/examine.md says how these numbers were chosen, and how well they predict other runs.
+# A run is lost if its loss rises to 5 times the largest loss that a batch has at the start. It is also lost if the loss
+# has not fallen to 0.7 of the mean over the batches at the start and the learning rate is too large for the curvature.
+# For the network as it is, which gets 128 steps, the rate is too large if it stays above 0.3 of the largest stable one.
+# For a remedy, which gets 16 steps, it is too large if it is 5 times the largest stable rate at the start, and still
+# above 0.3 of it at the end of a warm-up. docs/examine.md says how these numbers were chosen, and how well they predict
+# other runs.
 STEPS, REMEDY_STEPS = 128, 16
 _LOOKS = (16, 32, 64)
-_FALLEN, EDGE, _UNSTABLE = 0.7, 0.3, 5.0
+RISEN, _FALLEN, EDGE, _UNSTABLE = 5.0, 0.7, 0.3, 5.0
 _PRODUCTS, _MICRO_BATCHES = 8, 4
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _UNBOUNDED = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Softplus)
@@ -108,6 +109,9 @@ def _try(
     if warm_up:
         looks.add(REMEDY_STEPS - 1)  # At the end of the warm-up the rate is nearly full.
     parameters = [p for p in network.parameters() if p.requires_grad]
+    # Batches differ: a loss says little beside that of another batch.
+    starts = [loss_of(network, batch).item() for batch in batches]
+    start, bound = statistics.fmean(starts), RISEN * max(map(abs, starts))
     losses: list[float] = []
     ratios: list[float] = []
     first_step = math.nan
@@ -121,7 +125,7 @@ def _try(
             loss = loss_of(network, batch) / micro_batches
             losses[-1] += loss.item()
             loss.backward(inputs=parameters)
-        if not losses[-1] <= RISEN * abs(losses[0]):  # "not <=" is true of NaN, too.
+        if not losses[-1] <= bound:  # "not <=" is true of NaN, too.
             break
         norm = float(clip_grad_norm_(parameters, limit))
         if step in looks:
@@ -138,15 +142,16 @@ def _try(
             schedule.step()
         if not step:
             moved = norm_of(p - b for p, b in zip(parameters, before, strict=True))
-            first_step = moved / max(norm_of(before), 1e-30)
-    trial = Trial(remedy, True, tuple(ratios or [math.nan]), first_step, tuple(losses))
-    trial.holds = len(losses) == steps and losses[-1] <= RISEN * abs(losses[0])
+            first_step = ratio(moved, norm_of(before))
+    holds = losses[-1] <= bound
+    end = statistics.fmean(losses[-len(losses) // 4 :]) if holds else losses[-1]
     # A clip bounds every step; batch norm and tanh bound what large weights can do.
-    if limit == math.inf and not bounded and trial.end > _FALLEN * abs(losses[0]):
+    if limit == math.inf and not bounded and end > _FALLEN * abs(start):
         late = statistics.median([r for r in ratios[1:] if not math.isnan(r)] or [0.0])
         too_fast = late > EDGE if plain else ratios[0] > _UNSTABLE and ratios[-1] > EDGE
-        trial.holds = trial.holds and not too_fast
-    return trial
+        holds = holds and not too_fast
+    ratios = ratios or [math.nan]
+    return Trial(remedy, holds, tuple(ratios), first_step, tuple(losses), start, end)
 
 
 def _twin(
@@ -161,9 +166,9 @@ def _twin(
     bases: Any = type(optimizer).__mro__
     kind = next(base for base in bases if base.__module__.startswith("torch.optim."))
     copied: torch.optim.Optimizer = kind([group for group in groups if group["params"]])
-    for p, state in optimizer.state.items():
-        if p in twins:
-            copied.state[twins[p]] = copy.deepcopy(state)
+    for p, twin in twins.items():
+        if p in optimizer.state:
+            copied.state[twin] = copy.deepcopy(optimizer.state[p])
     return copied
 
 

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from steadygrad.examination.examination import RISEN, Examination, Verdict
+from steadygrad.examination.examination import Examination, Verdict
 from steadygrad.examination.recording import Layer, Numbers
+from steadygrad.examination.trials import STEPS
 
 
 class Threshold(NamedTuple):
@@ -224,12 +225,12 @@ class _Verdicts:
                 then = "; tried on a copy, it holds all the same"
                 continue
             text = (
-                f"the run will be lost: tried on a copy, the loss went from {tried.losses[0]:.3g} to "
+                f"the run will be lost: tried on a copy, the loss went from {tried.start:.3g} to "
                 f"{tried.end:.3g} in {len(tried.losses)} steps"
             )
             if ratio > 1 and not caused:
                 text += f", at {ratio:,.3g} x the largest stable learning rate"
-            elif tried.end <= RISEN * abs(tried.losses[0]) and not caused:
+            elif len(tried.losses) == STEPS and not caused:
                 text += ", at a rate that its curvature does not allow"
             # A clip only hides a cause that a better initialisation removes, so it does not come first.
             order = [*REMEDIES] if caused else ["clip", *REMEDIES]
