@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from steadygrad.examination.examination import Examination, Verdict
-from steadygrad.examination.recording import Layer, Numbers
+from steadygrad.examination.recording import Numbers
 from steadygrad.examination.trials import STEPS
 
 
@@ -40,10 +40,10 @@ THRESHOLDS = {
     "underflow": Threshold(0.05, "share lost; Micikevicius et al. 2018", "loss scale"),
     "inputs": Threshold(10.0, "root mean square; LeCun et al. 1998", "normalised data"),
     "vanishing": Threshold(1e-4, "over all layers; Glorot and Bengio 2010", "initialisation"),
-    "first step": Threshold(1.0, "by the parameters' norm; You et al. 2017", "clip"),
     "rate": Threshold(
         1.0, "lr by the largest stable one; Cohen et al. 2021, Gilmer et al. 2022", "learning rate"
     ),
+    "first step": Threshold(1.0, "by the parameters' norm; You et al. 2017", "clip"),
     "spike": Threshold(10.0, "largest norm by the median; opt.report()", "spikes"),
     "entropy": Threshold(0.05, "share of a uniform one's; Zhai et al. 2023", "attention"),
 }
@@ -137,10 +137,11 @@ class _Verdicts:
                 text = f"the input of batch {batch} has elements that are not finite"
                 self.say(kind, batch, text, "skip")
         layers = [layer for layer in self.found.layers if layer is not self.inputs]
-        outputs = _not_finite((layer, layer.outputs) for layer in layers)
-        gradients = _not_finite((layer, layer.gradients) for layer in reversed(layers))
-        losses = [batch for batch, loss in enumerate(self.found.losses) if not math.isfinite(loss)]
-        for batch in [batch for batch in losses if batch not in dict(outputs)][:1]:
+        batches, back = range(len(self.found.losses)), layers[::-1]
+        outputs = [(b, layer) for b in batches for layer in layers if _broken(layer.outputs, b)]
+        gradients = [(b, layer) for b in batches for layer in back if _broken(layer.gradients, b)]
+        losses = [b for b in batches if not math.isfinite(self.found.losses[b])]
+        for batch in [b for b in losses if b not in dict(outputs)][:1]:
             text = f"the loss of batch {batch} is not finite, though the network's outputs are"
             self.say(kind, batch, text, "skip")
         for what, broken in (("output", outputs), ("gradient", gradients)):
@@ -248,14 +249,5 @@ class _Verdicts:
         self.say("spike", spike, text, remedy)
 
 
-def _not_finite(
-    rows: Iterable[tuple[Layer, Mapping[int, Numbers]]],
-) -> list[tuple[int, Layer]]:
-    """Returns batches and layers with numbers that are not finite, in the order of the batches, then of the rows."""
-    found = [
-        (batch, layer)
-        for layer, by_batch in rows
-        for batch, numbers in by_batch.items()
-        if not math.isfinite(numbers.norm)
-    ]
-    return sorted(found, key=lambda pair: pair[0])
+def _broken(numbers: Mapping[int, Numbers], batch: int) -> bool:
+    return batch in numbers and not math.isfinite(numbers[batch].norm)
