@@ -114,7 +114,7 @@ def _trials(experiment: Experiment, problem: Problem, key: RunKey) -> dict[str, 
     found = sg.examine(model, task.loss, given, optimizer=stepper.optimizer)
     # Where nothing stands out, examine tries no remedy, because it expects every run to survive.
     ratio = found.lr / found.largest_stable_lr
-    untried = sg.examination.Trial("", True, (ratio,), 0.0, (0.0,))
+    untried = sg.examination.Trial("", True, (ratio,), 0.0, (), 0.0, 0.0)
     rest = dict.fromkeys(TRIALS.values(), untried) if len(found.trials) < 2 else {}
     return rest | {trial.remedy: trial for trial in found.trials}
 

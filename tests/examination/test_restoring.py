@@ -133,6 +133,15 @@ def test_interrupted_while_remedies_are_tried(monkeypatch: pytest.MonkeyPatch) -
     assert everything(model, optimizer) == before
 
 
+def test_inputs_that_require_a_gradient_get_none() -> None:
+    model, given = mlp(), batches(2)
+    for inputs, _ in given:
+        inputs.requires_grad_()
+    optimizer = torch.optim.SGD(model.parameters(), lr=100.0)
+    found = sg.examine(model, cross_entropy, given, optimizer=optimizer)
+    assert len(found.trials) > 1 and all(inputs.grad is None for inputs, _ in given)
+
+
 def test_a_loader_with_a_generator_gives_the_same_batches_afterwards() -> None:
     inputs, labels = batches(1, examples=64)[0]
     generator = torch.Generator().manual_seed(3)

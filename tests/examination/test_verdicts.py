@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -213,8 +214,25 @@ def test_attention_that_has_collapsed() -> None:
 def test_every_threshold_has_a_source_and_every_verdict_a_threshold() -> None:
     assert all(re.search(r"\d{4}|study|report", t.source) for t in THRESHOLDS.values())
     text = (Path(sg.__file__).parent / "examination" / "verdicts.py").read_text()
-    named = set(re.findall(r"(?:verdict|above)\(\"([a-z ]+)\"", text)) - {"lost", "unused"}
-    assert named <= set(THRESHOLDS)
+    named = set(re.findall(r"say\(\"([a-z ]+)\"", text)) - {"lost"}
+    assert named == set(THRESHOLDS)
+
+
+def test_a_parameter_that_the_loss_does_not_use_is_no_reason_to_try_remedies() -> None:
+    class Spare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.spare = mlp(3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.used(x)
+            return out
+
+    model = Spare()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    found = sg.examine(model, cross_entropy, batches(), optimizer=optimizer)
+    assert found.verdicts == [] and found.trials == []
+    assert "unused     spare.weight, spare.bias" in str(found)
 
 
 def test_what_the_verdicts_say_of_the_study_is_what_it_says() -> None:
@@ -275,6 +293,19 @@ def test_a_run_at_the_edge_whose_loss_does_not_fall_is_lost(lr: float, holds: bo
     assert found.trials[0].holds is holds
     assert ("lost" in kinds(found)) is not holds
     assert holds or "at a rate that its curvature does not allow" in found.verdicts[0].text
+
+
+def test_a_batch_that_is_harder_than_the_first_one_is_no_rise_of_the_loss() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    x = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    given = [(x, scale * torch.ones(2, 1)) for scale in (0.1, 1.0, 1.0, 1.0)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.9)  # 0.45 of the largest stable rate
+    found = sg.examine(model, nn.functional.mse_loss, given, optimizer=optimizer)
+    (trial,) = found.trials
+    assert trial.losses[1] > 5 * trial.losses[0] and trial.holds
+    assert trial.start == pytest.approx(statistics.fmean(found.losses))
+    assert found.verdicts == []
 
 
 def test_far_below_the_stable_rate_nothing_is_tried() -> None:

@@ -194,6 +194,21 @@ def test_readme_and_decisions(facts: Facts) -> None:
     assert (worse > 0).sum() == 9
 
 
+def test_what_examine_cannot_foresee(facts: Facts) -> None:
+    runs = [facts.of("rnn", f"temporal order {length}", "none") for length in (30, 50)]
+    lost = [int((~own["kept"]).sum()) for own in runs]
+    near = sum(int(((own["final_loss"] - own["start_loss"]).abs() < 0.05).sum()) for own in runs)
+    count = sum(map(len, runs))
+    says(
+        "docs/examine.md",
+        [
+            f"of the ten recorded runs of each length {lost[0]} and {lost[1]}.",
+            f"In {near} of these {count} the two losses differ by less than .05.",
+            f"is right for {sum(lost)} of the {count};",
+        ],
+    )
+
+
 def test_what_the_cap_of_a_learnt_limit_does() -> None:
     (path,) = (ROOT / "benchmarks" / "results" / "study" / "caps").glob("*.json")
     document = json.loads(path.read_text(encoding="utf-8"))

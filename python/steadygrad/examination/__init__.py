@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from steadygrad.examination.evidence import REMEDIES, THRESHOLDS
-from steadygrad.examination.examination import Examination, ParameterGradient, Verdict
+from steadygrad.examination.examination import Examination, ParameterGradient, Trial, Verdict
 from steadygrad.examination.examine import examine
 from steadygrad.examination.recording import Layer, Numbers, Units
-from steadygrad.examination.trials import Trial
+from steadygrad.examination.verdicts import REMEDIES, THRESHOLDS
 
 __all__ = ["REMEDIES", "THRESHOLDS", "Examination", "Layer", "Numbers", "ParameterGradient"]
 __all__ += ["Trial", "Units", "Verdict", "examine"]

@@ -2,19 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # The iteration ends once the error bound is below this share of the eigenvalue.
 _TOLERANCE = 0.01
 
 
-def largest_eigenvalue(
+def sharpness(
+    model: nn.Module,
+    loss_of: Callable[[nn.Module, Any], Tensor],
+    batch: Any,
+    optimizer: torch.optim.Optimizer | None,
+    owned: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    products: int,
+) -> tuple[float, float]:
+    """Returns the largest eigenvalue of the Hessian on a batch, and the largest stable learning rate.
+
+    The Hessian is preconditioned as by the optimizer, plain gradient descent if that is None. ``owned`` are the
+    parameters that the optimizer knows, of which the model may have copies. ``squares`` are mean squares of their
+    gradients; they replace state that Adam and RMSprop do not have yet. At most ``products`` Hessian-vector products
+    are taken. Raises RuntimeError if an operation has no second derivative.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    # Fused attention and cuDNN's recurrent layers have no second derivatives; the plain versions have.
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    without = torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
+    scale = None if optimizer is None else _step_scale(optimizer, owned, squares)
+    with sdpa_kernel(SDPBackend.MATH), without:
+        value = _largest_eigenvalue(loss_of(model, batch), parameters, scale, products)
+    return value, math.inf if value <= 0 else _stable_product(optimizer) / value
+
+
+def _largest_eigenvalue(
     loss: Tensor, parameters: Sequence[Tensor], scale: Tensor | None, products: int
 ) -> float:
     """Returns the largest eigenvalue of ``S H S``, H the Hessian of a loss and S a diagonal matrix.
@@ -23,8 +51,7 @@ def largest_eigenvalue(
     converges in fewer steps. It ends early once the residual, which bounds the error, is below 1 % (Golub and Van Loan,
     Matrix Computations, section 10.1). Negative eigenvalues are ignored: the loss falls along them at any rate.
 
-    ``scale`` is the diagonal of S, ``(n,)`` for n elements of parameters, None for the identity; at most ``products``
-    Hessian-vector products are taken. Raises RuntimeError if an operation has no second derivative.
+    ``scale`` is the diagonal of S, ``(n,)`` for n elements of parameters, None for the identity.
     """
     device = parameters[0].device
     found = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
@@ -81,38 +108,30 @@ def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
             yield node
 
 
-def step_size(optimizer: torch.optim.Optimizer | None) -> tuple[float, float]:
-    """Returns the learning rate, and the product of the largest stable one and the sharpness.
+def _stable_product(optimizer: torch.optim.Optimizer | None) -> float:
+    """Returns the product of the largest stable learning rate and the sharpness; NaN if it is not known.
 
-    The second is 2 for gradient descent, ``2 (1 + momentum)`` with momentum, ``2 (1 + momentum) / (1 + 2 momentum)``
-    with Nesterov's (Cohen et al. 2021), and ``2 (1 + beta1) / (1 - beta1)`` for Adam, for which the sharpness of the
+    It is 2 for gradient descent, ``2 (1 + momentum)`` with momentum, ``2 (1 + momentum) / (1 + 2 momentum)`` with
+    Nesterov's (Cohen et al. 2021), and ``2 (1 + beta1) / (1 - beta1)`` for Adam, for which the sharpness of the
     preconditioned Hessian counts (Cohen et al. 2022).
-
-    The first is NaN without an optimizer; the second is NaN for an optimizer whose limit is not known.
     """
     if optimizer is None:
-        return math.nan, 2.0
+        return 2.0
     group = optimizer.param_groups[0]
-    rate = float(group["lr"])
     if isinstance(optimizer, torch.optim.Adam):
         beta = float(group["betas"][0])
-        return rate, 2 * (1 + beta) / (1 - beta)
+        return 2 * (1 + beta) / (1 - beta)
     if isinstance(optimizer, (torch.optim.SGD, torch.optim.RMSprop)):
         beta = float(group["momentum"])
         nesterov = 1 + 2 * beta if group.get("nesterov") else 1.0
-        return rate, 2 * (1 + beta) / nesterov / (1 - float(group.get("dampening", 0.0)))
-    return rate, math.nan
+        return 2 * (1 + beta) / nesterov / (1 - float(group.get("dampening", 0.0)))
+    return math.nan
 
 
-def step_scale(
-    optimizer: torch.optim.Optimizer | None, parameters: Sequence[Tensor], squares: Sequence[Tensor]
+def _step_scale(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], squares: Sequence[Tensor]
 ) -> Tensor | None:
-    """Returns the diagonal matrix S for which the optimizer is gradient descent on ``S H S``; None for the identity.
-
-    ``squares`` are mean squares of the gradients; they replace state that Adam and RMSprop do not have yet.
-    """
-    if optimizer is None:
-        return None
+    """Returns the diagonal matrix S for which the optimizer is gradient descent on ``S H S``; None for the identity."""
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     base = float(optimizer.param_groups[0]["lr"]) or 1.0
     adaptive = isinstance(optimizer, (torch.optim.Adam, torch.optim.RMSprop))

@@ -8,7 +8,6 @@ import statistics
 from dataclasses import dataclass, field
 
 from steadygrad.examination.recording import Layer, Units
-from steadygrad.examination.trials import Trial
 
 _SHOWN = 8
 
@@ -39,8 +38,7 @@ class Verdict:
     """Describes a finding that stands out.
 
     Attributes:
-        kind: A key of the table of thresholds, ``"not finite"``, ``"lost"`` or ``"unused"``.
-        sure: How sure the finding is, from 0 to 1; verdicts are sorted by it.
+        kind: A key of the table of thresholds, ``"not finite"`` or ``"lost"``.
         number: The number that stands out.
         text: The number and the reason, in a sentence.
         line: The line of code that helps against the finding; ``""`` if there is none.
@@ -48,11 +46,40 @@ class Verdict:
     """
 
     kind: str
-    sure: float
     number: float
     text: str
     line: str = ""
     study: str = ""
+
+
+@dataclass
+class Trial:
+    """Records how a remedy did on a copy of the network.
+
+    Attributes:
+        remedy: Name of the remedy; ``"as it is"`` for none.
+        holds: Whether the run is expected to survive.
+        ratios: Learning rate after the clip, divided by the largest stable one. The first is taken at the start; others
+            after 16, 32 and 64 steps of the network as it is, and at the end of a warm-up. NaN if unknown.
+        first_step: Length of the first step, divided by the norm of the parameters.
+        losses: Loss of each step; at most 128 steps of the network as it is, and 16 of a remedy.
+        start: Mean loss over the batches before the first step.
+        end: Last loss if it rose out of bounds, else the mean of the last quarter of the losses.
+    """
+
+    remedy: str
+    holds: bool
+    ratios: tuple[float, ...]
+    first_step: float
+    losses: tuple[float, ...]
+    start: float
+    end: float
+
+    def __str__(self) -> str:
+        """Returns a row of the table of remedies."""
+        way = f"{self.start:.3g} -> {self.end:.3g} in {len(self.losses)} steps"
+        verdict = ("holds" if self.end < 0.99 * self.start else "flat") if self.holds else "lost"
+        return f"{self.remedy:<24} {verdict:<6} {way:<34} {self.first_step:>10.2g} {self.ratios[0]:>10.2g}"
 
 
 @dataclass
@@ -156,24 +183,20 @@ class Examination:
             ImportError: matplotlib is not installed.
         """
         try:
-            from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
         except ImportError as error:
             raise ImportError(
                 "plot: matplotlib is not installed: pip install 'steadygrad[plot]'"
             ) from error
         figure = Figure(figsize=(10, 4.2), layout="constrained")
-        FigureCanvasAgg(figure)
         axis = figure.subplots()
         shown = [layer for layer in self.layers if layer.has_weight] or self.layers
-        sizes = {
-            "activations, root mean square": [layer.rms for layer in shown],
-            "gradient, norm": [layer.gradient_norm for layer in shown],
-        }
-        for (label, values), color in zip(sizes.items(), ("#0072b2", "#d55e00"), strict=True):
+        for label, color, values in (
+            ("activations, root mean square", "#0072b2", [layer.rms for layer in shown]),
+            ("gradient, norm", "#d55e00", [layer.gradient_norm for layer in shown]),
+        ):
             drawn = [value if 0 < value < math.inf else math.nan for value in values]
-            axis.plot(range(len(shown)), drawn, "o-", color=color, markersize=3.5, label=label)
-        axis.set_yscale("log")
+            axis.semilogy(drawn, "o-", color=color, markersize=3.5, label=label)
         title = self.verdicts[0].text if self.verdicts else "nothing stands out"
         axis.set_title(title, loc="left", fontsize=10, wrap=True)
         every = 1 + len(shown) // 40

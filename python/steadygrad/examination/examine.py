@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import math
 import random
-import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
@@ -16,16 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from steadygrad.examination.curvature import step_scale, step_size
-from steadygrad.examination.examination import Examination, ParameterGradient
+from steadygrad.examination import curvature
+from steadygrad.examination.examination import Examination
 from steadygrad.examination.measuring import (
-    LossOf,
-    Measurement,
     copied,
     loss_form,
-    lost_to_fp16,
-    sharpness_of,
-    trainable,
+    measure,
+    measure_underflow,
+    norm_of,
 )
 from steadygrad.examination.trials import EDGE, try_remedies
 from steadygrad.examination.verdicts import judge
@@ -89,40 +86,50 @@ def examine(
     loss_of = loss_form(loss_fn, [*model.parameters()])
     with _apart(batches):
         network = copied(model)
+        # Without ``at`` all batches are measured together, with it one after the other until one is not finite.
+        parts: Iterable[list[Any]] = ([batch] for batch in _counted(batches))
         if at is None:
-            kept = list(_counted(itertools.islice(batches, _BATCHES)))
-            measured = Measurement(network, loss_of, kept, loss_scale)
+            parts = [list(_counted(itertools.islice(batches, _BATCHES)))]
+        for kept in parts:
+            if not kept:
+                raise ValueError("examine: batches: expected at least one, got none")
+            found, squares = measure(network, loss_of, kept, loss_scale)
+            numbers = zip(kept, found.losses, found.norms, strict=True)
+            finite = [batch for batch, *pair in numbers if all(map(math.isfinite, pair))]
+            if at is None or not finite:
+                break
         else:
-            kept, measured = _first_nonfinite(network, loss_of, batches, loss_scale)
-        if not kept:
-            raise ValueError("examine: batches: expected at least one, got none")
-        found, recorder = _summarised(model, measured), measured.recorder
-        numbers = zip(kept, found.losses, found.norms, strict=True)
-        finite = [batch for batch, *pair in numbers if all(map(math.isfinite, pair))]
-        found.lr, product = step_size(optimizer)
-        found.max_norm = _max_norm(model, optimizer, [n for n in found.norms if math.isfinite(n)])
-        if sharpness and finite:
+            raise ValueError(
+                "examine: at: expected a batch whose loss or gradient is not finite, got none in batches; to learn "
+                "why later steps explode, leave out at="
+            )
+        norms = [norm for norm in found.norms if math.isfinite(norm)]
+        found.max_norm = _max_norm(model, optimizer, norms)
+        if optimizer is not None:
+            found.lr = float(optimizer.param_groups[0]["lr"])
+        if not sharpness or not finite:
+            why = "no batch has a finite loss and gradient" if sharpness else "sharpness=False"
+            found.why_no_sharpness = why
+        else:
+            owned = [p for p in model.parameters() if p.requires_grad]
             try:
-                scale = step_scale(optimizer, [*trainable(model).values()], measured.squares)
-                found.sharpness = sharpness_of(network, loss_of, finite[0], scale, _PRODUCTS)
+                found.sharpness, found.largest_stable_lr = curvature.sharpness(
+                    network, loss_of, finite[0], optimizer, owned, squares, _PRODUCTS
+                )
                 if math.isnan(found.sharpness):
                     found.why_no_sharpness = "the gradient's own gradient is not finite"
             except RuntimeError as error:  # An operation has no second derivative.
                 found.why_no_sharpness = str(error).partition("\n")[0]
-            flat = found.sharpness <= 0
-            found.largest_stable_lr = math.inf if flat else product / found.sharpness
-        else:
-            why = "no batch has a finite loss and gradient" if sharpness else "sharpness=False"
-            found.why_no_sharpness = why
-        lost = lost_to_fp16(network, loss_of, finite[0], measured, loss_scale) if finite else {}
-        found.verdicts = judge(found, recorder, model, lost)
+        if finite:
+            measure_underflow(network, loss_of, finite[0], found, loss_scale)
+        found.verdicts = judge(found, model)
         near = not found.lr / found.largest_stable_lr <= EDGE  # or not known
         if (near or found.verdicts) and remedies and optimizer is not None and finite:
             try:
                 found.trials = try_remedies(model, loss_of, finite, optimizer, found)
             except (RuntimeError, TypeError) as error:
                 found.why_no_trials = str(error).partition("\n")[0]
-            found.verdicts = judge(found, recorder, model, lost)
+            found.verdicts = judge(found, model)
     return found
 
 
@@ -147,56 +154,6 @@ def _apart(batches: object) -> Iterator[None]:
             loader.set_state(drawn)
 
 
-def _first_nonfinite(
-    network: nn.Module, loss_of: LossOf, batches: Iterable[Any], loss_scale: float
-) -> tuple[list[Any], Measurement]:
-    for batch in _counted(batches):
-        measured = Measurement(network, loss_of, [batch], loss_scale)
-        if not math.isfinite(measured.losses[0]) or not math.isfinite(measured.norms[0]):
-            return [batch], measured
-    raise ValueError(
-        "examine: at: expected a batch whose loss or gradient is not finite, got none in batches; to learn why later "
-        "steps explode, leave out at="
-    )
-
-
-def _summarised(model: nn.Module, measured: Measurement) -> Examination:
-    layers = list(measured.recorder.layers.values())
-    for before, after in itertools.pairwise(layers):
-        after.gain = _ratio(after.rms, before.rms)
-        before.gradient_gain = _ratio(before.gradient_norm, after.gradient_norm)
-    units = list(measured.recorder.units.values())
-    for unit in units:
-        unit.share, unit._alive = float(unit.share), None
-    found = Examination(
-        layers, _parameters(model, measured), units, measured.losses, measured.norms
-    )
-    weighted = [layer for layer in layers if layer.has_weight]
-    if weighted:
-        first = layers[0] if layers[0].name == "input" else weighted[0]
-        found.depth = len(weighted)
-        found.factor = _ratio(weighted[-1].rms, first.rms)
-        found.gradient_factor = _ratio(weighted[0].gradient_norm, weighted[-1].gradient_norm)
-    return found
-
-
-def _parameters(model: nn.Module, measured: Measurement) -> list[ParameterGradient]:
-    total = statistics.fmean(measured.norms)
-    rows = []
-    for name, p in model.named_parameters():
-        norms = np.asarray(measured.gradients.get(name, []))
-        state = "frozen" if not p.requires_grad else "" if len(norms) else "unused"
-        norm = float(norms.mean()) if len(norms) else math.nan
-        spread = _ratio(float(norms.std()), norm) if len(norms) else math.nan
-        ratio = _ratio(norm, float(p.detach().float().norm()))
-        rows.append(ParameterGradient(name, norm, _ratio(norm, total), ratio, spread, state))
-    return rows
-
-
-def _ratio(value: float, by: float) -> float:
-    return value / by if by else math.nan
-
-
 def _max_norm(
     model: nn.Module, optimizer: torch.optim.Optimizer | None, norms: list[float]
 ) -> float:
@@ -204,7 +161,7 @@ def _max_norm(
     limit = float(np.quantile(norms, _QUANTILE)) if norms else math.nan
     if isinstance(optimizer, torch.optim.SGD) and norms:
         group = optimizer.param_groups[0]
-        size = math.hypot(*(float(p.detach().float().norm()) for p in trainable(model).values()))
+        size = norm_of(p for p in model.parameters() if p.requires_grad)
         step = float(group["lr"]) / (1 - float(group["momentum"]))
         limit = min(limit, _STEP_SHARE * size / step) if step and size else limit
     return limit
@@ -212,13 +169,11 @@ def _max_norm(
 
 def _inside(model: nn.Module) -> nn.Module:
     """Returns the module inside of DistributedDataParallel, DataParallel and torch.compile."""
-    while True:
-        inner: Any = getattr(model, "_orig_mod", None)
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
+    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while isinstance(model, parallel) or hasattr(model, "_orig_mod"):
+        inside: Any = model.module if isinstance(model, parallel) else model._orig_mod
+        model = inside
+    return model
 
 
 def _checked(
@@ -232,17 +187,11 @@ def _checked(
         raise TypeError(f"examine: batches: expected an iterable of (inputs, targets), got {kind}")
     model = _inside(model)
     for name, p in model.named_parameters():
-        if is_lazy(p):
-            raise ValueError(
-                "examine: model: expected initialized parameters, but "
-                f"{name} is lazy: call the model once"
-            )
-        if hasattr(p, "device_mesh"):
-            raise ValueError(
-                "examine: model: expected whole parameters, but "
-                f"{name} is sharded: examine before fully_shard"
-            )
-    trained = {id(p) for p in trainable(model).values()}
+        wrong = "sharded: examine before fully_shard" if hasattr(p, "device_mesh") else ""
+        wrong = "lazy: call the model once" if is_lazy(p) else wrong
+        if wrong:
+            raise ValueError(f"examine: model: expected whole parameters, but {name} is {wrong}")
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
     if not trained:
         raise ValueError("examine: model: expected a parameter that requires a gradient, got none")
     if isinstance(optimizer, Stabilizer):

@@ -1,92 +1,96 @@
-"""Passes batches forward and backward, and measures losses, norms and gradients."""
+"""Passes batches forward and backward through a copy of a model, and measures losses, norms and gradients."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import inspect
+import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+import statistics
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from steadygrad.examination.curvature import graph_nodes, largest_eigenvalue
-from steadygrad.examination.recording import Recorder
+from steadygrad.examination.curvature import graph_nodes
+from steadygrad.examination.examination import Examination, ParameterGradient
+from steadygrad.examination.recording import Recorder, tensors
 
 LossOf = Callable[[nn.Module, Any], Tensor]
 _MODEL_NAMES = ("model", "module", "net", "network")
 
 
-class Measurement:
-    """Holds losses, norms and gradients of passes over batches; the lists have one entry per batch.
+def measure(
+    model: nn.Module,
+    loss_of: LossOf,
+    batches: Iterable[Any],
+    loss_scale: float,
+    underflow: bool = False,
+) -> tuple[Examination, list[Tensor]]:
+    """Returns what passes over the batches show, and the mean square of each element of the gradients.
 
-    ``gradients`` maps the name of a parameter to its norms, and has no entry for an unused one; ``squares`` holds the
-    mean square of each element. Both are unscaled and never touch ``.grad``; those in ``recorder`` are of the scaled
-    loss.
+    ``.grad`` is not touched. The gradients of parameters are unscaled, those of layers are of the scaled loss.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss_of: LossOf,
-        batches: Iterable[Any],
-        loss_scale: float,
-        in_fp16: bool = False,
-    ) -> None:
-        parameters = trainable(model)
-        self.recorder = Recorder(model, in_fp16)
-        self.losses: list[float] = []
-        self.norms: list[float] = []
-        self.gradients: dict[str, list[float]] = {name: [] for name in parameters}
-        self.squares = [torch.zeros_like(p, dtype=torch.float32) for p in parameters.values()]
-        for batch in batches:
-            with self.recorder.forward_pass():
-                loss = loss_of(model, batch)
-            found = torch.autograd.grad(
-                loss * loss_scale, list(parameters.values()), allow_unused=True
-            )
-            self.losses.append(loss.item())
-            self._add([None if g is None else g.to_dense().float() / loss_scale for g in found])
-        for square in self.squares:
-            square /= max(len(self.losses), 1)
-
-    def _add(self, gradients: list[Tensor | None]) -> None:
-        total = 0.0
-        for norms, square, gradient in zip(
-            self.gradients.values(), self.squares, gradients, strict=True
-        ):
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    recorder = Recorder(model, underflow)
+    losses: list[float] = []
+    totals: list[float] = []
+    norms: dict[str, list[float]] = {name: [] for name in trained}
+    squares = [torch.zeros_like(p, dtype=torch.float32) for p in trained.values()]
+    for batch in batches:
+        with recorder.forward_pass():
+            loss = loss_of(model, batch)
+        losses.append(loss.item())
+        totals.append(0.0)
+        scaled = torch.autograd.grad(loss * loss_scale, [*trained.values()], allow_unused=True)
+        for of_one, square, gradient in zip(norms.values(), squares, scaled, strict=True):
             if gradient is not None:
-                norms.append(float(torch.linalg.vector_norm(gradient, dtype=torch.float64)))
-                total = math.hypot(total, norms[-1])
+                gradient = gradient.to_dense().float() / loss_scale
+                of_one.append(float(torch.linalg.vector_norm(gradient, dtype=torch.float64)))
+                totals[-1] = math.hypot(totals[-1], of_one[-1])
                 square += gradient.square()
-        self.norms.append(total)
+    layers = list(recorder.layers.values())
+    for before, after in itertools.pairwise(layers):
+        after.gain = ratio(after.rms, before.rms)
+        before.gradient_gain = ratio(before.gradient_norm, after.gradient_norm)
+    rows = []
+    for name, p in model.named_parameters():
+        state = "" if norms.get(name) else "unused" if p.requires_grad else "frozen"
+        own = torch.tensor(norms.get(name) or [math.nan], dtype=torch.float64)
+        deviation, norm = map(float, torch.std_mean(own, correction=0))
+        share, relative = ratio(norm, statistics.fmean(totals)), ratio(norm, norm_of([p]))
+        rows.append(ParameterGradient(name, norm, share, relative, ratio(deviation, norm), state))
+    found = Examination(layers, rows, list(recorder.units.values()), losses, totals)
+    weighted = [layer for layer in layers if layer.has_weight]
+    if weighted:
+        first = layers[0] if layers[0].name == "input" else weighted[0]
+        found.depth = len(weighted)
+        found.factor = ratio(weighted[-1].rms, first.rms)
+        found.gradient_factor = ratio(weighted[0].gradient_norm, weighted[-1].gradient_norm)
+    return found, [square / len(losses) for square in squares]
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns the parameters that are not frozen, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+def ratio(value: float, by: float) -> float:
+    """Returns ``value / by``; NaN if ``by`` is 0."""
+    return value / by if by else math.nan
+
+
+def norm_of(tensors: Iterable[Tensor]) -> float:
+    """Returns the norm of all elements of tensors on any devices."""
+    return math.hypot(*(float(t.detach().float().norm()) for t in tensors))
 
 
 def copied(model: nn.Module) -> nn.Module:
     """Returns a copy of a model; detaches what a forward left on its modules, since graphs cannot be copied."""
-    kept = [tensor for module in model.modules() for tensor in _tensors(vars(module))]
+    kept = [tensor for module in model.modules() for tensor in tensors(vars(module))]
     try:
         return copy.deepcopy(model, {id(t): t.detach().clone() for t in kept if not t.is_leaf})
     except (RuntimeError, TypeError) as error:
         raise ValueError(
             f"examine: model: expected one that copy.deepcopy can copy, got the error {error}"
         ) from error
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(part)
 
 
 def loss_form(loss_fn: Any, originals: Collection[nn.Parameter]) -> LossOf:
@@ -138,34 +142,23 @@ def loss_form(loss_fn: Any, originals: Collection[nn.Parameter]) -> LossOf:
     return loss_of
 
 
-def sharpness_of(
-    model: nn.Module, loss_of: LossOf, batch: Any, scale: Tensor | None, products: int
-) -> float:
-    """Returns the largest eigenvalue of the Hessian on a batch, preconditioned by the diagonal ``scale``."""
-    # Fused attention and cuDNN's recurrent layers have no second derivatives; the plain versions have.
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    without = torch.backends.cudnn.flags(enabled=False) if recurrent else contextlib.nullcontext()
-    with sdpa_kernel(SDPBackend.MATH), without:
-        parameters = list(trainable(model).values())
-        return largest_eigenvalue(loss_of(model, batch), parameters, scale, products)
-
-
-def lost_to_fp16(
-    model: nn.Module, loss_of: LossOf, batch: Any, measured: Measurement, loss_scale: float
-) -> dict[str, float]:
-    """Returns the share of the gradient that fp16 loses, by layer, measured on a copy in fp32."""
-    layers = measured.recorder.layers
-    half = [key for key, layer in layers.items() if layer.dtype == torch.float16]
+def measure_underflow(
+    model: nn.Module, loss_of: LossOf, batch: Any, found: Examination, loss_scale: float
+) -> None:
+    """Measures on a copy in fp32 what layers in fp16 lose, since gradients in fp16 do not tell."""
+    half = {
+        (layer.name, layer.call): layer for layer in found.layers if layer.dtype == torch.float16
+    }
     if not half:
-        return {}
+        return
     device = next(model.parameters()).device.type
     if isinstance(batch, (tuple, list)):
         batch = [x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in batch]
     with torch.autocast(device, enabled=False):
-        whole = Measurement(copied(model).float(), loss_of, [batch], loss_scale, True)
-    found = {key[0]: whole.recorder.layers.get(key) for key in half}
-    rows = {name: layer.gradients for name, layer in found.items() if layer and layer.gradients}
-    return {name: gradients[0].lost for name, gradients in rows.items()}
+        whole, _ = measure(copied(model).float(), loss_of, [batch], loss_scale, True)
+    for layer in whole.layers:
+        if (layer.name, layer.call) in half:
+            half[layer.name, layer.call].lost = layer.lost
 
 
 def _shown(value: Any) -> str:

@@ -15,18 +15,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _SATURATED = 0.99  # There tanh passes on 2 % of the gradient, and a sigmoid 1 %.
-_FP16_LOST = 2.0**-25  # Smaller magnitudes round to 0 in fp16, whose smallest number is 2^-24.
 _KINDS = {"relu": "ReLU", "tanh": "tanh", "sigmoid": "sigmoid", "_softmax": "softmax"}
 
 
 class Numbers(NamedTuple):
-    """Holds a tensor's root mean square, norm, deviation, largest magnitude, and the share that fp16 loses."""
+    """Holds a tensor's root mean square, norm, deviation and largest magnitude."""
 
     rms: float
     norm: float
     std: float
     largest: float
-    lost: float = math.nan
 
 
 @dataclass
@@ -43,6 +41,7 @@ class Layer:
         gradients: Numbers of the loss's gradient with respect to the output, by batch.
         gain: Root mean square of the output, divided by that of the layer before.
         gradient_gain: Norm of the gradient, divided by that of the layer after.
+        lost: Share of the gradient's elements that round to 0 in fp16; NaN for a layer that does not compute in fp16.
     """
 
     name: str
@@ -54,6 +53,7 @@ class Layer:
     gradients: dict[int, Numbers] = field(default_factory=dict)
     gain: float = math.nan
     gradient_gain: float = math.nan
+    lost: float = math.nan
 
     @property
     def rms(self) -> float:
@@ -81,43 +81,42 @@ class Units:
 
     name: str
     kind: str
-    share: Any = 0.0
-    _count: int = 0
-    _alive: Tensor | None = None
+    share: float = 0.0
+    _count: int = field(default=0, repr=False)
+    _alive: Tensor | None = field(default=None, repr=False)
 
     def add(self, output: Tensor, channels: int, dim: int = -1) -> None:
-        """Counts an output, whose units are along dimension ``channels``."""
+        """Counts an output, whose units are along dimension ``channels``; a softmax is over dimension ``dim``."""
         values = output.detach().float()
         if self.kind == "ReLU":
             alive = (values > 0).movedim(channels, 0).flatten(1).any(1)
             if self._alive is not None and self._alive.shape == alive.shape:
                 alive |= self._alive
             self._alive = alive
-            self.share = 1 - alive.float().mean()
+            self.share = 1 - float(alive.float().mean())
             return
         if self.kind == "softmax":
             options = (values > 0).sum(dim).clamp_min(2).float()
-            share = (torch.special.entr(values).sum(dim) / options.log()).mean()
+            shares = torch.special.entr(values).sum(dim) / options.log()
         else:
             middle = 0.0 if self.kind == "tanh" else 0.5
-            share = ((values - middle).abs() > _SATURATED - middle).float().mean()
+            shares = ((values - middle).abs() > _SATURATED - middle).float()
         self._count += 1
-        self.share = self.share + (share - self.share) / self._count
+        self.share += (float(shares.mean()) - self.share) / self._count
 
 
 class Recorder(TorchDispatchMode):
     """Records a model's forward passes, and the backward pass after each.
 
-    ``layers`` are in the order of execution, the model's input first; ``broken`` are those whose output or gradient is
-    not finite, as (batch, "output" or "gradient", layer). ``in_fp16`` counts what fp16 would lose.
+    ``layers`` and ``units`` are in the order of execution; the model's input is the first layer. ``underflow`` says
+    whether to count what fp16 would lose.
     """
 
-    def __init__(self, model: nn.Module, in_fp16: bool = False) -> None:
+    def __init__(self, model: nn.Module, underflow: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.model, self.in_fp16, self.batch = model, in_fp16, -1
+        self.model, self.underflow, self.batch = model, underflow, -1
         self.layers: dict[tuple[str, int], Layer] = {}
         self.units: dict[tuple[str, str, int], Units] = {}
-        self.broken: list[tuple[int, str, Layer]] = []
         self._stack: list[tuple[str, nn.Module, int]] = []
         self._calls: Counter[Any] = Counter()
         self._seen: list[Layer] = []
@@ -140,7 +139,7 @@ class Recorder(TorchDispatchMode):
     def _entering(self, name: str) -> Any:
         def hook(module: nn.Module, inputs: Any) -> None:
             if not self._stack:
-                self._see("input", self.model, first_tensor(inputs))
+                self._see("input", self.model, inputs)
             self._stack.append((name, module, len(self._seen)))
 
         return hook
@@ -148,9 +147,12 @@ class Recorder(TorchDispatchMode):
     def _leaving(self, module: nn.Module, inputs: Any, output: Any) -> None:
         name, _, seen = self._stack.pop()
         if len(self._seen) == seen:
-            self._see(name, module, first_tensor(output))
+            self._see(name, module, output)
 
-    def _see(self, name: str, module: nn.Module, tensor: Tensor | None) -> None:
+    def _see(self, name: str, module: nn.Module, value: Any) -> None:
+        """Records the first dense floating-point tensor of a value as the output of a layer."""
+        dense = (t for t in tensors(value) if t.layout == torch.strided and t.numel())
+        tensor = next((t for t in dense if t.is_floating_point()), None)
         if tensor is None:
             return
         call = self._calls[name]
@@ -161,20 +163,19 @@ class Recorder(TorchDispatchMode):
             self.layers[name, call] = new
         layer, batch = self.layers[name, call], self.batch
         self._seen.append(layer)
-
-        def add(what: str, tensor: Tensor) -> None:
-            numbers = _numbers(tensor, self.in_fp16)
-            (layer.outputs if what == "output" else layer.gradients)[batch] = numbers
-            if not math.isfinite(numbers.norm) and name != "input":
-                self.broken.append((batch, what, layer))
-
-        add("output", tensor)
-        if (
-            getattr(module, "activation", None) == "relu"
-        ):  # A batch norm with fused ReLU has this attribute.
+        layer.outputs[batch] = _numbers(tensor)
+        # A batch norm with fused ReLU has this attribute.
+        if getattr(module, "activation", None) == "relu":
             self._count("ReLU", name, module, tensor)
+
+        def add(gradient: Tensor) -> None:
+            layer.gradients[batch] = _numbers(gradient)
+            if self.underflow:
+                present, left = gradient.count_nonzero(), gradient.half().count_nonzero()
+                layer.lost = float((present - left) / present.clamp_min(1))
+
         if tensor.requires_grad and name != "input":
-            tensor.register_hook(lambda gradient: add("gradient", gradient))
+            tensor.register_hook(add)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Looks at the outputs of activation functions, whoever calls them."""
@@ -197,29 +198,23 @@ class Recorder(TorchDispatchMode):
         self.units.setdefault((name, kind, call), Units(name, kind)).add(output, channels, dim)
 
 
-def first_tensor(value: Any) -> Tensor | None:
-    """Returns the first dense floating-point tensor in nested tuples, lists and dicts."""
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Yields the tensors in nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
-        usable = value.layout == torch.strided and value.is_floating_point() and value.numel()
-        return value if usable else None
-    parts = value.values() if isinstance(value, dict) else value
-    if not isinstance(value, (dict, tuple, list)):
-        return None
-    return next((tensor for tensor in map(first_tensor, parts) if tensor is not None), None)
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors(part)
 
 
-def _numbers(tensor: Tensor, in_fp16: bool) -> Numbers:
+def _numbers(tensor: Tensor) -> Numbers:
     values = tensor.detach()
     values = values.float() if values.element_size() < 4 else values
     low, high = values.aminmax()
     # The squares may exceed the range of fp32.
     wide = torch.linalg.vector_norm(values, dtype=torch.float64)
     sums = [wide, values.mean().double(), torch.maximum(-low, high).double()]
-    if in_fp16:
-        present = values != 0
-        lost = present & (values.abs() < _FP16_LOST)
-        sums.append(lost.sum().double() / present.sum().clamp_min(1))
-    norm, mean, largest, *share = torch.stack(sums).tolist()
+    norm, mean, largest = torch.stack(sums).tolist()
     rms = norm / math.sqrt(values.numel())
     std = math.sqrt(max(rms * rms - mean * mean, 0.0)) if math.isfinite(norm) else math.nan
-    return Numbers(rms, norm, std, largest, *share)
+    return Numbers(rms, norm, std, largest)

@@ -2,65 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.optim.lr_scheduler import LinearLR
 
 from steadygrad.clip import clip_grad_norm_
-from steadygrad.examination.curvature import step_scale, step_size
-from steadygrad.examination.measuring import LossOf, copied, sharpness_of, trainable
+from steadygrad.examination.curvature import sharpness
+from steadygrad.examination.examination import Examination, Trial
+from steadygrad.examination.measuring import LossOf, copied, norm_of, ratio
 
-# A run is lost if its loss rises to 5 times the loss at the start. It is also lost if the loss has not fallen to 0.7 of
-# that at the start and the learning rate is too large for the curvature. For the network as it is, which gets 128
-# steps, the rate is too large if it stays above 0.3 of the largest stable one. For a remedy, which gets 16 steps, it is
-# too large if it is 5 times the largest stable rate at the start, and still above 0.3 of it at the end of a warm-up.
-# docs/examine.md says how these numbers were chosen, and how well they predict other runs.
+# A run is lost if its loss rises to 5 times the largest loss that a batch has at the start. It is also lost if the loss
+# has not fallen to 0.7 of the mean over the batches at the start and the learning rate is too large for the curvature.
+# For the network as it is, which gets 128 steps, the rate is too large if it stays above 0.3 of the largest stable one.
+# For a remedy, which gets 16 steps, it is too large if it is 5 times the largest stable rate at the start, and still
+# above 0.3 of it at the end of a warm-up. docs/examine.md says how these numbers were chosen, and how well they predict
+# other runs.
 STEPS, REMEDY_STEPS = 128, 16
 _LOOKS = (16, 32, 64)
-_RISEN, _FALLEN, EDGE, _UNSTABLE = 5.0, 0.7, 0.3, 5.0
+RISEN, _FALLEN, EDGE, _UNSTABLE = 5.0, 0.7, 0.3, 5.0
 _PRODUCTS, _MICRO_BATCHES = 8, 4
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _UNBOUNDED = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Softplus)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """Records how a remedy did on a copy of the network.
-
-    Attributes:
-        remedy: Name of the remedy; ``"as it is"`` for none.
-        holds: Whether the run is expected to survive.
-        ratios: Learning rate after the clip, divided by the largest stable one. The first is taken at the start; others
-            after 16, 32 and 64 steps of the network as it is, and at the end of a warm-up. NaN if unknown.
-        first_step: Length of the first step, divided by the norm of the parameters.
-        losses: Loss of each step; at most 128 steps of the network as it is, and 16 of a remedy.
-    """
-
-    remedy: str
-    holds: bool
-    ratios: tuple[float, ...]
-    first_step: float
-    losses: tuple[float, ...]
-
-    @property
-    def end(self) -> float:
-        """Returns the last loss if it rose out of bounds, else the mean of the last quarter of the losses."""
-        risen = not self.losses[-1] <= _RISEN * abs(self.losses[0])
-        return self.losses[-1] if risen else statistics.fmean(self.losses[-len(self.losses) // 4 :])
-
-    def __str__(self) -> str:
-        """Returns a row of the table of remedies."""
-        way = f"{self.losses[0]:.3g} -> {self.end:.3g} in {len(self.losses)} steps"
-        falls = self.end < 0.99 * self.losses[0]
-        verdict = ("holds" if falls else "flat") if self.holds else "lost"
-        return f"{self.remedy:<24} {verdict:<6} {way:<34} {self.first_step:>10.2g} {self.ratios[0]:>10.2g}"
 
 
 def try_remedies(
@@ -68,59 +38,120 @@ def try_remedies(
     loss_of: LossOf,
     batches: Sequence[Any],
     optimizer: torch.optim.Optimizer,
-    found: Any,
+    found: Examination,
 ) -> list[Trial]:
     """Tries the network as it is, and every remedy that applies to it, on copies of model and optimizer.
 
     Raises the optimizer's own error if its step needs more than gradients.
     """
-    own = float(optimizer.param_groups[0].get("max_norm") or math.inf)
+    trials = [_try("as it is", model, loss_of, optimizer, batches)]
+    if trials[0] and (not trials[0].holds or found.verdicts):
+        for remedy, how in _remedies(found, batches):
+            with contextlib.suppress(Exception):  # Not every network puts up with every remedy.
+                trials.append(
+                    _try(remedy, model, loss_of, optimizer, **{"batches": batches, **how})
+                )
+    return [trial for trial in trials if trial is not None]
+
+
+def _remedies(found: Examination, batches: Sequence[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields each remedy with the arguments for :func:`_try`."""
     last = [layer.name for layer in found.layers if layer.has_weight][-1:]
     relu = any(units.kind == "ReLU" for units in found.units)
     limit, half = found.max_norm, found.largest_stable_lr / 2
-    trials: list[Trial] = []
-
-    def attempt(
-        remedy: str,
-        change: Callable[[nn.Module], bool] = lambda network: True,
-        limit: float = math.inf,
-        data: Sequence[Any] = batches,
-        scale: float = 1.0,
-        **how: Any,
-    ) -> None:
-        network = copied(model)
-        stepper = _twin(optimizer, model, network)
-        for group in stepper.param_groups:
-            group["lr"] = scale * float(group["lr"])
-        torch.manual_seed(0)
-        try:
-            if change(network):
-                trials.append(_try(remedy, network, stepper, loss_of, data, min(limit, own), **how))
-        except Exception:
-            if not trials:
-                raise  # The network fails without any remedy, so the error is not due to one.
 
     def initialise(network: nn.Module) -> bool:
         return _initialise(network, relu)
 
-    attempt("")
-    if trials[0].holds and not found.verdicts:
-        return trials
-    attempt("clip", limit=limit)
+    yield "clip", {"limit": limit}
     if 0 < half < found.lr:
-        attempt("learning rate", scale=half / found.lr)
-    attempt("warm-up", warm_up=True)
-    attempt("L2", l2=1e-2)
-    attempt("accumulation", micro_batches=_MICRO_BATCHES)
-    attempt("initialisation", initialise)
-    attempt("clip and initialisation", initialise, limit=limit)
-    attempt("batch norm", lambda network: _normalise(network, last), bounded=True)
-    attempt("fewer layers", _leave_out)
-    attempt("activation", _bound, bounded=True)
+        yield "learning rate", {"scale": half / found.lr}
+    yield "warm-up", {"warm_up": True}
+    yield "L2", {"l2": 1e-2}
+    yield "accumulation", {"micro_batches": _MICRO_BATCHES}
+    yield "initialisation", {"change": initialise}
+    yield "clip and initialisation", {"change": initialise, "limit": limit}
+    yield "batch norm", {"change": lambda network: _normalise(network, last), "bounded": True}
+    yield "fewer layers", {"change": _leave_out}
+    yield "activation", {"change": _bound, "bounded": True}
     normal = [_normal(batch) for batch in batches]
     if any(new is not old for new, old in zip(normal, batches, strict=True)):
-        attempt("normalised data", data=normal)
-    return trials
+        yield "normalised data", {"batches": normal}
+
+
+def _try(
+    remedy: str,
+    model: nn.Module,
+    loss_of: LossOf,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Any],
+    change: Callable[[nn.Module], bool] = lambda network: True,
+    limit: float = math.inf,
+    scale: float = 1.0,
+    warm_up: bool = False,
+    l2: float = 0.0,
+    micro_batches: int = 1,
+    bounded: bool = False,
+) -> Trial | None:
+    """Trains a copy with a remedy, and judges the run; returns None if there was nothing to ``change``."""
+    network = copied(model)
+    optimizer = _twin(optimizer, model, network)
+    torch.manual_seed(0)
+    if not change(network):
+        return None
+    limit = min(limit, float(optimizer.param_groups[0].get("max_norm") or math.inf))
+    for group in optimizer.param_groups:
+        group["lr"] = scale * float(group["lr"])
+    rate = float(optimizer.param_groups[0]["lr"])
+    schedule = LinearLR(optimizer, 0.01, total_iters=REMEDY_STEPS) if warm_up else None
+    plain = remedy == "as it is"
+    steps, looks = (STEPS, {0, *_LOOKS}) if plain else (REMEDY_STEPS, {0})
+    if warm_up:
+        looks.add(REMEDY_STEPS - 1)  # At the end of the warm-up the rate is nearly full.
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    # Batches differ: a loss says little beside that of another batch.
+    starts = [loss_of(network, batch).item() for batch in batches]
+    start, bound = statistics.fmean(starts), RISEN * max(map(abs, starts))
+    losses: list[float] = []
+    ratios: list[float] = []
+    first_step = math.nan
+    for step in range(steps):
+        gradients = [p.detach() * l2 for p in parameters]
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.grad = gradient
+        losses.append(0.0)
+        for micro in range(micro_batches):
+            batch = batches[(step * micro_batches + micro) % len(batches)]
+            loss = loss_of(network, batch) / micro_batches
+            losses[-1] += loss.item()
+            loss.backward(inputs=parameters)
+        if not losses[-1] <= bound:  # "not <=" is true of NaN, too.
+            break
+        norm = float(clip_grad_norm_(parameters, limit))
+        if step in looks:
+            squares = [gradient.square() for gradient in gradients]
+            stable = math.nan
+            with contextlib.suppress(RuntimeError):  # An operation has no second derivative.
+                _, stable = sharpness(
+                    network, loss_of, batch, optimizer, parameters, squares, _PRODUCTS
+                )
+            ratios.append(rate / stable * min(1.0, limit / max(norm, 1e-30)))
+        before = [p.detach().clone() for p in parameters] if not step else []
+        optimizer.step()
+        if schedule is not None:
+            schedule.step()
+        if not step:
+            moved = norm_of(p - b for p, b in zip(parameters, before, strict=True))
+            first_step = ratio(moved, norm_of(before))
+    holds = losses[-1] <= bound
+    end = statistics.fmean(losses[-len(losses) // 4 :]) if holds else losses[-1]
+    # A clip bounds every step; batch norm and tanh bound what large weights can do.
+    if limit == math.inf and not bounded and end > _FALLEN * abs(start):
+        late = statistics.median([r for r in ratios[1:] if not math.isnan(r)] or [0.0])
+        too_fast = late > EDGE if plain else ratios[0] > _UNSTABLE and ratios[-1] > EDGE
+        holds = holds and not too_fast
+    ratios = ratios or [math.nan]
+    return Trial(remedy, holds, tuple(ratios), first_step, tuple(losses), start, end)
 
 
 def _twin(
@@ -167,10 +198,9 @@ def _normalise(network: nn.Module, last: Sequence[str]) -> bool:
     """Normalises over the batch the outputs of linear and convolutional layers, except for the last layers."""
 
     def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        channels = 1 if isinstance(module, _CONVOLUTIONS) else output.dim() - 1
-        rest = [dim for dim in range(output.dim()) if dim != channels]
-        variance, mean = torch.var_mean(output, rest, correction=0, keepdim=True)
-        return torch.as_tensor((output - mean) * (variance + 1e-5).rsqrt())
+        channels = 1 if isinstance(module, _CONVOLUTIONS) else -1
+        moved = functional.batch_norm(output.movedim(channels, 1), None, None, training=True)
+        return moved.movedim(1, channels)
 
     inner = [module for name, module in network.named_modules() if name not in last]
     chosen = [module for module in inner if isinstance(module, (nn.Linear, *_CONVOLUTIONS))]
@@ -215,70 +245,3 @@ def _normal(batch: Any) -> Any:
     if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or inputs.abs().max() <= 10:
         return batch
     return (inputs - inputs.mean()) / inputs.std().clamp_min(1e-6), batch[1]
-
-
-def _try(
-    remedy: str,
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loss_of: LossOf,
-    batches: Sequence[Any],
-    limit: float,
-    warm_up: bool = False,
-    l2: float = 0.0,
-    micro_batches: int = 1,
-    bounded: bool = False,
-) -> Trial:
-    parameters = list(trainable(network).values())
-    rate, product = step_size(optimizer)
-    schedule = LinearLR(optimizer, 0.01, total_iters=REMEDY_STEPS) if warm_up else None
-    losses: list[float] = []
-    ratios: list[float] = []
-    first_step = math.nan
-    steps, looks = (REMEDY_STEPS, {0}) if remedy else (STEPS, {0, *_LOOKS})
-    if warm_up:
-        looks.add(REMEDY_STEPS - 1)  # At the end of the warm-up the rate is nearly full.
-    for step in range(steps):
-        for p in parameters:
-            p.grad = p.detach() * l2
-        losses.append(0.0)
-        for micro in range(micro_batches):
-            batch = batches[(step * micro_batches + micro) % len(batches)]
-            loss = loss_of(network, batch) / micro_batches
-            losses[-1] += loss.item()
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-            for p, gradient in zip(parameters, gradients, strict=True):
-                if gradient is not None and p.grad is not None:
-                    p.grad += gradient
-        if not losses[-1] <= _RISEN * abs(losses[0]):  # "not <=" is true of NaN, too.
-            break
-        norm = float(clip_grad_norm_(parameters, limit))
-        if step in looks:
-            squares = [p.detach() * 0 if p.grad is None else p.grad.square() for p in parameters]
-            try:
-                scale = step_scale(optimizer, parameters, squares)
-                curved = sharpness_of(network, loss_of, batch, scale, _PRODUCTS) + l2
-            except RuntimeError:
-                curved = math.nan  # An operation has no second derivative.
-            ratios.append(rate * curved / product * min(1.0, limit / max(norm, 1e-30)))
-        before = [p.detach().clone() for p in parameters] if not step else []
-        optimizer.step()
-        if schedule is not None:
-            schedule.step()
-        if not step:
-            first_step = _length(p - b for p, b in zip(parameters, before, strict=True))
-            first_step /= max(_length(before), 1e-30)
-    trial = Trial(
-        remedy or "as it is", True, tuple(ratios or [math.nan]), first_step, tuple(losses)
-    )
-    lost = len(losses) < steps or not losses[-1] <= _RISEN * abs(losses[0])
-    # A clip bounds every step; batch norm and tanh bound what large weights can do.
-    if limit == math.inf and not bounded and trial.end > _FALLEN * abs(losses[0]):
-        late = statistics.median([r for r in ratios[1:] if not math.isnan(r)] or [0.0])
-        first, last = trial.ratios[0], trial.ratios[-1]
-        lost |= first > _UNSTABLE and last > EDGE if remedy else late > EDGE
-    return replace(trial, holds=not lost)
-
-
-def _length(tensors: Any) -> float:
-    return math.hypot(*(float(t.detach().float().norm()) for t in tensors))
