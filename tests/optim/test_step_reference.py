@@ -46,6 +46,19 @@ GROUP_KEYS: list[dict[str, float | None]] = [
 ]
 
 
+def of_groups(hyper: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the numbers of a rule for three groups, each of them raised to another power in every group."""
+
+    def raised(value: Any, power: float) -> Any:
+        if isinstance(value, tuple):
+            return tuple(raised(each, power) for each in value)
+        return value if isinstance(value, bool) else value**power
+
+    return [
+        {key: raised(value, power) for key, value in hyper.items()} for power in (1.0, 0.9, 1.1)
+    ]
+
+
 class Descent(torch.optim.Optimizer):
     """A user's own optimizer, which takes the in-place path and equals SGD without options."""
 
@@ -80,19 +93,19 @@ class BesideReference:
         stronger = 100.0 if ours.get("l1_mode") == "proximal" else 1.0
         keys_of = [{**keys, "l1": stronger * (keys["l1"] or 0.0)} for keys in GROUP_KEYS]
         thirds = [range(k, len(self.params), 3) for k in range(3)]
+        hypers = of_groups({"lr": 0.05} if inplace else HYPER[rule])
         groups = [
-            {"params": [self.params[i] for i in indices], **keys}
-            for indices, keys in zip(thirds, keys_of, strict=True)
+            {"params": [self.params[i] for i in indices], **keys, **hyper}
+            for indices, keys, hyper in zip(thirds, keys_of, hypers, strict=True)
         ]
-        hyper = {"lr": 0.05} if inplace else HYPER[rule]
         make = Descent if inplace else plain_class(rule)
-        self.optimizer = sg.Stabilizer(make(groups, **hyper), **ours)
+        self.optimizer = sg.Stabilizer(make(groups, **hypers[0]), **ours)
         self.options = StepOptions(
             rule=rule, **{k: v for k, v in ours.items() if k != "write_grads"}
         )
         self.groups = [
             Group(params=tuple(indices), hyper=hyper, **keys)  # type: ignore[arg-type]
-            for indices, keys in zip(thirds, keys_of, strict=True)
+            for indices, keys, hyper in zip(thirds, keys_of, hypers, strict=True)
         ]
         self.exact = [float64(p) for p in self.params]
         self.clipped = self.skipped = 0
