@@ -7,6 +7,7 @@ import os
 import random
 from collections import defaultdict
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Mark the tests of MARKED_FILES, and leave out tests for a GPU where there is none."""
     for item in items:
         for marker, patterns in MARKED_FILES.items():
-            name = item.path.relative_to(ROOT / "tests").as_posix()
-            if any(fnmatch(name, pattern) for pattern in patterns):
+            if is_one_of(item.path, patterns):
                 item.add_marker(marker)
     left_out = redundant_cases(items) | {item for item in items if needs_kernels(item)}
     if BACKENDS[-1].why_not() is not None:
@@ -95,9 +95,15 @@ def needs_kernels(item: pytest.Item) -> bool:
     """Tell whether a case of the composite backend is one of a test about kernels."""
     if not item.get_closest_marker("composite"):
         return False
-    name = item.path.relative_to(ROOT / "tests").as_posix()
-    is_taken = any(fnmatch(name, pattern) for pattern in COMPOSITE_FILES)
+    is_taken = is_one_of(item.path, COMPOSITE_FILES)
     return not is_taken or item.get_closest_marker("kernels") is not None
+
+
+@cache
+def is_one_of(path: Path, patterns: tuple[str, ...]) -> bool:
+    """Tell whether the path of a test file, from this folder on, matches one of the patterns."""
+    name = path.relative_to(ROOT / "tests").as_posix()
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def redundant_cases(items: list[pytest.Item]) -> set[pytest.Item]:

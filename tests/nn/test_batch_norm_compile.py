@@ -54,7 +54,7 @@ def test_same_bits_in_one_graph(fusion: str, layout: str, training: bool) -> Non
     compiled = copy.deepcopy(eager)
     counter = CompileCounterWithBackend("aot_eager")
     fn = torch.compile(compiled, fullgraph=True, backend=counter)
-    for batch in (4, 6, 9, 10, 17):
+    for batch in (4, 6, 9):
         x, r = torch.randn(2, batch, 5, 3, 3)
         assert_same_bits(
             eager, compiled, fn, laid_out(x, layout), laid_out(r, layout) if adds else None
@@ -102,25 +102,24 @@ def test_without_gradients_no_mask_is_kept() -> None:
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_the_default_compiler() -> None:
     """Compile between a convolution and a linear layer, whose memory formats the compiler may choose."""
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        torch.manual_seed(1)
-        eager = nn.Sequential(
-            nn.Conv2d(3, 8, 3),
-            sg.nn.BatchNorm2d(8, activation="relu"),
-            nn.Flatten(),
-            nn.Linear(72, 4),
-        )
-        eager = eager.to(memory_format=memory_format)
-        compiled = copy.deepcopy(eager)
-        fn = torch.compile(compiled, fullgraph=True)
-        for _ in range(2):
-            x = torch.randn(4, 3, 5, 5).to(memory_format=memory_format)
-            for want, got in zip(step(eager, x, None), step(fn, x, None), strict=True):
-                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-        for one, other in zip(eager.parameters(), compiled.parameters(), strict=True):
-            torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4)
-        for one, other in zip(eager.buffers(), compiled.buffers(), strict=True):
-            torch.testing.assert_close(one, other)
+    torch.manual_seed(1)
+    eager = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        sg.nn.BatchNorm2d(8, activation="relu"),
+        nn.Flatten(),
+        nn.Linear(72, 4),
+    )
+    eager = eager.to(memory_format=torch.channels_last)
+    compiled = copy.deepcopy(eager)
+    fn = torch.compile(compiled, fullgraph=True)
+    for _ in range(2):
+        x = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
+        for want, got in zip(step(eager, x, None), step(fn, x, None), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    for one, other in zip(eager.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4)
+    for one, other in zip(eager.buffers(), compiled.buffers(), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("transform", ["vmap", "grad"])

@@ -150,10 +150,9 @@ def test_copies_are_fused_too(how: str) -> None:
     assert torch.equal(model(x), expected), "a copy has parameters of its own"
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_compiled_as_one_graph(training: bool) -> None:
+def test_compiled_as_one_graph() -> None:
     torch.manual_seed(3)
-    model = convert_batchnorm(small()).double().train(training)
+    model = convert_batchnorm(small()).double()
     twin = copy.deepcopy(model)
     torch.compiler.reset()
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")

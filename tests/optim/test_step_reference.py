@@ -168,7 +168,7 @@ def test_all_modes_with_three_groups(
         clip_scope=scope,
         write_grads=write_grads,
     )
-    for gradients in gradient_sequence(run.params, 8, seed=3):
+    for gradients in gradient_sequence(run.params, 5, seed=3):
         assign(run.params, gradients)
         run.step()
     run.assert_states()
@@ -191,7 +191,7 @@ def test_float32(backend: Backend, rule: str, order: str, scope: str) -> None:
     ]
     for group in run.optimizer.param_groups:
         group["l1"] = 0.0
-    for gradients in gradient_sequence(run.params, 8, seed=3, decades=4.0):
+    for gradients in gradient_sequence(run.params, 6, seed=3, decades=4.0):
         assign(run.params, gradients)
         run.step()
     run.assert_states()
