@@ -114,14 +114,10 @@ void add_penalty(const Tensors& tensors, double l1, double l2, double* value, co
   const DeviceGuard guard(stream.device, kFunction);
   std::vector<uint64_t> image;
   PenaltyArguments arguments{};
-  const auto lay_out = [&](void* base) {
-    Arena arena(base);
+  void* const base = allocate_arena(allocate, [&](Arena& arena) {
     arguments.table = build_table(tensors, 1, StepEntries(), arena, image);
     arguments.chunks = arena.take<PenaltySums>(arguments.table.chunks);
-    return arena.used();
-  };
-  void* const base = allocate(lay_out(nullptr));
-  lay_out(base);
+  });
   arguments.l1 = l1;
   arguments.l2 = l2;
   arguments.value = value;
