@@ -29,8 +29,8 @@ __device__ __forceinline__ PenaltySums add_penalty_to_chunk(const TensorOperands
     T param[kQuad] = {};
     T grad[kQuad] = {};
     if (direct && count == kQuad) {
-      load_quad<T>(static_cast<const T*>(tensor.param.data) + begin, param);
-      load_quad<T>(static_cast<const T*>(tensor.grad.data) + begin, grad);
+      load_quad<T>(elements_of<const T>(tensor.param) + begin, param);
+      load_quad<T>(elements_of<const T>(tensor.grad) + begin, grad);
     } else {
 #pragma unroll
       for (int k = 0; k < kQuad; ++k) {
@@ -47,7 +47,7 @@ __device__ __forceinline__ PenaltySums add_penalty_to_chunk(const TensorOperands
     }
     if (!penalty.active()) continue;
     if (direct && count == kQuad) {
-      store_quad<T>(static_cast<T*>(tensor.grad.data) + begin, grad);
+      store_quad<T>(elements_of<T>(tensor.grad) + begin, grad);
     } else {
 #pragma unroll
       for (int k = 0; k < kQuad; ++k) {
