@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cuda/grad_norm.h"
+#include "cuda/halves.h"
 #include "cuda/launch.h"
 
 namespace steadygrad::cuda {
@@ -46,14 +47,47 @@ constexpr int kRowsAtOnce = sizeof(Element) == sizeof(double)  ? 2
                             : sizeof(Element) == sizeof(float) ? 8
                                                                : 16;
 
-// Four elements from anywhere.
+// Four neighbouring elements, aligned or from anywhere.
 template <class Element>
-__device__ __forceinline__ Quad<Element> load_apart(const Element* from) {
+struct RowQuad {
   Quad<Element> quad;
+
+  __device__ __forceinline__ void load(const Element* from) {
+    quad = *reinterpret_cast<const Quad<Element>*>(from);
+  }
+  __device__ __forceinline__ void load_apart(const Element* from) {
 #pragma unroll
-  for (int k = 0; k < kQuad; ++k) quad.values[k] = from[k];
-  return quad;
-}
+    for (int k = 0; k < kQuad; ++k) quad.values[k] = from[k];
+  }
+  __device__ __forceinline__ void convert(Element (&to)[kQuad]) const {
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) to[k] = quad.values[k];
+  }
+};
+
+// Halves are loaded as words: loads of elements in both cases would be merged into narrow ones.
+template <class Half>
+struct RowOfHalves {
+  uint32_t words[kQuad / 2];
+
+  __device__ __forceinline__ void load(const Half* from) {
+    const uint2 loaded = *reinterpret_cast<const uint2*>(from);
+    words[0] = loaded.x;
+    words[1] = loaded.y;
+  }
+  __device__ __forceinline__ void load_apart(const Half* from) {
+#pragma unroll
+    for (int w = 0; w < kQuad / 2; ++w) words[w] = from[2 * w].bits | uint32_t{from[2 * w + 1].bits} << 16;
+  }
+  __device__ __forceinline__ void convert(float (&to)[kQuad]) const {
+#pragma unroll
+    for (int w = 0; w < kQuad / 2; ++w) unpack<Half>(words[w], to[2 * w], to[2 * w + 1]);
+  }
+};
+template <>
+struct RowQuad<BFloat16> : RowOfHalves<BFloat16> {};
+template <>
+struct RowQuad<Float16> : RowOfHalves<Float16> {};
 
 template <class Elements, class T, class Element>
 __device__ __forceinline__ void sum_squares(const TensorOperands& tensor, const Chunk& chunk,
@@ -66,21 +100,18 @@ __device__ __forceinline__ void sum_squares(const TensorOperands& tensor, const 
   const bool penalised = transform.penalty_before_clip.active();
   const auto add_rows = [&](int32_t row, auto at_once) {
     constexpr int kRows = decltype(at_once)::value;
-    Quad<Element> raw[kRows];
+    RowQuad<Element> raw[kRows];
     if (aligned) {
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        raw[r] = *reinterpret_cast<const Quad<Element>*>(grads + (row + r) * kLanes);
-      }
+      for (int r = 0; r < kRows; ++r) raw[r].load(grads + (row + r) * kLanes);
     } else {
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) raw[r] = load_apart(grads + (row + r) * kLanes);
+      for (int r = 0; r < kRows; ++r) raw[r].load_apart(grads + (row + r) * kLanes);
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       T values[kQuad];
-#pragma unroll
-      for (int k = 0; k < kQuad; ++k) values[k] = to_compute(raw[r].values[k]);
+      raw[r].convert(values);
       if (!keeps) {
         T param[kQuad] = {};
         if (penalised) Elements::template load_quad<T>(tensor.param, begin + (row + r) * kLanes, param);
@@ -179,8 +210,12 @@ __device__ void publish_groups(const Arguments& arguments) {
   }
 }
 
+// Blocks that a multiprocessor is to hold at least: with 4 (128 registers) it has 64 KB of loads in flight.
+template <class Elements>
+constexpr int kNormBlocks = Elements::kMixed ? 4 : 5;
+
 template <class Elements, bool kSquares, class Arguments>
-__global__ void __launch_bounds__(kNormThreads, 2 * Elements::kBlocks - 1)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks<Elements>)
     grad_norm_kernel(const Arguments __grid_constant__ arguments) {
   if (blockIdx.x == 0) publish_groups(arguments);
   const int64_t index = arguments.first_chunk + int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;
