@@ -157,8 +157,9 @@ struct Elements {
   // Times 256 threads, how many a multiprocessor is to hold at least; fp64 code takes the registers of both.
   static constexpr int kBlocks = kContents == Contents::any ? 1 : kContents == Contents::no_float64 ? 2 : 3;
 
-  // Whether anything but fp32 occurs.
+  // Whether anything but fp32 occurs, and whether fp64 does.
   static constexpr bool kMixed = kContents != Contents::float32_contiguous;
+  static constexpr bool kFloat64 = kContents == Contents::any;
 
   // Calls function(T{}) with the type that a tensor is computed in.
   template <class Function>

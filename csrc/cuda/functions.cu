@@ -16,16 +16,12 @@ void norm_and_clip(const char* function, const Tensors& tensors, double max_norm
   NormMemory norms;
   DecisionMemory decision;
   StepBroadcast broadcast;
-  const auto lay_out = [&](void* base) {
-    Arena arena(base);
+  void* const base = allocate_arena(allocate, [&](Arena& arena) {
     table = build_table(tensors, 1, StepEntries(), arena, image);
     norms = take_norm_memory(table, type, arena);
     decision = take_decision_memory(table, arena);
     broadcast.groups = arena.take<GroupOptions>(1);
-    return arena.used();
-  };
-  void* const base = allocate(lay_out(nullptr));
-  lay_out(base);
+  });
   StepOptions options;
   options.norm_type = type;
   options.nonfinite = nonfinite;

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cuda/grad_norm.h"
+#include "cuda/halves.h"
 #include "cuda/launch.h"
 
 namespace steadygrad::cuda {
@@ -24,6 +25,7 @@ struct NormCall {
   int32_t grads_count;
   int32_t first_group;
   int32_t groups_count;
+  bool in_pairs;
 };
 
 // The arguments of a launch are copied as a whole, however many of the places are taken.
@@ -46,18 +48,51 @@ constexpr int kRowsAtOnce = sizeof(Element) == sizeof(double)  ? 2
                             : sizeof(Element) == sizeof(float) ? 8
                                                                : 16;
 
-// Four elements from anywhere.
+// Four neighbouring elements, aligned or from anywhere.
 template <class Element>
-__device__ __forceinline__ Quad<Element> load_apart(const Element* from) {
+struct RowQuad {
   Quad<Element> quad;
-#pragma unroll
-  for (int k = 0; k < kQuad; ++k) quad.values[k] = from[k];
-  return quad;
-}
 
-template <class Elements, class T, class Element>
+  __device__ __forceinline__ void load(const Element* from) {
+    quad = *reinterpret_cast<const Quad<Element>*>(from);
+  }
+  __device__ __forceinline__ void load_apart(const Element* from) {
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) quad.values[k] = from[k];
+  }
+  __device__ __forceinline__ void convert(Element (&to)[kQuad]) const {
+#pragma unroll
+    for (int k = 0; k < kQuad; ++k) to[k] = quad.values[k];
+  }
+};
+
+// Halves are loaded as words: loads of elements in both cases would be merged into narrow ones.
+template <class Half>
+struct RowOfHalves {
+  uint32_t words[kQuad / 2];
+
+  __device__ __forceinline__ void load(const Half* from) {
+    const uint2 loaded = *reinterpret_cast<const uint2*>(from);
+    words[0] = loaded.x;
+    words[1] = loaded.y;
+  }
+  __device__ __forceinline__ void load_apart(const Half* from) {
+#pragma unroll
+    for (int w = 0; w < kQuad / 2; ++w) words[w] = from[2 * w].bits | uint32_t{from[2 * w + 1].bits} << 16;
+  }
+  __device__ __forceinline__ void convert(float (&to)[kQuad]) const {
+#pragma unroll
+    for (int w = 0; w < kQuad / 2; ++w) unpack<Half>(words[w], to[2 * w], to[2 * w + 1]);
+  }
+};
+template <>
+struct RowQuad<BFloat16> : RowOfHalves<BFloat16> {};
+template <>
+struct RowQuad<Float16> : RowOfHalves<Float16> {};
+
+template <class Elements, class T, class Element, class Sums>
 __device__ __forceinline__ void sum_squares(const TensorOperands& tensor, const Chunk& chunk,
-                                            const GradientTransform<T>& transform, LaneSums<T>& sums) {
+                                            const GradientTransform<T>& transform, Sums& sums) {
   const int lane = threadIdx.x % kWarp;
   const int64_t begin = chunk.begin + lane * kQuad;
   const Element* const grads = elements_of<const Element>(tensor.grad) + begin;
@@ -66,21 +101,18 @@ __device__ __forceinline__ void sum_squares(const TensorOperands& tensor, const 
   const bool penalised = transform.penalty_before_clip.active();
   const auto add_rows = [&](int32_t row, auto at_once) {
     constexpr int kRows = decltype(at_once)::value;
-    Quad<Element> raw[kRows];
+    RowQuad<Element> raw[kRows];
     if (aligned) {
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        raw[r] = *reinterpret_cast<const Quad<Element>*>(grads + (row + r) * kLanes);
-      }
+      for (int r = 0; r < kRows; ++r) raw[r].load(grads + (row + r) * kLanes);
     } else {
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) raw[r] = load_apart(grads + (row + r) * kLanes);
+      for (int r = 0; r < kRows; ++r) raw[r].load_apart(grads + (row + r) * kLanes);
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       T values[kQuad];
-#pragma unroll
-      for (int k = 0; k < kQuad; ++k) values[k] = to_compute(raw[r].values[k]);
+      raw[r].convert(values);
       if (!keeps) {
         T param[kQuad] = {};
         if (penalised) Elements::template load_quad<T>(tensor.param, begin + (row + r) * kLanes, param);
@@ -145,21 +177,30 @@ __device__ __forceinline__ NormPartial sum_elements(const TensorOperands& tensor
 template <class Elements, bool kSquares, class T>
 __device__ __forceinline__ NormPartial chunk_norm(const TensorOperands& tensor, const Chunk& chunk,
                                                   const TransformOptions& options, NormType type,
-                                                  double scale) {
+                                                  double scale, bool in_pairs) {
   const GradientTransform<T> transform = transform_before_clip<T>(options);
   const bool penalised = transform.penalty_before_clip.active();
   if constexpr (kSquares) {
     type = NormType{NormKind::two, 2};  // known to the compiler, which then drops all other kinds
+    const auto add_to = [&](auto& sums) {
+      return Elements::template with_stored_type<T>([&](auto element) {
+        using Element = decltype(element);
+        if (!Elements::template contiguous<Element>(tensor.grad)) return false;
+        if (penalised && !Elements::template quads<T>(tensor.param)) return false;
+        sum_squares<Elements, T, Element>(tensor, chunk, transform, sums);
+        return true;
+      });
+    };
+    NormPartial partial;
+    // Beside fp64 the norm is one of fp64, for which pairs are not good enough.
+    if constexpr (!Elements::kFloat64) {
+      if (in_pairs) {
+        PairLanes sums;
+        if (add_to(sums) && sums.combined(partial.sums.medium)) return partial;
+      }
+    }
     LaneSums<T> sums(type);
-    const bool summed = Elements::template with_stored_type<T>([&](auto element) {
-      using Element = decltype(element);
-      if (!Elements::template contiguous<Element>(tensor.grad)) return false;
-      if (penalised && !Elements::template quads<T>(tensor.param)) return false;
-      sum_squares<Elements, T, Element>(tensor, chunk, transform, sums);
-      return true;
-    });
-    if (summed) {
-      NormPartial partial;
+    if (add_to(sums)) {
       partial.sums = sums.combined(type);
       const double total = partial.sums.small + partial.sums.medium + partial.sums.large;
       // Where a sum of squares is finite, so is every element.
@@ -179,8 +220,12 @@ __device__ void publish_groups(const Arguments& arguments) {
   }
 }
 
+// Blocks that a multiprocessor is to hold at least: with 4 (128 registers) it has 64 KB of loads in flight.
+template <class Elements>
+constexpr int kNormBlocks = Elements::kMixed ? 4 : 5;
+
 template <class Elements, bool kSquares, class Arguments>
-__global__ void __launch_bounds__(kNormThreads, 2 * Elements::kBlocks - 1)
+__global__ void __launch_bounds__(kNormThreads, kNormBlocks<Elements>)
     grad_norm_kernel(const Arguments __grid_constant__ arguments) {
   if (blockIdx.x == 0) publish_groups(arguments);
   const int64_t index = arguments.first_chunk + int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;
@@ -198,7 +243,8 @@ __global__ void __launch_bounds__(kNormThreads, 2 * Elements::kBlocks - 1)
   const double scale = arguments.memory.scales != nullptr ? arguments.memory.scales[chunk.tensor] : 1;
   NormPartial partial;
   Elements::with_compute_type(tensor, [&](auto element) {
-    partial = chunk_norm<Elements, kSquares, decltype(element)>(tensor, chunk, transform, type, scale);
+    partial = chunk_norm<Elements, kSquares, decltype(element)>(tensor, chunk, transform, type, scale,
+                                                                arguments.in_pairs);
   });
   if (threadIdx.x % kWarp != 0) return;
   if (chunk.begin == 0 && arguments.grads_count > 0)
@@ -219,6 +265,14 @@ __global__ void __launch_bounds__(kLanes)
       [&](int64_t i) { return memory.chunks.load<false>(head.first_chunk + i); },
       [&](NormPartial& a, const NormPartial& b) { combine(extreme, a, b); });
   if (threadIdx.x == 0) memory.scales[blockIdx.x] = scale_for(partial.sums.medium);
+}
+
+// Whether pass 1 would wait for sums in fp64 rather than for memory. The ratio is 2 on GPUs made for fp64,
+// and 32 or more on all others.
+bool is_fp64_slow(const char* function, Stream stream) {
+  int ratio = 0;
+  check(cudaDeviceGetAttribute(&ratio, cudaDevAttrSingleToDoublePrecisionPerfRatio, stream.device), function);
+  return ratio > 8;
 }
 
 template <class Arguments>
@@ -288,6 +342,7 @@ void launch_grad_norm(const char* function, const Tensors& tensors, const Tensor
   call.options = options;
   call.grad_scale = grad_scale;
   call.broadcast = broadcast;
+  call.in_pairs = is_fp64_slow(function, stream);
   const bool brings_grads = broadcast.grads != nullptr;
   const auto launch_call = [&] {
     const bool few = static_cast<int>(groups.size()) <= FewArguments::kGroupsPerLaunch &&

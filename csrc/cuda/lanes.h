@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cuda_runtime.h>
 
+#include "core/float_pair.h"
 #include "core/norm.h"
 #include "cuda/elements.h"
 
@@ -103,6 +104,29 @@ struct LaneSums<double> {
   __device__ __forceinline__ NormSums combined(NormType type) {
     constexpr NormType kAdded{NormKind::two, 2};
     return {small.combined(kAdded), medium.combined(type), large.combined(kAdded)};
+  }
+};
+
+// The squares of fp32 elements without fp64, for GPUs where that is slow. The order of these sums is not
+// core's: each thread puts its four lanes together in pairs of fp32 before the warp adds in fp64.
+struct PairLanes {
+  FloatPair pairs[kQuad];
+  uint32_t bits = 0;  // those of all elements together
+
+  __device__ __forceinline__ void add_square(int k, float x) {
+    pairs[k].add_square(x);
+    bits |= bit_cast<uint32_t>(x);
+  }
+
+  // Whether the sum, which all threads get, is as good as one in fp64.
+  __device__ __forceinline__ bool combined(double& sum) {
+    pairs[0].add(pairs[2]);
+    pairs[1].add(pairs[3]);
+    pairs[0].add(pairs[1]);
+    sum = pairs[0].value();
+#pragma unroll
+    for (int half = kWarp / 2; half >= 1; half /= 2) sum += __shfl_xor_sync(kFullWarp, sum, half);
+    return FloatPair::holds(sum) || __all_sync(kFullWarp, bits << 1 == 0) != 0;
   }
 };
 

@@ -29,8 +29,8 @@ __device__ __forceinline__ PenaltySums add_penalty_to_chunk(const TensorOperands
     T param[kQuad] = {};
     T grad[kQuad] = {};
     if (direct && count == kQuad) {
-      load_quad<T>(static_cast<const T*>(tensor.param.data) + begin, param);
-      load_quad<T>(static_cast<const T*>(tensor.grad.data) + begin, grad);
+      load_quad<T>(elements_of<const T>(tensor.param) + begin, param);
+      load_quad<T>(elements_of<const T>(tensor.grad) + begin, grad);
     } else {
 #pragma unroll
       for (int k = 0; k < kQuad; ++k) {
@@ -47,7 +47,7 @@ __device__ __forceinline__ PenaltySums add_penalty_to_chunk(const TensorOperands
     }
     if (!penalty.active()) continue;
     if (direct && count == kQuad) {
-      store_quad<T>(static_cast<T*>(tensor.grad.data) + begin, grad);
+      store_quad<T>(elements_of<T>(tensor.grad) + begin, grad);
     } else {
 #pragma unroll
       for (int k = 0; k < kQuad; ++k) {
@@ -114,14 +114,10 @@ void add_penalty(const Tensors& tensors, double l1, double l2, double* value, co
   const DeviceGuard guard(stream.device, kFunction);
   std::vector<uint64_t> image;
   PenaltyArguments arguments{};
-  const auto lay_out = [&](void* base) {
-    Arena arena(base);
+  void* const base = allocate_arena(allocate, [&](Arena& arena) {
     arguments.table = build_table(tensors, 1, StepEntries(), arena, image);
     arguments.chunks = arena.take<PenaltySums>(arguments.table.chunks);
-    return arena.used();
-  };
-  void* const base = allocate(lay_out(nullptr));
-  lay_out(base);
+  });
   arguments.l1 = l1;
   arguments.l2 = l2;
   arguments.value = value;

@@ -178,11 +178,10 @@ Contents contents_of(const Tensors& tensors) {
 TensorTable upload_table(const char* function, const Tensors& tensors, const Allocate& allocate,
                          Stream stream) {
   std::vector<uint64_t> image;
-  Arena measured(nullptr);
-  build_table(tensors, 1, StepEntries(), measured, image);
-  Arena arena(allocate(measured.used()));
-  const TensorTable table = build_table(tensors, 1, StepEntries(), arena, image);
-  upload(function, image, table.arrived, stream);
+  TensorTable table;
+  void* const base = allocate_arena(
+      allocate, [&](Arena& arena) { table = build_table(tensors, 1, StepEntries(), arena, image); });
+  upload(function, image, base, stream);
   return table;
 }
 

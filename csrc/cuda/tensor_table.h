@@ -99,6 +99,18 @@ class Arena {
   int64_t used_ = 0;
 };
 
+// Allocates what lay_out(arena) takes, which is called twice: to measure, and with the memory, whose address
+// is returned.
+template <class LayOut>
+void* allocate_arena(const Allocate& allocate, LayOut lay_out) {
+  Arena measured(nullptr);
+  lay_out(measured);
+  void* const base = allocate(measured.used());
+  Arena arena(base);
+  lay_out(arena);
+  return base;
+}
+
 // What only a step has to say about its tensors.
 struct StepEntries {
   const std::vector<StepCounter>* counters = nullptr;

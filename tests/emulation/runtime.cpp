@@ -74,6 +74,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
       *value = kSharedBytesPerMultiprocessor;
       return cudaSuccess;
+    case cudaDevAttrSingleToDoublePrecisionPerfRatio:
+      *value = static_cast<int>(fp64_ratio());
+      return cudaSuccess;
     case cudaDevAttrCooperativeLaunch:
       *value = 1;
       return cudaSuccess;

@@ -74,4 +74,9 @@ uint64_t cooperative_multiprocessors() {
   return Reader(problem).number("COOPERATIVE", kMultiprocessors, 0, kMultiprocessors);
 }
 
+uint64_t fp64_ratio() {
+  std::string problem;
+  return Reader(problem).number("FP64_RATIO", 2, 1, 64);
+}
+
 }  // namespace steadygrad::emulation

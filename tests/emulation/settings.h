@@ -24,4 +24,7 @@ const Settings& settings();
 // How many of the device's multiprocessors a cooperative launch gets; read at every one.
 uint64_t cooperative_multiprocessors();
 
+// How many times as fast as in fp64 the device says that it computes in fp32; read whenever it is asked.
+uint64_t fp64_ratio();
+
 }  // namespace steadygrad::emulation

@@ -167,14 +167,10 @@ void batch_norm_backward(const BatchNorm& norm, const BatchNormGradient& grad, b
   if (input_needs_sums || grad.grad_weight.data != nullptr || grad.grad_bias.data != nullptr) {
     const Tiles tiles = sums_tiles(norm, grad, stream);
     GradientSums* partials = nullptr;
-    const auto lay_out = [&](void* base) {
-      Arena arena(base);
+    allocate_arena(allocate, [&](Arena& arena) {
       partials = arena.take<GradientSums>(tiles.splits * norm.shape.channels);
       sums = arena.take<double>(2 * norm.shape.channels);
-      return arena.used();
-    };
-    void* const base = allocate(lay_out(nullptr));
-    lay_out(base);
+    });
     launch_sums(norm, grad, partials, tiles, sums, stream);
   }
   launch_input(norm, grad, input_needs_sums ? sums : nullptr, nullptr, stream);

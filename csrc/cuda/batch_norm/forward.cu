@@ -5,7 +5,6 @@
 #include "cuda/batch_norm/one_read.h"
 #include "cuda/batch_norm/passes.h"
 #include "cuda/launch.h"
-#include "cuda/tensor_table.h"
 
 namespace steadygrad::cuda {
 namespace {
@@ -95,14 +94,8 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksAtOnce<Access>)
 void launch_statistics(const BatchNorm& norm, double* statistics, const RunningStatistics& running,
                        const Allocate& allocate, Stream stream) {
   const Tiles tiles = tiles_for(kFunction, norm.shape, norm.dtype, are_aligned(norm.input), false, stream);
-  const auto lay_out = [&](void* base, Moments*& partials) {
-    Arena arena(base);
-    partials = arena.take<Moments>(tiles.splits * norm.shape.channels);
-    return arena.used();
-  };
-  Moments* partials = nullptr;
-  void* const base = allocate(lay_out(nullptr, partials));
-  lay_out(base, partials);
+  const int64_t bytes = tiles.splits * norm.shape.channels * static_cast<int64_t>(sizeof(Moments));
+  Moments* const partials = static_cast<Moments*>(allocate(bytes));
   with_access(tiles, [&](auto access, auto columns) {
     launch(kFunction, stream, statistics_kernel<decltype(access), decltype(columns)::value>, tiles.blocks(),
            kTileThreads, StatisticsArguments{tiles, norm.input, partials});

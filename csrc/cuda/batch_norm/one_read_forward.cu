@@ -111,13 +111,8 @@ bool forward_in_one_read(const BatchNorm& norm, const BatchNormOutput& out, doub
   Teams teams = plan_teams(kFunction, tiles, 1, stream);
   if (teams.count == 0) return false;
   teams.meets = teams.tiles.splits > 1 || (running.cumulative && running.num_batches_tracked != nullptr);
-  const auto lay_out = [&](void* base) {
-    Arena arena(base);
-    take_team_memory(teams, sizeof(Moments) / sizeof(double), arena);
-    return arena.used();
-  };
-  void* const base = allocate(lay_out(nullptr));
-  lay_out(base);
+  allocate_arena(allocate,
+                 [&](Arena& arena) { take_team_memory(teams, sizeof(Moments) / sizeof(double), arena); });
   bool launched = false;
   with_wide_access(tiles, [&](auto access, auto columns) {
     using Access = decltype(access);

@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <cuda_runtime.h>
 
-#include "cuda/batch_norm/units.h"
 #include "cuda/elements.h"
+#include "cuda/halves.h"
 
 namespace steadygrad::cuda {
 
