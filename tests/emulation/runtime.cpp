@@ -57,7 +57,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
       *value = kWarpLanes;
       return cudaSuccess;
     case cudaDevAttrMultiProcessorCount:
-      *value = kMultiprocessors;
+      *value = multiprocessors();
       return cudaSuccess;
     case cudaDevAttrL2CacheSize:
       *value = kL2Bytes;
@@ -99,7 +99,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
   properties->maxThreadsPerMultiProcessor = kThreadsPerMultiprocessor;
   properties->major = kMajor;
   properties->minor = kMinor;
-  properties->multiProcessorCount = kMultiprocessors;
+  properties->multiProcessorCount = multiprocessors();
   properties->l2CacheSize = kL2Bytes;
   properties->cooperativeLaunch = 1;
   return cudaSuccess;

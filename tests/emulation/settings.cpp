@@ -69,9 +69,15 @@ const Settings& settings() {
   return result;
 }
 
-uint64_t cooperative_multiprocessors() {
+int multiprocessors() {
   std::string problem;
-  return Reader(problem).number("COOPERATIVE", kMultiprocessors, 0, kMultiprocessors);
+  return static_cast<int>(Reader(problem).number("MULTIPROCESSORS", kMultiprocessors, 1, 1024));
+}
+
+uint64_t cooperative_multiprocessors() {
+  const auto all = static_cast<uint64_t>(multiprocessors());
+  std::string problem;
+  return Reader(problem).number("COOPERATIVE", all, 0, all);
 }
 
 uint64_t fp64_ratio() {

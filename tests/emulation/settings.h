@@ -21,6 +21,9 @@ struct Settings {
 
 const Settings& settings();
 
+// The number of the device's multiprocessors; read whenever it is asked.
+int multiprocessors();
+
 // How many of the device's multiprocessors a cooperative launch gets; read at every one.
 uint64_t cooperative_multiprocessors();
 

@@ -242,8 +242,23 @@ def test_batches_are_counted_once(
 def emulated(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """The environment of the emulator, which has 8 multiprocessors."""
     if device.type != "cpu":
-        pytest.skip("only the emulator can be given fewer multiprocessors than it says that it has")
+        pytest.skip("only the emulator can be given another number of multiprocessors")
     return monkeypatch
+
+
+@pytest.mark.parametrize("shape", [(600, 1, 9, 7), (1, 1, 120, 300), (20_000, 8)], ids=str)
+def test_more_partials_than_threads_that_add_them(
+    emulated: pytest.MonkeyPatch, take: Callable[[str], None], shape: tuple[int, ...]
+) -> None:
+    """A large GPU shares one channel among so many blocks that a thread loads several of their partials."""
+    emulated.setenv("STEADYGRAD_EMULATION_MULTIPROCESSORS", "132")
+    take("two_reads")
+    case = Case(shape, torch.device("cpu"), torch.float32, "first", "relu", mean=3.0)
+    exact = case.batch_statistics()
+    case.keep_off_the_kink(exact)
+    output, mask, statistics = case.forward()
+    case.assert_output(output, exact)
+    case.assert_gradients(case.backward(mask, statistics), exact)
 
 
 @each_layout
