@@ -1,5 +1,5 @@
 // sanitize [TEXT]: runs all cases, or those whose name contains TEXT, on both backends and compares the
-// results: bit for bit, but for batch norm.
+// results: bit for bit, but for batch norm and norms from pairs of fp32.
 #include <cstdio>
 
 #include "cpu/parallel.h"

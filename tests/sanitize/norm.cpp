@@ -2,6 +2,7 @@
 #include "core/norm.h"
 
 #include <cmath>
+#include <cstdlib>
 
 #include "core/backend.h"
 #include "sanitize/report.h"
@@ -12,7 +13,13 @@ namespace {
 
 constexpr Uses kGradients{false, true};
 
-std::string compare(const Specs& specs, Values values, double p) {
+// How far a norm from pairs of fp32 may be from that of sums in fp64, as a part of it.
+constexpr double kPairPrecision = 0x1p-37;
+
+enum class Sums { in_fp64, in_pairs };
+
+std::string compare(const Specs& specs, Values values, double p, Sums sums = Sums::in_fp64) {
+  setenv("STEADYGRAD_EMULATION_FP64_RATIO", sums == Sums::in_pairs ? "64" : "2", 1);
   const TensorSet tensors(specs, kGradients, values);
   Outcome cpu;
   cpu_backend().grad_norm(tensors.operands(), norm_type(p), {&cpu}, Reduction(), nullptr, Stream());
@@ -20,6 +27,13 @@ std::string compare(const Specs& specs, Values values, double p) {
   DeviceMemory memory;
   cuda_backend().grad_norm(tensors.operands(), norm_type(p), {outcome.get()}, Reduction(), memory.allocate(),
                            Stream());
+  if (sums == Sums::in_pairs) {
+    const double found = outcome.value().norm;
+    const bool close = std::fabs(found - cpu.norm) <= kPairPrecision * cpu.norm;
+    const std::string problem = close ? "" : difference("norm", cpu.norm, found);
+    if (!problem.empty()) return problem;
+    return difference_of_counts("nonfinite", cpu.nonfinite, outcome.value().nonfinite);
+  }
   std::string problem = difference("norm", cpu.norm, outcome.value().norm);
   if (problem.empty())
     problem = difference("fp32 norm", static_cast<float>(cpu.norm), outcome.value().norm_float32);
@@ -37,6 +51,14 @@ void check_norms(Report& report) {
     for (const Specs& specs : all_tensors()) {
       for (const auto& [name, values] : contents) {
         report.check(kind + name, specs, [&, values = values] { return compare(specs, values, p); });
+      }
+    }
+    if (p == 2.0) {
+      for (const Specs& specs : all_tensors()) {
+        for (const auto& [name, values] : contents) {
+          report.check("norm-in-pairs " + std::string(name), specs,
+                       [&, values = values] { return compare(specs, values, 2.0, Sums::in_pairs); });
+        }
       }
     }
     const Specs expanded = with_expanded_gradients(double_tensors());
