@@ -162,7 +162,7 @@ $(VISION)/.installed: $(TEST_PACKAGES)
 	touch $@
 
 $(DOCUMENTATION_TOOLS): $(ENVIRONMENT) constraints.txt
-	$(PIP) install -c constraints.txt mkdocs-material "mkdocstrings[python]"
+	$(PIP) install -c constraints.txt mkdocs-material "mkdocstrings[python]" ruff
 	touch $@
 
 $(LINTERS): $(TEST_PACKAGES) constraints.txt

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cfenv>
 #include <exception>
+#include <iterator>
 #include <mutex>
 
 #if defined(__linux__)
@@ -57,13 +58,16 @@ bool resolve(void* library, const char* name, Symbol& symbol) {
 }
 
 OpenMp find_openmp() {
-  std::vector<std::string> paths;
-  dl_iterate_phdr(collect, &paths);
-  // Another package may have loaded a copy of its own. torch's copy is in torch's folder or in the folder of
-  // its wheel's libraries.
-  std::stable_partition(paths.begin(), paths.end(), [](const std::string& path) {
+  std::vector<std::string> loaded;
+  dl_iterate_phdr(collect, &loaded);
+  // Another package may have loaded a copy of its own, so torch's copy comes first. It is in torch's folder or
+  // in the folder of its wheel's libraries.
+  const auto is_torchs = [](const std::string& path) {
     return path.find("/torch/") != std::string::npos || path.find("/torch.libs/") != std::string::npos;
-  });
+  };
+  std::vector<std::string> paths;
+  std::copy_if(loaded.begin(), loaded.end(), std::back_inserter(paths), is_torchs);
+  std::remove_copy_if(loaded.begin(), loaded.end(), std::back_inserter(paths), is_torchs);
   for (const std::string& path : paths) {
     void* library = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
     OpenMp openmp;

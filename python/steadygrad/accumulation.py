@@ -19,11 +19,12 @@ def accumulate(
 ) -> Iterator[None]:
     r"""Makes the backward pass inside the block one micro-batch of the optimizer's next step.
 
-    >>> for batch in micro_batches:
-    ...     with sg.accumulate(optimizer):
-    ...         loss(batch).backward()
-    >>> optimizer.step()        # steps, and clips, by the mean gradient of the micro-batches
-    >>> optimizer.zero_grad()
+    Examples:
+        >>> for batch in micro_batches:
+        ...     with sg.accumulate(optimizer):
+        ...         loss(batch).backward()
+        >>> optimizer.step()        # steps, and clips, by the mean gradient of the micro-batches
+        >>> optimizer.zero_grad()
 
     With gradients :math:`g_1 \ldots g_n`, weights :math:`w_k` and decay :math:`d` the step's gradient is
 

@@ -23,10 +23,11 @@ class GradScaler(torch.amp.GradScaler):
     .. math:: s \leftarrow s \cdot \text{backoff} \ \text{if found\_inf, else}\ s \cdot \text{growth}
         \ \text{after growth\_interval steps without}
 
-    >>> scaler = sg.GradScaler()
-    >>> scaler.scale(loss).backward()
-    >>> scaler.step(optimizer)      # unscale, check, norm, clip, update: two passes over memory
-    >>> scaler.update()
+    Examples:
+        >>> scaler = sg.GradScaler()
+        >>> scaler.scale(loss).backward()
+        >>> scaler.step(optimizer)      # unscale, check, norm, clip, update: two passes over memory
+        >>> scaler.update()
 
     Arguments, methods and the state dict are torch's. For an optimizer that is not stabilized everything is as in
     torch. With several optimizers the scale is shared, and only those whose gradients overflowed skip their step, as in

@@ -46,10 +46,11 @@ def _kind(optimizer: Stabilizer | StabilizedClass) -> str:
 class Stabilizer(StabilizedOptimizer, torch.optim.Optimizer):
     r"""Wraps a torch optimizer so that its steps survive exploding gradients.
 
-    >>> opt = sg.Stabilizer(torch.optim.AdamW(model.parameters(), lr=3e-4), max_norm=1.0)
-    >>> loss.backward()
-    >>> opt.step()       # checks the gradients, clips them by their norm, and updates
-    >>> opt.grad_norm    # the norm before the clip
+    Examples:
+        >>> opt = sg.Stabilizer(torch.optim.AdamW(model.parameters(), lr=3e-4), max_norm=1.0)
+        >>> loss.backward()
+        >>> opt.step()       # checks the gradients, clips them by their norm, and updates
+        >>> opt.grad_norm    # the norm before the clip
 
     Args:
         optimizer: Any torch optimizer. Pass the Stabilizer instead of it to schedulers, ``GradScaler`` and checkpoints.

@@ -26,13 +26,14 @@ class ClipAdaptive(KernelClipPolicy):
     The default is the paper's value for large batches; small batches allow a larger one.
 
     **The paper does not clip the final layer.** Every param group has a key ``clipping``, a number of its own or None
-    to leave the group out:
+    to leave the group out.
 
-    >>> opt = sg.optim.SGD(
-    ...     [{"params": model.body.parameters()}, {"params": model.head.parameters(), "clipping": None}],
-    ...     lr=0.1,
-    ...     clip=sg.ClipAdaptive(),
-    ... )
+    Examples:
+        >>> opt = sg.optim.SGD(
+        ...     [{"params": model.body.parameters()}, {"params": model.head.parameters(), "clipping": None}],
+        ...     lr=0.1,
+        ...     clip=sg.ClipAdaptive(),
+        ... )
 
     The gradient that is compared is the one that ``max_norm`` would limit: unscaled, and with a penalty that comes
     before the clip. If a param group also has a ``max_norm``, it still limits the norm of the step's scope, and the

@@ -18,21 +18,22 @@ class ClipPolicy(ABC):
     r"""Computes the limit of each step; subclass it to write a clip policy in Python, on torch tensors.
 
     A step calls :meth:`limits` between its two passes, with the norms of the gradients before the clip, and clips each
-    scope by :math:`\min(1, \text{limit} / (N + 10^{-6}))`, as it does with ``max_norm``:
+    scope by :math:`\min(1, \text{limit} / (N + 10^{-6}))`, as it does with ``max_norm``.
 
-    >>> class ClipMedian(sg.ClipPolicy):
-    ...     def __init__(self, factor=2.0, window=100):
-    ...         self.factor = factor
-    ...         self.norms = torch.full((window,), torch.nan, dtype=torch.float64)
-    ...
-    ...     def limits(self, norms):
-    ...         self.norms = self.norms.to(norms.device)
-    ...         limit = (self.factor * self.norms.nanmedian()).nan_to_num(nan=torch.inf)
-    ...         moved = torch.cat([self.norms[1:], norms])
-    ...         self.norms.copy_(torch.where(norms.isfinite() & (norms > 0), moved, self.norms))
-    ...         return limit
-    ...
-    >>> opt = sg.optim.AdamW(model.parameters(), clip=ClipMedian())
+    Examples:
+        >>> class ClipMedian(sg.ClipPolicy):
+        ...     def __init__(self, factor=2.0, window=100):
+        ...         self.factor = factor
+        ...         self.norms = torch.full((window,), torch.nan, dtype=torch.float64)
+        ...
+        ...     def limits(self, norms):
+        ...         self.norms = self.norms.to(norms.device)
+        ...         limit = (self.factor * self.norms.nanmedian()).nan_to_num(nan=torch.inf)
+        ...         moved = torch.cat([self.norms[1:], norms])
+        ...         self.norms.copy_(torch.where(norms.isfinite() & (norms > 0), moved, self.norms))
+        ...         return limit
+        ...
+        >>> opt = sg.optim.AdamW(model.parameters(), clip=ClipMedian())
 
     **Steps that are not taken.** On the CPU ``limits`` is not called for steps that are skipped or refused. On a CUDA
     device only the device knows whether a step is taken. So ``limits`` is called for every step there, and all norms
