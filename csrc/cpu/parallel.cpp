@@ -60,8 +60,8 @@ bool resolve(void* library, const char* name, Symbol& symbol) {
 OpenMp find_openmp() {
   std::vector<std::string> loaded;
   dl_iterate_phdr(collect, &loaded);
-  // Another package may have loaded a copy of its own, so torch's copy comes first. It is in torch's folder or
-  // in the folder of its wheel's libraries.
+  // Another package may have loaded a copy of its own, so torch's copy comes first. It is in torch's folder
+  // or in the folder of its wheel's libraries.
   const auto is_torchs = [](const std::string& path) {
     return path.find("/torch/") != std::string::npos || path.find("/torch.libs/") != std::string::npos;
   };
