@@ -56,7 +56,7 @@ study: $(INSTALLED)
 
 # Runs the linters, and the tests of what a change usually breaks, on the CPU backend.
 check: $(INSTALLED_FOR_TESTS) lint
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not (composite or emulated or ranks or compile or integration or slow or gpu)" $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not (composite or emulated or ranks or compile or integration or slow or full or gpu)" $(ARGS)
 
 test: $(INSTALLED_FOR_TESTS) $(VISION)/.installed
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)

@@ -49,6 +49,11 @@ MARKED_FILES = {
         *("benchmarks/test_gpu_script.py", "*/test_command_line.py"),
     ),
     "slow": ("nn/test_batch_norm_kernels_accuracy.py", "nn/test_convert_batchnorm_networks.py"),
+    "full": (
+        *("examination/test_restoring.py", "examination/test_sharpness.py"),
+        *("nn/test_batch_norm_export.py", "nn/test_batch_norm_operators.py"),
+        *("nn/test_convert_batchnorm_blocks.py", "reference/test_rules.py", "study/test_page.py"),
+    ),
     "gpu": ("optim/test_device_streams.py", "policies/test_policy_graphs.py"),
 }
 

@@ -405,6 +405,7 @@ def large_zeros(device: torch.device) -> Tensor:
 @pytest.mark.parametrize(
     "backend", backend_parameters([b for b in BACKENDS if b.name != "emulated"])
 )
+@pytest.mark.full
 def test_more_than_two_to_the_31_elements(backend: Backend) -> None:
     values = large_zeros(backend.device)
     values[7], values[-7] = 3.0, 4.0

@@ -225,6 +225,7 @@ def test_every_instruction_set_and_number_of_threads_gives_the_same_bits() -> No
     assert len(digests) == 1 and len(digests.pop()) == hashlib.sha256().digest_size * 2
 
 
+@pytest.mark.full
 def test_an_unknown_instruction_set_is_told() -> None:
     run = subprocess.run(
         [sys.executable, "-c", "import steadygrad"],

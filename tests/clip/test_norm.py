@@ -70,6 +70,7 @@ def test_one_ulp_over_sizes_and_scales(backend: Backend, size: int) -> None:
         assert_one_ulp(sg.get_total_norm([values.to(backend.device)]), float64_norm([values]))
 
 
+@pytest.mark.full
 def test_one_ulp_of_30_million_elements(backend: Backend) -> None:
     values = normal(30_000_000, 1e-3).to(backend.device)
     assert_one_ulp(sg.get_total_norm(values), float64_norm([values]))

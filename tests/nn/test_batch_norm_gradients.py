@@ -52,6 +52,7 @@ def case(
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.full
 def test_against_finite_differences(
     backend: Backend, fusion: str, layout: str, training: bool, affine: bool
 ) -> None:

@@ -106,6 +106,7 @@ def bits(tensor: Tensor) -> bytes:
 
 @each_layout
 @pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.full
 def test_sizes(backend: Backend, channels: int, layout: str) -> None:
     kinds = [(torch.float32, "add+relu"), (torch.bfloat16, "relu"), (torch.float16, "add")]
     kinds += [(torch.float64, "bn"), (torch.bfloat16, "add+relu"), (torch.float32, "relu")]
@@ -196,6 +197,7 @@ def test_any_shape(
 @pytest.mark.usefixtures("threads")
 @each_layout
 @each_dtype
+@pytest.mark.full
 def test_same_bits_for_every_number_of_threads(
     backend: Backend, layout: str, dtype: torch.dtype
 ) -> None:

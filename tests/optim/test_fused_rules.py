@@ -185,6 +185,7 @@ def default_dtype() -> Iterator[Callable[[torch.dtype], None]]:
 
 
 @pytest.mark.parametrize(("rule", "options", "wrap"), CASES[::3])
+@pytest.mark.full
 def test_float64_equals_torch(
     backend: Backend,
     rule: str,
@@ -202,6 +203,7 @@ def test_float64_equals_torch(
 
 @pytest.mark.parametrize("wrap", [True, False], ids=["wrapped", "subclass"])
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.full
 def test_swaps_at_the_first_and_the_last_step(backend: Backend, rule: str, wrap: bool) -> None:
     for swap_at, steps in ((0, 8), (18, 20)):
         run_beside_torch(
@@ -274,6 +276,7 @@ def test_a_tensor_rate_changed_in_place_counts(backend: Backend, rule: str) -> N
 
 
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.full
 def test_large_parameters_of_many_chunks(backend: Backend, rule: str) -> None:
     device = backend.device
     generator = torch.Generator().manual_seed(1)

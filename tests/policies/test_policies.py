@@ -30,22 +30,22 @@ from tests.policies.policy_runs import (
 )
 from tests.snapshots import bits
 
-STEPS = 500
-
 
 @pytest.mark.parametrize("name", CLIPS)
 def test_a_clip_follows_its_reference(backend: Backend, name: str) -> None:
     case = CLIPS[name]
     driven, expected = Driven(1, backend.device, clip=case.policy()), case.reference()
-    for norm in recorded_norms(STEPS):
+    # There are fewer where a step takes long; the short windows are passed all the same.
+    norms = recorded_norms(500 if backend.name == "cpu" else 260)
+    for norm in norms:
         (taken,) = driven.step(norm)
         if math.isfinite(norm):
             assert_follows(taken, norm, expected.coefficient(norm))
         else:
             assert taken == 0
     assert driven.optimizer.path == backend.fused_path
-    assert driven.optimizer.skipped_steps == STEPS - len(finite(recorded_norms(STEPS)))
-    assert 0 < driven.optimizer.clipped_steps < STEPS
+    assert driven.optimizer.skipped_steps == len(norms) - len(finite(norms))
+    assert 0 < driven.optimizer.clipped_steps < len(norms)
 
 
 def test_a_long_history_is_kept_sorted(backend: Backend) -> None:
@@ -75,7 +75,7 @@ def test_spikes_are_skipped_as_the_reference_says(
     limits = None if clip is None else CLIPS[clip].reference()
     driven = Driven(1, backend.device, clip=policy, skip=SKIPS[name].policy())
     spikes, skipped = SKIPS[name].reference(), 0
-    for norm in recorded_norms(STEPS):
+    for norm in recorded_norms():
         (taken,) = driven.step(norm)
         if not math.isfinite(norm) or spikes.skips(norm):
             skipped += 1

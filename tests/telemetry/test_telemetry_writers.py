@@ -108,6 +108,7 @@ def test_a_callback_that_raises_is_a_warning() -> None:
     assert opt.report().steps == 4
 
 
+@pytest.mark.full
 def test_what_is_left_is_written_at_the_end(tmp_path: Path) -> None:
     opt = stepped(model_of(), sg.Telemetry(writers=[JSONLWriter(tmp_path / "a.jsonl")]), 7)
     del opt
