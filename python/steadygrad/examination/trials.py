@@ -27,7 +27,7 @@ from steadygrad.examination.measuring import LossOf, copied, norm_of, ratio
 # other runs.
 STEPS, REMEDY_STEPS = 128, 16
 _LOOKS = (16, 32, 64)
-RISEN, _FALLEN, EDGE, _UNSTABLE = 5.0, 0.7, 0.3, 5.0
+_RISEN, _FALLEN, EDGE, _UNSTABLE = 5.0, 0.7, 0.3, 5.0
 _PRODUCTS, _MICRO_BATCHES = 8, 4
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _UNBOUNDED = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Softplus)
@@ -111,7 +111,7 @@ def _try(
     parameters = [p for p in network.parameters() if p.requires_grad]
     # Batches differ: a loss says little beside that of another batch.
     starts = [loss_of(network, batch).item() for batch in batches]
-    start, bound = statistics.fmean(starts), RISEN * max(map(abs, starts))
+    start, bound = statistics.fmean(starts), _RISEN * max(map(abs, starts))
     losses: list[float] = []
     ratios: list[float] = []
     first_step = math.nan
