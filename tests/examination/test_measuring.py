@@ -71,6 +71,22 @@ def test_parameters() -> None:
     assert sum(r.share**2 for r in rows.values() if not r.state) == pytest.approx(1, rel=0.1)
 
 
+def test_a_gradient_that_is_infinite_in_every_batch() -> None:
+    class Infinite(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return torch.full_like(gradient, torch.inf)
+
+    given = [(x.abs() + 1, y) for x, y in batches(2)]
+    found = sg.examine(nn.Linear(20, 5), lambda x, y: cross_entropy(Infinite.apply(x), y), given)
+    assert [row.norm for row in found.parameters] == [math.inf, math.inf]
+    assert all(math.isnan(row.spread) for row in found.parameters)
+
+
 def test_shared_and_recurrent_layers_count_once_a_call() -> None:
     found = sg.examine(Everything(), cross_entropy, batches(2))
     calls = [(layer.name, layer.call) for layer in found.layers]

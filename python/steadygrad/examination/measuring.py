@@ -59,7 +59,7 @@ def measure(
     for name, p in model.named_parameters():
         state = "" if norms.get(name) else "unused" if p.requires_grad else "frozen"
         own = torch.tensor(norms.get(name) or [math.nan], dtype=torch.float64)
-        deviation, norm = map(float, torch.std_mean(own, correction=0))
+        norm, deviation = float(own.mean()), float(own.std(correction=0))
         share, relative = ratio(norm, statistics.fmean(totals)), ratio(norm, norm_of([p]))
         rows.append(ParameterGradient(name, norm, share, relative, ratio(deviation, norm), state))
     found = Examination(layers, rows, list(recorder.units.values()), losses, totals)
