@@ -12,7 +12,7 @@ namespace {
 
 // How many blocks of a multiprocessor the registers have to suffice for. Without it the compiler saves
 // registers and has loads wait for each other.
-constexpr int kFinishBlocks = 1;
+[[maybe_unused]] constexpr int kFinishBlocks = 1;
 
 // The total of a channel. Thread (x, y) takes splits y, y + depth ..., then threads add up pairwise, and
 // those with y = 0 get the result.
