@@ -55,7 +55,7 @@ def of_groups(hyper: dict[str, Any]) -> list[dict[str, Any]]:
         return value if isinstance(value, bool) else value**power
 
     return [
-        {key: raised(value, power) for key, value in hyper.items()} for power in (1.0, 0.9, 1.1)
+        {key: raised(value, power) for key, value in hyper.items()} for power in (1.0, 1.1, 0.9)
     ]
 
 
