@@ -92,10 +92,10 @@ class ChannelBlocks {
   // The units that were summed last are visited first.
   template <class Sum, class Finish, class Visit>
   void sum_then_visit(Sum sum, Finish finish, Visit visit) const {
-    const int64_t elements = shape_.count() * shape_.channels;
-    if (elements < kWorthATeam || blocks_ >= 4 * max_threads()) {
+    const int64_t work = cost();
+    if (work < kWorthATeam || blocks_ >= 4 * max_threads()) {
       // Each thread keeps its block, so that it finds in its cache what it reads again.
-      for_each_share(blocks_, elements, [&](int64_t first, int64_t last) {
+      for_each_share(blocks_, work, [&](int64_t first, int64_t last) {
         for (int64_t block = first; block < last; ++block) {
           for (int64_t unit = 0; unit < units_; ++unit) sum(block, unit);
           finish(first_channel(block), last_channel(block));
@@ -105,12 +105,12 @@ class ChannelBlocks {
       return;
     }
     const int64_t tasks = blocks_ * units_;
-    for_each_share(tasks, elements, [&](int64_t first, int64_t last) {
+    for_each_share(tasks, work, [&](int64_t first, int64_t last) {
       for (int64_t task = first; task < last; ++task) sum(task / units_, task % units_);
     });
     // A channel costs about as much as 256 elements, and adding the sums of a unit as much as 8.
     for_each_share(shape_.channels, shape_.channels * (256 + 8 * units_), finish);
-    for_each_share(tasks, elements, [&](int64_t first, int64_t last) {
+    for_each_share(tasks, work, [&](int64_t first, int64_t last) {
       for (int64_t task = last - 1; task >= first; --task) visit(task / units_, task % units_);
     });
   }
@@ -118,15 +118,15 @@ class ChannelBlocks {
   // Visits all rows like for_each_rows(), in the order of memory if planes are short enough.
   template <class Visit>
   void for_all_rows(Visit visit) const {
-    const int64_t elements = shape_.count() * shape_.channels;
+    const int64_t work = cost();
     if (columns_ > 0 || pieces_ > 1) {
-      for_each_share(blocks_ * units_, elements, [&](int64_t first, int64_t last) {
+      for_each_share(blocks_ * units_, work, [&](int64_t first, int64_t last) {
         for (int64_t task = first; task < last; ++task)
           for_each_rows(task / units_, task % units_, fold_, visit);
       });
       return;
     }
-    for_each_share(shape_.outer * shape_.channels, elements, [&](int64_t first, int64_t last) {
+    for_each_share(shape_.outer * shape_.channels, work, [&](int64_t first, int64_t last) {
       while (first < last) {
         const int64_t channel = first % shape_.channels;
         const int64_t rows = std::min(last - first, shape_.channels - channel);
@@ -154,6 +154,9 @@ class ChannelBlocks {
   static bool is_short(const BatchNormShape& shape) {
     return shape.inner <= kSumLanes || (shape.inner < kShort && shape.outer >= kManyRows);
   }
+
+  // Returns how many elements of a norm, which kWorthATeam counts, cost as much as this tensor.
+  int64_t cost() const { return 4 * shape_.count() * shape_.channels; }
 
   // Visits the rows [begin, end) of columns; in a mask the bits of each row are without gaps.
   template <class Visit>
