@@ -463,3 +463,35 @@ def test_a_freed_gradient_without_a_learning_rate(backend: Backend, wrap: bool) 
     )
     with pytest.raises(RuntimeError, match="storage was freed"):
         optimizer.step()
+
+
+ISLANDS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 31, 127, 1023, 1027)
+CALLS: dict[str, Callable[[list[Parameter]], object]] = {
+    "clip_grad_norm_": lambda params: sg.clip_grad_norm_(params, 1.0),
+    "clip_grad_value_": lambda params: sg.clip_grad_value_(params, 0.1),
+    "add_penalty_": lambda params: sg.add_penalty_(params, l1=0.1, l2=0.1),
+    "soft_threshold_": lambda params: sg.soft_threshold_(params, 0.1),
+    "SGD": lambda params: sg.optim.SGD(params, lr=0.1, momentum=0.9, max_norm=1.0).step(),
+    "AdamW": lambda params: sg.optim.AdamW(params, lr=0.1, max_norm=1.0, l1=0.1).step(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CALLS)
+def test_what_lies_around_a_tensor_is_neither_read_nor_written(
+    backend: Backend, dtype: torch.dtype, name: str
+) -> None:
+    generator = torch.Generator().manual_seed(9)
+    seas = []
+    for numel in (*ISLANDS, *ISLANDS):
+        sea = torch.full((numel + 32,), math.nan, dtype=dtype)
+        sea[16:-16] = torch.randn(numel, generator=generator).to(dtype)
+        seas.append(sea.to(backend.device))
+    params = [Parameter(sea[16:-16]) for sea in seas[: len(ISLANDS)]]
+    for param, sea in zip(params, seas[len(ISLANDS) :], strict=True):
+        param.grad = sea[16:-16]
+    result = CALLS[name](params)
+    assert not isinstance(result, Tensor) or bool(result.isfinite())
+    for sea in seas:
+        assert bool(sea[16:-16].isfinite().all())
+        assert bool(sea[:16].isnan().all()) and bool(sea[-16:].isnan().all())
