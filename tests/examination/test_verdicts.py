@@ -264,11 +264,14 @@ def test_a_stabilized_optimizer_is_tried_with_its_limit_and_records_nothing(wrap
     assert opt.report().steps == 0
 
 
-def test_remedies_that_cannot_be_tried() -> None:
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [(torch.optim.LBFGS, "closure"), (sg.optim.Lion, "Lion is not one of torch's optimizers")],
+)
+def test_remedies_that_cannot_be_tried(kind: Any, why: str) -> None:
     model = mlp(20, gain=1.5)
-    optimizer = torch.optim.LBFGS(model.parameters())
-    found = sg.examine(model, cross_entropy, batches(), optimizer=optimizer)
-    assert found.trials == [] and "closure" in found.why_no_trials
+    found = sg.examine(model, cross_entropy, batches(), optimizer=kind(model.parameters()))
+    assert found.trials == [] and why in found.why_no_trials
     assert f"remedies could not be tried: {found.why_no_trials}" in str(found)
 
 

@@ -165,6 +165,8 @@ def _twin(
     ]
     bases: Any = type(optimizer).__mro__
     kind = next(base for base in bases if base.__module__.startswith("torch.optim."))
+    if kind is torch.optim.Optimizer:
+        raise TypeError(f"{type(optimizer).__name__} is not one of torch's optimizers")
     copied: torch.optim.Optimizer = kind([group for group in groups if group["params"]])
     for p, twin in twins.items():
         if p in optimizer.state:
