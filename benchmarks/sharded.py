@@ -10,6 +10,7 @@ tensors; several numbers of tensors show whether it does here. The program print
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -61,6 +62,7 @@ def _measure(count: int) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="benchmarks.sharded", description=__doc__).parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     found = {count: _measure(count) for count in COUNTS}

@@ -5,6 +5,7 @@ python -m benchmarks.whole_networks
 
 from __future__ import annotations
 
+import argparse
 import copy
 import math
 import os
@@ -142,6 +143,7 @@ def memory() -> Table:
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="benchmarks.whole_networks", description=__doc__).parse_args()
     torch.set_num_threads(THREADS)
     for block, steps in STEPS.items():
         register_block(block, steps)
