@@ -44,7 +44,6 @@ Plan::Plan(const std::string& rule, bool fused, const py::list& param_groups, co
       params_.push_back(params.back());
     }
   }
-  hints_.resize(params_.size());
   taken_.assign(params_.size(), 1);
   if (slots.size() != params_.size()) throw py::value_error("Plan: slots: expected one per parameter");
   for (const py::handle item : slots) {
@@ -56,7 +55,9 @@ Plan::Plan(const std::string& rule, bool fused, const py::list& param_groups, co
     if (kept.has_extra) kept.objects.push_back(slot.extra);
     kept.objects.insert(kept.objects.end(), slot.numbers.begin(), slot.numbers.end());
     if (slot.first) taken_[slots_.size() - 1] = 0;
+    tensors_per_param_ = std::max(tensors_per_param_, 2 + kept.objects.size());
   }
+  found_.resize(params_.size() * tensors_per_param_);
   device_ = where_;
   Py_ssize_t index = 0;
   for (const py::handle group : param_groups) {
@@ -111,22 +112,18 @@ Argument Plan::argument(size_t index, const char* attribute) const {
 }
 
 void Plan::prefetch(size_t index) const {
-  if (index >= hints_.size()) return;
-  for (const char* hint : hints_[index]) __builtin_prefetch(hint);
-}
-
-void Plan::remember(size_t index, const View* views, int count, PyObject* grad) {
-  std::vector<const char*>& hints = hints_[index];
-  if (!hints.empty() || device_.backend->is_asynchronous) return;
-  const auto add = [&](const void* address, std::initializer_list<int> offsets) {
-    for (const int offset : offsets) hints.push_back(static_cast<const char*>(address) + offset);
-  };
-  add(params_[index].ptr(), {0});
-  add(grad, {0});
-  for (const py::object& object : slots_[index].objects) add(object.ptr(), {0});
-  // The sizes are inside the tensor's own object, near its middle.
-  for (int i = 0; i < count; ++i) add(views[i].sizes, {-64, 0, 64, 128});
-  for (int i = 0; i < count; ++i) add(views[i].data, {0, 64});
+  if (index >= params_.size()) return;
+  for (size_t i = 0; i < tensors_per_param_; ++i) {
+    const Found& found = found_[index * tensors_per_param_ + i];
+    if (found.object == nullptr) continue;
+    // The sizes are inside the tensor's own object, near its middle. Prefetching memory of another device
+    // does nothing.
+    const char* const sizes = static_cast<const char*>(found.sizes);
+    for (const int offset : {-64, 0, 64, 128}) __builtin_prefetch(sizes + offset);
+    const char* const data = static_cast<const char*>(found.data);
+    for (const int offset : {0, 64}) __builtin_prefetch(data + offset);
+    __builtin_prefetch(found.object);
+  }
 }
 
 int64_t Plan::scopes() const {
@@ -152,6 +149,7 @@ PyObject* Plan::local(const py::object& tensor) {
 bool Plan::add_tensor(size_t index, PyObject* grad, int32_t group_index) {
   const GroupOptions& group = group_options_[group_index];
   const Kept& slot = slots_[index];
+  Found* const found = found_of(index);
   const size_t states = state_count(options_.rule, group.hyper);
   if (slot.objects.size() != states + (slot.has_extra ? 1 : 0) + rule_->number_count()) return false;
   const View grad_view = view_of(grad, argument(index, ".grad"), device_);
@@ -188,8 +186,13 @@ bool Plan::add_tensor(size_t index, PyObject* grad, int32_t group_index) {
             where, by_unit ? "a real tensor, as complex ones cannot be clipped by unit" : "a real tensor",
             object);
       }
-      const bool is_resolved = i == 1 && reads_resolved_grads();
-      if ((updates() || penalty) && !is_resolved) check_not_negated(object, where);
+      if (i == 1) {
+        // Gradients are not kept alive, so another one may have the address of the last.
+        if ((updates() || penalty) && !reads_resolved_grads()) check_not_negated(object, where);
+        found[1] = {object, views[1].sizes, views[1].data};
+      } else if (updates() || penalty) {
+        check_not_negated(object, views[i], where, found[i]);
+      }
       if (!same_sizes(views[0], views[i])) {
         throw py::value_error(where.text() + ": expected the shape of the parameter, " +
                               std::string(py::str(params_[index].attr("shape"))) + ", got " +
@@ -197,7 +200,6 @@ bool Plan::add_tensor(size_t index, PyObject* grad, int32_t group_index) {
       }
     }
     set_operands(tensor, views, operands, count, by_unit);
-    remember(index, views, count, grad);
   }
   tensor.group = group_index;
   tensor.place = static_cast<int32_t>(index);
@@ -207,11 +209,14 @@ bool Plan::add_tensor(size_t index, PyObject* grad, int32_t group_index) {
   }
   StepCounter& counter = counters_.emplace_back();
   auto object = slot.objects.end() - static_cast<std::ptrdiff_t>(rule_->number_count());
-  if (rule_->has_step) counter.step = number_on((object++)->ptr(), argument(index, " state 'step'"), device_);
+  Found* found_number = found + 2 + (object - slot.objects.begin());
+  if (rule_->has_step) {
+    counter.step = number_on((object++)->ptr(), argument(index, " state 'step'"), device_, *found_number++);
+  }
   Number* number = counter.numbers;
   for (const char* name : rule_->state_numbers) {
     const std::string where = std::string(" state '") + name + "'";
-    *number++ = number_on((object++)->ptr(), argument(index, where.c_str()), device_);
+    *number++ = number_on((object++)->ptr(), argument(index, where.c_str()), device_, *found_number++);
   }
   return true;
 }
@@ -252,7 +257,6 @@ bool Plan::read_groups(const py::list& param_groups) {
 bool Plan::gather(const std::optional<py::list>& grads) {
   if (grads && grads->size() != params_.size())
     throw py::value_error("step: grads: expected one per parameter");
-  static PyObject* const kGrad = PyUnicode_InternFromString("grad");
   active_.clear();
   tensors_.clear();
   counters_.clear();
@@ -263,10 +267,7 @@ bool Plan::gather(const std::optional<py::list>& grads) {
   for (size_t g = 0; g < groups_.size(); ++g) {
     for (size_t i = 0; i < groups_[g].size(); ++i, ++index) {
       prefetch(index + kAhead);
-      py::object grad =
-          grads ? py::object((*grads)[index])
-                : py::reinterpret_steal<py::object>(PyObject_GetAttr(params_[index].ptr(), kGrad));
-      if (!grad) throw py::error_already_set();
+      py::object grad = grads ? py::object((*grads)[index]) : grad_of(params_[index].ptr());
       if (grad.is_none()) continue;
       // All tensors have to be on the device of the first one, so if that is elsewhere, all of them have
       // moved.
@@ -416,7 +417,7 @@ void Plan::clear() {
   groups_.clear();
   params_.clear();
   slots_.clear();
-  hints_.clear();
+  found_.clear();
 }
 
 namespace {

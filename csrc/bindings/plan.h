@@ -70,10 +70,10 @@ class Plan {
   bool holds_the_same(const py::list& param_groups, const py::dict& state) const;
   // Returns false if options have changed which state exists.
   bool read_groups(const py::list& param_groups);
+  Found* found_of(size_t index) { return &found_[index * tensors_per_param_]; }
   // Looks at every tensor that takes part; returns false if a slot is missing.
   bool gather(const std::optional<py::list>& grads);
   void prefetch(size_t index) const;
-  void remember(size_t index, const View* views, int count, PyObject* grad);
   // Returns false if the slot does not fit.
   bool add_tensor(size_t index, PyObject* grad, int32_t group_index);
   PyObject* local(const py::object& tensor);
@@ -107,10 +107,11 @@ class Plan {
   std::vector<uint32_t> structure_;  // per param group
   std::vector<const void*> sealed_;
 
-  // Where the last step found each parameter's tensors. These addresses are only prefetched, never
-  // dereferenced: thousands of small tensors are a chain of cache misses, which early prefetches of the next
-  // parameters break.
-  std::vector<std::vector<const char*>> hints_;
+  // The parameter, its gradient, the states and the numbers of each parameter, as the last step found them.
+  // Thousands of small tensors are a chain of cache misses, which early prefetches of the next parameters
+  // break.
+  std::vector<Found> found_;
+  size_t tensors_per_param_ = 2;
 
   bool stepping_ = false;
 

@@ -13,8 +13,10 @@ struct Torch {
   PyObject* increment_version = nullptr;
   PyObject* get_num_threads = nullptr;
   PyObject* is_neg = nullptr;
-  // The C function that is_neg calls, if Python gives access to it: calling it directly takes half the time.
+  // The C functions behind is_neg and grad, if Python gives access to them: calling them directly takes half
+  // the time.
   PyCFunction is_neg_function = nullptr;
+  const PyGetSetDef* grad = nullptr;
 };
 
 Torch torch;
@@ -230,6 +232,10 @@ void import_torch() {
     const PyMethodDef* const method = reinterpret_cast<PyMethodDescrObject*>(torch.is_neg)->d_method;
     if (method->ml_flags == METH_NOARGS) torch.is_neg_function = method->ml_meth;
   }
+  const py::object grad = tensor.attr("grad");
+  if (Py_TYPE(grad.ptr()) == &PyGetSetDescr_Type) {
+    torch.grad = reinterpret_cast<PyGetSetDescrObject*>(grad.ptr())->d_getset;
+  }
   torch.tensor = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
   torch.parameter = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
 }
@@ -320,13 +326,18 @@ bool is_number_on(const Device& device, PyObject* value) {
          (tensor.dtype.bits == 32 || tensor.dtype.bits == 64);
 }
 
-Number number_on(PyObject* tensor, const Argument& argument, Device& device) {
+Number number_on(PyObject* tensor, const Argument& argument, Device& device, Found& found) {
   const View view = view_of(tensor, argument, device);
-  check_not_negated(tensor, argument);
+  check_not_negated(tensor, view, argument, found);
   if (view.numel != 1 || (view.dtype != DType::float32 && view.dtype != DType::float64)) {
     throw_type_error(argument, "a float32 or float64 tensor of one element", tensor);
   }
   return {view.data, view.dtype};
+}
+
+Number number_on(PyObject* tensor, const Argument& argument, Device& device) {
+  Found found;
+  return number_on(tensor, argument, device, found);
 }
 
 bool is_elsewhere(const Device& device, PyObject* tensor) {
@@ -361,6 +372,20 @@ void check_not_negated(PyObject* tensor, const Argument& argument) {
                          ": expected a tensor whose memory holds its values, got a lazily negated one; "
                          "call resolve_neg() on it");
   }
+}
+
+void check_not_negated(PyObject* tensor, const View& view, const Argument& argument, Found& found) {
+  if (found.object != tensor || found.data != view.data) check_not_negated(tensor, argument);
+  found = {tensor, view.sizes, view.data};
+}
+
+py::object grad_of(PyObject* tensor) {
+  static PyObject* const kGrad = PyUnicode_InternFromString("grad");
+  PyObject* const grad = torch.grad != nullptr && is_tensor(tensor)
+                             ? torch.grad->get(tensor, torch.grad->closure)
+                             : PyObject_GetAttr(tensor, kGrad);
+  if (grad == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(grad);
 }
 
 void look_again(const Device& device) {

@@ -53,9 +53,17 @@ struct Device {
 // Returns the device that a torch.device names; None is the CPU.
 Device device_named(const py::object& device);
 
+// A tensor as a step has found it. The addresses are only compared and prefetched, never dereferenced.
+struct Found {
+  const PyObject* object = nullptr;
+  const void* sizes = nullptr;
+  const void* data = nullptr;
+};
+
 // Returns whether the value is a number on this device: a float32 or float64 tensor of one element.
 bool is_number_on(const Device& device, PyObject* value);
 Number number_on(PyObject* tensor, const Argument& argument, Device& device);
+Number number_on(PyObject* tensor, const Argument& argument, Device& device, Found& found);
 
 // Returns whether a tensor is on another device that a backend takes.
 bool is_elsewhere(const Device& device, PyObject* tensor);
@@ -165,6 +173,14 @@ void check_writable(const View& view, const Argument& argument);
 // check_not_negated(), which throws TypeError.
 py::object resolved(PyObject* tensor);
 void check_not_negated(PyObject* tensor, const Argument& argument);
+
+// Checks a tensor that is kept alive from step to step, and remembers it in `found`. torch is asked for the
+// sign only if the tensor or its memory is another one than the last time, since that takes longer than the
+// rest of a look.
+void check_not_negated(PyObject* tensor, const View& view, const Argument& argument, Found& found);
+
+// Returns a tensor's gradient, or None.
+py::object grad_of(PyObject* tensor);
 
 // Bumps the tensors' autograd versions, which writing through a pointer does not do. A graph that has saved
 // one of the tensors then refuses to run backward. Inference tensors have no version and cannot be saved.

@@ -262,6 +262,24 @@ def test_contiguous_negative_views_in_a_step(
     snapshot.assert_unchanged()
 
 
+@pytest.mark.parametrize("operand", ["parameter", "exp_avg", "step"])
+def test_memory_that_becomes_a_negative_view_between_steps(backend: Backend, operand: str) -> None:
+    param = Parameter(torch.tensor([1.0, -2.0, 3.0], device=backend.device))
+    optimizer = sg.Stabilizer(torch.optim.AdamW([param], lr=0.5), max_norm=2.0)
+    param.grad = torch.tensor([3.0, 4.0, -12.0], device=backend.device)
+    for _ in range(2):
+        optimizer.step()
+    optimizer.state_dict()  # On a device, state is entered when somebody asks for it.
+    exchanged = param if operand == "parameter" else optimizer.state[param][operand]
+    exchanged.data = negative_view(exchanged)
+    snapshot = Snapshot([param], optimizer)
+    with pytest.raises(TypeError, match=r"resolve_neg\(\)"):
+        optimizer.step()
+    snapshot.assert_unchanged()
+    exchanged.data = exchanged.data.resolve_neg()
+    optimizer.step()
+
+
 def test_contiguous_negative_views_in_functions(backend: Backend) -> None:
     values = torch.tensor([0.5, -2.0, 3.0], device=backend.device)
 
