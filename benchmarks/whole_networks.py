@@ -10,7 +10,7 @@ import copy
 import math
 import os
 from collections.abc import Callable
-from itertools import accumulate
+from itertools import accumulate, product
 
 # This silences torch's profiler, which reads the variable when torch is imported.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -28,14 +28,41 @@ from steadygrad.nn.convert import convert_batchnorm
 from steadygrad.nn.known_blocks import register_block
 from tests.nn.networks import NETWORKS, STEPS, BasicBlock, Bottleneck
 
-BATCH, SIZE, THREADS = 8, 64, 2
-SECONDS = 20.0  # for each network and layout
+BATCH, SIZE, LENGTH, THREADS = 8, 64, 1024, 2
+SECONDS = 15.0  # for each network, precision and layout
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels last": torch.channels_last}
 KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "torch": lambda model: model,
     "converted": lambda model: convert_batchnorm(model, fuse=False),
     "fused": convert_batchnorm,
 }
+
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}  # bf16 by autocast
+
+
+def vgg11() -> nn.Sequential:
+    """Return VGG-11 with batch norms, and one linear layer at its end."""
+    layers: list[nn.Module] = []
+    inputs = 3
+    for outputs, pooled in zip(
+        (64, 128, 256, 256, 512, 512, 512, 512), (1, 1, 0, 1) * 2, strict=True
+    ):
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(True)]
+        layers += [nn.MaxPool2d(2)] * pooled
+        inputs = outputs
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 1000))
+
+
+def conv_net_1d() -> nn.Sequential:
+    """Return a network of four convolutions over sequences of 4 channels."""
+    layers: list[nn.Module] = []
+    inputs = 4
+    for outputs in (64, 128, 256, 256):
+        layers += [nn.Conv1d(inputs, outputs, 5, padding=2), nn.BatchNorm1d(outputs), nn.ReLU()]
+        layers.append(nn.MaxPool1d(2))
+        inputs = outputs
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(inputs, 1000))
 
 
 def _own(model: nn.Module, layout: str) -> nn.Module:
@@ -47,14 +74,18 @@ def _own(model: nn.Module, layout: str) -> nn.Module:
     return model
 
 
-def training_step(model: nn.Module, input: Tensor, target: Tensor) -> Callable[[], object]:
+def training_step(
+    model: nn.Module, input: Tensor, target: Tensor, precision: torch.dtype
+) -> Callable[[], object]:
     """Return a function that makes a forward, backward and SGD step on one batch."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     loss = nn.CrossEntropyLoss()
 
     def step() -> None:
         optimizer.zero_grad()
-        loss(model(input), target).backward()
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            value = loss(model(input), target)
+        value.backward()
         optimizer.step()
 
     return step
@@ -62,11 +93,14 @@ def training_step(model: nn.Module, input: Tensor, target: Tensor) -> Callable[[
 
 def speed() -> Table:
     """Return a table of median times of a training step, before and after the conversion."""
-    title = f"Training step, batch {BATCH} at {SIZE}x{SIZE}, fp32, {THREADS} threads"
+    title = f"Training step, batch {BATCH} at {SIZE}x{SIZE} (1-D: {LENGTH}), {THREADS} threads"
     counts = ("batch\nnorms", "+ReLU", "+add\n+ReLU", "+add", "not\nfused")
     times = ("torch\nms", "converted\nms", "fused\nms", "torch /\nconverted", "torch /\nfused")
-    table = table_of(title, ("network", "layout"), (*counts, *times))
-    for name, make in NETWORKS.items():
+    table = table_of(title, ("network", "precision", "layout"), (*counts, *times))
+    images, sequences = (BATCH, 3, SIZE, SIZE), (BATCH, 4, LENGTH)
+    networks = {name: (make, images) for name, make in (*NETWORKS.items(), ("VGG-11", vgg11))}
+    networks["1-D ConvNet"] = conv_net_1d, sequences
+    for name, (make, shape) in networks.items():
         torch.manual_seed(20240229)
         model = make()
         report = conversion_report(convert_batchnorm(copy.deepcopy(model)))
@@ -74,18 +108,20 @@ def speed() -> Table:
             report.operations.get(f"batch norm + {o}", 0) for o in ("ReLU", "add + ReLU", "add")
         )
         numbers = (len(report.findings), *fused, len(report.not_fused) + len(report.left))
-        for layout, memory_format in LAYOUTS.items():
-            input = torch.randn(BATCH, 3, SIZE, SIZE).contiguous(memory_format=memory_format)
+        layouts = LAYOUTS if len(shape) == 4 else ("NCHW",)
+        for layout, (precision, dtype) in product(layouts, PRECISIONS.items()):
+            input = torch.randn(shape).contiguous(memory_format=LAYOUTS[layout])
             target = torch.randint(1000, (BATCH,))
             steps = {
-                kind: training_step(convert(_own(model, layout)), input, target)
+                kind: training_step(convert(_own(model, layout)), input, target, dtype)
                 for kind, convert in KINDS.items()
             }
             race = Race([Candidate(kind, step) for kind, step in steps.items()])
             race.warm_up(2)
             ms = [1e3 * timing.median() for timing in race.run(SECONDS, 5, 1000)]
             ratios = (f"{ms[0] / ms[1]:.2f}", f"{ms[0] / ms[2]:.2f}")
-            table.add_row(name, layout, *map(str, numbers), *(f"{t:.1f}" for t in ms), *ratios)
+            row = (*map(str, numbers), *(f"{t:.1f}" for t in ms), *ratios)
+            table.add_row(name, precision, layout, *row)
     return table
 
 

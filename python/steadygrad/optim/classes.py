@@ -156,13 +156,10 @@ class StabilizedClass(StabilizedOptimizer):
         self._stepper = None
 
 
-SGD_RULE = UpdateRule("sgd", torch.optim.SGD, takes_sparse=True)
-
-
 class SGD(StabilizedClass, torch.optim.SGD):
     """``torch.optim.SGD`` with the keyword arguments of :class:`steadygrad.Stabilizer`."""
 
-    rule = SGD_RULE
+    rule = UpdateRule("sgd", torch.optim.SGD, takes_sparse=True)
 
     @written_out
     def __init__(
@@ -182,14 +179,10 @@ class SGD(StabilizedClass, torch.optim.SGD):
     ) -> None: ...
 
 
-ADAM_RULE = UpdateRule("adam", torch.optim.Adam)
-ADAMW_RULE = UpdateRule("adam", torch.optim.AdamW)
-
-
 class Adam(StabilizedClass, torch.optim.Adam):
     """``torch.optim.Adam`` with the keyword arguments of :class:`steadygrad.Stabilizer`."""
 
-    rule = ADAM_RULE
+    rule = UpdateRule("adam", torch.optim.Adam)
 
     @written_out
     def __init__(
@@ -214,7 +207,7 @@ class Adam(StabilizedClass, torch.optim.Adam):
 class AdamW(StabilizedClass, torch.optim.AdamW):
     """``torch.optim.AdamW`` with the keyword arguments of :class:`steadygrad.Stabilizer`."""
 
-    rule = ADAMW_RULE
+    rule = UpdateRule("adam", torch.optim.AdamW)
 
     @written_out
     def __init__(
@@ -239,15 +232,10 @@ def _initial_sum(group: Group, name: str) -> float:
     return float(group["initial_accumulator_value"]) if name == "sum" else 0.0
 
 
-ADAGRAD_RULE = UpdateRule(
-    "adagrad", torch.optim.Adagrad, takes_sparse=True, initial_value=_initial_sum
-)
-
-
 class Adagrad(StabilizedClass, torch.optim.Adagrad):
     """``torch.optim.Adagrad`` with the keyword arguments of :class:`steadygrad.Stabilizer`."""
 
-    rule = ADAGRAD_RULE
+    rule = UpdateRule("adagrad", torch.optim.Adagrad, takes_sparse=True, initial_value=_initial_sum)
 
     @written_out
     def __init__(
@@ -267,13 +255,10 @@ class Adagrad(StabilizedClass, torch.optim.Adagrad):
     ) -> None: ...
 
 
-RMSPROP_RULE = UpdateRule("rmsprop", torch.optim.RMSprop)
-
-
 class RMSprop(StabilizedClass, torch.optim.RMSprop):
     """``torch.optim.RMSprop`` with the keyword arguments of :class:`steadygrad.Stabilizer`."""
 
-    rule = RMSPROP_RULE
+    rule = UpdateRule("rmsprop", torch.optim.RMSprop)
 
     @written_out
     def __init__(
@@ -305,19 +290,10 @@ def _initial_step_size(group: Group, name: str) -> float:
     return float(group["lr"]) if name == "step_size" else 0.0
 
 
-ADAMAX_RULE = UpdateRule("adamax", torch.optim.Adamax)
-NADAM_RULE = UpdateRule("nadam", torch.optim.NAdam, initial_value=_initial_mu_product)
-RADAM_RULE = UpdateRule("radam", torch.optim.RAdam)
-ADADELTA_RULE = UpdateRule("adadelta", torch.optim.Adadelta)
-ASGD_RULE = UpdateRule("asgd", torch.optim.ASGD, initial_value=_initial_eta_and_mu)
-RPROP_RULE = UpdateRule("rprop", torch.optim.Rprop, initial_value=_initial_step_size)
-LION_RULE = UpdateRule("lion", lion.Lion)
-
-
 class Adamax(StabilizedClass, torch.optim.Adamax):
     """``torch.optim.Adamax`` with the keyword arguments of :class:`steadygrad.Stabilizer`."""
 
-    rule = ADAMAX_RULE
+    rule = UpdateRule("adamax", torch.optim.Adamax)
 
     @written_out
     def __init__(
@@ -339,7 +315,7 @@ class Adamax(StabilizedClass, torch.optim.Adamax):
 class NAdam(StabilizedClass, torch.optim.NAdam):
     """``torch.optim.NAdam`` with the keyword arguments of :class:`steadygrad.Stabilizer`."""
 
-    rule = NADAM_RULE
+    rule = UpdateRule("nadam", torch.optim.NAdam, initial_value=_initial_mu_product)
 
     @written_out
     def __init__(
@@ -363,7 +339,7 @@ class NAdam(StabilizedClass, torch.optim.NAdam):
 class RAdam(StabilizedClass, torch.optim.RAdam):
     """``torch.optim.RAdam`` with the keyword arguments of :class:`steadygrad.Stabilizer`."""
 
-    rule = RADAM_RULE
+    rule = UpdateRule("radam", torch.optim.RAdam)
 
     @written_out
     def __init__(
@@ -386,7 +362,7 @@ class RAdam(StabilizedClass, torch.optim.RAdam):
 class Adadelta(StabilizedClass, torch.optim.Adadelta):
     """``torch.optim.Adadelta`` with the keyword arguments of :class:`steadygrad.Stabilizer`."""
 
-    rule = ADADELTA_RULE
+    rule = UpdateRule("adadelta", torch.optim.Adadelta)
 
     @written_out
     def __init__(
@@ -408,7 +384,7 @@ class Adadelta(StabilizedClass, torch.optim.Adadelta):
 class ASGD(StabilizedClass, torch.optim.ASGD):
     """``torch.optim.ASGD`` with the keyword arguments of :class:`steadygrad.Stabilizer`."""
 
-    rule = ASGD_RULE
+    rule = UpdateRule("asgd", torch.optim.ASGD, initial_value=_initial_eta_and_mu)
 
     @written_out
     def __init__(
@@ -430,7 +406,7 @@ class ASGD(StabilizedClass, torch.optim.ASGD):
 class Rprop(StabilizedClass, torch.optim.Rprop):
     """``torch.optim.Rprop`` with the keyword arguments of :class:`steadygrad.Stabilizer`."""
 
-    rule = RPROP_RULE
+    rule = UpdateRule("rprop", torch.optim.Rprop, initial_value=_initial_step_size)
 
     @written_out
     def __init__(
@@ -454,7 +430,7 @@ class Lion(StabilizedClass, lion.Lion):
     Lion's own arguments and its formula are those of :class:`steadygrad.optim.lion.Lion`.
     """
 
-    rule = LION_RULE
+    rule = UpdateRule("lion", lion.Lion)
 
     @written_out
     def __init__(
@@ -471,9 +447,9 @@ class Lion(StabilizedClass, lion.Lion):
 
 # The fused rule of each class. Subclasses are not fused, since a subclass may override anything.
 RULES = {
-    rule.optimizer: rule
-    for rule in (
-        *(SGD_RULE, ADAM_RULE, ADAMW_RULE, ADAGRAD_RULE, RMSPROP_RULE, ADAMAX_RULE, NADAM_RULE),
-        *(RADAM_RULE, ADADELTA_RULE, ASGD_RULE, RPROP_RULE, LION_RULE),
+    kind.rule.optimizer: kind.rule
+    for kind in (
+        *(SGD, Adam, AdamW, Adagrad, RMSprop, Adamax),
+        *(NAdam, RAdam, Adadelta, ASGD, Rprop, Lion),
     )
 }
