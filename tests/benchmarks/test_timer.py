@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 
 import pytest
 
@@ -47,6 +48,17 @@ def test_race_interleaves_and_times_only_the_calls() -> None:
     assert log == ["prepare ours", "ours", "prepare peer", "peer"] * 3
     assert ours.wall == [1.0, 2.0, 9.0]
     assert peer.wall == [4.0, 4.0, 27.0]
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_no_candidate_follows_itself_and_of_three_none_always_the_same(count: int) -> None:
+    log: list[int] = []
+    candidates = [Candidate(str(i), lambda i=i: log.append(i)) for i in range(count)]  # type: ignore[misc]
+    Race(candidates).run(0.0, 2 * count, 2 * count)
+    followers = {i: {b for a, b in itertools.pairwise(log) if a == i} for i in range(count)}
+    assert all(i not in after for i, after in followers.items())
+    assert count == 2 or all(len(after) > 1 for after in followers.values())
+    assert [log.count(i) for i in range(count)] == [2 * count] * count
 
 
 @pytest.mark.parametrize(
