@@ -13,9 +13,11 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import steadygrad as sg
@@ -124,11 +126,30 @@ def this_gpu() -> dict[str, Any]:
     }
 
 
+def busy_cores(seconds: float = 0.3) -> float:
+    """Return how many cores are busy, on average, while this process sleeps for a moment.
+
+    The load average would still count a build that has ended; it serves where there is no `/proc/stat`.
+    """
+    samples = []
+    for pause in (seconds, 0.0):
+        try:
+            cpu, *_ = Path("/proc/stat").read_text().splitlines()
+        except OSError:
+            return os.getloadavg()[0]
+        # User, nice, system, idle, waiting for a disk, two kinds of interrupts, and stolen by another machine.
+        samples.append(np.array(cpu.split()[1:9], dtype=float))
+        time.sleep(pause)
+    passed = samples[1] - samples[0]
+    idle = passed[3:5].sum() / max(passed.sum(), 1.0)
+    return (os.cpu_count() or 1) * float(1 - idle)
+
+
 def this_machine(gpu: dict[str, Any] | None = None) -> dict[str, Any]:
     """Describe this machine and process, and the GPU if the run is on one.
 
     `cache_bytes` is the size of the last-level cache in front of the measured memory; `load` is the
-    one-minute load average.
+    number of cores that are busy with something else.
     """
     return {
         "device": "cpu" if gpu is None else "cuda",
@@ -138,7 +159,7 @@ def this_machine(gpu: dict[str, Any] | None = None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cache_bytes": cache_bytes() if gpu is None else gpu["l2_bytes"],
         "memory_bytes": _memory_bytes(),
-        "load": os.getloadavg()[0],
+        "load": busy_cores(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "steadygrad": sg.__version__,

@@ -98,6 +98,7 @@ def speed() -> Table:
     times = ("torch\nms", "converted\nms", "fused\nms", "torch /\nconverted", "torch /\nfused")
     table = table_of(title, ("network", "precision", "layout"), (*counts, *times))
     images, sequences = (BATCH, 3, SIZE, SIZE), (BATCH, 4, LENGTH)
+    networks: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]]
     networks = {name: (make, images) for name, make in (*NETWORKS.items(), ("VGG-11", vgg11))}
     networks["1-D ConvNet"] = conv_net_1d, sequences
     for name, (make, shape) in networks.items():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,17 @@ def test_a_source_without_history_says_what_it_can(
     # The commit of another repository around the checkout is not that of the checkout.
     commit(tmp_path)
     assert environment.this_source(checkout)["revision"] == "abc"
+
+
+def test_a_process_that_computes_keeps_a_core_busy() -> None:
+    endless = [sys.executable, "-c", "while True: pass"]
+    with subprocess.Popen(endless) as process:
+        try:
+            time.sleep(0.2)
+            assert environment.busy_cores() > 0.7
+        finally:
+            process.kill()
+    assert 0 <= environment.busy_cores() <= (os.cpu_count() or 1)
 
 
 def test_the_machine_is_written_as_json(tmp_path: Path) -> None:
