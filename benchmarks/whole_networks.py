@@ -94,7 +94,7 @@ def training_step(
 def speed() -> Table:
     """Return a table of median times of a training step, before and after the conversion."""
     title = f"Training step, batch {BATCH} at {SIZE}x{SIZE} (1-D: {LENGTH}), {THREADS} threads"
-    counts = ("batch\nnorms", "+ReLU", "+add\n+ReLU", "+add", "not\nfused")
+    counts = ("batch\nnorms", "+ReLU", "+ReLU6", "+add\n+ReLU", "+add", "not\nfused")
     times = ("torch\nms", "converted\nms", "fused\nms", "torch /\nconverted", "torch /\nfused")
     table = table_of(title, ("network", "precision", "layout"), (*counts, *times))
     images, sequences = (BATCH, 3, SIZE, SIZE), (BATCH, 4, LENGTH)
@@ -106,7 +106,8 @@ def speed() -> Table:
         model = make()
         report = conversion_report(convert_batchnorm(copy.deepcopy(model)))
         fused = (
-            report.operations.get(f"batch norm + {o}", 0) for o in ("ReLU", "add + ReLU", "add")
+            report.operations.get(f"batch norm + {o}", 0)
+            for o in ("ReLU", "ReLU6", "add + ReLU", "add")
         )
         numbers = (len(report.findings), *fused, len(report.not_fused) + len(report.left))
         layouts = LAYOUTS if len(shape) == 4 else ("NCHW",)

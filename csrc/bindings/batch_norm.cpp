@@ -1,5 +1,7 @@
 #include "bindings/batch_norm.h"
 
+#include <cmath>
+
 #include "bindings/signature.h"
 #include "bindings/tensor.h"
 #include "core/batch_norm.h"
@@ -47,10 +49,29 @@ ChannelVector channel_vector(const py::object& tensor, const char* name, int64_t
   return {view.data, view.dtype};
 }
 
+double number(const py::object& object, const char* name) {
+  const double value = PyFloat_AsDouble(object.ptr());
+  if (value == -1 && PyErr_Occurred()) {
+    PyErr_Clear();
+    throw_type_error({kName, name, -1}, "a number or None", object.ptr());
+  }
+  return value;
+}
+
+// Returns the ceiling as BatchNorm has it, where NaN stands for None.
+double ceiling_or_nan(const py::object& ceiling) {
+  if (ceiling.is_none()) return NAN;
+  const double value = number(ceiling, "ceiling");
+  if (value > 0) return value;
+  throw py::value_error("batch_norm: ceiling: expected a positive number or None, got " +
+                        py::str(ceiling).cast<std::string>());
+}
+
 // Holds one call's arguments: the input, and everything else after a check against the input.
 class Call {
  public:
-  Call(const py::object& input, const py::object& weight, const py::object& bias, double eps, bool relu)
+  Call(const py::object& input, const py::object& weight, const py::object& bias, double eps,
+       const py::object& ceiling)
       : input_(real_view(input.ptr(), "input", device)) {
     const Layout layout = layout_of(input_);
     if (layout == Layout::other) {
@@ -70,7 +91,7 @@ class Call {
     norm.weight = channels(weight, "weight");
     norm.bias = channels(bias, "bias");
     norm.eps = eps;
-    norm.relu = relu;
+    norm.ceiling = ceiling_or_nan(ceiling);
   }
 
   // Returns the elements of a tensor with the input's shape, dtype and strides.
@@ -144,7 +165,7 @@ class Running {
           vector_of(num_batches_tracked.ptr(), {kName, "num_batches_tracked", -1}, kInt64, 1, device));
     }
     statistics.cumulative = momentum.is_none();
-    if (!statistics.cumulative) statistics.momentum = number(momentum);
+    if (!statistics.cumulative) statistics.momentum = number(momentum, "momentum");
     if (statistics.cumulative && statistics.mean.data != nullptr &&
         statistics.num_batches_tracked == nullptr) {
       throw py::value_error("batch_norm: momentum: expected a number where no batches are counted, got None");
@@ -163,15 +184,6 @@ class Running {
     return channel_vector(tensor, name, channels, device);
   }
 
-  static double number(const py::object& momentum) {
-    const double value = PyFloat_AsDouble(momentum.ptr());
-    if (value == -1 && PyErr_Occurred()) {
-      PyErr_Clear();
-      throw_type_error({kName, "momentum", -1}, "a number or None", momentum.ptr());
-    }
-    return value;
-  }
-
   py::list written_;
 };
 
@@ -182,7 +194,7 @@ int batch_norm_layout(const py::object& input) {
 
 void batch_norm_statistics(const py::object& input, const py::object& statistics,
                            const py::object& allocate) {
-  Call call(input, py::none(), py::none(), 0, false);
+  Call call(input, py::none(), py::none(), 0, py::none());
   double* const to = call.statistics(statistics);
   run(&Backend::batch_norm_statistics, call.device, allocate, call.norm, to);
 }
@@ -190,9 +202,9 @@ void batch_norm_statistics(const py::object& input, const py::object& statistics
 void batch_norm_forward(const py::object& input, const py::object& residual, const py::object& weight,
                         const py::object& bias, const py::object& running_mean, const py::object& running_var,
                         const py::object& num_batches_tracked, const py::object& momentum, double eps,
-                        bool relu, const py::object& output, const py::object& mask,
+                        const py::object& ceiling, const py::object& output, const py::object& mask,
                         const py::object& statistics, const py::object& allocate) {
-  Call call(input, weight, bias, eps, relu);
+  Call call(input, weight, bias, eps, ceiling);
   const BatchNormOutput out{call.like_input_or_none(residual, "residual"), call.like_input(output, "output"),
                             call.mask(mask)};
   double* const to = call.statistics(statistics);
@@ -205,8 +217,8 @@ void batch_norm_forward(const py::object& input, const py::object& residual, con
 void batch_norm_normalize(const py::object& input, const py::object& residual, const py::object& weight,
                           const py::object& bias, const py::object& statistics,
                           const py::object& running_mean, const py::object& running_var, double eps,
-                          bool relu, const py::object& output, const py::object& mask) {
-  Call call(input, weight, bias, eps, relu);
+                          const py::object& ceiling, const py::object& output, const py::object& mask) {
+  Call call(input, weight, bias, eps, ceiling);
   call.normalize_with(statistics, running_mean, running_var);
   const BatchNormOutput out{call.like_input_or_none(residual, "residual"), call.like_input(output, "output"),
                             call.mask(mask)};
@@ -235,8 +247,8 @@ void batch_norm_combine(const py::object& parts, const py::object& statistics, c
 }
 
 // Refuses a gradient that needs ReLU's mask if the mask is missing.
-void check_mask(bool relu, const BatchNormGradient& grad) {
-  if (relu && grad.grad_residual != nullptr && grad.mask == nullptr) {
+void check_mask(const BatchNorm& norm, const BatchNormGradient& grad) {
+  if (norm.has_relu() && grad.grad_residual != nullptr && grad.mask == nullptr) {
     throw py::type_error(
         "batch_norm: mask: expected the mask of the forward call, since ReLU follows a residual, got None");
   }
@@ -244,11 +256,11 @@ void check_mask(bool relu, const BatchNormGradient& grad) {
 
 void batch_norm_backward(const py::object& grad_output, const py::object& input, const py::object& mask,
                          const py::object& weight, const py::object& bias, const py::object& statistics,
-                         const py::object& running_mean, const py::object& running_var, double eps, bool relu,
-                         const py::object& grad_input, const py::object& grad_residual,
-                         const py::object& grad_weight, const py::object& grad_bias,
-                         const py::object& allocate) {
-  Call call(input, weight, bias, eps, relu);
+                         const py::object& running_mean, const py::object& running_var, double eps,
+                         const py::object& ceiling, const py::object& grad_input,
+                         const py::object& grad_residual, const py::object& grad_weight,
+                         const py::object& grad_bias, const py::object& allocate) {
+  Call call(input, weight, bias, eps, ceiling);
   const bool constant_statistics = !call.normalize_with(statistics, running_mean, running_var);
   const BatchNormGradient grad{call.like_input(grad_output, "grad_output"),
                                call.mask(mask),
@@ -256,14 +268,15 @@ void batch_norm_backward(const py::object& grad_output, const py::object& input,
                                call.like_input_or_none(grad_residual, "grad_residual"),
                                call.channels(grad_weight, "grad_weight"),
                                call.channels(grad_bias, "grad_bias")};
-  check_mask(relu, grad);
+  check_mask(call.norm, grad);
   run(&Backend::batch_norm_backward, call.device, allocate, call.norm, grad, constant_statistics);
 }
 
 void batch_norm_backward_sums(const py::object& grad_output, const py::object& input, const py::object& mask,
                               const py::object& weight, const py::object& bias, const py::object& statistics,
-                              double eps, bool relu, const py::object& sums, const py::object& allocate) {
-  Call call(input, weight, bias, eps, relu);
+                              double eps, const py::object& ceiling, const py::object& sums,
+                              const py::object& allocate) {
+  Call call(input, weight, bias, eps, ceiling);
   call.normalize_with(statistics, py::none(), py::none());
   BatchNormGradient grad;
   grad.grad_output = call.like_input(grad_output, "grad_output");
@@ -274,16 +287,16 @@ void batch_norm_backward_sums(const py::object& grad_output, const py::object& i
 
 void batch_norm_backward_input(const py::object& grad_output, const py::object& input, const py::object& mask,
                                const py::object& weight, const py::object& bias, const py::object& statistics,
-                               const py::object& sums, double eps, bool relu, const py::object& grad_input,
-                               const py::object& grad_residual) {
-  Call call(input, weight, bias, eps, relu);
+                               const py::object& sums, double eps, const py::object& ceiling,
+                               const py::object& grad_input, const py::object& grad_residual) {
+  Call call(input, weight, bias, eps, ceiling);
   call.normalize_with(statistics, py::none(), py::none());
   BatchNormGradient grad;
   grad.grad_output = call.like_input(grad_output, "grad_output");
   grad.mask = call.mask(mask);
   grad.grad_input = call.like_input_or_none(grad_input, "grad_input");
   grad.grad_residual = call.like_input_or_none(grad_residual, "grad_residual");
-  check_mask(relu, grad);
+  check_mask(call.norm, grad);
   const double* const from = call.float64(sums, "sums", 2 * call.norm.shape.channels);
   const double* const count = static_cast<const double*>(call.norm.mean.data) + 2 * call.norm.shape.channels;
   run(&Backend::batch_norm_backward_input, call.device, py::none(), call.norm, grad, from, count);
@@ -297,24 +310,25 @@ void define_batch_norm(py::module_& module) {
          py::arg("allocate"));
   define(module, "batch_norm_forward", &batch_norm_forward, py::arg("input"), py::arg("residual"),
          py::arg("weight"), py::arg("bias"), py::arg("running_mean"), py::arg("running_var"),
-         py::arg("num_batches_tracked"), py::arg("momentum"), py::arg("eps"), py::arg("relu"),
+         py::arg("num_batches_tracked"), py::arg("momentum"), py::arg("eps"), py::arg("ceiling"),
          py::arg("output"), py::arg("mask"), py::arg("statistics"), py::arg("allocate"));
   define(module, "batch_norm_normalize", &batch_norm_normalize, py::arg("input"), py::arg("residual"),
          py::arg("weight"), py::arg("bias"), py::arg("statistics"), py::arg("running_mean"),
-         py::arg("running_var"), py::arg("eps"), py::arg("relu"), py::arg("output"), py::arg("mask"));
+         py::arg("running_var"), py::arg("eps"), py::arg("ceiling"), py::arg("output"), py::arg("mask"));
   define(module, "batch_norm_combine", &batch_norm_combine, py::arg("parts"), py::arg("statistics"),
          py::arg("running_mean"), py::arg("running_var"), py::arg("num_batches_tracked"),
          py::arg("momentum"));
   define(module, "batch_norm_backward", &batch_norm_backward, py::arg("grad_output"), py::arg("input"),
          py::arg("mask"), py::arg("weight"), py::arg("bias"), py::arg("statistics"), py::arg("running_mean"),
-         py::arg("running_var"), py::arg("eps"), py::arg("relu"), py::arg("grad_input"),
+         py::arg("running_var"), py::arg("eps"), py::arg("ceiling"), py::arg("grad_input"),
          py::arg("grad_residual"), py::arg("grad_weight"), py::arg("grad_bias"), py::arg("allocate"));
   define(module, "batch_norm_backward_sums", &batch_norm_backward_sums, py::arg("grad_output"),
          py::arg("input"), py::arg("mask"), py::arg("weight"), py::arg("bias"), py::arg("statistics"),
-         py::arg("eps"), py::arg("relu"), py::arg("sums"), py::arg("allocate"));
+         py::arg("eps"), py::arg("ceiling"), py::arg("sums"), py::arg("allocate"));
   define(module, "batch_norm_backward_input", &batch_norm_backward_input, py::arg("grad_output"),
          py::arg("input"), py::arg("mask"), py::arg("weight"), py::arg("bias"), py::arg("statistics"),
-         py::arg("sums"), py::arg("eps"), py::arg("relu"), py::arg("grad_input"), py::arg("grad_residual"));
+         py::arg("sums"), py::arg("eps"), py::arg("ceiling"), py::arg("grad_input"),
+         py::arg("grad_residual"));
 }
 
 }  // namespace steadygrad::bindings

@@ -76,7 +76,11 @@ struct BatchNorm {
   ChannelVector weight;
   ChannelVector bias;
   double eps = 0;
-  bool relu = false;
+  // The output is min(max(y, 0), ceiling): ReLU if the ceiling is infinite, ReLU6 if it is 6, and y itself if
+  // it is NaN. Comments say ReLU of both.
+  double ceiling = NAN;
+
+  STEADYGRAD_INLINE bool has_relu() const { return ceiling > 0; }
 };
 
 struct BatchNormOutput {
@@ -268,11 +272,22 @@ STEADYGRAD_INLINE double running_factor(const RunningStatistics& running, int64_
   return running.cumulative ? 1 / static_cast<double>(batches) : running.momentum;
 }
 
-// ReLU keeps NaN and lets its gradient through, as in torch.
-template <class V>
-STEADYGRAD_INLINE V relu(V x) {
-  const V zero = {};
-  return x <= 0 ? zero : x;
+// ReLU cuts off what is at most `lowest` or at least `highest`. A bound that does not exist is NaN, since no
+// comparison with NaN is true. NaN is kept and lets its gradient through, as in torch, and so is infinity
+// without a ceiling.
+template <class T>
+struct ReluBounds {
+  T lowest;
+  T highest;
+
+  STEADYGRAD_INLINE bool stop(T x) const { return x <= lowest || x >= highest; }
+  STEADYGRAD_INLINE T operator()(T x) const { return x <= lowest ? lowest : x >= highest ? highest : x; }
+};
+
+template <class T>
+STEADYGRAD_INLINE ReluBounds<T> relu_bounds(double ceiling) {
+  const T absent = static_cast<T>(NAN);
+  return {ceiling > 0 ? T(0) : absent, ceiling < INFINITY ? static_cast<T>(ceiling) : absent};
 }
 
 }  // namespace steadygrad

@@ -32,6 +32,20 @@ class Row {
   int64_t row_;
 };
 
+// The bounds of ReLU for a vector of elements. Where a bound is NaN the comparison is made, too, and every
+// element passes.
+template <class T>
+struct VectorBounds {
+  Vector<T> lowest;
+  Vector<T> highest;
+
+  STEADYGRAD_INLINE explicit VectorBounds(const ReluBounds<T>& bounds)
+      : lowest(Vector<T>{} + bounds.lowest), highest(Vector<T>{} + bounds.highest) {}
+
+  STEADYGRAD_INLINE Lanes<Vector<T>> too_low(Vector<T> y) const { return compared(y, lowest, AtMost()); }
+  STEADYGRAD_INLINE Lanes<Vector<T>> too_high(Vector<T> y) const { return compared(highest, y, AtMost()); }
+};
+
 template <class Function>
 STEADYGRAD_INLINE void with_flag(bool flag, Function function) {
   if (flag) return function(std::true_type{});
@@ -51,8 +65,7 @@ STEADYGRAD_INLINE void normalize(const NormalizeRows<Compute<Element>>& call) {
   const int64_t length = call.rows.length;
   const int64_t ahead = call.rows.ahead;
   const bool streams = call.streams;
-  // Comparisons with NaN are false, so without ReLU every element passes.
-  const Vector<T> lowest = Vector<T>{} + (call.relu ? T(0) : static_cast<T>(NAN));
+  const VectorBounds<T> bounds(call.bounds);
   for (int64_t row = 0; row < call.rows.rows; ++row) {
     const Row<T, kRowIsChannel> channels(row);
     // These are loaded before the row, since the compiler cannot know that its stores do not change the
@@ -61,9 +74,10 @@ STEADYGRAD_INLINE void normalize(const NormalizeRows<Compute<Element>>& call) {
     over_row<Element>(length, ahead, streams, [&](int64_t i, auto part) __attribute__((always_inline)) {
       Vector<T> y = (kRowIsChannel ? of_row : channels(table, i))(part(input + i));
       if (residual != nullptr) y += part(residual + i);
-      const Lanes<Vector<T>> stopped = compared(y, lowest, AtMost());
-      if (mask != nullptr) part.put_bits(mask, i, ~bits_of(stopped));
-      part.put(output + i, where(~stopped, y));
+      const Lanes<Vector<T>> low = bounds.too_low(y);
+      const Lanes<Vector<T>> high = bounds.too_high(y);
+      if (mask != nullptr) part.put_bits(mask, i, ~bits_of(low | high));
+      part.put(output + i, where(~low, where(high, bounds.highest, y)));
     });
     input += call.rows.pitch;
     output += call.rows.pitch;
@@ -81,11 +95,15 @@ void normalize_rows(const NormalizeRows<Compute<Element>>& call) {
 }
 
 // Returns grad_output where ReLU lets it through, and zero elsewhere.
-template <class V, class Part>
-STEADYGRAD_INLINE V masked(ReluMask relu, V grad, V x, const uint8_t* mask,
-                           const Normalization<V>& normalization, Part part, int64_t i) {
-  if (relu == ReluMask::stored) return where(lanes_of<V>(part.bits(mask, i)), grad);
-  if (relu == ReluMask::recomputed) return where(~compared(normalization(x), V{}, AtMost()), grad);
+template <class T, class Part>
+STEADYGRAD_INLINE Vector<T> masked(ReluMask relu, Vector<T> grad, Vector<T> x, const uint8_t* mask,
+                                   const Normalization<Vector<T>>& normalization,
+                                   const VectorBounds<T>& bounds, Part part, int64_t i) {
+  if (relu == ReluMask::stored) return where(lanes_of<Vector<T>>(part.bits(mask, i)), grad);
+  if (relu == ReluMask::recomputed) {
+    const Vector<T> y = normalization(x);
+    return where(~(bounds.too_low(y) | bounds.too_high(y)), grad);
+  }
   return grad;
 }
 
@@ -104,14 +122,15 @@ STEADYGRAD_INLINE void gradient(const GradientRows<Compute<Element>>& call) {
   const bool streams = call.streams;
   const bool constant_statistics = call.constant_statistics;
   const ReluMask relu = call.relu;
+  const VectorBounds<T> bounds(call.bounds);
   for (int64_t row = 0; row < call.rows.rows; ++row) {
     const Row<T, kRowIsChannel> channels(row);
     const Normalization<Vector<T>> of_row = channels(table, 0);
     const InputGradient<Vector<T>> gradient_of_row = channels(table.center, gradients, 0);
     over_row<Element>(length, ahead, streams, [&](int64_t i, auto part) __attribute__((always_inline)) {
       const Vector<T> x = part(input + i);
-      const Vector<T> grad =
-          masked(relu, part(grad_output + i), x, mask, kRowIsChannel ? of_row : channels(table, i), part, i);
+      const Vector<T> grad = masked(relu, part(grad_output + i), x, mask,
+                                    kRowIsChannel ? of_row : channels(table, i), bounds, part, i);
       if (grad_residual != nullptr) part.put(grad_residual + i, grad);
       if (grad_input == nullptr) return;
       if (constant_statistics) {
@@ -284,12 +303,13 @@ STEADYGRAD_INLINE void sum_gradient(const GradientRows<Compute<Element>>& call, 
   const NormalizationTable<T> table = call.normalization;
   const int64_t pitch = call.rows.pitch;
   const int64_t mask_pitch = kRelu == ReluMask::stored ? call.rows.mask_pitch : 0;
+  const VectorBounds<T> bounds(call.bounds);
   add_to_sums<Element, kRowIsChannel>(
       call.rows, sums, [&](int64_t row, int64_t i, auto part) __attribute__((always_inline)) {
         const Normalization<Vector<T>> at = Row<T, kRowIsChannel>(row)(table, i);
         const Vector<T> x = part(input + row * pitch + i);
-        const Vector<T> grad = part.only(
-            masked(kRelu, part(grad_output + row * pitch + i), x, mask + row * mask_pitch, at, part, i));
+        const Vector<T> grad = part.only(masked(kRelu, part(grad_output + row * pitch + i), x,
+                                                mask + row * mask_pitch, at, bounds, part, i));
         return Terms<Vector<T>>{grad, part.only(grad * (x - at.center))};
       });
 }

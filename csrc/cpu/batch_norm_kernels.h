@@ -49,7 +49,7 @@ struct NormalizeRows {
   void* output;
   uint8_t* mask;
   NormalizationTable<T> table;
-  bool relu;
+  ReluBounds<T> bounds;
   bool streams;  // whether the output bypasses the caches
 };
 
@@ -64,6 +64,7 @@ struct GradientRows {
   NormalizationTable<T> normalization;
   InputGradientTable<T> gradient;
   ReluMask relu;
+  ReluBounds<T> bounds;
   bool constant_statistics;
   bool streams;
 };

@@ -91,7 +91,7 @@ class BatchNormPass {
 
   void prepare_backward(const BatchNormGradient& grad, bool constant_statistics) {
     constant_statistics_ = constant_statistics;
-    const bool finds_mask = norm_.relu && grad.mask == nullptr;
+    const bool finds_mask = norm_.has_relu() && grad.mask == nullptr;
     for (int64_t c = 0; c < channels(); ++c) {
       if (finds_mask) {
         set_normalization(c, mean(c), var(c));
@@ -143,7 +143,7 @@ class BatchNormPass {
     return [this, &out](const Rows& rows, int64_t channel, int64_t element, int64_t byte) {
       kernels_.normalize_rows({rows, at(norm_, norm_.input, element), at(norm_, out.residual, element),
                                at(norm_, out.output, element), at(out.mask, byte),
-                               normalization_table(channel), norm_.relu,
+                               normalization_table(channel), relu_bounds<T>(norm_.ceiling),
                                streams(rows, {norm_.input, out.residual, out.output})});
     };
   }
@@ -289,7 +289,7 @@ class BatchNormPass {
                                 int64_t element, int64_t byte) const {
     const InputGradientTable<T> gradient{entry(kGradient, channel), entry(kDeviation, channel),
                                          entry(kConstant, channel)};
-    const ReluMask relu = !norm_.relu            ? ReluMask::none
+    const ReluMask relu = !norm_.has_relu()      ? ReluMask::none
                           : grad.mask == nullptr ? ReluMask::recomputed
                                                  : ReluMask::stored;
     return {rows,
@@ -301,6 +301,7 @@ class BatchNormPass {
             normalization_table(channel),
             gradient,
             relu,
+            relu_bounds<T>(norm_.ceiling),
             constant_statistics_,
             streams(rows, {norm_.input, grad.grad_output, grad.grad_input, grad.grad_residual})};
   }

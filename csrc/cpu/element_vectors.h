@@ -111,6 +111,12 @@ STEADYGRAD_INLINE V where(Lanes<V> lanes, V vector) {
   return bit_cast<V>(bit_cast<Lanes<V>>(vector) & lanes);
 }
 
+// Returns the one vector where the lanes are set, and the other one elsewhere.
+template <class V>
+STEADYGRAD_INLINE V where(Lanes<V> lanes, V vector, V otherwise) {
+  return bit_cast<V>((bit_cast<Lanes<V>>(vector) & lanes) | (bit_cast<Lanes<V>>(otherwise) & ~lanes));
+}
+
 template <class V, class E>
 STEADYGRAD_INLINE V load_bits(const E* from) {
   V vector;

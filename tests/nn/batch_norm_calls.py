@@ -15,17 +15,19 @@ from steadygrad import _kernels
 from steadygrad.memory import allocator
 from steadygrad.nn.relu_mask import mask_size
 from steadygrad.reference import batch_norm as reference
-from steadygrad.reference.batch_norm import Statistics
+from steadygrad.reference.batch_norm import CEILINGS, Activation, Statistics
 from tests.tolerances import assert_rounded, float64
 
 Array = NDArray[np.float64]
 Shape = tuple[int, ...]
 LAYOUTS = ["first", "last"]
-FUSIONS = {
-    "bn": (False, False),
-    "relu": (True, False),
-    "add": (False, True),
-    "add+relu": (True, True),
+FUSIONS: dict[str, tuple[Activation | None, bool]] = {
+    "bn": (None, False),
+    "relu": ("relu", False),
+    "relu6": ("relu6", False),
+    "add": (None, True),
+    "add+relu": ("relu", True),
+    "add+relu6": ("relu6", True),
 }
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 GUARD = 24  # number of elements on each side of a tensor that kernels must not write
@@ -91,6 +93,8 @@ class Case:
         scale, shift = rng.normal(size=(2, self.channels))
         # Scales keep away from 0, or ReLU would cut everything or nothing.
         scale += np.copysign(0.5, scale)
+        if self.activation == "relu6":
+            scale, added = 4 * scale, 4 * added  # so that some elements reach the ceiling
         self.put("input", x + self.mean)
         self.put("residual", added if self.added else None)
         self.put("grad_output", grad)
@@ -102,8 +106,12 @@ class Case:
         return self.shape[1]
 
     @property
-    def relu(self) -> bool:
+    def activation(self) -> Activation | None:
         return FUSIONS[self.fusion][0]
+
+    @property
+    def ceiling(self) -> float | None:
+        return CEILINGS[self.activation]
 
     @property
     def added(self) -> bool:
@@ -141,7 +149,7 @@ class Case:
 
     def mask(self) -> Tensor | None:
         """Return memory for the mask, or None if no mask is needed."""
-        if not (self.relu and self.added):
+        if self.ceiling is None or not self.added:
             return None
         return self.vector(mask_size(self["input"]), torch.uint8)
 
@@ -154,21 +162,22 @@ class Case:
         return allocator(self.device)
 
     def keep_off_the_kink(self, statistics: Statistics) -> None:
-        """Set gradients to 0 where rounding decides on which side of ReLU an element is."""
-        if self.relu:
-            before = reference.batch_norm(*self.defined(statistics))
-            grad = np.where(np.abs(before) < 1e-3, 0.0, self.array("grad_output"))
-            self.put("grad_output", grad)
+        """Set gradients to 0 where rounding decides on which side of a bound of ReLU an element is."""
+        if self.ceiling is not None:
+            at_a_bound = self.distance_from_bounds(statistics) < 1e-3
+            self.put("grad_output", np.where(at_a_bound, 0.0, self.array("grad_output")))
+
+    def distance_from_bounds(self, statistics: Statistics) -> Array:
+        """Return how far each element before the activation is from 0 and from the ceiling, whichever is nearer."""
+        assert self.ceiling is not None
+        before = reference.batch_norm(*self.defined(statistics))
+        return np.minimum(np.abs(before), np.abs(before - self.ceiling))
 
     def defined(self, statistics: Statistics) -> tuple[Any, ...]:
         """Return the arguments of the definition, without the activation."""
         values = (self.values[name] for name in ("input", "weight", "bias", "residual"))
         x, weight, bias, residual = values
         return x, statistics, weight, bias, self.eps, residual
-
-    @property
-    def activation(self) -> str | None:
-        return "relu" if self.relu else None
 
     # --- the kernels ---
 
@@ -191,7 +200,7 @@ class Case:
             batches,
             momentum,
             self.eps,
-            self.relu,
+            self.ceiling,
             output,
             mask,
             statistics,
@@ -223,7 +232,7 @@ class Case:
             running_mean,
             running_var,
             self.eps,
-            self.relu,
+            self.ceiling,
             output,
             mask,
         )
@@ -248,7 +257,7 @@ class Case:
             running_mean,
             running_var,
             self.eps,
-            self.relu,
+            self.ceiling,
             grads["input"],
             grads.get("residual"),
             grads.get("weight"),
@@ -268,7 +277,7 @@ class Case:
             mask,
             *(None, None, None, zeros, zeros),
             1.0,
-            True,
+            math.inf,
             *(None, grad, None, None),
             self.allocate,
         )
@@ -287,7 +296,7 @@ class Case:
             *self.affine,
             statistics,
             self.eps,
-            self.relu,
+            self.ceiling,
             sums,
             self.allocate,
         )
@@ -307,7 +316,7 @@ class Case:
             statistics,
             sums,
             self.eps,
-            self.relu,
+            self.ceiling,
             grads["input"],
             grads.get("residual"),
         )
@@ -317,7 +326,7 @@ class Case:
     def gradients(self) -> dict[str, Tensor]:
         """Return memory for the gradients; without ReLU no kernel writes the residual's, which is the output's."""
         grads = {"input": self.empty()}
-        if self.relu and self.added:
+        if self.ceiling is not None and self.added:
             grads["residual"] = self.empty()
         for name, dtype in (("weight", self.weight), ("bias", self.bias)):
             if dtype is not None:
@@ -345,13 +354,15 @@ class Case:
         assert_rounded(output, want, self._sizes(statistics), self.dtype)
 
     def assert_mask(self, mask: Tensor | None, output: Tensor, statistics: Statistics) -> None:
-        """Check on which side of ReLU the mask puts each element; where rounding decides, ``output`` has to agree."""
+        """Check on which side of ReLU's bounds the mask puts each element; ``output`` agrees where rounding decides."""
         if mask is not None:
+            assert self.ceiling is not None
             before = reference.batch_norm(*self.defined(statistics))
-            clear = np.abs(before) > 1e-3
-            got = self.passed(mask)
-            np.testing.assert_array_equal(got[clear], (before > 0)[clear])
-            np.testing.assert_array_equal(got | (float64(output) == 0), True)
+            clear = self.distance_from_bounds(statistics) > 1e-3
+            got, after = self.passed(mask), float64(output)
+            between = (before > 0) & (before < self.ceiling)
+            np.testing.assert_array_equal(got[clear], between[clear])
+            np.testing.assert_array_equal(got | (after == 0) | (after == self.ceiling), True)
 
     def assert_gradients(
         self, grads: dict[str, Tensor], statistics: Statistics, constant: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import steadygrad as sg
+from steadygrad.reference.batch_norm import Activation
 
 # Input shapes, with the number of dimensions of the module that takes them.
 SHAPES = [
@@ -19,12 +21,15 @@ SHAPES = [
     ((4, 5, 1, 1), 2),
     ((2, 5, 3, 2, 3), 3),
 ]
-FUSIONS = {
-    "bn": (False, False),
-    "relu": (True, False),
-    "add": (False, True),
-    "add+relu": (True, True),
+# The tests of the kernels have ReLU6 after a residual, too.
+FUSIONS: dict[str, tuple[Activation | None, bool]] = {
+    "bn": (None, False),
+    "relu": ("relu", False),
+    "relu6": ("relu6", False),
+    "add": (None, True),
+    "add+relu": ("relu", True),
 }
+FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"relu": F.relu, "relu6": F.relu6}
 LAYOUTS = ["first", "last", "strided"]
 
 
@@ -50,7 +55,7 @@ class Pair:
         channels: int = 5,
         **options: Any,
     ) -> None:
-        self.relu, self.adds = FUSIONS[fusion]
+        self.activation, self.adds = FUSIONS[fusion]
         self.theirs: nn.Module = getattr(nn, f"BatchNorm{dimensions}d")(
             channels, device=device, dtype=dtype, **options
         )
@@ -58,13 +63,15 @@ class Pair:
             channels,
             device=device,
             dtype=dtype,
-            activation="relu" if self.relu else None,
+            activation=self.activation,
             **options,
         )
         with torch.no_grad():
             for tensor in [*self.theirs.parameters(), *self.theirs.buffers()]:
                 if tensor.is_floating_point():
                     tensor.uniform_(0.5, 2)
+            if self.activation == "relu6" and self.theirs.weight is not None:
+                self.theirs.weight.mul_(4)  # so that some elements reach the ceiling
         self.ours.load_state_dict(self.theirs.state_dict())
 
     def train(self, mode: bool) -> Pair:
@@ -76,7 +83,7 @@ class Pair:
         output = self.theirs(input)
         if residual is not None:
             output = output + residual
-        return F.relu(output) if self.relu else output
+        return output if self.activation is None else FUNCTIONS[self.activation](output)
 
     def results(self, input: Tensor, residual: Tensor | None = None) -> list[list[Tensor]]:
         """Return outputs, gradients and buffers: torch's, then ours."""

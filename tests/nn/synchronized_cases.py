@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from steadygrad.reference.batch_norm import CEILINGS, Activation
+
 EPS = 1e-5
 
 
@@ -35,8 +37,8 @@ class Case:
         return "-".join(["".join(words)[:-1], shape, self.fusion, *options])
 
     @property
-    def relu(self) -> bool:
-        return self.fusion.endswith("relu")
+    def activation(self) -> Activation | None:
+        return next((a for a in CEILINGS if a and self.fusion.endswith(a)), None)
 
     @property
     def adds(self) -> bool:
@@ -74,6 +76,8 @@ CASES += [
     *_uneven(torch.bfloat16, "add_relu", True),
     *_uneven(torch.float64, "add_relu", False),
     *_uneven(torch.float32, "add", False),
+    *_uneven(torch.float32, "relu6", True),
+    *_uneven(torch.float64, "add_relu6", False),
     Case((0, 0, 6), (4, 5)),
     Case((1, 6, 2), (3,)),
     Case((1, 6, 2), (3,), fusion="add_relu"),
@@ -97,6 +101,7 @@ CASES += [
 EMULATED_CASES = [
     *_uneven(torch.float32, "add_relu", True),
     *_uneven(torch.float32, "relu", False),
+    *_uneven(torch.float32, "add_relu6", False)[2:],
     *_uneven(torch.bfloat16, "plain", True),
     Case((4, 0, 3), (5, 3, 4), momentum=None, steps=3),
 ]
@@ -124,6 +129,8 @@ def vectors(case: Case) -> tuple[Tensor | None, Tensor | None]:
     channels = case.shape[0]
     weight = torch.rand(channels, generator=generator, dtype=torch.float64) + 0.5
     bias = torch.randn(channels, generator=generator, dtype=torch.float64)
+    if case.activation == "relu6":
+        weight *= 4  # so that some elements reach the ceiling
     return weight.to(case.vector_dtype), bias.to(case.vector_dtype)
 
 
@@ -150,6 +157,11 @@ def part_of(case: Case, whole: Batch, rank: int) -> Batch:
 
     residual = None if whole.residual is None else part(whole.residual)
     return Batch(part(whole.input), residual, part(whole.grad_output))
+
+
+def activated(output: Tensor, case: Case) -> Tensor:
+    """Apply the case's activation with torch."""
+    return {None: output, "relu": F.relu(output), "relu6": F.relu6(output)}[case.activation]
 
 
 @dataclass
@@ -187,8 +199,7 @@ def expected(case: Case) -> Expected:
         )
         if case.adds:
             output = output + leaves["residual"]
-        if case.relu:
-            output = output.relu()
+        output = activated(output, case)
         output.backward(whole.grad_output.double())
     grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     return Expected(output.detach(), grads, running_mean, running_var)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from steadygrad.nn import synchronized
 from steadygrad.nn.gradient import Options
 from steadygrad.nn.synchronized import synchronized_batch_norm
+from steadygrad.reference.batch_norm import CEILINGS, Activation
 from tests.backends import BACKENDS
 from tests.nn.synchronized_cases import (
     CASES,
@@ -43,11 +44,11 @@ def norm(
     bias: Tensor | None = None,
     running: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None] = (None, None, None),
     momentum: float | None = 0.1,
-    relu: bool = False,
+    activation: Activation | None = None,
     group: Any = None,
 ) -> Tensor:
     group = dist.group.WORLD if group is None else group
-    options = Options(*running, True, momentum, EPS, relu)
+    options = Options(*running, True, momentum, EPS, CEILINGS[activation])
     return synchronized_batch_norm(input, residual, weight, bias, options, group)
 
 
@@ -61,7 +62,7 @@ def run_case(case: Case, rank: int) -> Found:
         part = part_of(case, whole_batch(case, step), rank)
         given = (part.input, part.residual, *vectors(case))
         leaves = [None if t is None else t.requires_grad_() for t in given]
-        output = norm(*leaves, running, case.momentum, case.relu)
+        output = norm(*leaves, running, case.momentum, case.activation)
         assert output.stride() == part.input.stride() and output.dtype == case.dtype
         output.backward(part.grad_output)
     names = ("input", "residual", "weight", "bias")
@@ -102,7 +103,7 @@ def one_rank_has_only_its_weight_to_train(rank: int, world: int) -> Found:
 def only_the_residual_of_an_empty_rank_requires_a_gradient(rank: int, world: int) -> Found:
     input = samples(rank, 3 * rank)
     residual = samples(rank + 7, 3 * rank).requires_grad_(rank == 0)
-    output = norm(input, residual, relu=True)
+    output = norm(input, residual, activation="relu")
     output.sum().backward()
     return {"requires_grad": output.requires_grad, "grad": residual.grad}
 
@@ -138,7 +139,7 @@ def empty_on_all_ranks(rank: int, world: int) -> Found:
     running = new_running(3)
     input = samples(rank, 0).requires_grad_()
     weight, bias = torch.ones(3, requires_grad=True), torch.zeros(3, requires_grad=True)
-    output = norm(input, None, weight, bias, running, relu=True)
+    output = norm(input, None, weight, bias, running, activation="relu")
     output.sum().backward()
     grads = {"input": input.grad, "weight": weight.grad, "bias": bias.grad}
     return {"output": output.detach(), "grads": grads, "running": running}
@@ -146,13 +147,13 @@ def empty_on_all_ranks(rank: int, world: int) -> Found:
 
 def gradient_penalty(rank: int, world: int) -> Found:
     found: Found = {}
-    for fusion in ("plain", "relu", "add_relu"):
+    for fusion in ("plain", "relu", "add_relu", "add_relu6"):
         case = Case((4, 0, 3) if world == 3 else (4, 3), (3, 5), torch.float64, fusion)
         part = part_of(case, whole_batch(case, 0), rank)
         given = (part.input, part.residual, *vectors(case))
         leaves = [None if t is None else t.requires_grad_() for t in given]
         grad_output = part.grad_output.requires_grad_()
-        output = norm(*leaves, relu=case.relu)
+        output = norm(*leaves, activation=case.activation)
         wanted = [t for t in leaves if t is not None]
         grads = torch.autograd.grad(output, wanted, grad_output, create_graph=True)
         # of this rank's gradients of weight and bias, in which it is linear, as its parts add up
@@ -165,7 +166,7 @@ def gradient_penalty_of_different_inputs(rank: int, world: int) -> Found:
     """Give only the first rank's gradient a gradient; the others take part in its double backward all the same."""
     input = samples(rank, rank + 2).requires_grad_(rank == 0)
     residual = samples(rank + 7, rank + 2).requires_grad_(rank > 0)
-    output = norm(input, residual, relu=True)
+    output = norm(input, residual, activation="relu")
     leaf = input if rank == 0 else residual
     (grad,) = torch.autograd.grad(output, leaf, samples(rank + 9, rank + 2), create_graph=True)
     grad.pow(2).sum().backward()
@@ -174,12 +175,12 @@ def gradient_penalty_of_different_inputs(rank: int, world: int) -> Found:
 
 def a_group_of_one(rank: int, world: int) -> Found:
     groups = [dist.new_group([r]) for r in range(world)]
-    case = Case((4,), (3, 5), fusion="add_relu")
+    case = Case((4,), (3, 5), fusion="add_relu6")
     batch = whole_batch(case, 0)
     given = (batch.input, batch.residual, *vectors(case))
     leaves = [None if t is None else t.requires_grad_() for t in given]
     running = new_running(3)
-    output = norm(*leaves, running, relu=True, group=groups[rank])
+    output = norm(*leaves, running, activation=case.activation, group=groups[rank])
     output.backward(batch.grad_output)
     grads = [t.grad for t in leaves if t is not None]
     lonely = message(lambda: norm(samples(rank, 1), group=groups[rank]))
@@ -243,7 +244,7 @@ def compiled(rank: int, world: int) -> Found:
         return {}
 
     def step(input: Tensor) -> Tensor:
-        return norm(input.sin(), relu=True).cos()
+        return norm(input.sin(), activation="relu").cos()
 
     found = []
     for function in (step, torch.compile(step, backend="aot_eager")):

@@ -49,8 +49,9 @@ def assert_same_bits(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_same_bits_in_one_graph(fusion: str, layout: str, training: bool) -> None:
-    relu, adds = FUSIONS[fusion]
-    eager = sg.nn.BatchNorm2d(5, activation="relu" if relu else None).train(training)
+    activation, adds = FUSIONS[fusion]
+    eager = sg.nn.BatchNorm2d(5, activation=activation).train(training)
+    nn.init.constant_(eager.weight, 4.0)  # so that some elements reach the ceiling of ReLU6
     compiled = copy.deepcopy(eager)
     counter = CompileCounterWithBackend("aot_eager")
     fn = torch.compile(compiled, fullgraph=True, backend=counter)

@@ -78,7 +78,7 @@ def results(case: Case) -> list[Tensor]:
 @each_path
 @each_layout
 @each_shape
-@pytest.mark.parametrize("fusion", ["bn", "relu", "add+relu"])
+@pytest.mark.parametrize("fusion", ["bn", "relu", "relu6", "add+relu", "add+relu6"])
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
 def test_shapes(
     device: torch.device,

@@ -28,7 +28,7 @@ def case(
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Callable[..., Tensor], Arguments]:
     """Return a call as a function of input, residual, weight and bias, and these tensors."""
-    relu, adds = FUSIONS[fusion]
+    activation, adds = FUSIONS[fusion]
 
     def made(*size: int) -> Tensor:
         return torch.randn(size, dtype=torch.float64, device=backend.device).to(dtype)
@@ -37,12 +37,12 @@ def case(
     mean, var = made(channels), made(channels).square() + 0.5
     x = laid_out(made(*shape), layout).requires_grad_()
     r = laid_out(made(*shape), layout).requires_grad_() if adds else None
-    w = made(channels).requires_grad_() if affine else None
+    # Some elements reach the ceiling of ReLU6.
+    w = (4 * made(channels)).requires_grad_() if affine else None
     b = made(channels).requires_grad_() if affine else None
 
     def call(x: Tensor, r: Tensor | None, w: Tensor | None, b: Tensor | None) -> Tensor:
         running = (None, None) if training else (mean, var)
-        activation = "relu" if relu else None
         return batch_norm(x, *running, w, b, training, residual=r, activation=activation)
 
     return call, (x, r, w, b)
@@ -74,7 +74,7 @@ def test_formula_equals_kernels(
     fusion: str,
     layout: str,
 ) -> None:
-    """Compare gradients with ``create_graph``, which come from a formula, with the kernels', also at ReLU's kink."""
+    """Compare gradients with ``create_graph``, which come from a formula, with the kernels', also at ReLU's bounds."""
     call, arguments = case(backend, fusion, training, True, layout, shape, dtype)
     given = [a for a in arguments if a is not None]
     output = call(*arguments)

@@ -118,7 +118,7 @@ def test_pieces_of_training_are_the_whole(case: Case, dtype: torch.dtype) -> Non
 
 @each_layout
 @each_dtype
-@pytest.mark.parametrize("fusion", ["bn", "add+relu"])
+@pytest.mark.parametrize("fusion", ["bn", "add+relu", "add+relu6"])
 def test_each_gradient_alone_has_the_same_bits(
     backend: Backend, layout: str, dtype: torch.dtype, fusion: str
 ) -> None:
@@ -138,7 +138,7 @@ def test_each_gradient_alone_has_the_same_bits(
             None,
             None,
             case.eps,
-            case.relu,
+            case.ceiling,
             *destinations,
             case.allocate,
         )
@@ -286,14 +286,31 @@ def test_running_statistics_may_be_absent(backend: Backend) -> None:
 
 @each_layout
 @each_dtype
-def test_relu_is_found_again_as_it_was(backend: Backend, layout: str, dtype: torch.dtype) -> None:
-    """Count the elements that passed ReLU, at its kink or not, by the gradient of the bias."""
-    case = Case((9, 7, 11, 5), backend.device, dtype, layout, "relu", torch.float32, torch.float32)
+@pytest.mark.parametrize("fusion", ["relu", "relu6"])
+def test_relu_is_found_again_as_it_was(
+    backend: Backend, fusion: str, layout: str, dtype: torch.dtype
+) -> None:
+    """Count the elements that passed ReLU, at its bounds or not, by the gradient of the bias."""
+    case = Case((9, 7, 11, 5), backend.device, dtype, layout, fusion, torch.float32, torch.float32)
     case.put("grad_output", np.ones(case.shape))
     output, mask, statistics = case.forward()
     assert mask is None
-    passed = (output > 0).sum(dim=(0, 2, 3))
-    assert torch.equal(case.backward(None, statistics)["bias"].long(), passed)
+    mask = case.vector(mask_size(output), torch.uint8)
+    _kernels.batch_norm_normalize(
+        case["input"],
+        None,
+        *case.affine,
+        *(statistics, None, None),
+        case.eps,
+        case.ceiling,
+        case.empty(),
+        mask,
+    )
+    passed = case.passed(mask)
+    got = float64(case.backward(None, statistics)["bias"])
+    np.testing.assert_array_equal(got, passed.sum(axis=(0, 2, 3)))
+    if fusion == "relu":  # 6 may also be what an element below it was rounded to
+        np.testing.assert_array_equal(passed, float64(output) > 0)
 
 
 @each_layout
@@ -323,10 +340,19 @@ def test_every_byte_of_a_mask_is_written(
         if training:
             tracked = (None, None, None, 0.1)
             _kernels.batch_norm_forward(
-                *operands, *tracked, case.eps, True, case.empty(), mask, statistics, case.allocate
+                *operands,
+                *tracked,
+                case.eps,
+                case.ceiling,
+                case.empty(),
+                mask,
+                statistics,
+                case.allocate,
             )
         else:
             given = (statistics, None, None)
-            _kernels.batch_norm_normalize(*operands, *given, case.eps, True, case.empty(), mask)
+            _kernels.batch_norm_normalize(
+                *operands, *given, case.eps, case.ceiling, case.empty(), mask
+            )
         masks.append(mask)
     assert torch.equal(*masks)

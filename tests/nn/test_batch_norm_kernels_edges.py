@@ -9,6 +9,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -218,7 +219,7 @@ def test_same_bits_for_every_number_of_threads(
 @each_layout
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("fusion", ["bn", "relu", "add+relu"])
+@pytest.mark.parametrize("fusion", ["bn", "relu", "relu6", "add+relu", "add+relu6"])
 def test_nonfinite_elements_stay_in_their_channel(
     backend: Backend, fusion: str, dtype: torch.dtype, value: float, layout: str
 ) -> None:
@@ -284,7 +285,35 @@ def test_nonfinite_elements_in_inference(
 
 @each_layout
 @each_dtype
-@pytest.mark.parametrize("fusion", ["relu", "add+relu"])
+@pytest.mark.parametrize("fusion", ["relu", "relu6", "add+relu", "add+relu6"])
+def test_bounds_of_relu(backend: Backend, fusion: str, dtype: torch.dtype, layout: str) -> None:
+    """Compare with torch at 0 and 6, next to them and where an element is not finite; NaN lets its gradient through.
+
+    torch lets it through on a GPU, and on a CPU for elements that it does not vectorise.
+    """
+    case = Case((6, 13, 7), backend.device, dtype, layout, fusion, None, None, eps=0.0)
+    numbers = torch.finfo(dtype)
+    values = [0.0, -0.0, numbers.tiny, -numbers.tiny, 3.0, -3.0, 7.0, numbers.max]
+    values += [6.0, 6 - 4 * numbers.eps, 6 + 4 * numbers.eps, math.inf, -math.inf, math.nan]
+    case.put("input", np.resize(values, case.shape))
+    case.put("residual", np.zeros(case.shape) if case.added else None)
+    case.put("grad_output", np.ones(case.shape))
+    zeros, ones = (torch.full((13,), v, dtype=dtype, device=backend.device) for v in (0.0, 1.0))
+    output, mask = case.normalize(None, zeros, ones)
+    before = case["input"].clone().requires_grad_()
+    want = F.relu(before) if case.activation == "relu" else F.relu6(before)
+    want.backward(case["grad_output"])
+    assert before.grad is not None
+    grad = torch.where(before.isnan(), 1.0, before.grad)
+    torch.testing.assert_close(output, want.detach(), rtol=0, atol=0, equal_nan=True)
+    got = case.backward(mask, None, zeros, ones)
+    for name in ("input", "residual") if case.added else ("input",):
+        assert torch.equal(got[name], grad.to(dtype)), name
+
+
+@each_layout
+@each_dtype
+@pytest.mark.parametrize("fusion", ["relu", "relu6", "add+relu", "add+relu6"])
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_what_relu_cut_off_is_not_looked_at(
     backend: Backend, value: float, fusion: str, dtype: torch.dtype, layout: str
@@ -294,9 +323,11 @@ def test_what_relu_cut_off_is_not_looked_at(
     case.keep_off_the_kink(exact)
     _, mask, statistics = case.forward()
     before = reference.batch_norm(*case.defined(exact))
-    case.put("grad_output", np.where(before < -1e-3, 0.0, case.array("grad_output")))
+    assert case.ceiling is not None
+    is_cut = (before < -1e-3) | (before > case.ceiling + 1e-3)
+    case.put("grad_output", np.where(is_cut, 0.0, case.array("grad_output")))
     want = case.backward(mask, statistics)
-    case.put("grad_output", np.where(before < -1e-3, value, case.array("grad_output")))
+    case.put("grad_output", np.where(is_cut, value, case.array("grad_output")))
     assert_same_bits(case.backward(mask, statistics), want)
 
 

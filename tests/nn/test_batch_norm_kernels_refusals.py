@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,20 +27,20 @@ KERNELS: dict[str, list[str]] = {
     "batch_norm_statistics": ["input", "statistics", "allocate"],
     "batch_norm_forward": [
         *("input", "residual", *AFFINE, *RUNNING, "num_batches_tracked", "momentum", "eps"),
-        *("relu", "output", "mask", "statistics", "allocate"),
+        *("ceiling", "output", "mask", "statistics", "allocate"),
     ],
     "batch_norm_normalize": [
-        *("input", "residual", *AFFINE, "statistics", *RUNNING, "eps", "relu", "output", "mask"),
+        *("input", "residual", *AFFINE, "statistics", *RUNNING, "eps", "ceiling", "output", "mask"),
     ],
     "batch_norm_combine": [
         *("parts", "statistics", *RUNNING, "num_batches_tracked", "momentum"),
     ],
     "batch_norm_backward": [
-        *(*SAVED, *RUNNING, "eps", "relu"),
+        *(*SAVED, *RUNNING, "eps", "ceiling"),
         *("grad_input", "grad_residual", "grad_weight", "grad_bias", "allocate"),
     ],
-    "batch_norm_backward_sums": [*SAVED, "eps", "relu", "sums", "allocate"],
-    "batch_norm_backward_input": [*SAVED, "sums", "eps", "relu", "grad_input", "grad_residual"],
+    "batch_norm_backward_sums": [*SAVED, "eps", "ceiling", "sums", "allocate"],
+    "batch_norm_backward_input": [*SAVED, "sums", "eps", "ceiling", "grad_input", "grad_residual"],
 }
 FULL = ["input", "residual", "output", "grad_output", "grad_input", "grad_residual"]
 VECTORS = [*AFFINE, *RUNNING, "grad_weight", "grad_bias"]
@@ -136,7 +137,7 @@ def valid_arguments(kernel: str, backend: Backend, dtype: torch.dtype = torch.fl
         "num_batches_tracked": torch.tensor(3, device=case.device),
         "momentum": 0.1,
         "eps": 1e-5,
-        "relu": True,
+        "ceiling": math.inf,
         "output": case.empty(),
         "mask": mask,
         "parts": torch.stack([statistics, statistics]),
@@ -284,3 +285,18 @@ def test_counts_that_do_not_fit_are_refused(backend: Backend) -> None:
         ):
             _kernels.batch_norm_forward(*arguments, True, output, right, statistics, None)
         assert np.all(float64(output) == 77.0)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("ceiling", "error"),
+    [(0.0, ValueError), (-6.0, ValueError), (math.nan, ValueError), ("6", TypeError)],
+)
+def test_ceilings(backend: Backend, ceiling: Any, error: type[Exception]) -> None:
+    for kernel, names in KERNELS.items():
+        if "ceiling" in names:
+            arguments = valid_arguments(kernel, backend) | {"ceiling": ceiling}
+            with pytest.raises(
+                error, match=r"batch_norm: ceiling: expected a .*number or None, got"
+            ):
+                call(kernel, arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import steadygrad as sg
+from steadygrad.reference.batch_norm import CEILINGS
 from tests.backends import Backend
 from tests.nn.batch_norm_modules import FUSIONS, LAYOUTS, SHAPES, Pair, laid_out
 
@@ -51,10 +53,16 @@ def operands(
         return torch.randn(size, dtype=torch.float64, device=backend.device).to(dtype)
 
     x, r = laid_out(made(*shape), layout), laid_out(made(*shape), layout)
-    w, b = made(shape[1]), made(shape[1])
+    w, b = 4 * made(shape[1]), made(shape[1])  # so that some elements reach the ceiling of ReLU6
     for tensor in (x, r, w, b):
         tensor.requires_grad_(grad)
     return x, r if FUSIONS[fusion][1] else None, w if affine else None, b if affine else None
+
+
+def ceiling_and_mask(fusion: str) -> tuple[float | None, bool]:
+    """Return the ceiling, and whether a mask has to be kept."""
+    activation, adds = FUSIONS[fusion]
+    return CEILINGS[activation], activation is not None and adds
 
 
 @pytest.mark.pairs
@@ -62,22 +70,20 @@ def operands(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_opcheck_of_training(backend: Backend, fusion: str, layout: str, affine: bool) -> None:
-    relu, adds = FUSIONS[fusion]
     arguments = operands(backend, fusion, layout, affine)
     torch.library.opcheck(
-        OPERATORS.batch_norm_training.default, (*arguments, 1e-5, relu, relu and adds)
+        OPERATORS.batch_norm_training.default, (*arguments, 1e-5, *ceiling_and_mask(fusion))
     )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_opcheck_of_inference(backend: Backend, fusion: str, layout: str) -> None:
-    relu, adds = FUSIONS[fusion]
     arguments = operands(backend, fusion, layout, True)
     mean = torch.randn(5, dtype=torch.float64, device=backend.device)
     torch.library.opcheck(
         OPERATORS.batch_norm_inference.default,
-        (*arguments, mean, mean.exp(), 1e-5, relu, relu and adds),
+        (*arguments, mean, mean.exp(), 1e-5, *ceiling_and_mask(fusion)),
     )
 
 
@@ -104,12 +110,12 @@ def test_opcheck_of_tracking(backend: Backend, tracked: str, momentum: float | N
 def test_opcheck_of_backward(
     backend: Backend, fusion: str, layout: str, needed: list[bool]
 ) -> None:
-    relu, adds = FUSIONS[fusion]
+    ceiling, keep_mask = ceiling_and_mask(fusion)
     x, r, w, b = operands(backend, fusion, layout, True, grad=False)
-    _, mask, statistics = OPERATORS.batch_norm_training(x, r, w, b, 1e-5, relu, relu and adds)
-    kept = mask if relu and adds else None
-    needed = [needed[0], needed[1] and adds, *needed[2:]]
-    arguments = (torch.randn_like(x), x, kept, w, b, statistics, None, None, 1e-5, relu)
+    _, mask, statistics = OPERATORS.batch_norm_training(x, r, w, b, 1e-5, ceiling, keep_mask)
+    kept = mask if keep_mask else None
+    needed = [needed[0], needed[1] and r is not None, *needed[2:]]
+    arguments = (torch.randn_like(x), x, kept, w, b, statistics, None, None, 1e-5, ceiling)
     torch.library.opcheck(OPERATORS.batch_norm_backward.default, (*arguments, b.dtype, needed))
 
 
@@ -155,12 +161,11 @@ def test_same_bits_as_eager_calls(
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_derivatives_of_any_order(backend: Backend, fusion: str, training: bool) -> None:
     """Differentiate the operators' gradients again."""
-    relu, adds = FUSIONS[fusion]
     given = operands(backend, fusion, "last", True, shape=(3, 2, 2, 2))
     mean = torch.randn(2, dtype=torch.float64, device=backend.device)
 
     def call(*arguments: Tensor | None) -> Tensor:
-        options = (1e-5, relu, relu and adds)
+        options = (1e-5, *ceiling_and_mask(fusion))
         if training:
             return OPERATORS.batch_norm_training(*arguments, *options)[0]
         return OPERATORS.batch_norm_inference(*arguments, mean, mean.exp(), *options)[0]
@@ -172,7 +177,7 @@ def test_derivatives_of_any_order(backend: Backend, fusion: str, training: bool)
 def test_no_mask_no_gradient(backend: Backend) -> None:
     x, r, w, b = operands(backend, "add+relu", "first", True)
     with pytest.raises(RuntimeError, match="keep_mask: expected True"):
-        OPERATORS.batch_norm_training(x, r, w, b, 1e-5, True, False)
+        OPERATORS.batch_norm_training(x, r, w, b, 1e-5, math.inf, False)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

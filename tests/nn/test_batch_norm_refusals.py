@@ -120,9 +120,9 @@ def test_residuals(backend: Backend, case: str, training: bool) -> None:
 @pytest.mark.once
 @pytest.mark.parametrize("activation", ["gelu", "ReLU", "", 1, nn.ReLU()])
 def test_activations(backend: Backend, activation: Any) -> None:
-    with pytest.raises(ValueError, match="activation: expected 'relu' or None, got"):
+    with pytest.raises(ValueError, match="activation: expected 'relu', 'relu6' or None, got"):
         sg.nn.BatchNorm2d(5, activation=activation)
-    with pytest.raises(ValueError, match="activation: expected 'relu' or None, got"):
+    with pytest.raises(ValueError, match="activation: expected 'relu', 'relu6' or None, got"):
         batch_norm(image().to(backend.device), None, None, training=True, activation=activation)
 
 

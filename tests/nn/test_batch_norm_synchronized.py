@@ -19,6 +19,7 @@ from tests.nn.synchronized_cases import (
     EMULATED_CASES,
     EPS,
     Case,
+    activated,
     expected,
     vectors,
     whole_batch,
@@ -189,7 +190,7 @@ def test_empty_on_all_ranks(world: int) -> None:
         assert int(batches) == 1
 
 
-@pytest.mark.parametrize("fusion", ["plain", "relu", "add_relu"])
+@pytest.mark.parametrize("fusion", ["plain", "relu", "add_relu", "add_relu6"])
 def test_double_backward(world: int, fusion: str) -> None:
     ranks = [rank[fusion] for rank in found(world, "gradient_penalty")]
     case = Case((4, 0, 3) if world == 3 else (4, 3), (3, 5), torch.float64, fusion)
@@ -199,7 +200,7 @@ def test_double_backward(world: int, fusion: str) -> None:
     leaves = [t.requires_grad_() for t in given if t is not None]
     output = F.batch_norm(batch.input, None, None, weight, bias, training=True, eps=EPS)
     output = output if batch.residual is None else output + batch.residual
-    output = output.relu() if case.relu else output
+    output = activated(output, case)
     grads = torch.autograd.grad(output, leaves[:-1], batch.grad_output, create_graph=True)
     torch.stack([g.pow(2).sum() if g.dim() > 1 else g.sum() for g in grads]).sum().backward()
     assert weight is not None
@@ -223,13 +224,13 @@ def test_all_ranks_join_the_double_backward_of_one(world: int) -> None:
 
 
 def test_a_group_of_one_gives_the_bits_of_a_process_alone(world: int) -> None:
-    case = Case((4,), (3, 5), fusion="add_relu")
+    case = Case((4,), (3, 5), fusion="add_relu6")
     batch = whole_batch(case, 0)
     given = (batch.input, batch.residual, *vectors(case))
     leaves = [t.requires_grad_() for t in given if t is not None]
     running = new_running(3)
     mean, var, batches = running
-    options = {"residual": leaves[1], "activation": "relu", "num_batches_tracked": batches}
+    options = {"residual": leaves[1], "activation": case.activation, "num_batches_tracked": batches}
     output = batch_norm(leaves[0], mean, var, *leaves[2:], True, 0.1, EPS, **options)
     output.backward(batch.grad_output)
     exact = [output.detach(), *(leaf.grad for leaf in leaves), *running]

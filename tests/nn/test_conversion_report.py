@@ -130,6 +130,10 @@ def another_activation(self: Any, x: Tensor) -> Tensor:
     return F.relu(self.bn2(self.conv2(self.gelu(self.bn1(x)))))
 
 
+def functional_relu6(self: Any, x: Tensor) -> Tensor:
+    return self.gelu(self.bn2(F.relu6(self.bn1(self.conv1(x)))))
+
+
 def computed(self: Any, x: Tensor) -> Tensor:
     return self.relu(self.bn1(x)) * self.bn2(x).mean()
 
@@ -159,6 +163,7 @@ def of_another_method(self: Any, x: Tensor) -> Tensor:
 CALLS = {
     functional: ["bn1, y, relu=F.relu", "bn2, y, residual, relu=F.relu"],
     another_activation: ["bn2, y, relu=F.relu"],
+    functional_relu6: ["bn1, y, relu=F.relu6"],
 }
 NOT_READ = [computed, used_twice, two_ways, added_elsewhere_if, of_another_method]
 

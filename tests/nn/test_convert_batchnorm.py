@@ -147,18 +147,20 @@ def test_chains() -> None:
         nn.BatchNorm2d(3),
         nn.ReLU6(),
         nn.BatchNorm2d(3),
+        nn.Hardtanh(0.0, 6.0),
     ).double()
     twin = convert_batchnorm(copy.deepcopy(model))
-    assert operations(twin) == ["batch norm + ReLU"] * 2
+    assert operations(twin) == [*["batch norm + ReLU"] * 2, "batch norm + ReLU6"]
     assert isinstance(twin, nn.Sequential) and list(twin.state_dict()) == list(model.state_dict())
-    assert reason(twin, "5") == "it is followed by ReLU6"
+    assert reason(twin, "7") == "it is followed by Hardtanh"
     assert_same(model, twin, batch())
     x = batch()
     torch.testing.assert_close(twin[:2](x), model[:2](x))
     torch.testing.assert_close(twin[3](x), model[3](x))
     for m in (model, twin):
         m[2] = nn.Tanh()
-        m.append(nn.ReLU())
+        m[6].max_val = 1.0  # no longer ReLU6
+        m[8] = nn.ReLU()
     assert_same(model, twin, x)
     assert operations(twin) == ["batch norm + ReLU"] * 2
     torch.testing.assert_close(copy.deepcopy(twin)(x), twin(x))

@@ -106,12 +106,12 @@ class Calls:
         original = kind.forward
 
         def counted(
-            module: Any, input: Tensor, residual: Tensor | None = None, relu: Any = None
+            module: Any, input: Tensor, residual: Tensor | None = None, activation: Any = None
         ) -> Tensor:
-            parts = ["batch norm"] + ["add"] * (residual is not None) + ["ReLU"] * bool(relu)
-            if parts[1:]:
-                self.fused.append(" + ".join(parts))
-            return original(module, input, residual, relu)
+            name = fusion.operation(activation, residual is not None)
+            if name:
+                self.fused.append(name)
+            return original(module, input, residual, activation)
 
         patch.setattr(fusion.BatchNorm, "forward", counted)
 
@@ -346,6 +346,9 @@ def test_the_function_adds_what_does_not_fit_as_it_is_written() -> None:
     for residual in (torch.randn(4, 1, 1), torch.randn(2, 4, 6, 6, dtype=torch.float64)):
         actual = sg.nn.batch_norm_add_relu(norm, x, residual, F.relu)
         torch.testing.assert_close(actual, F.relu(norm(x) + residual))
+    for relu6 in (F.relu6, nn.ReLU6(inplace=True)):
+        actual = sg.nn.batch_norm_add_relu(norm, x, 9 * x, relu6)
+        torch.testing.assert_close(actual, F.relu6(norm(x) + 9 * x))
     output = sg.nn.batch_norm_add_relu(norm, x, x, nn.GELU())
     torch.testing.assert_close(output, F.gelu(norm(x) + x))
     own = nn.Conv2d(4, 4, 1)
@@ -369,18 +372,19 @@ def made(libraries: tuple[Any, Any], name: str) -> nn.Module:
     return model
 
 
-# The numbers of fused batch norms; the others are added by another batch norm, or have another activation.
+# The numbers of batch norms fused with ReLU or ReLU6, with an addition and ReLU, and with an addition; the others are
+# added by another batch norm, or have another activation.
 NETWORKS = {
     "timm.test_resnet": (8, 4, 0, 3),
     "timm.resnet18": (9, 8, 0, 3),
     "timm.resnet50": (33, 16, 0, 4),
-    "timm.mobilenetv2_100": (0, 0, 10, 42),
+    "timm.mobilenetv2_100": (35, 0, 10, 7),
     "timm.mnasnet_100": (35, 0, 10, 7),
-    "timm.efficientnet_lite0": (0, 0, 9, 40),
+    "timm.efficientnet_lite0": (33, 0, 9, 7),
     "timm.efficientnet_es": (31, 0, 12, 6),
     "torchvision.resnet18": (9, 8, 0, 3),
     "torchvision.resnet50": (33, 16, 0, 4),
-    "torchvision.mobilenet_v2": (0, 0, 10, 42),
+    "torchvision.mobilenet_v2": (35, 0, 10, 7),
     "torchvision.mobilenet_v3_small": (5, 0, 6, 23),
     "torchvision.mnasnet1_0": (35, 0, 10, 7),
     "torchvision.vgg11_bn": (8, 0, 0, 0),
@@ -390,8 +394,12 @@ NETWORKS = {
 @pytest.mark.parametrize("name", NETWORKS)
 def test_counts(libraries: tuple[Any, Any], name: str) -> None:
     report = sg.nn.conversion_report(sg.nn.convert_batchnorm(made(libraries, name)))
-    kinds = ("batch norm + ReLU", ADD_RELU, "batch norm + add")
-    counts = tuple(report.operations.get(kind, 0) for kind in kinds)
+    found = report.operations
+    counts = (
+        found.get("batch norm + ReLU", 0) + found.get("batch norm + ReLU6", 0),
+        found.get(ADD_RELU, 0),
+        found.get("batch norm + add", 0),
+    )
     assert (*counts, len(report.not_fused)) == NETWORKS[name], str(report)
     assert report.left == ()
     assert not any(finding.line for finding in report.findings), str(report)
@@ -448,6 +456,7 @@ def test_timms_batch_norm_with_an_activation(libraries: tuple[Any, Any], calls: 
 
     for options, expected in (
         ({}, ["batch norm + ReLU"]),
+        ({"act_layer": nn.ReLU6}, ["batch norm + ReLU6"]),
         ({"apply_act": False}, []),
         ({"act_layer": nn.SiLU}, []),
         ({"drop_layer": functools.partial(nn.AvgPool2d, 1)}, []),

@@ -26,9 +26,9 @@ from tests.nn.networks import (
 COUNTS = {
     "ResNet-18": {"batch norm + ReLU": 9, "batch norm + add + ReLU": 8},
     "ResNet-50": {"batch norm + ReLU": 33, "batch norm + add + ReLU": 16},
-    "MobileNetV2": {"batch norm + add": 10},
+    "MobileNetV2": {"batch norm + ReLU6": 35, "batch norm + add": 10},
 }
-NOT_FUSED = {"ResNet-18": 3, "ResNet-50": 4, "MobileNetV2": 42}
+NOT_FUSED = {"ResNet-18": 3, "ResNet-50": 4, "MobileNetV2": 7}
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +99,7 @@ def test_the_report_names_the_reasons() -> None:
     assert found["layer2.0.bn2"].operation == "batch norm + add + ReLU"
     assert found["layer2.0.downsample.1"].reason == "it is what another batch norm adds"
     found = {f.name: f for f in conversion_report(convert_batchnorm(mobilenet_v2())).findings}
-    assert found["features.0.1"].reason == "it is followed by ReLU6"
+    assert found["features.0.1"].operation == "batch norm + ReLU6"
     assert found["features.1.conv.2"].reason == "nothing that could be fused follows it"
     assert found["features.3.conv.3"].operation == "batch norm + add"
 

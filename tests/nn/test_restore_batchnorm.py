@@ -89,8 +89,10 @@ def test_a_batch_norm_itself(kind: int) -> None:
     assert set(vars(norm)) == set(vars(theirs(3))) and not norm.training
 
 
-def test_an_activation_becomes_a_module() -> None:
-    norm = sg.nn.BatchNorm2d(4, activation="relu")
+@pytest.mark.parametrize(("activation", "kind"), [("relu", nn.ReLU), ("relu6", nn.ReLU6)])
+def test_an_activation_becomes_a_module(activation: Any, kind: type[nn.Module]) -> None:
+    norm = sg.nn.BatchNorm2d(4, activation=activation)
+    nn.init.constant_(norm.weight, 9.0)
     model = nn.ModuleDict({"a": norm, "b": norm, "c": nn.Sequential(nn.Identity(), norm)})
     seen: list[Tensor] = []
     handle = norm.register_forward_hook(lambda _, args, output: seen.append(output))
@@ -101,7 +103,7 @@ def test_an_activation_becomes_a_module() -> None:
     expected, tensors = norm(x), held(norm)
     sg.nn.restore_batchnorm(model)
     assert model["a"] is model["b"] is model["c"][1] is norm
-    assert [type(module) for module in norm.modules()] == [nn.Sequential, nn.BatchNorm2d, nn.ReLU]
+    assert [type(module) for module in norm.modules()] == [nn.Sequential, nn.BatchNorm2d, kind]
     assert not any(module.training for module in norm.modules())
     assert all(a is b for a, b in zip(tensors, held(norm), strict=True))
     seen.clear()

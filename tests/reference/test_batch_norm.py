@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from steadygrad.reference.batch_norm import (
+    CEILINGS,
     Statistics,
     batch_norm,
     batch_norm_backward,
@@ -50,7 +51,7 @@ def statistics_for(
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
-@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("activation", CEILINGS)
 @pytest.mark.parametrize("affine", AFFINE, ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -72,7 +73,7 @@ def test_equals_torch_and_its_gradients(
         leaves[0], *map(torch.tensor, (running_mean, running_var)), *leaves[2:], training, 0.1, EPS
     )
     y = y + leaves[1] if residual else y
-    y = y.relu() if activation else y
+    y = {None: y, "relu": F.relu(y), "relu6": F.relu6(y)}[activation]
     y.backward(torch.tensor(grad_output))
 
     arguments: Any = (x, statistics, weight, bias, EPS, other, activation)
@@ -84,7 +85,7 @@ def test_equals_torch_and_its_gradients(
 
 
 @pytest.mark.parametrize("name", ["input", "residual", "weight", "bias"])
-@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("activation", CEILINGS)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 def test_gradients_are_finite_differences(
     training: bool, activation: str | None, name: str, rng: np.random.Generator
@@ -213,9 +214,9 @@ def test_empty_batch() -> None:
 
 def test_wrong_arguments_are_refused() -> None:
     x = np.ones((2, 3))
-    with pytest.raises(ValueError, match="activation must be None or 'relu', got 'gelu'"):
+    with pytest.raises(ValueError, match="activation must be None, 'relu' or 'relu6', got 'gelu'"):
         batch_norm(x, channel_statistics(x), activation="gelu")
-    with pytest.raises(ValueError, match="activation must be None or 'relu', got 'gelu'"):
+    with pytest.raises(ValueError, match="activation must be None, 'relu' or 'relu6', got 'gelu'"):
         batch_norm_backward(x, x, channel_statistics(x), activation="gelu")
     with pytest.raises(ValueError, match="parts must hold at least one, got none"):
         combine_statistics([])

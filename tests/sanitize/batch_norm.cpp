@@ -63,7 +63,7 @@ struct Memory {
     norm.weight = vector(0);
     norm.bias = vector(1);
     norm.eps = 1e-5;
-    norm.relu = problem.relu;
+    norm.ceiling = problem.relu ? INFINITY : NAN;
     out.residual = problem.residual ? residual.data() : nullptr;
     out.output = output.data();
     out.mask = problem.relu && problem.residual ? mask.as<uint8_t>() : nullptr;

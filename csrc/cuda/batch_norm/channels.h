@@ -42,13 +42,14 @@ __device__ __forceinline__ void take_channels(const Value* shared, int x, int64_
   }
 }
 
-// Scale and offset of each channel, with which ReLU's mask is found again where none was kept. They stay in
-// shared memory, because few calls need them and backward kernels lack registers. kUnits is the width of a
-// group in units.
+// Scale and offset of each channel, and the ceiling, with which ReLU's mask is found again where none was
+// kept. They stay in shared memory, because few calls need them and backward kernels lack registers. kUnits
+// is the width of a group in units.
 template <class T, int kKept, int kUnits>
 struct ReluTerms {
   T scale[kKept][kUnits];
   T offset[kKept][kUnits];
+  T highest;
 
   __device__ __forceinline__ void set(int x, const Normalization<T> (&own)[kKept]) {
 #pragma unroll
@@ -61,6 +62,9 @@ struct ReluTerms {
   __device__ __forceinline__ Normalization<T> get(int k, int x, T center) const {
     return {center, *const_cast<const volatile T*>(&scale[k][x]),
             *const_cast<const volatile T*>(&offset[k][x])};
+  }
+  __device__ __forceinline__ ReluBounds<T> bounds() const {
+    return {T(0), *const_cast<const volatile T*>(&highest)};
   }
 };
 
@@ -75,6 +79,7 @@ __device__ __forceinline__ void share_relu_terms(const Tiles& tiles, const Batch
   Normalization<T> own[kKept];
   take_channels<kKept>(channels, x, first, tiles.shape.channels, own);
   if (y == 0) terms.set(x, own);
+  if (threadIdx.x == 0) terms.highest = relu_bounds<T>(norm.ceiling).highest;
 #pragma unroll
   for (int k = 0; k < kKept; ++k) centers[k] = own[k].center;
   __syncthreads();

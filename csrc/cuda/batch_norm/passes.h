@@ -94,15 +94,16 @@ __device__ __forceinline__ void normalize_unit(const BatchNorm& norm, const Batc
 #pragma unroll
     for (int k = 0; k < kUnit; ++k) values[k] += added[k];
   }
+  const ReluBounds<T> bounds = relu_bounds<T>(norm.ceiling);
   if (out.mask != nullptr && place.lanes != 0) {
     unsigned bits = 0;
 #pragma unroll
-    for (int k = 0; k < kUnit; ++k) bits |= values[k] <= 0 ? 0u : 1u << k;
+    for (int k = 0; k < kUnit; ++k) bits |= bounds.stop(values[k]) ? 0u : 1u << k;
     out.mask[place.mask_byte] = static_cast<uint8_t>(bits & place.lanes);
   }
-  if (norm.relu) {
+  if (norm.has_relu()) {
 #pragma unroll
-    for (int k = 0; k < kUnit; ++k) values[k] = relu(values[k]);
+    for (int k = 0; k < kUnit; ++k) values[k] = bounds(values[k]);
   }
   Access::store(out.output, norm.dtype, place, values);
 }
@@ -111,7 +112,7 @@ __device__ __forceinline__ void normalize_unit(const BatchNorm& norm, const Batc
 enum class Passage : uint8_t { all, mask, recomputed };
 
 __device__ __forceinline__ Passage passage_of(const BatchNorm& norm, const BatchNormGradient& grad) {
-  if (!norm.relu) return Passage::all;
+  if (!norm.has_relu()) return Passage::all;
   return grad.mask != nullptr ? Passage::mask : Passage::recomputed;
 }
 
@@ -126,11 +127,12 @@ __device__ __forceinline__ unsigned lanes_let_through(Passage passage, unsigned 
                                                       const T (&centers)[kKept],
                                                       const ReluTerms<T, kKept, kUnits>& terms, int unit) {
   if (passage != Passage::recomputed) return lanes;
+  const ReluBounds<T> bounds = terms.bounds();
   unsigned bits = 0;
 #pragma unroll
   for (int k = 0; k < kUnit; ++k) {
     const int kept = kKept == 1 ? 0 : k;
-    bits |= terms.get(kept, unit, centers[kept])(x[k]) <= 0 ? 0u : 1u << k;
+    bits |= bounds.stop(terms.get(kept, unit, centers[kept])(x[k])) ? 0u : 1u << k;
   }
   return lanes & bits;
 }

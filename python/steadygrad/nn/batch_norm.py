@@ -11,6 +11,7 @@ from torch.nn.modules import batchnorm
 
 from steadygrad.nn.functional import Activation, batch_norm
 from steadygrad.nn.shared_group import SharedGroup
+from steadygrad.reference.batch_norm import CEILINGS
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -37,8 +38,8 @@ class _UnreadWithActivation:
             f"{kind}.{self._name}: expected a module without an activation, got activation={module.activation!r}, "
             "which would be lost in a module that is made from this one: to synchronise, call "
             "steadygrad.nn.convert_batchnorm(model, process_group=torch.distributed.group.WORLD); to fold, freeze or "
-            "quantize, set activation to None and put a torch.nn.ReLU behind the module; to read the value alone, "
-            f"vars(module)[{self._name!r}]"
+            "quantize, set activation to None and put a torch.nn.ReLU or ReLU6 behind the module; to read the value "
+            f"alone, vars(module)[{self._name!r}]"
         )
 
     def __set__(self, module: Any, value: Any) -> None:
@@ -70,9 +71,9 @@ class _BatchNorm(batchnorm._BatchNorm):
         process_group: ProcessGroup | None = None,
         **bias: bool,
     ) -> None:
-        if activation not in (None, "relu"):
+        if activation not in CEILINGS:
             raise ValueError(
-                f"{type(self).__name__}: activation: expected 'relu' or None, got {activation!r}"
+                f"{type(self).__name__}: activation: expected 'relu', 'relu6' or None, got {activation!r}"
             )
         # Older versions of torch have no `bias` and raise their own TypeError for it.
         super().__init__(
@@ -100,9 +101,12 @@ class _BatchNorm(batchnorm._BatchNorm):
         vars(self)["process_group"] = SharedGroup.of(group)
 
     def forward(
-        self, input: Tensor, residual: Tensor | None = None, relu: bool | None = None
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        activation: Activation | None = None,
     ) -> Tensor:
-        """Normalises ``input``, adds ``residual``, and applies ReLU; ``relu=None`` applies ``activation`` instead."""
+        """Normalises ``input``, adds ``residual``, and applies ``activation``; None is the module's own."""
         if isinstance(input, Proxy):
             return self._record(input, residual)
         checked: Any = self._check_input_dim
@@ -135,7 +139,7 @@ class _BatchNorm(batchnorm._BatchNorm):
             momentum,
             vars(self)["eps"],
             residual=residual,
-            activation=self.activation if relu is None else "relu" if relu else None,
+            activation=self.activation if activation is None else activation,
             num_batches_tracked=batches,
             # In evaluation there is no collective, even with the batch's statistics, since one rank may evaluate alone.
             process_group=self.process_group if self.training else None,
@@ -174,8 +178,8 @@ class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
     are the more exact ones. There is one difference: a channel of a batch whose statistics are not finite does not
     enter the running statistics.
 
-    ``forward(input, residual=None, relu=None)`` adds ``residual``, of the input's shape and dtype, before the
-    activation. ``relu`` says whether ReLU follows; None leaves that to ``activation``.
+    ``forward(input, residual=None, activation=None)`` adds ``residual``, of the input's shape and dtype, before the
+    activation, which is the module's own if it is None.
 
     Args:
         num_features: Number of channels C.
@@ -186,10 +190,10 @@ class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
         track_running_stats: Whether there are running statistics. Default: True.
         device: Device of parameters and buffers.
         dtype: Dtype of parameters and buffers.
-        activation: ``"relu"``, applied in the same pass, or None. Functions that make another module from this one's
-            attributes (``torch.nn.SyncBatchNorm.convert_sync_batchnorm``, ``fuse_conv_bn_eval``) would drop the
-            activation. So ``eps`` and ``num_features`` raise a ``RuntimeError`` when they are read from a module that
-            has one. Default: None.
+        activation: ``"relu"`` or ``"relu6"``, applied in the same pass, or None. Functions that make another module
+            from this one's attributes (``torch.nn.SyncBatchNorm.convert_sync_batchnorm``, ``fuse_conv_bn_eval``) would
+            drop the activation. So ``eps`` and ``num_features`` raise a ``RuntimeError`` when they are read from a
+            module that has one. Default: None.
         process_group: In training, statistics are computed over all ranks of this group;
             ``torch.distributed.group.WORLD`` stands for all ranks, None for this process alone. A module with the
             default group can be pickled. Loaded without ``torch.distributed`` it works alone, as torch's

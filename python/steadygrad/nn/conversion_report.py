@@ -8,30 +8,27 @@ from dataclasses import dataclass, fields
 from types import CodeType
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from steadygrad.nn.batch_norm import _BatchNorm as BatchNorm
 from steadygrad.nn.convert import original_class, why_left
 from steadygrad.nn.fusion import (
-    ADD,
-    ADD_RELU,
-    RELU,
     Forward,
     Steps,
-    acts,
+    act_of,
+    activation_of,
     any_global_hook,
     found,
     is_chain,
     is_passed,
     is_plain,
-    is_relu,
     leaves,
     norm_act,
+    operation,
 )
 from steadygrad.nn.known_blocks import known_forward, stands
-from steadygrad.nn.read_forward import read_forward
+from steadygrad.nn.read_forward import FUNCTIONS, read_forward
 
 FUSED, CONVERTED, LEFT = "fused", "converted", "left"
 REGISTERED = "batch_norm_add_relu"
@@ -84,7 +81,7 @@ class ConversionReport:
 
     @property
     def fused(self) -> tuple[Finding, ...]:
-        """Returns the batch norms that are fused with an addition, a ReLU or both."""
+        """Returns the batch norms that are fused with an addition, an activation or both."""
         return self._of(FUSED)
 
     @property
@@ -100,8 +97,7 @@ class ConversionReport:
     @property
     def operations(self) -> dict[str, int]:
         """Returns the number of fused batch norms by operation, such as "batch norm + ReLU"."""
-        counts = Counter(finding.operation for finding in self.fused)
-        return {name: counts[name] for name in (RELU, ADD_RELU, ADD, REGISTERED) if counts[name]}
+        return dict(sorted(Counter(finding.operation for finding in self.fused).items()))
 
     def __str__(self) -> str:
         done = ", ".join(f"{count} x {name}" for name, count in self.operations.items())
@@ -171,7 +167,8 @@ def _finding(name: str, norm: nn.Module, said: Said) -> Finding:
     if said.operation:
         return Finding(name, kind, FUSED, said.operation, said.reason)
     if norm.activation is not None:
-        return Finding(name, kind, FUSED, RELU, f"by its own activation={norm.activation!r}")
+        reason = f"by its own activation={norm.activation!r}"
+        return Finding(name, kind, FUSED, operation(norm.activation), reason)
     if not is_plain(norm):
         said = Said(reason="it has hooks or a forward of its own")
     return Finding(
@@ -187,11 +184,11 @@ def _seen(module: nn.Module) -> Iterator[tuple[nn.Module, Said]]:
     """Yields each batch norm that a module itself calls, with what is to be said of it."""
     kind = original_class(module)
     if isinstance(module, BatchNorm):
-        if type(module).forward is norm_act and not acts(module, is_passed):
+        if type(module).forward is norm_act and not is_passed(act_of(module)):
             drop, act = module._modules["drop"], module._modules["act"]
             after = type(act if is_passed(drop) else drop).__name__
-            operation = RELU if acts(module, is_relu) else ""
-            yield module, Said(operation, "" if operation else f"it is followed by {after}")
+            fused = operation(activation_of(act_of(module)))
+            yield module, Said(fused, "" if fused else f"it is followed by {after}")
         return
     if kind in _CONTAINERS:
         return
@@ -199,11 +196,11 @@ def _seen(module: nn.Module) -> Iterator[tuple[nn.Module, Said]]:
     if is_chain(module) or isinstance(forward, Steps):
         why = _why_not_fused(module, kind, forward)
         fits = forward is None or stands(module, forward)
-        for norm, operation, reason in found(module, forward):
-            if operation and not why:
-                yield norm, Said(operation)
+        for norm, fused, reason in found(module, forward):
+            if fused and not why:
+                yield norm, Said(fused)
             else:  # steps that do not fit the block say nothing of what follows
-                yield norm, Said(reason=why if operation or not fits else reason)
+                yield norm, Said(reason=why if fused or not fits else reason)
     elif forward is not None:
         yield from _seen_by_function(module, kind, forward)
     else:
@@ -267,12 +264,12 @@ def _suggested(
     steps = None if read is None else read.steps
     if steps is not None and not steps.why_not(module):
         line = f"sg.nn.register_block({kind.__name__}, {_written(steps)})"
-        for norm, operation, reason in found(module, steps):
-            yield norm, Said(reason=why, line=line) if operation else Said(reason=reason)
+        for norm, fused, reason in found(module, steps):
+            yield norm, Said(reason=why, line=line) if fused else Said(reason=reason)
         return
     for norm, path, is_last_of_chain in _called(module):
         adds, after = (False, "") if read is None else read.following(f"self.{path}")
-        relu = f"relu={after}" if after and is_relu(_member(module, after)) else ""
+        relu = f"relu={after}" if after and activation_of(_member(module, after)) else ""
         if is_last_of_chain:
             yield norm, Said(reason=why)
         elif read is None or adds or relu:
@@ -288,15 +285,16 @@ def _suggested(
 
 
 def _member(module: nn.Module, name: str) -> Any:
-    """Returns what a name in a forward's source stands for; a function other than a member is known to be ReLU."""
+    """Returns what a name in a forward's source stands for: a member, or a function."""
     if name.startswith("self."):
         return getattr(module, name.removeprefix("self.").rstrip("?"), None)
-    return torch.relu
+    return FUNCTIONS[name]
 
 
 def _is_layer(module: nn.Module, name: str) -> bool:
     member = _member(module, name)
-    return isinstance(member, nn.Module) or is_relu(member) or (member is None and name[-1] == "?")
+    is_known = isinstance(member, nn.Module) or activation_of(member) is not None
+    return is_known or (member is None and name[-1] == "?")
 
 
 def _written(steps: Steps) -> str:

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from steadygrad.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from steadygrad.nn.batch_norm import _BatchNorm as BatchNorm
-from steadygrad.nn.fusion import Steps, found, is_chain, norm_act, run_chain
+from steadygrad.nn.fusion import MODULES, Steps, found, is_chain, norm_act, run_chain
 from steadygrad.nn.known_blocks import known_forward, registered_steps, stands
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -51,8 +51,8 @@ def convert_batchnorm(
       becomes a `SynchronizedBatchNorm`, over its own process group if none is given.
     - Subclasses with a ``forward`` of their own stay as they are, and so do lazy, parametrized and scripted ones.
       timm's ``BatchNormAct2d`` is known and is converted.
-    - With ``fuse``, a batch norm, an addition and a ReLU that follow each other are computed as one operation where
-      the structure of the modules shows them. That is the case in every ``nn.Sequential``, also with an
+    - With ``fuse``, a batch norm, an addition and a ReLU or ReLU6 that follow each other are computed as one operation
+      where the structure of the modules shows them. That is the case in every ``nn.Sequential``, also with an
       ``nn.Identity`` or an inactive dropout in between. It is also the case in blocks whose forward is known:
       torchvision's and timm's residual blocks, inverted residuals and ResNets, and blocks given to
       :func:`register_block`. Such a module becomes an instance of a subclass, for instance ``FusedBasicBlock`` for
@@ -98,8 +98,8 @@ def restore_batchnorm(model: Model) -> Model:
     Parameters and buffers stay the same tensors, and fused blocks and chains get their old class back. `BatchNorm2d`
     becomes ``torch.nn.BatchNorm2d``, or ``torch.nn.SyncBatchNorm`` if it has a process group, and the others likewise.
     A user's own subclass becomes that class again, without a process group. A batch norm with an activation becomes an
-    ``nn.Sequential`` of a batch norm and ``nn.ReLU``. Its keys in the state dict then change from ``bn.weight`` to
-    ``bn.0.weight``, and it no longer takes a residual.
+    ``nn.Sequential`` of a batch norm and ``nn.ReLU`` or ``nn.ReLU6``. Its keys in the state dict then change from
+    ``bn.weight`` to ``bn.0.weight``, and it no longer takes a residual.
 
     Args:
         model: Any module; torch's own modules stay as they are.
@@ -224,7 +224,7 @@ def _restore(norm: BatchNorm) -> None:
     if activation is None:
         return _set_class(norm, kind)
     inner = kind.__new__(kind)
-    chain = nn.Sequential(inner, nn.ReLU())
+    chain = nn.Sequential(inner, MODULES[activation]())
     vars(inner).update(state)
     for name, empty in vars(nn.Module()).items():
         if "hook" in name:  # these hooks saw the output of the activation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ from steadygrad.composite import has_kernels
 from steadygrad.nn import gradient, operators
 from steadygrad.nn.gradient import Options
 from steadygrad.nn.synchronized import synchronized_batch_norm
+from steadygrad.reference.batch_norm import CEILINGS
 from steadygrad.reference.batch_norm import Activation as Activation
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ def batch_norm(
     num_batches_tracked: Tensor | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
-    r"""Normalises each channel of a batch, and optionally adds a residual and applies ReLU in the same pass.
+    r"""Normalises each channel of a batch, and optionally adds a residual and applies ReLU or ReLU6 in the same pass.
 
     .. math::
 
@@ -53,7 +55,7 @@ def batch_norm(
     In training :math:`\mu` and :math:`\sigma^2` are the batch's mean and biased variance of each channel, else the
     running ones. They are computed in float64, with the same precision in every memory format. The output is dense. It
     has channels last if the input has (also in 3-D, where torch makes it contiguous), and is contiguous otherwise. With
-    ReLU no output is kept for the backward pass; with ReLU and a residual, one bit per element is kept.
+    an activation no output is kept for the backward pass; with a residual, too, one bit per element is kept.
 
     Calls that the kernels do not take go to :func:`torch.nn.functional.batch_norm`: devices other than CPU and CUDA,
     subclasses of tensors, transforms of :mod:`torch.func`, forward-mode derivatives, and empty batches. So does
@@ -81,7 +83,8 @@ def batch_norm(
         eps: Number added to the variance, positive; 0 is allowed if not training. Default: 1e-5.
         residual: Tensor added before the activation, of the input's shape, dtype and device, with any strides. Under
             autocast another dtype is promoted as in ``batch_norm(...) + residual``. Default: None.
-        activation: ``"relu"`` or None. Default: None.
+        activation: ``"relu"``, ``"relu6"``, which is :math:`\min(\max(y, 0), 6)`, or None. At the bounds the gradient
+            is 0, and NaN lets it through. Default: None.
         num_batches_tracked: 0-d int64 tensor that goes up by one in training, without waiting for the device; or None.
             Default: None.
         process_group: In training, statistics are computed over all ranks of this group;
@@ -101,15 +104,19 @@ def batch_norm(
 
     Source: Ioffe and Szegedy 2015, Batch Normalization, algorithm 1.
     """
-    relu = activation == "relu"
-    if not relu and activation is not None:
-        raise ValueError(f"batch_norm: activation: expected 'relu' or None, got {activation!r}")
+    if activation not in CEILINGS:
+        raise ValueError(
+            f"batch_norm: activation: expected 'relu', 'relu6' or None, got {activation!r}"
+        )
     if not eps > 0 and (training or not eps >= 0):
         least = "positive" if training else "not negative"
         raise ValueError(f"batch_norm: eps: expected a number that is {least}, got {eps}")
     if residual is not None:
         _check_residual(residual, input)
-    options = Options(running_mean, running_var, num_batches_tracked, training, momentum, eps, relu)
+    ceiling = CEILINGS[activation]
+    options = Options(
+        running_mean, running_var, num_batches_tracked, training, momentum, eps, ceiling
+    )
     group = process_group if training else None
     traced = _is_traced(input)
     try:
@@ -309,7 +316,7 @@ def _of_torch(
             f"batch_norm: input: expected 2 dimensions or more, got the shape {tuple(input.shape)}"
         )
     channels = input.shape[1]
-    running_mean, running_var, num_batches_tracked, training, momentum, eps, relu = options
+    running_mean, running_var, num_batches_tracked, training, momentum, eps, ceiling = options
     vectors = {
         "weight": weight,
         "bias": bias,
@@ -344,7 +351,13 @@ def _of_torch(
         num_batches_tracked.add_(1)
     if residual is not None:
         output = output + residual
-    return F.relu(output) if relu else output
+    return _activated(output, ceiling)
+
+
+def _activated(output: Tensor, ceiling: float | None) -> Tensor:
+    if ceiling is None:
+        return output
+    return F.relu(output) if ceiling == math.inf else F.hardtanh(output, 0.0, ceiling)
 
 
 def _promoted(
@@ -356,7 +369,7 @@ def _promoted(
     group: ProcessGroup | None,
 ) -> Tensor:
     """Normalises, then adds a residual of another dtype, as autocast makes them; the sum has the wider dtype."""
-    running_mean, running_var, num_batches_tracked, training, momentum, eps, relu = options
+    running_mean, running_var, num_batches_tracked, training, momentum, eps, ceiling = options
     output = batch_norm(
         input,
         running_mean,
@@ -370,4 +383,4 @@ def _promoted(
         process_group=group,
     )
     output = output + residual
-    return F.relu(output) if relu else output
+    return _activated(output, ceiling)

@@ -1,4 +1,4 @@
-"""Fuses calls of a network's layers: a batch norm with the addition and the ReLU that follow it.
+"""Fuses calls of a network's layers: a batch norm with the addition and the ReLU or ReLU6 that follow it.
 
 Only what the modules show is fused. Nothing is run to find out, and every call looks at the modules as they are at that
 time. The modules themselves do no more than before: the chain or the block that calls them does the fusing.
@@ -18,12 +18,13 @@ from torch.fx.proxy import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 
 from steadygrad.nn.batch_norm import _BatchNorm as BatchNorm
-
-RELU, ADD, ADD_RELU = "batch norm + ReLU", "batch norm + add", "batch norm + add + ReLU"
+from steadygrad.reference.batch_norm import Activation
 
 _CALL: Any = nn.Module.__call__
 _SEQUENTIAL: Callable[..., Any] = nn.Sequential.forward
-_RELU = {nn.ReLU: nn.ReLU.forward}
+# The modules that do what our batch norms' activations do.
+MODULES: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "relu6": nn.ReLU6}
+_ACTIVATION = {kind: kind.forward for kind in MODULES.values()}
 _DROPOUT = {k: k.forward for k in (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)}
 _IDENTITY = {nn.Identity: nn.Identity.forward}
 # These modules change nothing but what they return, so a batch norm may also be called after them.
@@ -32,8 +33,9 @@ _STILL = {
     for dimensions in ("1d", "2d", "3d")
     for kind in (getattr(nn, f"{name}{dimensions}") for name in ("Conv", "AvgPool", "MaxPool"))
 } | _IDENTITY
-# A module, and the modules after it that its call replaces: a batch norm, and everything up to a ReLU.
-Call = tuple[Any, list[Any]]
+# A module, the modules after it that its call replaces, and what the last of these is: a batch norm, and everything up
+# to its activation. Elsewhere these are empty and None.
+Call = tuple[Any, list[Any], Activation | None]
 # `Steps`, or a user's function, which takes the module and the arguments of its forward.
 Forward = Callable[..., Any]
 
@@ -57,11 +59,23 @@ def is_plain(module: Any) -> bool:
     )
 
 
-def is_relu(module: Any) -> bool:
-    """Returns whether ``module`` is ReLU: a function, or a module whose call may be left out."""
-    if _is_one_of(_RELU, module):
-        return is_plain(module)
-    return module is F.relu or module is torch.relu
+def activation_of(module: Any) -> Activation | None:
+    """Returns which activation of ours ``module`` is: a function, or a module whose call may be left out."""
+    if _is_one_of(_ACTIVATION, module):
+        if not is_plain(module):
+            return None
+        if type(module) is nn.ReLU:
+            return "relu"
+        return "relu6" if module.min_val == 0 and module.max_val == 6 else None
+    if module is F.relu or module is torch.relu:
+        return "relu"
+    return "relu6" if module is F.relu6 else None
+
+
+def operation(activation: Activation | None, adds: bool = False) -> str:
+    """Returns the name of what is computed at once with a batch norm; empty if that is nothing."""
+    parts = ["add"] * adds + ([] if activation is None else [MODULES[activation].__name__])
+    return " + ".join(["batch norm", *parts]) if parts else ""
 
 
 def is_passed(module: Any) -> bool:
@@ -78,7 +92,7 @@ def is_norm(module: Any) -> bool:
         isinstance(module, BatchNorm)
         and module.activation is None
         and is_plain(module)
-        and (type(module).forward is BatchNorm.forward or acts(module, is_passed))
+        and (type(module).forward is BatchNorm.forward or is_passed(act_of(module)))
     )
 
 
@@ -110,20 +124,21 @@ def planned(modules: Iterable[Any]) -> Iterator[Call]:
     at = 0
     while at < len(rest):
         end = at + 1
+        activation = None
         if is_norm(rest[at]):
             while end < len(rest) and is_passed(rest[end]):
                 end += 1
-            fuses = end < len(rest) and is_relu(rest[end])
-            end = end + 1 if fuses else at + 1
-        yield rest[at], rest[at + 1 : end]
+            activation = activation_of(rest[end]) if end < len(rest) else None
+            end = at + 1 if activation is None else end + 1
+        yield rest[at], rest[at + 1 : end], activation
         at = end
 
 
 def run(calls: Iterable[Call], input: Any) -> Any:
     """Carries out planned calls."""
-    for module, taken in calls:
-        if taken and isinstance(input, Tensor):
-            input = BatchNorm.forward(module, input, None, True)
+    for module, taken, activation in calls:
+        if activation is not None and isinstance(input, Tensor):
+            input = BatchNorm.forward(module, input, None, activation)
         else:
             input = module(input)
             for after in taken:
@@ -132,7 +147,7 @@ def run(calls: Iterable[Call], input: Any) -> Any:
 
 
 def run_chain(self: Any, input: Any) -> Any:
-    """Runs an ``nn.Sequential``, calling each ReLU together with the batch norm before it; used as its forward."""
+    """Runs an ``nn.Sequential``, calling each batch norm together with what it is fused with; used as its forward."""
     if any_global_hook():
         return _SEQUENTIAL(self, input)
     return run(planned(self._modules.values()), input)
@@ -142,17 +157,17 @@ def norm_act(self: Any, x: Any) -> Any:
     """Runs timm's ``BatchNormAct2d``: batch norm, ``drop`` and ``act``; used as its forward."""
     if isinstance(x, Proxy):
         return self._record(x, None)
-    if acts(self, is_relu) and not any_global_hook():
-        return BatchNorm.forward(self, x, None, True)
+    activation = activation_of(act_of(self))
+    if activation is not None and not any_global_hook():
+        return BatchNorm.forward(self, x, None, activation)
     return self.act(self.drop(BatchNorm.forward(self, x)))
 
 
-def acts(module: Any, how: Callable[[Any], bool]) -> bool:
-    """Returns whether ``module`` is timm's ``BatchNormAct2d`` with an activation for which ``how`` is true."""
-    inner = module._modules
-    return (
-        type(module).forward is norm_act and is_passed(inner.get("drop")) and how(inner.get("act"))
-    )
+def act_of(module: Any) -> Any:
+    """Returns what timm's ``BatchNormAct2d`` calls after its batch norm; None for another module."""
+    if type(module).forward is norm_act and is_passed(module._modules.get("drop")):
+        return module._modules.get("act")
+    return None
 
 
 def batch_norm_add_relu(
@@ -173,8 +188,8 @@ def batch_norm_add_relu(
         norm: The batch norm.
         input: The input of the batch norm, of shape (N, C, ...).
         residual: The tensor to add; None for nothing. Default: None.
-        relu: A ReLU module, or ``torch.nn.functional.relu``; None for no activation. Any other activation is called
-            after the addition. Default: None.
+        relu: A ReLU or ReLU6 module, or the function of ``torch.nn.functional``; None for no activation. Any other
+            activation is called after the addition. Default: None.
         in_place: Whether the sum is written into the batch norm's output if they are not one operation. Default: False.
 
     Raises:
@@ -183,9 +198,9 @@ def batch_norm_add_relu(
     one = is_norm(norm) and isinstance(input, Tensor) and not any_global_hook()
     if one and (residual is None or _fits(residual, input)):
         called: Any = norm
-        is_last = relu is not None and is_relu(relu)
-        output = BatchNorm.forward(called, input, residual, is_last)
-        return output if relu is None or is_last else relu(output)
+        activation = activation_of(relu)
+        output = BatchNorm.forward(called, input, residual, activation)
+        return output if relu is None or activation is not None else relu(output)
     output = norm(input)
     if residual is not None:
         output = output.add_(residual) if in_place else output + residual
@@ -302,10 +317,10 @@ class Steps:
             inner = leaves(shortcut)
             while calls and is_passed(calls[-1][0]):
                 calls.pop()
-            last = calls[-1] if calls else (None, [])
-            still = all(_is_still(module) and module is not last[0] for module in inner)
-            if is_norm(last[0]) and not last[1] and still:
-                norm, _ = calls.pop()
+            last, taken, _ = calls[-1] if calls else (None, [], None)
+            still = all(_is_still(module) and module is not last for module in inner)
+            if is_norm(last) and not taken and still:
+                norm, *_ = calls.pop()
         (last_module,) = _members(block, self.last) or [None]
         return calls, norm, shortcut, last_module if adds else None
 
@@ -332,14 +347,15 @@ def found(module: nn.Module, forward: Forward | None) -> list[tuple[nn.Module, s
         calls, norm, shortcut, after = list(planned(module._modules.values())), None, None, ""
         last = None
     seen: list[tuple[nn.Module, str, str]] = []
-    for called, taken in reversed(calls):
+    for called, _, activation in reversed(calls):
         if isinstance(called, BatchNorm):
             why = f"it is followed by {after}" if after else ""
-            seen.append((called, RELU if taken or acts(called, is_relu) else "", why))
+            own = activation_of(act_of(called))
+            seen.append((called, operation(activation or own), why))
         if not is_passed(called):
             after = _described(called)
     if norm is not None:
-        seen.append((norm, ADD if last is None or not is_relu(last) else ADD_RELU, ""))
+        seen.append((norm, operation(activation_of(last), adds=True), ""))
     for inner in leaves(shortcut or []):
         if isinstance(inner, BatchNorm):
             seen.append((inner, "", "it is what another batch norm adds" if norm else ""))

@@ -17,7 +17,11 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class Options(NamedTuple):
-    """The arguments of a forward pass beside its input, residual, weight and bias."""
+    """The arguments of a forward pass beside its input, residual, weight and bias.
+
+    The output is ``min(max(y, 0), ceiling)``: ReLU if ``ceiling`` is infinite, ReLU6 if it is 6, and ``y`` itself if it
+    is None. Comments say ReLU of both.
+    """
 
     running_mean: Tensor | None
     running_var: Tensor | None
@@ -25,7 +29,7 @@ class Options(NamedTuple):
     training: bool
     momentum: float | None
     eps: float
-    relu: bool
+    ceiling: float | None
 
 
 class Saved(NamedTuple):
@@ -43,7 +47,7 @@ class Saved(NamedTuple):
     running_mean: Tensor | None
     running_var: Tensor | None
     eps: float
-    relu: bool
+    ceiling: float | None
 
 
 def is_channels_last(tensor: Tensor) -> bool:
@@ -81,12 +85,12 @@ def backward(
     grad_output: Tensor, saved: Saved, bias_dtype: torch.dtype | None, needed: Sequence[bool]
 ) -> Gradients:
     """Computes the needed gradients with the kernels."""
-    input, _, weight, *_, relu = saved
+    input, _, weight, *_, ceiling = saved
     grad_output = with_strides(grad_output, input.stride())
     channels = input.shape[1]
     needs_residual = needed[1]
     grad_input = torch.empty_like(input) if needed[0] else None
-    grad_residual = torch.empty_like(input) if needs_residual and relu else None
+    grad_residual = torch.empty_like(input) if needs_residual and ceiling is not None else None
     grad_weight = grad_bias = None
     if needed[2] and weight is not None:
         grad_weight = weight.new_empty(channels)
@@ -105,7 +109,7 @@ def backward(
             grad_bias,
             allocator(input.device),
         )
-    if needs_residual and not relu:
+    if needs_residual and ceiling is None:
         grad_residual = grad_output
     return grad_input, grad_residual, grad_weight, grad_bias
 
@@ -162,13 +166,13 @@ def differentiable_backward(
 
 def let_through(saved: Saved) -> Tensor:
     """Returns where ReLU let the gradient through, by the kernels' own arithmetic, so that every element agrees."""
-    input, mask, weight, bias, statistics, running_mean, running_var, eps, _ = saved
+    input, mask, weight, bias, statistics, running_mean, running_var, eps, ceiling = saved
     if mask is None:
         mask = new_mask(input)
         output = torch.empty_like(input)
         constants = (statistics, running_mean, running_var)
         _kernels.batch_norm_normalize(
-            input, None, weight, bias, *constants, eps, True, output, mask
+            input, None, weight, bias, *constants, eps, ceiling, output, mask
         )
     return unpacked(mask, input)
 
@@ -191,9 +195,9 @@ class BatchNorm(torch.autograd.Function):
         options: Options,
     ) -> Tensor:
         """Returns the output, keeping the input and nothing else of its size; ``ctx`` is None if gradients are off."""
-        running_mean, running_var, num_batches_tracked, training, momentum, eps, relu = options
+        running_mean, running_var, num_batches_tracked, training, momentum, eps, ceiling = options
         output = torch.empty_like(input)
-        keep_mask = ctx is not None and relu and residual is not None
+        keep_mask = ctx is not None and ceiling is not None and residual is not None
         mask = new_mask(input) if keep_mask else None
         statistics = None
         if training:
@@ -208,7 +212,7 @@ class BatchNorm(torch.autograd.Function):
                 num_batches_tracked,
                 momentum,
                 eps,
-                relu,
+                ceiling,
                 output,
                 mask,
                 statistics,
@@ -219,29 +223,29 @@ class BatchNorm(torch.autograd.Function):
         else:
             constants = (None, running_mean, running_var)
             _kernels.batch_norm_normalize(
-                input, residual, weight, bias, *constants, eps, relu, output, mask
+                input, residual, weight, bias, *constants, eps, ceiling, output, mask
             )
         if ctx is not None:
             # Without a mask the backward pass computes again what ReLU let through. With one it does not read the bias,
             # which may then change in between.
-            read_bias = bias if relu and not keep_mask else None
+            read_bias = bias if ceiling is not None and not keep_mask else None
             ctx.save_for_backward(
                 input, mask, weight, read_bias, statistics, running_mean, running_var
             )
-            ctx.arguments = (eps, relu, None if bias is None else bias.dtype, input.stride())
+            ctx.arguments = (eps, ceiling, None if bias is None else bias.dtype, input.stride())
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Returns the gradients of the first four arguments."""
         input, *others = ctx.saved_tensors
-        eps, relu, bias_dtype, strides = ctx.arguments
+        eps, ceiling, bias_dtype, strides = ctx.arguments
         # Hooks on saved tensors may return the input in another memory format, which would not match the mask.
-        saved = Saved._make((with_strides(input, strides), *others, eps, relu))
+        saved = Saved._make((with_strides(input, strides), *others, eps, ceiling))
         needed = ctx.needs_input_grad
         if torch.is_grad_enabled() or not _is_single(grad_output):
             passed = None
-            if relu:
+            if ceiling is not None:
                 with torch.no_grad():
                     passed = let_through(saved)
             grads = differentiable_backward(grad_output, saved, passed, bias_dtype, needed)

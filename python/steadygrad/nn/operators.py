@@ -34,16 +34,18 @@ def batch_norm(
     options: Options,
 ) -> Tensor:
     """Does what :class:`steadygrad.nn.gradient.BatchNorm` does, with operators that a tracer sees."""
-    running_mean, running_var, num_batches_tracked, training, momentum, eps, relu = options
-    keep_mask = relu and residual is not None and torch.is_grad_enabled()
+    running_mean, running_var, num_batches_tracked, training, momentum, eps, ceiling = options
+    keep_mask = ceiling is not None and residual is not None and torch.is_grad_enabled()
     output: Tensor
     if not training:
         assert running_mean is not None and running_var is not None
         output, _ = batch_norm_inference(
-            input, residual, weight, bias, running_mean, running_var, eps, relu, keep_mask
+            input, residual, weight, bias, running_mean, running_var, eps, ceiling, keep_mask
         )
         return output
-    output, _, statistics = batch_norm_training(input, residual, weight, bias, eps, relu, keep_mask)
+    output, _, statistics = batch_norm_training(
+        input, residual, weight, bias, eps, ceiling, keep_mask
+    )
     if running_mean is not None or num_batches_tracked is not None:
         batch_norm_track_(statistics, running_mean, running_var, num_batches_tracked, momentum)
     return output
@@ -64,7 +66,7 @@ def batch_norm_training(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    relu: bool,
+    ceiling: float | None,
     keep_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns output, ReLU's mask (empty if it is not kept) and statistics: means, biased variances, count."""
@@ -75,7 +77,7 @@ def batch_norm_training(
     mask = new_mask(input) if keep_mask else None
     running = (None, None, None, 0.0)
     made = (output, mask, statistics, allocator(input.device))
-    _kernels.batch_norm_forward(input, residual, weight, bias, *running, eps, relu, *made)
+    _kernels.batch_norm_forward(input, residual, weight, bias, *running, eps, ceiling, *made)
     return output, _or_empty(mask, input, torch.uint8), statistics
 
 
@@ -88,7 +90,7 @@ def batch_norm_inference(
     running_mean: Tensor,
     running_var: Tensor,
     eps: float,
-    relu: bool,
+    ceiling: float | None,
     keep_mask: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns output and ReLU's mask (empty if it is not kept), with running statistics as constants."""
@@ -98,7 +100,7 @@ def batch_norm_inference(
     output, mask = torch.empty_like(input), new_mask(input) if keep_mask else None
     constants = (None, running_mean, running_var)
     _kernels.batch_norm_normalize(
-        input, residual, weight, bias, *constants, eps, relu, output, mask
+        input, residual, weight, bias, *constants, eps, ceiling, output, mask
     )
     return output, _or_empty(mask, input, torch.uint8)
 
@@ -136,15 +138,15 @@ def batch_norm_backward(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     eps: float,
-    relu: bool,
+    ceiling: float | None,
     bias_dtype: torch.dtype | None,
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of input, residual (with ReLU only), weight and bias; empty if they are not needed."""
     input = dense(input)
     constants = (statistics, running_mean, running_var)
-    saved = Saved(input, mask, weight, bias, *constants, eps, relu)
-    needed = [needed[0], needed[1] and relu, needed[2], needed[3]]
+    saved = Saved(input, mask, weight, bias, *constants, eps, ceiling)
+    needed = [needed[0], needed[1] and ceiling is not None, needed[2], needed[3]]
     grads = backward(grad_output, saved, bias_dtype, needed)
     grad_input, grad_residual, grad_weight, grad_bias = (_or_empty(g, input) for g in grads)
     return grad_input, grad_residual, grad_weight, grad_bias
@@ -161,7 +163,7 @@ def _(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    relu: bool,
+    ceiling: float | None,
     keep_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     input = dense(input)
@@ -178,7 +180,7 @@ def _(
     running_mean: Tensor,
     running_var: Tensor,
     eps: float,
-    relu: bool,
+    ceiling: float | None,
     keep_mask: bool,
 ) -> tuple[Tensor, Tensor]:
     input = dense(input)
@@ -207,7 +209,7 @@ def _(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     eps: float,
-    relu: bool,
+    ceiling: float | None,
     bias_dtype: torch.dtype | None,
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -220,7 +222,7 @@ def _(
 
     return (
         torch.empty_like(input) if needed[0] else input.new_empty(0),
-        torch.empty_like(input) if needed[1] and relu else input.new_empty(0),
+        torch.empty_like(input) if needed[1] and ceiling is not None else input.new_empty(0),
         vector(needed[2], weight_dtype),
         vector(needed[3], bias_dtype),
     )
@@ -235,64 +237,65 @@ def _save(
     mask: Tensor,
     statistics: Sequence[Tensor | None],
     eps: float,
-    relu: bool,
+    ceiling: float | None,
 ) -> None:
     """Keeps what the gradient needs; ``statistics`` are the batch's, the running mean and the running variance."""
-    if relu and residual is not None and mask.numel() == 0 and any(ctx.needs_input_grad):
+    has_relu = ceiling is not None
+    if has_relu and residual is not None and mask.numel() == 0 and any(ctx.needs_input_grad):
         raise RuntimeError(
             "batch_norm: keep_mask: expected True if a gradient is needed through ReLU after a residual, got False"
         )
     bias_dtype = None if bias is None else bias.dtype
-    read_bias = bias if relu and residual is None else None
+    read_bias = bias if has_relu and residual is None else None
     ctx.save_for_backward(input, _or_none(mask), weight, read_bias, *statistics)
-    ctx.arguments = (eps, relu, bias_dtype)
+    ctx.arguments = (eps, ceiling, bias_dtype)
 
 
 def _gradients(ctx: Any, grad_output: Tensor) -> list[Tensor | None]:
     """Returns the gradients of input, residual, weight and bias, from what :func:`_save` kept."""
-    eps, relu, bias_dtype = ctx.arguments
-    saved = Saved._make((*ctx.saved_tensors, eps, relu))
+    eps, ceiling, bias_dtype = ctx.arguments
+    saved = Saved._make((*ctx.saved_tensors, eps, ceiling))
     needed = list(ctx.needs_input_grad[:4])
     if torch.is_grad_enabled():
         saved = saved._replace(input=dense(saved.input))
         passed = None
-        if relu:
+        if ceiling is not None:
             with torch.no_grad():
                 passed = _let_through(saved)
         return list(differentiable_backward(grad_output, saved, passed, bias_dtype, needed))
     grads = batch_norm_backward(grad_output, *saved, bias_dtype, needed)
     found = [grad if wanted else None for grad, wanted in zip(grads, needed, strict=True)]
-    if needed[1] and not relu:
+    if needed[1] and ceiling is None:
         found[1] = grad_output
     return found
 
 
 def _let_through(saved: Saved) -> Tensor:
     """Returns the gradient of ones through ReLU: 1 where it let the gradient through, else 0."""
-    input, mask, weight, bias, statistics, mean, var, eps, _ = saved
+    input, mask, weight, bias, statistics, mean, var, eps, ceiling = saved
     if mask is None:
         if statistics is not None:
             mean, var = statistics[:-1].chunk(2)
         assert mean is not None and var is not None
-        _, mask = batch_norm_inference(input, None, weight, bias, mean, var, eps, True, True)
+        _, mask = batch_norm_inference(input, None, weight, bias, mean, var, eps, ceiling, True)
     needed = [False, True, False, False]
-    saved = saved._replace(mask=mask, relu=True)
+    saved = saved._replace(mask=mask)
     passed: Tensor = batch_norm_backward(torch.ones_like(input), *saved, None, needed)[1]
     return passed
 
 
 def _save_training(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, residual, weight, bias, eps, relu, _ = inputs
+    input, residual, weight, bias, eps, ceiling, _ = inputs
     _, mask, statistics = output
     ctx.mark_non_differentiable(mask, statistics)
-    _save(ctx, input, residual, weight, bias, mask, (statistics, None, None), eps, relu)
+    _save(ctx, input, residual, weight, bias, mask, (statistics, None, None), eps, ceiling)
 
 
 def _save_inference(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, residual, weight, bias, running_mean, running_var, eps, relu, _ = inputs
+    input, residual, weight, bias, running_mean, running_var, eps, ceiling, _ = inputs
     _, mask = output
     ctx.mark_non_differentiable(mask)
-    _save(ctx, input, residual, weight, bias, mask, (None, running_mean, running_var), eps, relu)
+    _save(ctx, input, residual, weight, bias, mask, (None, running_mean, running_var), eps, ceiling)
 
 
 def _training_gradients(ctx: Any, grad_output: Tensor, *_: Any) -> tuple[Tensor | None, ...]:

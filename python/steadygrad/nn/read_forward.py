@@ -12,11 +12,18 @@ from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+
 from steadygrad.nn.fusion import Steps
 
 _MEMBER = "self."
-# Other functions than members are known by their names, and ReLU is the only one.
-_RELU = ("relu", "F.relu", "torch.relu", "nn.functional.relu", "torch.nn.functional.relu")
+# Other functions than members are known by their names, and these are the only ones.
+FUNCTIONS: dict[str, Any] = {"torch.relu": torch.relu} | {
+    f"{module}{function.__name__}": function
+    for module in ("", "F.", "nn.functional.", "torch.nn.functional.")
+    for function in (F.relu, F.relu6)
+}
 
 
 @dataclass(frozen=True)
@@ -172,7 +179,7 @@ class _Reader:
         if name.startswith(_MEMBER):
             assert not expression.keywords and name.count(".") == 1
         else:
-            assert name in _RELU
+            assert name in FUNCTIONS
         (argument,) = expression.args
         value = self.value(argument)
         self.calls += 1

@@ -1,4 +1,4 @@
-"""The mask of ReLU after a residual, which the backward pass needs: one bit per element.
+"""The mask of ReLU or ReLU6 after a residual, which the backward pass needs: one bit per element.
 
 Only its size is known here. The kernels write every byte of a mask and read it again, and they alone know which bit
 belongs to which element.
@@ -45,7 +45,7 @@ def unpacked(mask: Tensor, input: Tensor) -> Tensor:
         zeros,
         zeros,
         1.0,
-        True,
+        math.inf,  # any ceiling, since the mask says what it cut off
         None,
         passed,
         None,

@@ -15,6 +15,7 @@ from steadygrad.memory import allocator, is_asynchronous
 from steadygrad.nn.gradient import Options, with_strides
 from steadygrad.nn.relu_mask import new_mask
 from steadygrad.nn.synchronized_gradient import Call, anchor, differentiable_gradients, gradients
+from steadygrad.reference.batch_norm import CEILINGS
 
 # Beside its statistics, a rank tells the others one of these about its graph.
 _FOLLOWS = 0.0  # nothing on this rank requires a gradient
@@ -51,7 +52,7 @@ def synchronized_batch_norm(
         residual: Tensor like ``input`` that is added before ReLU, or None.
         weight: Weight of shape (C), or None.
         bias: Bias of shape (C), or None.
-        options: Running statistics, momentum, eps and whether ReLU follows.
+        options: Running statistics, momentum, eps and the ceiling of ReLU.
         process_group: The ranks; ``torch.distributed.group.WORLD`` for all.
 
     Returns:
@@ -81,7 +82,7 @@ def _synchronized(
     check_process_group("batch_norm: process_group", process_group)
     if process_group.size() == 1 and input.numel() > 0:
         return _alone(input, residual, weight, bias, options)
-    running_mean, running_var, num_batches_tracked, _, momentum, eps, relu = options
+    running_mean, running_var, num_batches_tracked, _, momentum, eps, ceiling = options
     graph = _ABSENT
     if torch.is_grad_enabled():
         wanted = any(t is not None and t.requires_grad for t in (input, residual, weight, bias))
@@ -111,7 +112,7 @@ def _synchronized(
         if num_batches_tracked is not None:
             num_batches_tracked.add_(1)
     follower = anchor() if follows else None
-    call = Call(eps, relu, process_group, follows or graph == _RECORDS, absent)
+    call = Call(eps, ceiling, process_group, follows or graph == _RECORDS, absent)
     return _normalize(input, residual, weight, bias, follower, statistics, call)
 
 
@@ -125,7 +126,7 @@ def _alone(
     """Does what a process without a group does."""
     from steadygrad.nn.functional import batch_norm  # it imports this module
 
-    running_mean, running_var, num_batches_tracked, _, momentum, eps, relu = options
+    running_mean, running_var, num_batches_tracked, _, momentum, eps, ceiling = options
     return batch_norm(
         input,
         running_mean,
@@ -136,7 +137,7 @@ def _alone(
         momentum,
         eps,
         residual=residual,
-        activation="relu" if relu else None,
+        activation=next(a for a, c in CEILINGS.items() if c == ceiling),
         num_batches_tracked=num_batches_tracked,
     )
 
@@ -179,15 +180,15 @@ class _Normalize(torch.autograd.Function):
         output = torch.empty_like(input)
         mask = None
         if input.numel() > 0:
-            if call.relu and residual is not None and call.recorded:
+            if call.ceiling is not None and residual is not None and call.recorded:
                 mask = new_mask(input)
             affine = (residual, weight, bias)
             _kernels.batch_norm_normalize(
-                input, *affine, statistics, None, None, call.eps, call.relu, output, mask
+                input, *affine, statistics, None, None, call.eps, call.ceiling, output, mask
             )
         # Without a mask the backward pass decides ReLU once more. With one it does not read the bias, which may then
         # change in between.
-        read_bias = bias if call.relu and mask is None else None
+        read_bias = bias if call.ceiling is not None and mask is None else None
         ctx.save_for_backward(input, weight, read_bias, statistics, mask)
         ctx.call, ctx.strides = call, input.stride()
         ctx.bias_dtype = None if bias is None else bias.dtype

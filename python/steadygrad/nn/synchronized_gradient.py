@@ -21,7 +21,7 @@ class Call:
     """What the backward pass needs to know about its forward pass."""
 
     eps: float
-    relu: bool
+    ceiling: float | None
     group: dist.ProcessGroup
     recorded: bool  # whether there may be a backward pass
     absent: tuple[int, ...]  # ranks known not to run a backward pass
@@ -52,12 +52,12 @@ def gradients(
         sums.zero_()
     else:
         _kernels.batch_norm_backward_sums(
-            *common, call.eps, call.relu, sums, allocator(input.device)
+            *common, call.eps, call.ceiling, sums, allocator(input.device)
         )
     grad_input = torch.empty_like(input) if needed[0] else None
     grad_residual = grad_weight = grad_bias = None
     if needed[1]:
-        grad_residual = torch.empty_like(input) if call.relu else grad_output
+        grad_residual = torch.empty_like(input) if call.ceiling is not None else grad_output
     # The sum is always computed, whatever is needed here, since other ranks need this rank's sums.
     total, reduction = _start_sum(sums, call.group)
     if needed[2] and weight is not None:
@@ -67,9 +67,11 @@ def gradients(
         grad_bias = sums[:channels].to(bias_dtype)
     if reduction is not None:
         reduction.wait()
-    masked = grad_residual if call.relu else None
+    masked = grad_residual if call.ceiling is not None else None
     if input.numel() > 0 and (grad_input is not None or masked is not None):
-        _kernels.batch_norm_backward_input(*common, total, call.eps, call.relu, grad_input, masked)
+        _kernels.batch_norm_backward_input(
+            *common, total, call.eps, call.ceiling, grad_input, masked
+        )
     return (grad_input, grad_residual, grad_weight, grad_bias), total
 
 
@@ -145,8 +147,8 @@ def _second_gradients(
         return tensor.sum([0, *range(2, input.dim())])
 
     passed = torch.ones_like(input, dtype=torch.float64)
-    if call.relu and input.numel() > 0:
-        saved = Saved(input, mask, weight, bias, statistics, None, None, call.eps, True)
+    if call.ceiling is not None and input.numel() > 0:
+        saved = Saved(input, mask, weight, bias, statistics, None, None, call.eps, call.ceiling)
         passed = let_through(saved).double()
     n = statistics[-1]
     inverse = torch.rsqrt(of_channel(statistics[channels:-1]) + call.eps)

@@ -11,7 +11,10 @@ from numpy.typing import ArrayLike
 
 from .norm import Array
 
-Activation = Literal["relu"]
+Activation = Literal["relu", "relu6"]
+
+# By its activation, what an output may be at most; None where it may be anything, also less than 0.
+CEILINGS: dict[Activation | None, float | None] = {None: None, "relu": np.inf, "relu6": 6.0}
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,7 @@ def batch_norm(
         y = (x - mean) / sqrt(var + eps) * weight + bias
         y = y + residual
         y = max(y, 0)           activation "relu"; NaN stays NaN
+        y = min(max(y, 0), 6)   activation "relu6" (Krizhevsky 2010); NaN stays NaN
 
     Args:
         input: Shape (N, C, ...).
@@ -154,7 +158,7 @@ def batch_norm(
         bias: Shape (C); None counts as zeros.
         eps: Added to the variance.
         residual: Shape of the input, added before the activation; None adds nothing.
-        activation: None or "relu".
+        activation: None, "relu" or "relu6".
 
     Raises:
         ValueError: The activation is unknown.
@@ -167,7 +171,8 @@ def batch_norm(
             y = y + _along_channels(bias, y)
         if residual is not None:
             y = y + np.asarray(residual, dtype=np.float64)
-        return np.where(y <= 0, 0.0, y) if _is_relu(activation) else y
+        ceiling = _ceiling(activation)
+        return y if ceiling is None else np.where(y <= 0, 0.0, np.where(y >= ceiling, ceiling, y))
 
 
 def batch_norm_backward(
@@ -186,7 +191,8 @@ def batch_norm_backward(
     Formula, with ``x_hat = (x - mean) / sqrt(var + eps)`` and means over the ``n`` elements of a
     channel (Ioffe and Szegedy 2015, section 3)::
 
-        g = grad_output * (y > 0)                    with ReLU; else grad_output
+        g = grad_output * (y > 0)                    with ReLU
+        g = grad_output * (0 < y < 6)                with ReLU6; else grad_output
         grad_residual = g
         grad_bias     = sum(g)
         grad_weight   = sum(g * x_hat)
@@ -201,9 +207,11 @@ def batch_norm_backward(
     gradient = np.asarray(grad_output, dtype=np.float64)
     axes = _all_but_channels(gradient)
     with np.errstate(invalid="ignore", over="ignore"):
-        if _is_relu(activation):
+        ceiling = _ceiling(activation)
+        if ceiling is not None:
             y = batch_norm(input, statistics, weight, bias, eps, residual)
-            gradient = np.where(y <= 0, 0.0, gradient)
+            is_cut = (y <= 0) | ((y >= ceiling) & (ceiling < np.inf))
+            gradient = np.where(is_cut, 0.0, gradient)
         x_hat = _normalized(input, statistics, eps)
         grad_bias = gradient.sum(axis=axes)
         grad_weight = (gradient * x_hat).sum(axis=axes)
@@ -227,10 +235,12 @@ def _normalized(input: ArrayLike, statistics: Statistics, eps: float) -> Array:
     return deviation / _along_channels(np.sqrt(variance), x)
 
 
-def _is_relu(activation: Activation | None) -> bool:
-    if activation not in (None, "relu"):
-        raise ValueError(f"batch_norm: activation must be None or 'relu', got {activation!r}")
-    return activation == "relu"
+def _ceiling(activation: Activation | None) -> float | None:
+    if activation not in CEILINGS:
+        raise ValueError(
+            f"batch_norm: activation must be None, 'relu' or 'relu6', got {activation!r}"
+        )
+    return CEILINGS[activation]
 
 
 def _all_but_channels(array: Array) -> tuple[int, ...]:
