@@ -9,7 +9,7 @@ import argparse
 import copy
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate, product
 
 # This silences torch's profiler, which reads the variable when torch is imported.
@@ -180,8 +180,9 @@ def memory() -> Table:
     return table
 
 
-def main() -> None:
-    argparse.ArgumentParser(prog="benchmarks.whole_networks", description=__doc__).parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.whole_networks", description=__doc__)
+    parser.parse_args(arguments)
     torch.set_num_threads(THREADS)
     for block, steps in STEPS.items():
         register_block(block, steps)

@@ -24,5 +24,5 @@ def test_the_networks_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(whole_networks, "memory", lambda *_: "")
     monkeypatch.setattr(whole_networks, "speed", speed)
     monkeypatch.setattr(whole_networks, "THREADS", 1)
-    whole_networks.main()
+    whole_networks.main([])
     assert found == {"batch norm + ReLU": 9, "batch norm + add + ReLU": 8}
