@@ -175,8 +175,8 @@ py::object resolved(PyObject* tensor);
 void check_not_negated(PyObject* tensor, const Argument& argument);
 
 // Checks a tensor that is kept alive from step to step, and remembers it in `found`. torch is asked for the
-// sign only if the tensor or its memory is another one than the last time, since that takes longer than the
-// rest of a look.
+// sign only if the tensor or its memory is another one than the last time, or if it may be a part of a
+// complex tensor, since asking takes longer than the rest of a look.
 void check_not_negated(PyObject* tensor, const View& view, const Argument& argument, Found& found);
 
 // Returns a tensor's gradient, or None.

@@ -280,6 +280,32 @@ def test_memory_that_becomes_a_negative_view_between_steps(backend: Backend, ope
     optimizer.step()
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_imaginary_part_of_a_conjugate_replaces_that_of_the_tensor(
+    backend: Backend, size: int
+) -> None:
+    values = torch.zeros(size, dtype=torch.complex64, device=backend.device)
+    param = Parameter(values.imag)
+    optimizer = sg.Stabilizer(torch.optim.SGD([param], lr=0.1), max_norm=10.0)
+    param.grad = torch.ones(size, device=backend.device)
+    optimizer.step()
+    param.data = values.conj().imag  # the same memory, read with the opposite sign
+    before = param.detach().clone()
+    with pytest.raises(TypeError, match=r"resolve_neg\(\)"):
+        optimizer.step()
+    assert torch.equal(param.detach(), before)
+
+
+def test_two_freed_parameters_do_not_share_memory(backend: Backend) -> None:
+    params = [Parameter(torch.ones(3, device=backend.device)) for _ in range(2)]
+    optimizer = sg.Stabilizer(torch.optim.AdamW(params), max_norm=1.0)
+    for param in params:
+        param.grad = torch.ones(3, device=backend.device)
+        param.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="storage was freed"):
+        optimizer.step()
+
+
 def test_contiguous_negative_views_in_functions(backend: Backend) -> None:
     values = torch.tensor([0.5, -2.0, 3.0], device=backend.device)
 

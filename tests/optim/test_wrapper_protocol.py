@@ -142,6 +142,21 @@ def test_point_2_hooks_of_the_subclass_run_once(backend: Backend) -> None:
 
 
 @all_kinds
+@pytest.mark.parametrize("returned", [True, "ab", [(), {}], torch.ones(2, 2)], ids=str)
+def test_point_2_what_a_pre_hook_returns_is_checked(
+    backend: Backend, kind: str, returned: Any
+) -> None:
+    params = dense_parameters(device=backend.device)
+    optimizer = MAKERS[kind](params, max_norm=1.0)
+    optimizer.register_step_pre_hook(lambda *_: returned)
+    give(params)
+    start = bits(params[0])
+    with pytest.raises(RuntimeError, match=r"pre-hooks: expected None or a tuple of \(new_args"):
+        optimizer.step()
+    assert torch.equal(bits(params[0]), start)
+
+
+@all_kinds
 def test_point_2_a_profiler_sees_the_step_and_global_hooks_run_once(
     backend: Backend, kind: str
 ) -> None:

@@ -26,6 +26,25 @@ def is_watched(optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
+def run_pre_hook(
+    pre_hook: Callable[..., Any], optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Calls a pre-hook of a step, and returns the step's arguments, which the hook may replace.
+
+    Raises:
+        RuntimeError: The hook returned something other than None or a pair of arguments.
+    """
+    changed = pre_hook(optimizer, args, kwargs)
+    if changed is None:
+        return args, kwargs
+    if not (isinstance(changed, tuple) and len(changed) == 2):
+        raise RuntimeError(
+            "step: pre-hooks: expected None or a tuple of (new_args, new_kwargs), "
+            f"got {changed!r} from {pre_hook!r}"
+        )
+    return changed
+
+
 def run_hooked(
     optimizer: torch.optim.Optimizer,
     step: Callable[[Closure | None], tuple[Any, bool]],
@@ -49,15 +68,7 @@ def run_hooked(
             list(_global_optimizer_pre_hooks.values()),
             list(optimizer._optimizer_step_pre_hooks.values()),
         ):
-            changed = pre_hook(optimizer, args, kwargs)
-            if changed is None:
-                continue
-            if not (isinstance(changed, tuple) and len(changed) == 2):
-                raise RuntimeError(
-                    "step: pre-hooks: expected None or a tuple of (new_args, new_kwargs), "
-                    f"got {changed!r} from {pre_hook!r}"
-                )
-            args, kwargs = changed
+            args, kwargs = run_pre_hook(pre_hook, optimizer, args, kwargs)
         loss, taken = step(args[1] if len(args) > 1 else kwargs.get("closure"))
         # A profiler that traces Python observes the optimizer in this call.
         optimizer._optimizer_step_code()

@@ -60,13 +60,15 @@ def why_not_fused(
             continue  # It has no gradient yet; once it has one, this function is called again.
         local = local_tensor(param)
         why = _why_not_param(local, rule)
-        if why is None and local.numel() > 0 and local.data_ptr() in seen:
+        # The address is 0 if there is no memory, or if it was freed, which the kernels refuse.
+        address = 0 if why is not None or local.numel() == 0 else local.data_ptr()
+        if address and address in seen:
             why = "a parameter appears twice, or two share memory"
         if why is None and no_kernel is None:
             why = _why_not_state(optimizer, param, rule, names[id(group)])
         if why is not None:
             return why
-        seen.add(local.data_ptr())
+        seen.add(address)
     return no_kernel
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steadygrad.optim.classes import RULES, StabilizedClass
 from steadygrad.optim.groups import check_loaded
-from steadygrad.optim.hooks import own_step, watch
+from steadygrad.optim.hooks import own_step, run_pre_hook, watch
 from steadygrad.optim.in_place import Closure, other_update_methods
 from steadygrad.optim.options import (
     COUNTERS,
@@ -258,10 +258,8 @@ class Stabilizer(StabilizedOptimizer, torch.optim.Optimizer):
         args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
         kwargs: dict[str, Any] = {}
         for pre_hook in list(self._optimizer_step_pre_hooks.values()):
-            changed = pre_hook(self, args, kwargs)
-            if changed is not None:
-                args, kwargs = changed
-                closure = args[1] if len(args) > 1 else kwargs.get("closure")
+            args, kwargs = run_pre_hook(pre_hook, self, args, kwargs)
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
         loss = stepper.step(self, closure)
         for post_hook in list(self._optimizer_step_post_hooks.values()):
             post_hook(self, args, kwargs)
