@@ -49,6 +49,27 @@ def made(backend: Backend, wrap: bool, options: dict[str, Any]) -> tuple[Paramet
     return param, sg.optim.SGD([param], lr=0.5, momentum=0.9, **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bfloat16], ids=str)
+def test_a_loaded_step_counter_of_another_dtype_counts_on(
+    backend: Backend, dtype: torch.dtype
+) -> None:
+    params = []
+    for loaded in (torch.float32, dtype):
+        param = Parameter(torch.ones(3, device=backend.device))
+        param.grad = torch.tensor([3.0, -4.0, 0.5], device=backend.device)
+        optimizer = sg.Stabilizer(torch.optim.AdamW([param], lr=0.5), max_norm=2.0)
+        for _ in range(3):
+            optimizer.step()
+        state_dict = copy.deepcopy(optimizer.state_dict())
+        state_dict["state"][0]["step"] = state_dict["state"][0]["step"].to(loaded)
+        optimizer.load_state_dict(state_dict)
+        for _ in range(2):
+            optimizer.step()
+        assert optimizer.state_dict()["state"][0]["step"] == 5
+        params.append(param)
+    assert torch.equal(*params)
+
+
 @pytest.mark.parametrize("wrap", [True, False], ids=["wrapped", "subclass"])
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_state_is_refused_when_it_is_loaded(backend: Backend, kind: str, wrap: bool) -> None:

@@ -121,8 +121,9 @@ def slot_of(
             # The numbers move to where the step is decided, as with fused=True and capturable=True.
             dtype = torch.float32 if name == "step" else None
             state[name] = state[name].to(param.device, dtype, non_blocking=True)
-        elif state[name].dtype in HALF_DTYPES:
-            # torch's loading rounds all numbers but the step counter to the parameter's dtype.
+        elif state[name].dtype not in (torch.float32, torch.float64):
+            # torch's loading rounds all numbers but the step counter to the parameter's dtype. That one is an integer
+            # in some checkpoints.
             widened[name] = state[name].float()
     # `first` matters to SGD, whose momentum begins differently. For other rules it marks state to take back if skipped.
     first = first or (bool(made) and (rule.has_step or not names))
