@@ -11,6 +11,8 @@ from typing import Any
 def converted_to_float(where: str, value: Any, expected: str, got: object) -> float:
     """Converts ``value`` to a float, or raises an error made from ``where``, ``expected`` and ``got``."""
     try:
+        if isinstance(value, (str, bytes)):  # float() would read "1e-3"
+            raise TypeError
         return float(value)
     except (TypeError, ValueError, RuntimeError):  # RuntimeError: tensors
         raise TypeError(f"{where}: expected {expected}, got {got!r}") from None

@@ -147,6 +147,26 @@ def test_bad_hyper_parameters_set_later_are_refused_by_the_step(
         )
 
 
+@pytest.mark.parametrize("argument", ["lr", "weight_decay", "max_norm", "l2"])
+def test_numbers_as_text_are_refused(backend: Backend, argument: str) -> None:
+    # YAML reads 1e-3 as text.
+    params = dense_parameters(device=backend.device)
+    optimizer = sg.Stabilizer(torch.optim.SGD(params), max_norm=1.0)
+    give(params)
+    optimizer.param_groups[0][argument] = "1e-3"
+    assert_refused(
+        optimizer.step,
+        TypeError,
+        function=WHERE,
+        argument=rf"\b{argument}\b",
+        expected="a finite number|a number",
+        got="got '1e-3'",
+        unchanged=[Snapshot(params, optimizer)],
+    )
+    with pytest.raises(TypeError, match="max_norm"):
+        sg.Stabilizer(torch.optim.SGD(params), max_norm="1e-3")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("betas", [(1.0, 0.999), (0.9, -0.1), (math.nan, 0.9), (0.9, 1.5)])
 @pytest.mark.parametrize("rule", ["Adam", "AdamW"])
 def test_bad_betas_set_later_are_refused_by_the_step(
