@@ -11,8 +11,6 @@ from typing import Any
 def converted_to_float(where: str, value: Any, expected: str, got: object) -> float:
     """Converts ``value`` to a float, or raises an error made from ``where``, ``expected`` and ``got``."""
     try:
-        if isinstance(value, (str, bytes)):  # float() would read "1e-3"
-            raise TypeError
         return float(value)
     except (TypeError, ValueError, RuntimeError):  # RuntimeError: tensors
         raise TypeError(f"{where}: expected {expected}, got {got!r}") from None
@@ -33,6 +31,8 @@ def checked_number(
         expected += f" >= {low:g}"
     if below != math.inf:
         expected += f" and < {below:g}"
+    if isinstance(value, (str, bytes)):  # float() would read "1e-3"
+        raise TypeError(f"{where}: expected {expected}, got {value!r}")
     number = converted_to_float(where, value, expected, value)
     if not (number >= low and (number < below or below == math.inf)) or (
         finite and math.isinf(number)
