@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import steadygrad as sg
 from steadygrad.reference.batch_norm import Activation
+from tests.nn import batch_norm_calls
 
 # Input shapes, with the number of dimensions of the module that takes them.
 SHAPES = [
@@ -22,13 +23,7 @@ SHAPES = [
     ((2, 5, 3, 2, 3), 3),
 ]
 # The tests of the kernels have ReLU6 after a residual, too.
-FUSIONS: dict[str, tuple[Activation | None, bool]] = {
-    "bn": (None, False),
-    "relu": ("relu", False),
-    "relu6": ("relu6", False),
-    "add": (None, True),
-    "add+relu": ("relu", True),
-}
+FUSIONS = {name: fusion for name, fusion in batch_norm_calls.FUSIONS.items() if name != "add+relu6"}
 FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"relu": F.relu, "relu6": F.relu6}
 LAYOUTS = ["first", "last", "strided"]
 
